@@ -1,0 +1,464 @@
+"""Motif-2: a decoder with grouped differential attention and PolyNorm (arXiv 2511.07464).
+
+    block:      x = x + attention(norm(x))        x = x + mlp(norm(x))
+    attention:  subtract a noise softmax from each signal softmax, normalise per head
+    mlp:        down( polynorm(gate(x)) * up(x) )
+
+Module and parameter names are those of the released checkpoints, so that a state dict is one.
+`python model.py config/motif2_12b.py` prints parameters, FLOPs and memory without allocating any.
+"""
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from kernels import wide
+
+ACTIVATIONS = {"poly_norm": "poly_norm", "swiglu": "silu"}  # ours -> hidden_act of config.json
+
+
+@dataclass
+class MotifConfig:
+    """The shape of a model, in the names of the released config.json."""
+    vocab_size: Annotated[int, 1] = 272              # rows of the embedding; at least the tokenizer's
+    hidden_size: Annotated[int, 1] = 256             # width of the residual stream
+    intermediate_size: Annotated[int, 1] = 768       # width of the MLP
+    num_hidden_layers: Annotated[int, 1] = 4         # blocks
+    num_attention_heads: Annotated[int, 1] = 10      # query heads, signal and noise together
+    num_key_value_heads: Annotated[int, 1] = 4       # key heads; with noise heads they come in pairs
+    num_noise_heads: Annotated[int, 0] = 2           # 0: plain grouped-query attention, for comparison
+    head_dim: Annotated[int, 2] = 32                 # per query and key head; values are twice as wide
+    activation: Literal["poly_norm", "swiglu"] = "poly_norm"  # of the MLP's gate; swiglu to compare
+    rms_norm_eps: Annotated[float, 0] = 1e-6         # block and final norms, and PolyNorm
+    attn_rms_norm_eps: Annotated[float, 0] = 1e-5    # per-head norm
+    rope_theta: Annotated[float, 1] = 10_000.0       # base of the rotary wavelengths
+    max_position_embeddings: Annotated[int, 1] = 4096  # longest sequence
+    tie_word_embeddings: bool = False                # the head is the embedding
+
+    def check(self) -> None:
+        """ValueError if the heads do not divide into groups and pairs (paper 2510.06949, section 3)."""
+        H, K, G = self.num_attention_heads, self.num_key_value_heads, self.num_noise_heads
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
+        if G == 0 and H % K:
+            raise ValueError(f"num_attention_heads={H} must be a multiple of num_key_value_heads={K}")
+        if G and (H % G or H == G):
+            raise ValueError(f"num_attention_heads={H} must be num_noise_heads={G} groups of at least "
+                             "one signal head and one noise head")
+        if G and (K % 2 or G % (K // 2)):
+            raise ValueError(f"num_key_value_heads={K} must be pairs that divide num_noise_heads={G}")
+
+    @property
+    def kv_map(self) -> list[int]:
+        """Key head that each query head reads. In a group of r signal heads and one noise head the
+        signal heads read the first key of their pair, the noise head the second."""
+        H, K, G = self.num_attention_heads, self.num_key_value_heads, self.num_noise_heads
+        if G == 0:
+            return [h // (H // K) for h in range(H)]
+        size = H // G                                # r + 1
+        pair = [(h // size) // (2 * G // K) for h in range(H)]
+        return [2 * pair[h] + (h % size == size - 1) for h in range(H)]
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "MotifConfig":
+        """From a released config.json; unknown keys are ignored. Motif-2.6B states no num_noise_heads
+        (half of its heads are noise). ValueError for a missing key or a part that we do not have."""
+        config = dict(config)
+        for key, value in (("use_bias", False), ("k_ratio", 1)):
+            if config.get(key, value) != value:
+                raise ValueError(f"config.json has {key}={config[key]}; only {value} is supported")
+        act = config.get("hidden_act", "poly_norm")
+        names = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
+        if act not in names:
+            raise ValueError(f"config.json has hidden_act={act!r}; known: {', '.join(names)}")
+        config["activation"] = names[act]
+        shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                 "num_attention_heads", "num_key_value_heads")
+        missing = [key for key in shape if key not in config]
+        if missing:
+            raise ValueError(f"config.json lacks {', '.join(missing)}")
+        heads = config["num_attention_heads"]
+        if config.get("num_noise_heads") is None:
+            config["num_noise_heads"] = heads // 2
+        if config.get("head_dim") is None:
+            config["head_dim"] = config["hidden_size"] // heads
+        return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
+
+    def to_dict(self) -> dict:
+        """The released config.json."""
+        shape = {f.name: getattr(self, f.name) for f in fields(MotifConfig) if f.name != "activation"}
+        return {"architectures": ["MotifForCausalLM"], "model_type": "motif", **shape,
+                "hidden_act": ACTIVATIONS[self.activation], "k_ratio": 1, "use_bias": False}
+
+
+# ---- the transformer
+
+class RMSNorm(nn.Module):
+    """See kernels.rms_norm."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * theta^(-2i / D): positions (B, T) -> two of (B, T, 1, D/2), fp32."""
+    i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angle = positions[:, :, None, None].float() * theta ** (-i / head_dim)
+    return angle.cos(), angle.sin()
+
+
+class Attention(nn.Module):
+    """Grouped differential attention (arXiv 2510.06949), layer i counted from 0:
+
+        lambda_init = 0.8 - 0.6 exp(-0.3 (i - 1))
+        lambda = exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) + lambda_init     fp32
+        out = Wo RMSNorm_2D(softmax(q1 k1^T) v - lambda softmax(q2 k2^T) v) (1 - lambda_init)
+
+    num_noise_heads = 0 is plain grouped-query attention: no lambda, no per-head norm, values of D.
+    max_logits (query heads,): the largest visible logit of the last forward, for QK-clip."""
+
+    def __init__(self, config: MotifConfig, layer: int):
+        super().__init__()
+        c, D = config, config.head_dim
+        self.noise_heads, self.eps = c.num_noise_heads, c.attn_rms_norm_eps
+        self.kv_heads, self.head_dim = c.num_key_value_heads, D
+        self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * (layer - 1))
+        self.max_logits: Tensor | None = None
+        signal_heads = c.num_attention_heads - c.num_noise_heads
+        width = signal_heads * (2 * D if c.num_noise_heads else D)
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * D, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * D, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * D, bias=False)
+        self.o_proj = nn.Linear(width, c.hidden_size, bias=False)
+        if c.num_noise_heads:
+            for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+                self.register_parameter(name, nn.Parameter(torch.empty(D)))
+            self.subln = RMSNorm(2 * D, c.attn_rms_norm_eps)
+
+    def lambda_(self) -> Tensor:
+        """The layer's one lambda, a scalar in fp32."""
+        first = (wide(self.lambda_q1) * wide(self.lambda_k1)).sum().exp()
+        second = (wide(self.lambda_q2) * wide(self.lambda_k2)).sum().exp()
+        return first - second + self.lambda_init
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], documents: Tensor | None = None,
+                cache: tuple[Tensor, Tensor] | None = None, start: int = 0) -> Tensor:
+        """x (B, T, hidden) -> the same. cache: this layer's keys and values (B, length, K, D), of
+        which the first `start` positions are filled; the new ones are written behind them."""
+        B, T, _ = x.shape
+        q = kernels.rope(self.q_proj(x).view(B, T, -1, self.head_dim), *angles)
+        k = kernels.rope(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim), *angles)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        if cache is not None:
+            for kept, new in zip(cache, (k, v)):
+                kept[:, start:start + T] = new
+            k, v = (kept[:, :start + T] for kept in cache)
+        if self.noise_heads == 0:
+            q = q.unflatten(2, (self.kv_heads, -1))                      # (B, T, K, H / K, D)
+            out, self.max_logits = kernels.causal_attention(q, k, v, documents)
+            self.max_logits = self.max_logits.flatten()
+            return self.o_proj(out.flatten(2))
+        signal, noise, self.max_logits = kernels.grouped_differential_attention(
+            q, k, v, self.noise_heads, documents)
+        out = kernels.differential_norm(signal, noise, self.lambda_(), self.subln.weight,
+                                        1 - self.lambda_init, self.eps)
+        return self.o_proj(out)
+
+
+class PolyNorm(nn.Module):
+    """Weights of kernels.poly_norm_mul: (cubic, square, linear) and one bias for the whole layer."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.empty(3)), nn.Parameter(torch.empty(1)), eps
+
+    def forward(self, x: Tensor, up: Tensor) -> Tensor:
+        return kernels.poly_norm_mul(x, up, self.weight, self.bias, self.eps)
+
+
+class MLP(nn.Module):
+    """down( act(gate(x)) * up(x) ), act = PolyNorm (arXiv 2411.03884) or, to compare, SiLU."""
+
+    def __init__(self, config: MotifConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = PolyNorm(config.rms_norm_eps) if config.activation == "poly_norm" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(F.silu(gate) * up if self.act_fn is None else self.act_fn(gate, up))
+
+
+class Block(nn.Module):
+    def __init__(self, config: MotifConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, angles, documents=None, cache=None, start: int = 0) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), angles, documents, cache, start)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Motif(nn.Module):
+    """Motif(config): a model of that shape with fresh weights, drawn from torch's global generator.
+    ValueError if the shape is impossible."""
+
+    def __init__(self, config: MotifConfig):
+        super().__init__()
+        config.check()
+        self.config = config
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal(0, 0.02) for matrices and embeddings [ours: unpublished], lambda vectors Normal(0,
+        0.1), norms 1, PolyNorm (1/3, 1/3, 1/3) and bias 0."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.normal_(0, 0.02)
+            elif isinstance(module, RMSNorm):
+                module.weight.fill_(1)
+            elif isinstance(module, PolyNorm):
+                module.weight.fill_(1 / 3)
+                module.bias.zero_()
+            elif isinstance(module, Attention) and module.noise_heads:
+                for vector in (module.lambda_q1, module.lambda_k1, module.lambda_q2, module.lambda_k2):
+                    vector.normal_(0, 0.1)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def matrices(self) -> dict[str, nn.Parameter]:
+        """name -> the seven matrices of each layer: what Muon trains; AdamW takes the rest."""
+        found = {}
+        for i, block in enumerate(self.model.layers):
+            for part, names in ("self_attn", "qkvo"), ("mlp", ("gate", "up", "down")):
+                for name in names:
+                    weight = getattr(getattr(block, part), f"{name}_proj").weight
+                    found[f"model.layers.{i}.{part}.{name}_proj.weight"] = weight
+        return found
+
+    def max_logits(self) -> Tensor:
+        """(layers, query heads): the largest attention logit of the last forward."""
+        return torch.stack([block.self_attn.max_logits for block in self.model.layers])
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None, documents: Tensor | None = None,
+                reduction: str = "mean", cache: list | None = None, start: int = 0) -> Tensor:
+        """ids (B, T) -> logits (B, T, V), or with targets (B, T) -> their cross entropy in nats, -1
+        ignored, reduction "mean" or "sum". documents (B, T): each run of equal numbers is a document
+        that sees itself alone, with positions from 0. cache and start: see Attention.forward."""
+        T, longest = ids.shape[1], self.config.max_position_embeddings
+        if start + T > longest:
+            raise ValueError(f"{start + T} positions, but max_position_embeddings is {longest}")
+        positions = torch.arange(start, start + T, device=ids.device)[None]
+        if documents is not None:
+            begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+            documents = begins.cumsum(1)
+            positions = positions - (positions * begins).cummax(1).values
+        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        x = self.model.embed_tokens(ids)
+        for i, block in enumerate(self.model.layers):
+            x = block(x, angles, documents, None if cache is None else cache[i], start)
+        x = self.model.norm(x)
+        if targets is None:
+            return F.linear(x, self.head_weight)
+        return kernels.linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(), reduction)
+
+    @torch.no_grad()
+    def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
+                 top_k: int | None = None, seed: int | None = None) -> Tensor:
+        """Continue ids (B, T), T >= 1, by max_new_tokens -> (B, T + max_new_tokens). temperature 0 is
+        greedy; top_k keeps the k likeliest tokens; a seed makes it repeatable. Keys and values are
+        cached: 2 x kv_heads x head_dim numbers per token and layer."""
+        c, (B, T) = self.config, ids.shape
+        if T == 0 or max_new_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError("generate needs a token to begin with, max_new_tokens >= 0, "
+                             "temperature >= 0 and top_k >= 1")
+        generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
+        shape = (B, T + max_new_tokens, c.num_key_value_heads, c.head_dim)
+        k_dtype = self.model.layers[0].self_attn.k_proj.weight.dtype
+        cache = [tuple(torch.empty(shape, dtype=k_dtype, device=ids.device) for _ in "kv")
+                 for _ in self.model.layers]
+        new, start = ids, 0
+        for _ in range(max_new_tokens):
+            logits = wide(self(new, cache=cache, start=start)[:, -1])
+            start += new.shape[1]
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                if top_k is not None:
+                    least = logits.topk(min(top_k, c.vocab_size)).values[:, -1:]
+                    logits = logits.masked_fill(logits < least, -torch.inf)
+                p = (logits / temperature).softmax(-1)
+                new = torch.multinomial(p, 1, generator=generator)
+            ids = torch.cat([ids, new], dim=1)
+        return ids
+
+    @classmethod
+    def from_pretrained(cls, path, device=None, dtype=None) -> "Motif":
+        """A model from a folder in the released layout: config.json and model.safetensors, or shards
+        with model.safetensors.index.json. Each tensor keeps its stored dtype unless one is given.
+        ValueError, one line, for a missing file and any missing, extra or misshapen tensor."""
+        from safetensors import SafetensorError, safe_open
+        path = Path(path)
+        try:
+            config = MotifConfig.from_dict(json.loads((path / "config.json").read_text()))
+        except OSError:
+            raise ValueError(f"{path}: no config.json; a model folder has one") from None
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{path}/config.json: not JSON: {e}") from None
+        with torch.device("meta"):
+            model = cls(config)
+        expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        found, stored = {}, {}
+        for file in weight_files(path):
+            try:
+                with safe_open(file, framework="pt", device=str(device or "cpu")) as f:
+                    for name in f.keys():
+                        if name.endswith("rotary_emb.inv_freq"):
+                            continue
+                        stored[name] = tuple(f.get_slice(name).get_shape())
+                        if stored[name] == expected.get(name):
+                            found[name] = f.get_tensor(name).to(dtype)
+            except (OSError, SafetensorError) as e:
+                raise ValueError(f"{file}: cannot be read: {e}") from None
+        problems = [f"missing {n}" for n in expected if n not in stored]
+        problems += [f"extra {n}" for n in stored if n not in expected]
+        problems += [f"{n} is {stored[n]}, not {shape}" for n, shape in expected.items()
+                     if stored.get(n, shape) != shape]
+        if problems:
+            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+            raise ValueError(f"{path}: tensors do not fit config.json: {'; '.join(problems[:4])}{more}")
+        model.load_state_dict(found, assign=True)
+        return model.requires_grad_()
+
+    def save_pretrained(self, path, shard_bytes: int = 5 * 10**9) -> None:
+        """Write config.json and the tensors, in the model's own dtype, in the released layout; over
+        shard_bytes in several files and an index. The folder is complete or, if this fails, has no
+        config.json of ours."""
+        from safetensors.torch import save_file
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        shards, size = [{}], 0
+        for name, t in self.state_dict().items():
+            if shards[-1] and size + t.nbytes > shard_bytes:
+                shards, size = [*shards, {}], 0
+            shards[-1][name], size = t.contiguous(), size + t.nbytes
+        names = ["model.safetensors"] if len(shards) == 1 else [
+            f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        for name, shard in zip(names, shards):
+            save_file(shard, path / f"{name}.tmp", metadata={"format": "pt"})
+            os.replace(path / f"{name}.tmp", path / name)
+        index = {"metadata": {"total_size": sum(t.nbytes for s in shards for t in s.values())},
+                 "weight_map": {key: name for name, s in zip(names, shards) for key in s}}
+        texts = {"model.safetensors.index.json": index} if len(shards) > 1 else {}
+        for name, value in {**texts, "config.json": self.config.to_dict()}.items():
+            (path / f"{name}.tmp").write_text(json.dumps(value, indent=2) + "\n")
+            os.replace(path / f"{name}.tmp", path / name)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a model folder; ValueError if it has none or lacks one."""
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        names = ["model.safetensors"]
+    else:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for name in names:
+        if not (path / name).exists():
+            raise ValueError(f"{path}: {name} is missing")
+    return [path / name for name in names]
+
+
+# ---- what a shape costs
+
+def flops_per_token(config: MotifConfig, seq_len: int, causal: bool = True) -> tuple[int, int]:
+    """(forward, backward) FLOPs per token of a sequence: 2 per weight of every product, and per
+    visible key and query head 2D for the logit and 2 Dv for the value. Backward twice that: the least
+    that the model needs, nothing recomputed. causal=False counts masked keys too."""
+    c = config
+    values = 2 * c.head_dim if c.num_noise_heads else c.head_dim
+    width = (c.num_attention_heads - c.num_noise_heads) * values
+    linear = c.hidden_size * (c.head_dim * (c.num_attention_heads + 2 * c.num_key_value_heads) + width)
+    linear += 3 * c.hidden_size * c.intermediate_size
+    keys = (seq_len + 1) / 2 if causal else seq_len
+    attention = c.num_attention_heads * keys * 2 * (c.head_dim + values)
+    forward = int(c.num_hidden_layers * (2 * linear + attention) + 2 * c.hidden_size * c.vocab_size)
+    return forward, 2 * forward
+
+
+def parameters_by_part(model: Motif) -> dict[str, int]:
+    """Part -> number of parameters, every parameter in exactly one part."""
+    parts = dict.fromkeys(("embedding", "attention matrices", "MLP matrices", "norms",
+                           "lambda vectors", "PolyNorm scalars", "head"), 0)
+    for name, p in model.named_parameters():
+        last = name.split(".")[-2]
+        part = ("embedding" if last == "embed_tokens" else "head" if last == "lm_head"
+                else "MLP matrices" if last in ("gate_proj", "up_proj", "down_proj")
+                else "attention matrices" if last.endswith("_proj")
+                else "PolyNorm scalars" if last == "act_fn"
+                else "lambda vectors" if "lambda_" in name else "norms")
+        parts[part] += p.numel()
+    return parts
+
+
+def memory_per_gpu(model: Motif, ranks: int) -> dict[str, float]:
+    """Bytes per rank under fully sharded training, activations and logits aside: fp32 weights and
+    gradients, Muon's one and AdamW's two fp32 moments, and the bf16 copies that exist unsharded at
+    once: two blocks (one computing, one arriving), embedding and head."""
+    total = sum(p.numel() for p in model.parameters())
+    muon = sum(p.numel() for p in model.matrices().values())
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    ends = total - block * len(model.model.layers)
+    return {"weights": 4 * total / ranks, "gradients": 4 * total / ranks,
+            "optimizer": (4 * muon + 8 * (total - muon)) / ranks, "gathered": 2 * (2 * block + ends)}
+
+
+def main() -> None:
+    import sys
+    from configurator import load
+    from pretrain import Config, shape_of
+    c = load(Config, sys.argv[1:], default_file="config/quickstart.py")
+    try:
+        with torch.device("meta"):
+            model = Motif(shape_of(c))
+    except ValueError as e:
+        raise SystemExit(str(e)) from None
+    parts = parameters_by_part(model)
+    for part, n in {**parts, "total": sum(parts.values())}.items():
+        print(f"{part:20s} {n:16,d}  {100 * n / sum(parts.values()):6.2f}%")
+    T = c.max_position_embeddings if c.seq_len is None else c.longest_sequence()
+    print(f"\nGFLOP per token      forward {flops_per_token(c, T)[0] / 1e9:.3f}   "
+          f"backward {flops_per_token(c, T)[1] / 1e9:.3f}   at {T} tokens, causal")
+    print("\nGiB per GPU      ranks" + "".join(f"{r:>10d}" for r in (1, 8, 64)))
+    columns = [memory_per_gpu(model, r) for r in (1, 8, 64)]
+    for key in columns[0]:
+        print(f"{key:>22s}" + "".join(f"{col[key] / 2**30:10.2f}" for col in columns))
+    print(f"{'sum':>22s}" + "".join(f"{sum(col.values()) / 2**30:10.2f}" for col in columns))
+
+
+if __name__ == "__main__":
+    main()
