@@ -5,8 +5,13 @@
 
 The factor gives Muon's update the RMS of AdamW's, so that both share one learning rate (Moonlight,
 arXiv 2502.16982). QK-clip is Kimi K2's (arXiv 2507.20534), extended to heads that share a key.
-`python muonclip.py config/motif2_12b.py` times the step on one layer's matrices.
+`python muonclip.py config/motif2_12b.py` prints what goes where and times the step on one layer.
 """
+import re
+import statistics
+import sys
+import time
+
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
@@ -32,87 +37,91 @@ def newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif",
 
         A = X X^T        X = a X + (b A + c A A) X        X_0 = G / |G|_F
 
-    G (..., m, n), each matrix by itself -> the same shape in `dtype`, to which G is cast first (it is
-    what Parallel Muon's wire carries). Tall matrices are transposed, so that A is the small side.
+    G (..., m, n), each matrix by itself -> the same shape in `dtype`, to which G is cast first (it
+    is what Parallel Muon's wire carries). A tall one is transposed, so that A is the small side.
     Scaled by its largest entry before the norm: 1e30 G and 1e-30 G give the same, and 0 gives 0.
     ValueError for an unknown table or too many steps."""
     if coefficients not in COEFFICIENTS or not 1 <= steps <= 5:
         raise ValueError(f"newton_schulz has 1 to 5 steps of {', '.join(COEFFICIENTS)}; "
                          f"not {steps} of {coefficients!r}")
+    if G.ndim > 2:
+        return torch.stack([newton_schulz(g, steps, coefficients, dtype) for g in G])
     X = G.to(dtype)
-    tall = X.shape[-2] > X.shape[-1]
+    tall = len(X) > X.shape[1]
     if tall:
-        X = X.mT
-    tiny = torch.finfo(dtype).tiny
-    X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=tiny)
-    norm = torch.linalg.matrix_norm(X.float(), keepdim=True).clamp(min=1)  # an entry is 1, or all are 0
-    X = X / (norm * (1.02 if coefficients == "polar_express" else 1)).to(dtype)
+        X = X.T
+    least, most = X.aminmax()
+    X = X / torch.maximum(-least, most).clamp(min=torch.finfo(dtype).tiny)
+    norm = torch.linalg.vector_norm(X).clamp(min=1)                 # an entry is 1, or all are 0
+    X /= norm * 1.02 if coefficients == "polar_express" else norm
     for a, b, c in COEFFICIENTS[coefficients][:steps]:
-        A = X @ X.mT
-        X = a * X + (b * A + c * (A @ A)) @ X
-    return X.mT if tall else X
+        A = X @ X.T
+        X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X.T if tall else X
 
 
 @torch.no_grad()
 def qk_clip(q_weight: Tensor, k_weight: Tensor, max_logits: Tensor, kv_map, head_dim: int,
             tau: float) -> Tensor:
-    """Scale the rows of q and k in place so that no head's logits exceed tau (Kimi K2, section 2.1).
+    """Scale rows of q and k in place so that no head's logits exceed tau (Kimi K2, section 2.1).
 
-        gamma_h = min(1, tau / S_h)      s_k = sqrt(min of gamma over the heads that read key head k)
+        gamma_h = min(1, tau / S_h)      s_k = sqrt(min of gamma over the heads reading key head k)
         key k's rows *= s_k              head h's query rows *= gamma_h / s_kv_map[h]
 
     so that every head's logits are multiplied by exactly its own gamma, whoever shares its key.
-    q_weight (H D, hidden), k_weight (K D, hidden), max_logits (H,): S, the largest logit of the step's
-    own forward, kv_map (H,): the key head that each query head reads -> gamma (H,). Needs no host
-    sync. A logit that is not finite raises RuntimeError (on a GPU at the next sync)."""
+    q_weight (H D, hidden), k_weight (K D, hidden), max_logits (H,): S, the largest logit of the
+    step's own forward, kv_map (H,): the key head that each query head reads -> gamma (H,). Needs no
+    host sync. A logit that is not finite raises RuntimeError (on a GPU at the next sync)."""
     torch._assert_async((max_logits < torch.inf).all(), "QK-clip: an attention logit is not finite")
     kv_map = torch.as_tensor(kv_map, device=max_logits.device)
     gamma = torch.where(max_logits > tau, tau / max_logits, 1)
-    s = gamma.new_ones(k_weight.shape[0] // head_dim)
-    s = s.scatter_reduce(0, kv_map, gamma, "amin").sqrt()
+    s = gamma.new_ones(len(k_weight) // head_dim).scatter_reduce(0, kv_map, gamma, "amin").sqrt()
     q_weight.view(-1, head_dim, q_weight.shape[1]).mul_((gamma / s[kv_map])[:, None, None])
     k_weight.view(-1, head_dim, k_weight.shape[1]).mul_(s[:, None, None])
     return gamma
 
 
 class MuonClip(torch.optim.Optimizer):
-    """MuonClip(muon_params, adamw_params, lr=...): who gets which rule is said by the two lists and by
-    nothing else. AdamW decays embeddings and head, and no vector or scalar.
+    """MuonClip(muon_params, adamw_params, lr=...): who gets which rule is said by the two lists and
+    by nothing else. AdamW decays embeddings and head, and no vector or scalar.
 
     muon_params: matrices (m, n), or stacks (..., m, n) orthogonalised slice by slice.
-    qk: [(q_weight, k_weight), ...] of the layers, with kv_map and head_dim as in qk_clip; step() then
-    takes max_logits (layers, heads) and clips after the update; `clipped` counts the heads, as a
-    tensor. dtype: in which Newton-Schulz runs. State is fp32 and made here. Muon keeps the sum form
-    of the momentum, and its weight decay takes the learning rate unscaled. `update_rms` holds the RMS
-    of each matrix's last update, over lr. ValueError for a vector among muon_params."""
+    qk: [(q_weight, k_weight), ...] of the layers, with kv_map and head_dim as in qk_clip; step()
+    then takes max_logits (layers, heads) and clips after the update; `clipped` counts the heads, as
+    a tensor. steps, coefficients, dtype: of newton_schulz. State is made here, so that a checkpoint
+    can be read into it at once. Muon keeps the sum form of the momentum, and its weight decay takes
+    the learning rate unscaled. update_rms[p]: RMS of a matrix's last update, over lr, as a tensor.
+    ValueError for a vector among muon_params, and for half precision: a bf16 weight swallows any
+    update below its 512th part."""
 
     def __init__(self, muon_params, adamw_params, *, lr: float, momentum: float = 0.95,
-                 nesterov: bool = True, weight_decay: float = 0.1, betas=(0.9, 0.95), eps: float = 1e-8,
-                 steps: int = 5, coefficients: str = "motif", dtype: torch.dtype = torch.bfloat16,
-                 qk=(), kv_map=None, head_dim: int | None = None, tau: float = 100.0):
+                 nesterov: bool = True, weight_decay: float = 0.1, betas=(0.9, 0.95),
+                 eps: float = 1e-8, steps: int = 5, coefficients: str = "motif",
+                 dtype: torch.dtype = torch.bfloat16, qk=(), kv_map=None,
+                 head_dim: int | None = None, tau: float = 100.0):
         muon, rest = list(muon_params), list(adamw_params)
         if any(p.ndim < 2 for p in muon):
-            raise ValueError("Muon orthogonalises matrices; give vectors and scalars to adamw_params")
+            raise ValueError("Muon takes matrices; give vectors and scalars to adamw_params")
+        if any(p.dtype not in (torch.float32, torch.float64) for p in muon + rest):
+            raise ValueError("MuonClip trains fp32 weights; call model.float() first")
         adam = dict(kind="adamw", betas=betas, eps=eps)
         groups = [
-            dict(kind="muon", params=muon, momentum=momentum, nesterov=nesterov, steps=steps,
-                 coefficients=coefficients, dtype=dtype, weight_decay=weight_decay),
+            dict(kind="muon", params=muon, momentum=momentum, nesterov=nesterov,
+                 weight_decay=weight_decay),
             dict(adam, params=[p for p in rest if p.ndim > 1], weight_decay=weight_decay),
             dict(adam, params=[p for p in rest if p.ndim < 2], weight_decay=0.0)]
         super().__init__([g for g in groups if g["params"]], dict(lr=lr))
+        self.newton_schulz = dict(steps=steps, coefficients=coefficients, dtype=dtype)
         self.qk, self.head_dim, self.tau = list(qk), head_dim, tau
         self.clipped: Tensor | None = None
+        self.update_rms: dict[Tensor, Tensor] = {}
         if self.qk:
             self.kv_map = torch.as_tensor(kv_map, device=self.qk[0][0].device)
-        for group in self.param_groups:
-            for p in group["params"]:
-                def zeros():
-                    return torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-                if group["kind"] == "muon":
-                    self.state[p] = {"momentum": zeros()}
-                else:
-                    self.state[p] = {"step": torch.zeros((), device=p.device if p.is_cuda else "cpu"),
-                                     "exp_avg": zeros(), "exp_avg_sq": zeros()}
+        for p in muon:
+            self.state[p] = {"momentum": torch.zeros_like(p)}
+        for p in rest:
+            self.state[p] = {"step": torch.zeros((), device=p.device if p.is_cuda else "cpu"),
+                             "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
     @torch.no_grad()
     def step(self, closure=None, *, max_logits: Tensor | None = None):
@@ -132,30 +141,107 @@ class MuonClip(torch.optim.Optimizer):
         return loss
 
     def _muon(self, group, params) -> None:
-        mu, lr = group["momentum"], group["lr"]
-        grads = [p.grad for p in params]
-        buffers = [self.state[p]["momentum"] for p in params]
-        torch._foreach_mul_(buffers, mu)
-        torch._foreach_add_(buffers, grads)
-        updates = torch._foreach_add(grads, buffers, alpha=mu) if group["nesterov"] else buffers
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        for p, O in zip(params, self._orthogonalize(group, updates)):
-            p.add_(O, alpha=-lr * update_scale(p))
+        updates = (self._momentum(group, p) for p in params)
+        for p, O in zip(params, self._orthogonalize(updates)):
+            scale = 0.2 * max(p.shape[-2:]) ** 0.5        # gives O the RMS of AdamW's update
+            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(O, alpha=-group["lr"] * scale)
+            self.update_rms[p] = torch.linalg.vector_norm(O) * (scale / O.numel() ** 0.5)
 
-    def _orthogonalize(self, group, updates):
-        """Newton-Schulz of each update, in order. Whole matrices on one process; over many ranks this
-        is where Parallel Muon deals them to their owners."""
+    def _momentum(self, group, p) -> Tensor:
+        """Adds the gradient to the momentum -> u, from which the update is made."""
+        M, mu = self.state[p]["momentum"], group["momentum"]
+        torch.add(p.grad, M, alpha=mu, out=M)
+        return torch.add(p.grad, M, alpha=mu) if group["nesterov"] else M
+
+    def _orthogonalize(self, updates):
+        """Newton-Schulz of each update as it comes, in order. One process does whole matrices; over
+        many ranks this is where Parallel Muon deals them to their owners, chunk by chunk."""
         for u in updates:
-            yield newton_schulz(u, group["steps"], group["coefficients"], group["dtype"])
+            yield newton_schulz(u, **self.newton_schulz)
 
     def _adamw(self, group, params) -> None:
-        states = [self.state[p] for p in params]
+        states, (beta1, beta2) = [self.state[p] for p in params], group["betas"]
         adamw(params, [p.grad for p in params], [s["exp_avg"] for s in states],
               [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
-              fused=params[0].is_cuda, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1],
-              lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+              fused=params[0].is_cuda, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2,
+              lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"])
+
+    def load_state_dict(self, state_dict) -> None:
+        """Copy a state into the one made at construction, which keeps its memory, type and device
+        (torch's own method would share memory with `state_dict` and leave AdamW's step on the CPU).
+        ValueError if it belongs to other parameters."""
+        saved = state_dict["param_groups"]
+        pairs = [(self.state[p], state_dict["state"].get(i, {}))
+                 for group, other in zip(self.param_groups, saved)
+                 for p, i in zip(group["params"], other["params"])]
+        if ([len(g["params"]) for g in self.param_groups] != [len(g["params"]) for g in saved]
+                or any({k: t.shape for k, t in mine.items()} != {k: t.shape for k, t in its.items()}
+                       for mine, its in pairs)):
+            raise ValueError("the saved optimizer state belongs to other parameters")
+        for mine, its in pairs:
+            for key, t in mine.items():
+                t.copy_(its[key])
+        for group, other in zip(self.param_groups, saved):
+            group.update({k: v for k, v in other.items() if k != "params"})
 
 
-def update_scale(p: Tensor) -> float:
-    """0.2 sqrt(max(rows, columns)): an orthogonal matrix of that shape then has AdamW's usual RMS."""
-    return 0.2 * max(p.shape[-2:]) ** 0.5
+def for_model(model, *, lr: float, optimizer: str = "muonclip", **options) -> MuonClip:
+    """MuonClip of a model.Motif: its matrices to Muon, all else to AdamW, QK-clip on every layer.
+    optimizer="adamw", to compare: everything to AdamW and no QK-clip. options: MuonClip's.
+    ValueError for another optimizer."""
+    if optimizer not in ("muonclip", "adamw"):
+        raise ValueError(f"optimizer must be 'muonclip' or 'adamw', not {optimizer!r}")
+    if optimizer == "adamw":
+        return MuonClip([], model.parameters(), lr=lr, **options)
+    matrices = set(model.matrices().values())
+    layers = [block.self_attn for block in model.model.layers]
+    return MuonClip(model.matrices().values(), [p for p in model.parameters() if p not in matrices],
+                    lr=lr, qk=[(layer.q_proj.weight, layer.k_proj.weight) for layer in layers],
+                    kv_map=model.config.kv_map, head_dim=model.config.head_dim, **options)
+
+
+def describe_routing(model, optimizer: MuonClip) -> str:
+    """A line for each group of the optimizer: its rule, and who is in it, layers run together."""
+    places = r"^model\.|layers\.\d+\.|self_attn\.|mlp\.|\.weight$"
+    names, lines = {p: re.sub(places, "", name) for name, p in model.named_parameters()}, []
+    for group in optimizer.param_groups:
+        params = group["params"]
+        lines.append(f"{group['kind']}, weight decay {group['weight_decay']}: "
+                     f"{sum(p.numel() for p in params):,d} in {len(params)} tensors: "
+                     + ", ".join(dict.fromkeys(names[p] for p in params)))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    from configurator import load
+    from model import Motif
+    from pretrain import Config, shape_of
+    c = load(Config, sys.argv[1:], default_file="config/quickstart.py")
+    try:
+        with torch.device("meta"):
+            model = Motif(shape_of(c))
+    except ValueError as e:
+        raise SystemExit(str(e)) from None
+    print(describe_routing(model, for_model(model, lr=c.lr)))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layer = [torch.randn(p.shape, device=device, requires_grad=True)
+             for p in list(model.matrices().values())[:7]]
+    for p in layer:
+        p.grad = torch.randn_like(p)
+    times = {MuonClip(layer, [], lr=1e-3): [],
+             torch.optim.Muon(layer, lr=1e-3, adjust_lr_fn="match_rms_adamw"): []}
+    for _ in range(21):                      # in turn, so that both meet the same neighbours
+        for optimizer, ms in times.items():
+            start = time.perf_counter()
+            optimizer.step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            ms.append(1e3 * (time.perf_counter() - start))
+    ours, torchs = (sorted(ms[1:]) for ms in times.values())
+    for name, ms in ("MuonClip", ours), ("torch.optim.Muon", torchs):
+        print(f"{name:18s}{statistics.median(ms):10.2f} ms  ({ms[0]:.2f} to {ms[-1]:.2f})")
+    print(f"one layer on {device}, ratio {statistics.median(ours) / statistics.median(torchs):.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+# pretrain.py: Motif-2.6B, the seed that Motif-2-12.7B grew from (arXiv 2508.09148)
+#
+# Every published value; [ours] marks a choice of this project where nothing is published.
+
+vocab_size = 219520
+hidden_size = 2048
+intermediate_size = 8192
+num_hidden_layers = 32
+num_attention_heads = 16         # 8 signal and 8 noise: plain differential attention
+num_noise_heads = 8
+num_key_value_heads = 16         # 8 pairs
+head_dim = 128
+rms_norm_eps = 1e-6
+attn_rms_norm_eps = 1e-5
+rope_theta = 10_000.0            # until the context grows; 500,000 then
+max_position_embeddings = 16384
+tie_word_embeddings = True
+
+tokenizer = "Motif-2.6B/tokenizer.json"  # from the Hub: Motif-Technologies/Motif-2.6B
+domains = {                      # shares as published, linear from first to last step; sets [ours]: open
+    "web": ["HuggingFaceFW/fineweb", 0.68, 0.33],
+    "multilingual": ["HuggingFaceFW/fineweb-2?name=cmn_Hani", 0.07, 0.00],
+    "korean": ["HuggingFaceFW/fineweb-2?name=kor_Hang", 0.01, 0.30],
+    "academic": ["common-pile/peS2o", 0.06, 0.03],
+    "specialised": ["common-pile/pubmed", 0.05, 0.01],
+    "code": ["codeparrot/codeparrot-clean?text=content", 0.10, 0.18],
+    "math": ["open-web-math/open-web-math", 0.02, 0.10],
+    "reasoning": ["nvidia/OpenMathReasoning?split=cot&text=problem,generated_solution", 0.01, 0.05],
+}
+
+max_steps = None
+max_tokens = 2_500_000_000_000   # [ours] of the order that the report states
+seq_len = [[0, 4096], [2_000_000_000_000, 16384]]  # lengths as published; the place [ours]
+batch_tokens = 2**23             # [ours] 8M
+micro_tokens = 16384
+lr = 5e-4                        # [ours] a little above the 12.7B model's
+warmup_steps = 2000              # [ours]
+decay_fraction = 0.2             # [ours]
+min_lr = 0.1
+
+log_every = 10
+eval_every = 1000
+eval_tokens = 2**20
+save_every = 500
+keep_every = 10_000
+prompts = ["The city of", "def fibonacci(n):", "Theorem. Let"]

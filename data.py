@@ -1,0 +1,967 @@
+"""Data: text -> shards of tokens -> a curriculum -> batches.
+
+    load_tokenizer(name)      byte, a tiktoken name, a .tiktoken file or a tokenizer.json
+    prepare(...)              the domains' sources -> shards on disk; parallel, resumable
+    Plan(...)                 step -> sequence length, rows and every domain's share; opens no data
+    Corpus(...).batch(step)   a pure function of (seed, step), whoever reads it and however many do
+
+Tokens are the one clock: mixture, batch and sequence length are functions of the tokens seen.
+A domain's source is one of
+    builtin:code  builtin:language  builtin:math  builtin:science      at the end of this file
+    books/*.jsonl?text=body    local files: .jsonl, .txt, .parquet, also .gz, .bz2, .xz; a column
+    owner/name?name=CONFIG&split=train&text=column     a dataset of the Hugging Face Hub, streamed
+`python data.py config/X.py` prepares what is missing and prints the plan.
+"""
+import ast
+import base64
+import bz2
+import glob
+import gzip
+import hashlib
+import inspect
+import json
+import lzma
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import struct
+import sys
+import sysconfig
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from fractions import Fraction
+from functools import cached_property, partial
+from itertools import takewhile
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+import numpy as np
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str as GPT2_PATTERN
+
+# The turn format of the Motif family: every tokenizer gets those it lacks, after its own ids.
+BEGIN, END = "<|beginoftext|>", "<|endoftext|>"
+SPECIALS = (BEGIN, END, "<|startofturn|>", "<|endofturn|>", "<|system|>", "<|user|>",
+            "<|assistant|>")
+
+HEADER = struct.Struct("<8sIIQ32s32s")  # magic, version, bytes per token, tokens, SHA-256 of the
+MAGIC, VERSION = b"nnMotif\0", 1        # tokens, tokenizer fingerprint; the tokens follow
+HOLD_OUT = 50                           # one document in so many is for validation
+UNIT_BYTES = 2**25                      # local text per shard; a shard is the unit of preparing
+PROBLEMS_PER_UNIT = 1000                # likewise of the generators: about 0.3 MB
+MAX_UNITS = 100_000                     # where a generator ends
+
+
+# ---- tokenizers
+
+def load_tokenizer(name: str) -> tiktoken.Encoding:
+    """The tokenizer of that name: "byte" (256 + specials, needs nothing), one of tiktoken's names
+    (downloaded once), a .tiktoken file (split by GPT-2's pattern, which such a file does not state)
+    or a tokenizer.json of byte-level BPE. ValueError if it cannot be had."""
+    specials = {}
+    if name == "byte":
+        pattern, ranks = r"(?s).{1,64}", {bytes([i]): i for i in range(256)}
+    elif name.endswith((".tiktoken", ".json")):
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+            if name.endswith(".json"):
+                pattern, ranks, specials = read_tokenizer_json(json.loads(text))
+            else:
+                pairs = (line.split() for line in text.splitlines() if line)
+                pattern, ranks = GPT2_PATTERN, {base64.b64decode(t): int(r) for t, r in pairs}
+        except OSError as e:
+            raise ValueError(f"tokenizer {name}: {e.strerror}") from None
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"tokenizer {name}: {e}") from None
+    elif name in tiktoken.list_encoding_names():
+        try:
+            known = tiktoken.get_encoding(name)
+        except Exception as e:  # requests' errors, which need not be installed to be named
+            raise ValueError(f"tokenizer {name} could not be downloaded ({type(e).__name__}); "
+                             "--tokenizer=byte needs no network") from None
+        pattern, ranks, specials = known._pat_str, known._mergeable_ranks, known._special_tokens
+    else:
+        raise ValueError(f"tokenizer {name!r} is neither 'byte', a .tiktoken file, a "
+                         f"tokenizer.json nor one of {', '.join(tiktoken.list_encoding_names())}")
+    size = 1 + max([*ranks.values(), *specials.values()])
+    missing = [token for token in SPECIALS if token not in specials]
+    specials = {**specials, **{token: size + i for i, token in enumerate(missing)}}
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+
+
+def read_tokenizer_json(spec: dict) -> tuple[str, dict[bytes, int], dict[str, int]]:
+    """A Hugging Face tokenizer.json of byte-level BPE -> split pattern, token bytes -> id, special
+    tokens. ValueError names the part that tiktoken's form of BPE cannot express."""
+    model, pre = spec["model"], spec["pre_tokenizer"] or {}
+    steps = pre.get("pretokenizers", [pre])
+    splits = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]
+    kinds = [step["type"] for step in steps]
+    byte_level = steps[-1] if kinds[-1] == "ByteLevel" else {}
+    if model["type"] != "BPE" or spec.get("normalizer") or kinds not in (
+            ["ByteLevel"], ["Split", "ByteLevel"]) or byte_level.get("add_prefix_space"):
+        raise ValueError("only byte-level BPE without normalizer or prefix space is read, not "
+                         f"{model['type']}, {spec.get('normalizer')}, {' + '.join(kinds)}")
+    # GPT-2's alphabet: printable bytes stand for themselves, the others for 256, 257, ...
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in shown]
+    byte = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(others)}
+    specials = {t["content"]: t["id"] for t in spec["added_tokens"]}
+    ranks = {bytes(byte[c] for c in token): i for token, i in model["vocab"].items()
+             if token not in specials}
+    pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+    order = [model["vocab"][a + b] for a, b in pairs]
+    if order != sorted(order):
+        raise ValueError("its merges are not in the order of their ids, which tiktoken needs")
+    return (splits or [GPT2_PATTERN])[0], ranks, specials
+
+
+def fingerprint(tokenizer: tiktoken.Encoding) -> bytes:
+    """32 bytes that differ between tokenizers that could give different ids."""
+    parts = (tokenizer._pat_str, sorted(tokenizer._mergeable_ranks.items(), key=lambda x: x[1]),
+             sorted(tokenizer._special_tokens.items()))
+    return hashlib.sha256(repr(parts).encode()).digest()
+
+
+def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
+    """(n_vocab,) bytes of text that each id stands for, 0 for specials: for bits per byte."""
+    length = np.zeros(tokenizer.n_vocab, dtype=np.int64)
+    for token, i in tokenizer._mergeable_ranks.items():
+        length[i] = len(token)
+    return length
+
+
+def encode_document(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
+    """begin of text, the text's tokens, end of text. A special token's spelling is plain text."""
+    ends = tokenizer._special_tokens
+    return [ends[BEGIN], *tokenizer.encode_ordinary(text), ends[END]]
+
+
+def decode(tokenizer: tiktoken.Encoding, ids: list[int]) -> str:
+    """The text of ids. Rows of the embedding that no token has, which an untrained model samples,
+    give U+FFFD, as bytes that are not UTF-8 do."""
+    known = range(tokenizer.n_vocab)
+    parts = [tokenizer.decode_single_token_bytes(i) if i in known else b"\xff" for i in ids]
+    return b"".join(parts).decode("utf-8", "replace")
+
+
+# ---- shards
+
+class ShardWriter:
+    """A shard in the making, under a temporary name until close()."""
+
+    def __init__(self, path: Path, tokenizer: tiktoken.Encoding):
+        self.path, self.tokenizer = path, fingerprint(tokenizer)
+        self.dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
+        self.tokens, self.checksum = 0, hashlib.sha256()
+        self.file = open(f"{path}.tmp", "wb")
+        self.file.seek(HEADER.size)
+
+    def add(self, ids: list[int]) -> None:
+        data = np.array(ids, self.dtype).tobytes()
+        self.checksum.update(data)
+        self.file.write(data)
+        self.tokens += len(ids)
+
+    def close(self) -> int:
+        """Header, fsync, rename -> tokens."""
+        self.file.seek(0)
+        self.file.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, self.tokens,
+                                    self.checksum.digest(), self.tokenizer))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(f"{self.path}.tmp", self.path)
+        return self.tokens
+
+
+class Shard:
+    """A shard on disk, mapped. The header and the size are checked at once, the checksum when it is
+    first read. ValueError, naming the file, for one that is foreign, truncated or corrupted."""
+
+    def __init__(self, path: Path, tokenizer: bytes | None = None):
+        self.path, self.verified = path, False
+        try:
+            size, head = path.stat().st_size, path.open("rb").read(HEADER.size)
+        except OSError as e:
+            raise ValueError(f"shard {path}: {e.strerror}") from None
+        if len(head) < HEADER.size or not head.startswith(MAGIC):
+            raise ValueError(f"{path} is not a shard of this project; {self.remedy()}")
+        _, version, itemsize, self.tokens, self.checksum, made_by = HEADER.unpack(head)
+        if version != VERSION or itemsize not in (2, 4):
+            raise ValueError(f"{path} has shard version {version}, not {VERSION}; {self.remedy()}")
+        if tokenizer not in (None, made_by):
+            raise ValueError(f"{path} was made with another tokenizer; {self.remedy()}")
+        if size != HEADER.size + itemsize * self.tokens:
+            raise ValueError(f"{path} is truncated: {size} bytes, not "
+                             f"{HEADER.size + itemsize * self.tokens}; {self.remedy()}")
+        shape, dtype = (self.tokens,), f"<u{itemsize}"
+        self.ids = (np.memmap(path, dtype, "r", HEADER.size, shape) if self.tokens
+                    else np.empty(shape, dtype))
+
+    def remedy(self) -> str:
+        return f"delete {self.path.parent} and prepare again"
+
+    def sequences(self, T: int) -> int:
+        """How many sequences of T tokens and the target after them; neighbours share one token."""
+        return max(0, self.tokens - 1) // T
+
+    def read(self, i: int, T: int) -> np.ndarray:
+        """Sequence i: T + 1 ids."""
+        if not self.verified:
+            if hashlib.sha256(self.ids).digest() != self.checksum:
+                raise ValueError(f"{self.path} is corrupted: its checksum differs; {self.remedy()}")
+            self.verified = True
+        return self.ids[i * T:i * T + T + 1]
+
+
+# ---- sources: a source is cut into units, a unit yields documents
+
+def units_of(source: str) -> list[partial]:
+    """A source's units in a fixed order, each a picklable function that yields documents.
+    ValueError for a source that cannot be."""
+    place, _, query = source.partition("?")
+    options = dict(parse_qsl(query))
+    unknown = [key for key in options if key not in ("text", "name", "split")]
+    if unknown:
+        raise ValueError(f"source {source!r}: option {unknown[0]!r} is not text, name or split")
+    columns = options.get("text", "text").split(",")
+    if place.startswith("builtin:"):
+        kind = place.removeprefix("builtin:")
+        if kind in PROBLEMS:
+            return [partial(problems, kind, i) for i in range(MAX_UNITS)]
+        if kind not in ("code", "language"):
+            known = ", ".join(("code", "language", *PROBLEMS))
+            raise ValueError(f"source {source!r}: builtin are {known}")
+        return [partial(library, kind, i) for i in range(LIBRARY_UNITS)]
+    if place.endswith(READABLE):
+        return local_units(place, columns)
+    if place.count("/") == 1:
+        return hub_units(place, columns, options)
+    raise ValueError(f"source {source!r} is neither builtin:..., files ending in "
+                     f"{', '.join(READABLE[:3])}, nor a dataset owner/name of the Hub")
+
+
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+READABLE = (".jsonl", ".txt", ".parquet",
+            *(kind + end for kind in (".jsonl", ".txt") for end in COMPRESSED))
+
+
+def local_files(pattern: str) -> list[Path]:
+    """The files of a glob, sorted; ValueError if there is none."""
+    files = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
+    if not files:
+        raise ValueError(f"no file matches {pattern}; give a path or a glob of existing files")
+    return files
+
+
+def local_units(pattern: str, columns: list[str]) -> list[partial]:
+    """Units of about UNIT_BYTES: large plain files are cut (at line ends), small ones gathered."""
+    units, gathered, size = [], [], 0
+    for path in local_files(pattern):
+        total, plain = path.stat().st_size, path.suffix in (".jsonl", ".txt")
+        pieces = max(1, total // UNIT_BYTES) if plain else 1
+        for i in range(pieces):
+            gathered.append((path, i * total // pieces, (i + 1) * total // pieces))
+            size += gathered[-1][2] - gathered[-1][1]
+            if size >= UNIT_BYTES:
+                units.append(partial(read_pieces, gathered, columns))
+                gathered, size = [], 0
+    return [*units, partial(read_pieces, gathered, columns)] if gathered else units
+
+
+def read_pieces(pieces: list[tuple[Path, int, int]], columns: list[str]):
+    """The documents of some pieces of files: rows of jsonl and parquet; of txt, whole paragraphs of
+    at least 4,096 characters together."""
+    for path, start, end in pieces:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+            table = pyarrow.parquet.ParquetFile(path)
+            for i, batch in enumerate(table.iter_batches(batch_size=1024)):
+                for j, row in enumerate(batch.to_pylist()):
+                    yield text_of(row, columns, f"{path}: row {1024 * i + j}")
+        elif ".jsonl" in path.suffixes:
+            for place, line in lines_of(path, start, end):
+                try:
+                    row = json.loads(line) if line.strip() else None
+                except ValueError as e:
+                    raise ValueError(f"{path}: {place}: not JSON: {e}") from None
+                if row is not None:
+                    yield text_of(row, columns, f"{path}: {place}")
+        else:
+            text = ""
+            for _, line in lines_of(path, start, end):
+                text += line.decode("utf-8", "replace")
+                if len(text) >= 4096 and not line.strip():
+                    yield text
+                    text = ""
+            yield text
+
+
+def lines_of(path: Path, start: int, end: int):
+    """(place, line) of the lines that begin in [start, end) of a file; all of a compressed one."""
+    opener = COMPRESSED.get(path.suffix)
+    with (opener or open)(path, "rb") as file:
+        if opener is None and start:
+            file.seek(start - 1)
+            start += len(file.readline()) - 1      # a line belongs to the piece in which it begins
+        for line in file:
+            if opener is None and start >= end:
+                return
+            yield f"byte {start}", line
+            start += len(line)
+
+
+def text_of(row: dict, columns: list[str], place: str) -> str:
+    """The text of a row: its columns, a blank line between. ValueError if one is not there."""
+    if not isinstance(row, dict) or not all(isinstance(row.get(c), str) for c in columns):
+        has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(f"{place}: no text in column {','.join(columns)}; it has {has}: name the "
+                         "right one with ?text=COLUMN")
+    return "\n\n".join(row[c] for c in columns)
+
+
+def hub_units(name: str, columns: list[str], options: dict) -> list[partial]:
+    """One unit for each file of a Hub dataset. ValueError if it cannot be opened."""
+    try:
+        files = open_hub(name, options).n_shards
+    except Exception as e:  # datasets raises a dozen kinds, all with a message worth one line
+        line = (str(e).splitlines() or [""])[0][:200]
+        raise ValueError(f"dataset {name} cannot be opened: {type(e).__name__}: {line}") from None
+    return [partial(read_hub, name, columns, options, i, files) for i in range(files)]
+
+
+def open_hub(name: str, options: dict):
+    from datasets import load_dataset
+    split = options.get("split", "train")
+    return load_dataset(name, options.get("name"), split=split, streaming=True)
+
+
+def read_hub(name: str, columns: list[str], options: dict, i: int, files: int):
+    """The documents of file i."""
+    for j, row in enumerate(open_hub(name, options).shard(files, i)):
+        yield text_of(row, columns, f"{name}: file {i}, row {j}")
+
+
+# ---- preparing
+
+class Store:
+    """The shards of one domain: a folder data_dir/<domain>-<key>, the key made of tokenizer and
+    source (of local files their sizes and dates too), so that another source never meets old
+    shards. It holds train-N.bin and val-N.bin for unit N; manifest.json has the tokens of units 0,
+    1, ... and whether those are all."""
+
+    def __init__(self, domain: str, source: str, tokenizer: tiktoken.Encoding, data_dir: str):
+        self.domain, self.source, self.tokenizer = domain, source, fingerprint(tokenizer)
+        what, place = [source, self.tokenizer.hex(), HOLD_OUT], source.partition("?")[0]
+        if place.startswith("builtin:"):
+            what.append(sys.version)               # another Python holds other text
+        elif place.endswith(READABLE):
+            stats = ((str(path), path.stat()) for path in local_files(place))
+            what += [(path, s.st_size, s.st_mtime_ns) for path, s in stats]
+        key = hashlib.sha256(repr(what).encode()).hexdigest()[:10]
+        self.folder = Path(data_dir) / f"{domain}-{key}"
+        self.manifest, self.tokens, self.whole = self.folder / "manifest.json", [], False
+        if self.manifest.exists():
+            state = json.loads(self.manifest.read_text())
+            self.tokens, self.whole = state["tokens"], state["whole"]
+
+    def path(self, part: str, unit: int) -> Path:
+        return self.folder / f"{part}-{unit:05d}.bin"
+
+    def has(self, need: int) -> bool:
+        """Whether the units prepared so far hold `need` tokens, or all that the source has."""
+        return self.whole or sum(self.tokens) >= need
+
+    def open(self, part: tuple[int, int]) -> None:
+        """Look for what is there and what is to do: units, queue (numbers of those to do in this
+        part) and made (tokens of those done)."""
+        self.units, self.made, self.queue = units_of(self.source), 0, []
+        for i in range(part[0], len(self.units), part[1]):
+            if self.path("train", i).exists():
+                self.made += Shard(self.path("train", i), self.tokenizer).tokens
+            else:
+                self.queue.append(i)
+
+    def close(self) -> None:
+        """Take in the shards from unit 0 on without a gap and write the manifest. ValueError, and
+        no folder left, if the source has no text."""
+        paths = (self.path("train", i) for i in range(len(self.tokens), len(self.units)))
+        for path in takewhile(Path.exists, paths):
+            self.tokens.append(Shard(path, self.tokenizer).tokens)
+        self.whole = len(self.tokens) == len(self.units)
+        if not sum(self.tokens):
+            shutil.rmtree(self.folder)
+            raise ValueError(f"domain {self.domain!r}: {self.source} has no text")
+        state = {"source": self.source, "tokens": self.tokens, "whole": self.whole}
+        self.manifest.with_suffix(".tmp").write_text(json.dumps(state) + "\n")
+        os.replace(self.manifest.with_suffix(".tmp"), self.manifest)
+
+    def shards(self, part: str, need: int) -> list[Shard]:
+        """The first units that hold `need` tokens together: what a run reads follows from its
+        config, however much more is prepared later. ValueError for a shard that is damaged."""
+        enough = range(len(self.tokens))[:np.searchsorted(np.cumsum(self.tokens), need) + 1]
+        return [Shard(self.path(part, i), self.tokenizer) for i in enough]
+
+
+def tokenize_unit(tokenizer_name: str, unit: partial, number: int, train: Path, val: Path) -> int:
+    """Write one unit's two shards -> tokens for training. Every HOLD_OUT-th document is held out,
+    counted from the unit's number, so that who prepares which unit does not matter."""
+    tokenizer = load_tokenizer(tokenizer_name)
+    held_out, kept = ShardWriter(val, tokenizer), ShardWriter(train, tokenizer)
+    for i, text in enumerate(filter(str.strip, unit())):
+        writer = held_out if (number + i) % HOLD_OUT == 0 else kept
+        writer.add(encode_document(tokenizer, text))
+    held_out.close()
+    return kept.close()                            # appears last: a unit is whole or not there
+
+
+def prepare(domains: dict, tokenizer_name: str, data_dir: str, need: dict[str, int],
+            part: tuple[int, int] = (0, 1), workers: int | None = None) -> dict[str, Store]:
+    """Make what is missing of `need` tokens for every domain (name -> (source, ...)) -> stores.
+    Units that are there are kept, so it goes on where it was cut. part (i, n): the i-th of n
+    machines that share data_dir does every n-th unit; a last call without part takes all in.
+    ValueError for a source that is missing, malformed or without text, or a disk too small."""
+    tokenizer, workers = load_tokenizer(tokenizer_name), workers or os.cpu_count()
+    stores = {name: Store(name, d[0], tokenizer, data_dir) for name, d in domains.items()}
+    todo = [store for name, store in stores.items() if not store.has(need[name])]
+    if not todo:
+        return stores
+    for store in todo:
+        store.open(part)
+    share = {store: need[store.domain] / part[1] for store in todo}
+    announce(share, tokenizer, Path(data_dir), workers)
+    begin, running = time.time(), {}               # future -> store
+    try:
+        for store in todo:
+            store.folder.mkdir(parents=True, exist_ok=True)
+        with ProcessPoolExecutor(workers, initializer=signal.signal,
+                                 initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+            while True:
+                while len(running) < workers:      # the domain that is furthest behind comes next
+                    behind = [s for s in todo if s.queue and s.made < share[s]]
+                    if not behind:
+                        break
+                    busy = list(running.values())
+                    store = min(behind, key=lambda s: (busy.count(s), s.made / share[s]))
+                    i = store.queue.pop(0)
+                    running[pool.submit(tokenize_unit, tokenizer_name, store.units[i], i,
+                                        store.path("train", i), store.path("val", i))] = store
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    running.pop(future).made += future.result()
+                done = sum(min(s.made, share[s]) for s in todo) / sum(share.values())
+                left = (time.time() - begin) * (1 / max(done, 1e-3) - 1)
+                progress(f"  {done:4.0%} of the tokens, {left:.0f} s left")
+        progress()
+        if part[1] == 1:
+            for store in todo:
+                store.close()
+    except BrokenProcessPool:
+        raise ValueError("a process that prepared data was killed, perhaps for lack of memory; "
+                         "try --workers=1") from None
+    finally:
+        for store in todo:                         # nothing stays of a domain that gave nothing
+            if store.folder.exists() and not any(store.folder.glob("train-*.bin")):
+                shutil.rmtree(store.folder)
+    print(f"prepared {sum(s.made for s in todo):,.0f} tokens in {time.time() - begin:.0f} s")
+    return stores
+
+
+def announce(share: dict[Store, float], tokenizer, data_dir: Path, workers: int) -> None:
+    """Say how long and how large it will be, by a sample of each domain. ValueError if the disk is
+    too small."""
+    tokens, seconds = sum(max(0, n - store.made) for store, n in share.items()), 0.0
+    for store, n in share.items():
+        texts, made = filter(str.strip, store.units[0]()), 0
+        next(texts, None)                          # comes late: files are listed, modules imported
+        begin = time.time()
+        for text in texts:
+            made += len(encode_document(tokenizer, text))
+            if time.time() - begin > 0.2:
+                break
+        seconds += (time.time() - begin) / max(made, 1) * max(0, n - store.made)
+    size = tokens * (2 if tokenizer.n_vocab <= 2**16 else 4)
+    print(f"preparing {', '.join(s.domain for s in share)}: about {tokens:,.0f} tokens, "
+          f"{size / 1e6:,.1f} MB in {data_dir}/, {seconds / workers:.0f} s on {workers} processes")
+    folder = next(f for f in [data_dir, *data_dir.absolute().parents] if f.exists())
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise ValueError(f"{data_dir} has {free / 1e9:,.1f} GB free; the data needs "
+                         f"{size / 1e9:,.1f} GB: free some or choose another --data_dir")
+
+
+def progress(text: str = "") -> None:
+    """A line that replaces itself on a terminal, and that is left out elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r{text:70s}", end="" if text else "\r", file=sys.stderr, flush=True)
+
+
+# ---- the curriculum
+
+class Plan:
+    """What every step reads, from the config alone.
+
+    domains: name -> (source, first share, last share), shares as fractions of the tokens. Between
+    first and last the mixture is linear in tokens; `mixture`, a list of [fraction of the run,
+    {name: share}], puts other knots in their place. caps: name -> largest share; what is above
+    goes to the others in proportion. batch_tokens and seq_len: a number, or knots [[tokens seen,
+    number], ...] that hold from the first step after them. The run ends at max_steps or at
+    max_tokens, whichever comes first. ValueError for what cannot be.
+
+    Per step t: seq_len[t], rows[t], tokens[t] seen before it (at the end: in all), shares[t, d];
+    the batch takes domain d's sequences first[t, d] to last[t, d] - 1, counted from the last change
+    of sequence length."""
+
+    def __init__(self, domains: dict, *, batch_tokens, seq_len, max_steps: int | None = None,
+                 max_tokens: int | None = None, mixture: list | None = None,
+                 caps: dict | None = None):
+        if max_steps is None and max_tokens is None:
+            raise ValueError("nothing ends the run: set max_steps or max_tokens")
+        self.names, lengths = list(domains), knots("seq_len", seq_len)
+        batches = knots("batch_tokens", batch_tokens)
+        if sorted(T for _, T in lengths) != [T for _, T in lengths]:
+            raise ValueError(f"seq_len={seq_len}: the length may rise, not fall")
+        self.seq_len, self.rows, self.tokens = [], [], [0]
+        steps, end = max_steps or math.inf, max_tokens or math.inf
+        while len(self.rows) < steps and self.tokens[-1] < end:
+            T, B = (max(knot for knot in kind if knot[0] <= self.tokens[-1])[1]
+                    for kind in (lengths, batches))
+            if B < T:
+                raise ValueError(f"batch_tokens={B} holds no sequence of seq_len={T}; raise it")
+            self.seq_len.append(T)
+            self.rows.append(B // T)
+            self.tokens.append(self.tokens[-1] + B // T * T)
+        self.steps = len(self.rows)
+        self.shares = self._shares(domains, mixture, caps or {})
+
+    def _shares(self, domains: dict, mixture: list | None, caps: dict) -> np.ndarray:
+        """(steps, D)"""
+        for name, domain in domains.items():
+            if not (isinstance(domain, (list, tuple)) and [type(x) in (int, float) for x in domain]
+                    == [False, True, True] and isinstance(domain[0], str)):
+                raise ValueError(f"domain {name!r} must be (source, first share, last share), "
+                                 f"not {domain}")
+        if mixture is None:
+            mixture = [(p, {n: d[i] for n, d in domains.items()}) for p, i in ((0, 1), (1, 2))]
+        for p, shares in mixture:
+            unknown, total_ = shares.keys() - domains.keys(), sum(shares.values())
+            if unknown or min(shares.values(), default=0) < 0 or abs(total_ - 1) > 1e-6:
+                raise ValueError(f"the shares at {p} of the run must be of {', '.join(domains)}, "
+                                 f"none negative, and sum to 1: {shares} sums to {total_:.6g}")
+        places = [p for p, _ in mixture]
+        if places != sorted(places) or not 0 <= places[0] <= places[-1] <= 1:
+            raise ValueError(f"mixture: the places {places} must rise from 0 to 1")
+        at = np.array(self.tokens[:-1]) / self.tokens[-1]
+        shares = np.stack([np.interp(at, places, [m.get(name, 0) for _, m in mixture])
+                           for name in self.names], axis=1)
+        if caps.keys() - domains.keys() or sum(caps.get(n, 1) for n in domains) < 1:
+            raise ValueError(f"caps {caps} must be of {', '.join(domains)} and leave room for all")
+        cap = np.array([caps.get(name, 1) for name in self.names])
+        for _ in self.names:                       # spreading may lift another above its cap
+            over = (shares - cap).clip(0).sum(1, keepdims=True)
+            shares = shares.clip(max=cap)
+            room = np.where(shares < cap, shares, 0)
+            shares += over * room / room.sum(1, keepdims=True).clip(1e-12)
+        return shares
+
+    @cached_property
+    def _counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """(first, last), each (steps, D). Q is the quota of each domain in sequences. A count rises
+        to the floor of its quota, and what is left of the batch goes to the domains with the
+        largest Q - n: none ever strays a whole sequence from its quota."""
+        first = np.zeros((self.steps, len(self.names)), dtype=np.int64)
+        last, n, Q = first.copy(), first[0], np.zeros(len(self.names))
+        for t in range(self.steps):
+            if t and self.seq_len[t] != self.seq_len[t - 1]:
+                Q, n = (Q - n) * self.seq_len[t - 1] / self.seq_len[t], np.zeros_like(n)
+            first[t] = n
+            Q = Q + self.shares[t] * self.rows[t]
+            new = np.maximum(n, np.floor(Q + 1e-9).astype(np.int64))
+            rest = self.rows[t] - int((new - n).sum())
+            if rest > 0:
+                new[np.argsort(new - Q, kind="stable")[:rest]] += 1
+            for d in np.argsort(Q - new, kind="stable")[:max(0, -rest)]:
+                new[d] -= 1                        # two quotas became whole at once: one may wait
+            last[t] = n = new
+        return first, last
+
+    @property
+    def first(self) -> np.ndarray:
+        return self._counts[0]
+
+    @property
+    def last(self) -> np.ndarray:
+        return self._counts[1]
+
+    def need(self) -> dict[str, int]:
+        """Tokens of each domain that one reading takes: its quota, 2% for the shards' ends, and two
+        sequences."""
+        spent = (self.shares * np.diff(self.tokens)[:, None]).sum(0)
+        return {n: int(1.02 * s) + 2 * max(self.seq_len) for n, s in zip(self.names, spent)}
+
+    def table(self, stores: dict[str, Store] | None = None) -> str:
+        """The mixture at ten points of the run; per domain, tokens needed, tokens there, epochs."""
+        width = max(9, *map(len, self.names)) + 1
+        lines = ["run     step        tokens  length   rows"
+                 + "".join(f"{name:>{width}s}" for name in self.names)]
+        for i in range(10):
+            t = round(i * (self.steps - 1) / 9)
+            lines.append(f"{i / 9:4.0%} {t:7,d} {self.tokens[t]:13.4g} {self.seq_len[t]:7,d} "
+                         f"{self.rows[t]:6,d}" + "".join(f"{x:{width}.1%}" for x in self.shares[t]))
+        rows = {"needed": (self.shares * np.diff(self.tokens)[:, None]).sum(0)}
+        if stores is not None:
+            need = self.need()
+            rows["there"] = np.array([sum(s.tokens for s in stores[n].shards("train", need[n]))
+                                      for n in self.names])
+            rows["epochs"] = rows["needed"] / rows["there"]
+        lines += [f"{key:41s}" + "".join(f"{x:{width}.4g}" for x in row)
+                  for key, row in rows.items()]
+        return "\n".join(lines)
+
+
+def knots(key: str, value) -> list[tuple[int, int]]:
+    """A number, or [[tokens, number], ...] from 0 on -> knots. ValueError otherwise."""
+    pairs = [(0, value)] if isinstance(value, int) else value
+    if not (pairs and all(isinstance(p, (list, tuple)) and [*map(type, p)] == [int, int]
+                          and p[1] > 0 for p in pairs)
+            and pairs[0][0] == 0 and sorted(pairs) == list(pairs)):
+        raise ValueError(f"{key}={value} must be a positive number, or [[0, number], [tokens, "
+                         "number], ...] with rising tokens")
+    return [tuple(p) for p in pairs]
+
+
+# ---- batches
+
+def permute(i: np.ndarray, n: int, key: bytes) -> np.ndarray:
+    """Where a permutation of 0 ... n - 1, chosen by key (48 bytes), takes each of i. Six Feistel
+    rounds on an even number of bits, walked until inside n: nothing is stored, whatever n is."""
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask, rounds = (np.uint64(1) << half) - np.uint64(1), np.frombuffer(key, "<u8")
+    out, outside = i.astype(np.uint64), np.ones(len(i), dtype=bool)
+    while outside.any():
+        left, right = out[outside] >> half, out[outside] & mask
+        for k in rounds:
+            x = (right + k) * np.uint64(0xBF58476D1CE4E5B9)    # the mixing of SplitMix64
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((x >> np.uint64(31)) & mask)
+        out[outside] = (left << half) | right
+        outside = out >= n
+    return out.astype(np.int64)
+
+
+class Corpus:
+    """The batches of a plan over prepared stores. The state is one integer, the step. ValueError
+    for a shard that is damaged or shorter than a sequence."""
+
+    def __init__(self, plan: Plan, stores: dict[str, Store], seed: int):
+        self.plan, self.seed, need = plan, seed, plan.need()
+        self.train = {n: stores[n].shards("train", need[n]) for n in plan.names}
+        self.val = {n: stores[n].shards("val", need[n]) for n in plan.names}
+        for shard in (s for shards in self.train.values() for s in shards):
+            if not shard.sequences(max(plan.seq_len)):
+                raise ValueError(f"{shard.path} has {shard.tokens:,d} tokens, fewer than a sequence "
+                                 f"of {max(plan.seq_len)}; lower seq_len or give it longer text")
+
+    def fingerprint(self) -> str:
+        """Of the shards that the run reads."""
+        checksums = [s.checksum for shards in self.train.values() for s in shards]
+        return hashlib.sha256(b"".join(checksums)).hexdigest()[:16]
+
+    def _key(self, *what) -> bytes:
+        return hashlib.blake2b(repr((self.seed, *what)).encode(), digest_size=48).digest()
+
+    def rows(self, step: int) -> list[tuple[str, int]]:
+        """(domain, sequence) of every row of the global batch. Within an epoch of a domain each of
+        its sequences comes once."""
+        T, rows = self.plan.seq_len[step], []
+        for name, a, b in zip(self.plan.names, self.plan.first[step], self.plan.last[step]):
+            n = sum(shard.sequences(T) for shard in self.train[name])
+            for epoch in range(a // n, (b - 1) // n + 1 if b > a else 0):
+                i = np.arange(max(a, epoch * n), min(b, (epoch + 1) * n)) - epoch * n
+                rows += [(name, j) for j in permute(i, n, self._key(name, T, epoch))]
+        return [rows[i] for i in permute(np.arange(len(rows)), len(rows), self._key("order", step))]
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        """Rows rank, rank + world, ... of the step's global batch: (rows, T + 1) int64."""
+        T, rows = self.plan.seq_len[step], self.rows(step)[rank::world]
+        out = np.empty((len(rows), T + 1), dtype=np.int64)
+        for row, (name, i) in zip(out, rows):
+            row[:] = self._read(self.train[name], i, T)
+        return out
+
+    def validation(self, name: str, tokens: int, T: int) -> np.ndarray:
+        """The first `tokens` held-out tokens of a domain, or all: (rows, T + 1) int64. ValueError
+        if there is no sequence."""
+        n = min(sum(s.sequences(T) for s in self.val[name]), max(1, tokens // T))
+        if n == 0:
+            raise ValueError(f"domain {name!r} holds out no sequence of {T} tokens (of every "
+                             f"{HOLD_OUT} documents one); lower seq_len or give it more documents")
+        return np.stack([self._read(self.val[name], i, T) for i in range(n)]).astype(np.int64)
+
+    @staticmethod
+    def _read(shards: list[Shard], i: int, T: int) -> np.ndarray:
+        for shard in shards:
+            if i < shard.sequences(T):
+                return shard.read(i, T)
+            i -= shard.sequences(T)
+        raise IndexError(i)
+
+
+# ---- text that any Python installation holds
+
+LIBRARY_UNITS = 8
+
+
+def library(kind: str, unit: int):
+    """Documents of the standard library, a module each: its source without the docstrings (code),
+    or its docstrings and the topics of Python's own help (language). No sentence is in both."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "test", "tests", "idle_test", "_bundled", "pydoc_data",
+                "encodings"}
+    files = [f for f in sorted(root.rglob("*.py")) if not left_out & set(f.relative_to(root).parts)]
+    if not files:
+        raise ValueError(f"builtin:{kind}: this Python has no library sources in {root}")
+    if kind == "language":
+        from pydoc_data.topics import topics
+        yield from [text for _, text in sorted(topics.items())][unit::LIBRARY_UNITS]
+    for file in files[unit::LIBRARY_UNITS]:
+        text = file.read_text(encoding="utf-8", errors="replace")
+        try:
+            tree = ast.parse(text)
+        except SyntaxError:                        # lib2to3 keeps Python 2 files
+            continue
+        owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found = [node.body[0] for node in ast.walk(tree) if isinstance(node, owners)
+                 and ast.get_docstring(node) and len(node.body) > 1]
+        if kind == "language":
+            texts = [inspect.cleandoc(node.value.value) for node in found]
+            yield "\n\n".join(t for t in texts if len(t) > 120)
+        else:
+            hidden = {i for node in found for i in range(node.lineno, node.end_lineno + 1)}
+            lines = enumerate(text.splitlines(keepends=True), 1)
+            yield "".join(line for i, line in lines if i not in hidden)
+
+
+# ---- worked problems
+
+# The numbers decide the steps, and every line follows from the lines above it.
+
+def problems(kind: str, unit: int):
+    """PROBLEMS_PER_UNIT documents of math or science, always the same."""
+    rng = random.Random(f"{kind} {unit}")
+    for _ in range(PROBLEMS_PER_UNIT):
+        yield PROBLEMS[kind](rng)
+
+
+# Stories, their quantities "name symbol (unit) low..high" and formulas as products of powers. One
+# without a range follows from the formulas in their order, so all agree; low = high is a constant.
+SCENES = """\
+A [trolley|sledge|toy train] starts from rest under a constant net force: mass m (kg) 0.2..40;
+time t (s) 2..9; acceleration a (m/s^2) 0.3..4; net force F (N); speed v (m/s); distance d (m);
+momentum p (kg*m/s); kinetic energy E (J); average power P (W); F = m a; v = a t; p = m v; p = F t;
+d = 2^-1 a t^2; d = 2^-1 v t; E = 2^-1 m v^2; E = F d; P = E t^-1
+A spring launches a [puck|toy car|wooden block] across a smooth table: stiffness k (N/m) 50..900;
+compression x (m) 0.02..0.2; mass m (kg) 0.05..2; greatest force F (N); energy E (J); launch speed v
+(m/s); momentum p (kg*m/s); F = k x; E = 2^-1 k x^2; E = 2^-1 F x; E = 2^-1 m v^2; p = m v
+A [lamp|heater|resistor] is connected to a [battery|power supply]: voltage U (V) 3..24; resistance
+R (ohm) 5..200; time t (s) 20..900; current I (A); power P (W); charge q (C); energy E (J);
+I = U R^-1; P = U I; P = I^2 R; P = U^2 R^-1; q = I t; E = P t; E = q U
+A laser shines [at a wall|into a fibre|on a lens]: wavelength L (m) 3e-7..9.9e-7; power P (W)
+0.001..0.02; speed of light c (m/s) 3e8..3e8; Planck constant h (J*s) 6.63e-34..6.63e-34; frequency
+f (Hz); photon energy E (J); photon rate N (1/s); f = c L^-1; E = h f; E = h c L^-1; N = P E^-1
+An electric [kettle|urn|boiler] heats water without loss: volume V (m^3) 0.0003..0.002; power P (W)
+500..2400; density r (kg/m^3) 1000..1000; specific heat c (J/(kg*K)) 4180..4180; mass m (kg); heat
+Q (J); temperature rise H (K) 10..75; time t (s); m = r V; Q = m c H; t = Q P^-1
+A sealed [flask|cylinder|tank] holds a gas: pressure p (Pa) 9e4..4e5; volume V (m^3) 0.002..0.06;
+temperature T (K) 270..400; gas constant R (J/(mol*K)) 8.31..8.31; molar mass M (g/mol) 4..44;
+amount n (mol); mass m (g); density r (g/m^3); n = p V R^-1 T^-1; m = n M; r = m V^-1"""
+UNITS = {  # others in which a quantity may be given
+    "kg": {"g": 1e-3}, "m": {"cm": 1e-2, "nm": 1e-9}, "m/s": {"km/h": 1 / 3.6}, "s": {"min": 60},
+    "m^3": {"L": 1e-3}, "J": {"kJ": 1e3}, "W": {"mW": 1e-3}, "A": {"mA": 1e-3}, "Pa": {"kPa": 1e3}}
+
+
+def num(x):
+    """Four significant digits: 0.0125, 48300, 6.63e-34."""
+    return f"{float(f'{x:.4g}'):g}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
+
+
+def vary(rng, text):
+    """A grammar in brackets: every [this|that] becomes one of its alternatives."""
+    return re.sub(r"\[([^][]+)\]", lambda match: rng.choice(match[1].split("|")), text)
+
+
+def total(*terms):
+    """A sum of (coefficient, symbol) terms as one writes it: 3x^2 - x + 5."""
+    text = ""
+    for k, symbol in terms:
+        size = "" if symbol and abs(k) == 1 else abs(k)
+        text += f" {'-' if k < 0 else '+'} {size}{symbol}" if k else ""
+    return text[3:] if text[:2] == " +" else "-" + text[3:] if text else "0"
+
+
+def read_scene(text):
+    """A scene -> story, {symbol: (name, unit, range)}, [{symbol: power}: the product is 1]."""
+    story, *entries = re.split(": |; ", text.replace("\n", " "))
+    quantities, formulas = {}, []
+    for entry in entries:
+        if "=" in entry:
+            (left, _), *right = re.findall(r"(\w)(?:\^(\S+))?", entry)
+            formulas.append({s: int(p or 1) for s, p in right} | {left: -1})  # 1 = F^-1 m a
+        else:
+            name, s, unit, span = re.match(r"(.+) (\w) \((\S+)\) ?(.*)", entry).groups()
+            quantities[s] = name, unit, [float(x) for x in span.split("..") if x]
+    return story, quantities, formulas
+
+
+SCENES = [read_scene(text) for text in re.split(r"\n(?=An? )", SCENES)]
+
+
+def isolate(powers, symbol, known):
+    """Solve a formula for one of its symbols -> the text of the solution and its value."""
+    sides, value, sign = ([], []), 1.0, -1 if powers[symbol] > 0 else 1
+    for s, p in powers.items():
+        if s != symbol:
+            sides[p * sign < 0].append(s if abs(p) == 1 else f"{s}^{abs(p)}")
+            value *= known[s] ** (p * sign)
+    top, bottom = (" * ".join(side) for side in sides)
+    text = (top or "1") + (f" / ({bottom})" if "*" in bottom else f" / {bottom}" if bottom else "")
+    return (f"sqrt({text})", value**0.5) if abs(powers[symbol]) == 2 else (text, value)
+
+
+def science_problem(rng):
+    """A walk over a scene's formulas: each step finds a quantity that the next step needs."""
+    story, quantities, formulas = rng.choice(SCENES)
+    world = {"2": 2} | {s: rng.uniform(*span) for s, (_, _, span) in quantities.items() if span}
+    for powers in formulas:
+        for s in [s for s in powers if s not in world]:
+            world[s] = isolate(powers, s, world)[1]
+    known, given, steps, goal = {"2": 2}, [], [], None
+    for _ in range(rng.choice((1, 2, 2, 3, 3, 3))):
+        moves = [(powers, s) for powers in formulas if goal in (None, *powers) for s in powers
+                 if s not in known and len(set(quantities[s][2])) != 1]
+        if not moves:
+            break
+        powers, goal = rng.choice(moves)
+        for s in [s for s in powers if s != goal and s not in known]:
+            name, unit, _ = quantities[s]
+            units = {unit: 1, **UNITS.get(unit, {})}
+            said = rng.choice([u for u in units if 1 <= world[s] / units[u] < 1000] or [unit])
+            amount = num(float(f"{world[s] / units[said]:.3g}"))
+            known[s] = float(num(float(amount) * units[said]))
+            given.append(f"the {name} {s} is {amount} {said}")
+            if said != unit:
+                steps.append(f"{s} = {amount} {said} = {num(known[s])} {unit}")
+        name, unit, _ = quantities[goal]
+        left = list(powers)[-1]
+        text, value = isolate(powers, goal, known)
+        numbers = re.sub(r"\b[A-Za-z]\b", lambda match: num(known[match[0]]), text)
+        because = "" if goal == left else f"From {left} = {isolate(powers, left, world)[0]}: "
+        steps.append(f"{because}{goal} = {text} = {numbers} = {num(value)} {unit}")
+        known[goal] = float(num(value))
+    facts = ", ".join(given[:-1]) + " and " * (len(given) > 1) + given[-1]
+    ask = f"[Find|Calculate|Work out|Determine] the {name} {goal}."
+    story += rng.choice((f". Here {facts}. {ask}", f". {ask} It is known that {facts}."))
+    return "\n".join([vary(rng, story), *steps, f"Answer: the {name} is {num(value)} {unit}"])
+
+
+def euclid(rng):
+    """The greatest common divisor, every remainder also as a combination of the two numbers."""
+    k = rng.randint(1, 30)
+    a, b = k * rng.randint(200, 600), k * rng.randint(90, 199)
+    yield f"[Let|Take] a = {a}, b = {b}. Write their [gcd|greatest common divisor] as ma + nb."
+    old, new = (a, 1, 0), (b, 0, 1)  # in every row (r, s, t), r = s * a + t * b
+    while new[0]:
+        q = old[0] // new[0]
+        old, new, top = new, tuple(x - q * y for x, y in zip(old, new)), old[0]
+        so = f", so {new[0]} = {total((new[1], 'a'), (new[2], 'b'))}" if new[0] else ""
+        yield f"{top} = {q} * {old[0]} + {new[0]}{so}"
+    yield f"Answer: {old[0]} = {total((old[1], 'a'), (old[2], 'b'))}"
+
+
+def equation(rng):
+    """A linear equation with brackets; the data decide if one, no or any x solves it."""
+    digits = [k for k in range(-9, 10) if k]
+    sides = [[rng.sample(digits, 3) for _ in range(rng.randint(1, 3))] for _ in range(2)]
+    closed = (total(*((k, f"({total((a, 'x'), (b, ''))})") for k, a, b in side)) for side in sides)
+    flat = (total(*(t for k, a, b in side for t in ((k * a, "x"), (k * b, "")))) for side in sides)
+    (a, b), (c, d) = ([sum(part[0] * part[i] for part in side) for i in (1, 2)] for side in sides)
+    yield f"[Solve|Find x if] {' = '.join(closed)}"
+    yield f"[Open|Expand] the brackets: {' = '.join(flat)}"
+    yield f"[Collect|Add like terms]: {total((a, 'x'), (b, ''))} = {total((c, 'x'), (d, ''))}"
+    yield f"[Subtract|Take away] {total((c, 'x'), (b, ''))}: {total((a - c, 'x'))} = {d - b}"
+    yield "Answer: " + (f"x = {Fraction(d - b, a - c)}" if a - c else "no x" if d - b else "any x")
+
+
+def power(rng):
+    """A power modulo n: every binary digit of the exponent is a step."""
+    base, exponent, n = rng.randint(2, 60), rng.randint(9, 999), rng.randint(11, 97)
+    yield f"[Find|Compute] {base}^{exponent} mod {n}. In binary, the exponent is {exponent:b}."
+    rest = 1
+    for digit in f"{exponent:b}":
+        value = rest**2 * base ** int(digit)
+        yield f"{digit}: {rest}^2{f' * {base}' * int(digit)} = {value} = {value % n} mod {n}"
+        rest = value % n
+    yield f"Answer: {rest}"
+
+
+def decimal(rng):
+    """A fraction as a decimal: long division until a remainder returns."""
+    q = rng.choice((13, 17, 19, 21, 23, 26, 28, 29, 34, 35, 38, 39, 42))  # have long cycles
+    p = q * rng.randint(1, 2000) + rng.randint(1, q - 1)
+    yield f"[Write|Express] {p}/{q} as a decimal, [any cycle|recurring digits] in brackets."
+    yield f"{p} = {q} * {p // q} + {p % q}"
+    rest, digits, seen = p % q, "", {}
+    while rest and rest not in seen:
+        seen[rest] = len(digits)
+        digits += str(10 * rest // q)
+        yield f"{10 * rest} = {q} * {digits[-1]} + {10 * rest % q}"
+        rest = 10 * rest % q
+    start = seen.get(rest, len(digits))
+    yield f"Answer: {p // q}.{digits[:start]}" + f"({digits[start:]})" * (rest > 0)
+
+
+def spread(rng):
+    """Median, mean and variance of a list."""
+    data = [rng.randint(1, 40) for _ in range(rng.randint(4, 9))]
+    data[0] += -sum(data) % len(data)  # so that the mean is whole
+    n, rows = len(data), sorted(data)
+    mean, median = sum(data) // n, Fraction(rows[(n - 1) // 2] + rows[n // 2], 2)
+    squares = [(x - mean) ** 2 for x in rows]
+    yield f"[Give|Find] the median, mean and variance of {', '.join(map(str, data))}."
+    yield f"In order: {', '.join(map(str, rows))}. The median is {median}."
+    yield f"The sum is {sum(data)}, so the mean is {sum(data)} / {n} = {mean}."
+    yield f"The squared deviations {', '.join(map(str, squares))} add up to {sum(squares)}."
+    yield f"Answer: median {median}, mean {mean}, variance {Fraction(sum(squares), n)}"
+
+
+def math_problem(rng):
+    """A procedure whose steps follow from its numbers."""
+    return vary(rng, "\n".join(rng.choice((euclid, equation, power, decimal, spread))(rng)))
+
+
+PROBLEMS = {"math": math_problem, "science": science_problem}
+
+
+def main() -> None:
+    from configurator import load
+    from pretrain import Config, plan_of
+    c = load(Config, sys.argv[1:], default_file="config/quickstart.py")
+    numbers = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", c.part)
+    if not numbers or int(numbers[1]) > int(numbers[2]):
+        raise SystemExit(f"part={c.part} must be i/n, from 1/n to n/n")
+    part = int(numbers[1]) - 1, int(numbers[2])
+    try:
+        plan = plan_of(c)
+        stores = prepare(c.domains, c.tokenizer, c.data_dir, plan.need(), part, c.workers)
+        print(plan.table(stores if part[1] == 1 else None))
+    except ValueError as e:
+        raise SystemExit(str(e)) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,566 @@
+"""Pre-training: `python pretrain.py config/X.py --key=value` trains a Motif from nothing, or goes
+on from the last checkpoint in out_dir. Without a config file it is the quick start. The knobs are
+first, the loop is last.
+
+    out_dir/step_N/        model in the released layout, optimizer state, state.json: all of resume
+    out_dir/metrics.jsonl  a line per logged step and per evaluation; loss.png draws them
+    out_dir/samples.txt    the fixed prompts, continued at every evaluation
+    out_dir/log.txt        what was printed
+"""
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+import configurator
+import data
+import muonclip
+from configurator import Count, Fraction, NonNegative, Size
+from model import Motif, MotifConfig, flops_per_token, memory_per_gpu, parameters_by_part
+
+
+@dataclass
+class Config(MotifConfig):
+    """The run."""
+    out_dir: str | None = None      # where all output goes; None: out/<name of the config file>
+    device: str = "auto"            # cpu, cuda, cuda:1, ...; auto: CUDA where there is one
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of products; auto: bf16 on CUDA only
+    compile: bool | None = None     # torch.compile the blocks; None: on CUDA
+    seed: int = 1337                # of the initial weights and of the order of the data
+    resume: str = "auto"            # auto: the newest checkpoint in out_dir; no; or a path
+    dry_run: bool = False           # print size, plan and memory, and open nothing
+    # length and schedule; tokens seen are the clock
+    max_steps: Count | None = 300   # optimizer steps; the run ends here or at max_tokens
+    max_tokens: Count | None = None  # tokens of the whole run
+    seq_len: Count | list = 256     # tokens per sequence, or knots [[tokens seen, length], ...]
+    batch_tokens: Count | list = 4096  # tokens per step over all ranks, or knots likewise
+    micro_tokens: Count = 4096      # tokens in one forward pass of one rank: what memory allows
+    lr: NonNegative = 4e-3          # peak, of Muon and AdamW alike
+    warmup_steps: Size = 20         # linear from 0
+    decay_fraction: Fraction = 0.3  # last part of the tokens, in which lr falls to min_lr * lr
+    decay: Literal["linear", "cosine", "inverse_sqrt"] = "linear"  # the shape of that fall
+    min_lr: Fraction = 0.1          # of lr, where the decay ends
+    # optimizer
+    optimizer: Literal["muonclip", "adamw"] = "muonclip"  # adamw: to compare, on every parameter
+    momentum: Fraction = 0.95       # Muon's [ours: unpublished]
+    weight_decay: NonNegative = 0.1  # of matrices and embeddings
+    coefficients: Literal["quintic", "motif", "polar_express"] = "motif"  # of Newton-Schulz
+    tau: NonNegative = 100.0        # QK-clip keeps attention logits below this [ours: unpublished]
+    grad_clip: NonNegative = 1.0    # largest norm of the whole gradient; 0: no clipping
+    max_skipped: Count = 10         # steps in a row without update, as not finite, that end the run
+    # data
+    tokenizer: str = "byte"         # byte, a tiktoken name, a .tiktoken file or a tokenizer.json
+    data_dir: str = "data"          # where shards are kept, for all runs
+    domains: dict = field(default_factory=lambda: {"language": ["builtin:language", 1.0, 1.0]})
+                                    # name -> [source, first share, last share]; see data.py
+    mixture: list | None = None     # knots [[fraction of the run, {name: share}], ...] instead
+    caps: dict = field(default_factory=dict)  # name -> largest share
+    part: str = "1/1"               # python data.py: prepare part i/n of the data, on n machines
+    workers: Count | None = None    # processes that prepare data; None: one per core
+    # what is reported
+    log_every: Count = 10           # steps
+    eval_every: Count = 100         # steps; also before the first and after the last
+    eval_tokens: Count = 8192       # held-out tokens of each domain
+    prompts: list = field(default_factory=lambda: ["The "])  # continued at every evaluation
+    sample_tokens: Size = 100       # per prompt
+    save_every: Count = 100         # steps between checkpoints; one after the last step
+    keep_last: Count = 2            # checkpoints kept, at least 2: the newest may be cut short
+    keep_every: Count | None = None  # steps whose multiples are kept for ever
+    wandb: str | None = None        # project name, to log there too
+
+
+def shape_of(c: Config) -> MotifConfig:
+    """The model's part of the config."""
+    return MotifConfig(**{f.name: getattr(c, f.name) for f in fields(MotifConfig)})
+
+
+def plan_of(c: Config) -> data.Plan:
+    """The run's curriculum. ValueError if it cannot be, or is longer than the model's positions."""
+    plan = data.Plan(c.domains, batch_tokens=c.batch_tokens, seq_len=c.seq_len, mixture=c.mixture,
+                     max_steps=c.max_steps, max_tokens=c.max_tokens, caps=c.caps)
+    if max(plan.seq_len) > c.max_position_embeddings:
+        raise ValueError(f"seq_len={c.seq_len} is longer than max_position_embeddings="
+                         f"{c.max_position_embeddings}; raise that or shorten the sequence")
+    return plan
+
+
+def lr_at(c: Config, plan: data.Plan, step: int) -> float:
+    """Learning rate of a step: warm-up, stable, decay (WSD). With x the part of the decay behind
+    us, in tokens, and m = min_lr, it falls as lr times
+
+        linear 1 - (1 - m) x     cosine m + (1 - m) (1 + cos pi x) / 2
+        inverse_sqrt (1 + x (m^-2 - 1))^-1/2, m at least 1e-3"""
+    if step < c.warmup_steps:
+        return c.lr * (step + 1) / (c.warmup_steps + 1)
+    left = 1 - plan.tokens[step] / plan.tokens[-1]
+    x, m = 1 - min(1, left / max(c.decay_fraction, 1e-12)), c.min_lr
+    return c.lr * {"linear": 1 - (1 - m) * x,
+                   "cosine": m + (1 - m) * (1 + math.cos(math.pi * x)) / 2,
+                   "inverse_sqrt": (1 + x * (max(m, 1e-3)**-2 - 1))**-0.5}[c.decay]
+
+
+# ---- log
+
+class Log:
+    """Prints, and writes log.txt, metrics.jsonl and samples.txt in a folder, from a given step on:
+    what a run that was cut left of later steps is dropped, and so is a torn last line."""
+
+    def __init__(self, out: Path, step: int, c: Config):
+        self.out, self.metrics, self.wandb = out, out / "metrics.jsonl", None
+        kept = [m for m in read_metrics(out) if m["step"] <= step]
+        replace_text(self.metrics, "".join(json.dumps(m) + "\n" for m in kept))
+        self.evaluated = max([m["step"] for m in kept if "val_loss" in m], default=-1)
+        samples = (out / "samples.txt").read_text() if (out / "samples.txt").exists() else ""
+        later = (m for m in re.finditer(r"^=== step (\d+)", samples, re.M) if int(m[1]) > step)
+        replace_text(out / "samples.txt", samples[:next((m.start() for m in later), None)])
+        if c.wandb:
+            import wandb
+            self.wandb = wandb.init(project=c.wandb, config=asdict(c), dir=out, resume="allow")
+
+    def sample(self, text: str) -> None:
+        with (self.out / "samples.txt").open("a") as f:
+            f.write(text)
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        with (self.out / "log.txt").open("a") as f:
+            f.write(text + "\n")
+
+    def metric(self, **values) -> None:
+        with self.metrics.open("a") as f:
+            f.write(json.dumps(values) + "\n")
+        if self.wandb:
+            self.wandb.log(values, step=values["step"])
+
+
+def read_metrics(out: Path) -> list[dict]:
+    """The lines of metrics.jsonl that are whole."""
+    path, found = out / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
+def replace_text(path: Path, text: str) -> None:
+    path.with_suffix(".tmp").write_text(text)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def draw(out: Path) -> None:
+    """loss.png: training and validation loss and the mixture, over tokens."""
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+    metrics = read_metrics(out)
+    train, val = [m for m in metrics if "loss" in m], [m for m in metrics if "val_loss" in m]
+    if not train:
+        return
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6.5), sharex=True, height_ratios=(3, 1),
+                                         layout="constrained")
+    tokens = [m["tokens"] for m in train]
+    top.plot(tokens, [m["loss"] for m in train], color="0.6", lw=1, label="training")
+    for name in val[0]["val_loss_by_domain"] if val else ():
+        top.plot([m["tokens"] for m in val], [m["val_loss_by_domain"][name] for m in val], "o-",
+                 ms=3, label=f"{name}, held out")
+    top.set(ylabel="loss (nats per token)", title=f"{out}: {train[-1]['step']:,d} steps")
+    top.legend()
+    top.grid(alpha=0.3)
+    names = list(train[0]["mixture"])
+    bottom.stackplot(tokens, [[m["mixture"][name] for m in train] for name in names], labels=names,
+                     alpha=0.7)
+    bottom.set(xlabel="tokens seen", ylabel="mixture", ylim=(0, 1), xlim=(0, tokens[-1]))
+    bottom.legend(loc="center left", fontsize="small")
+    figure.savefig(out / "loss.tmp.png", dpi=110)
+    plt.close(figure)
+    os.replace(out / "loss.tmp.png", out / "loss.png")
+
+
+# ---- checkpoints
+
+OPTIMIZER_FILE = Path("optimizer") / "state.safetensors"
+
+
+def save_checkpoint(out: Path, step: int, model: Motif, optimizer, state: dict, c: Config) -> None:
+    """Write out/step_N: whole or, whatever happens, not there. Then drop old ones. OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    folder, temporary = out / f"step_{step}", out / f"step_{step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary)
+        (temporary / "optimizer").mkdir()
+        save_file(optimizer_tensors(model, optimizer), temporary / OPTIMIZER_FILE)
+        files = {str(f.relative_to(temporary)): f.stat().st_size
+                 for f in temporary.rglob("*") if f.is_file()}
+        state = {"step": step, **state, "config": asdict(c), "files": files,
+                 "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
+        (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+        for path in [*temporary.rglob("*"), temporary]:
+            sync(path)
+        shutil.rmtree(folder, ignore_errors=True)  # torn, or else there would be nothing to save
+        os.replace(temporary, folder)
+        sync(out)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"checkpoint {folder} could not be written: {e}") from None
+    for old in sorted(steps_in(out))[:-max(2, c.keep_last)]:
+        if not c.keep_every or old % c.keep_every:
+            shutil.rmtree(out / f"step_{old}")
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def steps_in(out: Path) -> list[int]:
+    return [int(f.name[5:]) for f in out.glob("step_*") if f.name[5:].isdigit()]
+
+
+def read_state(folder: Path) -> dict:
+    """A checkpoint's state.json. ValueError if the checkpoint is not whole."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        for name, size in state["files"].items():
+            if (folder / name).stat().st_size != size:
+                raise ValueError(f"{name} is cut short")
+    except (OSError, ValueError, KeyError) as e:
+        raise ValueError(f"checkpoint {folder} is not whole ({e})") from None
+    return state
+
+
+def find_checkpoint(c: Config, out: Path) -> tuple[Path, dict] | None:
+    """What `resume` asks for: the newest whole checkpoint in out, the one at a path, or None, with
+    its state. ValueError if the path is none, or if `no` would mix a new run with an old one."""
+    if c.resume not in ("auto", "no"):
+        return Path(c.resume), read_state(Path(c.resume))
+    if c.resume == "no" and steps_in(out):
+        raise ValueError(f"resume=no, but {out} holds a run up to step {max(steps_in(out))}; "
+                         "delete it or give another --out_dir")
+    for step in sorted(steps_in(out), reverse=True):
+        try:
+            return out / f"step_{step}", read_state(out / f"step_{step}")
+        except ValueError as e:
+            print(f"{e}; passing it over")
+    return None
+
+
+def load_checkpoint(folder: Path, model: Motif, optimizer) -> None:
+    """Copy a checkpoint's weights and optimizer state in place. ValueError for another shape."""
+    from safetensors.torch import load_file
+    stored = Motif.from_pretrained(folder)
+    for key, theirs in asdict(stored.config).items():
+        ours = getattr(model.config, key)
+        if ours != theirs:
+            raise ValueError(f"checkpoint {folder} has {key}={theirs}, not {ours}; give --{key}="
+                             f"{theirs}, or another --out_dir for a new run")
+    model.load_state_dict(stored.state_dict())
+    tensors = load_file(folder / OPTIMIZER_FILE)
+    mine = optimizer_tensors(model, optimizer)
+    if tensors.keys() != mine.keys():
+        raise ValueError(f"checkpoint {folder} holds the state of another optimizer")
+    for name, tensor in mine.items():
+        tensor.copy_(tensors[name])
+
+
+def optimizer_tensors(model: Motif, optimizer) -> dict[str, torch.Tensor]:
+    """"<parameter>.<state>" -> the tensor itself."""
+    return {f"{name}.{key}": value for name, p in model.named_parameters()
+            for key, value in optimizer.state[p].items()}
+
+
+# ---- one step, one evaluation
+
+def forward_backward(model: Motif, rows: torch.Tensor, micro: int, count: int, autocast):
+    """Accumulate the gradient of the mean loss over `count` tokens, `micro` of the rows (R, T + 1)
+    at a time -> these rows' part of that loss, largest logits (layers, heads), without a sync."""
+    loss, largest = torch.zeros((), device=rows.device), None
+    for part in rows.split(micro):
+        with autocast:
+            part_loss = model(part[:, :-1], part[:, 1:], reduction="sum") / count
+        part_loss.backward()
+        loss += part_loss.detach()
+        logits = model.max_logits()
+        largest = logits if largest is None else torch.maximum(largest, logits)
+    return loss, largest
+
+
+@torch.no_grad()
+def evaluate(model: Motif, held_out: dict[str, torch.Tensor], micro: int, length: torch.Tensor,
+             autocast) -> dict:
+    """Loss in nats per token and bits per byte of held-out rows (R, T + 1), over all and by domain;
+    length (n_vocab,): bytes of each token."""
+    nats, tokens, size = {}, {}, {}
+    for name, rows in held_out.items():
+        nats[name] = 0.0
+        for part in rows.split(micro):
+            with autocast:
+                nats[name] += model(part[:, :-1], part[:, 1:], reduction="sum").item()
+        tokens[name], size[name] = rows[:, 1:].numel(), length[rows[:, 1:]].sum().item()
+    return {"val_loss": sum(nats.values()) / sum(tokens.values()),
+            "val_bpb": sum(nats.values()) / math.log(2) / sum(size.values()),
+            "val_loss_by_domain": {n: nats[n] / tokens[n] for n in nats},
+            "val_bpb_by_domain": {n: nats[n] / math.log(2) / size[n] for n in nats}}
+
+
+@torch.no_grad()
+def layer_figures(model: Motif, optimizer) -> list[dict]:
+    """The ideas at work, per layer: lambda, PolyNorm's weights and bias, norm of each query and key
+    head, RMS of the last update of each matrix (over lr)."""
+    figures = []
+    for block in model.model.layers:
+        attention, act, layer = block.self_attn, block.mlp.act_fn, {}
+        if attention.noise_heads:
+            layer["lambda"] = attention.lambda_().item()
+        if act is not None:
+            layer["polynorm"] = [*act.weight.tolist(), *act.bias.tolist()]
+        for name, weight in ("q", attention.q_proj.weight), ("k", attention.k_proj.weight):
+            heads = weight.unflatten(0, (-1, attention.head_dim))
+            layer[f"{name}_norm"] = torch.linalg.matrix_norm(heads).tolist()
+        layer["update_rms"] = [optimizer.update_rms[p].item() for p in block.parameters()
+                               if p in optimizer.update_rms]
+        figures.append({key: np.round(value, 4).tolist() for key, value in layer.items()})
+    return figures
+
+
+def sample(model: Motif, tokenizer, c: Config) -> str:
+    """The prompts, continued."""
+    text = ""
+    for prompt in c.prompts:
+        ids = data.encode_document(tokenizer, prompt)[:-1]
+        new = min(c.sample_tokens, c.max_position_embeddings - len(ids))
+        start = torch.tensor([ids], device=model.head_weight.device)
+        out = model.generate(start, new, temperature=0.8, top_k=50, seed=c.seed)[0].tolist()
+        end = tokenizer.encode_single_token(data.END)
+        new = out[len(ids):out.index(end)] if end in out else out[len(ids):]
+        text += f"[{prompt}]{data.decode(tokenizer, new)}\n\n"
+    return text
+
+
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12,
+              "A800": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}  # dense bf16
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 FLOP/s, None if unknown."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+# ---- the run
+
+def describe(c: Config, plan: data.Plan) -> str:
+    """What --dry_run prints: parameters, FLOPs, memory and the plan, from the config alone."""
+    with torch.device("meta"):
+        model = Motif(shape_of(c))
+    parts = parameters_by_part(model)
+    flops = sum(sum(flops_per_token(model.config, T)) * rows * T
+                for T, rows in zip(plan.seq_len, plan.rows))
+    counts = {**parts, "parameters": sum(parts.values()), "steps": plan.steps,
+              "tokens": plan.tokens[-1], "FLOPs": flops}
+    lines = [f"{key:20s} {n:32,d}" for key, n in counts.items()]
+    lines += [f"{key:20s} {size / 2**30:32,.2f} GiB"
+              for key, size in memory_per_gpu(model, 1).items()]
+    return "\n".join(lines) + "\n\n" + plan.table()
+
+
+def last_good(out: Path) -> str:
+    steps = steps_in(out)
+    return f"the last good checkpoint is {out}/step_{max(steps)}" if steps else "none was saved"
+
+
+def stop_signals() -> list[int]:
+    """The signals got so far, filled as they come: SIGTERM or Ctrl-C lets the step end and saves, a
+    second one ends the process at once."""
+    got = []
+
+    def handler(number, frame):
+        if got:
+            os._exit(128 + number)
+        got.append(number)
+        print("stopping after this step; once more to stop at once", flush=True)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+    return got
+
+
+def device_of(c: Config) -> torch.device:
+    """ValueError for a device that is not there."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(auto if c.device == "auto" else c.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"device={c.device}: {str(e).splitlines()[0]}") from None
+    return device
+
+
+def precision_of(c: Config, device: torch.device) -> str:
+    auto = "bf16" if device.type == "cuda" else "fp32"
+    return auto if c.precision == "auto" else c.precision
+
+
+def check_writable(out: Path) -> None:
+    """ValueError if out is not a folder that can be written, without making anything."""
+    exists = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
+    if not exists.is_dir() or not os.access(exists, os.W_OK):
+        raise ValueError(f"{out} cannot be written; give another --out_dir")
+
+
+def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer, tokenizer,
+          start: tuple | None) -> None:
+    """The loop, from `start` = (checkpoint, its state) or from step 0 to the end of the stream's
+    plan. A stream has plan, batch(step) and fingerprint(); held_out: name -> rows (R, T + 1)."""
+    plan, device = stream.plan, model.head_weight.device
+    begun, skipped = (start[1]["step"], start[1]["skipped"]) if start else (0, 0)
+    step = begun
+    held_out = {name: torch.from_numpy(rows).to(device) for name, rows in held_out.items()}
+    longest = max(plan.seq_len)
+    length = torch.from_numpy(data.token_bytes(tokenizer)).to(device)
+    flops, peak = sum(flops_per_token(model.config, longest)), peak_flops(device)
+    precision = precision_of(c, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    if c.compile or c.compile is None and device.type == "cuda":
+        for block in model.model.layers:
+            block.compile()
+
+    log = Log(out, step, c)
+    n = sum(p.numel() for p in model.parameters())
+    log.say(f"{n:,d} parameters on {device} in {precision}; {plan.steps:,d} steps, "
+            f"{plan.tokens[-1]:,d} tokens\n{muonclip.describe_routing(model, optimizer)}")
+    if start:
+        log.say(f"resumed from {start[0]} at step {step}")
+        old, new = ({**s["config"], "data": s["data"]} for s in (
+            start[1], {"config": asdict(c), "data": stream.fingerprint()}))
+        for key in new:
+            if key not in ("resume", "out_dir") and old.get(key) != new[key]:
+                log.say(f"changed since then: {key} was {old.get(key)}, is {new[key]}")
+    signals = stop_signals()
+    timer, timed = time.perf_counter(), 0           # of the steps since the last log line
+    while True:
+        done, tokens, aside = step == plan.steps, plan.tokens[step], time.perf_counter()
+        if log.evaluated < step and (step % c.eval_every == 0 or done):
+            result = evaluate(model, held_out, max(1, c.micro_tokens // longest), length, autocast)
+            losses = "  ".join(f"{n} {x:.4f}" for n, x in result["val_loss_by_domain"].items())
+            log.say(f"step {step}/{plan.steps}  validation loss {result['val_loss']:.4f}  bits per "
+                    f"byte {result['val_bpb']:.4f}  ({losses})")
+            log.metric(step=step, tokens=tokens, **result, layers=layer_figures(model, optimizer))
+            with autocast:
+                log.sample(f"=== step {step}, validation loss {result['val_loss']:.4f}\n"
+                           + sample(model, tokenizer, c))
+        if step > begun and (step % c.save_every == 0 or done or signals):
+            try:
+                save_checkpoint(out, step, model, optimizer, {
+                    "tokens": tokens, "skipped": skipped, "data": stream.fingerprint()}, c)
+            except OSError as e:
+                raise SystemExit(f"{e}; {last_good(out)}") from None
+            draw(out)
+        if done or signals:
+            break
+        timer += time.perf_counter() - aside
+
+        try:
+            rows = torch.from_numpy(stream.batch(step)).to(device, non_blocking=True)
+        except ValueError as e:                      # a damaged shard
+            raise SystemExit(str(e)) from None
+        T, lr = plan.seq_len[step], lr_at(c, plan, step)
+        loss, largest = forward_backward(model, rows, max(1, c.micro_tokens // T),
+                                         plan.rows[step] * T, autocast)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
+        if torch.isfinite(loss + norm):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step(max_logits=largest)
+            skipped = 0
+        else:
+            skipped += 1
+            log.say(f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}: no update")
+            if skipped == c.max_skipped:
+                raise SystemExit(f"{skipped} steps in a row were not finite; {last_good(out)}: "
+                                 "lower lr, or look at the data of these steps")
+        optimizer.zero_grad(set_to_none=True)
+        step, timed = step + 1, timed + 1
+
+        if step % c.log_every == 0 or step in (1, plan.steps):
+            now = time.perf_counter()
+            ms, timer, timed = 1000 * (now - timer) / timed, now, 0
+            speed = 1000 * plan.rows[step - 1] * T / ms
+            mfu = flops * speed / peak if peak else None
+            mixture = dict(zip(plan.names, np.round(plan.shares[step - 1], 4).tolist()))
+            m = dict(step=step, tokens=plan.tokens[step], loss=loss.item(), lr=lr,
+                     grad_norm=norm.item(), ms=ms, tok_per_s=speed, mfu=mfu,
+                     max_logit=largest.max().item(), heads_clipped=int(optimizer.clipped or 0), mixture=mixture)
+            log.metric(**m)
+            log.say(f"step {step}/{plan.steps}  loss {m['loss']:.4f}  norm {m['grad_norm']:.2f}  "
+                    f"lr {lr:.2e}  {ms:.0f} ms  {speed:,.0f} tok/s  "
+                    f"mfu {f'{mfu:.1%}' if peak else 'n/a'}  "
+                    f"eta {clock((plan.steps - step) * ms / 1000)}  logit {m['max_logit']:.1f}  "
+                    f"clipped {m['heads_clipped']}  "
+                    + " ".join(f"{name} {share:.0%}" for name, share in mixture.items()))
+    log.say(f"{'finished' if done else 'stopped'} at step {step}; model in {out}/step_{step}, "
+            f"curve in {out}/loss.png, samples in {out}/samples.txt")
+
+
+def main() -> None:
+    argv, quick = sys.argv[1:], str(Path(__file__).parent / "config" / "quickstart.py")
+    c = configurator.load(Config, argv, default_file=quick)
+    c.out_dir = c.out_dir or f"out/{Path(configurator.split(argv, quick)[0]).stem}"
+    out = Path(c.out_dir)
+    try:
+        plan = plan_of(c)
+        shape_of(c).check()
+        if c.dry_run:
+            print(describe(c, plan))
+            return
+        check_writable(out)
+        device = device_of(c)
+        tokenizer = data.load_tokenizer(c.tokenizer)
+        if tokenizer.n_vocab > c.vocab_size:
+            raise ValueError(f"tokenizer {c.tokenizer} has {tokenizer.n_vocab} tokens, more than "
+                             f"vocab_size={c.vocab_size}; raise that")
+        start = find_checkpoint(c, out)
+        stores = data.prepare(c.domains, c.tokenizer, c.data_dir, plan.need(), workers=c.workers)
+        corpus = data.Corpus(plan, stores, c.seed)
+        held_out = {n: corpus.validation(n, c.eval_tokens, max(plan.seq_len)) for n in plan.names}
+        torch.manual_seed(c.seed)
+        model = Motif(shape_of(c)).to(device)
+        optimizer = muonclip.for_model(
+            model, lr=c.lr, optimizer=c.optimizer, momentum=c.momentum, weight_decay=c.weight_decay,
+            coefficients=c.coefficients, tau=c.tau,
+            dtype=torch.bfloat16 if precision_of(c, device) == "bf16" else torch.float32)
+        if start:
+            load_checkpoint(start[0], model, optimizer)
+    except ValueError as e:
+        raise SystemExit(str(e)) from None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        configurator.save(c, out / "config.json")
+        train(c, out, corpus, held_out, model, optimizer, tokenizer, start)
+    except OSError as e:
+        raise SystemExit(f"{e.filename or out}: {e.strerror}") from None
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; run the same command to go on") from None
