@@ -33,6 +33,7 @@ import sysconfig
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from fractions import Fraction
 from functools import cached_property, partial
 from itertools import takewhile
@@ -62,49 +63,59 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
     """The tokenizer of that name: "byte" (256 + specials, needs nothing), one of tiktoken's names
     (downloaded once), a .tiktoken file (split by GPT-2's pattern, which such a file does not state)
     or a tokenizer.json of byte-level BPE. ValueError if it cannot be had."""
-    specials = {}
-    if name == "byte":
-        pattern, ranks = r"(?s).{1,64}", {bytes([i]): i for i in range(256)}
-    elif name.endswith((".tiktoken", ".json")):
-        try:
-            text = Path(name).read_text(encoding="utf-8")
-            if name.endswith(".json"):
-                pattern, ranks, specials = read_tokenizer_json(json.loads(text))
-            else:
-                pairs = (line.split() for line in text.splitlines() if line)
-                pattern, ranks = GPT2_PATTERN, {base64.b64decode(t): int(r) for t, r in pairs}
-        except OSError as e:
-            raise ValueError(f"tokenizer {name}: {e.strerror}") from None
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"tokenizer {name}: {e}") from None
-    elif name in tiktoken.list_encoding_names():
-        try:
-            known = tiktoken.get_encoding(name)
-        except Exception as e:  # requests' errors, which need not be installed to be named
-            raise ValueError(f"tokenizer {name} could not be downloaded ({type(e).__name__}); "
-                             "--tokenizer=byte needs no network") from None
-        pattern, ranks, specials = known._pat_str, known._mergeable_ranks, known._special_tokens
-    else:
-        raise ValueError(f"tokenizer {name!r} is neither 'byte', a .tiktoken file, a "
-                         f"tokenizer.json nor one of {', '.join(tiktoken.list_encoding_names())}")
-    size = 1 + max([*ranks.values(), *specials.values()])
-    missing = [token for token in SPECIALS if token not in specials]
-    specials = {**specials, **{token: size + i for i, token in enumerate(missing)}}
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+    specials, known = {}, tiktoken.list_encoding_names()
+    try:
+        if name == "byte":
+            pattern, ranks = r"(?s).{1,64}", {bytes([i]): i for i in range(256)}
+        elif name.endswith(".json"):
+            spec = json.loads(Path(name).read_text(encoding="utf-8"))
+            pattern, ranks, specials = read_tokenizer_json(spec)
+        elif name.endswith(".tiktoken"):
+            pairs = (line.split() for line in Path(name).read_text(encoding="utf-8").splitlines())
+            pattern, ranks = GPT2_PATTERN, {base64.b64decode(t): int(r) for t, r in pairs}
+        elif name in known:
+            made = tiktoken.get_encoding(name)
+            pattern, ranks, specials = made._pat_str, made._mergeable_ranks, made._special_tokens
+        else:
+            raise ValueError("it is neither 'byte', a .tiktoken file, a tokenizer.json nor one of "
+                             + ", ".join(known))
+        if not all(bytes([i]) in ranks for i in range(256)):
+            raise ValueError("some of the 256 bytes have no token")
+        if len(set(ranks.values()) - set(specials.values())) < len(ranks):
+            raise ValueError("two of its tokens have the same id")
+        size = 1 + max([*ranks.values(), *specials.values()])
+        missing = [token for token in SPECIALS if token not in specials]
+        specials = {**specials, **{token: size + i for i, token in enumerate(missing)}}
+        return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                                 special_tokens=specials)
+    except Exception as e:  # also those of downloading and of a file of another form
+        hint = "; --tokenizer=byte needs no network" if name in known else ""
+        raise ValueError(f"tokenizer {name}: {one_line(e)}{hint}") from None
+
+
+def one_line(e: Exception) -> str:
+    """What an error of any kind says. The words of our own errors need no name of their kind."""
+    text = " ".join(str(getattr(e, "strerror", None) or e).split())[:300]
+    return text if type(e) is ValueError else f"{type(e).__name__}: {text}"
 
 
 def read_tokenizer_json(spec: dict) -> tuple[str, dict[bytes, int], dict[str, int]]:
     """A Hugging Face tokenizer.json of byte-level BPE -> split pattern, token bytes -> id, special
     tokens. ValueError names the part that tiktoken's form of BPE cannot express."""
-    model, pre = spec["model"], spec["pre_tokenizer"] or {}
-    steps = pre.get("pretokenizers", [pre])
-    splits = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]
-    kinds = [step["type"] for step in steps]
-    byte_level = steps[-1] if kinds[-1] == "ByteLevel" else {}
-    if model["type"] != "BPE" or spec.get("normalizer") or kinds not in (
-            ["ByteLevel"], ["Split", "ByteLevel"]) or byte_level.get("add_prefix_space"):
-        raise ValueError("only byte-level BPE without normalizer or prefix space is read, not "
-                         f"{model['type']}, {spec.get('normalizer')}, {' + '.join(kinds)}")
+    model, pre = spec["model"], spec.get("pre_tokenizer") or {}
+    steps = [{"use_regex": True, **step} for step in pre.get("pretokenizers", [pre])]
+    pattern = steps[0].pop("pattern", {"Regex": GPT2_PATTERN})
+    for step in steps:
+        step.pop("trim_offsets", None)
+    odd = {k: model[k] for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+           if model.get(k)}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    split = {"type": "Split", "behavior": "Isolated", "invert": False, "use_regex": True}
+    if model["type"] != "BPE" or odd or spec.get("normalizer") or steps not in (
+            [level], [split, {**level, "use_regex": False}]):
+        raise ValueError("byte-level BPE is read, of text cut by ByteLevel, or by Split and then "
+                         f"ByteLevel; not {model['type']} {odd or ''}, normalizer "
+                         f"{spec.get('normalizer')}, pre-tokenizer {pre}")
     # GPT-2's alphabet: printable bytes stand for themselves, the others for 256, 257, ...
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in shown]
@@ -114,9 +125,10 @@ def read_tokenizer_json(spec: dict) -> tuple[str, dict[bytes, int], dict[str, in
              if token not in specials}
     pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
     order = [model["vocab"][a + b] for a, b in pairs]
-    if order != sorted(order):
-        raise ValueError("its merges are not in the order of their ids, which tiktoken needs")
-    return (splits or [GPT2_PATTERN])[0], ranks, specials
+    if order != sorted(order) or {*order} != {i for t, i in ranks.items() if len(t) > 1}:
+        raise ValueError("its merges are not its tokens in the order of their ids, which tiktoken "
+                         "needs")
+    return pattern["Regex"], ranks, specials
 
 
 def fingerprint(tokenizer: tiktoken.Encoding) -> bytes:
@@ -141,9 +153,9 @@ def encode_document(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
 
 
 def decode(tokenizer: tiktoken.Encoding, ids: list[int]) -> str:
-    """The text of ids. Rows of the embedding that no token has, which an untrained model samples,
-    give U+FFFD, as bytes that are not UTF-8 do."""
-    known = range(tokenizer.n_vocab)
+    """The text of ids. Ids that no token has, which an untrained model samples, give U+FFFD, as
+    bytes that are not UTF-8 do."""
+    known = {*tokenizer._mergeable_ranks.values(), *tokenizer._special_tokens.values()}
     parts = [tokenizer.decode_single_token_bytes(i) if i in known else b"\xff" for i in ids]
     return b"".join(parts).decode("utf-8", "replace")
 
@@ -185,9 +197,10 @@ class Shard:
     def __init__(self, path: Path, tokenizer: bytes | None = None):
         self.path, self.verified = path, False
         try:
-            size, head = path.stat().st_size, path.open("rb").read(HEADER.size)
+            with open(path, "rb") as file:
+                size, head = os.fstat(file.fileno()).st_size, file.read(HEADER.size)
         except OSError as e:
-            raise ValueError(f"shard {path}: {e.strerror}") from None
+            raise ValueError(f"shard {path}: {one_line(e)}; {self.remedy()}") from None
         if len(head) < HEADER.size or not head.startswith(MAGIC):
             raise ValueError(f"{path} is not a shard of this project; {self.remedy()}")
         _, version, itemsize, self.tokens, self.checksum, made_by = HEADER.unpack(head)
@@ -224,10 +237,12 @@ def units_of(source: str) -> list[partial]:
     """A source's units in a fixed order, each a picklable function that yields documents.
     ValueError for a source that cannot be."""
     place, _, query = source.partition("?")
-    options = dict(parse_qsl(query))
-    unknown = [key for key in options if key not in ("text", "name", "split")]
-    if unknown:
-        raise ValueError(f"source {source!r}: option {unknown[0]!r} is not text, name or split")
+    options, local = dict(parse_qsl(query, keep_blank_values=True)), place.endswith(READABLE)
+    known = [] if place.startswith("builtin:") else ["text"] if local else ["text", "name", "split"]
+    for key, value in options.items():
+        if key not in known or not value:
+            raise ValueError(f"source {source!r}: {key}={value} is none of its options "
+                             f"({'=..., '.join([*known, ''])[:-2] or 'it has none'})")
     columns = options.get("text", "text").split(",")
     if place.startswith("builtin:"):
         kind = place.removeprefix("builtin:")
@@ -237,9 +252,9 @@ def units_of(source: str) -> list[partial]:
             known = ", ".join(("code", "language", *PROBLEMS))
             raise ValueError(f"source {source!r}: builtin are {known}")
         return [partial(library, kind, i) for i in range(LIBRARY_UNITS)]
-    if place.endswith(READABLE):
+    if local:
         return local_units(place, columns)
-    if place.count("/") == 1:
+    if place.count("/") == 1 and not os.path.exists(place):
         return hub_units(place, columns, options)
     raise ValueError(f"source {source!r} is neither builtin:..., files ending in "
                      f"{', '.join(READABLE[:3])}, nor a dataset owner/name of the Hub")
@@ -259,46 +274,59 @@ def local_files(pattern: str) -> list[Path]:
 
 
 def local_units(pattern: str, columns: list[str]) -> list[partial]:
-    """Units of about UNIT_BYTES: large plain files are cut (at line ends), small ones gathered."""
-    units, gathered, size = [], [], 0
+    """Units of UNIT_BYTES or more: large plain files are cut (at line ends), small ones gathered,
+    and what is left at the end joins the last."""
+    pieces = []
     for path in local_files(pattern):
-        total, plain = path.stat().st_size, path.suffix in (".jsonl", ".txt")
-        pieces = max(1, total // UNIT_BYTES) if plain else 1
-        for i in range(pieces):
-            gathered.append((path, i * total // pieces, (i + 1) * total // pieces))
-            size += gathered[-1][2] - gathered[-1][1]
-            if size >= UNIT_BYTES:
-                units.append(partial(read_pieces, gathered, columns))
-                gathered, size = [], 0
-    return [*units, partial(read_pieces, gathered, columns)] if gathered else units
+        total = path.stat().st_size
+        n = max(1, total // UNIT_BYTES) if path.suffix in (".jsonl", ".txt") else 1
+        pieces += [(path, i * total // n, (i + 1) * total // n) for i in range(n)]
+    units, size, left = [[]], 0, sum(end - start for _, start, end in pieces)
+    for path, start, end in pieces:
+        if min(size, left) >= UNIT_BYTES:
+            units.append([])
+            size = 0
+        units[-1].append((path, start, end))
+        size, left = size + end - start, left - (end - start)
+    return [partial(read_pieces, unit, columns) for unit in units]
 
 
 def read_pieces(pieces: list[tuple[Path, int, int]], columns: list[str]):
     """The documents of some pieces of files: rows of jsonl and parquet; of txt, whole paragraphs of
     at least 4,096 characters together."""
     for path, start, end in pieces:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-            table = pyarrow.parquet.ParquetFile(path)
-            for i, batch in enumerate(table.iter_batches(batch_size=1024)):
-                for j, row in enumerate(batch.to_pylist()):
-                    yield text_of(row, columns, f"{path}: row {1024 * i + j}")
-        elif ".jsonl" in path.suffixes:
-            for place, line in lines_of(path, start, end):
-                try:
-                    row = json.loads(line) if line.strip() else None
-                except ValueError as e:
-                    raise ValueError(f"{path}: {place}: not JSON: {e}") from None
-                if row is not None:
-                    yield text_of(row, columns, f"{path}: {place}")
+        kind = (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
+        if kind == ".parquet":
+            yield from read_each(path, parquet_rows(path), partial(text_of, columns))
+        elif kind == ".jsonl":
+            yield from read_each(path, lines_of(path, start, end), lambda line: (
+                text_of(columns, json.loads(line)) if line.strip() else ""))
         else:
             text = ""
-            for _, line in lines_of(path, start, end):
-                text += line.decode("utf-8", "replace")
+            for line in read_each(path, lines_of(path, start, end), partial(str, encoding="utf-8")):
+                text += line.removeprefix("\ufeff")
                 if len(text) >= 4096 and not line.strip():
                     yield text
                     text = ""
             yield text
+
+
+def read_each(source, items, read):
+    """read(item) of every (place, item). ValueError, with source and place, for whatever goes wrong
+    on the way: some libraries' errors do not even survive the way back from a worker."""
+    place = "at its beginning"
+    try:
+        for place, item in items:
+            yield read(item)
+    except Exception as e:
+        raise ValueError(f"{source}: {place}: {one_line(e)}") from None
+
+
+def parquet_rows(path: Path):
+    import pyarrow.parquet
+    batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024)
+    rows = (row for batch in batches for row in batch.to_pylist())
+    yield from ((f"row {i}", row) for i, row in enumerate(rows))
 
 
 def lines_of(path: Path, start: int, end: int):
@@ -315,13 +343,14 @@ def lines_of(path: Path, start: int, end: int):
             start += len(line)
 
 
-def text_of(row: dict, columns: list[str], place: str) -> str:
-    """The text of a row: its columns, a blank line between. ValueError if one is not there."""
-    if not isinstance(row, dict) or not all(isinstance(row.get(c), str) for c in columns):
+def text_of(columns: list[str], row: dict) -> str:
+    """The text of a row: its columns, a blank line between; null is no text. ValueError if one is
+    not there or is not text."""
+    if not isinstance(row, dict) or not all(isinstance(row.get(c, 0), str | None) for c in columns):
         has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{place}: no text in column {','.join(columns)}; it has {has}: name the "
-                         "right one with ?text=COLUMN")
-    return "\n\n".join(row[c] for c in columns)
+        raise ValueError(f"no text in column {','.join(columns)}; it has {has}: name the right one "
+                         "with ?text=COLUMN")
+    return "\n\n".join(row[c] or "" for c in columns)
 
 
 def hub_units(name: str, columns: list[str], options: dict) -> list[partial]:
@@ -329,8 +358,7 @@ def hub_units(name: str, columns: list[str], options: dict) -> list[partial]:
     try:
         files = open_hub(name, options).n_shards
     except Exception as e:  # datasets raises a dozen kinds, all with a message worth one line
-        line = (str(e).splitlines() or [""])[0][:200]
-        raise ValueError(f"dataset {name} cannot be opened: {type(e).__name__}: {line}") from None
+        raise ValueError(f"dataset {name} cannot be opened: {one_line(e)}") from None
     return [partial(read_hub, name, columns, options, i, files) for i in range(files)]
 
 
@@ -342,8 +370,9 @@ def open_hub(name: str, options: dict):
 
 def read_hub(name: str, columns: list[str], options: dict, i: int, files: int):
     """The documents of file i."""
-    for j, row in enumerate(open_hub(name, options).shard(files, i)):
-        yield text_of(row, columns, f"{name}: file {i}, row {j}")
+    rows = enumerate(open_hub(name, options).shard(files, i))
+    places = ((f"file {i}, row {j}", row) for j, row in rows)
+    yield from read_each(name, places, partial(text_of, columns))
 
 
 # ---- preparing
@@ -356,18 +385,24 @@ class Store:
 
     def __init__(self, domain: str, source: str, tokenizer: tiktoken.Encoding, data_dir: str):
         self.domain, self.source, self.tokenizer = domain, source, fingerprint(tokenizer)
-        what, place = [source, self.tokenizer.hex(), HOLD_OUT], source.partition("?")[0]
+        what = [source, self.tokenizer.hex(), HOLD_OUT, UNIT_BYTES, PROBLEMS_PER_UNIT]
+        place, self.most = source.partition("?")[0], math.inf
         if place.startswith("builtin:"):
             what.append(sys.version)               # another Python holds other text
         elif place.endswith(READABLE):
             stats = ((str(path), path.stat()) for path in local_files(place))
             what += [(path, s.st_size, s.st_mtime_ns) for path, s in stats]
+            self.most = 10 * sum(size for _, size, _ in what[5:])  # tokens, if well compressed
         key = hashlib.sha256(repr(what).encode()).hexdigest()[:10]
         self.folder = Path(data_dir) / f"{domain}-{key}"
         self.manifest, self.tokens, self.whole = self.folder / "manifest.json", [], False
         if self.manifest.exists():
-            state = json.loads(self.manifest.read_text())
-            self.tokens, self.whole = state["tokens"], state["whole"]
+            try:
+                state = json.loads(self.manifest.read_text())
+                self.tokens, self.whole = state["tokens"], state["whole"]
+            except (OSError, ValueError, LookupError, TypeError) as e:
+                raise ValueError(f"{self.manifest} is damaged: {one_line(e)}; delete it and prepare"
+                                 " again: the shards are kept") from None
 
     def path(self, part: str, unit: int) -> Path:
         return self.folder / f"{part}-{unit:05d}.bin"
@@ -377,28 +412,42 @@ class Store:
         return self.whole or sum(self.tokens) >= need
 
     def open(self, part: tuple[int, int]) -> None:
-        """Look for what is there and what is to do: units, queue (numbers of those to do in this
-        part) and made (tokens of those done)."""
-        self.units, self.made, self.queue = units_of(self.source), 0, []
-        for i in range(part[0], len(self.units), part[1]):
-            if self.path("train", i).exists():
-                self.made += Shard(self.path("train", i), self.tokenizer).tokens
-            else:
-                self.queue.append(i)
+        """Look for what is to do: units, queue (numbers of those of this part, the next one last)
+        and made (tokens of those done)."""
+        self.units, self.made = units_of(self.source), 0
+        self.queue = [*range(part[0], len(self.units), part[1])][::-1]
+        self.skip()
+
+    def skip(self) -> None:
+        """Take in the units that are there, up to the next to do. Those beyond do not count yet: a
+        run reads units from 0 on without a gap."""
+        while self.queue and self.path("train", self.queue[-1]).exists():
+            self.made += Shard(self.path("train", self.queue.pop()), self.tokenizer).tokens
+
+    def clear(self, unit: int) -> None:
+        """Remove what there is of a unit that was cut short."""
+        for part in ("train", "val"):
+            Path(f"{self.path(part, unit)}.tmp").unlink(missing_ok=True)
+        if not self.path("train", unit).exists():
+            self.path("val", unit).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Take in the shards from unit 0 on without a gap and write the manifest. ValueError, and
-        no folder left, if the source has no text."""
+        no folder left, if the source has no text for training."""
         paths = (self.path("train", i) for i in range(len(self.tokens), len(self.units)))
         for path in takewhile(Path.exists, paths):
             self.tokens.append(Shard(path, self.tokenizer).tokens)
         self.whole = len(self.tokens) == len(self.units)
         if not sum(self.tokens):
             shutil.rmtree(self.folder)
-            raise ValueError(f"domain {self.domain!r}: {self.source} has no text")
+            raise ValueError(f"domain {self.domain!r}: {self.source} has fewer than two documents "
+                             "with text; one is held out for validation")
         state = {"source": self.source, "tokens": self.tokens, "whole": self.whole}
-        self.manifest.with_suffix(".tmp").write_text(json.dumps(state) + "\n")
-        os.replace(self.manifest.with_suffix(".tmp"), self.manifest)
+        with open(f"{self.manifest}.tmp", "w") as file:
+            file.write(json.dumps(state) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{self.manifest}.tmp", self.manifest)
 
     def shards(self, part: str, need: int) -> list[Shard]:
         """The first units that hold `need` tokens together: what a run reads follows from its
@@ -434,7 +483,7 @@ def prepare(domains: dict, tokenizer_name: str, data_dir: str, need: dict[str, i
         store.open(part)
     share = {store: need[store.domain] / part[1] for store in todo}
     announce(share, tokenizer, Path(data_dir), workers)
-    begin, running = time.time(), {}               # future -> store
+    begin, running = time.time(), {}               # future -> store, unit
     try:
         for store in todo:
             store.folder.mkdir(parents=True, exist_ok=True)
@@ -445,15 +494,17 @@ def prepare(domains: dict, tokenizer_name: str, data_dir: str, need: dict[str, i
                     behind = [s for s in todo if s.queue and s.made < share[s]]
                     if not behind:
                         break
-                    busy = list(running.values())
+                    busy = [s for s, _ in running.values()]
                     store = min(behind, key=lambda s: (busy.count(s), s.made / share[s]))
-                    i = store.queue.pop(0)
+                    i = store.queue.pop()
+                    store.skip()
                     running[pool.submit(tokenize_unit, tokenizer_name, store.units[i], i,
-                                        store.path("train", i), store.path("val", i))] = store
+                                        store.path("train", i), store.path("val", i))] = store, i
                 if not running:
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    running.pop(future).made += future.result()
+                    running[future][0].made += future.result()
+                    del running[future]
                 done = sum(min(s.made, share[s]) for s in todo) / sum(share.values())
                 left = (time.time() - begin) * (1 / max(done, 1e-3) - 1)
                 progress(f"  {done:4.0%} of the tokens, {left:.0f} s left")
@@ -461,13 +512,18 @@ def prepare(domains: dict, tokenizer_name: str, data_dir: str, need: dict[str, i
         if part[1] == 1:
             for store in todo:
                 store.close()
+    except OSError as e:
+        raise ValueError(f"{data_dir} cannot be written: {one_line(e)}; free some space or choose "
+                         "another --data_dir") from None
     except BrokenProcessPool:
         raise ValueError("a process that prepared data was killed, perhaps for lack of memory; "
                          "try --workers=1") from None
     finally:
-        for store in todo:                         # nothing stays of a domain that gave nothing
-            if store.folder.exists() and not any(store.folder.glob("train-*.bin")):
-                shutil.rmtree(store.folder)
+        for store, i in running.values():          # nothing stays of what failed
+            store.clear(i)
+        for store in todo:
+            with suppress(OSError):                # not empty
+                store.folder.rmdir()
     print(f"prepared {sum(s.made for s in todo):,.0f} tokens in {time.time() - begin:.0f} s")
     return stores
 
@@ -475,7 +531,7 @@ def prepare(domains: dict, tokenizer_name: str, data_dir: str, need: dict[str, i
 def announce(share: dict[Store, float], tokenizer, data_dir: Path, workers: int) -> None:
     """Say how long and how large it will be, by a sample of each domain. ValueError if the disk is
     too small."""
-    tokens, seconds = sum(max(0, n - store.made) for store, n in share.items()), 0.0
+    tokens, seconds = sum(max(0, min(n, s.most) - s.made) for s, n in share.items()), 0.0
     for store, n in share.items():
         texts, made = filter(str.strip, store.units[0]()), 0
         next(texts, None)                          # comes late: files are listed, modules imported
@@ -508,8 +564,9 @@ class Plan:
 
     domains: name -> (source, first share, last share), shares as fractions of the tokens. Between
     first and last the mixture is linear in tokens; `mixture`, a list of [fraction of the run,
-    {name: share}], puts other knots in their place. caps: name -> largest share; what is above
-    goes to the others in proportion. batch_tokens and seq_len: a number, or knots [[tokens seen,
+    {name: share}], puts other knots in their place (before the first and after the last it is
+    constant). caps: name -> largest share; what is above goes to the others in proportion.
+    batch_tokens and seq_len: a number, or knots [[tokens seen,
     number], ...] that hold from the first step after them. The run ends at max_steps or at
     max_tokens, whichever comes first. ValueError for what cannot be.
 
@@ -520,11 +577,11 @@ class Plan:
     def __init__(self, domains: dict, *, batch_tokens, seq_len, max_steps: int | None = None,
                  max_tokens: int | None = None, mixture: list | None = None,
                  caps: dict | None = None):
-        if max_steps is None and max_tokens is None:
+        if not (max_steps or max_tokens):
             raise ValueError("nothing ends the run: set max_steps or max_tokens")
         self.names, lengths = list(domains), knots("seq_len", seq_len)
         batches = knots("batch_tokens", batch_tokens)
-        if sorted(T for _, T in lengths) != [T for _, T in lengths]:
+        if any(a[1] > b[1] for a, b in zip(lengths, lengths[1:])):
             raise ValueError(f"seq_len={seq_len}: the length may rise, not fall")
         self.seq_len, self.rows, self.tokens = [], [], [0]
         steps, end = max_steps or math.inf, max_tokens or math.inf
@@ -542,53 +599,69 @@ class Plan:
     def _shares(self, domains: dict, mixture: list | None, caps: dict) -> np.ndarray:
         """(steps, D)"""
         for name, domain in domains.items():
-            if not (isinstance(domain, (list, tuple)) and [type(x) in (int, float) for x in domain]
-                    == [False, True, True] and isinstance(domain[0], str)):
+            if not (isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)):
+                raise ValueError(f"domain {name!r}: its name must be letters, digits, '_', '-' and "
+                                 "'.', as a folder is named after it")
+            if not (isinstance(domain, (list, tuple)) and len(domain) == 3
+                    and isinstance(domain[0], str) and all(map(is_share, domain[1:]))):
                 raise ValueError(f"domain {name!r} must be (source, first share, last share), "
-                                 f"not {domain}")
+                                 f"none negative, not {domain}")
         if mixture is None:
             mixture = [(p, {n: d[i] for n, d in domains.items()}) for p, i in ((0, 1), (1, 2))]
+        if not (mixture and all(isinstance(k, (list, tuple)) and len(k) == 2 and is_share(k[0])
+                                and isinstance(k[1], dict) for k in mixture)):
+            raise ValueError(f"mixture={mixture} must be [[fraction of the run, {{name: share}}], "
+                             "...]")
         for p, shares in mixture:
-            unknown, total_ = shares.keys() - domains.keys(), sum(shares.values())
-            if unknown or min(shares.values(), default=0) < 0 or abs(total_ - 1) > 1e-6:
+            if not (shares.keys() <= domains.keys() and all(map(is_share, shares.values()))
+                    and abs(sum(shares.values()) - 1) <= 1e-6):
                 raise ValueError(f"the shares at {p} of the run must be of {', '.join(domains)}, "
-                                 f"none negative, and sum to 1: {shares} sums to {total_:.6g}")
+                                 f"none negative, and sum to 1, not {shares}")
         places = [p for p, _ in mixture]
-        if places != sorted(places) or not 0 <= places[0] <= places[-1] <= 1:
+        if places != sorted(places) or places[-1] > 1:
             raise ValueError(f"mixture: the places {places} must rise from 0 to 1")
         at = np.array(self.tokens[:-1]) / self.tokens[-1]
         shares = np.stack([np.interp(at, places, [m.get(name, 0) for _, m in mixture])
                            for name in self.names], axis=1)
-        if caps.keys() - domains.keys() or sum(caps.get(n, 1) for n in domains) < 1:
-            raise ValueError(f"caps {caps} must be of {', '.join(domains)} and leave room for all")
+        shares /= shares.sum(1, keepdims=True)     # 1e-6 of a long run are many sequences
+        if not (caps.keys() <= domains.keys() and all(map(is_share, caps.values()))):
+            raise ValueError(f"caps={caps} must be {{name: largest share}} of "
+                             f"{', '.join(domains)}")
         cap = np.array([caps.get(name, 1) for name in self.names])
         for _ in self.names:                       # spreading may lift another above its cap
             over = (shares - cap).clip(0).sum(1, keepdims=True)
             shares = shares.clip(max=cap)
             room = np.where(shares < cap, shares, 0)
             shares += over * room / room.sum(1, keepdims=True).clip(1e-12)
+        short = np.abs(shares.sum(1) - 1) > 1e-9
+        if short.any():
+            raise ValueError(f"caps={caps} leave too little room at step {short.argmax()}; raise "
+                             "a cap or give another domain a share there")
         return shares
 
     @cached_property
     def _counts(self) -> tuple[np.ndarray, np.ndarray]:
-        """(first, last), each (steps, D). Q is the quota of each domain in sequences. A count rises
-        to the floor of its quota, and what is left of the batch goes to the domains with the
-        largest Q - n: none ever strays a whole sequence from its quota."""
-        first = np.zeros((self.steps, len(self.names)), dtype=np.int64)
-        last, n, Q = first.copy(), first[0], np.zeros(len(self.names))
-        for t in range(self.steps):
-            if t and self.seq_len[t] != self.seq_len[t - 1]:
-                Q, n = (Q - n) * self.seq_len[t - 1] / self.seq_len[t], np.zeros_like(n)
-            first[t] = n
-            Q = Q + self.shares[t] * self.rows[t]
-            new = np.maximum(n, np.floor(Q + 1e-9).astype(np.int64))
-            rest = self.rows[t] - int((new - n).sum())
+        """(first, last), each (steps, D). A domain may lead or lag its quota of tokens by less than
+        a sequence. So what lags a whole sequence comes now, and the rest of the batch is, of the
+        domains that do not lead yet, those that would lag a whole sequence soonest: the earliest
+        deadline first. (The largest lag first fails if shares change fast.)"""
+        taken, first = np.zeros((2, self.steps, len(self.names)), dtype=np.int64)
+        quota = (self.shares * np.diff(self.tokens)[:, None]).cumsum(0)
+        columns, seen = list(quota.T.copy()), np.zeros(len(self.names), dtype=np.int64)
+        for t, (T, rows) in enumerate(zip(self.seq_len, self.rows)):
+            lag = (quota[t] - seen) / T
+            take = np.floor(lag + 1e-6).astype(np.int64).clip(0)
+            rest = rows - int(take.sum())
             if rest > 0:
-                new[np.argsort(new - Q, kind="stable")[:rest]] += 1
-            for d in np.argsort(Q - new, kind="stable")[:max(0, -rest)]:
-                new[d] -= 1                        # two quotas became whole at once: one may wait
-            last[t] = n = new
-        return first, last
+                soon = [q.searchsorted(x) for q, x in zip(columns, seen + (take + 1) * T)]
+                soon = np.where(lag - take > 1e-6, soon, self.steps + 1)
+                take[np.lexsort((take - lag, soon))[:rest]] += 1
+            for _ in range(-rest):                 # two lags became whole at once: one may wait
+                take[np.where(take > 0, lag - take, np.inf).argmin()] -= 1
+            taken[t], seen = take, seen + take * T
+            if t and T == self.seq_len[t - 1]:
+                first[t] = first[t - 1] + taken[t - 1]
+        return first, first + taken
 
     @property
     def first(self) -> np.ndarray:
@@ -624,12 +697,17 @@ class Plan:
         return "\n".join(lines)
 
 
+def is_share(x) -> bool:
+    return type(x) in (int, float) and 0 <= x < math.inf
+
+
 def knots(key: str, value) -> list[tuple[int, int]]:
     """A number, or [[tokens, number], ...] from 0 on -> knots. ValueError otherwise."""
-    pairs = [(0, value)] if isinstance(value, int) else value
-    if not (pairs and all(isinstance(p, (list, tuple)) and [*map(type, p)] == [int, int]
-                          and p[1] > 0 for p in pairs)
-            and pairs[0][0] == 0 and sorted(pairs) == list(pairs)):
+    pairs = [(0, value)] if type(value) is int else value
+    if not (isinstance(pairs, (list, tuple)) and pairs
+            and all(isinstance(p, (list, tuple)) and [*map(type, p)] == [int, int] and p[1] > 0
+                    for p in pairs)
+            and pairs[0][0] == 0 and all(a[0] < b[0] for a, b in zip(pairs, pairs[1:]))):
         raise ValueError(f"{key}={value} must be a positive number, or [[0, number], [tokens, "
                          "number], ...] with rising tokens")
     return [tuple(p) for p in pairs]
@@ -656,16 +734,19 @@ def permute(i: np.ndarray, n: int, key: bytes) -> np.ndarray:
 
 class Corpus:
     """The batches of a plan over prepared stores. The state is one integer, the step. ValueError
-    for a shard that is damaged or shorter than a sequence."""
+    for a shard that is damaged and for shards too short for the sequences."""
 
     def __init__(self, plan: Plan, stores: dict[str, Store], seed: int):
         self.plan, self.seed, need = plan, seed, plan.need()
         self.train = {n: stores[n].shards("train", need[n]) for n in plan.names}
         self.val = {n: stores[n].shards("val", need[n]) for n in plan.names}
-        for shard in (s for shards in self.train.values() for s in shards):
-            if not shard.sequences(max(plan.seq_len)):
-                raise ValueError(f"{shard.path} has {shard.tokens:,d} tokens, fewer than a sequence "
-                                 f"of {max(plan.seq_len)}; lower seq_len or give it longer text")
+        T = max(plan.seq_len)
+        for name, shards in self.train.items():
+            whole, there = T * sum(s.sequences(T) for s in shards), sum(s.tokens for s in shards)
+            if 2 * whole < there:                  # the ends of shards are never read
+                raise ValueError(f"domain {name!r}: of {there:,d} tokens in {len(shards)} shards "
+                                 f"only {whole:,d} fill sequences of {T}; lower seq_len or give it "
+                                 "longer text")
 
     def fingerprint(self) -> str:
         """Of the shards that the run reads."""
@@ -719,7 +800,7 @@ LIBRARY_UNITS = 8
 
 def library(kind: str, unit: int):
     """Documents of the standard library, a module each: its source without the docstrings (code),
-    or its docstrings and the topics of Python's own help (language). No sentence is in both."""
+    or its docstrings and the topics of Python's own help (language). No docstring is in both."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "test", "tests", "idle_test", "_bundled", "pydoc_data",
                 "encodings"}
@@ -743,8 +824,8 @@ def library(kind: str, unit: int):
             yield "\n\n".join(t for t in texts if len(t) > 120)
         else:
             hidden = {i for node in found for i in range(node.lineno, node.end_lineno + 1)}
-            lines = enumerate(text.splitlines(keepends=True), 1)
-            yield "".join(line for i, line in lines if i not in hidden)
+            lines = enumerate(text.split("\n"), 1)  # not splitlines, which also cuts at form feeds
+            yield "\n".join(line for i, line in lines if i not in hidden)
 
 
 # ---- worked problems

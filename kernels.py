@@ -37,8 +37,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # ---- PolyNorm
 
 class PolyNormMul(torch.autograd.Function):
-    """out = polynorm(x) * up over rows (R, n), with the closed-form gradient of poly_norm_mul. Saves
-    x, up and three numbers a row, recomputes the rest, and works on blocks that fit a CPU's cache."""
+    """out = polynorm(x) * up over rows (R, n), with the closed-form gradient of poly_norm_mul.
+    Saves x, up and three numbers a row, recomputes the rest, works on blocks that fit a cache."""
 
     @staticmethod
     def forward(ctx, x, up, weight, bias, eps):
@@ -48,7 +48,8 @@ class PolyNormMul(torch.autograd.Function):
             x_ = wide(x_)
             x2 = x_ * x_
             for power, r_p in zip((x_, x2, x2 * x_), r_.unbind(-1)):
-                r_p.copy_((torch.linalg.vector_norm(power, dim=-1).square() / x.shape[-1] + eps).rsqrt())
+                square = torch.linalg.vector_norm(power, dim=-1).square() / x.shape[-1]
+                r_p.copy_((square + eps).rsqrt())
             r1, r2, r3 = r_.split(1, dim=-1)
             y = horner(x_, b, w2 * r1, w1 * r2, w0 * r3)
             out_.copy_(y if up is None else y.mul_(up_))
@@ -78,8 +79,10 @@ class PolyNormMul(torch.autograd.Function):
 
 
 def row_blocks(*tensors: Tensor | None):
-    """The same rows of every (R, ...) tensor, CACHE_BLOCK elements of the first at a time."""
-    rows = max(1, CACHE_BLOCK // tensors[0].shape[-1])
+    """The same rows of every (R, ...) tensor, CACHE_BLOCK elements of the first at a time; on a
+    GPU, where a launch costs more than a cache miss, all at once."""
+    rows = len(tensors[0]) if tensors[0].is_cuda else CACHE_BLOCK // tensors[0].shape[-1]
+    rows = max(1, rows)
     for i in range(0, len(tensors[0]), rows):
         yield [None if t is None else t[i:i + rows] for t in tensors]
 
@@ -93,10 +96,10 @@ def horner(x: Tensor, *c: Tensor) -> Tensor:
 
 
 def poly_norm_mul(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """PolyNorm(x) * up: x and up (..., n), weight (3,) = cubic, square, linear, bias (1,) -> (..., n).
+    """PolyNorm(x) * up: x, up (..., n), weight (3,) = cubic, square, linear, bias (1,) -> (..., n).
 
         r_p = 1 / sqrt(mean(x^2p) + eps)       y = x (w2 r1 + x (w1 r2 + x w0 r3)) + b
-        g = dL/dy    s_p = r_p sum(g x^p)    k1 = w2 r1^2 s1/n  k2 = 2 w1 r2^2 s2/n  k3 = 3 w0 r3^2 s3/n
+        g = dL/dy, s_p = r_p sum(g x^p), k1 = w2 r1^2 s1/n, k2 = 2 w1 r2^2 s2/n, k3 = 3 w0 r3^2 s3/n
         dx = g (w2 r1 + x (2 w1 r2 + x 3 w0 r3)) - x (k1 + x^2 (k2 + x^2 k3))
         dw0, dw1, dw2, db = sums over the rows of s3, s2, s1, g
 
@@ -115,11 +118,11 @@ def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Ten
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None):
     """softmax(q k^T / sqrt D, causal) v, every key head serving h query heads.
 
-    q (B, T, K, h, D), k (B, S, K, D), v (B, S, K, Dv) -> out (B, T, K, h, Dv), largest visible logit
-    (K, h). Query t stands at position S - T + t, so that cached keys may come first. documents (B, T),
-    for S = T only: a token sees only those of its own number. Logits and softmax in fp32."""
-    B, T, K, h, D = q.shape
-    S = k.shape[1]
+    q (B, T, K, h, D), k (B, S, K, D), v (B, S, K, Dv) -> out (B, T, K, h, Dv), largest visible
+    logit (K, h). Query t stands at position S - T + t, so that cached keys may come first.
+    documents (B, T), for S = T only: a token sees only those of its own number. Softmax in fp32;
+    the products, logits among them, in the input's dtype."""
+    T, h, D, S = q.shape[1], q.shape[3], q.shape[4], k.shape[1]
     hidden = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
     if documents is not None:
         hidden = (hidden | (documents[:, :, None] != documents[:, None, :]))[:, None, None]
@@ -145,7 +148,8 @@ def grouped_differential_attention(q: Tensor, k: Tensor, v: Tensor, num_noise_he
     B, T, H, D = q.shape
     G, P = num_noise_heads, k.shape[2] // 2
     q = q.unflatten(2, (G, H // G))                                      # (B, T, G, r+1, D)
-    k, v = k.unflatten(2, (P, 2)), v.unflatten(2, (P, 2)).flatten(3)     # (B, S, P, 2, D), (B, S, P, 2D)
+    k = k.unflatten(2, (P, 2))                                           # (B, S, P, 2, D)
+    v = v.unflatten(2, (P, 2)).flatten(3)                                # (B, S, P, 2D)
     outs, largest = [], []
     for q_i, k_i in (q[:, :, :, :-1], k[:, :, :, 0]), (q[:, :, :, -1:], k[:, :, :, 1]):
         shared = q_i.reshape(B, T, P, -1, D)                             # all heads of one pair
@@ -167,8 +171,8 @@ def differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Te
 # ---- loss
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Sum of cross entropies of x @ weight^T, with both gradients made in the forward pass, chunk by
-    chunk, while the chunk's logits exist."""
+    """Sum of cross entropies of x @ weight^T, with both gradients made in the forward pass, chunk
+    by chunk, while the chunk's logits exist."""
 
     @staticmethod
     def forward(ctx, x, weight, targets):
@@ -195,14 +199,15 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d):
         dx, dw = ctx.saved_tensors
-        return dx if dx is None else dx * d.to(dx.dtype), dw if dw is None else dw * d.to(dw.dtype), None
+        return *(g if g is None else g * d.to(g.dtype) for g in (dx, dw)), None
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor,
+                         reduction: str = "mean") -> Tensor:
     """Cross entropy in nats of the logits x @ weight^T without ever holding them all.
 
-    x (N, n), weight (V, n), targets (N,) with negative ones ignored -> fp32 scalar, the "sum" or the
-    "mean" over the targets kept (0 if none is). ValueError for another reduction."""
+    x (N, n), weight (V, n), targets (N,) with negative ones ignored -> fp32 scalar, the "sum" or
+    the "mean" over the targets kept (0 if none is). ValueError for another reduction."""
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
     total = LinearCrossEntropy.apply(x, weight, targets)

@@ -10,7 +10,7 @@ Module and parameter names are those of the released checkpoints, so that a stat
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,19 +22,21 @@ import kernels
 from kernels import wide
 
 ACTIVATIONS = {"poly_norm": "poly_norm", "swiglu": "silu"}  # ours -> hidden_act of config.json
+LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+INDEX = "model.safetensors.index.json"                      # which file holds which tensor
 
 
 @dataclass
 class MotifConfig:
     """The shape of a model, in the names of the released config.json."""
-    vocab_size: Annotated[int, 1] = 272              # rows of the embedding; at least the tokenizer's
-    hidden_size: Annotated[int, 1] = 256             # width of the residual stream
-    intermediate_size: Annotated[int, 1] = 768       # width of the MLP
-    num_hidden_layers: Annotated[int, 1] = 4         # blocks
-    num_attention_heads: Annotated[int, 1] = 10      # query heads, signal and noise together
-    num_key_value_heads: Annotated[int, 1] = 4       # key heads; with noise heads they come in pairs
-    num_noise_heads: Annotated[int, 0] = 2           # 0: plain grouped-query attention, for comparison
-    head_dim: Annotated[int, 2] = 32                 # per query and key head; values are twice as wide
+    vocab_size: Annotated[int, 1] = 272           # rows of the embedding; at least the tokenizer's
+    hidden_size: Annotated[int, 1] = 256          # width of the residual stream
+    intermediate_size: Annotated[int, 1] = 768    # width of the MLP
+    num_hidden_layers: Annotated[int, 1] = 4      # blocks
+    num_attention_heads: Annotated[int, 1] = 10   # query heads, signal and noise together
+    num_key_value_heads: Annotated[int, 1] = 4    # key heads; with noise heads they come in pairs
+    num_noise_heads: Annotated[int, 0] = 2        # 0: plain grouped-query attention, to compare
+    head_dim: Annotated[int, 2] = 32              # per query and key head; values are twice as wide
     activation: Literal["poly_norm", "swiglu"] = "poly_norm"  # of the MLP's gate; swiglu to compare
     rms_norm_eps: Annotated[float, 0] = 1e-6         # block and final norms, and PolyNorm
     attn_rms_norm_eps: Annotated[float, 0] = 1e-5    # per-head norm
@@ -43,17 +45,24 @@ class MotifConfig:
     tie_word_embeddings: bool = False                # the head is the embedding
 
     def check(self) -> None:
-        """ValueError if the heads do not divide into groups and pairs (paper 2510.06949, section 3)."""
+        """ValueError if a size is below the least that its type states, or the heads do not divide
+        into groups and pairs (arXiv 2510.06949, section 3)."""
         H, K, G = self.num_attention_heads, self.num_key_value_heads, self.num_noise_heads
+        for f in fields(MotifConfig):
+            least = getattr(f.type, "__metadata__", (None,))[0]
+            if least is not None and not getattr(self, f.name) >= least:
+                raise ValueError(f"{f.name} must be at least {least}, not {getattr(self, f.name)}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
         if G == 0 and H % K:
-            raise ValueError(f"num_attention_heads={H} must be a multiple of num_key_value_heads={K}")
+            raise ValueError(f"num_attention_heads={H} must be a multiple of "
+                             f"num_key_value_heads={K}")
         if G and (H % G or H == G):
-            raise ValueError(f"num_attention_heads={H} must be num_noise_heads={G} groups of at least "
-                             "one signal head and one noise head")
+            raise ValueError(f"num_attention_heads={H} must be num_noise_heads={G} groups of at "
+                             "least one signal head and one noise head")
         if G and (K % 2 or G % (K // 2)):
-            raise ValueError(f"num_key_value_heads={K} must be pairs that divide num_noise_heads={G}")
+            raise ValueError(f"num_key_value_heads={K} must be pairs that divide "
+                             f"num_noise_heads={G}")
 
     @property
     def kv_map(self) -> list[int]:
@@ -68,8 +77,9 @@ class MotifConfig:
 
     @classmethod
     def from_dict(cls, config: dict) -> "MotifConfig":
-        """From a released config.json; unknown keys are ignored. Motif-2.6B states no num_noise_heads
-        (half of its heads are noise). ValueError for a missing key or a part that we do not have."""
+        """From a released config.json; unknown keys are ignored. Motif-2.6B states no
+        num_noise_heads: half of its heads are noise. ValueError for a missing key or a part that we
+        do not have."""
         config = dict(config)
         for key, value in (("use_bias", False), ("k_ratio", 1)):
             if config.get(key, value) != value:
@@ -93,9 +103,10 @@ class MotifConfig:
 
     def to_dict(self) -> dict:
         """The released config.json."""
-        shape = {f.name: getattr(self, f.name) for f in fields(MotifConfig) if f.name != "activation"}
+        shape = {f.name: getattr(self, f.name) for f in fields(MotifConfig)}
+        act = ACTIVATIONS[shape.pop("activation")]
         return {"architectures": ["MotifForCausalLM"], "model_type": "motif", **shape,
-                "hidden_act": ACTIVATIONS[self.activation], "k_ratio": 1, "use_bias": False}
+                "hidden_act": act, "k_ratio": 1, "use_bias": False}
 
 
 # ---- the transformer
@@ -112,7 +123,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2i / D): positions (B, T) -> two of (B, T, 1, D/2), fp32."""
+    """cos and sin of position * theta^(-2i/D): positions (B, T) -> two of (B, T, 1, D/2), fp32."""
     i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angle = positions[:, :, None, None].float() * theta ** (-i / head_dim)
     return angle.cos(), angle.sin()
@@ -142,7 +153,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(width, c.hidden_size, bias=False)
         if c.num_noise_heads:
-            for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+            for name in LAMBDAS:
                 self.register_parameter(name, nn.Parameter(torch.empty(D)))
             self.subln = RMSNorm(2 * D, c.attn_rms_norm_eps)
 
@@ -177,11 +188,12 @@ class Attention(nn.Module):
 
 
 class PolyNorm(nn.Module):
-    """Weights of kernels.poly_norm_mul: (cubic, square, linear) and one bias for the whole layer."""
+    """The scalars of kernels.poly_norm_mul: weights (cubic, square, linear) and one bias."""
 
     def __init__(self, eps: float):
         super().__init__()
-        self.weight, self.bias, self.eps = nn.Parameter(torch.empty(3)), nn.Parameter(torch.empty(1)), eps
+        self.weight, self.bias = nn.Parameter(torch.empty(3)), nn.Parameter(torch.empty(1))
+        self.eps = eps
 
     def forward(self, x: Tensor, up: Tensor) -> Tensor:
         return kernels.poly_norm_mul(x, up, self.weight, self.bias, self.eps)
@@ -244,12 +256,13 @@ class Motif(nn.Module):
                 module.weight.fill_(1 / 3)
                 module.bias.zero_()
             elif isinstance(module, Attention) and module.noise_heads:
-                for vector in (module.lambda_q1, module.lambda_k1, module.lambda_q2, module.lambda_k2):
-                    vector.normal_(0, 0.1)
+                for name in LAMBDAS:
+                    getattr(module, name).normal_(0, 0.1)
 
     @property
     def head_weight(self) -> Tensor:
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
     def matrices(self) -> dict[str, nn.Parameter]:
         """name -> the seven matrices of each layer: what Muon trains; AdamW takes the rest."""
@@ -268,11 +281,13 @@ class Motif(nn.Module):
     def forward(self, ids: Tensor, targets: Tensor | None = None, documents: Tensor | None = None,
                 reduction: str = "mean", cache: list | None = None, start: int = 0) -> Tensor:
         """ids (B, T) -> logits (B, T, V), or with targets (B, T) -> their cross entropy in nats, -1
-        ignored, reduction "mean" or "sum". documents (B, T): each run of equal numbers is a document
-        that sees itself alone, with positions from 0. cache and start: see Attention.forward."""
+        ignored, reduction "mean" or "sum". documents (B, T): each run of equal numbers is a
+        document that sees itself alone, positions from 0. cache and start: see Attention.forward.
+        ValueError for no tokens and for more positions than max_position_embeddings."""
         T, longest = ids.shape[1], self.config.max_position_embeddings
-        if start + T > longest:
-            raise ValueError(f"{start + T} positions, but max_position_embeddings is {longest}")
+        if ids.numel() == 0 or start + T > longest:
+            raise ValueError(f"ids of shape {tuple(ids.shape)} from position {start}: there must "
+                             f"be tokens, and at most max_position_embeddings={longest}")
         positions = torch.arange(start, start + T, device=ids.device)[None]
         if documents is not None:
             begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
@@ -285,18 +300,22 @@ class Motif(nn.Module):
         x = self.model.norm(x)
         if targets is None:
             return F.linear(x, self.head_weight)
-        return kernels.linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(), reduction)
+        return kernels.linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(),
+                                            reduction)
 
     @torch.no_grad()
     def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
                  top_k: int | None = None, seed: int | None = None) -> Tensor:
-        """Continue ids (B, T), T >= 1, by max_new_tokens -> (B, T + max_new_tokens). temperature 0 is
-        greedy; top_k keeps the k likeliest tokens; a seed makes it repeatable. Keys and values are
-        cached: 2 x kv_heads x head_dim numbers per token and layer."""
+        """Continue ids (B, T), T >= 1, by max_new_tokens -> (B, T + max_new_tokens). temperature 0
+        is greedy; top_k keeps the k likeliest tokens; a seed makes it repeatable. Keys and values
+        are cached: 2 x kv_heads x head_dim numbers per token and layer."""
         c, (B, T) = self.config, ids.shape
         if T == 0 or max_new_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError("generate needs a token to begin with, max_new_tokens >= 0, "
                              "temperature >= 0 and top_k >= 1")
+        if T + max_new_tokens - 1 > c.max_position_embeddings:    # the last token is not read again
+            raise ValueError(f"{T} + {max_new_tokens} tokens, but max_position_embeddings is "
+                             f"{c.max_position_embeddings}")
         generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
         shape = (B, T + max_new_tokens, c.num_key_value_heads, c.head_dim)
         k_dtype = self.model.layers[0].self_attn.k_proj.weight.dtype
@@ -319,17 +338,12 @@ class Motif(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, device=None, dtype=None) -> "Motif":
-        """A model from a folder in the released layout: config.json and model.safetensors, or shards
-        with model.safetensors.index.json. Each tensor keeps its stored dtype unless one is given.
-        ValueError, one line, for a missing file and any missing, extra or misshapen tensor."""
+        """A model from a folder in the released layout: config.json and model.safetensors, or
+        shards with an index. Each tensor keeps its stored dtype unless one is given. ValueError,
+        one line, for a file missing or broken and a tensor missing, extra or misshapen."""
         from safetensors import SafetensorError, safe_open
         path = Path(path)
-        try:
-            config = MotifConfig.from_dict(json.loads((path / "config.json").read_text()))
-        except OSError:
-            raise ValueError(f"{path}: no config.json; a model folder has one") from None
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{path}/config.json: not JSON: {e}") from None
+        config = MotifConfig.from_dict(read_json(path / "config.json"))
         with torch.device("meta"):
             model = cls(config)
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
@@ -351,17 +365,19 @@ class Motif(nn.Module):
                      if stored.get(n, shape) != shape]
         if problems:
             more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-            raise ValueError(f"{path}: tensors do not fit config.json: {'; '.join(problems[:4])}{more}")
+            raise ValueError(f"{path}: tensors do not fit config.json: "
+                             f"{'; '.join(problems[:4])}{more}")
         model.load_state_dict(found, assign=True)
         return model.requires_grad_()
 
     def save_pretrained(self, path, shard_bytes: int = 5 * 10**9) -> None:
         """Write config.json and the tensors, in the model's own dtype, in the released layout; over
-        shard_bytes in several files and an index. The folder is complete or, if this fails, has no
-        config.json of ours."""
+        shard_bytes in several files and an index. If this fails, the folder has no config.json."""
         from safetensors.torch import save_file
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
+        for name in "config.json", INDEX:    # of an older model; its index would outlive it
+            (path / name).unlink(missing_ok=True)
         shards, size = [{}], 0
         for name, t in self.state_dict().items():
             if shards[-1] and size + t.nbytes > shard_bytes:
@@ -374,19 +390,30 @@ class Motif(nn.Module):
             os.replace(path / f"{name}.tmp", path / name)
         index = {"metadata": {"total_size": sum(t.nbytes for s in shards for t in s.values())},
                  "weight_map": {key: name for name, s in zip(names, shards) for key in s}}
-        texts = {"model.safetensors.index.json": index} if len(shards) > 1 else {}
+        texts = {INDEX: index} if len(shards) > 1 else {}
         for name, value in {**texts, "config.json": self.config.to_dict()}.items():
             (path / f"{name}.tmp").write_text(json.dumps(value, indent=2) + "\n")
             os.replace(path / f"{name}.tmp", path / name)
 
 
+def read_json(file: Path) -> dict:
+    """The object in a JSON file of a model folder; ValueError, one line, if there is none."""
+    try:
+        found = json.loads(file.read_text())
+    except OSError:
+        raise ValueError(f"{file} cannot be read; a model folder has one") from None
+    except ValueError as e:
+        raise ValueError(f"{file}: not JSON: {e}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: not a JSON object")
+    return found
+
+
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a model folder; ValueError if it has none or lacks one."""
-    index = path / "model.safetensors.index.json"
-    if not index.exists():
-        names = ["model.safetensors"]
-    else:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    names = ["model.safetensors"]
+    if (path / INDEX).exists():
+        names = sorted(set(read_json(path / INDEX).get("weight_map", {}).values()))
     for name in names:
         if not (path / name).exists():
             raise ValueError(f"{path}: {name} is missing")
@@ -397,13 +424,13 @@ def weight_files(path: Path) -> list[Path]:
 
 def flops_per_token(config: MotifConfig, seq_len: int, causal: bool = True) -> tuple[int, int]:
     """(forward, backward) FLOPs per token of a sequence: 2 per weight of every product, and per
-    visible key and query head 2D for the logit and 2 Dv for the value. Backward twice that: the least
-    that the model needs, nothing recomputed. causal=False counts masked keys too."""
+    visible key and query head 2D for the logit and 2 Dv for the value. Backward twice that: the
+    least that the model needs, nothing recomputed. causal=False counts masked keys too."""
     c = config
     values = 2 * c.head_dim if c.num_noise_heads else c.head_dim
     width = (c.num_attention_heads - c.num_noise_heads) * values
-    linear = c.hidden_size * (c.head_dim * (c.num_attention_heads + 2 * c.num_key_value_heads) + width)
-    linear += 3 * c.hidden_size * c.intermediate_size
+    qkv = c.head_dim * (c.num_attention_heads + 2 * c.num_key_value_heads)
+    linear = c.hidden_size * (qkv + width + 3 * c.intermediate_size)
     keys = (seq_len + 1) / 2 if causal else seq_len
     attention = c.num_attention_heads * keys * 2 * (c.head_dim + values)
     forward = int(c.num_hidden_layers * (2 * linear + attention) + 2 * c.hidden_size * c.vocab_size)
@@ -434,30 +461,42 @@ def memory_per_gpu(model: Motif, ranks: int) -> dict[str, float]:
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     ends = total - block * len(model.model.layers)
     return {"weights": 4 * total / ranks, "gradients": 4 * total / ranks,
-            "optimizer": (4 * muon + 8 * (total - muon)) / ranks, "gathered": 2 * (2 * block + ends)}
+            "optimizer": (4 * muon + 8 * (total - muon)) / ranks,
+            "gathered": 2 * (2 * block + ends)}
+
+
+def cost_table(config: MotifConfig, lengths: list[int]) -> str:
+    """Parameters by part, FLOPs per token at some sequence lengths, memory for 1, 8 and 64 ranks;
+    on the meta device, so that no size takes memory. ValueError if the shape is impossible."""
+    with torch.device("meta"):
+        model = Motif(config)
+    parts = parameters_by_part(model)
+    total = sum(parts.values())
+    lines = [f"{part:20s} {n:16,d} {n / total:8.2%}"
+             for part, n in {**parts, "total": total}.items()]
+    lines += ["", f"{'GFLOP per token':20s} {'forward':>16s} {'backward':>12s}   causal attention"]
+    for T in lengths:
+        forward, backward = flops_per_token(config, T)
+        lines.append(f"{f'at {T:,d} tokens':20s} {forward / 1e9:16,.3f} {backward / 1e9:12,.3f}")
+    ranks = (1, 8, 64)
+    lines += ["", f"{'GiB per GPU':20s}" + "".join(f"{f'ranks: {r}':>12s}" for r in ranks)]
+    columns = [memory_per_gpu(model, r) for r in ranks]
+    rows = {key: [c[key] for c in columns] for key in columns[0]}
+    rows["without activations"] = [sum(c.values()) for c in columns]
+    lines += [f"{key:20s}" + "".join(f"{x / 2**30:12,.2f}" for x in row)
+              for key, row in rows.items()]
+    return "\n".join(lines)
 
 
 def main() -> None:
     import sys
     from configurator import load
-    from pretrain import Config, shape_of
+    from pretrain import Config, plan_of, shape_of
     c = load(Config, sys.argv[1:], default_file="config/quickstart.py")
     try:
-        with torch.device("meta"):
-            model = Motif(shape_of(c))
+        print(cost_table(shape_of(c), sorted(set(plan_of(c).seq_len))))
     except ValueError as e:
         raise SystemExit(str(e)) from None
-    parts = parameters_by_part(model)
-    for part, n in {**parts, "total": sum(parts.values())}.items():
-        print(f"{part:20s} {n:16,d}  {100 * n / sum(parts.values()):6.2f}%")
-    T = c.max_position_embeddings if c.seq_len is None else c.longest_sequence()
-    print(f"\nGFLOP per token      forward {flops_per_token(c, T)[0] / 1e9:.3f}   "
-          f"backward {flops_per_token(c, T)[1] / 1e9:.3f}   at {T} tokens, causal")
-    print("\nGiB per GPU      ranks" + "".join(f"{r:>10d}" for r in (1, 8, 64)))
-    columns = [memory_per_gpu(model, r) for r in (1, 8, 64)]
-    for key in columns[0]:
-        print(f"{key:>22s}" + "".join(f"{col[key] / 2**30:10.2f}" for col in columns))
-    print(f"{'sum':>22s}" + "".join(f"{sum(col.values()) / 2**30:10.2f}" for col in columns))
 
 
 if __name__ == "__main__":

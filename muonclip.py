@@ -46,12 +46,12 @@ def newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif",
                          f"not {steps} of {coefficients!r}")
     if G.ndim > 2:
         return torch.stack([newton_schulz(g, steps, coefficients, dtype) for g in G])
-    X = G.to(dtype)
+    X = G.to(dtype, copy=True)
     tall = len(X) > X.shape[1]
     if tall:
         X = X.T
     least, most = X.aminmax()
-    X = X / torch.maximum(-least, most).clamp(min=torch.finfo(dtype).tiny)
+    X /= torch.maximum(-least, most).clamp(min=torch.finfo(dtype).tiny)
     norm = torch.linalg.vector_norm(X).clamp(min=1)                 # an entry is 1, or all are 0
     X /= norm * 1.02 if coefficients == "polar_express" else norm
     for a, b, c in COEFFICIENTS[coefficients][:steps]:

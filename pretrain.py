@@ -26,7 +26,7 @@ import configurator
 import data
 import muonclip
 from configurator import Count, Fraction, NonNegative, Size
-from model import Motif, MotifConfig, flops_per_token, memory_per_gpu, parameters_by_part
+from model import Motif, MotifConfig, cost_table, flops_per_token
 
 
 @dataclass
@@ -368,18 +368,11 @@ def clock(seconds: float) -> str:
 # ---- the run
 
 def describe(c: Config, plan: data.Plan) -> str:
-    """What --dry_run prints: parameters, FLOPs, memory and the plan, from the config alone."""
-    with torch.device("meta"):
-        model = Motif(shape_of(c))
-    parts = parameters_by_part(model)
-    flops = sum(sum(flops_per_token(model.config, T)) * rows * T
-                for T, rows in zip(plan.seq_len, plan.rows))
-    counts = {**parts, "parameters": sum(parts.values()), "steps": plan.steps,
-              "tokens": plan.tokens[-1], "FLOPs": flops}
-    lines = [f"{key:20s} {n:32,d}" for key, n in counts.items()]
-    lines += [f"{key:20s} {size / 2**30:32,.2f} GiB"
-              for key, size in memory_per_gpu(model, 1).items()]
-    return "\n".join(lines) + "\n\n" + plan.table()
+    """What --dry_run prints: the costs of model and run, and the curriculum, from the config."""
+    per_token = {T: sum(flops_per_token(shape_of(c), T)) for T in set(plan.seq_len)}
+    flops = sum(per_token[T] * T * rows for T, rows in zip(plan.seq_len, plan.rows))
+    return (f"{cost_table(shape_of(c), sorted(per_token))}\n\n{plan.steps:,d} steps, "
+            f"{plan.tokens[-1]:,d} tokens, {flops:.3e} FLOPs\n\n{plan.table()}")
 
 
 def last_good(out: Path) -> str:
@@ -464,7 +457,7 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
             log.say(f"step {step}/{plan.steps}  validation loss {result['val_loss']:.4f}  bits per "
                     f"byte {result['val_bpb']:.4f}  ({losses})")
             log.metric(step=step, tokens=tokens, **result, layers=layer_figures(model, optimizer))
-            with autocast:
+            with autocast, torch.compiler.set_stance("force_eager"):  # its shapes change every token
                 log.sample(f"=== step {step}, validation loss {result['val_loss']:.4f}\n"
                            + sample(model, tokenizer, c))
         if step > begun and (step % c.save_every == 0 or done or signals):
@@ -508,7 +501,8 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
             mixture = dict(zip(plan.names, np.round(plan.shares[step - 1], 4).tolist()))
             m = dict(step=step, tokens=plan.tokens[step], loss=loss.item(), lr=lr,
                      grad_norm=norm.item(), ms=ms, tok_per_s=speed, mfu=mfu,
-                     max_logit=largest.max().item(), heads_clipped=int(optimizer.clipped or 0), mixture=mixture)
+                     max_logit=largest.max().item(), heads_clipped=int(optimizer.clipped or 0),
+                     mixture=mixture)
             log.metric(**m)
             log.say(f"step {step}/{plan.steps}  loss {m['loss']:.4f}  norm {m['grad_norm']:.2f}  "
                     f"lr {lr:.2e}  {ms:.0f} ms  {speed:,.0f} tok/s  "

@@ -1,0 +1,364 @@
+"""The real script from nothing to a trained model: what is logged, resume after every kind of end,
+and one line for every wrong input. Tiny models on the generators' text; in process where that can be."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import pretrain
+from model import Motif
+from pretrain import Config, lr_at, plan_of
+
+ROOT = Path(pretrain.__file__).parent
+DOMAINS = {"math": ["builtin:math", 0.75, 0.25], "science": ["builtin:science", 0.25, 0.75]}
+TINY = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=5,
+            num_noise_heads=1, num_key_value_heads=2, head_dim=8, seq_len=32, batch_tokens=256,
+            micro_tokens=128, max_steps=12, warmup_steps=2, save_every=4, eval_every=6, log_every=1,
+            eval_tokens=256, sample_tokens=4, keep_last=5, workers=1, domains=DOMAINS, out_dir="out")
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """One data_dir for all: what is prepared once is there."""
+    return tmp_path_factory.mktemp("shards")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, shards):
+    """run(key=value, ...) runs the script in an empty folder, in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrain, "stop_signals", list)
+    monkeypatch.setattr(pretrain, "draw", lambda out: None)
+
+    def call(*argv, **options):
+        options = {**TINY, "data_dir": str(shards), **options}
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *argv, *arguments(options)])
+        pretrain.main()
+    return call
+
+
+def arguments(options: dict) -> list[str]:
+    return [f"--{key}={value}" for key, value in options.items() if value is not ...]
+
+
+def tensors(folder) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state of a checkpoint."""
+    return {**load_file(f"{folder}/model.safetensors"), **load_file(f"{folder}/optimizer/state.safetensors")}
+
+
+def same(a, b) -> bool:
+    a, b = tensors(a), tensors(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def metrics(out="out") -> list[dict]:
+    """metrics.jsonl without what depends on the machine's speed."""
+    lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in m.items() if k not in ("ms", "tok_per_s", "mfu")} for m in lines]
+
+
+def refused(call, **options) -> str:
+    """The one line that a run ends with."""
+    with pytest.raises(SystemExit) as e:
+        call(**options)
+    assert isinstance(e.value.code, str) and "\n" not in e.value.code
+    return e.value.code
+
+
+# ---- what a run writes
+
+def test_20_steps_of_the_quick_start_are_pinned(run):
+    shape = {key: ... for key in TINY if key not in ("data_dir", "domains", "out_dir", "workers")}
+    run(str(ROOT / "config/quickstart.py"), **{**shape, "max_steps": 20, "batch_tokens": 512,
+        "seq_len": 128, "micro_tokens": 512, "eval_every": 20, "eval_tokens": 1024, "sample_tokens": 1})
+    first, last = (m["val_loss"] for m in metrics() if "val_loss" in m)
+    assert first == pytest.approx(5.6700, abs=0.01)
+    assert last == pytest.approx(PINNED, abs=0.03)    # other CPUs and threads round otherwise
+
+
+PINNED = 3.278
+
+
+def test_a_run_logs_what_others_rely_on(run):
+    run()
+    lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    train, val = [m for m in lines if "loss" in m], [m for m in lines if "val_loss" in m]
+    assert [m["step"] for m in train] == [*range(1, 13)] and [m["step"] for m in val] == [0, 6, 12]
+    for m in train:
+        assert m.keys() == {"step", "tokens", "loss", "lr", "grad_norm", "ms", "tok_per_s", "mfu",
+                            "max_logit", "heads_clipped", "mixture"}
+        assert m["tokens"] == 256 * m["step"] and m["mfu"] is None
+        assert m["tok_per_s"] * m["ms"] == pytest.approx(256_000)
+    assert train[0]["mixture"] == {"math": 0.75, "science": 0.25}
+    for m in val:
+        assert m.keys() == {"step", "tokens", "val_loss", "val_bpb", "val_loss_by_domain",
+                            "val_bpb_by_domain", "layers"}
+        # nats per token to bits per byte: the bytes of these rows are all tokens but the specials
+        nats = {name: loss * 256 for name, loss in m["val_loss_by_domain"].items()}
+        assert m["val_loss"] == pytest.approx(sum(nats.values()) / 512)
+        assert [*map(len, m["layers"])] == [5, 5] and len(m["layers"][0]["q_norm"]) == 5
+        assert len(m["layers"][0]["polynorm"]) == 4
+        assert len(m["layers"][0]["update_rms"]) == (7 if m["step"] else 0)
+    assert val[2]["layers"][1]["update_rms"][0] == pytest.approx(0.2, rel=0.3)  # AdamW's usual RMS
+    assert val[2]["val_loss"] < val[0]["val_loss"] - 0.3
+    assert Path("out/samples.txt").read_text().count("=== step") == 3
+    config = json.loads(Path("out/config.json").read_text())
+    assert config["hidden_size"] == 32 and config["domains"] == DOMAINS
+    model = Motif.from_pretrained("out/step_12")
+    assert model.config.hidden_size == 32
+    assert len(Path("out/log.txt").read_text().splitlines()) == 4 + 12 + 3 + 1
+
+
+def test_bits_per_byte_and_loss_are_those_of_the_rows(run, shards):
+    run(max_steps=1)
+    model, c = Motif.from_pretrained("out/step_1"), Config(**TINY)
+    plan, byte = plan_of(c), data.load_tokenizer("byte")
+    corpus = data.Corpus(plan, data.prepare(DOMAINS, "byte", str(shards), plan.need()), c.seed)
+    rows = {name: torch.from_numpy(corpus.validation(name, 256, 32)) for name in DOMAINS}
+    nats = {n: model(r[:, :-1], r[:, 1:], reduction="sum").item() for n, r in rows.items()}
+    size = {n: len(data.decode(byte, [i for i in r[:, 1:].flatten().tolist() if i < 256]).encode())
+            for n, r in rows.items()}
+    said = metrics()[-1]
+    for name in DOMAINS:
+        assert said["val_loss_by_domain"][name] == pytest.approx(nats[name] / 256, rel=1e-6)
+        assert said["val_bpb_by_domain"][name] == pytest.approx(
+            nats[name] / 0.6931471805599453 / size[name], rel=1e-6)
+
+
+def test_accumulation_changes_nothing(run):
+    run(max_steps=4)
+    run(max_steps=4, micro_tokens=32, out_dir="small")
+    for a, b in zip(metrics(), metrics("small"), strict=True):
+        assert a.keys() == b.keys()
+        for key in {"loss", "grad_norm", "val_loss", "max_logit"} & a.keys():
+            assert a[key] == pytest.approx(b[key], rel=2e-4)
+
+
+@pytest.mark.parametrize("options", [
+    dict(optimizer="adamw"), dict(activation="swiglu"), dict(tau=0.01),
+    dict(num_noise_heads=0, num_attention_heads=4, num_key_value_heads=2)])
+def test_ablations_train(run, options):
+    run(**options, max_steps=8)
+    train, val = [m for m in metrics() if "loss" in m], [m for m in metrics() if "val_loss" in m]
+    assert val[-1]["val_loss"] < val[0]["val_loss"] - 0.1
+    assert (train[-1]["heads_clipped"] > 0) == ("tau" in options)
+    if "tau" in options:                            # the logits of the next step follow
+        assert train[-1]["max_logit"] < 0.05
+
+
+def test_learning_rate_warms_up_stays_and_decays():
+    c = Config(max_steps=100, batch_tokens=256, lr=1.0, warmup_steps=4, decay_fraction=0.5, min_lr=0.1)
+    plan = plan_of(c)
+    assert [lr_at(c, plan, t) for t in range(5)] == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert {lr_at(c, plan, t) for t in range(4, 51)} == {1.0}
+    at75 = {}
+    for c.decay in ("linear", "cosine", "inverse_sqrt"):
+        rates = [lr_at(c, plan, t) for t in range(50, 100)] + [lr_at(c, plan, 100)]
+        assert rates == sorted(rates, reverse=True) and rates[-1] == pytest.approx(0.1)
+        at75[c.decay] = lr_at(c, plan, 75)
+    assert at75 == pytest.approx({"linear": 0.55, "cosine": 0.55, "inverse_sqrt": 50.5**-0.5})
+
+
+# ---- resume
+
+def test_resume_is_exact_whatever_was_left_behind(run, capsys):
+    """From step 4, with metrics and samples of later steps, a torn last line, a torn checkpoint and a
+    temporary one in the way."""
+    run(out_dir="straight")
+    run()
+    os.rename("out/step_8", "out/step_12.tmp")
+    weights = Path("out/step_12/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with open("out/metrics.jsonl", "a") as f:
+        f.write('{"step": 3, "lo')
+    run()
+    said = capsys.readouterr().out
+    assert "checkpoint out/step_12 is not whole (model.safetensors is cut short); passing it over" in said
+    assert "resumed from out/step_4 at step 4" in said and "changed since" not in said
+    assert same("out/step_12", "straight/step_12")
+    assert metrics() == metrics("straight")
+    assert Path("out/samples.txt").read_text() == Path("straight/samples.txt").read_text()
+
+
+@pytest.mark.parametrize("crash_at", [0, 1, 4, 6, 7])
+def test_a_crash_inside_a_save_costs_nothing(run, monkeypatch, crash_at):
+    """The process ends between any two of the file operations of the second save."""
+    run(out_dir="straight", max_steps=8)
+    real, calls, saves = {"sync": pretrain.sync, "replace": os.replace}, [], []
+
+    def crash(name):
+        def wrapped(*a):
+            if any("step_8" in str(x) for x in a):
+                calls.append(name)
+                if len(calls) > crash_at:
+                    raise KeyboardInterrupt
+            return real[name](*a)
+        return wrapped
+
+    with monkeypatch.context() as m:
+        m.setattr(pretrain, "sync", crash("sync"))
+        m.setattr(os, "replace", crash("replace"))
+        with pytest.raises(KeyboardInterrupt):
+            run(max_steps=8)
+    assert pretrain.steps_in(Path("out")) == [4]
+    run(max_steps=8)
+    assert same("out/step_8", "straight/step_8")
+
+
+def test_kill_9_and_sigterm_from_outside(run, shards, tmp_path):
+    """kill -9 in the middle, then SIGTERM (exit code 0, saved), then to the end: bitwise the straight
+    run, whose process is another."""
+    options = {**TINY, "data_dir": shards, "max_steps": 60, "save_every": 7}
+    command = [sys.executable, str(ROOT / "pretrain.py"), *arguments(options)]
+    run(**{**options, "out_dir": "straight"})
+
+    def start_and(number, after):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                if line.startswith(f"step {after}/60  loss"):
+                    process.send_signal(number)
+        return process.returncode
+
+    assert start_and(signal.SIGKILL, 17) == -signal.SIGKILL
+    assert start_and(signal.SIGTERM, 30) == 0
+    stopped = max(pretrain.steps_in(Path("out")))
+    assert 30 <= stopped < 60 and stopped % 7
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+    assert same("out/step_60", "straight/step_60") and metrics() == metrics("straight")
+    assert Path("out/loss.png").stat().st_size > 10_000
+
+
+def test_a_finished_run_is_left_as_it_is_and_can_be_prolonged(run, capsys):
+    run(max_steps=8)
+    before = {f: f.read_bytes() for f in Path("out").rglob("*.*") if f.is_file() and f.name != "log.txt"}
+    run(max_steps=8)
+    assert before == {f: f.read_bytes() for f in before}
+    run(max_steps=10, seed=3)
+    said = capsys.readouterr().out
+    assert "changed since then: max_steps was 8, is 10" in said and "seed was 1337, is 3" in said
+    assert pretrain.steps_in(Path("out")) and max(pretrain.steps_in(Path("out"))) == 10
+
+
+def test_resume_from_a_path_and_not_over_an_old_run(run):
+    run(max_steps=8)
+    run(max_steps=8, resume="out/step_4", out_dir="other")
+    assert same("out/step_8", "other/step_8")
+    assert refused(run, resume="no") == ("resume=no, but out holds a run up to step 8; delete it or "
+                                         "give another --out_dir")
+
+
+def test_old_checkpoints_go_and_multiples_stay(run):
+    run(save_every=1, keep_last=3, keep_every=4)
+    assert sorted(pretrain.steps_in(Path("out"))) == [4, 8, 10, 11, 12]
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(run, monkeypatch):
+    import safetensors.torch
+    run(out_dir="straight", max_steps=8)
+    real = safetensors.torch.save_file
+
+    def full(tensors, path, *a, **k):
+        if "step_8" in str(path) and "optimizer" in str(path):
+            raise OSError(28, "No space left on device")
+        real(tensors, path, *a, **k)
+
+    with monkeypatch.context() as m:
+        m.setattr(safetensors.torch, "save_file", full)
+        assert refused(run, max_steps=8) == (
+            "checkpoint out/step_8 could not be written: [Errno 28] No space left on device; the last "
+            "good checkpoint is out/step_4")
+    assert sorted(f.name for f in Path("out").glob("step*")) == ["step_4"]
+    run(max_steps=8)
+    assert same("out/step_8", "straight/step_8")
+
+
+def test_a_loss_that_is_not_finite_updates_nothing_and_ends_the_run(run, monkeypatch):
+    real, bad = pretrain.forward_backward, set(range(6, 9))
+    count = iter(range(1, 100))
+
+    def sometimes(*a):
+        loss, largest = real(*a)
+        return (loss * torch.nan if next(count) in bad else loss), largest
+
+    monkeypatch.setattr(pretrain, "forward_backward", sometimes)
+    monkeypatch.setattr(pretrain, "draw", lambda out: None)
+    assert refused(run, max_skipped=3, save_every=5) == (
+        "3 steps in a row were not finite; the last good checkpoint is out/step_5: lower lr, or look at "
+        "the data of these steps")
+    count = iter(range(1, 100))
+    bad = {6, 8}
+    run(max_skipped=2, save_every=1, keep_last=9, out_dir="other", max_steps=8)
+    assert same("other/step_5", "other/step_6") and not same("other/step_6", "other/step_7")
+    assert same("other/step_7", "other/step_8")
+
+
+# ---- from the config alone
+
+@pytest.mark.parametrize("name", ["quickstart", "motif_124m", "motif_2_6b", "motif2_12b"])
+def test_dry_run_opens_nothing(run, monkeypatch, capsys, name):
+    def opened(*a, **k):
+        raise AssertionError("opened")
+    for what in ("load_tokenizer", "prepare", "Corpus", "Store"):
+        monkeypatch.setattr(data, what, opened)
+    run(str(ROOT / f"config/{name}.py"), **{**dict.fromkeys(TINY, ...), "data_dir": ..., "dry_run": True})
+    said = capsys.readouterr().out
+    parameters = re.search(r"total +([\d,]+)", said)[1]
+    assert parameters == {"motif2_12b": "12,703,860,896", "motif_2_6b": "2,597,218,432",
+                          "quickstart": "3,615,760", "motif_124m": "115,334,448"}[name]
+    assert not [*Path().iterdir()]
+
+
+def test_the_other_scripts_read_the_same_config():
+    for script, expected in ("model.py", "12,703,860,896"), ("configurator.py", '"vocab_size": 219520'):
+        done = subprocess.run([sys.executable, script, "config/motif2_12b.py"], cwd=ROOT, text=True,
+                              capture_output=True)
+        assert done.returncode == 0 and expected in done.stdout, done.stderr
+
+
+# ---- wrong input: one line, exit code 1, nothing left behind
+
+@pytest.mark.parametrize("options, message", [
+    (dict(domains={"math": ["builtin:math", 0.5, 0.5]}), "the shares at 0 of the run must be of math, "
+     "none negative, and sum to 1, not {'math': 0.5}"),
+    (dict(domains={"x": ["none/*.jsonl", 1, 1]}),
+     "no file matches none/*.jsonl; give a path or a glob of existing files"),
+    (dict(seq_len=2048, batch_tokens=2048), "seq_len=2048 is longer than max_position_embeddings=1024; "
+     "raise that or shorten the sequence"),
+    (dict(vocab_size=200), "tokenizer byte has 263 tokens, more than vocab_size=200; raise that"),
+    (dict(batch_tokens=16), "batch_tokens=16 holds no sequence of seq_len=32; raise it"),
+    (dict(num_attention_heads=7, num_noise_heads=2), "num_attention_heads=7 must be num_noise_heads=2 "
+     "groups of at least one signal head and one noise head"),
+    (dict(out_dir="/dev/null/out"), "/dev/null/out cannot be written; give another --out_dir"),
+    (dict(device="cuda:99"), None), (dict(device="abacus"), None),
+    (dict(max_steps=None), "nothing ends the run: set max_steps or max_tokens"),
+    (dict(resume="nowhere"), None),
+    (dict(tokenizer="none.tiktoken"), "tokenizer none.tiktoken: FileNotFoundError: No such file or directory"),
+])
+def test_wrong_input_is_one_line(run, options, message):
+    said = refused(run, **options)
+    assert message is None or said == message
+    assert not [*Path().iterdir()]
+
+
+def test_a_checkpoint_of_another_shape_is_refused(run):
+    run(max_steps=2)
+    assert refused(run, max_steps=4, intermediate_size=96) == (
+        "checkpoint out/step_2 has intermediate_size=64, not 96; give --intermediate_size=64, or another "
+        "--out_dir for a new run")
+    assert refused(run, max_steps=4, optimizer="adamw") == (
+        "checkpoint out/step_2 holds the state of another optimizer")
+
+
+def test_a_script_that_fails_prints_one_line_and_exits_with_1(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "pretrain.py"), "--max_step=1"], cwd=tmp_path,
+                          text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (1, "") and not [*tmp_path.iterdir()]
+    assert done.stderr == "--max_step=1: unknown key 'max_step'; did you mean 'max_steps'?\n"
