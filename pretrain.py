@@ -124,7 +124,10 @@ class Log:
         later = (m for m in re.finditer(r"^=== step (\d+)", samples, re.M) if int(m[1]) > step)
         replace_text(out / "samples.txt", samples[:next((m.start() for m in later), None)])
         if c.wandb:
-            import wandb
+            try:
+                import wandb
+            except ImportError:
+                raise SystemExit("--wandb needs: pip install wandb") from None
             self.wandb = wandb.init(project=c.wandb, config=asdict(c), dir=out, resume="allow")
 
     def sample(self, text: str) -> None:
@@ -300,14 +303,14 @@ def forward_backward(model: Motif, rows: torch.Tensor, micro: int, count: int, a
 
 
 @torch.no_grad()
-def evaluate(model: Motif, held_out: dict[str, torch.Tensor], micro: int, length: torch.Tensor,
-             autocast) -> dict:
+def evaluate(model: Motif, held_out: dict[str, torch.Tensor], micro_tokens: int,
+             length: torch.Tensor, autocast) -> dict:
     """Loss in nats per token and bits per byte of held-out rows (R, T + 1), over all and by domain;
     length (n_vocab,): bytes of each token."""
     nats, tokens, size = {}, {}, {}
     for name, rows in held_out.items():
         nats[name] = 0.0
-        for part in rows.split(micro):
+        for part in rows.split(max(1, micro_tokens // rows.shape[1])):
             with autocast:
                 nats[name] += model(part[:, :-1], part[:, 1:], reduction="sum").item()
         tokens[name], size[name] = rows[:, 1:].numel(), length[rows[:, 1:]].sum().item()
@@ -361,8 +364,20 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
-def clock(seconds: float) -> str:
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+def training_line(plan: data.Plan, *, step, tokens, loss, grad_norm, lr, ms, tok_per_s, mfu,
+                  max_logit, heads_clipped, mixture) -> str:
+    left = int((plan.tokens[-1] - tokens) / tok_per_s)
+    return (f"step {step}/{plan.steps}  loss {loss:.4f}  norm {grad_norm:.2f}  lr {lr:.2e}  "
+            f"{ms:.0f} ms  {tok_per_s:,.0f} tok/s  mfu {'n/a' if mfu is None else f'{mfu:.1%}'}  "
+            f"eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}  logit {max_logit:.1f}  "
+            f"clipped {heads_clipped}  "
+            + " ".join(f"{name} {share:.0%}" for name, share in mixture.items()))
+
+
+def validation_line(step: int, steps: int, result: dict) -> str:
+    losses = "  ".join(f"{name} {x:.4f}" for name, x in result["val_loss_by_domain"].items())
+    return (f"step {step}/{steps}  validation loss {result['val_loss']:.4f}  bits per byte "
+            f"{result['val_bpb']:.4f}  ({losses})")
 
 
 # ---- the run
@@ -427,10 +442,8 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
     begun, skipped = (start[1]["step"], start[1]["skipped"]) if start else (0, 0)
     step = begun
     held_out = {name: torch.from_numpy(rows).to(device) for name, rows in held_out.items()}
-    longest = max(plan.seq_len)
     length = torch.from_numpy(data.token_bytes(tokenizer)).to(device)
-    flops, peak = sum(flops_per_token(model.config, longest)), peak_flops(device)
-    precision = precision_of(c, device)
+    peak, precision = peak_flops(device), precision_of(c, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     if c.compile or c.compile is None and device.type == "cuda":
         for block in model.model.layers:
@@ -448,22 +461,21 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
             if key not in ("resume", "out_dir") and old.get(key) != new[key]:
                 log.say(f"changed since then: {key} was {old.get(key)}, is {new[key]}")
     signals = stop_signals()
-    timer, timed = time.perf_counter(), 0           # of the steps since the last log line
+    timer, timed = time.perf_counter(), step        # when and where the last line was logged
     while True:
-        done, tokens, aside = step == plan.steps, plan.tokens[step], time.perf_counter()
+        done, aside = step == plan.steps, time.perf_counter()
         if log.evaluated < step and (step % c.eval_every == 0 or done):
-            result = evaluate(model, held_out, max(1, c.micro_tokens // longest), length, autocast)
-            losses = "  ".join(f"{n} {x:.4f}" for n, x in result["val_loss_by_domain"].items())
-            log.say(f"step {step}/{plan.steps}  validation loss {result['val_loss']:.4f}  bits per "
-                    f"byte {result['val_bpb']:.4f}  ({losses})")
-            log.metric(step=step, tokens=tokens, **result, layers=layer_figures(model, optimizer))
-            with autocast, torch.compiler.set_stance("force_eager"):  # its shapes change every token
+            result = evaluate(model, held_out, c.micro_tokens, length, autocast)
+            log.metric(step=step, tokens=plan.tokens[step], **result,
+                       layers=layer_figures(model, optimizer))
+            log.say(validation_line(step, plan.steps, result))
+            with autocast, torch.compiler.set_stance("force_eager"):  # every token another shape
                 log.sample(f"=== step {step}, validation loss {result['val_loss']:.4f}\n"
                            + sample(model, tokenizer, c))
         if step > begun and (step % c.save_every == 0 or done or signals):
             try:
-                save_checkpoint(out, step, model, optimizer, {
-                    "tokens": tokens, "skipped": skipped, "data": stream.fingerprint()}, c)
+                state = {"skipped": skipped, "data": stream.fingerprint()}
+                save_checkpoint(out, step, model, optimizer, state, c)
             except OSError as e:
                 raise SystemExit(f"{e}; {last_good(out)}") from None
             draw(out)
@@ -491,25 +503,20 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
                 raise SystemExit(f"{skipped} steps in a row were not finite; {last_good(out)}: "
                                  "lower lr, or look at the data of these steps")
         optimizer.zero_grad(set_to_none=True)
-        step, timed = step + 1, timed + 1
+        step += 1
 
         if step % c.log_every == 0 or step in (1, plan.steps):
-            now = time.perf_counter()
-            ms, timer, timed = 1000 * (now - timer) / timed, now, 0
-            speed = 1000 * plan.rows[step - 1] * T / ms
-            mfu = flops * speed / peak if peak else None
-            mixture = dict(zip(plan.names, np.round(plan.shares[step - 1], 4).tolist()))
-            m = dict(step=step, tokens=plan.tokens[step], loss=loss.item(), lr=lr,
-                     grad_norm=norm.item(), ms=ms, tok_per_s=speed, mfu=mfu,
-                     max_logit=largest.max().item(), heads_clipped=int(optimizer.clipped or 0),
-                     mixture=mixture)
-            log.metric(**m)
-            log.say(f"step {step}/{plan.steps}  loss {m['loss']:.4f}  norm {m['grad_norm']:.2f}  "
-                    f"lr {lr:.2e}  {ms:.0f} ms  {speed:,.0f} tok/s  "
-                    f"mfu {f'{mfu:.1%}' if peak else 'n/a'}  "
-                    f"eta {clock((plan.steps - step) * ms / 1000)}  logit {m['max_logit']:.1f}  "
-                    f"clipped {m['heads_clipped']}  "
-                    + " ".join(f"{name} {share:.0%}" for name, share in mixture.items()))
+            now, figures = time.perf_counter(), dict(
+                step=step, tokens=plan.tokens[step], loss=loss.item(), lr=lr, grad_norm=norm.item(),
+                max_logit=largest.max().item(), heads_clipped=int(optimizer.clipped or 0),
+                mixture=dict(zip(plan.names, np.round(plan.shares[step - 1], 4).tolist())))
+            speed = (plan.tokens[step] - plan.tokens[timed]) / (now - timer)
+            flops = sum(flops_per_token(model.config, T)) * speed
+            figures.update(ms=1000 * (now - timer) / (step - timed), tok_per_s=speed,
+                           mfu=flops / peak if peak else None)
+            log.metric(**figures)
+            log.say(training_line(plan, **figures))
+            timer, timed = now, step
     log.say(f"{'finished' if done else 'stopped'} at step {step}; model in {out}/step_{step}, "
             f"curve in {out}/loss.png, samples in {out}/samples.txt")
 
@@ -541,6 +548,9 @@ def main() -> None:
             model, lr=c.lr, optimizer=c.optimizer, momentum=c.momentum, weight_decay=c.weight_decay,
             coefficients=c.coefficients, tau=c.tau,
             dtype=torch.bfloat16 if precision_of(c, device) == "bf16" else torch.float32)
+        if start and start[1]["step"] > plan.steps:
+            raise ValueError(f"checkpoint {start[0]} is beyond the end at step {plan.steps}; raise "
+                             "max_steps or give another --out_dir")
         if start:
             load_checkpoint(start[0], model, optimizer)
     except ValueError as e:

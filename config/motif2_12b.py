@@ -16,8 +16,8 @@ rope_theta = 1_000_000.0
 max_position_embeddings = 32768
 tie_word_embeddings = False
 
-tokenizer = "Motif-2-12.7B-Base/tokenizer.json"  # from the Hub: Motif-Technologies/Motif-2-12.7B-Base
-domains = {                      # shares [ours]: the 2.6B model's, with reasoning rising towards its cap
+tokenizer = "tokenizer.json"     # of Motif-Technologies/Motif-2-12.7B-Base on the Hub
+domains = {                      # shares [ours]: the 2.6B model's, reasoning rising to its cap
     "web": ["HuggingFaceFW/fineweb", 0.68, 0.30],
     "multilingual": ["HuggingFaceFW/fineweb-2?name=cmn_Hani", 0.07, 0.00],
     "korean": ["HuggingFaceFW/fineweb-2?name=kor_Hang", 0.01, 0.28],

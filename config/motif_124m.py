@@ -14,7 +14,7 @@ max_position_embeddings = 4096
 tie_word_embeddings = True       # as GPT-2 and Motif-2.6B; a head of its own would be 39M more
 
 tokenizer = "gpt2"
-domains = {                      # the largest ungated sets of each kind; from web text to specialised
+domains = {                      # large ungated sets; from web text to specialised
     "web": ["HuggingFaceFW/fineweb-edu?name=sample-10BT", 0.75, 0.45],
     "code": ["codeparrot/codeparrot-clean?text=content", 0.15, 0.25],
     "math": ["open-web-math/open-web-math", 0.10, 0.30],

@@ -16,8 +16,8 @@ rope_theta = 10_000.0            # until the context grows; 500,000 then
 max_position_embeddings = 16384
 tie_word_embeddings = True
 
-tokenizer = "Motif-2.6B/tokenizer.json"  # from the Hub: Motif-Technologies/Motif-2.6B
-domains = {                      # shares as published, linear from first to last step; sets [ours]: open
+tokenizer = "tokenizer.json"     # of Motif-Technologies/Motif-2.6B on the Hub
+domains = {                      # shares as published, linear over the run; datasets [ours]
     "web": ["HuggingFaceFW/fineweb", 0.68, 0.33],
     "multilingual": ["HuggingFaceFW/fineweb-2?name=cmn_Hani", 0.07, 0.00],
     "korean": ["HuggingFaceFW/fineweb-2?name=kor_Hang", 0.01, 0.30],

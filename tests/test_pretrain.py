@@ -1,5 +1,5 @@
 """The real script from nothing to a trained model: what is logged, resume after every kind of end,
-and one line for every wrong input. Tiny models on the generators' text; in process where that can be."""
+and one line for every wrong input. Tiny models on the generators' text, mostly in this process."""
 import json
 import os
 import re
@@ -22,7 +22,8 @@ DOMAINS = {"math": ["builtin:math", 0.75, 0.25], "science": ["builtin:science", 
 TINY = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=5,
             num_noise_heads=1, num_key_value_heads=2, head_dim=8, seq_len=32, batch_tokens=256,
             micro_tokens=128, max_steps=12, warmup_steps=2, save_every=4, eval_every=6, log_every=1,
-            eval_tokens=256, sample_tokens=4, keep_last=5, workers=1, domains=DOMAINS, out_dir="out")
+            eval_tokens=256, sample_tokens=4, keep_last=5, workers=1, domains=DOMAINS,
+            out_dir="out")
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +52,8 @@ def arguments(options: dict) -> list[str]:
 
 def tensors(folder) -> dict[str, torch.Tensor]:
     """Weights and optimizer state of a checkpoint."""
-    return {**load_file(f"{folder}/model.safetensors"), **load_file(f"{folder}/optimizer/state.safetensors")}
+    files = ("model.safetensors", "optimizer/state.safetensors")
+    return {name: t for file in files for name, t in load_file(f"{folder}/{file}").items()}
 
 
 def same(a, b) -> bool:
@@ -77,14 +79,15 @@ def refused(call, **options) -> str:
 
 def test_20_steps_of_the_quick_start_are_pinned(run):
     shape = {key: ... for key in TINY if key not in ("data_dir", "domains", "out_dir", "workers")}
-    run(str(ROOT / "config/quickstart.py"), **{**shape, "max_steps": 20, "batch_tokens": 512,
-        "seq_len": 128, "micro_tokens": 512, "eval_every": 20, "eval_tokens": 1024, "sample_tokens": 1})
+    run(str(ROOT / "config/quickstart.py"), **{
+        **shape, "max_steps": 20, "batch_tokens": 512, "seq_len": 128, "micro_tokens": 512,
+        "eval_every": 20, "eval_tokens": 1024, "sample_tokens": 1})
     first, last = (m["val_loss"] for m in metrics() if "val_loss" in m)
     assert first == pytest.approx(5.6700, abs=0.01)
     assert last == pytest.approx(PINNED, abs=0.03)    # other CPUs and threads round otherwise
 
 
-PINNED = 3.278
+PINNED = 2.939
 
 
 def test_a_run_logs_what_others_rely_on(run):
@@ -155,7 +158,8 @@ def test_ablations_train(run, options):
 
 
 def test_learning_rate_warms_up_stays_and_decays():
-    c = Config(max_steps=100, batch_tokens=256, lr=1.0, warmup_steps=4, decay_fraction=0.5, min_lr=0.1)
+    c = Config(max_steps=100, batch_tokens=256, lr=1.0, warmup_steps=4, decay_fraction=0.5,
+               min_lr=0.1)
     plan = plan_of(c)
     assert [lr_at(c, plan, t) for t in range(5)] == [0.2, 0.4, 0.6, 0.8, 1.0]
     assert {lr_at(c, plan, t) for t in range(4, 51)} == {1.0}
@@ -170,8 +174,8 @@ def test_learning_rate_warms_up_stays_and_decays():
 # ---- resume
 
 def test_resume_is_exact_whatever_was_left_behind(run, capsys):
-    """From step 4, with metrics and samples of later steps, a torn last line, a torn checkpoint and a
-    temporary one in the way."""
+    """From step 4, with metrics and samples of later steps, a torn last line, a torn checkpoint and
+    a temporary one in the way."""
     run(out_dir="straight")
     run()
     os.rename("out/step_8", "out/step_12.tmp")
@@ -181,7 +185,7 @@ def test_resume_is_exact_whatever_was_left_behind(run, capsys):
         f.write('{"step": 3, "lo')
     run()
     said = capsys.readouterr().out
-    assert "checkpoint out/step_12 is not whole (model.safetensors is cut short); passing it over" in said
+    assert "out/step_12 is not whole (model.safetensors is cut short); passing it over\n" in said
     assert "resumed from out/step_4 at step 4" in said and "changed since" not in said
     assert same("out/step_12", "straight/step_12")
     assert metrics() == metrics("straight")
@@ -214,8 +218,8 @@ def test_a_crash_inside_a_save_costs_nothing(run, monkeypatch, crash_at):
 
 
 def test_kill_9_and_sigterm_from_outside(run, shards, tmp_path):
-    """kill -9 in the middle, then SIGTERM (exit code 0, saved), then to the end: bitwise the straight
-    run, whose process is another."""
+    """kill -9 in the middle, then SIGTERM (exit code 0, saved), then to the end: bitwise the
+    straight run, whose process is another."""
     options = {**TINY, "data_dir": shards, "max_steps": 60, "save_every": 7}
     command = [sys.executable, str(ROOT / "pretrain.py"), *arguments(options)]
     run(**{**options, "out_dir": "straight"})
@@ -238,7 +242,8 @@ def test_kill_9_and_sigterm_from_outside(run, shards, tmp_path):
 
 def test_a_finished_run_is_left_as_it_is_and_can_be_prolonged(run, capsys):
     run(max_steps=8)
-    before = {f: f.read_bytes() for f in Path("out").rglob("*.*") if f.is_file() and f.name != "log.txt"}
+    files = [f for f in Path("out").rglob("*") if f.is_file() and f.name != "log.txt"]
+    before = {f: f.read_bytes() for f in files}
     run(max_steps=8)
     assert before == {f: f.read_bytes() for f in before}
     run(max_steps=10, seed=3)
@@ -251,8 +256,8 @@ def test_resume_from_a_path_and_not_over_an_old_run(run):
     run(max_steps=8)
     run(max_steps=8, resume="out/step_4", out_dir="other")
     assert same("out/step_8", "other/step_8")
-    assert refused(run, resume="no") == ("resume=no, but out holds a run up to step 8; delete it or "
-                                         "give another --out_dir")
+    assert refused(run, resume="no") == (
+        "resume=no, but out holds a run up to step 8; delete it or give another --out_dir")
 
 
 def test_old_checkpoints_go_and_multiples_stay(run):
@@ -273,8 +278,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint(run, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(safetensors.torch, "save_file", full)
         assert refused(run, max_steps=8) == (
-            "checkpoint out/step_8 could not be written: [Errno 28] No space left on device; the last "
-            "good checkpoint is out/step_4")
+            "checkpoint out/step_8 could not be written: [Errno 28] No space left on device; the "
+            "last good checkpoint is out/step_4")
     assert sorted(f.name for f in Path("out").glob("step*")) == ["step_4"]
     run(max_steps=8)
     assert same("out/step_8", "straight/step_8")
@@ -291,8 +296,8 @@ def test_a_loss_that_is_not_finite_updates_nothing_and_ends_the_run(run, monkeyp
     monkeypatch.setattr(pretrain, "forward_backward", sometimes)
     monkeypatch.setattr(pretrain, "draw", lambda out: None)
     assert refused(run, max_skipped=3, save_every=5) == (
-        "3 steps in a row were not finite; the last good checkpoint is out/step_5: lower lr, or look at "
-        "the data of these steps")
+        "3 steps in a row were not finite; the last good checkpoint is out/step_5: lower lr, or "
+        "look at the data of these steps")
     count = iter(range(1, 100))
     bad = {6, 8}
     run(max_skipped=2, save_every=1, keep_last=9, out_dir="other", max_steps=8)
@@ -308,7 +313,7 @@ def test_dry_run_opens_nothing(run, monkeypatch, capsys, name):
         raise AssertionError("opened")
     for what in ("load_tokenizer", "prepare", "Corpus", "Store"):
         monkeypatch.setattr(data, what, opened)
-    run(str(ROOT / f"config/{name}.py"), **{**dict.fromkeys(TINY, ...), "data_dir": ..., "dry_run": True})
+    run(str(ROOT / f"config/{name}.py"), **dict.fromkeys((*TINY, "data_dir"), ...), dry_run=True)
     said = capsys.readouterr().out
     parameters = re.search(r"total +([\d,]+)", said)[1]
     assert parameters == {"motif2_12b": "12,703,860,896", "motif_2_6b": "2,597,218,432",
@@ -317,7 +322,8 @@ def test_dry_run_opens_nothing(run, monkeypatch, capsys, name):
 
 
 def test_the_other_scripts_read_the_same_config():
-    for script, expected in ("model.py", "12,703,860,896"), ("configurator.py", '"vocab_size": 219520'):
+    for script, expected in (("model.py", "12,703,860,896"),
+                             ("configurator.py", '"vocab_size": 219520')):
         done = subprocess.run([sys.executable, script, "config/motif2_12b.py"], cwd=ROOT, text=True,
                               capture_output=True)
         assert done.returncode == 0 and expected in done.stdout, done.stderr
@@ -326,21 +332,24 @@ def test_the_other_scripts_read_the_same_config():
 # ---- wrong input: one line, exit code 1, nothing left behind
 
 @pytest.mark.parametrize("options, message", [
-    (dict(domains={"math": ["builtin:math", 0.5, 0.5]}), "the shares at 0 of the run must be of math, "
-     "none negative, and sum to 1, not {'math': 0.5}"),
+    (dict(domains={"math": ["builtin:math", 0.5, 0.5]}),
+     "the shares at 0 of the run must be of math, none negative, and sum to 1, not {'math': 0.5}"),
     (dict(domains={"x": ["none/*.jsonl", 1, 1]}),
      "no file matches none/*.jsonl; give a path or a glob of existing files"),
-    (dict(seq_len=2048, batch_tokens=2048), "seq_len=2048 is longer than max_position_embeddings=1024; "
-     "raise that or shorten the sequence"),
+    (dict(seq_len=2048, batch_tokens=2048),
+     "seq_len=2048 is longer than max_position_embeddings=1024; raise that or shorten the "
+     "sequence"),
     (dict(vocab_size=200), "tokenizer byte has 263 tokens, more than vocab_size=200; raise that"),
     (dict(batch_tokens=16), "batch_tokens=16 holds no sequence of seq_len=32; raise it"),
-    (dict(num_attention_heads=7, num_noise_heads=2), "num_attention_heads=7 must be num_noise_heads=2 "
-     "groups of at least one signal head and one noise head"),
+    (dict(num_attention_heads=7, num_noise_heads=2),
+     "num_attention_heads=7 must be num_noise_heads=2 groups of at least one signal head and one "
+     "noise head"),
     (dict(out_dir="/dev/null/out"), "/dev/null/out cannot be written; give another --out_dir"),
     (dict(device="cuda:99"), None), (dict(device="abacus"), None),
     (dict(max_steps=None), "nothing ends the run: set max_steps or max_tokens"),
     (dict(resume="nowhere"), None),
-    (dict(tokenizer="none.tiktoken"), "tokenizer none.tiktoken: FileNotFoundError: No such file or directory"),
+    (dict(tokenizer="none.tiktoken"),
+     "tokenizer none.tiktoken: FileNotFoundError: No such file or directory"),
 ])
 def test_wrong_input_is_one_line(run, options, message):
     said = refused(run, **options)
@@ -351,8 +360,11 @@ def test_wrong_input_is_one_line(run, options, message):
 def test_a_checkpoint_of_another_shape_is_refused(run):
     run(max_steps=2)
     assert refused(run, max_steps=4, intermediate_size=96) == (
-        "checkpoint out/step_2 has intermediate_size=64, not 96; give --intermediate_size=64, or another "
-        "--out_dir for a new run")
+        "checkpoint out/step_2 has intermediate_size=64, not 96; give --intermediate_size=64, or "
+        "another --out_dir for a new run")
+    assert refused(run, max_steps=1) == (
+        "checkpoint out/step_2 is beyond the end at step 1; raise max_steps or give another "
+        "--out_dir")
     assert refused(run, max_steps=4, optimizer="adamw") == (
         "checkpoint out/step_2 holds the state of another optimizer")
 
