@@ -22,6 +22,7 @@ import inspect
 import json
 import lzma
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -30,6 +31,7 @@ import signal
 import struct
 import sys
 import sysconfig
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -456,6 +458,16 @@ class Store:
         return [Shard(self.path(part, i), self.tokenizer) for i in enough]
 
 
+def start_worker() -> None:
+    """Ctrl-C is the parent's to answer; a worker ends with its parent, however that ended."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def tokenize_unit(tokenizer_name: str, unit: partial, number: int, train: Path, val: Path) -> int:
     """Write one unit's two shards -> tokens for training. Every HOLD_OUT-th document is held out,
     counted from the unit's number, so that who prepares which unit does not matter."""
@@ -487,8 +499,7 @@ def prepare(domains: dict, tokenizer_name: str, data_dir: str, need: dict[str, i
     try:
         for store in todo:
             store.folder.mkdir(parents=True, exist_ok=True)
-        with ProcessPoolExecutor(workers, initializer=signal.signal,
-                                 initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
             while True:
                 while len(running) < workers:      # the domain that is furthest behind comes next
                     behind = [s for s in todo if s.queue and s.made < share[s]]
@@ -737,7 +748,7 @@ class Corpus:
     for a shard that is damaged and for shards too short for the sequences."""
 
     def __init__(self, plan: Plan, stores: dict[str, Store], seed: int):
-        self.plan, self.seed, need = plan, seed, plan.need()
+        self.plan, self.seed, self.ends, need = plan, seed, {}, plan.need()
         self.train = {n: stores[n].shards("train", need[n]) for n in plan.names}
         self.val = {n: stores[n].shards("val", need[n]) for n in plan.names}
         T = max(plan.seq_len)
@@ -761,7 +772,7 @@ class Corpus:
         its sequences comes once."""
         T, rows = self.plan.seq_len[step], []
         for name, a, b in zip(self.plan.names, self.plan.first[step], self.plan.last[step]):
-            n = sum(shard.sequences(T) for shard in self.train[name])
+            n = int(self._ends(self.train[name], T)[-1])
             for epoch in range(a // n, (b - 1) // n + 1 if b > a else 0):
                 i = np.arange(max(a, epoch * n), min(b, (epoch + 1) * n)) - epoch * n
                 rows += [(name, j) for j in permute(i, n, self._key(name, T, epoch))]
@@ -778,19 +789,23 @@ class Corpus:
     def validation(self, name: str, tokens: int, T: int) -> np.ndarray:
         """The first `tokens` held-out tokens of a domain, or all: (rows, T + 1) int64. ValueError
         if there is no sequence."""
-        n = min(sum(s.sequences(T) for s in self.val[name]), max(1, tokens // T))
+        n = min(int(self._ends(self.val[name], T)[-1]), max(1, tokens // T))
         if n == 0:
             raise ValueError(f"domain {name!r} holds out no sequence of {T} tokens (of every "
                              f"{HOLD_OUT} documents one); lower seq_len or give it more documents")
         return np.stack([self._read(self.val[name], i, T) for i in range(n)]).astype(np.int64)
 
-    @staticmethod
-    def _read(shards: list[Shard], i: int, T: int) -> np.ndarray:
-        for shard in shards:
-            if i < shard.sequences(T):
-                return shard.read(i, T)
-            i -= shard.sequences(T)
-        raise IndexError(i)
+    def _ends(self, shards: list[Shard], T: int) -> np.ndarray:
+        """How many sequences the first 1, 2, ... shards hold."""
+        key = id(shards), T
+        if key not in self.ends:
+            self.ends[key] = np.cumsum([shard.sequences(T) for shard in shards])
+        return self.ends[key]
+
+    def _read(self, shards: list[Shard], i: int, T: int) -> np.ndarray:
+        ends = self._ends(shards, T)
+        k = int(ends.searchsorted(i, side="right"))
+        return shards[k].read(i - (int(ends[k - 1]) if k else 0), T)
 
 
 # ---- text that any Python installation holds
@@ -1030,8 +1045,8 @@ PROBLEMS = {"math": math_problem, "science": science_problem}
 
 def main() -> None:
     from configurator import load
-    from pretrain import Config, plan_of
-    c = load(Config, sys.argv[1:], default_file="config/quickstart.py")
+    from pretrain import QUICKSTART, Config, plan_of
+    c = load(Config, sys.argv[1:], default_file=QUICKSTART)
     numbers = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", c.part)
     if not numbers or int(numbers[1]) > int(numbers[2]):
         raise SystemExit(f"part={c.part} must be i/n, from 1/n to n/n")

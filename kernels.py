@@ -119,7 +119,7 @@ def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Ten
 
 def poly_norm_mul_by_definition(x: Tensor, up: Tensor, weight: Tensor, bias: Tensor,
                                 eps: float) -> Tensor:
-    """(w0 n(x^3) + w1 n(x^2) + w2 n(x) + b) * up with n(z) = z / sqrt(mean(z^2) + eps), its gradient
+    """(w0 n(x^3) + w1 n(x^2) + w2 n(x) + b) * up, n(z) = z / sqrt(mean(z^2) + eps), the gradient
     left to autograd: what poly_norm_mul is measured against."""
     powers = [z * (z.square().mean(-1, keepdim=True) + eps).rsqrt() for z in (x**3, x**2, x)]
     return (sum(w * z for w, z in zip(weight, powers)) + bias) * up
@@ -222,6 +222,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor,
     the "mean" over the targets kept (0 if none is). ValueError for another reduction."""
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
+    if torch.is_autocast_enabled(x.device.type):  # which leaves products into a given tensor alone
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
     total = LinearCrossEntropy.apply(x, weight, targets)
     return total if reduction == "sum" else total / (targets >= 0).sum().clamp(min=1)
 

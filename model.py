@@ -491,8 +491,8 @@ def cost_table(config: MotifConfig, lengths: list[int]) -> str:
 def main() -> None:
     import sys
     from configurator import load
-    from pretrain import Config, plan_of, shape_of
-    c = load(Config, sys.argv[1:], default_file="config/quickstart.py")
+    from pretrain import QUICKSTART, Config, plan_of, shape_of
+    c = load(Config, sys.argv[1:], default_file=QUICKSTART)
     try:
         print(cost_table(shape_of(c), sorted(set(plan_of(c).seq_len))))
     except ValueError as e:

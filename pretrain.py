@@ -29,6 +29,9 @@ from configurator import Count, Fraction, NonNegative, Size
 from model import Motif, MotifConfig, cost_table, flops_per_token
 
 
+QUICKSTART = str(Path(__file__).parent / "config" / "quickstart.py")
+
+
 @dataclass
 class Config(MotifConfig):
     """The run."""
@@ -40,8 +43,8 @@ class Config(MotifConfig):
     resume: str = "auto"            # auto: the newest checkpoint in out_dir; no; or a path
     dry_run: bool = False           # print size, plan and memory, and open nothing
     # length and schedule; tokens seen are the clock
-    max_steps: Count | None = 300   # optimizer steps; the run ends here or at max_tokens
-    max_tokens: Count | None = None  # tokens of the whole run
+    max_steps: Count | None = None  # optimizer steps; the run ends here or at max_tokens
+    max_tokens: Count | None = None  # tokens of the whole run; set one of the two, or both
     seq_len: Count | list = 256     # tokens per sequence, or knots [[tokens seen, length], ...]
     batch_tokens: Count | list = 4096  # tokens per step over all ranks, or knots likewise
     micro_tokens: Count = 4096      # tokens in one forward pass of one rank: what memory allows
@@ -55,7 +58,7 @@ class Config(MotifConfig):
     momentum: Fraction = 0.95       # Muon's [ours: unpublished]
     weight_decay: NonNegative = 0.1  # of matrices and embeddings
     coefficients: Literal["quintic", "motif", "polar_express"] = "motif"  # of Newton-Schulz
-    tau: NonNegative = 100.0        # QK-clip keeps attention logits below this [ours: unpublished]
+    tau: NonNegative = 100.0        # QK-clip keeps logits below this [ours: unpublished]; 0: none
     grad_clip: NonNegative = 1.0    # largest norm of the whole gradient; 0: no clipping
     max_skipped: Count = 10         # steps in a row without update, as not finite, that end the run
     # data
@@ -112,11 +115,12 @@ def lr_at(c: Config, plan: data.Plan, step: int) -> float:
 # ---- log
 
 class Log:
-    """Prints, and writes log.txt, metrics.jsonl and samples.txt in a folder, from a given step on:
+    """Prints, and writes log.txt, metrics.jsonl and samples.txt in a folder, from a checkpoint on:
     what a run that was cut left of later steps is dropped, and so is a torn last line."""
 
-    def __init__(self, out: Path, step: int, c: Config):
+    def __init__(self, out: Path, start: tuple | None, c: Config):
         self.out, self.metrics, self.wandb = out, out / "metrics.jsonl", None
+        step = start[1]["step"] if start else -1
         kept = [m for m in read_metrics(out) if m["step"] <= step]
         replace_text(self.metrics, "".join(json.dumps(m) + "\n" for m in kept))
         self.evaluated = max([m["step"] for m in kept if "val_loss" in m], default=-1)
@@ -128,7 +132,7 @@ class Log:
                 import wandb
             except ImportError:
                 raise SystemExit("--wandb needs: pip install wandb") from None
-            self.wandb = wandb.init(project=c.wandb, config=asdict(c), dir=out, resume="allow")
+            self.wandb = wandb.init(project=c.wandb, name=str(out), config=asdict(c), dir=out)
 
     def sample(self, text: str) -> None:
         with (self.out / "samples.txt").open("a") as f:
@@ -140,6 +144,9 @@ class Log:
             f.write(text + "\n")
 
     def metric(self, **values) -> None:
+        """A line of JSON, in which there is no NaN: null stands for it."""
+        values = {key: None if isinstance(x, float) and not math.isfinite(x) else x
+                  for key, x in values.items()}
         with self.metrics.open("a") as f:
             f.write(json.dumps(values) + "\n")
         if self.wandb:
@@ -163,27 +170,31 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def draw(out: Path) -> None:
-    """loss.png: training and validation loss and the mixture, over tokens."""
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
+    """loss.png: losses and mixture over tokens. Without matplotlib there is none."""
+    try:
+        import matplotlib
+        matplotlib.use("agg")
+        from matplotlib import pyplot as plt
+    except ImportError:
+        return
     metrics = read_metrics(out)
-    train, val = [m for m in metrics if "loss" in m], [m for m in metrics if "val_loss" in m]
+    train = [m for m in metrics if m.get("loss") is not None]
+    val = [m for m in metrics if "val_loss" in m]
     if not train:
         return
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6.5), sharex=True, height_ratios=(3, 1),
                                          layout="constrained")
     tokens = [m["tokens"] for m in train]
     top.plot(tokens, [m["loss"] for m in train], color="0.6", lw=1, label="training")
-    for name in val[0]["val_loss_by_domain"] if val else ():
-        top.plot([m["tokens"] for m in val], [m["val_loss_by_domain"][name] for m in val], "o-",
-                 ms=3, label=f"{name}, held out")
+    for name in dict.fromkeys(name for m in val for name in m["val_loss_by_domain"]):
+        losses = [m["val_loss_by_domain"].get(name, math.nan) for m in val]
+        top.plot([m["tokens"] for m in val], losses, "o-", ms=3, label=f"{name}, held out")
     top.set(ylabel="loss (nats per token)", title=f"{out}: {train[-1]['step']:,d} steps")
     top.legend()
     top.grid(alpha=0.3)
-    names = list(train[0]["mixture"])
-    bottom.stackplot(tokens, [[m["mixture"][name] for m in train] for name in names], labels=names,
-                     alpha=0.7)
+    names = [*dict.fromkeys(name for m in train for name in m["mixture"])]
+    bottom.stackplot(tokens, [[m["mixture"].get(name, 0) for m in train] for name in names],
+                     labels=names, alpha=0.7)
     bottom.set(xlabel="tokens seen", ylabel="mixture", ylim=(0, 1), xlim=(0, tokens[-1]))
     bottom.legend(loc="center left", fontsize="small")
     figure.savefig(out / "loss.tmp.png", dpi=110)
@@ -197,11 +208,13 @@ OPTIMIZER_FILE = Path("optimizer") / "state.safetensors"
 
 
 def save_checkpoint(out: Path, step: int, model: Motif, optimizer, state: dict, c: Config) -> None:
-    """Write out/step_N: whole or, whatever happens, not there. Then drop old ones. OSError."""
+    """Write out/step_N: whole or, whatever happens, not there; then drop old ones. No random state
+    is kept, as no step draws any: the data follow from the step. OSError if it cannot write."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     folder, temporary = out / f"step_{step}", out / f"step_{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for cut in out.glob("step_*.tmp"):
+        shutil.rmtree(cut)
     try:
         model.save_pretrained(temporary)
         (temporary / "optimizer").mkdir()
@@ -213,13 +226,13 @@ def save_checkpoint(out: Path, step: int, model: Motif, optimizer, state: dict, 
         (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
-        shutil.rmtree(folder, ignore_errors=True)  # torn, or else there would be nothing to save
+        shutil.rmtree(folder, ignore_errors=True)  # torn, or else the run would have begun there
         os.replace(temporary, folder)
         sync(out)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"checkpoint {folder} could not be written: {e}") from None
-    for old in sorted(steps_in(out))[:-max(2, c.keep_last)]:
+    for old in sorted(s for s in steps_in(out) if s <= step)[:-max(2, c.keep_last)]:
         if not c.keep_every or old % c.keep_every:
             shutil.rmtree(out / f"step_{old}")
 
@@ -248,12 +261,19 @@ def read_state(folder: Path) -> dict:
 
 def find_checkpoint(c: Config, out: Path) -> tuple[Path, dict] | None:
     """What `resume` asks for: the newest whole checkpoint in out, the one at a path, or None, with
-    its state. ValueError if the path is none, or if `no` would mix a new run with an old one."""
-    if c.resume not in ("auto", "no"):
-        return Path(c.resume), read_state(Path(c.resume))
-    if c.resume == "no" and steps_in(out):
-        raise ValueError(f"resume=no, but {out} holds a run up to step {max(steps_in(out))}; "
-                         "delete it or give another --out_dir")
+    its state. ValueError if the path is none, or if two runs would mix in out."""
+    if c.resume == "auto":
+        return newest(out)
+    start = None if c.resume == "no" else (Path(c.resume), read_state(Path(c.resume)))
+    there = max(steps_in(out), default=0)
+    if there > (start[1]["step"] if start else 0):
+        raise ValueError(f"resume={c.resume}, but {out} holds a run up to step {there}; delete it "
+                         "or give another --out_dir")
+    return start
+
+
+def newest(out: Path) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint in out and its state; None if there is none."""
     for step in sorted(steps_in(out), reverse=True):
         try:
             return out / f"step_{step}", read_state(out / f"step_{step}")
@@ -262,22 +282,30 @@ def find_checkpoint(c: Config, out: Path) -> tuple[Path, dict] | None:
     return None
 
 
-def load_checkpoint(folder: Path, model: Motif, optimizer) -> None:
-    """Copy a checkpoint's weights and optimizer state in place. ValueError for another shape."""
-    from safetensors.torch import load_file
-    stored = Motif.from_pretrained(folder)
-    for key, theirs in asdict(stored.config).items():
-        ours = getattr(model.config, key)
+def check_fits(folder: Path, state: dict, c: Config, plan: data.Plan) -> None:
+    """ValueError if a checkpoint is beyond the end, of another shape or of another optimizer."""
+    if state["step"] > plan.steps:
+        raise ValueError(f"checkpoint {folder} is beyond the end at step {plan.steps}; raise "
+                         "max_steps or give another --out_dir")
+    for key in (*(f.name for f in fields(MotifConfig)), "optimizer"):
+        ours, theirs = getattr(c, key), state["config"].get(key)
         if ours != theirs:
             raise ValueError(f"checkpoint {folder} has {key}={theirs}, not {ours}; give --{key}="
                              f"{theirs}, or another --out_dir for a new run")
-    model.load_state_dict(stored.state_dict())
-    tensors = load_file(folder / OPTIMIZER_FILE)
-    mine = optimizer_tensors(model, optimizer)
-    if tensors.keys() != mine.keys():
-        raise ValueError(f"checkpoint {folder} holds the state of another optimizer")
-    for name, tensor in mine.items():
-        tensor.copy_(tensors[name])
+
+
+def load_checkpoint(folder: Path, model: Motif, optimizer) -> None:
+    """Copy a checkpoint's weights and optimizer state in place. ValueError for a damaged file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    model.load_state_dict(Motif.from_pretrained(folder).state_dict())
+    try:
+        tensors = load_file(folder / OPTIMIZER_FILE)
+        for name, tensor in optimizer_tensors(model, optimizer).items():
+            tensor.copy_(tensors[name])
+    except (SafetensorError, KeyError, RuntimeError) as e:
+        raise ValueError(f"{folder / OPTIMIZER_FILE} is damaged: {data.one_line(e)}; delete "
+                         f"{folder} to go on from the checkpoint before") from None
 
 
 def optimizer_tensors(model: Motif, optimizer) -> dict[str, torch.Tensor]:
@@ -391,8 +419,8 @@ def describe(c: Config, plan: data.Plan) -> str:
 
 
 def last_good(out: Path) -> str:
-    steps = steps_in(out)
-    return f"the last good checkpoint is {out}/step_{max(steps)}" if steps else "none was saved"
+    start = newest(out)
+    return f"the last good checkpoint is {start[0]}" if start else "there is no checkpoint"
 
 
 def stop_signals() -> list[int]:
@@ -404,7 +432,7 @@ def stop_signals() -> list[int]:
         if got:
             os._exit(128 + number)
         got.append(number)
-        print("stopping after this step; once more to stop at once", flush=True)
+        os.write(1, b"stopping after this step; once more to stop at once\n")  # print may be busy
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)
@@ -425,6 +453,16 @@ def device_of(c: Config) -> torch.device:
 def precision_of(c: Config, device: torch.device) -> str:
     auto = "bf16" if device.type == "cuda" else "fp32"
     return auto if c.precision == "auto" else c.precision
+
+
+def check_prompts(c: Config, tokenizer) -> None:
+    """ValueError for a prompt that is no text or leaves the model no position to go on at."""
+    for prompt in c.prompts:
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompts must be a list of texts; {prompt!r} is none")
+        if len(data.encode_document(tokenizer, prompt)) > c.max_position_embeddings:
+            raise ValueError(f"prompt {prompt[:20]!r}... is longer than max_position_embeddings="
+                             f"{c.max_position_embeddings}; shorten it")
 
 
 def check_writable(out: Path) -> None:
@@ -449,14 +487,14 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
         for block in model.model.layers:
             block.compile()
 
-    log = Log(out, step, c)
+    log = Log(out, start, c)
     n = sum(p.numel() for p in model.parameters())
     log.say(f"{n:,d} parameters on {device} in {precision}; {plan.steps:,d} steps, "
             f"{plan.tokens[-1]:,d} tokens\n{muonclip.describe_routing(model, optimizer)}")
     if start:
         log.say(f"resumed from {start[0]} at step {step}")
-        old, new = ({**s["config"], "data": s["data"]} for s in (
-            start[1], {"config": asdict(c), "data": stream.fingerprint()}))
+        old = {**start[1]["config"], "data": start[1]["data"]}
+        new = json.loads(json.dumps({**asdict(c), "data": stream.fingerprint()}))
         for key in new:
             if key not in ("resume", "out_dir") and old.get(key) != new[key]:
                 log.say(f"changed since then: {key} was {old.get(key)}, is {new[key]}")
@@ -499,7 +537,7 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
         else:
             skipped += 1
             log.say(f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}: no update")
-            if skipped == c.max_skipped:
+            if skipped >= c.max_skipped:
                 raise SystemExit(f"{skipped} steps in a row were not finite; {last_good(out)}: "
                                  "lower lr, or look at the data of these steps")
         optimizer.zero_grad(set_to_none=True)
@@ -517,15 +555,18 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
             log.metric(**figures)
             log.say(training_line(plan, **figures))
             timer, timed = now, step
-    log.say(f"{'finished' if done else 'stopped'} at step {step}; model in {out}/step_{step}, "
-            f"curve in {out}/loss.png, samples in {out}/samples.txt")
+    kept = f"model in {out}/step_{step}" if step in steps_in(out) else "nothing new to save"
+    log.say(f"{'finished' if done else 'stopped'} at step {step}; {kept}, curve in {out}/loss.png, "
+            f"samples in {out}/samples.txt")
 
 
 def main() -> None:
-    argv, quick = sys.argv[1:], str(Path(__file__).parent / "config" / "quickstart.py")
-    c = configurator.load(Config, argv, default_file=quick)
-    c.out_dir = c.out_dir or f"out/{Path(configurator.split(argv, quick)[0]).stem}"
+    c = configurator.load(Config, sys.argv[1:], default_file=QUICKSTART)
+    file, _ = configurator.split(sys.argv[1:], QUICKSTART)
+    c.out_dir = c.out_dir or f"out/{Path(file).stem}"
     out = Path(c.out_dir)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise SystemExit("pretrain.py is one process so far; run it without torchrun")
     try:
         plan = plan_of(c)
         shape_of(c).check()
@@ -539,6 +580,9 @@ def main() -> None:
             raise ValueError(f"tokenizer {c.tokenizer} has {tokenizer.n_vocab} tokens, more than "
                              f"vocab_size={c.vocab_size}; raise that")
         start = find_checkpoint(c, out)
+        if start:
+            check_fits(*start, c, plan)
+        check_prompts(c, tokenizer)
         stores = data.prepare(c.domains, c.tokenizer, c.data_dir, plan.need(), workers=c.workers)
         corpus = data.Corpus(plan, stores, c.seed)
         held_out = {n: corpus.validation(n, c.eval_tokens, max(plan.seq_len)) for n in plan.names}
@@ -548,9 +592,6 @@ def main() -> None:
             model, lr=c.lr, optimizer=c.optimizer, momentum=c.momentum, weight_decay=c.weight_decay,
             coefficients=c.coefficients, tau=c.tau,
             dtype=torch.bfloat16 if precision_of(c, device) == "bf16" else torch.float32)
-        if start and start[1]["step"] > plan.steps:
-            raise ValueError(f"checkpoint {start[0]} is beyond the end at step {plan.steps}; raise "
-                             "max_steps or give another --out_dir")
         if start:
             load_checkpoint(start[0], model, optimizer)
     except ValueError as e:
@@ -559,8 +600,10 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
         configurator.save(c, out / "config.json")
         train(c, out, corpus, held_out, model, optimizer, tokenizer, start)
+    except torch.OutOfMemoryError:
+        raise SystemExit(f"out of memory; halve --micro_tokens={c.micro_tokens}") from None
     except OSError as e:
-        raise SystemExit(f"{e.filename or out}: {e.strerror}") from None
+        raise SystemExit(f"{e.filename or out}: {data.one_line(e)}") from None
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ domains = {                      # shares [ours]: the 2.6B model's, reasoning ri
 }
 caps = {"reasoning": 0.10}       # reasoning data rises but stays under 10%
 
-max_steps = None
 max_tokens = 5_500_000_000_000
 seq_len = [[0, 4096], [4_500_000_000_000, 16384]]  # raised for the annealing of the last 1T
 batch_tokens = [                 # 16M to 80M, in steps; where they are is [ours]
@@ -37,9 +36,9 @@ batch_tokens = [                 # 16M to 80M, in steps; where they are is [ours
     [3_000_000_000_000, 67_108_864], [4_000_000_000_000, 83_886_080]]
 micro_tokens = 16384             # [ours] 4 sequences of 4,096, then 1 of 16,384
 lr = 4e-4
-warmup_steps = 2000              # [ours]
+warmup_steps = 2000              # [ours] common at this scale
 decay_fraction = 0.1818          # the last 1T of 5.5T
-decay = "linear"                 # [ours]
+decay = "linear"                 # [ours] the plainest
 min_lr = 0.1                     # "about 10%"
 
 optimizer = "muonclip"
@@ -47,7 +46,7 @@ momentum = 0.95                  # [ours] Muon's usual
 weight_decay = 0.1               # as in the report's fine-tuning
 coefficients = "motif"           # the public optimizer's five triples
 tau = 100.0                      # [ours] Kimi K2's
-grad_clip = 1.0                  # [ours]
+grad_clip = 1.0                  # [ours] everyone's
 
 log_every = 10
 eval_every = 1000

@@ -20,7 +20,7 @@ domains = {                      # large ungated sets; from web text to speciali
     "math": ["open-web-math/open-web-math", 0.10, 0.30],
 }
 
-max_tokens = 2_500_000_000       # 20 per parameter
+max_tokens = 2_500_000_000       # about 20 per parameter
 seq_len = 1024
 batch_tokens = 2**19             # 0.5M, GPT-2's and nanoGPT's
 micro_tokens = 2**14

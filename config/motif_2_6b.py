@@ -12,7 +12,7 @@ num_key_value_heads = 16         # 8 pairs
 head_dim = 128
 rms_norm_eps = 1e-6
 attn_rms_norm_eps = 1e-5
-rope_theta = 10_000.0            # until the context grows; 500,000 then
+rope_theta = 10_000.0            # published: 500,000 once the context grows, by a new run
 max_position_embeddings = 16384
 tie_word_embeddings = True
 
@@ -28,15 +28,22 @@ domains = {                      # shares as published, linear over the run; dat
     "reasoning": ["nvidia/OpenMathReasoning?split=cot&text=problem,generated_solution", 0.01, 0.05],
 }
 
-max_steps = None
 max_tokens = 2_500_000_000_000   # [ours] of the order that the report states
-seq_len = [[0, 4096], [2_000_000_000_000, 16384]]  # lengths as published; the place [ours]
-batch_tokens = 2**23             # [ours] 8M
-micro_tokens = 16384
-lr = 5e-4                        # [ours] a little above the 12.7B model's
-warmup_steps = 2000              # [ours]
-decay_fraction = 0.2             # [ours]
-min_lr = 0.1
+seq_len = [[0, 4096], [2_000_000_000_000, 16384]]  # lengths published; where is [ours]: the decay
+batch_tokens = 2**23             # [ours] 8M: half of what the larger model begins with
+micro_tokens = 16384             # [ours] one sequence of the longer kind
+lr = 5e-4                        # [ours] a little above the 12.7B model's, as smaller models want
+warmup_steps = 2000              # [ours] common at this scale
+decay_fraction = 0.2             # [ours] common for WSD
+decay = "linear"                 # [ours] the plainest
+min_lr = 0.1                     # [ours] the 12.7B model's
+
+optimizer = "muonclip"
+momentum = 0.95                  # [ours] Muon's usual
+weight_decay = 0.1               # [ours] the 12.7B model's in fine-tuning
+coefficients = "motif"           # the public optimizer's five triples
+tau = 100.0                      # [ours] Kimi K2's
+grad_clip = 1.0                  # [ours] everyone's
 
 log_every = 10
 eval_every = 1000

@@ -248,7 +248,6 @@ def test_a_logit_that_is_not_finite_raises(bad):
 
 
 def test_main_prints_the_routing_and_times_a_step(monkeypatch, capsys):
-    pytest.importorskip("pretrain")
     monkeypatch.setattr("sys.argv", ["muonclip.py", "--hidden_size=16", "--intermediate_size=16"])
     muonclip.main()
     said = capsys.readouterr().out

@@ -17,7 +17,7 @@ import pretrain
 from model import Motif
 from pretrain import Config, lr_at, plan_of
 
-ROOT = Path(pretrain.__file__).parent
+ROOT, DRAW = Path(pretrain.__file__).parent, pretrain.draw
 DOMAINS = {"math": ["builtin:math", 0.75, 0.25], "science": ["builtin:science", 0.25, 0.75]}
 TINY = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=5,
             num_noise_heads=1, num_key_value_heads=2, head_dim=8, seq_len=32, batch_tokens=256,
@@ -144,14 +144,15 @@ def test_accumulation_changes_nothing(run):
 
 
 @pytest.mark.parametrize("options", [
-    dict(optimizer="adamw"), dict(activation="swiglu"), dict(tau=0.01),
+    dict(optimizer="adamw"), dict(activation="swiglu"), dict(tau=0.01), dict(tau=0),
+    dict(precision="bf16"),
     dict(num_noise_heads=0, num_attention_heads=4, num_key_value_heads=2)])
 def test_ablations_train(run, options):
     run(**options, max_steps=8)
     train, val = [m for m in metrics() if "loss" in m], [m for m in metrics() if "val_loss" in m]
     assert val[-1]["val_loss"] < val[0]["val_loss"] - 0.1
-    assert (train[-1]["heads_clipped"] > 0) == ("tau" in options)
-    if "tau" in options:                            # the logits of the next step follow
+    assert (train[-1]["heads_clipped"] > 0) == (options.get("tau", 0) > 0)
+    if options.get("tau", 0) > 0:                   # the logits of the next step follow
         assert train[-1]["max_logit"] < 0.05
 
 
@@ -190,9 +191,9 @@ def test_resume_is_exact_whatever_was_left_behind(run, capsys):
     assert Path("out/samples.txt").read_text() == Path("straight/samples.txt").read_text()
 
 
-@pytest.mark.parametrize("crash_at", [0, 1, 4, 6, 7])
+@pytest.mark.parametrize("crash_at", range(9))
 def test_a_crash_inside_a_save_costs_nothing(run, monkeypatch, crash_at):
-    """The process ends between any two of the file operations of the second save."""
+    """The process ends before any of the nine file operations of the second save."""
     run(out_dir="straight", max_steps=8)
     real, calls = {"sync": pretrain.sync, "replace": os.replace}, []
 
@@ -263,6 +264,28 @@ def test_old_checkpoints_go_and_multiples_stay(run):
     assert sorted(pretrain.steps_in(Path("out"))) == [4, 8, 10, 11, 12]
 
 
+def test_two_runs_never_mix_in_one_folder(run):
+    run(max_steps=8)
+    assert refused(run, resume="out/step_4") == (
+        "resume=out/step_4, but out holds a run up to step 8; delete it or give another --out_dir")
+    for step in 4, 8:                                # without checkpoints all begins anew
+        Path(f"out/step_{step}").rename(f"step_{step}")
+    Path("out/step_3.tmp").mkdir()
+    run(max_steps=8, hidden_size=16)
+    assert [m["step"] for m in metrics() if "val_loss" in m] == [0, 6, 8]
+    assert Path("out/samples.txt").read_text().count("=== step") == 3
+    assert not Path("out/step_3.tmp").exists()
+
+
+def test_domains_may_change_on_the_way(run):
+    """The curve then has gaps, and is drawn."""
+    run(max_steps=4)
+    run(max_steps=8, domains={"science": ["builtin:science", 1.0, 1.0]})
+    assert metrics()[-1]["val_loss_by_domain"].keys() == {"science"}
+    DRAW(Path("out"))
+    assert Path("out/loss.png").stat().st_size > 10_000
+
+
 def test_a_full_disk_leaves_the_previous_checkpoint(run, monkeypatch):
     import safetensors.torch
     run(out_dir="straight", max_steps=8)
@@ -292,10 +315,10 @@ def test_a_loss_that_is_not_finite_updates_nothing_and_ends_the_run(run, monkeyp
         return (loss * torch.nan if next(count) in bad else loss), largest
 
     monkeypatch.setattr(pretrain, "forward_backward", sometimes)
-    monkeypatch.setattr(pretrain, "draw", lambda out: None)
     assert refused(run, max_skipped=3, save_every=5) == (
         "3 steps in a row were not finite; the last good checkpoint is out/step_5: lower lr, or "
         "look at the data of these steps")
+    assert [m["loss"] for m in metrics() if "loss" in m][-3:] == [None] * 3
     count = iter(range(1, 100))
     bad = {6, 8}
     run(max_skipped=2, save_every=1, keep_last=9, out_dir="other", max_steps=8)
@@ -313,9 +336,11 @@ def test_dry_run_opens_nothing(run, monkeypatch, capsys, name):
         monkeypatch.setattr(data, what, opened)
     run(str(ROOT / f"config/{name}.py"), **dict.fromkeys((*TINY, "data_dir"), ...), dry_run=True)
     said = capsys.readouterr().out
-    parameters = re.search(r"total +([\d,]+)", said)[1]
-    assert parameters == {"motif2_12b": "12,703,860,896", "motif_2_6b": "2,597,218,432",
-                          "quickstart": "3,615,760", "motif_124m": "115,334,448"}[name]
+    found = re.search(r"total +([\d,]+)", said)[1], re.search(r"([\d,]+) steps", said)[1]
+    assert found == {"motif2_12b": ("12,703,860,896", "122,191"),
+                     "motif_2_6b": ("2,597,218,432", "298,024"),
+                     "motif_124m": ("115,334,448", "4,769"),
+                     "quickstart": ("3,615,760", "280")}[name]
     assert not [*Path().iterdir()]
 
 
@@ -346,11 +371,14 @@ def test_the_other_scripts_read_the_same_config():
     (dict(device="cuda:99"), None), (dict(device="abacus"), None),
     (dict(max_steps=None), "nothing ends the run: set max_steps or max_tokens"),
     (dict(resume="nowhere"), None),
+    (dict(prompts=["a" * 1100]),
+     "prompt 'aaaaaaaaaaaaaaaaaaaa'... is longer than max_position_embeddings=1024; shorten it"),
+    (dict(prompts=[1]), "prompts must be a list of texts; 1 is none"),
     (dict(tokenizer="none.tiktoken"),
      "tokenizer none.tiktoken: FileNotFoundError: No such file or directory"),
 ])
 def test_wrong_input_is_one_line(run, options, message):
-    said = refused(run, **options)
+    said = refused(run, **{**options, "data_dir": "data"})
     assert message is None or said == message
     assert not [*Path().iterdir()]
 
@@ -364,7 +392,8 @@ def test_a_checkpoint_of_another_shape_is_refused(run):
         "checkpoint out/step_2 is beyond the end at step 1; raise max_steps or give another "
         "--out_dir")
     assert refused(run, max_steps=4, optimizer="adamw") == (
-        "checkpoint out/step_2 holds the state of another optimizer")
+        "checkpoint out/step_2 has optimizer=muonclip, not adamw; give --optimizer=muonclip, or "
+        "another --out_dir for a new run")
 
 
 def test_a_script_that_fails_prints_one_line_and_exits_with_1(tmp_path):
