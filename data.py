@@ -787,13 +787,15 @@ class Corpus:
         return out
 
     def validation(self, name: str, tokens: int, T: int) -> np.ndarray:
-        """The first `tokens` held-out tokens of a domain, or all: (rows, T + 1) int64. ValueError
-        if there is no sequence."""
-        n = min(int(self._ends(self.val[name], T)[-1]), max(1, tokens // T))
+        """`tokens` held-out tokens of a domain, or all, spread evenly over its held-out part (whose
+        first documents are prefaces): (rows, T + 1) int64. ValueError if there is no sequence."""
+        there = int(self._ends(self.val[name], T)[-1])
+        n = min(there, max(1, tokens // T))
         if n == 0:
             raise ValueError(f"domain {name!r} holds out no sequence of {T} tokens (of every "
                              f"{HOLD_OUT} documents one); lower seq_len or give it more documents")
-        return np.stack([self._read(self.val[name], i, T) for i in range(n)]).astype(np.int64)
+        rows = [self._read(self.val[name], i * there // n, T) for i in range(n)]
+        return np.stack(rows).astype(np.int64)
 
     def _ends(self, shards: list[Shard], T: int) -> np.ndarray:
         """How many sequences the first 1, 2, ... shards hold."""

@@ -177,6 +177,9 @@ def test_a_batch_depends_on_seed_and_step_alone(corpora):
     assert sum(order == sorted(order) for order in names) < 150  # domains are mixed in a batch
     assert one.fingerprint() == two.fingerprint()
     assert (one.validation("a", 40, 20) == [one.val["a"][0].ids[i:i + 21] for i in (0, 20)]).all()
+    few, whole = one.validation("a", 9, 3), one.validation("a", 10**6, 3)  # spread evenly
+    assert len(whole) > 6
+    assert (few == whole[[0, len(whole) // 3, 2 * len(whole) // 3]]).all()
 
 
 # ---- shards
