@@ -92,11 +92,12 @@ def row_blocks(*tensors: Tensor | None):
 
 
 def horner(x: Tensor, *c: Tensor) -> Tensor:
-    """c[0] + x (c[1] + x (...)): no power of x is formed, so that |x| = 3e5 keeps its precision."""
-    y = c[-1]
-    for coefficient in reversed(c[:-1]):
-        y = torch.addcmul(coefficient, x, y)
-    return y
+    """c[0] + x (c[1] + x (...)): no power of x is formed, so that |x| = 3e5 keeps its precision. In
+    place, as two rows of coefficients in one addcmul take a path that is three times slower."""
+    y = x * c[-1]
+    for coefficient in reversed(c[1:-1]):
+        y = y.add_(coefficient).mul_(x)
+    return y.add_(c[0])
 
 
 def poly_norm_mul(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -121,7 +122,7 @@ def poly_norm_mul_by_definition(x: Tensor, up: Tensor, weight: Tensor, bias: Ten
                                 eps: float) -> Tensor:
     """(w0 n(x^3) + w1 n(x^2) + w2 n(x) + b) * up, n(z) = z / sqrt(mean(z^2) + eps), the gradient
     left to autograd: what poly_norm_mul is measured against."""
-    powers = [z * (z.square().mean(-1, keepdim=True) + eps).rsqrt() for z in (x**3, x**2, x)]
+    powers = [z / (z.square().mean(-1, keepdim=True) + eps).sqrt() for z in (x**3, x**2, x)]
     return (sum(w * z for w, z in zip(weight, powers)) + bias) * up
 
 
