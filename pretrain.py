@@ -17,7 +17,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ import data
 import muonclip
 from configurator import Count, Fraction, NonNegative, Size
 from model import Motif, MotifConfig, cost_table, flops_per_token
-
 
 QUICKSTART = str(Path(__file__).parent / "config" / "quickstart.py")
 
@@ -77,7 +76,7 @@ class Config(MotifConfig):
     prompts: list = field(default_factory=lambda: ["The "])  # continued at every evaluation
     sample_tokens: Size = 100       # per prompt
     save_every: Count = 100         # steps between checkpoints; one after the last step
-    keep_last: Count = 2            # checkpoints kept, at least 2: the newest may be cut short
+    keep_last: Annotated[int, 2] = 2  # checkpoints kept: the newest might be damaged
     keep_every: Count | None = None  # steps whose multiples are kept for ever
     wandb: str | None = None        # project name, to log there too
 
@@ -232,7 +231,7 @@ def save_checkpoint(out: Path, step: int, model: Motif, optimizer, state: dict, 
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"checkpoint {folder} could not be written: {e}") from None
-    for old in sorted(s for s in steps_in(out) if s <= step)[:-max(2, c.keep_last)]:
+    for old in sorted(s for s in steps_in(out) if s <= step)[:-c.keep_last]:
         if not c.keep_every or old % c.keep_every:
             shutil.rmtree(out / f"step_{old}")
 
