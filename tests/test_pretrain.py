@@ -219,23 +219,23 @@ def test_a_crash_inside_a_save_costs_nothing(run, monkeypatch, crash_at):
 def test_kill_9_and_sigterm_from_outside(run, shards, tmp_path):
     """kill -9 in the middle, then SIGTERM (exit code 0, saved), then to the end: bitwise the
     straight run, whose process is another."""
-    options = {**TINY, "data_dir": shards, "max_steps": 60, "save_every": 7}
+    options = {**TINY, "data_dir": shards, "max_steps": 150, "save_every": 30}
     command = [sys.executable, str(ROOT / "pretrain.py"), *arguments(options)]
     run(**{**options, "out_dir": "straight"})
 
     def start_and(number, after):
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:
-                if line.startswith(f"step {after}/60  loss"):
+                if line.startswith(f"step {after}/150  loss"):
                     process.send_signal(number)
         return process.returncode
 
-    assert start_and(signal.SIGKILL, 17) == -signal.SIGKILL
-    assert start_and(signal.SIGTERM, 30) == 0
+    assert start_and(signal.SIGKILL, 41) == -signal.SIGKILL
+    assert start_and(signal.SIGTERM, 50) == 0
     stopped = max(pretrain.steps_in(Path("out")))
-    assert 30 <= stopped < 60 and stopped % 7
+    assert 50 <= stopped < 150 and f"stopped at step {stopped}; " in Path("out/log.txt").read_text()
     assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
-    assert same("out/step_60", "straight/step_60") and metrics() == metrics("straight")
+    assert same("out/step_150", "straight/step_150") and metrics() == metrics("straight")
     assert Path("out/loss.png").stat().st_size > 10_000
 
 
