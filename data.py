@@ -577,9 +577,9 @@ class Plan:
     first and last the mixture is linear in tokens; `mixture`, a list of [fraction of the run,
     {name: share}], puts other knots in their place (before the first and after the last it is
     constant). caps: name -> largest share; what is above goes to the others in proportion.
-    batch_tokens and seq_len: a number, or knots [[tokens seen,
-    number], ...] that hold from the first step after them. The run ends at max_steps or at
-    max_tokens, whichever comes first. ValueError for what cannot be.
+    batch_tokens and seq_len: a number, or knots [[tokens seen, number], ...] that hold from the
+    first step after them. The run ends at max_steps or at max_tokens, whichever comes first.
+    ValueError for what cannot be.
 
     Per step t: seq_len[t], rows[t], tokens[t] seen before it (at the end: in all), shares[t, d];
     the batch takes domain d's sequences first[t, d] to last[t, d] - 1, counted from the last change

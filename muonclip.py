@@ -104,7 +104,8 @@ class MuonClip(torch.optim.Optimizer):
             raise ValueError("Muon takes matrices; give vectors and scalars to adamw_params")
         if any(p.dtype not in (torch.float32, torch.float64) for p in muon + rest):
             raise ValueError("MuonClip trains fp32 weights; call model.float() first")
-        adam = dict(kind="adamw", betas=betas, eps=eps)
+        fused = bool(rest) and rest[0].is_cuda     # load_state_dict then keeps `step` on the GPU
+        adam = dict(kind="adamw", betas=betas, eps=eps, fused=fused)
         groups = [
             dict(kind="muon", params=muon, momentum=momentum, nesterov=nesterov,
                  weight_decay=weight_decay),
@@ -163,26 +164,8 @@ class MuonClip(torch.optim.Optimizer):
         states, (beta1, beta2) = [self.state[p] for p in params], group["betas"]
         adamw(params, [p.grad for p in params], [s["exp_avg"] for s in states],
               [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
-              fused=params[0].is_cuda, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2,
+              fused=group["fused"], amsgrad=False, maximize=False, beta1=beta1, beta2=beta2,
               lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"])
-
-    def load_state_dict(self, state_dict) -> None:
-        """Copy a state into the one made at construction, which keeps its memory, type and device
-        (torch's own method would share memory with `state_dict` and leave AdamW's step on the CPU).
-        ValueError if it belongs to other parameters."""
-        saved = state_dict["param_groups"]
-        pairs = [(self.state[p], state_dict["state"].get(i, {}))
-                 for group, other in zip(self.param_groups, saved)
-                 for p, i in zip(group["params"], other["params"])]
-        if ([len(g["params"]) for g in self.param_groups] != [len(g["params"]) for g in saved]
-                or any({k: t.shape for k, t in mine.items()} != {k: t.shape for k, t in its.items()}
-                       for mine, its in pairs)):
-            raise ValueError("the saved optimizer state belongs to other parameters")
-        for mine, its in pairs:
-            for key, t in mine.items():
-                t.copy_(its[key])
-        for group, other in zip(self.param_groups, saved):
-            group.update({k: v for k, v in other.items() if k != "params"})
 
 
 def for_model(model, *, lr: float, optimizer: str = "muonclip", **options) -> MuonClip:
