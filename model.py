@@ -111,6 +111,14 @@ class MotifConfig:
 
 # ---- the transformer
 
+class Linear(nn.Linear):
+    """x W^T, or with fp8 set, as pretrain.py does, kernels.linear_fp8."""
+    fp8 = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear_fp8(x, self.weight) if self.fp8 else super().forward(x)
+
+
 class RMSNorm(nn.Module):
     """See kernels.rms_norm."""
 
@@ -136,8 +144,7 @@ class Attention(nn.Module):
         lambda = exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) + lambda_init     fp32
         out = Wo RMSNorm_2D(softmax(q1 k1^T) v - lambda softmax(q2 k2^T) v) (1 - lambda_init)
 
-    num_noise_heads = 0 is plain grouped-query attention: no lambda, no per-head norm, values of D.
-    max_logits (query heads,): the largest visible logit of the last forward, for QK-clip."""
+    num_noise_heads = 0 is plain grouped-query attention: no lambda, no norm, values of D."""
 
     def __init__(self, config: MotifConfig, layer: int):
         super().__init__()
@@ -145,13 +152,12 @@ class Attention(nn.Module):
         self.noise_heads, self.eps = c.num_noise_heads, c.attn_rms_norm_eps
         self.kv_heads, self.head_dim = c.num_key_value_heads, D
         self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * (layer - 1))
-        self.max_logits: Tensor | None = None
         signal_heads = c.num_attention_heads - c.num_noise_heads
         width = signal_heads * (2 * D if c.num_noise_heads else D)
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * D, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * D, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * D, bias=False)
-        self.o_proj = nn.Linear(width, c.hidden_size, bias=False)
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * D, bias=False)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * D, bias=False)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * D, bias=False)
+        self.o_proj = Linear(width, c.hidden_size, bias=False)
         if c.num_noise_heads:
             for name in LAMBDAS:
                 self.register_parameter(name, nn.Parameter(torch.empty(D)))
@@ -163,10 +169,11 @@ class Attention(nn.Module):
         second = (wide(self.lambda_q2) * wide(self.lambda_k2)).sum().exp()
         return first - second + self.lambda_init
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], documents: Tensor | None = None,
-                cache: tuple[Tensor, Tensor] | None = None, start: int = 0) -> Tensor:
-        """x (B, T, hidden) -> the same. cache: this layer's keys and values (B, length, K, D), of
-        which the first `start` positions are filled; the new ones are written behind them."""
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], starts: Tensor | None = None,
+                cache: tuple[Tensor, Tensor] | None = None, start: int = 0):
+        """x (B, T, hidden) -> the same, largest visible logit (query heads,). starts: see kernels.
+        cache: this layer's keys and values (B, length, K, D), of which the first `start` positions
+        are filled; the new ones are written behind them."""
         B, T, _ = x.shape
         q = kernels.rope(self.q_proj(x).view(B, T, -1, self.head_dim), *angles)
         k = kernels.rope(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim), *angles)
@@ -177,14 +184,13 @@ class Attention(nn.Module):
             k, v = (kept[:, :start + T] for kept in cache)
         if self.noise_heads == 0:
             q = q.unflatten(2, (self.kv_heads, -1))                      # (B, T, K, H / K, D)
-            out, self.max_logits = kernels.causal_attention(q, k, v, documents)
-            self.max_logits = self.max_logits.flatten()
-            return self.o_proj(out.flatten(2))
-        signal, noise, self.max_logits = kernels.grouped_differential_attention(
-            q, k, v, self.noise_heads, documents)
+            out, largest = kernels.causal_attention(q, k, v, starts)
+            return self.o_proj(out.flatten(2)), largest.flatten()
+        signal, noise, largest = kernels.grouped_differential_attention(
+            q, k, v, self.noise_heads, starts)
         out = kernels.differential_norm(signal, noise, self.lambda_(), self.subln.weight,
                                         1 - self.lambda_init, self.eps)
-        return self.o_proj(out)
+        return self.o_proj(out), largest
 
 
 class PolyNorm(nn.Module):
@@ -204,9 +210,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: MotifConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = PolyNorm(config.rms_norm_eps) if config.activation == "poly_norm" else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -222,19 +228,24 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, angles, documents=None, cache=None, start: int = 0) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), angles, documents, cache, start)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, angles, starts=None, cache=None, start: int = 0):
+        """See Attention.forward."""
+        out, largest = self.self_attn(self.input_layernorm(x), angles, starts, cache, start)
+        x = x + out
+        return x + self.mlp(self.post_attention_layernorm(x)), largest
 
 
 class Motif(nn.Module):
     """Motif(config): a model of that shape with fresh weights, drawn from torch's global generator.
-    ValueError if the shape is impossible."""
+    ValueError if the shape is impossible.
+
+    max_logits (layers, query heads): largest attention logits of the last forward, for QK-clip.
+    compute_dtype: of the activations, where FSDP2 casts the weights; None: that of the weights."""
 
     def __init__(self, config: MotifConfig):
         super().__init__()
         config.check()
-        self.config = config
+        self.config, self.compute_dtype = config, None
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
@@ -274,10 +285,6 @@ class Motif(nn.Module):
                     found[f"model.layers.{i}.{part}.{name}_proj.weight"] = weight
         return found
 
-    def max_logits(self) -> Tensor:
-        """(layers, query heads): the largest attention logit of the last forward."""
-        return torch.stack([block.self_attn.max_logits for block in self.model.layers])
-
     def forward(self, ids: Tensor, targets: Tensor | None = None, documents: Tensor | None = None,
                 reduction: str = "mean", cache: list | None = None, start: int = 0) -> Tensor:
         """ids (B, T) -> logits (B, T, V), or with targets (B, T) -> their cross entropy in nats, -1
@@ -288,16 +295,17 @@ class Motif(nn.Module):
         if ids.numel() == 0 or start + T > longest:
             raise ValueError(f"ids of shape {tuple(ids.shape)} from position {start}: there must "
                              f"be tokens, and at most max_position_embeddings={longest}")
-        positions = torch.arange(start, start + T, device=ids.device)[None]
+        positions, starts = torch.arange(start, start + T, device=ids.device)[None], None
         if documents is not None:
             begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-            documents = begins.cumsum(1)
-            positions = positions - (positions * begins).cummax(1).values
+            starts = (positions * begins).cummax(1).values.int()         # of each token's document
+            positions = positions - starts
         angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        x = self.model.embed_tokens(ids)
+        x, largest = self.model.embed_tokens(ids), []
         for i, block in enumerate(self.model.layers):
-            x = block(x, angles, documents, None if cache is None else cache[i], start)
-        x = self.model.norm(x)
+            x, top = block(x, angles, starts, None if cache is None else cache[i], start)
+            largest.append(top)
+        self.max_logits, x = torch.stack(largest), self.model.norm(x)
         if targets is None:
             return F.linear(x, self.head_weight)
         return kernels.linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(),
@@ -318,8 +326,8 @@ class Motif(nn.Module):
                              f"{c.max_position_embeddings}")
         generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
         shape = (B, T + max_new_tokens, c.num_key_value_heads, c.head_dim)
-        k_dtype = self.model.layers[0].self_attn.k_proj.weight.dtype
-        cache = [tuple(torch.empty(shape, dtype=k_dtype, device=ids.device) for _ in "kv")
+        dtype = self.compute_dtype or self.model.layers[0].self_attn.k_proj.weight.dtype
+        cache = [tuple(torch.empty(shape, dtype=dtype, device=ids.device) for _ in "kv")
                  for _ in self.model.layers]
         new, start = ids, 0
         for _ in range(max_new_tokens):
@@ -372,7 +380,8 @@ class Motif(nn.Module):
 
     def save_pretrained(self, path, shard_bytes: int = 5 * 10**9) -> None:
         """Write config.json and the tensors, in the model's own dtype, in the released layout; over
-        shard_bytes in several files and an index. If this fails, the folder has no config.json."""
+        shard_bytes in several files and an index. FSDP2's shards are put together. If this fails,
+        the folder has no config.json."""
         from safetensors.torch import save_file
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -380,6 +389,7 @@ class Motif(nn.Module):
             (path / name).unlink(missing_ok=True)
         shards, size = [{}], 0
         for name, t in self.state_dict().items():
+            t = t.full_tensor() if hasattr(t, "full_tensor") else t
             if shards[-1] and size + t.nbytes > shard_bytes:
                 shards, size = [*shards, {}], 0
             shards[-1][name], size = t.contiguous(), size + t.nbytes
@@ -455,14 +465,15 @@ def parameters_by_part(model: Motif) -> dict[str, int]:
 def memory_per_gpu(model: Motif, ranks: int) -> dict[str, float]:
     """Bytes per rank under fully sharded training, activations and logits aside: fp32 weights and
     gradients, Muon's one and AdamW's two fp32 moments, and the bf16 copies that exist unsharded at
-    once: two blocks (one computing, one arriving), embedding and head."""
+    once: two blocks (one computing, one arriving), embedding and head; one rank keeps all."""
     total = sum(p.numel() for p in model.parameters())
     muon = sum(p.numel() for p in model.matrices().values())
     block = sum(p.numel() for p in model.model.layers[0].parameters())
-    ends = total - block * len(model.model.layers)
+    layers = len(model.model.layers)
+    ends, blocks = total - block * layers, layers if ranks == 1 else 2
     return {"weights": 4 * total / ranks, "gradients": 4 * total / ranks,
             "optimizer": (4 * muon + 8 * (total - muon)) / ranks,
-            "gathered": 2 * (2 * block + ends)}
+            "gathered": 2 * (blocks * block + ends)}
 
 
 def cost_table(config: MotifConfig, lengths: list[int]) -> str:

@@ -5,8 +5,11 @@
 
 The factor gives Muon's update the RMS of AdamW's, so that both share one learning rate (Moonlight,
 arXiv 2502.16982). QK-clip is Kimi K2's (arXiv 2507.20534), extended to heads that share a key.
-`python muonclip.py config/quickstart.py` prints what goes where and times the step on one layer.
+`python muonclip.py config/quickstart.py` prints what goes where, then times Newton-Schulz and the
+step on one layer.
 """
+import functools
+import math
 import re
 import statistics
 import sys
@@ -15,6 +18,8 @@ import time
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+import kernels
 
 # Five triples (a, b, c) of the polynomial a X + (b A + c A A) X, A = X X^T. The error is
 # |O O^T - I|_F / sqrt(k) on a Gaussian 512 x 2048 matrix in bf16.
@@ -29,6 +34,12 @@ COEFFICIENTS = {
         (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)],
 }
+SCALE = 64.0    # X is kept times this, so that its small entries stay in fp16's normal range
+
+
+def local(t: Tensor) -> Tensor:
+    """This rank's part of a tensor that FSDP2 shards, not a copy: with one rank all of it."""
+    return t.to_local() if hasattr(t, "to_local") else t
 
 
 def newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif",
@@ -39,25 +50,67 @@ def newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif",
 
     G (..., m, n), each matrix by itself -> the same shape in `dtype`, to which G is cast first (it
     is what Parallel Muon's wire carries). A tall one is transposed, so that A is the small side.
-    Scaled by its largest entry before the norm: 1e30 G and 1e-30 G give the same, and 0 gives 0.
-    ValueError for an unknown table or too many steps."""
+    For bf16 a GPU works in fp16: as fast, three bits more. Scaled by its largest entry before the
+    norm: 1e30 G and 1e-30 G give the same, and 0 gives 0. ValueError for an unknown table or too
+    many steps."""
     if coefficients not in COEFFICIENTS or not 1 <= steps <= 5:
         raise ValueError(f"newton_schulz has 1 to 5 steps of {', '.join(COEFFICIENTS)}; "
                          f"not {steps} of {coefficients!r}")
-    if G.ndim > 2:
-        return torch.stack([newton_schulz(g, steps, coefficients, dtype) for g in G])
-    X = G.to(dtype, copy=True)
-    tall = len(X) > X.shape[1]
+    m, n = G.shape[-2:]
+    X = G.to(dtype).contiguous().view(-1, m * n)
+    O, half = torch.empty_like(X), X.is_cuda and dtype == torch.bfloat16
+    largest = (torch.linalg.vector_norm(X, torch.inf, 1, keepdim=True, dtype=torch.float32) if half
+               else X.abs().amax(1, keepdim=True))       # the same; a CPU is slow at that norm
+    X = torch.div(X, largest.clamp_(torch.finfo(dtype).tiny),
+                  out=torch.empty_like(X, dtype=torch.float16 if half else dtype))
+    norm = torch.linalg.vector_norm(X, dim=1, keepdim=True).clamp_(1)  # an entry is 1, or all are 0
+    X /= norm.mul_((1.02 if coefficients == "polar_express" else 1) / SCALE)
+    X, O, tall = X.view(-1, m, n), O.view(-1, m, n), m > n
     if tall:
-        X = X.T
-    least, most = X.aminmax()
-    X /= torch.maximum(-least, most).clamp(min=torch.finfo(dtype).tiny)
-    norm = torch.linalg.vector_norm(X).clamp(min=1)                 # an entry is 1, or all are 0
-    X /= norm * 1.02 if coefficients == "polar_express" else norm
-    for a, b, c in COEFFICIENTS[coefficients][:steps]:
-        A = X @ X.T
-        X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return X.T if tall else X
+        X, m, n = X.mT, n, m
+    table, tiles = COEFFICIENTS[coefficients][:steps], math.comb(-(-m // kernels.TILE) + 1, 2)
+    if len(X) * tiles < kernels.SYMMETRIC_TILES or not kernels.symmetric_takes(X):
+        X = plain_steps(X, table)
+    else:
+        X = gram_steps(X, table, span=3 if n >= 1.2 * m else 1)
+    torch.div(X, SCALE, out=O.mT if tall else O)
+    return O.view(G.shape)
+
+
+def plain_steps(X: Tensor, table) -> Tensor:
+    """Newton-Schulz of SCALE X (E, m, n) as it is written, in three calls a step: for small
+    matrices the host's time is all of it."""
+    for a, b, c in table:
+        A = torch.bmm(X, X.mT)                           # SCALE^2 A
+        P = torch.baddbmm(A, A, A, beta=b / SCALE**2, alpha=c / SCALE**4)
+        X = torch.baddbmm(X, P, X, beta=a)
+    return X
+
+
+def gram_steps(X: Tensor, table, span: int) -> Tensor:
+    """The same in products of which half is computed, as they are symmetric, and `span` steps at a
+    time on A alone, which for a wide X is small: with P = a I + b A + c A A
+
+        Q = P Q        A = P A P        and after the last of them        X = Q X
+
+    A's eigenvalues that rounding makes negative grow without bound; in fp16 they are harmless for
+    three steps, in bf16 (whose 8 bits do not hold a I beside b A + c A A either) for two."""
+    symmetric = kernels.symmetric
+    for first in range(0, len(table), span):
+        part = table[first:first + span]
+        A = symmetric(X, X, 1 / SCALE)                   # A, P, Q are kept times SCALE too
+        for i, (a, b, c) in enumerate(part):
+            P = symmetric(A, A, c / SCALE, A, b)         # without its a I
+            if i + 1 < len(part):
+                PA = symmetric(P, A, 1 / SCALE, A, a)
+                A = symmetric(PA, P, 1 / SCALE, PA, a)
+            if i:
+                Q = symmetric(Q, P, 1 / SCALE, Q, a)
+            else:
+                Q = P
+                Q.diagonal(dim1=1, dim2=2).add_(a * SCALE)
+        X = torch.baddbmm(X, Q, X, beta=0, alpha=1 / SCALE, out=torch.empty_like(X))
+    return X
 
 
 @torch.no_grad()
@@ -81,6 +134,36 @@ def qk_clip(q_weight: Tensor, k_weight: Tensor, max_logits: Tensor, kv_map, head
     return gamma
 
 
+def add_to_momentum(M: Tensor, G: Tensor, mu: Tensor, skip: Tensor | None, nesterov: bool,
+                    dtype: torch.dtype) -> Tensor:
+    """M = mu M + G in place -> u = G + mu M, or M, in dtype. Where skip is true G counts as 0."""
+    if skip is not None:
+        G = G.masked_fill(skip, 0)
+    torch.addcmul(G, M, mu, out=M)
+    return (torch.addcmul(G, M, mu) if nesterov else M).to(dtype)
+
+
+def apply_update(W: Tensor, O: Tensor, decay: Tensor, rate: Tensor) -> Tensor:
+    """W = decay W - rate O in place -> the norms of O's rows."""
+    W.mul_(decay).addcmul_(O, rate, value=-1)
+    return torch.linalg.vector_norm(O, dim=1, dtype=W.dtype)
+
+
+@functools.cache
+def compiled(function):
+    return torch.compile(function)
+
+
+def in_one_pass(function, *tensors: Tensor):
+    """function, compiled on a GPU, and views of the tensors for it: rows of 1024 where that
+    divides them. Their number alone then differs from matrix to matrix, so that one kernel serves
+    them all and moves 16 bytes at a time."""
+    def rows(t):
+        return t.view(-1, math.gcd(t.numel(), 1024))
+    fused = tensors[0].is_cuda and kernels.fused(tensors[0])
+    return compiled(function) if fused else function, *map(rows, tensors)
+
+
 class MuonClip(torch.optim.Optimizer):
     """MuonClip(muon_params, adamw_params, lr=...): who gets which rule is said by the two lists and
     by nothing else. AdamW decays embeddings and head, and no vector or scalar.
@@ -89,10 +172,11 @@ class MuonClip(torch.optim.Optimizer):
     qk: [(q_weight, k_weight), ...] of the layers, with kv_map and head_dim as in qk_clip; step()
     then takes max_logits (layers, heads) and clips after the update; `clipped` counts the heads, as
     a tensor. steps, coefficients, dtype: of newton_schulz. State is made here, so that a checkpoint
-    can be read into it at once. Muon keeps the sum form of the momentum, and its weight decay takes
-    the learning rate unscaled. update_rms[p]: RMS of a matrix's last update, over lr, as a tensor.
-    ValueError for a vector among muon_params, and for half precision: a bf16 weight swallows any
-    update below its 512th part."""
+    can be read into it at once, and of this rank's part where FSDP2 shards a parameter. Muon keeps
+    the sum form of the momentum, and its weight decay takes the learning rate unscaled.
+    update_rms[p]: RMS of a matrix's last update, over lr, as a tensor. ValueError for a vector
+    among muon_params, and for half precision: a bf16 weight swallows any update below its 512th
+    part."""
 
     def __init__(self, muon_params, adamw_params, *, lr: float, momentum: float = 0.95,
                  nesterov: bool = True, weight_decay: float = 0.1, betas=(0.9, 0.95),
@@ -104,8 +188,7 @@ class MuonClip(torch.optim.Optimizer):
             raise ValueError("Muon takes matrices; give vectors and scalars to adamw_params")
         if any(p.dtype not in (torch.float32, torch.float64) for p in muon + rest):
             raise ValueError("MuonClip trains fp32 weights; call model.float() first")
-        fused = bool(rest) and rest[0].is_cuda     # load_state_dict then keeps `step` on the GPU
-        adam = dict(kind="adamw", betas=betas, eps=eps, fused=fused)
+        adam = dict(kind="adamw", betas=betas, eps=eps, fused=True)  # `step` is on the device
         groups = [
             dict(kind="muon", params=muon, momentum=momentum, nesterov=nesterov,
                  weight_decay=weight_decay),
@@ -119,40 +202,53 @@ class MuonClip(torch.optim.Optimizer):
         if self.qk:
             self.kv_map = torch.as_tensor(kv_map, device=self.qk[0][0].device)
         for p in muon:
-            self.state[p] = {"momentum": torch.zeros_like(p)}
+            self.state[p] = {"momentum": torch.zeros_like(local(p))}
         for p in rest:
-            self.state[p] = {"step": torch.zeros((), device=p.device if p.is_cuda else "cpu"),
-                             "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.state[p] = {"step": torch.zeros((), device=p.device),
+                             "exp_avg": torch.zeros_like(local(p)),
+                             "exp_avg_sq": torch.zeros_like(local(p))}
 
     @torch.no_grad()
-    def step(self, closure=None, *, max_logits: Tensor | None = None):
-        """One update from the gradients; parameters without one are left alone."""
+    def step(self, closure=None, *, max_logits: Tensor | None = None, skip: Tensor | None = None):
+        """One update from the gradients; parameters without one are left alone. Where skip, a 0-dim
+        bool tensor, is true nothing changes, whatever gradients and logits hold: they become 0,
+        Muon's momentum 1 and its learning rate 0, and AdamW has skip as its found_inf, so that the
+        host need not know."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if skip is not None and max_logits is not None:
+            max_logits = max_logits.masked_fill(skip, 0)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                (self._muon if group["kind"] == "muon" else self._adamw)(group, params)
+                (self._muon if group["kind"] == "muon" else self._adamw)(group, params, skip)
         if self.qk and self.tau and max_logits is not None:
-            gammas = [qk_clip(q, k, S, self.kv_map, self.head_dim, self.tau)
+            gammas = [qk_clip(local(q), local(k), S, self.kv_map, self.head_dim, self.tau)
                       for (q, k), S in zip(self.qk, max_logits, strict=True)]
             self.clipped = (torch.stack(gammas) < 1).sum()
         return loss
 
-    def _muon(self, group, params) -> None:
-        updates = (self._momentum(group, p) for p in params)
+    def _muon(self, group, params, skip) -> None:
+        device = params[0].device
+        lr, mu = (torch.full((), group[key], device=device) for key in ("lr", "momentum"))
+        if skip is not None:
+            lr, mu = lr.masked_fill(skip, 0), mu.masked_fill(skip, 1)
+        decay = 1 - lr * group["weight_decay"]
+        updates = (self._momentum(group, p, mu, skip) for p in params)
         for p, O in zip(params, self._orthogonalize(updates)):
             scale = 0.2 * max(p.shape[-2:]) ** 0.5        # gives O the RMS of AdamW's update
-            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(O, alpha=-group["lr"] * scale)
-            self.update_rms[p] = torch.linalg.vector_norm(O) * (scale / O.numel() ** 0.5)
+            update, W, rows = in_one_pass(apply_update, local(p), O)
+            norms = update(W, rows, decay, lr * scale)
+            self.update_rms[p] = torch.linalg.vector_norm(norms) * (scale / O.numel() ** 0.5)
 
-    def _momentum(self, group, p) -> Tensor:
-        """Adds the gradient to the momentum -> u, from which the update is made."""
-        M, mu = self.state[p]["momentum"], group["momentum"]
-        torch.add(p.grad, M, alpha=mu, out=M)
-        return torch.add(p.grad, M, alpha=mu) if group["nesterov"] else M
+    def _momentum(self, group, p, mu, skip) -> Tensor:
+        """Adds the gradient to the momentum -> u, from which the update is made, in the dtype that
+        it is orthogonalized in."""
+        add, M, G = in_one_pass(add_to_momentum, self.state[p]["momentum"], local(p.grad))
+        u = add(M, G, mu, skip, group["nesterov"], self.newton_schulz["dtype"])
+        return u.view(p.grad.shape)
 
     def _orthogonalize(self, updates):
         """Newton-Schulz of each update as it comes, in order. One process does whole matrices; over
@@ -160,12 +256,13 @@ class MuonClip(torch.optim.Optimizer):
         for u in updates:
             yield newton_schulz(u, **self.newton_schulz)
 
-    def _adamw(self, group, params) -> None:
+    def _adamw(self, group, params, skip) -> None:
         states, (beta1, beta2) = [self.state[p] for p in params], group["betas"]
-        adamw(params, [p.grad for p in params], [s["exp_avg"] for s in states],
-              [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
-              fused=group["fused"], amsgrad=False, maximize=False, beta1=beta1, beta2=beta2,
-              lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"])
+        adamw([local(p) for p in params], [local(p.grad) for p in params],
+              [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
+              [s["step"] for s in states], fused=group["fused"], amsgrad=False, maximize=False,
+              beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
+              eps=group["eps"], found_inf=None if skip is None else skip.float())
 
 
 def for_model(model, *, lr: float, optimizer: str = "muonclip", **options) -> MuonClip:
@@ -195,10 +292,29 @@ def describe_routing(model, optimizer: MuonClip) -> str:
     return "\n".join(lines)
 
 
+def milliseconds(device: str, calls, seconds: float = 60, rounds: int = 21) -> list[list[float]]:
+    """The times of each call, sorted; in turn, so that all meet the same neighbours."""
+    def wait():
+        if device == "cuda":
+            torch.cuda.synchronize()
+    times, begin = [[] for _ in calls], time.perf_counter()
+    for i in range(rounds + 2):
+        if i > 4 and time.perf_counter() - begin > seconds:
+            break
+        for call, ms in zip(calls, times):
+            wait()
+            start = time.perf_counter()
+            call()
+            wait()
+            ms.append(1e3 * (time.perf_counter() - start))
+    return [sorted(ms[2:]) for ms in times]              # the first two compile
+
+
 def main() -> None:
     from configurator import load
     from model import Motif
     from pretrain import QUICKSTART, Config, shape_of
+    from torch.optim._muon import _zeropower_via_newtonschulz as plain
     c = load(Config, sys.argv[1:], default_file=QUICKSTART)
     try:
         with torch.device("meta"):
@@ -211,21 +327,33 @@ def main() -> None:
              for p in list(model.matrices().values())[:7]]
     for p in layer:
         p.grad = torch.randn_like(p)
-    times = {MuonClip(layer, [], lr=1e-3): [],
-             torch.optim.Muon(layer, lr=1e-3, adjust_lr_fn="match_rms_adamw"): []}
-    begin, rounds = time.perf_counter(), 0
-    while rounds < 3 or rounds < 21 and time.perf_counter() - begin < 60:
-        rounds += 1
-        for optimizer, ms in times.items():  # in turn, so that both meet the same neighbours
-            start = time.perf_counter()
-            optimizer.step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            ms.append(1e3 * (time.perf_counter() - start))
-    ours, torchs = (sorted(ms[1:]) for ms in times.values())
-    for name, ms in ("MuonClip", ours), ("torch.optim.Muon", torchs):
-        print(f"{name:18s}{statistics.median(ms):10.2f} ms  ({ms[0]:.2f} to {ms[-1]:.2f})")
-    print(f"one layer on {device}, ratio {statistics.median(ours) / statistics.median(torchs):.3f}")
+
+    print(f"Newton-Schulz on {device}, ms (median, range), torch's plain form in bf16, ratio")
+    square = 2 * (model.config.hidden_size,)
+    shapes = sorted({square, *(tuple(p.shape) for p in layer)}, key=math.prod)
+    for shape in *shapes, (8, *shapes[0]):
+        G = torch.randn(shape, device=device)
+        slices = G.view(-1, *shape[-2:])
+        ours, torchs = milliseconds(device, (
+            lambda: newton_schulz(G),
+            lambda: [plain(g, COEFFICIENTS["quintic"][0], 5, 1e-7) for g in slices]), 5)
+        print(f"  {' x '.join(map(str, shape)):18s}{described(ours)}{described(torchs)}"
+              f"{statistics.median(ours) / statistics.median(torchs):8.3f}")
+
+    optimizers = {"MuonClip": MuonClip(layer, [], lr=1e-3),
+                  "torch.optim.Muon": torch.optim.Muon(layer, lr=1e-3,
+                                                       adjust_lr_fn="match_rms_adamw"),
+                  "torch.optim.AdamW": torch.optim.AdamW(layer, lr=1e-3, fused=True)}
+    times = milliseconds(device, [o.step for o in optimizers.values()])
+    print(f"the step of one layer's {sum(p.numel() for p in layer):,d} parameters in matrices")
+    for name, ms in zip(optimizers, times):
+        print(f"  {name:18s}{described(ms)}")
+    ours, torchs, _ = map(statistics.median, times)
+    print(f"one layer on {device}, ratio {ours / torchs:.3f}")
+
+
+def described(ms: list[float]) -> str:
+    return f"{statistics.median(ms):10.2f} ({ms[0]:.2f} to {ms[-1]:.2f})"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ first, the loop is last.
     out_dir/samples.txt    the fixed prompts, continued at every evaluation
     out_dir/log.txt        what was printed
 """
+import atexit
 import json
 import math
 import os
@@ -16,17 +17,20 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import configurator
 import data
 import muonclip
 from configurator import Count, Fraction, NonNegative, Size
-from model import Motif, MotifConfig, cost_table, flops_per_token
+from model import Linear, Motif, MotifConfig, cost_table, flops_per_token
+from muonclip import local
 
 QUICKSTART = str(Path(__file__).parent / "config" / "quickstart.py")
 
@@ -36,8 +40,11 @@ class Config(MotifConfig):
     """The run."""
     out_dir: str | None = None      # where all output goes; None: out/<name of the config file>
     device: str = "auto"            # cpu, cuda, cuda:1, ...; auto: CUDA where there is one
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of products; auto: bf16 on CUDA only
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # of products; auto: bf16 on CUDA
+                                    # only; fp8: in the blocks' linear layers, bf16 in the rest
     compile: bool | None = None     # torch.compile the blocks; None: on CUDA
+    recompute: Size = 0             # blocks whose forward runs again in the backward pass, the
+                                    # first ones: less memory, a third more FLOPs for each
     seed: int = 1337                # of the initial weights and of the order of the data
     resume: str = "auto"            # auto: the newest checkpoint in out_dir; no; or a path
     dry_run: bool = False           # print size, plan and memory, and open nothing
@@ -71,11 +78,11 @@ class Config(MotifConfig):
     workers: Count | None = None    # processes that prepare data; None: one per core
     # what is reported
     log_every: Count = 10           # steps
-    eval_every: Count = 100         # steps; also before the first and after the last
+    eval_every: Count | None = 100  # steps; also before the first and after the last; None: never
     eval_tokens: Count = 8192       # held-out tokens of each domain
     prompts: list = field(default_factory=lambda: ["The "])  # continued at every evaluation
     sample_tokens: Size = 100       # per prompt
-    save_every: Count = 100         # steps between checkpoints; one after the last step
+    save_every: Count | None = 100  # steps between checkpoints; one after the last; None: none
     keep_last: Annotated[int, 2] = 2  # checkpoints kept: the newest might be damaged
     keep_every: Count | None = None  # steps whose multiples are kept for ever
     wandb: str | None = None        # project name, to log there too
@@ -297,7 +304,9 @@ def load_checkpoint(folder: Path, model: Motif, optimizer) -> None:
     """Copy a checkpoint's weights and optimizer state in place. ValueError for a damaged file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    model.load_state_dict(Motif.from_pretrained(folder).state_dict())
+    stored = Motif.from_pretrained(folder).state_dict()
+    for name, tensor in model.state_dict().items():
+        local(tensor).copy_(stored[name])
     try:
         tensors = load_file(folder / OPTIMIZER_FILE)
         for name, tensor in optimizer_tensors(model, optimizer).items():
@@ -315,31 +324,79 @@ def optimizer_tensors(model: Motif, optimizer) -> dict[str, torch.Tensor]:
 
 # ---- one step, one evaluation
 
-def forward_backward(model: Motif, rows: torch.Tensor, micro: int, count: int, autocast):
+def forward_backward(model: Motif, rows: torch.Tensor, micro: int, count: int):
     """Accumulate the gradient of the mean loss over `count` tokens, `micro` of the rows (R, T + 1)
-    at a time -> these rows' part of that loss, largest logits (layers, heads), without a sync."""
-    loss, largest = torch.zeros((), device=rows.device), None
-    for part in rows.split(micro):
-        with autocast:
-            part_loss = model(part[:, :-1], part[:, 1:], reduction="sum") / count
+    at a time -> these rows' part of that loss, largest logits (layers, heads)."""
+    loss, largest, parts = torch.zeros((), device=rows.device), None, rows.split(micro)
+    for part in parts:
+        if hasattr(model, "reshard"):   # FSDP2: one rank casts its weights once a step, and shards
+            last = part is parts[-1]    # whole gradients when they are complete
+            model.set_reshard_after_backward(last)
+            model.set_requires_gradient_sync(last)
+        part_loss = model(part[:, :-1], part[:, 1:], reduction="sum") / count
         part_loss.backward()
         loss += part_loss.detach()
-        logits = model.max_logits()
-        largest = logits if largest is None else torch.maximum(largest, logits)
+        largest = (model.max_logits if largest is None
+                   else torch.maximum(largest, model.max_logits))
     return loss, largest
+
+
+def clip_gradient(model: Motif, largest: float) -> torch.Tensor:
+    """Scale the whole gradient to a norm of at most `largest` (0: leave it) -> its norm before."""
+    grads = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if largest:
+        torch._foreach_mul_(grads, (largest / (norm + 1e-6)).clamp(max=1))
+    return norm
+
+
+def train_step(model: Motif, optimizer, rows: np.ndarray, micro: int, lr: float, grad_clip: float):
+    """One update from rows (R, T + 1), unless loss or gradient is not finite -> loss, norm of the
+    gradient, largest logits, whether there was no update: tensors for which the host does not
+    wait, so that it is free to launch the next step."""
+    device, rows = model.head_weight.device, torch.from_numpy(rows)
+    rows = (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
+    loss, largest = forward_backward(model, rows, micro, rows[:, 1:].numel())
+    norm = clip_gradient(model, grad_clip)
+    skip = ~torch.isfinite(loss + norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step(max_logits=largest, skip=skip)
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm, largest, skip
+
+
+class Skips:
+    """Steps without update. The device knows at once; the host reads it where it waits anyway."""
+
+    def __init__(self, in_a_row: int):
+        self.unread, self.in_a_row = [], in_a_row
+
+    def read(self, step: int, c: Config, log: Log) -> None:
+        """Say which of the steps up to this one they were; SystemExit after c.max_skipped."""
+        skipped = torch.stack(self.unread).tolist() if self.unread else []
+        at = [step - len(skipped) + 1 + i for i, skip in enumerate(skipped) if skip]
+        if at:
+            log.say(f"no update at step {', '.join(map(str, at))}: loss or gradient not finite")
+        for skip in skipped:
+            self.in_a_row = self.in_a_row + 1 if skip else 0
+            if self.in_a_row >= c.max_skipped:
+                raise SystemExit(f"{self.in_a_row} steps in a row were not finite; "
+                                 f"{last_good(log.out)}: lower lr, or look at the data of these "
+                                 "steps")
+        self.unread.clear()
 
 
 @torch.no_grad()
 def evaluate(model: Motif, held_out: dict[str, torch.Tensor], micro_tokens: int,
-             length: torch.Tensor, autocast) -> dict:
+             length: torch.Tensor) -> dict:
     """Loss in nats per token and bits per byte of held-out rows (R, T + 1), over all and by domain;
     length (n_vocab,): bytes of each token."""
     nats, tokens, size = {}, {}, {}
     for name, rows in held_out.items():
         nats[name] = 0.0
         for part in rows.split(max(1, micro_tokens // rows.shape[1])):
-            with autocast:
-                nats[name] += model(part[:, :-1], part[:, 1:], reduction="sum").item()
+            nats[name] += model(part[:, :-1], part[:, 1:], reduction="sum").item()
         tokens[name], size[name] = rows[:, 1:].numel(), length[rows[:, 1:]].sum().item()
     return {"val_loss": sum(nats.values()) / sum(tokens.values()),
             "val_bpb": sum(nats.values()) / math.log(2) / sum(size.values()),
@@ -359,7 +416,7 @@ def layer_figures(model: Motif, optimizer) -> list[dict]:
         if act is not None:
             layer["polynorm"] = [*act.weight.tolist(), *act.bias.tolist()]
         for name, weight in ("q", attention.q_proj.weight), ("k", attention.k_proj.weight):
-            heads = weight.unflatten(0, (-1, attention.head_dim))
+            heads = local(weight).unflatten(0, (-1, attention.head_dim))
             layer[f"{name}_norm"] = torch.linalg.matrix_norm(heads).tolist()
         layer["update_rms"] = [optimizer.update_rms[p].item() for p in block.parameters()
                                if p in optimizer.update_rms]
@@ -391,11 +448,13 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
-def training_line(plan: data.Plan, *, step, tokens, loss, grad_norm, lr, ms, tok_per_s, mfu,
-                  max_logit, heads_clipped, mixture) -> str:
+def training_line(plan: data.Plan, *, step, tokens, loss, grad_norm, lr, ms, optimizer_ms,
+                  tok_per_s, mfu, max_logit, heads_clipped, mixture) -> str:
     left = int((plan.tokens[-1] - tokens) / tok_per_s)
+    optimizer = "" if optimizer_ms is None else f" (optimizer {optimizer_ms:.0f})"
     return (f"step {step}/{plan.steps}  loss {loss:.4f}  norm {grad_norm:.2f}  lr {lr:.2e}  "
-            f"{ms:.0f} ms  {tok_per_s:,.0f} tok/s  mfu {'n/a' if mfu is None else f'{mfu:.1%}'}  "
+            f"{ms:.0f} ms{optimizer}  {tok_per_s:,.0f} tok/s  "
+            f"mfu {'n/a' if mfu is None else f'{mfu:.1%}'}  "
             f"eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}  logit {max_logit:.1f}  "
             f"clipped {heads_clipped}  "
             + " ".join(f"{name} {share:.0%}" for name, share in mixture.items()))
@@ -415,6 +474,10 @@ def describe(c: Config, plan: data.Plan) -> str:
     flops = sum(per_token[T] * T * rows for T, rows in zip(plan.seq_len, plan.rows))
     return (f"{cost_table(shape_of(c), sorted(per_token))}\n\n{plan.steps:,d} steps, "
             f"{plan.tokens[-1]:,d} tokens, {flops:.3e} FLOPs\n\n{plan.table()}")
+
+
+def is_due(step: int, every: int | None, anyway: bool) -> bool:
+    return every is not None and (step % every == 0 or anyway)
 
 
 def last_good(out: Path) -> str:
@@ -442,16 +505,65 @@ def device_of(c: Config) -> torch.device:
     """ValueError for a device that is not there."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(auto if c.device == "auto" else c.device)
-        torch.empty(1, device=device)
+        return torch.empty(1, device=auto if c.device == "auto" else c.device).device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device={c.device}: {str(e).splitlines()[0]}") from None
-    return device
+
+
+COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of the weights
 
 
 def precision_of(c: Config, device: torch.device) -> str:
     auto = "bf16" if device.type == "cuda" else "fp32"
     return auto if c.precision == "auto" else c.precision
+
+
+def uses_fsdp(c: Config, device: torch.device) -> bool:
+    """Only fp32 on a CPU goes without."""
+    return device.type == "cuda" or precision_of(c, device) != "fp32"
+
+
+def parallelize(model: Motif, c: Config, device: torch.device) -> None:
+    """Make a model that is on its device ready for training, in place: blocks recomputed in the
+    backward pass, compiled, then FSDP2, of one rank so far.
+
+    FSDP2 keeps matrices and their gradients as fp32 DTensors and puts copies in the precision of
+    products in their place while a step runs. Vectors and scalars, a 35,000th of the 12.7B model,
+    are left out: they stay fp32 tensors, so that lambda, norms and PolyNorm are computed in fp32,
+    which a policy of their own would do with three more groups in each block. (Over several ranks
+    it is then for us to add up their gradients.)"""
+    for i, block in enumerate(model.model.layers):
+        for module in block.modules():
+            if isinstance(module, Linear):
+                module.fp8 = precision_of(c, device) == "fp8"
+        if i < c.recompute:                         # nothing in a block is random
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False,
+                                    preserve_rng_state=False)
+        if c.compile or c.compile is None and device.type == "cuda":
+            block.forward = torch.compile(block.forward)
+    if not uses_fsdp(c, device):
+        return
+    import torch.distributed as dist
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(dist.destroy_process_group)
+    model.compute_dtype = COMPUTE[precision_of(c, device)]
+    policy = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
+    vectors = {p for p in model.parameters() if p.ndim < 2}
+    for module in [*model.model.layers, model]:     # the last: embedding and head
+        fully_shard(module, mesh=dist.init_device_mesh(device.type, (1,)), mp_policy=policy,
+                    reshard_after_forward=False, ignored_params=vectors)
+
+
+def reshard(model: Motif) -> None:
+    """Put the parameters back where a forward pass without a backward left their copies."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 def check_prompts(c: Config, tokenizer) -> None:
@@ -476,19 +588,13 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
     """The loop, from `start` = (checkpoint, its state) or from step 0 to the end of the stream's
     plan. A stream has plan, batch(step) and fingerprint(); held_out: name -> rows (R, T + 1)."""
     plan, device = stream.plan, model.head_weight.device
-    begun, skipped = (start[1]["step"], start[1]["skipped"]) if start else (0, 0)
-    step = begun
+    step = begun = start[1]["step"] if start else 0
+    skips = Skips(start[1]["skipped"] if start else 0)
     held_out = {name: torch.from_numpy(rows).to(device) for name, rows in held_out.items()}
     length = torch.from_numpy(data.token_bytes(tokenizer)).to(device)
-    peak, precision = peak_flops(device), precision_of(c, device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    if c.compile or c.compile is None and device.type == "cuda":
-        for block in model.model.layers:
-            block.compile()
-
-    log = Log(out, start, c)
+    peak, log = peak_flops(device), Log(out, start, c)
     n = sum(p.numel() for p in model.parameters())
-    log.say(f"{n:,d} parameters on {device} in {precision}; {plan.steps:,d} steps, "
+    log.say(f"{n:,d} parameters on {device} in {precision_of(c, device)}; {plan.steps:,d} steps, "
             f"{plan.tokens[-1]:,d} tokens\n{muonclip.describe_routing(model, optimizer)}")
     if start:
         log.say(f"resumed from {start[0]} at step {step}")
@@ -497,52 +603,52 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
         for key in new:
             if key not in ("resume", "out_dir") and old.get(key) != new[key]:
                 log.say(f"changed since then: {key} was {old.get(key)}, is {new[key]}")
+    events = [torch.cuda.Event(enable_timing=True) for _ in "ab"] if device.type == "cuda" else []
+    if events:                                      # around the last optimizer step
+        optimizer.register_step_pre_hook(lambda *_: events[0].record())
+        optimizer.register_step_post_hook(lambda *_: events[1].record())
     signals = stop_signals()
     timer, timed = time.perf_counter(), step        # when and where the last line was logged
     while True:
-        done, aside = step == plan.steps, time.perf_counter()
-        if log.evaluated < step and (step % c.eval_every == 0 or done):
-            result = evaluate(model, held_out, c.micro_tokens, length, autocast)
+        done = step == plan.steps
+        stop = done or bool(signals)
+        evaluating = log.evaluated < step and is_due(step, c.eval_every, done)
+        saving = step > begun and is_due(step, c.save_every, stop)
+        if evaluating or saving:
+            skips.read(step, c, log)                 # waits for the device: its time is the step's
+        aside = time.perf_counter()
+        if evaluating:
+            with torch.compiler.set_stance("force_eager"):  # one shape more, and training's graphs
+                result = evaluate(model, held_out, c.micro_tokens, length)      # become dynamic
+                log.sample(f"=== step {step}, validation loss {result['val_loss']:.4f}\n"
+                           + sample(model, tokenizer, c))
+            reshard(model)
             log.metric(step=step, tokens=plan.tokens[step], **result,
                        layers=layer_figures(model, optimizer))
             log.say(validation_line(step, plan.steps, result))
-            with autocast, torch.compiler.set_stance("force_eager"):  # every token another shape
-                log.sample(f"=== step {step}, validation loss {result['val_loss']:.4f}\n"
-                           + sample(model, tokenizer, c))
-        if step > begun and (step % c.save_every == 0 or done or signals):
+        if saving:
             try:
-                state = {"skipped": skipped, "data": stream.fingerprint()}
+                state = {"skipped": skips.in_a_row, "data": stream.fingerprint()}
                 save_checkpoint(out, step, model, optimizer, state, c)
             except OSError as e:
                 raise SystemExit(f"{e}; {last_good(out)}") from None
             draw(out)
-        if done or signals:
+        if stop:
             break
         timer += time.perf_counter() - aside
 
         try:
-            rows = torch.from_numpy(stream.batch(step)).to(device, non_blocking=True)
+            rows = stream.batch(step)
         except ValueError as e:                      # a damaged shard
             raise SystemExit(str(e)) from None
         T, lr = plan.seq_len[step], lr_at(c, plan, step)
-        loss, largest = forward_backward(model, rows, max(1, c.micro_tokens // T),
-                                         plan.rows[step] * T, autocast)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
-        if torch.isfinite(loss + norm):
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step(max_logits=largest)
-            skipped = 0
-        else:
-            skipped += 1
-            log.say(f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}: no update")
-            if skipped >= c.max_skipped:
-                raise SystemExit(f"{skipped} steps in a row were not finite; {last_good(out)}: "
-                                 "lower lr, or look at the data of these steps")
-        optimizer.zero_grad(set_to_none=True)
+        loss, norm, largest, skip = train_step(model, optimizer, rows, max(1, c.micro_tokens // T),
+                                               lr, c.grad_clip)
+        skips.unread.append(skip)
         step += 1
 
-        if step % c.log_every == 0 or step in (1, plan.steps):
+        if is_due(step, c.log_every, step in (1, plan.steps)):
+            skips.read(step, c, log)
             now, figures = time.perf_counter(), dict(
                 step=step, tokens=plan.tokens[step], loss=loss.item(), lr=lr, grad_norm=norm.item(),
                 max_logit=largest.max().item(), heads_clipped=int(optimizer.clipped or 0),
@@ -550,6 +656,7 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
             speed = (plan.tokens[step] - plan.tokens[timed]) / (now - timer)
             flops = sum(flops_per_token(model.config, T)) * speed
             figures.update(ms=1000 * (now - timer) / (step - timed), tok_per_s=speed,
+                           optimizer_ms=events[0].elapsed_time(events[1]) if events else None,
                            mfu=flops / peak if peak else None)
             log.metric(**figures)
             log.say(training_line(plan, **figures))
@@ -584,13 +691,14 @@ def main() -> None:
         check_prompts(c, tokenizer)
         stores = data.prepare(c.domains, c.tokenizer, c.data_dir, plan.need(), workers=c.workers)
         corpus = data.Corpus(plan, stores, c.seed)
-        held_out = {n: corpus.validation(n, c.eval_tokens, max(plan.seq_len)) for n in plan.names}
+        held_out = {n: corpus.validation(n, c.eval_tokens, max(plan.seq_len))
+                    for n in plan.names if c.eval_every}
         torch.manual_seed(c.seed)
         model = Motif(shape_of(c)).to(device)
+        parallelize(model, c, device)
         optimizer = muonclip.for_model(
             model, lr=c.lr, optimizer=c.optimizer, momentum=c.momentum, weight_decay=c.weight_decay,
-            coefficients=c.coefficients, tau=c.tau,
-            dtype=torch.bfloat16 if precision_of(c, device) == "bf16" else torch.float32)
+            coefficients=c.coefficients, tau=c.tau, dtype=COMPUTE[precision_of(c, device)])
         if start:
             load_checkpoint(start[0], model, optimizer)
     except ValueError as e:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import kernels
 import muonclip
 from model import Motif, MotifConfig, rotary_angles
 from muonclip import COEFFICIENTS, MuonClip, describe_routing, for_model, newton_schulz, qk_clip
@@ -43,17 +44,116 @@ def train(steps, *runs):
 def defect(O):
     """|O O^T - I|_F / sqrt(k), k the short side."""
     O = O.double() if len(O) <= O.shape[1] else O.double().T
-    return (torch.linalg.matrix_norm(O @ O.T - torch.eye(len(O))) / len(O) ** 0.5).item()
+    rest = O @ O.T - torch.eye(len(O), device=O.device)
+    return (torch.linalg.matrix_norm(rest) / len(O) ** 0.5).item()
+
+
+def decaying(m, n, device="cpu"):
+    """m x n of singular values 1 / i."""
+    U, V = (torch.linalg.qr(torch.randn(k, m, device=device))[0] for k in (m, n))
+    return U / torch.arange(1, m + 1, device=device) @ V.T
 
 
 def test_newton_schulz_is_as_near_to_orthogonal_as_published():
-    gaussian = torch.randn(512, 2048)
-    U, V = (torch.linalg.qr(torch.randn(n, 1024))[0] for n in (1024, 4096))
-    decaying = (U / torch.arange(1, 1025)) @ V.T                         # sigma_i = 1 / i
+    gaussian, slow = torch.randn(512, 2048), decaying(1024, 4096)
     for table, *errors in (("quintic", 0.270, 0.582), ("motif", 0.034, 0.559),
                            ("polar_express", 0.187, 0.267)):
-        found = [defect(newton_schulz(G, coefficients=table)) for G in (gaussian, decaying)]
+        found = [defect(newton_schulz(G, coefficients=table)) for G in (gaussian, slow)]
         assert found == pytest.approx(errors, abs=0.004)
+
+
+def formula(G, table):
+    """Newton-Schulz of one matrix as its docstring has it."""
+    X = G / G.norm() / (1.02 if table == "polar_express" else 1)
+    for a, b, c in COEFFICIENTS[table]:
+        A = X @ X.T
+        X = a * X + (b * A + c * A @ A) @ X
+    return X
+
+
+@pytest.mark.parametrize("table", COEFFICIENTS)
+def test_every_form_of_newton_schulz_is_the_same_function(table):
+    """The plain one and those on A alone, wide and tall, stacked, in float64 and in fp32."""
+    stack = torch.randn(3, 12, 40, dtype=torch.float64)
+    X = muonclip.SCALE * stack / torch.linalg.matrix_norm(stack)[:, None, None]
+    X /= 1.02 if table == "polar_express" else 1
+    expected = torch.stack([formula(G, table) for G in stack])
+    steps = [muonclip.plain_steps, *(lambda X, t, s=s: muonclip.gram_steps(X, t, s)
+                                     for s in (1, 2, 3, 5))]
+    for form in steps:
+        for layout in (X, X.mT.contiguous().mT):
+            O = form(layout, COEFFICIENTS[table]) / muonclip.SCALE
+            torch.testing.assert_close(O, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(newton_schulz(stack, 5, table, torch.float64), expected,
+                               rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(newton_schulz(stack.mT, 5, table, torch.float64), expected.mT,
+                               rtol=1e-10, atol=1e-10)
+    for span in (1, 3):
+        O = muonclip.gram_steps(X.float(), COEFFICIENTS[table], span) / muonclip.SCALE
+        assert (O - expected).norm() <= 2e-5 * expected.norm()
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="needs Triton")
+@pytest.mark.parametrize("shape", [(2, 136, 200), (200, 136), (136, 144)])
+def test_newton_schulz_by_the_kernel_is_the_same(shape, monkeypatch):
+    """Wide, tall and nearly square, of two tiles by two, the last of them not full."""
+    G = torch.randn(shape, device="cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if G.is_cuda else torch.float32
+    plain = newton_schulz(G, dtype=dtype).float()
+    if not G.is_cuda:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(kernels, "INTERPRET", True)
+    monkeypatch.setattr(kernels, "SYMMETRIC_TILES", 3)
+    spans, gram = [], muonclip.gram_steps
+    monkeypatch.setattr(muonclip, "gram_steps",
+                        lambda X, table, span: spans.append(span) or gram(X, table, span))
+    O = newton_schulz(G, dtype=dtype)
+    assert spans == [1 if shape == (136, 144) else 3] and O.is_contiguous()
+    assert (O.float() - plain).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * plain.norm()
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("m, n", [(512, 2048), (2048, 4096), (4096, 4096), (4096, 16384)])
+def test_on_a_gpu_newton_schulz_is_no_worse_than_the_plain_form_in_bf16(m, n):
+    for G in torch.randn(m, n, device="cuda"), decaying(m, n, "cuda"):
+        X = G.bfloat16()
+        X = X / X.norm()
+        for table, steps in COEFFICIENTS.items():
+            x = X / 1.02 if table == "polar_express" else X
+            for a, b, c in steps:
+                A = x @ x.T
+                x = torch.addmm(x, torch.addmm(A, A, A, beta=b, alpha=c), x, beta=a)
+            for O in newton_schulz(G, coefficients=table), newton_schulz(G.T, coefficients=table):
+                assert O.dtype == torch.bfloat16 and defect(O) <= 1.01 * defect(x)
+
+
+@needs_gpu
+def test_on_a_gpu_the_compiled_update_is_the_plain_one(monkeypatch):
+    """Also of matrices that 1024 does not divide, of stacks, and where a step is skipped."""
+    shapes = ((64, 96), (256, 256), (96, 64), (2, 32, 48), (5, 7), (512, 128))
+    ours = [torch.randn(s, device="cuda", requires_grad=True) for s in shapes]
+    theirs = copies(ours)
+    monkeypatch.setattr(muonclip, "newton_schulz", lambda u, **_: u)     # chaotic in half precision
+    options = {"lr": 0.01, "weight_decay": 0.3}
+    optimizers = MuonClip(ours, [], **options), MuonClip(theirs, [], **options)
+    for step in range(4):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        skip = torch.tensor(step == 2, device="cuda")
+        optimizers[0].step(skip=skip)
+        with monkeypatch.context() as plain:
+            plain.setattr(kernels, "FUSED", False)
+            optimizers[1].step(skip=skip)
+        for p, q in zip(ours, theirs):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-3)       # u may round the other way
+            torch.testing.assert_close(optimizers[0].state[p]["momentum"],
+                                       optimizers[1].state[q]["momentum"])
+            torch.testing.assert_close(optimizers[0].update_rms[p], optimizers[1].update_rms[q],
+                                       rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("table", COEFFICIENTS)
@@ -116,7 +216,7 @@ def test_the_rest_gets_torchs_adamw_exactly_and_vectors_no_decay():
     decayed, plain = theirs[:1], {"params": theirs[1:], "weight_decay": 0}
     options = {"lr": 0.02, "weight_decay": 0.3, "betas": (0.8, 0.95), "eps": 1e-6}
     train(5, (ours, MuonClip([], ours, **options)),
-          (theirs, torch.optim.AdamW([{"params": decayed}, plain], **options)))
+          (theirs, torch.optim.AdamW([{"params": decayed}, plain], fused=True, **options)))
     assert all(map(torch.equal, ours, theirs))
 
 
@@ -136,6 +236,32 @@ def test_one_step_by_hand_a_stack_a_missing_gradient_and_a_bad_parameter():
         MuonClip([vector], [], lr=0.1)
     with pytest.raises(ValueError, match="^MuonClip trains fp32 weights; "):
         MuonClip([], [torch.zeros(2, dtype=torch.bfloat16)], lr=0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["muonclip", "adamw"])
+def test_a_skipped_step_leaves_no_trace(optimizer):
+    """Neither gradients and logits that are not finite nor good ones change anything."""
+    model, bad = Motif(MODEL), torch.tensor(True)
+    ours = for_model(model, lr=0.1, tau=1e-6, optimizer=optimizer)
+    S = torch.ones(2, 5)
+
+    def state():
+        return [t.clone() for p in model.parameters() for t in (p.data, *ours.state[p].values())]
+
+    def step(grad, S, skip):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, grad)
+        ours.step(max_logits=S, skip=skip)
+
+    for grad, logit in (torch.nan, torch.nan), (torch.inf, torch.inf), (1.0, 1.0):
+        before = state()
+        step(grad, S * logit, bad)
+        assert all(map(torch.equal, before, state()))
+        assert not ours.clipped
+        step(1.0, S, ~bad)                               # the next one counts
+        assert not any(map(torch.equal, before, state()))
+        if optimizer == "muonclip":
+            assert ours.clipped == 10
 
 
 def test_the_saved_state_continues_bitwise(tmp_path):
@@ -215,7 +341,7 @@ def test_no_logit_is_left_above_tau_and_heads_below_it_keep_theirs(heads, kv_hea
         layer.q_proj.weight.mul_(per_head.repeat_interleave(4)[:, None] * 300)
         layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(torch.randint(20, (2, 7)))
-    S = model.max_logits()
+    S = model.max_logits
     before = [logits(layer, x, kv_map) for layer, x in zip(layers, seen)]
     keys = [layer.k_proj.weight.clone() for layer in layers]
     torch.testing.assert_close(S, torch.stack([b.amax(1) for b in before]))
@@ -244,3 +370,4 @@ def test_main_prints_the_routing_and_times_a_step(monkeypatch, capsys):
     muonclip.main()
     said = capsys.readouterr().out
     assert "muon, weight decay" in said and "one layer on c" in said and "ratio " in said
+    assert "  8 x " in said and "torch.optim.AdamW" in said

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import kernels
 import pretrain
 from model import Motif
 from pretrain import Config, lr_at, plan_of
@@ -64,7 +66,8 @@ def same(a, b) -> bool:
 def metrics(out="out") -> list[dict]:
     """metrics.jsonl without what depends on the machine's speed."""
     lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in m.items() if k not in ("ms", "tok_per_s", "mfu")} for m in lines]
+    timed = ("ms", "optimizer_ms", "tok_per_s", "mfu")
+    return [{k: v for k, v in m.items() if k not in timed} for m in lines]
 
 
 def refused(call, **options) -> str:
@@ -94,9 +97,9 @@ def test_a_run_logs_what_others_rely_on(run):
     train, val = [m for m in lines if "loss" in m], [m for m in lines if "val_loss" in m]
     assert [m["step"] for m in train] == [*range(1, 13)] and [m["step"] for m in val] == [0, 6, 12]
     for m in train:
-        assert m.keys() == {"step", "tokens", "loss", "lr", "grad_norm", "ms", "tok_per_s", "mfu",
-                            "max_logit", "heads_clipped", "mixture"}
-        assert m["tokens"] == 256 * m["step"] and m["mfu"] is None
+        assert m.keys() == {"step", "tokens", "loss", "lr", "grad_norm", "ms", "optimizer_ms",
+                            "tok_per_s", "mfu", "max_logit", "heads_clipped", "mixture"}
+        assert m["tokens"] == 256 * m["step"] and m["mfu"] is m["optimizer_ms"] is None
         assert m["tok_per_s"] * m["ms"] == pytest.approx(256_000)
     assert train[0]["mixture"] == {"math": 0.75, "science": 0.25}
     for m in val:
@@ -145,7 +148,7 @@ def test_accumulation_changes_nothing(run):
 
 @pytest.mark.parametrize("options", [
     dict(optimizer="adamw"), dict(activation="swiglu"), dict(tau=0.01), dict(tau=0),
-    dict(precision="bf16"),
+    dict(precision="bf16"), dict(precision="bf16", tie_word_embeddings=True),
     dict(num_noise_heads=0, num_attention_heads=4, num_key_value_heads=2)])
 def test_ablations_train(run, options):
     run(**options, max_steps=8)
@@ -154,6 +157,94 @@ def test_ablations_train(run, options):
     assert (train[-1]["heads_clipped"] > 0) == (options.get("tau", 0) > 0)
     if options.get("tau", 0) > 0:                   # the logits of the next step follow
         assert train[-1]["max_logit"] < 0.05
+
+
+@pytest.mark.parametrize("options", [dict(), dict(tie_word_embeddings=True)])
+def test_fsdp_of_one_rank_is_training_without_it(run, monkeypatch, options):
+    """Bitwise in fp32, from the first line to the last, and each resumes from the other."""
+    run(out_dir="plain", **options)
+    with monkeypatch.context() as m:
+        m.setattr(pretrain, "uses_fsdp", lambda c, device: True)
+        run(**options)
+        run(resume="plain/step_4", out_dir="here", **options)
+    assert same("out/step_12", "plain/step_12") and metrics() == metrics("plain")
+    assert Path("out/samples.txt").read_text() == Path("plain/samples.txt").read_text()
+    run(resume="out/step_4", out_dir="there", **options)
+    assert same("here/step_12", "plain/step_12") and same("there/step_12", "plain/step_12")
+
+
+def test_recomputing_blocks_changes_nothing(run):
+    run(max_steps=4)
+    run(max_steps=4, recompute=1, out_dir="recomputed")
+    assert same("recomputed/step_4", "out/step_4")
+    run(max_steps=4, precision="bf16", out_dir="bf16")
+    run(max_steps=4, precision="bf16", recompute=2, out_dir="both")
+    assert same("bf16/step_4", "both/step_4") and metrics("bf16") == metrics("both")
+
+
+def test_compiled_blocks_are_one_graph_with_fsdp_and_recomputing(run, monkeypatch):
+    """fullgraph: nothing is left to the interpreter; aot_eager: both graphs, and no wait for a C++
+    compiler. A recomputed block and a plain one, each twice: lambda_init is a constant at first."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+    graphs = CompileCounterWithBackend("aot_eager")
+    run(max_steps=4, precision="bf16", num_hidden_layers=5)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs, fullgraph=True))
+    run(max_steps=4, precision="bf16", num_hidden_layers=5, recompute=2, compile=True,
+        out_dir="compiled")
+    assert graphs.frame_count == 4                   # and none for the shapes of an evaluation
+    for a, b in zip(metrics(), metrics("compiled"), strict=True):
+        for key in {"loss", "val_loss"} & a.keys():
+            assert a[key] == pytest.approx(b[key], rel=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [dict(), dict(recompute=1), dict(optimizer="adamw")])
+def test_a_step_never_waits_for_the_gpu(run, monkeypatch, options):
+    """From the third on, when nothing is left to compile, torch refuses to wait in a step."""
+    real, steps = pretrain.train_step, []
+
+    def guarded(*a):
+        torch.cuda.set_sync_debug_mode("error" if len(steps) > 1 else "default")
+        try:
+            steps.append(real(*a))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return steps[-1]
+
+    monkeypatch.setattr(pretrain, "train_step", guarded)
+    run(device="cuda", head_dim=16, **options)             # which attention's kernel takes
+    assert len(steps) == 12
+    losses = [m["loss"] for m in metrics() if "loss" in m]
+    assert losses[-1] < losses[0]
+
+
+SMALL = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=10,
+             num_noise_heads=2, num_key_value_heads=4, head_dim=32, seq_len=256, batch_tokens=4096,
+             micro_tokens=4096, lr=4e-3, warmup_steps=20, max_steps=200, log_every=10,
+             eval_every=None, save_every=None)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision, bound", [("bf16", 0.01), ("fp8", 0.02)])
+def test_kernels_in_low_precision_train_as_plain_fp32_does(precision, bound, run, monkeypatch):
+    """200 steps: every logged loss within the bound of plain PyTorch's in fp32."""
+    run(device="cuda", out_dir="low", precision=precision, **SMALL)
+    monkeypatch.setattr(kernels, "FUSED", False)
+    run(device="cuda", out_dir="plain", precision="fp32", compile=False, **SMALL)
+    apart = {a["step"]: a["loss"] / b["loss"] - 1
+             for a, b in zip(metrics("low"), metrics("plain"), strict=True)}
+    print("largest difference", max(apart.values(), key=abs), "at each logged step", apart)
+    assert max(map(abs, apart.values())) < bound
+
+
+def test_fp8_trains_and_its_checkpoint_is_an_ordinary_one(run):
+    """The blocks' linear layers in FP8, emulated on a CPU: the loss falls as in bf16, roughly."""
+    run(precision="bf16", out_dir="bf16", hidden_size=64)
+    run(precision="fp8", out_dir="fp8", hidden_size=64)
+    for a, b in zip(metrics("bf16"), metrics("fp8"), strict=True):
+        for key in {"loss", "val_loss"} & a.keys():
+            assert a[key] != b[key] and a[key] == pytest.approx(b[key], rel=0.02)
+    assert Motif.from_pretrained("fp8/step_12").head_weight.dtype == torch.float32
 
 
 def test_learning_rate_warms_up_stays_and_decays():
@@ -259,6 +350,12 @@ def test_resume_from_a_path_and_not_over_an_old_run(run):
         "resume=no, but out holds a run up to step 8; delete it or give another --out_dir")
 
 
+def test_a_run_may_keep_and_evaluate_nothing(run):
+    run(save_every=None, eval_every=None)
+    assert len(metrics()) == 12 and not pretrain.steps_in(Path("out"))
+    assert "nothing new to save" in Path("out/log.txt").read_text()
+
+
 def test_old_checkpoints_go_and_multiples_stay(run):
     run(save_every=1, keep_last=3, keep_every=4)
     assert sorted(pretrain.steps_in(Path("out"))) == [4, 8, 10, 11, 12]
@@ -324,6 +421,13 @@ def test_a_loss_that_is_not_finite_updates_nothing_and_ends_the_run(run, monkeyp
     run(max_skipped=2, save_every=1, keep_last=9, out_dir="other", max_steps=8)
     assert same("other/step_5", "other/step_6") and not same("other/step_6", "other/step_7")
     assert same("other/step_7", "other/step_8")
+    count, bad = iter(range(1, 100)), {2, 4, 5, 6}      # known at the next line, not sooner
+    assert refused(run, max_skipped=3, log_every=7, save_every=3, out_dir="late") == (
+        "3 steps in a row were not finite; the last good checkpoint is late/step_3: lower lr, or "
+        "look at the data of these steps")
+    said = Path("late/log.txt").read_text()
+    assert "\nno update at step 2: loss or gradient not finite\n" in said
+    assert said.endswith("\nno update at step 4, 5, 6: loss or gradient not finite\n")
 
 
 # ---- from the config alone

@@ -1,0 +1,76 @@
+"""Six layers of the 12.7B model with its embedding and head, forward and backward alone, from stock
+PyTorch: what the training step with kernels is measured against. `python tests/plain_slice.py` on
+a GPU prints tokens per second and MFU (by the FLOPs of pretrain.py) of bf16 autograd, eager and
+under torch.compile, with stock attention, the definition of PolyNorm and the whole logits."""
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import configurator
+import kernels
+import pretrain
+from model import Motif, flops_per_token
+
+
+def attention_by_sdpa(q, k, v, num_noise_heads, starts=None, wide=False):
+    """grouped_differential_attention by stock attention: two calls with values of 2D, or four of D,
+    as flash attention needs. Tells no largest logit."""
+    q, k = (t.transpose(1, 2) for t in (q, k))                           # (B, heads, T, D)
+    G, P = num_noise_heads, k.shape[1] // 2
+    q = q.unflatten(1, (G, -1))
+    v = v.unflatten(2, (P, 2)).permute(0, 2, 1, 3, 4)                    # (B, P, T, 2, D)
+    halves = [v.flatten(3)] if wide else v.unbind(3)
+    outs = []
+    for heads, keys in (q[:, :, :-1], k[:, ::2]), (q[:, :, -1:], k[:, 1::2]):
+        out = torch.cat([F.scaled_dot_product_attention(heads.flatten(1, 2), keys, half,
+                                                        is_causal=True, enable_gqa=True)
+                         for half in halves], dim=-1)
+        outs.append(out.unflatten(1, (G, -1)).permute(0, 3, 1, 2, 4))    # (B, T, G, r, 2D)
+    return *outs, q.new_zeros(q.shape[1] * q.shape[2])
+
+
+def loss_of_whole_logits(x, weight, targets, reduction):
+    return F.cross_entropy(F.linear(x, weight).float(), targets, reduction=reduction)
+
+
+def measure(name: str, compiled: bool, wide: bool, backend, batch: int, steps: int = 6) -> None:
+    kernels.FUSED = False
+    kernels.poly_norm_mul = kernels.poly_norm_mul_by_definition
+    kernels.grouped_differential_attention = lambda *t: attention_by_sdpa(*t, wide=wide)
+    kernels.linear_cross_entropy = torch.compile(loss_of_whole_logits) if compiled else (
+        loss_of_whole_logits)
+    file = str(Path(__file__).parent.parent / "config/motif2_12b.py")
+    config = pretrain.shape_of(configurator.load(pretrain.Config, [
+        file, "--num_hidden_layers=6"], default_file=file))
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = Motif(config)
+    torch.set_default_dtype(torch.float32)
+    for block in model.model.layers if compiled else ():
+        block.compile()
+    torch.cuda.reset_peak_memory_stats()
+    ids = torch.randint(config.vocab_size, (batch, 4097), device="cuda")
+    with sdpa_kernel(backend):
+        for step in range(3 + steps):
+            if step == 3:
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+            model.zero_grad(set_to_none=True)
+            model(ids[:, :-1], ids[:, 1:]).backward()
+        torch.cuda.synchronize()
+    speed = steps * batch * 4096 / (time.perf_counter() - begin)
+    mfu = speed * sum(flops_per_token(config, 4096)) / pretrain.peak_flops(torch.device("cuda"))
+    print(f"{name:44s}{speed:10,.0f} tok/s  MFU {mfu:6.1%}  "
+          f"{torch.cuda.max_memory_allocated() / 2**30:5.1f} GiB", flush=True)
+
+
+if __name__ == "__main__":
+    measure("eager, 4 flash calls", False, False, SDPBackend.FLASH_ATTENTION, 2)
+    measure("torch.compile, 4 flash calls", True, False, SDPBackend.FLASH_ATTENTION, 2)
+    measure("torch.compile, 2 cuDNN calls", True, True, SDPBackend.CUDNN_ATTENTION, 2)
