@@ -733,8 +733,8 @@ class DifferentialNorm(torch.autograd.Function):
         return *differential_norm_backward(d.contiguous(), *ctx.saved_tensors, ctx.eps), None
 
 
-def differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Tensor, scale: float,
-                      eps: float) -> Tensor:
+def differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Tensor,
+                      scale: Tensor | float, eps: float) -> Tensor:
     """RMSNorm(signal - lambda noise) * scale, each head by itself: signal (B, T, G, r, 2D), noise
     (B, T, G, 1, 2D), lambda_ a scalar, weight (2D,) -> (B, T, G r 2D); fp32 inside."""
     weight = wide(weight) * scale
@@ -810,6 +810,7 @@ def linear_cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, nee
             torch.mm(logits, weight, out=dx[i:i + LOSS_CHUNK])
         if needs_dw:
             dw.addmm_(logits.T, rows)
+        del logits                                      # before the next chunk's are made
     return total, dx, dw
 
 
@@ -1114,7 +1115,9 @@ def check(name: str, f, inputs: list, exact=None) -> dict:
 
 
 def milliseconds(f) -> float:
-    return triton.testing.do_bench(f, warmup=25, rep=100, return_mode="median")
+    """Median of f as a CUDA graph, without the host's time to launch it, as in a training step,
+    where the host is ahead."""
+    return triton.testing.do_bench_cudagraph(f, rep=100, return_mode="median")
 
 
 def times(f, inputs: list) -> list:

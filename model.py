@@ -8,7 +8,6 @@ Module and parameter names are those of the released checkpoints, so that a stat
 `python model.py config/motif2_12b.py` prints parameters, FLOPs and memory without allocating any.
 """
 import json
-import math
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -151,7 +150,9 @@ class Attention(nn.Module):
         c, D = config, config.head_dim
         self.noise_heads, self.eps = c.num_noise_heads, c.attn_rms_norm_eps
         self.kv_heads, self.head_dim = c.num_key_value_heads, D
-        self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * (layer - 1))
+        # a tensor, since torch.compile would make a graph for each layer's number; of an integer,
+        # which no .to(dtype) rounds; on the CPU until .to(device), also where weights are on meta
+        self.register_buffer("layer", torch.tensor(layer, device="cpu"), persistent=False)
         signal_heads = c.num_attention_heads - c.num_noise_heads
         width = signal_heads * (2 * D if c.num_noise_heads else D)
         self.q_proj = Linear(c.hidden_size, c.num_attention_heads * D, bias=False)
@@ -163,11 +164,15 @@ class Attention(nn.Module):
                 self.register_parameter(name, nn.Parameter(torch.empty(D)))
             self.subln = RMSNorm(2 * D, c.attn_rms_norm_eps)
 
+    def lambda_init(self) -> Tensor:
+        """A scalar in float64."""
+        return 0.8 - 0.6 * (-0.3 * (self.layer - 1).double()).exp()
+
     def lambda_(self) -> Tensor:
         """The layer's one lambda, a scalar in fp32."""
         first = (wide(self.lambda_q1) * wide(self.lambda_k1)).sum().exp()
         second = (wide(self.lambda_q2) * wide(self.lambda_k2)).sum().exp()
-        return first - second + self.lambda_init
+        return first - second + self.lambda_init().to(first.dtype)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], starts: Tensor | None = None,
                 cache: tuple[Tensor, Tensor] | None = None, start: int = 0):
@@ -189,7 +194,7 @@ class Attention(nn.Module):
         signal, noise, largest = kernels.grouped_differential_attention(
             q, k, v, self.noise_heads, starts)
         out = kernels.differential_norm(signal, noise, self.lambda_(), self.subln.weight,
-                                        1 - self.lambda_init, self.eps)
+                                        1 - self.lambda_init(), self.eps)
         return self.o_proj(out), largest
 
 
@@ -376,7 +381,7 @@ class Motif(nn.Module):
             raise ValueError(f"{path}: tensors do not fit config.json: "
                              f"{'; '.join(problems[:4])}{more}")
         model.load_state_dict(found, assign=True)
-        return model.requires_grad_()
+        return model.to(device or "cpu").requires_grad_()
 
     def save_pretrained(self, path, shard_bytes: int = 5 * 10**9) -> None:
         """Write config.json and the tensors, in the model's own dtype, in the released layout; over
