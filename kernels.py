@@ -17,6 +17,7 @@ kernels use no floating-point atomics: two runs give the same bits.
 it checks through Triton's interpreter and times nothing.
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")     # read by triton.jit
@@ -41,8 +43,9 @@ except ImportError:                                    # the plain twins need no
 
 LOSS_CHUNK = 4096       # rows of logits alive at once in linear_cross_entropy
 CACHE_BLOCK = 2**18     # elements that plain PolyNorm works on at once: 1 MiB of fp32, an L2 cache
-TILE = 128              # side of the tiles of dS, attention's gradient at the logits
-DS_BYTES = 3 * 2**30    # the most of it that exists at once: two pairs of heads at 16,384 tokens
+TILE = 128              # side of a square tile: of attention's queries, of dS, its gradient at the
+                        # logits, and of symmetric's products
+DS_BYTES = 3 * 2**30    # of dS at once, and at least a pair of heads: two pairs at 16,384 tokens
 LN2 = math.log(2)
 
 
@@ -56,13 +59,24 @@ def fused(x: Tensor) -> bool:
     return FUSED and triton is not None and (x.is_cuda or INTERPRET) and x.dtype != torch.float64
 
 
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether it has TMA and wgmma."""
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 def operator(shapes):
     """Makes a function that calls kernels one operator of torch, motif::its_name, which
     torch.compile passes through whole; shapes(...) returns its outputs with nothing in them."""
     def register(function):
         if triton is None:
             return function
-        made = torch.library.custom_op(f"motif::{function.__name__}", function, mutates_args=())
+
+        @functools.wraps(function)
+        def there(first, *rest):                        # Triton launches on the current device
+            with torch.cuda.device_of(first):
+                return function(first, *rest)
+        made = torch.library.custom_op(f"motif::{function.__name__}", there, mutates_args=())
         made.register_fake(shapes)
         return made
     return register
@@ -209,11 +223,11 @@ def poly_norm_backward_kernel(d, x, up, weight, bias, r, dx, d_up, sums, n, d_st
     tl.store(sums + row * 4 + 3, tl.sum(g0))
 
 
-@operator(lambda x, up, weight, bias, eps: (torch.empty_like(x), row_numbers(x, 3)))
+@operator(lambda x, up, weight, bias, eps: (x.new_empty(x.shape), row_numbers(x, 3)))
 def poly_norm_forward(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor,
                       eps: float) -> tuple[Tensor, Tensor]:
     (rows, n), gated = x.shape, up is not None
-    out, r = torch.empty_like(x), row_numbers(x, 3)
+    out, r = x.new_empty(x.shape), row_numbers(x, 3)
     if rows:
         block = triton.next_power_of_2(n)
         poly_norm_forward_kernel[(rows,)](
@@ -253,6 +267,7 @@ class PolyNormMul(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d):
         x, up, weight, bias, r = ctx.saved_tensors
         backward = poly_norm_backward if fused(x) else plain_poly_norm_backward
@@ -314,9 +329,14 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None):
 # The fused form. q's H = P GP (R + N) heads are P pairs of GP groups of R signal heads and N (0 or
 # 1) noise heads. Pair p's values are value head p, its signal keys key head (1 + N) p, its noise
 # keys the next. q, k and v are read as matrices (B T, heads D) through TMA descriptors.
-# p = exp2(c q k^T - lse) with c = log2(e) / sqrt(D): log-sum-exps are in base 2. The backward pass
-# keeps dS, in square tiles on and below the diagonal, between the kernel of dK and that of dQ: five
-# products, where recomputing it in both takes seven, and no atomics.
+# p = exp2(c q k^T - lse) with c = log2(e) / sqrt(D): log-sum-exps are in base 2. lse and delta are
+# (B H, T rounded up to TILE); beyond T lse is inf, so that p is 0 there, and delta 0. (But a NaN
+# at the beginning of one sequence reaches the sequence before it, through 0 x NaN.)
+#
+# The backward pass keeps dS between the kernel of dK and that of dQ: five products, where
+# recomputing it in both takes seven, and no atomics. It is transposed: a tile has TILE rows of keys
+# by TILE columns of queries. Tile (t, s), queries t, keys s <= t, is number t (t + 1) / 2 + s of
+# its head.
 
 @jit
 def attend_sweep(Q, acc, most, total, k, v, row, k_col, v_col, m, begin, lo, hi, c,
@@ -445,7 +465,8 @@ def attend_keys(q, k, v, ends, d_signal, d_noise, lse, delta, dk, dv, ds, first,
     head = (b * P + pair) * heads
     tiles = (T + TILE - 1) // TILE
     ds_row = at * heads * (tiles * (tiles + 1) // 2) * TILE
-    lo = n0 // TILE * TILE                                # from the corner of the tile
+    lo = n0 // TILE * TILE            # from the tile's corner, also where every query comes before
+                                      # these keys: attend_queries reads whole tiles, zeros too
     if ends is None:
         middle = tl.minimum(lo + TILE, T)
         end = tl.full([BN], 2**31 - 1, tl.int32)
@@ -486,8 +507,8 @@ def attend_queries(ds, k, starts, dq, first, T, P, scale, R: tl.constexpr, N: tl
     k_col = (pair * (1 + N) + h % (R + N) // R) * D
     tiles = (T + TILE - 1) // TILE
     ds_row = (at * (tiles * (tiles + 1) // 2) + t * (t + 1) // 2) * TILE
-    lo = 0                                    # BN divides the key blocks of attend_keys, so that
-    if starts is not None:                    # nothing is read here that was not written there
+    lo = 0                     # Every BN keys from lo on hold one whose document reaches row t TILE
+    if starts is not None:     # or beyond: attend_keys, whose blocks BN divides, has written them.
         lo = tl.load(starts + b * T + t * TILE) // BN * BN
     acc = tl.zeros([TILE, D], tl.float32)
     for n0 in range(lo, tl.minimum(t * TILE + TILE, T), BN):
@@ -587,6 +608,7 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, starts, noise_heads):
+        starts = None if starts is None else starts.int().contiguous()
         signal, noise, lse, largest = attention_forward(q, k, v, starts, noise_heads)
         ctx.noise_heads = noise_heads
         ctx.save_for_backward(q, k, v, starts, signal, noise, lse)
@@ -594,17 +616,19 @@ class FusedAttention(torch.autograd.Function):
         return signal, noise, largest
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_signal, d_noise, _):
         q, k, v, starts, *outputs = ctx.saved_tensors
         return *attention_backward(d_signal, d_noise, q, k, v, starts, ctx.noise_heads,
                                    *outputs), None, None
 
 
-def attention_is_fused(q: Tensor, k: Tensor) -> bool:
+def attention_is_fused(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """The kernels want Hopper's TMA, half precision, heads of 16 to 128, and no cached keys."""
-    hopper = INTERPRET or q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
+    hopper = INTERPRET or q.is_cuda and is_hopper(q.device)
     return (fused(q) and hopper and (INTERPRET or q.dtype != torch.float32)
-            and q.shape[1] == k.shape[1] and q.shape[-1] in (16, 32, 64, 128))
+            and q.dtype == k.dtype == v.dtype and q.shape[1] == k.shape[1]
+            and q.shape[-1] == v.shape[-1] and q.shape[-1] in (16, 32, 64, 128))
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None):
@@ -614,7 +638,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = No
     logit (K, h). Query t stands at position S - T + t, so that cached keys may come first.
     starts (B, T) int32, for S = T only: where each token's document begins, a run of tokens that
     sees itself alone."""
-    if attention_is_fused(q, k):
+    if attention_is_fused(q, k, v):
         out, _, largest = FusedAttention.apply(q.flatten(2, 3), k, v, starts, 0)
         return out, largest.view(q.shape[2:4])
     return plain_attention(q, k, v, starts)
@@ -630,7 +654,7 @@ def grouped_differential_attention(q: Tensor, k: Tensor, v: Tensor, num_noise_he
         signal = softmax(q1 k1^T / sqrt D) v    noise = softmax(q2 k2^T / sqrt D) v
     starts: see causal_attention.
     -> signal (B, T, G, r, 2D), noise (B, T, G, 1, 2D), largest logit per query head (G(r+1),)."""
-    if attention_is_fused(q, k):
+    if attention_is_fused(q, k, v):
         return FusedAttention.apply(q, k, v, starts, num_noise_heads)
     B, T, H, D = q.shape
     G, P = num_noise_heads, k.shape[2] // 2
@@ -729,6 +753,7 @@ class DifferentialNorm(torch.autograd.Function):
         return differential_norm_forward(*inputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d):
         return *differential_norm_backward(d.contiguous(), *ctx.saved_tensors, ctx.eps), None
 
@@ -749,15 +774,17 @@ def differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Te
 # ---- loss
 
 @jit
-def cross_entropy_kernel(logits, targets, losses, V, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-    """Loss of one row of logits, in nats; 0 for a negative target. GRADIENT: then the row becomes
-    softmax - onehot. Largest value and sum are kept lane by lane: one reduction per row. BLOCK has
-    an element for every thread, or two would read what one of them has overwritten."""
+def cross_entropy_kernel(logits, targets, losses, scale, V, GRADIENT: tl.constexpr,
+                         BLOCK: tl.constexpr):
+    """Loss of one row of logits, in nats; 0 for a negative target, NaN for one that is no word.
+    GRADIENT: then the row becomes (softmax - onehot) scale. Largest value and sum are kept lane by
+    lane: one reduction per row. In place: a thread must be the only one to read what it
+    overwrites, hence at least as many numbers in BLOCK as there are threads."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * V
     target = tl.load(targets + row)
     kept = target >= 0
-    own = tl.load(logits + target, mask=kept, other=0).to(tl.float32)
+    own = tl.load(logits + target, mask=kept & (target < V), other=float("nan")).to(tl.float32)
     top, total = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -770,19 +797,20 @@ def cross_entropy_kernel(logits, targets, losses, V, GRADIENT: tl.constexpr, BLO
     tl.store(losses + row, tl.where(kept, lse - own, 0.0))
     if GRADIENT:
         tl.debug_barrier()                         # own is read before any thread overwrites it
+        factor = tl.where(kept, tl.load(scale), 0.0)
         for start in range(0, V, BLOCK):
             i = start + tl.arange(0, BLOCK)
             p = tl.exp(tl.load(logits + i, mask=i < V, other=0).to(tl.float32) - lse)
-            p = tl.where(kept, p - tl.where(i == target, 1.0, 0.0), 0.0)
+            p = tl.where(kept, (p - tl.where(i == target, 1.0, 0.0)) * factor, 0.0)
             tl.store(logits + i, p.to(logits.dtype.element_ty), mask=i < V)
 
 
-def cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
-    """Sum of the rows' losses; with gradient the logits become softmax - onehot in place."""
+def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor, gradient: bool) -> Tensor:
+    """Sum of the rows' losses; with gradient the logits become (softmax - onehot) scale."""
     if fused(logits):
         losses = logits.new_empty(len(logits), dtype=torch.float32)
         cross_entropy_kernel[(len(logits),)](
-            logits, targets, losses, logits.shape[1], GRADIENT=gradient,
+            logits, targets, losses, scale, logits.shape[1], GRADIENT=gradient,
             BLOCK=min(max(triton.next_power_of_2(logits.shape[1]), 512), 4096), num_warps=8)
         return losses.sum()
     z, t, kept = wide(logits), targets.clamp(min=0)[:, None], (targets >= 0)[:, None]
@@ -790,22 +818,22 @@ def cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     total = ((lse - z.gather(1, t)) * kept).sum()
     if gradient:
         z = z.sub_(lse).exp_().mul_(kept)
-        logits.copy_(z.scatter_add_(1, t, -kept.to(z.dtype)))
+        logits.copy_(z.scatter_add_(1, t, -kept.to(z.dtype)).mul_(scale))
     return total
 
 
-@operator(lambda x, weight, targets, needs_dx, needs_dw: (
+@operator(lambda x, weight, targets, scale, needs_dx, needs_dw: (
     wide(x.new_empty(())), torch.empty_like(x if needs_dx else x[:0]),
     torch.empty_like(weight if needs_dw else weight[:0])))
-def linear_cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, needs_dx: bool,
-                                 needs_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
+def linear_cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor,
+                                 needs_dx: bool, needs_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
     total = wide(x.new_zeros(()))
     dx = torch.empty_like(x if needs_dx else x[:0])
     dw = torch.zeros_like(weight if needs_dw else weight[:0])
     for i in range(0, len(x), LOSS_CHUNK):
         rows, t = x[i:i + LOSS_CHUNK], targets[i:i + LOSS_CHUNK]
         logits = rows @ weight.T                                         # (chunk, V)
-        total += cross_entropy_(logits, t, needs_dx or needs_dw)
+        total += cross_entropy_(logits, t, scale, needs_dx or needs_dw)
         if needs_dx:
             torch.mm(logits, weight, out=dx[i:i + LOSS_CHUNK])
         if needs_dw:
@@ -815,32 +843,38 @@ def linear_cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, nee
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Sum of cross entropies of x @ weight^T, with both gradients made in the forward pass, chunk
-    by chunk, while the chunk's logits exist."""
+    """scale times the sum of cross entropies of x @ weight^T, with both gradients made in the
+    forward pass, chunk by chunk, while the chunk's logits exist."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
-        total, *gradients = linear_cross_entropy_forward(x, weight, targets,
-                                                         *ctx.needs_input_grad[:2])
+    def forward(ctx, x, weight, targets, scale, differentiate):
+        needs = [differentiate and need for need in ctx.needs_input_grad[:2]]
+        total, *gradients = linear_cross_entropy_forward(x, weight, targets, scale, *needs)
         ctx.save_for_backward(*gradients)
-        return total
+        return total * scale
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d):
         needed = zip(ctx.saved_tensors, ctx.needs_input_grad)
-        return *(g * d.to(g.dtype) if needs else None for g, needs in needed), None
+        return *(g * d.to(g.dtype) if needs else None for g, needs in needed), None, None, None
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor,
-                         reduction: str = "mean") -> Tensor:
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean",
+                         scale: float = 1.0) -> Tensor:
     """Cross entropy in nats of the logits x @ weight^T without ever holding them all.
 
-    x (N, n), weight (V, n), targets (N,) with negative ones ignored -> fp32 scalar, the "sum" or
-    the "mean" over the targets kept (0 if none is). ValueError for another reduction."""
+    x (N, n), weight (V, n), targets (N,) with negative ones ignored -> fp32 scalar, scale times the
+    "sum" or the "mean" over the targets kept (0 if none is). A factor given here, and not applied
+    to the loss, keeps bf16 gradients from being rounded twice. Not for autocast. ValueError for
+    another reduction."""
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
-    total = LinearCrossEntropy.apply(x, weight, targets)
-    return total if reduction == "sum" else total / (targets >= 0).sum().clamp(min=1)
+    factor = wide(x.new_full((), scale, dtype=torch.promote_types(x.dtype, torch.float32)))
+    if reduction == "mean":
+        factor = factor / (targets >= 0).sum().clamp(min=1)
+    return LinearCrossEntropy.apply(x, weight, targets.contiguous(), factor,
+                                    torch.is_grad_enabled())
 
 
 # ---- products of Newton-Schulz
@@ -897,24 +931,31 @@ def symmetric(X: Tensor, Y: Tensor, alpha: float, D: Tensor | None = None,
     of torch: the optimizer is not compiled, and an operator's call takes as long as the product."""
     (E, m, k), rows = X.shape, -(-X.shape[1] // TILE)
     tiles = rows * (rows + 1) // 2
-    if not symmetric_takes(X) or E * tiles < SYMMETRIC_TILES and not INTERPRET:
+    dense = symmetric_takes(X, Y, *([] if D is None else [D])) and X.stride(2) == Y.stride(2)
+    if not dense or E * tiles < SYMMETRIC_TILES and not INTERPRET:
         D, beta = (X.new_empty(()), 0) if D is None else (D, beta)
         return torch.baddbmm(D, X, Y.mT, beta=beta, alpha=alpha)
     C, by_rows, depth = X.new_empty(E, m, m), X.stride(2) == 1, 64
     x, y = (tma(t, 1, TILE, depth) if by_rows else tma(t.mT, 1, depth, TILE) for t in (X, Y))
     d, c = (tma(t, 1, TILE, TILE) for t in (C if D is None else D, C))
-    symmetric_kernel[tiles, E](x, y, d, c, m, k, alpha, beta, ADD=D is not None, ROWS=by_rows,
-                               BLOCK=TILE, DEPTH=depth, num_warps=4, num_stages=3)
+    with torch.cuda.device_of(X):
+        symmetric_kernel[tiles, E](x, y, d, c, m, k, alpha, beta, ADD=D is not None, ROWS=by_rows,
+                                   BLOCK=TILE, DEPTH=depth, num_warps=4, num_stages=3)
     return C
 
 
-def symmetric_takes(X: Tensor) -> bool:
-    """What tensor descriptors can describe: 16-byte rows, one dimension contiguous."""
-    if not fused(X) or X.is_cuda and torch.cuda.get_device_capability(X.device)[0] != 9:
+def symmetric_takes(X: Tensor, *others: Tensor) -> bool:
+    """Whether tensor descriptors can describe them: half precision, one dimension contiguous, the
+    others in steps of 16 bytes; X by rows or columns, the last of the others, if a D, by rows."""
+    if not fused(X) or X.is_cuda and not is_hopper(X.device):
         return False
     known = X.dtype != torch.bfloat16 if INTERPRET else X.dtype.itemsize == 2  # interpreter's fault
-    return (known and 1 in X.stride()[1:]
-            and all(n * X.dtype.itemsize % 16 == 0 for n in X.shape[1:]))
+
+    def fits(t):
+        steps = [n * t.dtype.itemsize % 16 for n in (*t.shape[1:], *t.stride()) if n != 1]
+        return 1 in t.stride()[1:] and not any(steps) and t.data_ptr() % 16 == 0
+    by_rows = len(others) < 2 or others[1].stride(2) == 1
+    return known and by_rows and all(fits(t) for t in (X, *others))
 
 
 # ---- FP8
@@ -983,6 +1024,7 @@ def quantize_fp8(x: Tensor, columns: bool) -> list[Tensor]:
     A NaN or an infinity makes its row of q (and of qt) NaN in the product; zeros stay zeros.
     Repeated calls on one x, as by q_proj, k_proj and v_proj, are one call under torch.compile."""
     if not fused(x):
+        x = x.contiguous()
         return quantize_rows(x) + (quantize_rows(x.T.contiguous()) if columns else [])
     (M, N), x, cdiv = x.shape, x.contiguous(), triton.cdiv
     rows, in_columns = x.new_zeros(M + N, dtype=torch.int32).split([M, N])
@@ -1016,6 +1058,7 @@ class LinearFP8(torch.autograd.Function):
         return scaled_mm(xq, xs, wq, ws)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d):
         xt, xts, wt, wts = ctx.saved_tensors
         dq, ds, dt, dts = quantize_fp8(d, True)

@@ -291,9 +291,10 @@ class Motif(nn.Module):
         return found
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, documents: Tensor | None = None,
-                reduction: str = "mean", cache: list | None = None, start: int = 0) -> Tensor:
+                reduction: str = "mean", scale: float = 1.0, cache: list | None = None,
+                start: int = 0) -> Tensor:
         """ids (B, T) -> logits (B, T, V), or with targets (B, T) -> their cross entropy in nats, -1
-        ignored, reduction "mean" or "sum". documents (B, T): each run of equal numbers is a
+        ignored, scale times the "mean" or "sum". documents (B, T): each run of equal numbers is a
         document that sees itself alone, positions from 0. cache and start: see Attention.forward.
         ValueError for no tokens and for more positions than max_position_embeddings."""
         T, longest = ids.shape[1], self.config.max_position_embeddings
@@ -314,7 +315,7 @@ class Motif(nn.Module):
         if targets is None:
             return F.linear(x, self.head_weight)
         return kernels.linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(),
-                                            reduction)
+                                            reduction, scale)
 
     @torch.no_grad()
     def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,

@@ -186,6 +186,8 @@ class MuonClip(torch.optim.Optimizer):
         muon, rest = list(muon_params), list(adamw_params)
         if any(p.ndim < 2 for p in muon):
             raise ValueError("Muon takes matrices; give vectors and scalars to adamw_params")
+        if any(not p.is_contiguous() for p in muon):
+            raise ValueError("MuonClip takes contiguous matrices; call contiguous() on them first")
         if any(p.dtype not in (torch.float32, torch.float64) for p in muon + rest):
             raise ValueError("MuonClip trains fp32 weights; call model.float() first")
         adam = dict(kind="adamw", betas=betas, eps=eps, fused=True)  # `step` is on the device
@@ -246,7 +248,8 @@ class MuonClip(torch.optim.Optimizer):
     def _momentum(self, group, p, mu, skip) -> Tensor:
         """Adds the gradient to the momentum -> u, from which the update is made, in the dtype that
         it is orthogonalized in."""
-        add, M, G = in_one_pass(add_to_momentum, self.state[p]["momentum"], local(p.grad))
+        add, M, G = in_one_pass(add_to_momentum, self.state[p]["momentum"],
+                                local(p.grad).contiguous())
         u = add(M, G, mu, skip, group["nesterov"], self.newton_schulz["dtype"])
         return u.view(p.grad.shape)
 

@@ -333,7 +333,7 @@ def forward_backward(model: Motif, rows: torch.Tensor, micro: int, count: int):
             last = part is parts[-1]    # whole gradients when they are complete
             model.set_reshard_after_backward(last)
             model.set_requires_gradient_sync(last)
-        part_loss = model(part[:, :-1], part[:, 1:], reduction="sum") / count
+        part_loss = model(part[:, :-1], part[:, 1:], reduction="sum", scale=1 / count)
         part_loss.backward()
         loss += part_loss.detach()
         largest = (model.max_logits if largest is None
@@ -485,15 +485,17 @@ def last_good(out: Path) -> str:
     return f"the last good checkpoint is {start[0]}" if start else "there is no checkpoint"
 
 
-def stop_signals() -> list[int]:
-    """The signals got so far, filled as they come: SIGTERM or Ctrl-C lets the step end and saves, a
-    second one ends the process at once."""
+def stop_signals() -> list[float]:
+    """When signals came, filled as they do: SIGTERM or Ctrl-C lets the step end and saves, another
+    one more than a second later ends the process at once."""
     got = []
 
     def handler(number, frame):
+        if got and time.monotonic() - got[0] < 1:   # `timeout` sends one to us, one to the group
+            return
         if got:
             os._exit(128 + number)
-        got.append(number)
+        got.append(time.monotonic())
         os.write(1, b"stopping after this step; once more to stop at once\n")  # print may be busy
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -518,6 +520,22 @@ def precision_of(c: Config, device: torch.device) -> str:
     return auto if c.precision == "auto" else c.precision
 
 
+def check_fp8(c: Config, plan: data.Plan, device: torch.device) -> None:
+    """ValueError if precision=fp8 is asked for and a product of the blocks could not have it."""
+    if precision_of(c, device) != "fp8":
+        return
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ValueError("precision=fp8 needs a GPU of compute capability 8.9 or more; give "
+                         "--precision=bf16")
+    with torch.device("meta"):
+        matrices = Motif(shape_of(c)).matrices()
+    sizes = {n for p in matrices.values() for n in p.shape}
+    odd = sorted(n for n in sizes | set(plan.seq_len) if n % 16)
+    if odd:
+        raise ValueError("precision=fp8 needs widths and seq_len in multiples of 16; a matrix or "
+                         f"sequence of {odd[0]} is none")
+
+
 def uses_fsdp(c: Config, device: torch.device) -> bool:
     """Only fp32 on a CPU goes without."""
     return device.type == "cuda" or precision_of(c, device) != "fp32"
@@ -540,7 +558,8 @@ def parallelize(model: Motif, c: Config, device: torch.device) -> None:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False,
                                     preserve_rng_state=False)
         if c.compile or c.compile is None and device.type == "cuda":
-            block.forward = torch.compile(block.forward)
+            torch._dynamo.config.recompile_limit = 64    # graphs: one for each shape of a run
+            block.forward = torch.compile(block.forward, dynamic=False)
     if not uses_fsdp(c, device):
         return
     import torch.distributed as dist
@@ -607,14 +626,14 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
     if events:                                      # around the last optimizer step
         optimizer.register_step_pre_hook(lambda *_: events[0].record())
         optimizer.register_step_post_hook(lambda *_: events[1].record())
-    signals = stop_signals()
+    signals = []
     timer, timed = time.perf_counter(), step        # when and where the last line was logged
     while True:
         done = step == plan.steps
         stop = done or bool(signals)
         evaluating = log.evaluated < step and is_due(step, c.eval_every, done)
         saving = step > begun and is_due(step, c.save_every, stop)
-        if evaluating or saving:
+        if evaluating or saving or stop:
             skips.read(step, c, log)                 # waits for the device: its time is the step's
         aside = time.perf_counter()
         if evaluating:
@@ -632,6 +651,7 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
                 save_checkpoint(out, step, model, optimizer, state, c)
             except OSError as e:
                 raise SystemExit(f"{e}; {last_good(out)}") from None
+        if saving or stop:
             draw(out)
         if stop:
             break
@@ -645,6 +665,8 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
         loss, norm, largest, skip = train_step(model, optimizer, rows, max(1, c.micro_tokens // T),
                                                lr, c.grad_clip)
         skips.unread.append(skip)
+        if step == begun:              # before, there was nothing to save, and a signal to the
+            signals = stop_signals()   # compilers among our processes would leave us waiting
         step += 1
 
         if is_due(step, c.log_every, step in (1, plan.steps)):
@@ -662,8 +684,9 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
             log.say(training_line(plan, **figures))
             timer, timed = now, step
     kept = f"model in {out}/step_{step}" if step in steps_in(out) else "nothing new to save"
-    log.say(f"{'finished' if done else 'stopped'} at step {step}; {kept}, curve in {out}/loss.png, "
-            f"samples in {out}/samples.txt")
+    samples = f", samples in {out}/samples.txt" if c.eval_every else ""
+    log.say(f"{'finished' if done else 'stopped'} at step {step}; {kept}, curve in {out}/loss.png"
+            f"{samples}")
 
 
 def main() -> None:
@@ -681,6 +704,7 @@ def main() -> None:
             return
         check_writable(out)
         device = device_of(c)
+        check_fp8(c, plan, device)
         tokenizer = data.load_tokenizer(c.tokenizer)
         if tokenizer.n_vocab > c.vocab_size:
             raise ValueError(f"tokenizer {c.tokenizer} has {tokenizer.n_vocab} tokens, more than "

@@ -34,7 +34,7 @@ def attention_by_sdpa(q, k, v, num_noise_heads, starts=None, wide=False):
     return *outs, q.new_zeros(q.shape[1] * q.shape[2])
 
 
-def loss_of_whole_logits(x, weight, targets, reduction):
+def loss_of_whole_logits(x, weight, targets, reduction, scale):
     return F.cross_entropy(F.linear(x, weight).float(), targets, reduction=reduction)
 
 

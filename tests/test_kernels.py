@@ -468,3 +468,41 @@ def test_every_kernel_compiles_for_hopper_without_spills_and_with_wide_loads():
         assert kernel["stack"] <= stack and kernel["shared"] <= 232448, kernel
         assert kernel["wide_loads"] > 0, kernel
         assert kernel["tensor_core"] > 0 or not kernel["multiplies"], kernel
+
+
+def test_targets_and_starts_may_be_strided_and_a_target_that_is_no_word_gives_nan(fused):
+    x, head = (torch.randn(n, 16, device=DEVICE, dtype=DTYPES[1]) for n in (6, 7))
+    pairs = torch.randint(7, (6, 2), device=DEVICE)
+    dense = kernels.linear_cross_entropy(x, head, pairs[:, 0].contiguous())
+    assert torch.equal(kernels.linear_cross_entropy(x, head, pairs[:, 0]), dense)
+    assert kernels.linear_cross_entropy(x, head, pairs[:, 0] + 7 * (pairs[:, 0] >= 0)).isnan()
+    qkv = [torch.randn(2, 40, 2, 16, device=DEVICE, dtype=DTYPES[1]) for _ in "qkv"]
+    starts = torch.tensor([0] * 9 + [9] * 31, device=DEVICE)           # int64, one row for both
+    q, k, v = qkv[0].unflatten(2, (2, 1)), *qkv[1:]
+    ours, _ = kernels.causal_attention(q, k, v, starts.expand(2, 40))
+    true, _ = kernels.causal_attention(q, k, v, starts.int().repeat(2, 1))
+    assert torch.equal(ours, true) and not ours.isnan().any()
+
+
+def test_the_gradient_of_the_loss_is_rounded_once():
+    """1 / 766 is no bf16 number: applied after the rounding it would show."""
+    x, head = (torch.randn(n, 64).bfloat16().requires_grad_() for n in (766, 300))
+    targets = torch.randint(300, (766,))
+    wide = [t.detach().double().requires_grad_() for t in (x, head)]
+    exact = torch.autograd.grad(F.cross_entropy(wide[0] @ wide[1].T, targets), wide)
+    torchs = torch.autograd.grad(F.cross_entropy((x @ head.T).float(), targets), (x, head))
+    for ours in (kernels.linear_cross_entropy(x, head, targets),
+                 kernels.linear_cross_entropy(x, head, targets, "sum", 1 / 766)):
+        for g, its, true in zip(torch.autograd.grad(ours, (x, head)), torchs, exact):
+            assert distance(g, true) <= 1.1 * distance(its, true)
+
+
+def test_without_gradients_the_loss_makes_none(monkeypatch):
+    asked, real = [], kernels.linear_cross_entropy_forward
+    monkeypatch.setattr(kernels, "linear_cross_entropy_forward",
+                        lambda *t: asked.append(t[-2:]) or real(*t))
+    x, head, targets = normal(3, 4), normal(7, 4), torch.arange(3)
+    with torch.no_grad():
+        expected = kernels.linear_cross_entropy(x, head, targets)
+    assert torch.equal(kernels.linear_cross_entropy(x.detach(), head, targets), expected)
+    assert asked == [(False, False), (False, True)]

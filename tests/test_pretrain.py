@@ -239,12 +239,13 @@ def test_kernels_in_low_precision_train_as_plain_fp32_does(precision, bound, run
 
 def test_fp8_trains_and_its_checkpoint_is_an_ordinary_one(run):
     """The blocks' linear layers in FP8, emulated on a CPU: the loss falls as in bf16, roughly."""
-    run(precision="bf16", out_dir="bf16", hidden_size=64)
-    run(precision="fp8", out_dir="fp8", hidden_size=64)
+    run(precision="bf16", out_dir="bf16", hidden_size=64, head_dim=16)
+    run(precision="fp8", out_dir="fp8", hidden_size=64, head_dim=16)
     for a, b in zip(metrics("bf16"), metrics("fp8"), strict=True):
         for key in {"loss", "val_loss"} & a.keys():
             assert a[key] != b[key] and a[key] == pytest.approx(b[key], rel=0.02)
     assert Motif.from_pretrained("fp8/step_12").head_weight.dtype == torch.float32
+    assert "a matrix or sequence of 40 is none" in refused(run, precision="fp8")
 
 
 def test_learning_rate_warms_up_stays_and_decays():
