@@ -154,9 +154,9 @@ def qk_clip(q_weight: Tensor, k_weight: Tensor, max_logits: Tensor, kv_map, head
 
     so that every head's logits are multiplied by exactly its own gamma, whoever shares its key.
     q_weight (H D, hidden), k_weight (K D, hidden), max_logits (H,): S, the largest logit of the
-    step's own forward, kv_map (H,): the key head that each query head reads -> gamma (H,). Each rank
-    scales the rows of its shards, wherever they cut a head. Needs no host sync. A logit that is not
-    finite raises RuntimeError (on a GPU at the next sync)."""
+    step's own forward, kv_map (H,): the key head that each query head reads -> gamma (H,). Of
+    weights that are sharded, where it may be within a head, each rank scales its rows. Needs no
+    host sync. A logit that is not finite raises RuntimeError (on a GPU at the next sync)."""
     torch._assert_async((max_logits < torch.inf).all(), "QK-clip: an attention logit is not finite")
     kv_map = torch.as_tensor(kv_map, device=max_logits.device)
     gamma = torch.where(max_logits > tau, tau / max_logits, 1)
@@ -220,12 +220,14 @@ def assign(shapes, ranks: int, chunk: int = 1) -> list[tuple[int, int]]:
 
 
 class Unit:
-    """Who does what for the matrices that lie on one device mesh of `sizes` (a shard group, or its
-    replicas too): arithmetic alone, so that a plan and a step are the same. Rank r is at at[r].
+    """The matrices that lie on one device mesh of `sizes` (a shard group, or its replicas too), and
+    who does what for them: arithmetic alone, so that a plan is what a step does, until unit_on adds
+    the process group. Rank r has coordinates at[r].
 
-    Of a matrix of P elements the owner is sent the shards of its own replica, and sends each rank
-    its shard of the result: over W ranks in one replica 2 (P / W) (1 - 1 / W) elements per rank,
-    all matrices together, each way, where gathering all on all takes P (1 - 1 / W)."""
+    An owner gets a matrix from the ranks of its own replica and sends every rank its shard of the
+    result. Of P elements over W ranks, R replicas of W / R shards, a rank sends and receives
+
+        (P / W) (1 + R - 2 R / W)        where gathering all on all takes P (1 - R / W)"""
 
     def __init__(self, shapes, layouts, sizes, at=None, chunk: int = 1):
         self.shapes = shapes
@@ -273,8 +275,8 @@ class Unit:
         return max(sum(after[:2]) + max(sum(before[2:]) + 2 * now[1], now[1] + sum(now[2:]))
                    for before, now, after in zip(sums, sums[1:], sums[2:]))
 
-
     def exchange(self, pieces, sends, receives) -> tuple[dist.Work, Tensor]:
+        """Begin one all-to-all -> the handle to wait on, and what it fills."""
         sent = torch.cat([self.empty, *pieces])
         received = sent.new_empty(sum(receives))
         return dist.all_to_all_single(received, sent, receives, sends, group=self.group,
@@ -337,9 +339,9 @@ class MuonClip(torch.optim.Optimizer):
     among muon_params, and for half precision: a bf16 weight swallows any update below its 512th
     part.
 
-    Over many ranks, for DTensors of any Shard and Replicate: all ranks of their mesh step together,
-    with the same skip; the step equals one rank's bit by bit, whatever `chunk`, the number of the
-    largest matrices that take as long as one exchange's. A sharded matrix without a gradient has
+    Over many ranks, for DTensors placed by Shard and Replicate, all ranks of a mesh step together,
+    with the same skip, and Muon's step equals one process's bit by bit. chunk: of the largest
+    matrices, how many an owner does between two exchanges. A sharded matrix without a gradient has
     gradient 0, as other ranks may have theirs. The maximum of max_logits over the mesh is taken
     here. A plain tensor is one process's own business: its gradient, and max_logits if queries and
     keys are plain, are for the caller to reduce."""
@@ -527,7 +529,7 @@ def plan_table(shapes, world: int, replicas: int = 1) -> str:
     total, P = sum(map(flops, shapes)), sum(map(math.prod, shapes))
     sent, received = (max(way) for way in zip(*map(unit.traffic, range(world))))
     GB, gathered = 2e-9, P * (1 - replicas / world)      # bf16
-    return f"""Parallel Muon over {world} ranks, of them {replicas} replicas, simulated; most of a rank
+    return f"""Parallel Muon over {replicas} x {world // replicas} ranks, simulated; most of a rank:
   {len(shapes)} matrices of {P / 1e9:.3f}e9 elements, in {len(unit.chunks)} chunks
   Newton-Schulz      {busy / 1e12:.1f} TFLOP of {total / 1e12:.1f}, max/mean {
                       busy * world / total:.3f}, where ranks wait at each chunk {
@@ -539,7 +541,7 @@ def plan_table(shapes, world: int, replicas: int = 1) -> str:
 
 
 def gather_all(optimizer: MuonClip, updates, unit):
-    """The plain form of _orthogonalize, to compare with: each rank gathers and does every matrix."""
+    """A plain _orthogonalize, to compare with: each rank gathers and does every matrix."""
     from torch.distributed.tensor import DTensor
     for p, u in zip(unit.params if unit else (), updates):
         u = DTensor.from_local(u, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
@@ -560,10 +562,11 @@ def time_parallel(shapes, replicas: int) -> None:
     runs = []
     for form in None, gather_all:
         torch.manual_seed(0)
-        params = [distribute_tensor(torch.randn(shape, device=device), mesh, [Replicate(), Shard(0)],
-                                    src_data_rank=None).requires_grad_() for shape in shapes]
+        placed = dict(device_mesh=mesh, placements=[Replicate(), Shard(0)], src_data_rank=None)
+        params = [distribute_tensor(torch.randn(shape, device=device), **placed)
+                  for shape in shapes]
         for p in params:
-            p.grad = p.detach().clone()
+            p.grad = p.clone()
         runs.append((params, MuonClip(params, [], lr=1e-3)))
     runs[1][1]._orthogonalize = functools.partial(gather_all, runs[1][1])
 
