@@ -5,17 +5,26 @@
 
 The factor gives Muon's update the RMS of AdamW's, so that both share one learning rate (Moonlight,
 arXiv 2502.16982). QK-clip is Kimi K2's (arXiv 2507.20534), extended to heads that share a key.
-`python muonclip.py config/quickstart.py` prints what goes where, then times Newton-Schulz and the
-step on one layer.
+Where FSDP2 shards the matrices the step is Parallel Muon's (arXiv 2511.07464): each matrix has an
+owner, to whom the others send their shards of u, and who sends them theirs of O.
+
+    python muonclip.py config/X.py                prints what goes where, times Newton-Schulz and
+                                                  the step on one layer
+    python muonclip.py config/X.py --world=8      plans Parallel Muon over 8 ranks, on no device
+                       [--replicas=1]             ... in so many copies of the model
+    torchrun --nproc_per_node=4 muonclip.py ...   times it, beside each rank doing every matrix
 """
 import functools
+import itertools
 import math
+import os
 import re
 import statistics
 import sys
 import time
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -40,6 +49,28 @@ SCALE = 64.0    # X is kept times this, so that its small entries stay in fp16's
 def local(t: Tensor) -> Tensor:
     """This rank's part of a tensor that FSDP2 shards, not a copy: with one rank all of it."""
     return t.to_local() if hasattr(t, "to_local") else t
+
+
+def part(shape, sizes, layout, at) -> tuple[slice, ...]:
+    """Which part of a tensor lies at coordinate `at` of a mesh of these sizes. layout: for each
+    mesh dimension the tensor dimension that it cuts, as torch.chunk does (5 rows over 4 ranks are
+    2, 2, 1, 0), or None where it holds copies."""
+    box = [slice(0, n) for n in shape]
+    for size, d, i in zip(sizes, layout, at):
+        if d is not None:
+            first, last = box[d].start, box[d].stop
+            length = -(-(last - first) // size)
+            box[d] = slice(min(first + i * length, last), min(first + (i + 1) * length, last))
+    return tuple(box)
+
+
+def layout_of(t: Tensor) -> tuple[int | None, ...]:
+    """A DTensor's placements as in `part`. ValueError for any but Shard and Replicate."""
+    from torch.distributed.tensor import Replicate, Shard
+    if any(type(p) not in (Shard, Replicate) for p in t.placements):
+        raise ValueError(f"MuonClip takes parameters placed by Shard and Replicate, not by "
+                         f"{t.placements}")
+    return tuple(p.dim if type(p) is Shard else None for p in t.placements)
 
 
 def newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif",
@@ -123,14 +154,19 @@ def qk_clip(q_weight: Tensor, k_weight: Tensor, max_logits: Tensor, kv_map, head
 
     so that every head's logits are multiplied by exactly its own gamma, whoever shares its key.
     q_weight (H D, hidden), k_weight (K D, hidden), max_logits (H,): S, the largest logit of the
-    step's own forward, kv_map (H,): the key head that each query head reads -> gamma (H,). Needs no
+    step's own forward, kv_map (H,): the key head that each query head reads -> gamma (H,). Of
+    weights that are sharded, where it may be within a head, each rank scales its rows. Needs no
     host sync. A logit that is not finite raises RuntimeError (on a GPU at the next sync)."""
     torch._assert_async((max_logits < torch.inf).all(), "QK-clip: an attention logit is not finite")
     kv_map = torch.as_tensor(kv_map, device=max_logits.device)
     gamma = torch.where(max_logits > tau, tau / max_logits, 1)
     s = gamma.new_ones(len(k_weight) // head_dim).scatter_reduce(0, kv_map, gamma, "amin").sqrt()
-    q_weight.view(-1, head_dim, q_weight.shape[1]).mul_((gamma / s[kv_map])[:, None, None])
-    k_weight.view(-1, head_dim, k_weight.shape[1]).mul_(s[:, None, None])
+    for weight, factor in (q_weight, gamma / s[kv_map]), (k_weight, s):
+        rows = factor.repeat_interleave(head_dim)
+        if hasattr(weight, "placements"):
+            mesh = weight.device_mesh
+            rows = rows[part(weight.shape, mesh.shape, layout_of(weight), mesh.get_coordinate())[0]]
+        local(weight).mul_(rows[:, None])
     return gamma
 
 
@@ -164,6 +200,131 @@ def in_one_pass(function, *tensors: Tensor):
     return compiled(function) if fused else function, *map(rows, tensors)
 
 
+def flops(shape, steps: int = 5) -> int:
+    """Of Newton-Schulz: 4 m^2 n + 2 m^3 a step for each matrix, m its short side."""
+    m, n = sorted(shape[-2:])
+    return steps * math.prod(shape[:-2]) * (4 * m * m * n + 2 * m**3)
+
+
+def assign(shapes, ranks: int, chunk: int = 1) -> list[tuple[int, int]]:
+    """(chunk, owner) of each matrix. Longest processing time first: by falling FLOPs, each to the
+    rank that is free first. As if that were a timetable, a chunk is all that starts within the time
+    of `chunk` of the largest matrices: chunks are balanced like the whole, and small in memory."""
+    cost = [flops(shape) for shape in shapes]
+    busy, window, place = [0] * ranks, chunk * max(cost), [(0, 0)] * len(cost)
+    for i in sorted(range(len(cost)), key=lambda i: -cost[i]):
+        owner = min(range(ranks), key=busy.__getitem__)
+        place[i] = busy[owner] // window, owner
+        busy[owner] += cost[i]
+    return place
+
+
+class Unit:
+    """The matrices that lie on one device mesh of `sizes` (a shard group, or its replicas too), and
+    who does what for them: arithmetic alone, so that a plan is what a step does, until unit_on adds
+    the process group. Rank r has coordinates at[r].
+
+    An owner gets a matrix from the ranks of its own replica and sends every rank its shard of the
+    result. Of P elements over W ranks, R replicas of W / R shards, a rank sends and receives
+
+        (P / W) (1 + R - 2 R / W)        where gathering all on all takes P (1 - R / W)"""
+
+    def __init__(self, shapes, layouts, sizes, at=None, chunk: int = 1):
+        self.shapes = shapes
+        self.at = at or list(itertools.product(*map(range, sizes)))
+        place = assign(shapes, len(self.at), chunk)
+        order = sorted(range(len(shapes)), key=lambda i: place[i])
+        self.chunks = [list(g) for _, g in itertools.groupby(order, lambda i: place[i][0])]
+        self.order, self.owner = order, [owner for _, owner in place]
+        self.parts = [[part(shape, sizes, layout, at) for at in self.at]
+                      for shape, layout in zip(shapes, layouts)]
+        self.counts = [[math.prod(s.stop - s.start for s in box) for box in parts]
+                       for parts in self.parts]
+        self.copies = [math.prod(n for n, d in zip(sizes, layout) if d is None)
+                       for layout in layouts]
+        self.sources = [{r for r, at in enumerate(self.at) if all(
+            d is not None or here == there for d, here, there in zip(layout, at, self.at[owner]))}
+            for layout, owner in zip(layouts, self.owner)]
+
+    def splits(self, chunk, me: int) -> tuple[list[int], ...]:
+        """Elements that rank me sends to each rank and receives from it, on the way to the owners;
+        then the same on the way back."""
+        there, here, back, home = ([0] * len(self.at) for _ in range(4))
+        for i in chunk:
+            counts, owner = self.counts[i], self.owner[i]
+            home[owner] += counts[me]
+            if me in self.sources[i]:
+                there[owner] += counts[me]
+            if me == owner:
+                for r in range(len(self.at)):
+                    here[r] += counts[r] * (r in self.sources[i])
+                    back[r] += counts[r]
+        return there, here, back, home
+
+    def traffic(self, me: int) -> tuple[int, int]:
+        """Elements that rank me sends to and receives from other ranks in a step."""
+        ways = [[sum(way) - way[me] for way in self.splits(chunk, me)] for chunk in self.chunks]
+        return sum(w[0] + w[2] for w in ways), sum(w[1] + w[3] for w in ways)
+
+    def peak(self, me: int) -> int:
+        """Most elements that rank me holds in buffers: when a chunk's matrices are assembled, or
+        its results (as many) copied for their way back, beside the next chunk's shards, which have
+        left, and the results of the chunk before."""
+        sums = [(0,) * 4, *(list(map(sum, self.splits(chunk, me))) for chunk in self.chunks),
+                (0,) * 4]
+        return max(sum(after[:2]) + max(sum(before[2:]) + 2 * now[1], now[1] + sum(now[2:]))
+                   for before, now, after in zip(sums, sums[1:], sums[2:]))
+
+    def exchange(self, pieces, sends, receives) -> tuple[dist.Work, Tensor]:
+        """Begin one all-to-all -> the handle to wait on, and what it fills."""
+        sent = torch.cat([self.empty, *pieces])
+        received = sent.new_empty(sum(receives))
+        return dist.all_to_all_single(received, sent, receives, sends, group=self.group,
+                                      async_op=True), received
+
+    def send(self, chunk, updates):
+        """Begin to send a chunk's shards, the next ones of updates, to their owners."""
+        shards = list(itertools.islice(updates, len(chunk)))
+        pieces = [u.flatten() for i, u in zip(chunk, shards) if self.me in self.sources[i]]
+        return self.exchange(pieces, *self.splits(chunk, self.me)[:2])
+
+    def wholes(self, chunk, work, received) -> dict[int, Tensor]:
+        """Wait for them -> the matrices that this rank owns."""
+        mine = [i for i in chunk if self.owner[i] == self.me]
+        wholes = {i: received.new_empty(self.shapes[i]) for i in mine}
+        work.wait()
+        boxes = [(i, r) for r in range(len(self.at)) for i in mine if r in self.sources[i]]
+        for (i, r), piece in zip(boxes, received.split([self.counts[i][r] for i, r in boxes])):
+            box = wholes[i][self.parts[i][r]]
+            box.copy_(piece.view_as(box))
+        return wholes
+
+    def send_back(self, chunk, results):
+        """Begin to send each rank its shards of the results of the matrices that this one owns."""
+        pieces = [O[self.parts[i][r]].flatten() for r in range(len(self.at))
+                  for i, O in results.items()]
+        return self.exchange(pieces, *self.splits(chunk, self.me)[2:])
+
+    def arrived(self, chunk, work, received):
+        """Wait for this rank's shards of a chunk's results."""
+        work.wait()
+        return received.split([self.counts[i][self.me] for i in chunk])
+
+
+def unit_on(mesh, params, chunk: int, dtype: torch.dtype) -> Unit:
+    """The unit of the DTensors on a mesh, ready to exchange. All ranks of the mesh make it."""
+    ranks = sorted(mesh.mesh.flatten().tolist())
+    unit = Unit([p.shape for p in params], [layout_of(p) for p in params], mesh.shape,
+                [tuple((mesh.mesh == r).nonzero()[0].tolist()) for r in ranks], chunk)
+    unit.group = (dist.group.WORLD if len(ranks) == dist.get_world_size() else
+                  dist.new_group(ranks, use_local_synchronization=True))
+    unit.me, unit.params = ranks.index(dist.get_rank()), [params[i] for i in unit.order]
+    copies, device = [unit.copies[i] for i in unit.order], params[0].device
+    unit.copies = torch.tensor(copies, dtype=params[0].dtype, device=device)
+    unit.empty = torch.empty(0, dtype=dtype, device=device)    # of the wire
+    return unit
+
+
 class MuonClip(torch.optim.Optimizer):
     """MuonClip(muon_params, adamw_params, lr=...): who gets which rule is said by the two lists and
     by nothing else. AdamW decays embeddings and head, and no vector or scalar.
@@ -176,13 +337,20 @@ class MuonClip(torch.optim.Optimizer):
     the sum form of the momentum, and its weight decay takes the learning rate unscaled.
     update_rms[p]: RMS of a matrix's last update, over lr, as a tensor. ValueError for a vector
     among muon_params, and for half precision: a bf16 weight swallows any update below its 512th
-    part."""
+    part.
+
+    Over many ranks, for DTensors placed by Shard and Replicate, all ranks of a mesh step together,
+    with the same skip, and Muon's step equals one process's bit by bit. chunk: of the largest
+    matrices, how many an owner does between two exchanges. A sharded matrix without a gradient has
+    gradient 0, as other ranks may have theirs. The maximum of max_logits over the mesh is taken
+    here. A plain tensor is one process's own business: its gradient, and max_logits if queries and
+    keys are plain, are for the caller to reduce."""
 
     def __init__(self, muon_params, adamw_params, *, lr: float, momentum: float = 0.95,
                  nesterov: bool = True, weight_decay: float = 0.1, betas=(0.9, 0.95),
                  eps: float = 1e-8, steps: int = 5, coefficients: str = "motif",
                  dtype: torch.dtype = torch.bfloat16, qk=(), kv_map=None,
-                 head_dim: int | None = None, tau: float = 100.0):
+                 head_dim: int | None = None, tau: float = 100.0, chunk: int = 1):
         muon, rest = list(muon_params), list(adamw_params)
         if any(p.ndim < 2 for p in muon):
             raise ValueError("Muon takes matrices; give vectors and scalars to adamw_params")
@@ -203,6 +371,12 @@ class MuonClip(torch.optim.Optimizer):
         self.update_rms: dict[Tensor, Tensor] = {}
         if self.qk:
             self.kv_map = torch.as_tensor(kv_map, device=self.qk[0][0].device)
+        self.unit_of: dict[Tensor, Unit] = {}            # of the matrices that others share
+        spread = [p for p in muon if hasattr(p, "placements") and p.device_mesh.size() > 1]
+        for mesh in dict.fromkeys(p.device_mesh for p in spread):
+            unit = unit_on(mesh, [p for p in spread if p.device_mesh == mesh], chunk,
+                           dtype)
+            self.unit_of.update(dict.fromkeys(unit.params, unit))
         for p in muon:
             self.state[p] = {"momentum": torch.zeros_like(local(p))}
         for p in rest:
@@ -223,11 +397,14 @@ class MuonClip(torch.optim.Optimizer):
         if skip is not None and max_logits is not None:
             max_logits = max_logits.masked_fill(skip, 0)
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+            params = [p for p in group["params"] if p.grad is not None or p in self.unit_of]
             if params:
                 (self._muon if group["kind"] == "muon" else self._adamw)(group, params, skip)
         if self.qk and self.tau and max_logits is not None:
-            gammas = [qk_clip(local(q), local(k), S, self.kv_map, self.head_dim, self.tau)
+            if unit := self.unit_of.get(self.qk[0][0]):
+                max_logits = torch.where(max_logits < torch.inf, max_logits, torch.inf)  # no NaN,
+                dist.all_reduce(max_logits, dist.ReduceOp.MAX, unit.group)  # which max may lose
+            gammas = [qk_clip(q, k, S, self.kv_map, self.head_dim, self.tau)
                       for (q, k), S in zip(self.qk, max_logits, strict=True)]
             self.clipped = (torch.stack(gammas) < 1).sum()
         return loss
@@ -238,26 +415,53 @@ class MuonClip(torch.optim.Optimizer):
         if skip is not None:
             lr, mu = lr.masked_fill(skip, 0), mu.masked_fill(skip, 1)
         decay = 1 - lr * group["weight_decay"]
-        updates = (self._momentum(group, p, mu, skip) for p in params)
-        for p, O in zip(params, self._orthogonalize(updates)):
-            scale = 0.2 * max(p.shape[-2:]) ** 0.5        # gives O the RMS of AdamW's update
-            update, W, rows = in_one_pass(apply_update, local(p), O)
-            norms = update(W, rows, decay, lr * scale)
-            self.update_rms[p] = torch.linalg.vector_norm(norms) * (scale / O.numel() ** 0.5)
+        alone = [p for p in params if p not in self.unit_of]
+        for unit in None, *dict.fromkeys(self.unit_of.values()):
+            params, rms = alone if unit is None else unit.params, []
+            updates = (self._momentum(group, p, mu, skip) for p in params)
+            for p, O in zip(params, self._orthogonalize(updates, unit)):
+                scale = 0.2 * max(p.shape[-2:]) ** 0.5    # gives O the RMS of AdamW's update
+                update, W, rows = in_one_pass(apply_update, local(p), O)
+                norms = update(W, rows, decay, lr * scale)
+                rms.append(torch.linalg.vector_norm(norms) * (scale / p.numel() ** 0.5))
+            if unit is not None:                         # each rank has its shards' part of it
+                rms = torch.stack(rms)
+                rms = rms.square_().div_(unit.copies)
+                dist.all_reduce(rms, group=unit.group)
+                rms.sqrt_()
+            self.update_rms.update(zip(params, rms))
 
     def _momentum(self, group, p, mu, skip) -> Tensor:
         """Adds the gradient to the momentum -> u, from which the update is made, in the dtype that
         it is orthogonalized in."""
-        add, M, G = in_one_pass(add_to_momentum, self.state[p]["momentum"],
-                                local(p.grad).contiguous())
-        u = add(M, G, mu, skip, group["nesterov"], self.newton_schulz["dtype"])
-        return u.view(p.grad.shape)
+        M = self.state[p]["momentum"]
+        G = torch.zeros_like(M) if p.grad is None else local(p.grad).contiguous()
+        add, rows, G = in_one_pass(add_to_momentum, M, G)
+        u = add(rows, G, mu, skip, group["nesterov"], self.newton_schulz["dtype"])
+        return u.view(M.shape)
 
-    def _orthogonalize(self, updates):
-        """Newton-Schulz of each update as it comes, in order. One process does whole matrices; over
-        many ranks this is where Parallel Muon deals them to their owners, chunk by chunk."""
-        for u in updates:
-            yield newton_schulz(u, **self.newton_schulz)
+    def _orthogonalize(self, updates, unit):
+        """Newton-Schulz of each update as it comes -> this rank's part of each result, in order.
+        One process does whole matrices. Over many ranks, chunk by chunk, two all-to-alls: shards of
+        u to the owners, who do whole matrices too, and of O back. They run beside the arithmetic:
+        the next chunk's shards leave before this one's Newton-Schulz, and this one's results go
+        home during the next one's."""
+        if unit is None:
+            yield from (newton_schulz(u, **self.newton_schulz) for u in updates)
+            return
+        chunks, back = unit.chunks, None
+        ahead = unit.send(chunks[0], updates)
+        for k, chunk in enumerate(chunks):
+            arriving = ahead
+            if k + 1 < len(chunks):
+                ahead = unit.send(chunks[k + 1], updates)
+            wholes = unit.wholes(chunk, *arriving)
+            del arriving
+            results = {i: newton_schulz(wholes.pop(i), **self.newton_schulz) for i in [*wholes]}
+            if back:
+                yield from unit.arrived(chunks[k - 1], *back)
+            back = unit.send_back(chunk, results)
+        yield from unit.arrived(chunks[-1], *back)
 
     def _adamw(self, group, params, skip) -> None:
         states, (beta1, beta2) = [self.state[p] for p in params], group["betas"]
@@ -313,18 +517,105 @@ def milliseconds(device: str, calls, seconds: float = 60, rounds: int = 21) -> l
     return [sorted(ms[2:]) for ms in times]              # the first two compile
 
 
+def plan_table(shapes, world: int, replicas: int = 1) -> str:
+    """What Parallel Muon does with these matrices: from the same arithmetic, on no device.
+    ValueError if the replicas do not divide the ranks."""
+    if world % replicas:
+        raise ValueError(f"{world} ranks are not {replicas} replicas of the same size")
+    unit = Unit(shapes, [(None, 0)] * len(shapes), (replicas, world // replicas))
+    loads = [[0] * world for _ in unit.chunks]
+    for load, chunk in zip(loads, unit.chunks):
+        for i in chunk:
+            load[unit.owner[i]] += flops(shapes[i])
+    busy, waits = max(map(sum, zip(*loads))), sum(map(max, loads))
+    total, P = sum(map(flops, shapes)), sum(map(math.prod, shapes))
+    sent, received = (max(way) for way in zip(*map(unit.traffic, range(world))))
+    GB, gathered = 2e-9, P * (1 - replicas / world)      # bf16
+    return f"""Parallel Muon over {replicas} x {world // replicas} ranks, simulated; most of a rank:
+  {len(shapes)} matrices of {P / 1e9:.3f}e9 elements, in {len(unit.chunks)} chunks
+  Newton-Schulz      {busy / 1e12:.1f} TFLOP of {total / 1e12:.1f}, max/mean {
+                      busy * world / total:.3f}, where ranks wait at each chunk {
+                      waits * world / total:.3f}
+  bf16 on the wire   {GB * sent:.2f} GB sent, {GB * received:.2f} GB received; {
+                      GB * gathered:.2f} GB where each gathers all
+  buffers            {GB * max(map(unit.peak, range(world))) * 1e3:,.0f} MB
+  for comparison, the report's: 216 ms, 3,904 MB"""
+
+
+def gather_all(optimizer: MuonClip, updates, unit):
+    """A plain _orthogonalize, to compare with: each rank gathers and does every matrix."""
+    from torch.distributed.tensor import DTensor
+    for p, u in zip(unit.params if unit else (), updates):
+        u = DTensor.from_local(u, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+        box = part(p.shape, p.device_mesh.shape, layout_of(p), p.device_mesh.get_coordinate())
+        yield newton_schulz(u.full_tensor(), **optimizer.newton_schulz)[box].contiguous()
+
+
+def time_parallel(shapes, replicas: int) -> None:
+    """Under torchrun: a step of the sharded matrices by Parallel Muon and by gather_all, which give
+    the same weights."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    W = dist.get_world_size()
+    mesh = dist.init_device_mesh(device, (replicas, W // replicas))
+    runs = []
+    for form in None, gather_all:
+        torch.manual_seed(0)
+        placed = dict(device_mesh=mesh, placements=[Replicate(), Shard(0)], src_data_rank=None)
+        params = [distribute_tensor(torch.randn(shape, device=device), **placed)
+                  for shape in shapes]
+        for p in params:
+            p.grad = p.clone()
+        runs.append((params, MuonClip(params, [], lr=1e-3)))
+    runs[1][1]._orthogonalize = functools.partial(gather_all, runs[1][1])
+
+    def together(step):
+        dist.barrier()
+        step()
+        dist.barrier()
+    ours, theirs = milliseconds(device, [functools.partial(together, o.step) for _, o in runs],
+                                math.inf, rounds=5)
+    same = torch.tensor([torch.equal(local(p), local(q)) for p, q in zip(runs[0][0], runs[1][0])],
+                        device=device).all().int()
+    dist.all_reduce(same, dist.ReduceOp.MIN)
+    if dist.get_rank() == 0:
+        print(f"a step of {len(shapes)} matrices over {W} ranks on {device}, ms (median, range)\n"
+              f"  Parallel Muon      {described(ours)}\n  all gather all     {described(theirs)}\n"
+              f"ratio {statistics.median(theirs) / statistics.median(ours):.2f}, "
+              f"the same weights: {bool(same)}", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def main() -> None:
-    from configurator import load
+    from configurator import Count, load, parse
     from model import Motif
     from pretrain import QUICKSTART, Config, shape_of
     from torch.optim._muon import _zeropower_via_newtonschulz as plain
-    c = load(Config, sys.argv[1:], default_file=QUICKSTART)
+    argv, own = [], {"--world": 0, "--replicas": 1}      # those two are not of the run
+    for word in sys.argv[1:]:
+        key, _, value = word.partition("=")
+        try:
+            own[key] = parse(Count, word) if key in own else argv.append(word)
+        except (TypeError, ValueError) as e:
+            raise SystemExit(f"{word}: {e}") from None
+    world, replicas = own["--world"], own["--replicas"]
+    c = load(Config, argv, default_file=QUICKSTART)
+    spread = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
         with torch.device("meta"):
             model = Motif(shape_of(c))
+        shapes = [p.shape for p in model.matrices().values()]
+        if spread:
+            return time_parallel(shapes, replicas)
+        print(describe_routing(model, for_model(model, lr=c.lr)))
+        if world:
+            return print(plan_table(shapes, world, replicas))
     except ValueError as e:
         raise SystemExit(str(e)) from None
-    print(describe_routing(model, for_model(model, lr=c.lr)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layer = [torch.randn(p.shape, device=device, requires_grad=True)
              for p in list(model.matrices().values())[:7]]
