@@ -7,6 +7,7 @@ from pretrain import Config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+NOT_OF_PRETRAIN = {"help", "key", "json", "nproc_per_node", "world"}
 
 
 def test_line_counts_are_those_of_the_files():
@@ -16,7 +17,7 @@ def test_line_counts_are_those_of_the_files():
 
 
 def test_options_and_files_that_it_names_exist():
-    options = set(re.findall(r"--(\w+)(?![\w-])", README)) - {"help", "key", "json"}
+    options = set(re.findall(r"--(\w+)(?![\w-])", README)) - NOT_OF_PRETRAIN
     assert "out_dir" in options and options <= {f.name for f in fields(Config)}
     named = set(re.findall(r"\b(?:config|tests|assets)/\w+\.\w+", README)) - {"config/X.py"}
     assert "config/quickstart.py" in named and all((ROOT / name).is_file() for name in named)
