@@ -9,11 +9,13 @@ Module and parameter names are those of the released checkpoints, so that a stat
 """
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,7 +24,7 @@ from kernels import wide
 
 ACTIVATIONS = {"poly_norm": "poly_norm", "swiglu": "silu"}  # ours -> hidden_act of config.json
 LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
-INDEX = "model.safetensors.index.json"                      # which file holds which tensor
+INDEX = ".safetensors.index.json"                           # which file holds which tensor
 
 
 @dataclass
@@ -262,10 +264,13 @@ class Motif(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Normal(0, 0.02) for matrices and embeddings [ours: unpublished], lambda vectors Normal(0,
-        0.1), norms 1, PolyNorm (1/3, 1/3, 1/3) and bias 0."""
+        0.1), norms 1, PolyNorm (1/3, 1/3, 1/3) and bias 0. Also what to_empty() took: the number of
+        each layer."""
+        for i, block in enumerate(self.model.layers):
+            block.self_attn.layer.fill_(i)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                module.weight.normal_(0, 0.02)
+                draw(module.weight, 0.02)
             elif isinstance(module, RMSNorm):
                 module.weight.fill_(1)
             elif isinstance(module, PolyNorm):
@@ -273,7 +278,7 @@ class Motif(nn.Module):
                 module.bias.zero_()
             elif isinstance(module, Attention) and module.noise_heads:
                 for name in LAMBDAS:
-                    getattr(module, name).normal_(0, 0.1)
+                    draw(getattr(module, name), 0.1)
 
     @property
     def head_weight(self) -> Tensor:
@@ -355,61 +360,109 @@ class Motif(nn.Module):
         """A model from a folder in the released layout: config.json and model.safetensors, or
         shards with an index. Each tensor keeps its stored dtype unless one is given. ValueError,
         one line, for a file missing or broken and a tensor missing, extra or misshapen."""
-        from safetensors import SafetensorError, safe_open
-        path = Path(path)
+        path, found = Path(path), {}
         config = MotifConfig.from_dict(read_json(path / "config.json"))
         with torch.device("meta"):
             model = cls(config)
-        expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        found, stored = {}, {}
-        for file in weight_files(path):
-            try:
-                with safe_open(file, framework="pt", device=str(device or "cpu")) as f:
-                    for name in f.keys():
-                        if name.endswith("rotary_emb.inv_freq"):
-                            continue
-                        stored[name] = tuple(f.get_slice(name).get_shape())
-                        if stored[name] == expected.get(name):
-                            found[name] = f.get_tensor(name).to(dtype)
-            except (OSError, SafetensorError) as e:
-                raise ValueError(f"{file}: cannot be read: {e}") from None
-        problems = [f"missing {n}" for n in expected if n not in stored]
-        problems += [f"extra {n}" for n in stored if n not in expected]
-        problems += [f"{n} is {stored[n]}, not {shape}" for n, shape in expected.items()
-                     if stored.get(n, shape) != shape]
-        if problems:
-            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-            raise ValueError(f"{path}: tensors do not fit config.json: "
-                             f"{'; '.join(problems[:4])}{more}")
+        shapes = {name: p.shape for name, p in model.state_dict().items()}
+        for name, get in stored_tensors(path, "model", shapes, device):
+            found[name] = get().to(dtype)
         model.load_state_dict(found, assign=True)
         return model.to(device or "cpu").requires_grad_()
 
     def save_pretrained(self, path, shard_bytes: int = 5 * 10**9) -> None:
-        """Write config.json and the tensors, in the model's own dtype, in the released layout; over
-        shard_bytes in several files and an index. FSDP2's shards are put together. If this fails,
-        the folder has no config.json."""
-        from safetensors.torch import save_file
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        for name in "config.json", INDEX:    # of an older model; its index would outlive it
-            (path / name).unlink(missing_ok=True)
-        shards, size = [{}], 0
-        for name, t in self.state_dict().items():
-            t = t.full_tensor() if hasattr(t, "full_tensor") else t
-            if shards[-1] and size + t.nbytes > shard_bytes:
-                shards, size = [*shards, {}], 0
-            shards[-1][name], size = t.contiguous(), size + t.nbytes
-        names = ["model.safetensors"] if len(shards) == 1 else [
-            f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        for name, shard in zip(names, shards):
-            save_file(shard, path / f"{name}.tmp", metadata={"format": "pt"})
-            os.replace(path / f"{name}.tmp", path / name)
-        index = {"metadata": {"total_size": sum(t.nbytes for s in shards for t in s.values())},
-                 "weight_map": {key: name for name, s in zip(names, shards) for key in s}}
-        texts = {INDEX: index} if len(shards) > 1 else {}
-        for name, value in {**texts, "config.json": self.config.to_dict()}.items():
-            (path / f"{name}.tmp").write_text(json.dumps(value, indent=2) + "\n")
-            os.replace(path / f"{name}.tmp", path / name)
+        """Write config.json and the tensors, in the model's own dtype, in the released layout, as
+        save_tensors does. If this fails, the folder has no config.json."""
+        path, first = Path(path), not dist.is_initialized() or dist.get_rank() == 0
+        if first:
+            (path / "config.json").unlink(missing_ok=True)
+        save_tensors(path, "model", self.state_dict(), shard_bytes)
+        if first:
+            write_json(path / "config.json", self.config.to_dict())
+
+
+def draw(p: Tensor, std: float) -> None:
+    """Normal(0, std) in place. FSDP2's shards are cut from the whole, so that they do not depend on
+    the number of ranks."""
+    if hasattr(p, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+        whole = torch.empty(p.shape, dtype=p.dtype, device=p.device).normal_(0, std)
+        p.copy_(distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None))
+    else:
+        p.normal_(0, std)
+
+
+# ---- files of tensors
+
+def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes: int) -> None:
+    """Write name -> tensor to path/<stem>.safetensors or, over shard_bytes, to several files and an
+    index. What FSDP2 shards is put together: all ranks call this, each writes some of the files,
+    and once all are through the folder is whole."""
+    from safetensors.torch import save_file
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    path.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        (path / (stem + INDEX)).unlink(missing_ok=True)  # of older files; it would outlive them
+    files, size, total = [[]], 0, 0
+    for name, t in tensors.items():
+        nbytes = t.numel() * t.element_size()
+        if files[-1] and size + nbytes > shard_bytes:
+            files, size = [*files, []], 0
+        files[-1].append(name)
+        size, total = size + nbytes, total + nbytes
+    file_names = [f"{stem}.safetensors"] if len(files) == 1 else [
+        f"{stem}-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    mine = {}                        # file -> its tensors; all gather before any writes, lest one
+    for i, names in enumerate(files):                    # that fails leaves the others waiting
+        for name in names:
+            t = tensors[name]
+            t = (t.full_tensor() if hasattr(t, "full_tensor") else t).contiguous()
+            if i % world == rank:
+                mine.setdefault(file_names[i], {})[name] = t.cpu() if world > 1 else t
+    for file, shard in mine.items():
+        save_file(shard, path / f"{file}.tmp", metadata={"format": "pt"})
+        os.replace(path / f"{file}.tmp", path / file)
+    if rank == 0 and len(files) > 1:
+        write_json(path / (stem + INDEX), {"metadata": {"total_size": total}, "weight_map": {
+            name: file for file, names in zip(file_names, files) for name in names}})
+
+
+def stored_tensors(path: Path, stem: str, shapes: dict[str, tuple], device=None):
+    """What save_tensors wrote, if it has just these names and shapes: name and a function for each,
+    which reads the tensor or, given slices, that part of it alone. ValueError, one line, for a file
+    missing or broken and a tensor missing, extra or misshapen."""
+    from safetensors import SafetensorError, safe_open
+    holder, stored = {}, {}
+    with ExitStack() as files:
+        for file in tensor_files(path, stem):
+            try:
+                f = files.enter_context(safe_open(file, "pt", device=str(device or "cpu")))
+            except (OSError, SafetensorError) as e:
+                raise ValueError(f"{file}: cannot be read: {e}") from None
+            for name in f.keys():
+                if not name.endswith("rotary_emb.inv_freq"):
+                    holder[name], stored[name] = f, tuple(f.get_slice(name).get_shape())
+        problems = [f"missing {n}" for n in shapes if n not in stored]
+        problems += [f"extra {n}" for n in stored if n not in shapes]
+        problems += [f"{n} is {stored[n]}, not {tuple(shape)}" for n, shape in shapes.items()
+                     if stored.get(n, shape) != tuple(shape)]
+        if problems:
+            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+            raise ValueError(f"{path}: tensors do not fit: {'; '.join(problems[:4])}{more}")
+        for name, f in holder.items():
+            yield name, lambda *box, f=f, name=name: (
+                f.get_slice(name)[box] if box else f.get_tensor(name))
+
+
+def tensor_files(path: Path, stem: str) -> list[Path]:
+    """The safetensors files of that name in a folder; ValueError if it has none or lacks one."""
+    names, index = [f"{stem}.safetensors"], path / (stem + INDEX)
+    if index.exists():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    for name in names:
+        if not (path / name).exists():
+            raise ValueError(f"{path}: {name} is missing")
+    return [path / name for name in names]
 
 
 def read_json(file: Path) -> dict:
@@ -425,15 +478,9 @@ def read_json(file: Path) -> dict:
     return found
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a model folder; ValueError if it has none or lacks one."""
-    names = ["model.safetensors"]
-    if (path / INDEX).exists():
-        names = sorted(set(read_json(path / INDEX).get("weight_map", {}).values()))
-    for name in names:
-        if not (path / name).exists():
-            raise ValueError(f"{path}: {name} is missing")
-    return [path / name for name in names]
+def write_json(file: Path, value: dict) -> None:
+    file.with_suffix(".tmp").write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(file.with_suffix(".tmp"), file)
 
 
 # ---- what a shape costs

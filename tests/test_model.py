@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import reference
-from model import INDEX, Motif, MotifConfig, flops_per_token, memory_per_gpu, parameters_by_part
+from model import Motif, MotifConfig, flops_per_token, memory_per_gpu, parameters_by_part
 
 BASE = MotifConfig(vocab_size=29, hidden_size=20, intermediate_size=28, num_hidden_layers=3,
                    num_attention_heads=10, num_key_value_heads=4, num_noise_heads=2, head_dim=6,
@@ -202,7 +202,7 @@ def test_a_saved_model_comes_back_bitwise_in_its_own_dtypes(tmp_path, shard_byte
         assert index["metadata"]["total_size"] == sum(p.nbytes for p in again.parameters())
 
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
 
 
@@ -226,8 +226,8 @@ def rewrite(folder, change):
     (lambda f: (f / INDEX).write_text("x"), "index.json: not JSON: "),
     (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]),
      "model.safetensors: cannot be read: "),
-    (lambda f: rewrite(f, lambda t: t.pop(NORM)), f"do not fit config.json: missing {NORM}$"),
-    (lambda f: rewrite(f, lambda t: t.update(x=torch.ones(1))), "do not fit config.json: extra x$"),
+    (lambda f: rewrite(f, lambda t: t.pop(NORM)), f"do not fit: missing {NORM}$"),
+    (lambda f: rewrite(f, lambda t: t.update(x=torch.ones(1))), "do not fit: extra x$"),
     (lambda f: rewrite(f, lambda t: t.update({NORM: torch.ones(3), HEAD: torch.ones(29)})),
      rf": {NORM} is \(3,\), not \(20,\); {HEAD} is \(29,\), not \(29, 20\)$"),
     (lambda f: rewrite(f, lambda t: [t.pop(name) for name in sorted(t)[:7]]), " and 3 more$"),
