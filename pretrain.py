@@ -1,6 +1,6 @@
 """Pre-training: `python pretrain.py config/X.py --key=value` trains a Motif from nothing, or goes
-on from the last checkpoint in out_dir. Without a config file it is the quick start. The knobs are
-first, the loop is last.
+on from the last checkpoint in out_dir; under torchrun, over many GPUs or processes. Without a
+config file it is the quick start. The knobs are first, the loop is last.
 
     out_dir/step_N/        model in the released layout, optimizer state, state.json: all of resume
     out_dir/metrics.jsonl  a line per logged step and per evaluation; loss.png draws them
@@ -8,6 +8,7 @@ first, the loop is last.
     out_dir/log.txt        what was printed
 """
 import atexit
+import functools
 import json
 import math
 import os
@@ -17,22 +18,26 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 import configurator
 import data
 import muonclip
 from configurator import Count, Fraction, NonNegative, Size
-from model import Linear, Motif, MotifConfig, cost_table, flops_per_token
+from model import (INDEX, Linear, Motif, MotifConfig, cost_table, flops_per_token, read_json,
+                   save_tensors, stored_tensors, tensor_files, write_json)
 from muonclip import local
 
 QUICKSTART = str(Path(__file__).parent / "config" / "quickstart.py")
+RANK, LOCAL_RANK = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK"))  # by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 @dataclass
@@ -45,9 +50,13 @@ class Config(MotifConfig):
     compile: bool | None = None     # torch.compile the blocks; None: on CUDA
     recompute: Size = 0             # blocks whose forward runs again in the backward pass, the
                                     # first ones: less memory, a third more FLOPs for each
+    replicas: Count = 1             # copies of the model among the ranks of torchrun; each copy is
+                                    # sharded over the others
+    timeout: Count = 600            # seconds that a rank waits for another before the run ends
     seed: int = 1337                # of the initial weights and of the order of the data
     resume: str = "auto"            # auto: the newest checkpoint in out_dir; no; or a path
     dry_run: bool = False           # print size, plan and memory, and open nothing
+    export: str | None = None       # write a checkpoint's model in bf16 into this folder, and end
     # length and schedule; tokens seen are the clock
     max_steps: Count | None = None  # optimizer steps; the run ends here or at max_tokens
     max_tokens: Count | None = None  # tokens of the whole run; set one of the two, or both
@@ -118,18 +127,98 @@ def lr_at(c: Config, plan: data.Plan, step: int) -> float:
                    "inverse_sqrt": (1 + x * (max(m, 1e-3)**-2 - 1))**-0.5}[c.decay]
 
 
+# ---- ranks
+
+def join(c: Config, device: torch.device) -> None:
+    """Meet the other ranks of torchrun: on gloo and, for what is on GPUs, NCCL. ValueError if they
+    cannot be `replicas` copies."""
+    if WORLD % c.replicas:
+        raise ValueError(f"{WORLD} ranks cannot be replicas={c.replicas} copies of the same size")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    limit = timedelta(seconds=c.timeout)
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=limit)
+    elif uses_fsdp(c, device) and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit,
+                                store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(dist.destroy_process_group)
+
+
+@functools.cache
+def patient():
+    """The ranks again, for what may take its time: preparing data, writing a checkpoint."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=30))
+
+
+def tell(value) -> list:
+    """The values of all ranks, on all of them."""
+    values = [value]
+    if WORLD > 1:
+        dist.all_gather_object(values := [None] * WORLD, value, group=patient())
+    return values
+
+
+def together(call, *args):
+    """call(*args) on every rank -> its result; an OSError or ValueError of one is raised on all."""
+    result = error = None
+    try:
+        result = call(*args)
+    except (OSError, ValueError) as e:
+        error = e
+    for error in tell(error):
+        if error is not None:
+            raise error
+    return result
+
+
+def add_up(t: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks, in place."""
+    if WORLD > 1:
+        dist.all_reduce(t)
+    return t
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is set on one of the ranks: of the hosts, which wait for no device."""
+    flag = torch.tensor(flag, dtype=torch.int32)
+    if WORLD > 1:
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def padded(rows: torch.Tensor, own: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (R, T + 1) -> ids and targets (n, T). All ranks must pass the model equally often; so of
+    the first `own` rows each counts, and the first one fills the rest with targets that do not."""
+    rows = torch.cat([rows[:own], rows[:1].expand(n - own, -1)])
+    ids, targets = rows[:, :-1], rows[:, 1:].clone()
+    targets[own:] = -1
+    return ids, targets
+
+
+def share_of(rows: int) -> tuple[int, int, int]:
+    """Of so many rows: the first that this rank reads, one in WORLD, how many of them are its own,
+    and the number to which all ranks pad theirs."""
+    return RANK % rows, len(range(RANK, rows, WORLD)), -(-rows // WORLD)
+
+
 # ---- log
 
 class Log:
     """Prints, and writes log.txt, metrics.jsonl and samples.txt in a folder, from a checkpoint on:
-    what a run that was cut left of later steps is dropped, and so is a torn last line."""
+    what a run that was cut left of later steps is dropped, and so is a torn last line. Of many
+    ranks the first does."""
 
     def __init__(self, out: Path, start: tuple | None, c: Config):
         self.out, self.metrics, self.wandb = out, out / "metrics.jsonl", None
-        step = start[1]["step"] if start else -1
+        self.evaluated = tell(self._begin(start, c) if RANK == 0 else None)[0]
+
+    def _begin(self, start: tuple | None, c: Config) -> int:
+        """The step of the last evaluation."""
+        out, step = self.out, start[1]["step"] if start else -1
         kept = [m for m in read_metrics(out) if m["step"] <= step]
         replace_text(self.metrics, "".join(json.dumps(m) + "\n" for m in kept))
-        self.evaluated = max([m["step"] for m in kept if "val_loss" in m], default=-1)
         samples = (out / "samples.txt").read_text() if (out / "samples.txt").exists() else ""
         later = (m for m in re.finditer(r"^=== step (\d+)", samples, re.M) if int(m[1]) > step)
         replace_text(out / "samples.txt", samples[:next((m.start() for m in later), None)])
@@ -139,22 +228,26 @@ class Log:
             except ImportError:
                 raise SystemExit("--wandb needs: pip install wandb") from None
             self.wandb = wandb.init(project=c.wandb, name=str(out), config=asdict(c), dir=out)
+        return max([m["step"] for m in kept if "val_loss" in m], default=-1)
+
+    def _append(self, name: str, text: str) -> None:
+        if RANK == 0:
+            with (self.out / name).open("a") as f:
+                f.write(text)
 
     def sample(self, text: str) -> None:
-        with (self.out / "samples.txt").open("a") as f:
-            f.write(text)
+        self._append("samples.txt", text)
 
     def say(self, text: str) -> None:
-        print(text, flush=True)
-        with (self.out / "log.txt").open("a") as f:
-            f.write(text + "\n")
+        if RANK == 0:
+            print(text, flush=True)
+        self._append("log.txt", text + "\n")
 
     def metric(self, **values) -> None:
         """A line of JSON, in which there is no NaN: null stands for it."""
         values = {key: None if isinstance(x, float) and not math.isfinite(x) else x
                   for key, x in values.items()}
-        with self.metrics.open("a") as f:
-            f.write(json.dumps(values) + "\n")
+        self._append("metrics.jsonl", json.dumps(values) + "\n")
         if self.wandb:
             self.wandb.log(values, step=values["step"])
 
@@ -210,37 +303,57 @@ def draw(out: Path) -> None:
 
 # ---- checkpoints
 
-OPTIMIZER_FILE = Path("optimizer") / "state.safetensors"
+SHARD_BYTES = 5 * 10**9          # of the largest file of a checkpoint, or one tensor
 
 
 def save_checkpoint(out: Path, step: int, model: Motif, optimizer, state: dict, c: Config) -> None:
     """Write out/step_N: whole or, whatever happens, not there; then drop old ones. No random state
-    is kept, as no step draws any: the data follow from the step. OSError if it cannot write."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    is kept, as no step draws any: the data follow from the step. OSError if it cannot write. Each
+    tensor is whole in one file, whatever the number of ranks, so that the folder is a model in the
+    released layout and any number of ranks can go on from it."""
     folder, temporary = out / f"step_{step}", out / f"step_{step}.tmp"
-    for cut in out.glob("step_*.tmp"):
-        shutil.rmtree(cut)
-    try:
-        model.save_pretrained(temporary)
-        (temporary / "optimizer").mkdir()
-        save_file(optimizer_tensors(model, optimizer), temporary / OPTIMIZER_FILE)
+
+    def clear():
+        for cut in out.glob("step_*.tmp") if RANK == 0 else ():
+            shutil.rmtree(cut)
+
+    def write():
+        model.save_pretrained(temporary, SHARD_BYTES)
+        save_tensors(temporary / "optimizer", "state", optimizer_tensors(model, optimizer),
+                     SHARD_BYTES)
+
+    def finish():
         files = {str(f.relative_to(temporary)): f.stat().st_size
                  for f in temporary.rglob("*") if f.is_file()}
-        state = {"step": step, **state, "config": asdict(c), "files": files,
+        whole = {"step": step, **state, "config": asdict(c), "files": files,
                  "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
-        (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+        (temporary / "state.json").write_text(json.dumps(whole, indent=1) + "\n")
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
         shutil.rmtree(folder, ignore_errors=True)  # torn, or else the run would have begun there
         os.replace(temporary, folder)
         sync(out)
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    try:
+        together(clear)
+        together(reporting, write)
+        together(finish if RANK == 0 else int)
+    except OSError as e:
+        if RANK == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"checkpoint {folder} could not be written: {e}") from None
-    for old in sorted(s for s in steps_in(out) if s <= step)[:-c.keep_last]:
+    for old in sorted(s for s in steps_in(out) if s <= step)[:-c.keep_last] if RANK == 0 else ():
         if not c.keep_every or old % c.keep_every:
             shutil.rmtree(out / f"step_{old}")
+
+
+def reporting(write) -> None:
+    """write(), with safetensors' own error as the OSError that it is."""
+    from safetensors import SafetensorError
+    try:
+        write()
+    except SafetensorError as e:
+        raise OSError(str(e)) from None
 
 
 def sync(path: Path) -> None:
@@ -300,40 +413,78 @@ def check_fits(folder: Path, state: dict, c: Config, plan: data.Plan) -> None:
                              f"{theirs}, or another --out_dir for a new run")
 
 
+@torch.no_grad()
 def load_checkpoint(folder: Path, model: Motif, optimizer) -> None:
-    """Copy a checkpoint's weights and optimizer state in place. ValueError for a damaged file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    stored = Motif.from_pretrained(folder).state_dict()
-    for name, tensor in model.state_dict().items():
-        local(tensor).copy_(stored[name])
-    try:
-        tensors = load_file(folder / OPTIMIZER_FILE)
-        for name, tensor in optimizer_tensors(model, optimizer).items():
-            tensor.copy_(tensors[name])
-    except (SafetensorError, KeyError, RuntimeError) as e:
-        raise ValueError(f"{folder / OPTIMIZER_FILE} is damaged: {data.one_line(e)}; delete "
-                         f"{folder} to go on from the checkpoint before") from None
+    """Copy a checkpoint's weights and optimizer state in place; each rank reads its shards alone.
+    ValueError for a damaged file."""
+    for path, stem, ours in ((folder, "model", model.state_dict()), (
+            folder / "optimizer", "state", optimizer_tensors(model, optimizer))):
+        try:
+            for name, get in stored_tensors(path, stem, {n: t.shape for n, t in ours.items()}):
+                t, box = ours[name], ()
+                if hasattr(t, "placements"):
+                    mesh = t.device_mesh
+                    box = muonclip.part(t.shape, mesh.shape, muonclip.layout_of(t),
+                                        mesh.get_coordinate())
+                if local(t).numel():
+                    local(t).copy_(get(*box))
+        except ValueError as e:
+            raise ValueError(f"{e}; delete {folder} to go on from the checkpoint before") from None
 
 
 def optimizer_tensors(model: Motif, optimizer) -> dict[str, torch.Tensor]:
-    """"<parameter>.<state>" -> the tensor itself."""
-    return {f"{name}.{key}": value for name, p in model.named_parameters()
-            for key, value in optimizer.state[p].items()}
+    """"<parameter>.<state>" -> the tensor itself, of a parameter that FSDP2 shards as a shard."""
+    found = {}
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state[p].items():
+            if hasattr(p, "placements") and value.ndim:
+                value = type(p.data).from_local(value, p.device_mesh, p.placements,
+                                                shape=p.shape, stride=p.stride())
+            found[f"{name}.{key}"] = value
+    return found
+
+
+def export(folder: Path, to: Path) -> None:
+    """Write a checkpoint's model, cast to bf16, in the released layout, file by file. ValueError if
+    `to` is there already or the checkpoint is damaged."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    if to.exists():
+        raise ValueError(f"{to} is there already; delete it or give another --export")
+    temporary, total = to.with_name(to.name + ".tmp"), 0
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for file in tensor_files(folder, "model"):
+        with safe_open(file, "pt") as f:
+            tensors = {name: f.get_tensor(name).bfloat16() for name in f.keys()}
+        save_file(tensors, temporary / file.name, metadata={"format": "pt"})
+        total += sum(t.nbytes for t in tensors.values())
+        print(f"{to}/{file.name}: {len(tensors)} tensors", flush=True)
+    config = read_json(folder / "config.json") | {"torch_dtype": "bfloat16"}
+    write_json(temporary / "config.json", config)
+    index = f"model{INDEX}"
+    if (folder / index).exists():
+        write_json(temporary / index, read_json(folder / index) | {
+            "metadata": {"total_size": total}})
+    os.replace(temporary, to)
 
 
 # ---- one step, one evaluation
 
-def forward_backward(model: Motif, rows: torch.Tensor, micro: int, count: int):
-    """Accumulate the gradient of the mean loss over `count` tokens, `micro` of the rows (R, T + 1)
-    at a time -> these rows' part of that loss, largest logits (layers, heads)."""
-    loss, largest, parts = torch.zeros((), device=rows.device), None, rows.split(micro)
-    for part in parts:
-        if hasattr(model, "reshard"):   # FSDP2: one rank casts its weights once a step, and shards
-            last = part is parts[-1]    # whole gradients when they are complete
-            model.set_reshard_after_backward(last)
-            model.set_requires_gradient_sync(last)
-        part_loss = model(part[:, :-1], part[:, 1:], reduction="sum", scale=1 / count)
+def forward_backward(model: Motif, batch: tuple, micro: int, count: int):
+    """Accumulate the gradient of the mean loss over `count` tokens, `micro` rows of the batch, ids
+    and targets (R, T), at a time -> these rows' part of that loss, largest logits (layers, heads).
+    Of many ranks each has its rows; `count` is of all."""
+    loss, largest = torch.zeros((), device=batch[0].device), None
+    parts = [*zip(*(t.split(micro) for t in batch))]
+    for i, part in enumerate(parts):
+        if hasattr(model, "reshard"):                   # FSDP2
+            last = i == len(parts) - 1
+            model.set_requires_all_reduce(last)         # of replicas
+            if WORLD == 1:                              # casts its weights once a step, and shards
+                model.set_reshard_after_backward(last)  # whole gradients when they are complete
+                model.set_requires_gradient_sync(last)
+        part_loss = model(*part, reduction="sum", scale=1 / count)
         part_loss.backward()
         loss += part_loss.detach()
         largest = (model.max_logits if largest is None
@@ -341,23 +492,32 @@ def forward_backward(model: Motif, rows: torch.Tensor, micro: int, count: int):
     return loss, largest
 
 
-def clip_gradient(model: Motif, largest: float) -> torch.Tensor:
-    """Scale the whole gradient to a norm of at most `largest` (0: leave it) -> its norm before."""
-    grads = [local(p.grad) for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
+def reduce_and_clip(model: Motif, loss: torch.Tensor, largest: float, replicas: int):
+    """Sum over the ranks the loss and what FSDP2 leaves to us, the gradients of vectors; then scale
+    the whole gradient to a norm of at most `largest` (0: leave it) -> loss, norm before."""
+    with_grad = [p for p in model.parameters() if p.grad is not None]
+    matrices = [local(p.grad) for p in with_grad if p.ndim > 1]
+    vectors = [p.grad for p in with_grad if p.ndim < 2]
+    if WORLD > 1:
+        flat = add_up(torch.cat([g.flatten() for g in vectors])).split([g.numel() for g in vectors])
+        torch._foreach_copy_(vectors, [f.view_as(g) for f, g in zip(flat, vectors)])
+    norm = torch.nn.utils.get_total_norm
+    loss, squares = add_up(torch.stack([loss, norm(matrices).square() / replicas]))
+    total = (squares + norm(vectors).square()).sqrt()
     if largest:
-        torch._foreach_mul_(grads, (largest / (norm + 1e-6)).clamp(max=1))
-    return norm
+        torch._foreach_mul_(matrices + vectors, (largest / (total + 1e-6)).clamp(max=1))
+    return loss, total
 
 
-def train_step(model: Motif, optimizer, rows: np.ndarray, micro: int, lr: float, grad_clip: float):
-    """One update from rows (R, T + 1), unless loss or gradient is not finite -> loss, norm of the
-    gradient, largest logits, whether there was no update: tensors for which the host does not
-    wait, so that it is free to launch the next step."""
-    device, rows = model.head_weight.device, torch.from_numpy(rows)
-    rows = (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
-    loss, largest = forward_backward(model, rows, micro, rows[:, 1:].numel())
-    norm = clip_gradient(model, grad_clip)
+def train_step(model: Motif, optimizer, batch: tuple, micro: int, count: int, lr: float, c: Config):
+    """One update from a batch, as forward_backward takes it, on the host, unless loss or gradient
+    is not finite -> loss, norm of the gradient, largest logits, whether there was no update:
+    tensors for which the host does not wait, so that it is free to launch the next step."""
+    device = model.head_weight.device
+    batch = tuple((t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
+                  for t in batch)
+    loss, largest = forward_backward(model, batch, micro, count)
+    loss, norm = reduce_and_clip(model, loss, c.grad_clip, c.replicas)
     skip = ~torch.isfinite(loss + norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -391,13 +551,16 @@ class Skips:
 def evaluate(model: Motif, held_out: dict[str, torch.Tensor], micro_tokens: int,
              length: torch.Tensor) -> dict:
     """Loss in nats per token and bits per byte of held-out rows (R, T + 1), over all and by domain;
-    length (n_vocab,): bytes of each token."""
-    nats, tokens, size = {}, {}, {}
-    for name, rows in held_out.items():
-        nats[name] = 0.0
-        for part in rows.split(max(1, micro_tokens // rows.shape[1])):
-            nats[name] += model(part[:, :-1], part[:, 1:], reduction="sum").item()
+    length (n_vocab,): bytes of each token. The ranks share the rows."""
+    tokens, size = {}, {}
+    sums = torch.zeros(len(held_out), dtype=torch.float64, device=length.device)
+    for i, (name, rows) in enumerate(held_out.items()):
+        first, own, n = share_of(len(rows))
+        batch = padded(rows[first::WORLD], own, n)
+        for part in zip(*(t.split(max(1, micro_tokens // rows.shape[1])) for t in batch)):
+            sums[i] += model(*part, reduction="sum")
         tokens[name], size[name] = rows[:, 1:].numel(), length[rows[:, 1:]].sum().item()
+    nats = dict(zip(held_out, add_up(sums).tolist()))
     return {"val_loss": sum(nats.values()) / sum(tokens.values()),
             "val_bpb": sum(nats.values()) / math.log(2) / sum(size.values()),
             "val_loss_by_domain": {n: nats[n] / tokens[n] for n in nats},
@@ -416,7 +579,8 @@ def layer_figures(model: Motif, optimizer) -> list[dict]:
         if act is not None:
             layer["polynorm"] = [*act.weight.tolist(), *act.bias.tolist()]
         for name, weight in ("q", attention.q_proj.weight), ("k", attention.k_proj.weight):
-            heads = local(weight).unflatten(0, (-1, attention.head_dim))
+            weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+            heads = weight.unflatten(0, (-1, attention.head_dim))
             layer[f"{name}_norm"] = torch.linalg.matrix_norm(heads).tolist()
         layer["update_rms"] = [optimizer.update_rms[p].item() for p in block.parameters()
                                if p in optimizer.update_rms]
@@ -496,7 +660,8 @@ def stop_signals() -> list[float]:
         if got:
             os._exit(128 + number)
         got.append(time.monotonic())
-        os.write(1, b"stopping after this step; once more to stop at once\n")  # print may be busy
+        if RANK == 0:                               # print may be busy
+            os.write(1, b"stopping after this step; once more to stop at once\n")
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)
@@ -504,10 +669,11 @@ def stop_signals() -> list[float]:
 
 
 def device_of(c: Config) -> torch.device:
-    """ValueError for a device that is not there."""
+    """One of its own for each rank of a machine. ValueError for a device that is not there."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
+    name = auto if c.device == "auto" else c.device
     try:
-        return torch.empty(1, device=auto if c.device == "auto" else c.device).device
+        return torch.empty(1, device=f"cuda:{LOCAL_RANK}" if name == "cuda" else name).device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device={c.device}: {str(e).splitlines()[0]}") from None
 
@@ -537,45 +703,58 @@ def check_fp8(c: Config, plan: data.Plan, device: torch.device) -> None:
 
 
 def uses_fsdp(c: Config, device: torch.device) -> bool:
-    """Only fp32 on a CPU goes without."""
-    return device.type == "cuda" or precision_of(c, device) != "fp32"
+    """Only fp32 in one process on a CPU goes without."""
+    return WORLD > 1 or device.type == "cuda" or precision_of(c, device) != "fp32"
 
 
-def parallelize(model: Motif, c: Config, device: torch.device) -> None:
-    """Make a model that is on its device ready for training, in place: blocks recomputed in the
-    backward pass, compiled, then FSDP2, of one rank so far.
+def build(c: Config, device: torch.device) -> Motif:
+    """A model ready for training, with its first weights, which are the same over any number of
+    ranks: blocks recomputed in the backward pass, compiled, sharded by FSDP2, and only then given
+    memory.
 
     FSDP2 keeps matrices and their gradients as fp32 DTensors and puts copies in the precision of
-    products in their place while a step runs. Vectors and scalars, a 35,000th of the 12.7B model,
-    are left out: they stay fp32 tensors, so that lambda, norms and PolyNorm are computed in fp32,
-    which a policy of their own would do with three more groups in each block. (Over several ranks
-    it is then for us to add up their gradients.)"""
+    products in their place while a block runs. Vectors and scalars, a 35,000th of the 12.7B model,
+    are left out: they stay fp32 tensors on every rank, so that lambda, norms and PolyNorm are
+    computed in fp32, which a policy of their own would do with three more groups in each block. It
+    is then for us to add up their gradients."""
+    with torch.device("meta"):
+        model = Motif(shape_of(c))
     for i, block in enumerate(model.model.layers):
         for module in block.modules():
             if isinstance(module, Linear):
                 module.fp8 = precision_of(c, device) == "fp8"
         if i < c.recompute:                         # nothing in a block is random
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False,
-                                    preserve_rng_state=False)
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
+                                              preserve_rng_state=False)
         if c.compile or c.compile is None and device.type == "cuda":
             torch._dynamo.config.recompile_limit = 64    # graphs: one for each shape of a run
             block.forward = torch.compile(block.forward, dynamic=False)
-    if not uses_fsdp(c, device):
-        return
-    import torch.distributed as dist
+    if uses_fsdp(c, device):
+        shard(model, c, device)
+    model.to_empty(device=device)
+    torch.manual_seed(c.seed)
+    model.init_weights()
+    return model
+
+
+def shard(model: Motif, c: Config, device: torch.device) -> None:
+    """FSDP2 on each block, and on embedding and head together. Gradients are summed, as the loss is
+    over the tokens of all ranks, in fp32 (with FP8 in bf16, as the report has it); one rank keeps
+    its bf16 copies through a step."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                store=dist.HashStore(), rank=0, world_size=1)
-        atexit.register(dist.destroy_process_group)
     model.compute_dtype = COMPUTE[precision_of(c, device)]
-    policy = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
+    low = WORLD > 1 and precision_of(c, device) == "fp8"
+    policy = MixedPrecisionPolicy(model.compute_dtype, torch.bfloat16 if low else torch.float32,
+                                  cast_forward_inputs=False)
+    sizes = (c.replicas, WORLD // c.replicas) if c.replicas > 1 else (WORLD,)
+    mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("copy", "shard")[-len(sizes):])
     vectors = {p for p in model.parameters() if p.ndim < 2}
-    for module in [*model.model.layers, model]:     # the last: embedding and head
-        fully_shard(module, mesh=dist.init_device_mesh(device.type, (1,)), mp_policy=policy,
-                    reshard_after_forward=False, ignored_params=vectors)
+    for module in [*model.model.layers, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=vectors,
+                    reshard_after_forward=WORLD > 1 and module is not model)
+        if WORLD > 1:
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)    # gloo has no other
 
 
 def reshard(model: Motif) -> None:
@@ -605,7 +784,8 @@ def check_writable(out: Path) -> None:
 def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer, tokenizer,
           start: tuple | None) -> None:
     """The loop, from `start` = (checkpoint, its state) or from step 0 to the end of the stream's
-    plan. A stream has plan, batch(step) and fingerprint(); held_out: name -> rows (R, T + 1)."""
+    plan. A stream has plan, batch(step, rank, world) and fingerprint(); held_out: name -> rows (R,
+    T + 1)."""
     plan, device = stream.plan, model.head_weight.device
     step = begun = start[1]["step"] if start else 0
     skips = Skips(start[1]["skipped"] if start else 0)
@@ -613,7 +793,8 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
     length = torch.from_numpy(data.token_bytes(tokenizer)).to(device)
     peak, log = peak_flops(device), Log(out, start, c)
     n = sum(p.numel() for p in model.parameters())
-    log.say(f"{n:,d} parameters on {device} in {precision_of(c, device)}; {plan.steps:,d} steps, "
+    where = f"{device} and {WORLD - 1} more" if WORLD > 1 else device
+    log.say(f"{n:,d} parameters on {where} in {precision_of(c, device)}; {plan.steps:,d} steps, "
             f"{plan.tokens[-1]:,d} tokens\n{muonclip.describe_routing(model, optimizer)}")
     if start:
         log.say(f"resumed from {start[0]} at step {step}")
@@ -630,7 +811,7 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
     timer, timed = time.perf_counter(), step        # when and where the last line was logged
     while True:
         done = step == plan.steps
-        stop = done or bool(signals)
+        stop = any_of(done or bool(signals))
         evaluating = log.evaluated < step and is_due(step, c.eval_every, done)
         saving = step > begun and is_due(step, c.save_every, stop)
         if evaluating or saving or stop:
@@ -639,9 +820,9 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
         if evaluating:
             with torch.compiler.set_stance("force_eager"):  # one shape more, and training's graphs
                 result = evaluate(model, held_out, c.micro_tokens, length)      # become dynamic
-                log.sample(f"=== step {step}, validation loss {result['val_loss']:.4f}\n"
-                           + sample(model, tokenizer, c))
+                text = sample(model, tokenizer, c)
             reshard(model)
+            log.sample(f"=== step {step}, validation loss {result['val_loss']:.4f}\n{text}")
             log.metric(step=step, tokens=plan.tokens[step], **result,
                        layers=layer_figures(model, optimizer))
             log.say(validation_line(step, plan.steps, result))
@@ -651,19 +832,21 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
                 save_checkpoint(out, step, model, optimizer, state, c)
             except OSError as e:
                 raise SystemExit(f"{e}; {last_good(out)}") from None
-        if saving or stop:
+        if (saving or stop) and RANK == 0:
             draw(out)
         if stop:
             break
         timer += time.perf_counter() - aside
 
+        T, lr = plan.seq_len[step], lr_at(c, plan, step)
+        first, own, n = share_of(plan.rows[step])
         try:
-            rows = stream.batch(step)
+            rows = torch.from_numpy(stream.batch(step, first, WORLD))
         except ValueError as e:                      # a damaged shard
             raise SystemExit(str(e)) from None
-        T, lr = plan.seq_len[step], lr_at(c, plan, step)
-        loss, norm, largest, skip = train_step(model, optimizer, rows, max(1, c.micro_tokens // T),
-                                               lr, c.grad_clip)
+        loss, norm, largest, skip = train_step(
+            model, optimizer, padded(rows, own, n), max(1, c.micro_tokens // T),
+            plan.rows[step] * T, lr, c)
         skips.unread.append(skip)
         if step == begun:              # before, there was nothing to save, and a signal to the
             signals = stop_signals()   # compilers among our processes would leave us waiting
@@ -671,6 +854,8 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
 
         if is_due(step, c.log_every, step in (1, plan.steps)):
             skips.read(step, c, log)
+            if WORLD > 1:
+                dist.all_reduce(largest, dist.ReduceOp.MAX)
             now, figures = time.perf_counter(), dict(
                 step=step, tokens=plan.tokens[step], loss=loss.item(), lr=lr, grad_norm=norm.item(),
                 max_logit=largest.max().item(), heads_clipped=int(optimizer.clipped or 0),
@@ -679,7 +864,7 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
             flops = sum(flops_per_token(model.config, T)) * speed
             figures.update(ms=1000 * (now - timer) / (step - timed), tok_per_s=speed,
                            optimizer_ms=events[0].elapsed_time(events[1]) if events else None,
-                           mfu=flops / peak if peak else None)
+                           mfu=flops / peak / WORLD if peak else None)
             log.metric(**figures)
             log.say(training_line(plan, **figures))
             timer, timed = now, step
@@ -689,56 +874,92 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
             f"{samples}")
 
 
+def set_up(c: Config, out: Path):
+    """What train takes, checked and built; ValueError for what cannot be, on all ranks alike."""
+    plan = plan_of(c)
+    shape_of(c).check()
+    if RANK == 0:
+        check_writable(out)
+    device = device_of(c)
+    check_fp8(c, plan, device)
+    tokenizer = data.load_tokenizer(c.tokenizer)
+    if tokenizer.n_vocab > c.vocab_size:
+        raise ValueError(f"tokenizer {c.tokenizer} has {tokenizer.n_vocab} tokens, more than "
+                         f"vocab_size={c.vocab_size}; raise that")
+    check_prompts(c, tokenizer)
+    join(c, device)
+    start = tell(together(find_checkpoint if RANK == 0 else lambda *_: None, c, out))[0]
+    if start:
+        check_fits(*start, c, plan)
+    for turn in RANK == 0, LOCAL_RANK == 0, True:    # the first makes the data; then, where it does
+        stores = together(lambda: data.prepare(      # not see them, each machine; then all see them
+            c.domains, c.tokenizer, c.data_dir, plan.need(), workers=c.workers) if turn else None)
+    corpus = data.Corpus(plan, stores, c.seed)
+    if len({*tell(corpus.fingerprint())}) > 1:
+        raise ValueError(f"the machines hold different data in {c.data_dir}; copy one's to all")
+    held_out = {n: corpus.validation(n, c.eval_tokens, max(plan.seq_len))
+                for n in plan.names if c.eval_every}
+    model = build(c, device)
+    optimizer = muonclip.for_model(
+        model, lr=c.lr, optimizer=c.optimizer, momentum=c.momentum, weight_decay=c.weight_decay,
+        coefficients=c.coefficients, tau=c.tau, dtype=COMPUTE[precision_of(c, device)])
+    if start:
+        together(load_checkpoint, start[0], model, optimizer)
+    return corpus, held_out, model, optimizer, tokenizer, start
+
+
 def main() -> None:
     c = configurator.load(Config, sys.argv[1:], default_file=QUICKSTART)
     file, _ = configurator.split(sys.argv[1:], QUICKSTART)
     c.out_dir = c.out_dir or f"out/{Path(file).stem}"
     out = Path(c.out_dir)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise SystemExit("pretrain.py is one process so far; run it without torchrun")
     try:
-        plan = plan_of(c)
-        shape_of(c).check()
         if c.dry_run:
-            print(describe(c, plan))
-            return
-        check_writable(out)
-        device = device_of(c)
-        check_fp8(c, plan, device)
-        tokenizer = data.load_tokenizer(c.tokenizer)
-        if tokenizer.n_vocab > c.vocab_size:
-            raise ValueError(f"tokenizer {c.tokenizer} has {tokenizer.n_vocab} tokens, more than "
-                             f"vocab_size={c.vocab_size}; raise that")
-        start = find_checkpoint(c, out)
-        if start:
-            check_fits(*start, c, plan)
-        check_prompts(c, tokenizer)
-        stores = data.prepare(c.domains, c.tokenizer, c.data_dir, plan.need(), workers=c.workers)
-        corpus = data.Corpus(plan, stores, c.seed)
-        held_out = {n: corpus.validation(n, c.eval_tokens, max(plan.seq_len))
-                    for n in plan.names if c.eval_every}
-        torch.manual_seed(c.seed)
-        model = Motif(shape_of(c)).to(device)
-        parallelize(model, c, device)
-        optimizer = muonclip.for_model(
-            model, lr=c.lr, optimizer=c.optimizer, momentum=c.momentum, weight_decay=c.weight_decay,
-            coefficients=c.coefficients, tau=c.tau, dtype=COMPUTE[precision_of(c, device)])
-        if start:
-            load_checkpoint(start[0], model, optimizer)
+            return print(describe(c, plan_of(c)))
+        if c.export:
+            found = find_checkpoint(c, out)
+            if not found:
+                raise ValueError(f"{out} holds no checkpoint to export; give --resume=PATH")
+            return export(found[0], Path(c.export))
+        parts = set_up(c, out)
     except ValueError as e:
         raise SystemExit(str(e)) from None
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        configurator.save(c, out / "config.json")
-        train(c, out, corpus, held_out, model, optimizer, tokenizer, start)
+        if RANK == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            configurator.save(c, out / "config.json")
+        train(c, out, *parts)
     except torch.OutOfMemoryError:
         raise SystemExit(f"out of memory; halve --micro_tokens={c.micro_tokens}") from None
     except OSError as e:
         raise SystemExit(f"{e.filename or out}: {data.one_line(e)}") from None
+    except RuntimeError as e:
+        if WORLD == 1 or not re.search("gloo|NCCL|Connection|[Tt]imed out", str(e)):
+            raise
+        raise SystemExit(f"lost touch with another rank ({data.one_line(e)}); "
+                         f"{last_good(out)}") from None
+
+
+def end(said: SystemExit) -> None:
+    """Of one of many ranks: rank 0 speaks for all, and torchrun then ends the others. One that is
+    still there had trouble of its own. No clean-up, which would wait for ranks that are gone."""
+    if isinstance(said.code, str):
+        if RANK:
+            time.sleep(5)
+        print(f"rank {RANK}: {said.code}", file=sys.stderr)
+    sys.stdout.flush()
+    os._exit(1 if said.code else 0)
 
 
 if __name__ == "__main__":
     try:
         main()
+        if WORLD > 1:
+            together(int)                            # all are through
+            end(SystemExit(0))                       # gloo may fail as it is torn down
     except KeyboardInterrupt:
         raise SystemExit("interrupted; run the same command to go on") from None
+    except SystemExit as e:
+        if WORLD == 1:
+            raise
+        end(e)

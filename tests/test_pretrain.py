@@ -87,8 +87,8 @@ def test_20_steps_of_the_quick_start_are_pinned(run):
         "max_steps": 20, "batch_tokens": 512, "seq_len": 128, "micro_tokens": 512,
         "eval_every": 20, "eval_tokens": 1024, "sample_tokens": 1})
     first, last = (m["val_loss"] for m in metrics() if "val_loss" in m)
-    assert first == pytest.approx(5.6614, abs=0.01)
-    assert last == pytest.approx(2.787, abs=0.03)     # other CPUs and threads round otherwise
+    assert first == pytest.approx(5.6661, abs=0.01)
+    assert last == pytest.approx(2.656, abs=0.03)     # other CPUs and threads round otherwise
 
 
 def test_a_run_logs_what_others_rely_on(run):
@@ -283,9 +283,9 @@ def test_resume_is_exact_whatever_was_left_behind(run, capsys):
     assert Path("out/samples.txt").read_text() == Path("straight/samples.txt").read_text()
 
 
-@pytest.mark.parametrize("crash_at", range(9))
+@pytest.mark.parametrize("crash_at", range(10))
 def test_a_crash_inside_a_save_costs_nothing(run, monkeypatch, crash_at):
-    """The process ends before any of the nine file operations of the second save."""
+    """The process ends before any of the ten file operations of the second save."""
     run(out_dir="straight", max_steps=8)
     real, calls = {"sync": pretrain.sync, "replace": os.replace}, []
 
