@@ -1269,6 +1269,7 @@ def table():
             "16x1024, 8 + 2 heads of 64", (16, 1024, 2, 64)):
         yield f"attention, {name}", lambda size=size: time_attention(*size)
         yield f"attention, {name}, documents", lambda size=size: time_attention(*size, 1000)
+    yield "attention, 1x16384, 32 + 8 heads of 128", lambda: time_attention(1, 16384, 8, 128)
     targets = torch.randint(219520, (8192,), device="cuda")
     yield "linear + cross entropy, 8192x4096x219520", lambda: timed(
         "TFLOP/s", (6 * 219520,) * 2, linear_cross_entropy, [
