@@ -1,7 +1,8 @@
-"""Six layers of the 12.7B model with its embedding and head, forward and backward alone, from stock
-PyTorch: what the training step with kernels is measured against. `python tests/plain_slice.py` on
-a GPU prints tokens per second and MFU (by the FLOPs of pretrain.py) of bf16 autograd, eager and
-under torch.compile, with stock attention, the definition of PolyNorm and the whole logits."""
+"""Six layers of the 12.7B model with its embedding and head, forward and backward alone:
+`python tests/plain_slice.py` on a GPU prints tokens per second and MFU (by the FLOPs of
+pretrain.py) of the kernels with and without FSDP2, then of stock PyTorch, what they are measured
+against: bf16 autograd, eager and under torch.compile, with stock attention, the definition of
+PolyNorm and the whole logits."""
 import sys
 import time
 from pathlib import Path
@@ -38,39 +39,65 @@ def loss_of_whole_logits(x, weight, targets, reduction, scale):
     return F.cross_entropy(F.linear(x, weight).float(), targets, reduction=reduction)
 
 
-def measure(name: str, compiled: bool, wide: bool, backend, batch: int, steps: int = 6) -> None:
+def slice_of(dtype: torch.dtype):
+    """The run's config and the slice in a dtype, on the GPU."""
+    file = str(Path(__file__).parent.parent / "config/motif2_12b.py")
+    c = configurator.load(pretrain.Config, [file, "--num_hidden_layers=6"], default_file=file)
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    with torch.device("cuda"):
+        model = Motif(pretrain.shape_of(c)).to("cuda")    # its buffers too
+    torch.set_default_dtype(torch.float32)
+    return c, model
+
+
+def measure(name: str, model: Motif, tokens: int, steps: int, step) -> None:
+    """A line on `steps` calls of step(), of so many tokens each, after two others."""
+    torch.cuda.reset_peak_memory_stats()
+    for i in range(2 + steps):
+        if i == 2:
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+        model.zero_grad(set_to_none=True)
+        step()
+    torch.cuda.synchronize()
+    speed = steps * tokens / (time.perf_counter() - begin)
+    peak = pretrain.peak_flops(torch.device("cuda"))
+    mfu = speed * sum(flops_per_token(model.config, 4096)) / peak
+    print(f"{name:44s}{speed:10,.0f} tok/s  MFU {mfu:6.1%}  "
+          f"{torch.cuda.max_memory_allocated() / 2**30:5.1f} GiB", flush=True)
+
+
+def with_kernels(name: str, sharded: bool, rows: int = 64, micro: int = 4) -> None:
+    """The step of pretrain.py less the optimizer: on bf16 weights without FSDP2, or as it is."""
+    c, model = slice_of(torch.float32 if sharded else torch.bfloat16)
+    if sharded:
+        pretrain.parallelize(model, c, torch.device("cuda", 0))
+    else:
+        for block in model.model.layers:
+            block.forward = torch.compile(block.forward, dynamic=False)
+    ids = torch.randint(c.vocab_size, (rows, 4097), device="cuda")
+    measure(name, model, rows * 4096, 3, lambda: pretrain.forward_backward(
+        model, ids, micro, rows * 4096))
+
+
+def plain(name: str, compiled: bool, wide: bool, backend, batch: int = 2) -> None:
     kernels.FUSED = False
     kernels.poly_norm_mul = kernels.poly_norm_mul_by_definition
     kernels.grouped_differential_attention = lambda *t: attention_by_sdpa(*t, wide=wide)
     kernels.linear_cross_entropy = torch.compile(loss_of_whole_logits) if compiled else (
         loss_of_whole_logits)
-    file = str(Path(__file__).parent.parent / "config/motif2_12b.py")
-    config = pretrain.shape_of(configurator.load(pretrain.Config, [
-        file, "--num_hidden_layers=6"], default_file=file))
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = Motif(config)
-    torch.set_default_dtype(torch.float32)
+    c, model = slice_of(torch.bfloat16)
     for block in model.model.layers if compiled else ():
         block.compile()
-    torch.cuda.reset_peak_memory_stats()
-    ids = torch.randint(config.vocab_size, (batch, 4097), device="cuda")
+    ids = torch.randint(c.vocab_size, (batch, 4097), device="cuda")
     with sdpa_kernel(backend):
-        for step in range(3 + steps):
-            if step == 3:
-                torch.cuda.synchronize()
-                begin = time.perf_counter()
-            model.zero_grad(set_to_none=True)
-            model(ids[:, :-1], ids[:, 1:]).backward()
-        torch.cuda.synchronize()
-    speed = steps * batch * 4096 / (time.perf_counter() - begin)
-    mfu = speed * sum(flops_per_token(config, 4096)) / pretrain.peak_flops(torch.device("cuda"))
-    print(f"{name:44s}{speed:10,.0f} tok/s  MFU {mfu:6.1%}  "
-          f"{torch.cuda.max_memory_allocated() / 2**30:5.1f} GiB", flush=True)
+        measure(name, model, batch * 4096, 6, lambda: model(ids[:, :-1], ids[:, 1:]).backward())
 
 
 if __name__ == "__main__":
-    measure("eager, 4 flash calls", False, False, SDPBackend.FLASH_ATTENTION, 2)
-    measure("torch.compile, 4 flash calls", True, False, SDPBackend.FLASH_ATTENTION, 2)
-    measure("torch.compile, 2 cuDNN calls", True, True, SDPBackend.CUDNN_ATTENTION, 2)
+    with_kernels("kernels, bf16 weights without FSDP2", False)
+    with_kernels("kernels, fp32 weights, FSDP2 of one rank", True)
+    plain("eager, 4 flash calls", False, False, SDPBackend.FLASH_ATTENTION)
+    plain("torch.compile, 4 flash calls", True, False, SDPBackend.FLASH_ATTENTION)
+    plain("torch.compile, 2 cuDNN calls", True, True, SDPBackend.CUDNN_ATTENTION)

@@ -219,9 +219,10 @@ def test_a_step_never_waits_for_the_gpu(run, monkeypatch, options):
 
 
 SMALL = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=10,
-             num_noise_heads=2, num_key_value_heads=4, head_dim=32, seq_len=256, batch_tokens=4096,
-             micro_tokens=4096, lr=4e-3, warmup_steps=20, max_steps=200, log_every=10,
-             eval_every=None, save_every=None)
+             num_noise_heads=2, num_key_value_heads=4, head_dim=32, seq_len=256, batch_tokens=16384,
+             micro_tokens=16384, lr=2e-3, warmup_steps=20, max_steps=200, log_every=10,
+             eval_every=None, save_every=None, workers=None,
+             domains={"code": ["builtin:code", 0.5, 0.5], "language": ["builtin:language", .5, .5]})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
