@@ -500,6 +500,19 @@ def flops_per_token(config: MotifConfig, seq_len: int, causal: bool = True) -> t
     return forward, 2 * forward
 
 
+def activation_bytes(config: MotifConfig) -> tuple[int, int]:
+    """Bytes per token that a block keeps for its backward pass in bf16, and those of its input,
+    which is all that a recomputed block keeps: inputs of products, norms and attention, and what
+    attention returns."""
+    c, D = config, config.head_dim
+    heads = c.num_attention_heads + 2 * c.num_key_value_heads                    # q, k, v
+    if c.num_noise_heads:                            # signal and noise, and the normed differences
+        heads += 2 * (2 * c.num_attention_heads - c.num_noise_heads)
+    else:
+        heads += c.num_attention_heads
+    return 2 * (4 * c.hidden_size + heads * D + 3 * c.intermediate_size), 2 * c.hidden_size
+
+
 def parameters_by_part(model: Motif) -> dict[str, int]:
     """Part -> number of parameters, every parameter in exactly one part."""
     parts = dict.fromkeys(("embedding", "attention matrices", "MLP matrices", "norms",
@@ -516,9 +529,10 @@ def parameters_by_part(model: Motif) -> dict[str, int]:
 
 
 def memory_per_gpu(model: Motif, ranks: int) -> dict[str, float]:
-    """Bytes per rank under fully sharded training, activations and logits aside: fp32 weights and
-    gradients, Muon's one and AdamW's two fp32 moments, and the bf16 copies that exist unsharded at
-    once: two blocks (one computing, one arriving), embedding and head; one rank keeps all."""
+    """Bytes per rank if the model is sharded over so many, activations and logits aside: fp32
+    weights and gradients, Muon's one and AdamW's two fp32 moments, and the bf16 copies that exist
+    unsharded at once: two blocks (one computing, one arriving), embedding and head; one rank keeps
+    all."""
     total = sum(p.numel() for p in model.parameters())
     muon = sum(p.numel() for p in model.matrices().values())
     block = sum(p.numel() for p in model.model.layers[0].parameters())

@@ -31,8 +31,10 @@ import configurator
 import data
 import muonclip
 from configurator import Count, Fraction, NonNegative, Size
-from model import (INDEX, Linear, Motif, MotifConfig, cost_table, flops_per_token, read_json,
-                   save_tensors, stored_tensors, tensor_files, write_json)
+from kernels import LOSS_CHUNK
+from model import (INDEX, Linear, Motif, MotifConfig, activation_bytes, cost_table,
+                   flops_per_token, memory_per_gpu, read_json, save_tensors, stored_tensors,
+                   tensor_files, write_json)
 from muonclip import local
 
 QUICKSTART = str(Path(__file__).parent / "config" / "quickstart.py")
@@ -55,7 +57,9 @@ class Config(MotifConfig):
     timeout: Count = 600            # seconds that a rank waits for another before the run ends
     seed: int = 1337                # of the initial weights and of the order of the data
     resume: str = "auto"            # auto: the newest checkpoint in out_dir; no; or a path
-    dry_run: bool = False           # print size, plan and memory, and open nothing
+    dry_run: bool = False           # print size, plan, memory and time, and open nothing
+    world: Count = 8                # ranks that --dry_run plans for
+    mfu: Fraction = 0.4             # share of an H100's peak at which it counts the days
     export: str | None = None       # write a checkpoint's model in bf16 into this folder, and end
     # length and schedule; tokens seen are the clock
     max_steps: Count | None = None  # optimizer steps; the run ends here or at max_tokens
@@ -604,6 +608,7 @@ def sample(model: Motif, tokenizer, c: Config) -> str:
 
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12,
               "A800": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}  # dense bf16
+USABLE = 76 * 2**30              # bytes of a GPU of 80 GB that are ours
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -613,12 +618,13 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def training_line(plan: data.Plan, *, step, tokens, loss, grad_norm, lr, ms, optimizer_ms,
-                  tok_per_s, mfu, max_logit, heads_clipped, mixture) -> str:
+                  tok_per_s, mfu, gib, max_logit, heads_clipped, mixture) -> str:
     left = int((plan.tokens[-1] - tokens) / tok_per_s)
     optimizer = "" if optimizer_ms is None else f" (optimizer {optimizer_ms:.0f})"
     return (f"step {step}/{plan.steps}  loss {loss:.4f}  norm {grad_norm:.2f}  lr {lr:.2e}  "
             f"{ms:.0f} ms{optimizer}  {tok_per_s:,.0f} tok/s  "
             f"mfu {'n/a' if mfu is None else f'{mfu:.1%}'}  "
+            f"{'' if gib is None else f'{gib:.1f} GiB  '}"
             f"eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}  logit {max_logit:.1f}  "
             f"clipped {heads_clipped}  "
             + " ".join(f"{name} {share:.0%}" for name, share in mixture.items()))
@@ -632,12 +638,59 @@ def validation_line(step: int, steps: int, result: dict) -> str:
 
 # ---- the run
 
+def memory_of_rank(c: Config, T: int, recompute: int) -> dict[str, float]:
+    """Bytes that one of c.world GPUs holds at the most, of what lasts and in each part of a step.
+    A sum of the large tensors: what the allocator and NCCL take comes on top, a few GB."""
+    shards = c.world // c.replicas
+    with torch.device("meta"):
+        model = Motif(shape_of(c))
+    lasting = memory_per_gpu(model, shards)
+    gathered = lasting.pop("gathered")
+    block = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim > 1)
+    head = model.head_weight.numel()
+    ends = head + (0 if c.tie_word_embeddings else model.model.embed_tokens.weight.numel())
+    tokens = max(1, c.micro_tokens // T) * T
+    kept, entry = activation_bytes(shape_of(c))
+    layers, recompute = c.num_hidden_layers, min(recompute, c.num_hidden_layers)
+    activations = tokens * (recompute * entry + (layers - recompute) * kept)
+    logits = 2 * min(tokens, LOSS_CHUNK) * c.vocab_size
+    grads = 2 * (2 + 4) * block if shards > 1 else 0     # bf16 and, on the way, fp32: of two blocks
+    shapes = [p.shape for p in model.matrices().values()]
+    unit = muonclip.Unit(shapes, [(None, 0)] * len(shapes), (c.replicas, shards))
+    return lasting | {
+        "loss": gathered + activations + logits + 2 * head,
+        "backward pass": (gathered + activations + 2 * head + grads
+                          + tokens * kept * (recompute > 0)),
+        "its end": 2 * ends + (2 + 4) * ends * (shards > 1),
+        "Parallel Muon": 2 * unit.peak(0) if c.world > 1 else 0}
+
+
+def memory_table(c: Config, T: int) -> str:
+    """A GPU's memory with the blocks recomputed that the config asks for, none, and all."""
+    columns = dict.fromkeys((c.recompute, 0, c.num_hidden_layers))
+    lines = [f"{'GiB per GPU, recomputed:':24s}" + "".join(f"{n:8d}" for n in columns)]
+    rows = [memory_of_rank(c, T, n) for n in columns]
+    lasting = list(rows[0])[:3]
+    totals = [sum(r[k] for k in lasting) + max(r[k] for k in r if k not in lasting) for r in rows]
+    lines += [f"{key:24s}" + "".join(f"{r[key] / 2**30:8.1f}" for r in rows) for key in rows[0]]
+    lines += [f"{'at the most':24s}" + "".join(f"{n / 2**30:8.1f}" for n in totals)]
+    fits = totals[0] < USABLE
+    return "\n".join(lines) + (f"\n{'fits' if fits else 'does NOT fit'} a GPU of 80 GB" + (
+        "" if fits else "; raise --recompute or --world, or lower --micro_tokens"))
+
+
 def describe(c: Config, plan: data.Plan) -> str:
     """What --dry_run prints: the costs of model and run, and the curriculum, from the config."""
+    if c.world % c.replicas:
+        raise ValueError(f"{c.world} ranks cannot be replicas={c.replicas} copies of the same size")
     per_token = {T: sum(flops_per_token(shape_of(c), T)) for T in set(plan.seq_len)}
     flops = sum(per_token[T] * T * rows for T, rows in zip(plan.seq_len, plan.rows))
+    days = flops / (c.world * PEAK_FLOPS["H100"] * max(c.mfu, 1e-3)) / 86400
+    T = max(plan.seq_len, key=lambda T: c.micro_tokens // T * T)
     return (f"{cost_table(shape_of(c), sorted(per_token))}\n\n{plan.steps:,d} steps, "
-            f"{plan.tokens[-1]:,d} tokens, {flops:.3e} FLOPs\n\n{plan.table()}")
+            f"{plan.tokens[-1]:,d} tokens, {flops:.3e} FLOPs: {days:,.1f} days on {c.world} H100 "
+            f"at {c.mfu:.0%} MFU\n\n{c.replicas} x {c.world // c.replicas} ranks, "
+            f"{c.micro_tokens:,d} tokens in a pass\n{memory_table(c, T)}\n\n{plan.table()}")
 
 
 def is_due(step: int, every: int | None, anyway: bool) -> bool:
@@ -864,7 +917,8 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
             flops = sum(flops_per_token(model.config, T)) * speed
             figures.update(ms=1000 * (now - timer) / (step - timed), tok_per_s=speed,
                            optimizer_ms=events[0].elapsed_time(events[1]) if events else None,
-                           mfu=flops / peak / WORLD if peak else None)
+                           mfu=flops / peak / WORLD if peak else None,
+                           gib=torch.cuda.max_memory_allocated() / 2**30 if events else None)
             log.metric(**figures)
             log.say(training_line(plan, **figures))
             timer, timed = now, step
@@ -946,7 +1000,7 @@ def end(said: SystemExit) -> None:
     if isinstance(said.code, str):
         if RANK:
             time.sleep(5)
-        print(f"rank {RANK}: {said.code}", file=sys.stderr)
+        print(f"rank {RANK}: {said.code}" if RANK else said.code, file=sys.stderr)
     sys.stdout.flush()
     os._exit(1 if said.code else 0)
 

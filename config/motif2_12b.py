@@ -35,6 +35,7 @@ batch_tokens = [                 # 16M to 80M, in steps; where they are is [ours
     [0, 16_777_216], [500_000_000_000, 33_554_432], [1_500_000_000_000, 50_331_648],
     [3_000_000_000_000, 67_108_864], [4_000_000_000_000, 83_886_080]]
 micro_tokens = 16384             # [ours] 4 sequences of 4,096, then 1 of 16,384
+recompute = 30                   # [ours] of 40 blocks: what fits 80 GB on 8 GPUs, with some room
 lr = 4e-4
 warmup_steps = 2000              # [ours] common at this scale
 decay_fraction = 0.1818          # the last 1T of 5.5T

@@ -66,7 +66,7 @@ def same(a, b) -> bool:
 def metrics(out="out") -> list[dict]:
     """metrics.jsonl without what depends on the machine's speed."""
     lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
-    timed = ("ms", "optimizer_ms", "tok_per_s", "mfu")
+    timed = ("ms", "optimizer_ms", "tok_per_s", "mfu", "gib")
     return [{k: v for k, v in m.items() if k not in timed} for m in lines]
 
 
@@ -98,8 +98,9 @@ def test_a_run_logs_what_others_rely_on(run):
     assert [m["step"] for m in train] == [*range(1, 13)] and [m["step"] for m in val] == [0, 6, 12]
     for m in train:
         assert m.keys() == {"step", "tokens", "loss", "lr", "grad_norm", "ms", "optimizer_ms",
-                            "tok_per_s", "mfu", "max_logit", "heads_clipped", "mixture"}
-        assert m["tokens"] == 256 * m["step"] and m["mfu"] is m["optimizer_ms"] is None
+                            "tok_per_s", "mfu", "gib", "max_logit", "heads_clipped", "mixture"}
+        assert m["tokens"] == 256 * m["step"]
+        assert m["mfu"] is m["optimizer_ms"] is m["gib"] is None
         assert m["tok_per_s"] * m["ms"] == pytest.approx(256_000)
     assert train[0]["mixture"] == {"math": 0.75, "science": 0.25}
     for m in val:
