@@ -141,9 +141,11 @@ def join(c: Config, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     limit = timedelta(seconds=c.timeout)
-    if WORLD > 1:
+    if WORLD > 1:                    # torchrun's restarts share a store: the old ranks' addresses
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")       # must not be found there
+        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://", timeout=limit))[0])
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=limit)
+                                timeout=limit, store=store, rank=RANK, world_size=WORLD)
     elif uses_fsdp(c, device) and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit,
                                 store=dist.HashStore(), rank=0, world_size=1)
@@ -327,6 +329,11 @@ def save_checkpoint(out: Path, step: int, model: Motif, optimizer, state: dict, 
                      SHARD_BYTES)
 
     def finish():
+        for path, stem in (temporary, "model"), (temporary / "optimizer", "state"):
+            try:
+                tensor_files(path, stem)
+            except ValueError as e:
+                raise OSError(f"{e}; out_dir must be where all machines see it") from None
         files = {str(f.relative_to(temporary)): f.stat().st_size
                  for f in temporary.rglob("*") if f.is_file()}
         whole = {"step": step, **state, "config": asdict(c), "files": files,
@@ -351,11 +358,11 @@ def save_checkpoint(out: Path, step: int, model: Motif, optimizer, state: dict, 
             shutil.rmtree(out / f"step_{old}")
 
 
-def reporting(write) -> None:
-    """write(), with safetensors' own error as the OSError that it is."""
+def reporting(call, *args) -> None:
+    """call(*args), with safetensors' own error as the OSError that it mostly is."""
     from safetensors import SafetensorError
     try:
-        write()
+        call(*args)
     except SafetensorError as e:
         raise OSError(str(e)) from None
 
@@ -450,27 +457,28 @@ def optimizer_tensors(model: Motif, optimizer) -> dict[str, torch.Tensor]:
 
 def export(folder: Path, to: Path) -> None:
     """Write a checkpoint's model, cast to bf16, in the released layout, file by file. ValueError if
-    `to` is there already or the checkpoint is damaged."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
+    `to` is there already or the checkpoint is damaged, OSError if it cannot write."""
+    from safetensors.torch import load_file, save_file
     if to.exists():
         raise ValueError(f"{to} is there already; delete it or give another --export")
-    temporary, total = to.with_name(to.name + ".tmp"), 0
+    temporary, total = to.with_name(f"{to.name}.tmp"), 0
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for file in tensor_files(folder, "model"):
-        with safe_open(file, "pt") as f:
-            tensors = {name: f.get_tensor(name).bfloat16() for name in f.keys()}
+        tensors = {name: t.bfloat16() for name, t in load_file(file).items()}
         save_file(tensors, temporary / file.name, metadata={"format": "pt"})
         total += sum(t.nbytes for t in tensors.values())
-        print(f"{to}/{file.name}: {len(tensors)} tensors", flush=True)
-    config = read_json(folder / "config.json") | {"torch_dtype": "bfloat16"}
-    write_json(temporary / "config.json", config)
+        print(f"{file.name}: {len(tensors)} tensors", flush=True)
+    write_json(temporary / "config.json", read_json(folder / "config.json") | {
+        "torch_dtype": "bfloat16"})
     index = f"model{INDEX}"
     if (folder / index).exists():
         write_json(temporary / index, read_json(folder / index) | {
             "metadata": {"total_size": total}})
+    for path in [*temporary.iterdir(), temporary]:
+        sync(path)
     os.replace(temporary, to)
+    print(f"{folder} is in {to}: {total / 1e9:.2f} GB in bf16")
 
 
 # ---- one step, one evaluation
@@ -968,17 +976,17 @@ def main() -> None:
     c.out_dir = c.out_dir or f"out/{Path(file).stem}"
     out = Path(c.out_dir)
     try:
-        if c.dry_run:
-            return print(describe(c, plan_of(c)))
-        if c.export:
-            found = find_checkpoint(c, out)
-            if not found:
-                raise ValueError(f"{out} holds no checkpoint to export; give --resume=PATH")
-            return export(found[0], Path(c.export))
-        parts = set_up(c, out)
-    except ValueError as e:
-        raise SystemExit(str(e)) from None
-    try:
+        try:
+            if c.dry_run:
+                return print(describe(c, plan_of(c)))
+            if c.export:
+                found = find_checkpoint(c, out)
+                if not found:
+                    raise ValueError(f"{out} holds no checkpoint to export; give --resume=PATH")
+                return reporting(export, found[0], Path(c.export))
+            parts = set_up(c, out)
+        except ValueError as e:
+            raise SystemExit(str(e)) from None
         if RANK == 0:
             out.mkdir(parents=True, exist_ok=True)
             configurator.save(c, out / "config.json")

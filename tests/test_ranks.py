@@ -4,163 +4,193 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_pretrain import TINY, arguments
+from torch.distributed.tensor import distribute_tensor
 
 import data
 import muonclip
-import pretrain
 from model import Motif
-from pretrain import Config
 
-ROOT = Path(pretrain.__file__).parent
-# 10 rows of 32 tokens: of 4 ranks two have a row more, and the others fill theirs up
-OPTIONS = {**TINY, "batch_tokens": 320, "micro_tokens": 64, "max_steps": 50, "save_every": 10,
-           "eval_every": 25, "timeout": 30}
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    plan = pretrain.plan_of(Config(**OPTIONS))
-    data.prepare(OPTIONS["domains"], "byte", str(folder), plan.need(), workers=1)
-    return folder
+ROOT = Path(muonclip.__file__).parent
+# 10 rows of 32 tokens: of four ranks two have a row more, and the others fill theirs up
+OPTIONS = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=5,
+               num_noise_heads=1, num_key_value_heads=2, head_dim=8, seq_len=32, batch_tokens=320,
+               micro_tokens=64, max_steps=50, warmup_steps=2, save_every=15, eval_every=25,
+               log_every=1, eval_tokens=224, sample_tokens=4, keep_last=5, device="cpu", workers=1,
+               timeout=30, decay_fraction=0.0, domains={"math": ["builtin:math", 0.6, 0.6],
+                                                        "science": ["builtin:science", 0.4, 0.4]})
 
 
-def launch(ranks: int, script, *options, restarts: int = 0) -> subprocess.Popen:
-    command = [sys.executable, *(ranks > 1) * [
-        "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv_backend=c10d",
-        "--rdzv_endpoint=localhost:0", f"--max_restarts={restarts}"], str(script), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
+# ---- what a rank does, in a process of its own
+
+def train(out: Path, shards: Path, **options) -> None:
+    import pretrain
+    options = {**OPTIONS, "out_dir": out, "data_dir": shards, **options}
+    pretrain.draw = lambda out: None
+    sys.argv = ["pretrain.py", *(f"--{key}={value}" for key, value in options.items())]
+    pretrain.main()
 
 
-def run(ranks: int, shards, out, **options) -> str:
-    """To its end -> what it said."""
-    options = {**OPTIONS, "data_dir": shards, "out_dir": out, **options}
-    said = launch(ranks, ROOT / "pretrain.py", *arguments(options)).communicate(timeout=120)[0]
-    assert "finished at step" in said, said
-    return said
-
-
-def metrics(out) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def stored(folder) -> dict[str, torch.Tensor]:
-    return {f"{file}: {name}": t for file in ("model", "optimizer/state")
-            for name, t in load_file(folder / f"{file}.safetensors").items()}
-
-
-def equal(a, b) -> bool:
-    a, b = stored(a), stored(b)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.fixture(scope="session")
-def straight(shards, tmp_path_factory):
-    """50 steps over four ranks."""
-    out = tmp_path_factory.mktemp("straight")
-    run(4, shards, out)
-    return out
-
-
-def test_four_ranks_follow_one(shards, straight, tmp_path):
-    """Sums of gradients and losses are added up in another order from the first backward pass on;
-    all else is equal. So is a run over two replicas of two shards."""
-    run(1, shards, tmp_path / "one")
-    run(4, shards, tmp_path / "replicas", replicas=2)
-    one = metrics(tmp_path / "one")
-    for out in straight, tmp_path / "replicas":
-        many = metrics(out)
-        assert [m["step"] for m in many] == [m["step"] for m in one]
-        for a, b in zip(one, many):
-            assert a.keys() == b.keys() and a.get("mixture") == b.get("mixture")
-            for key in {"loss", "val_loss", "val_bpb", "max_logit"} & a.keys():
-                assert b[key] == pytest.approx(a[key], rel=1e-4), (key, a["step"])
-            for key in {"grad_norm"} & a.keys():
-                assert b[key] == pytest.approx(a[key], rel=2e-3), (key, a["step"])
-    first = stored(tmp_path / "one/step_10"), stored(straight / "step_10")
-    assert first[0].keys() == first[1].keys()
-    for name, t in first[0].items():
-        torch.testing.assert_close(t, first[1][name], rtol=1e-2, atol=1e-5)
-    assert Motif.from_pretrained(straight / "step_50").config.hidden_size == TINY["hidden_size"]
-
-
-def test_sigterm_saves_and_a_lost_rank_ends_all_and_a_restart_goes_on(shards, straight, tmp_path):
-    """SIGTERM to torchrun, then kill -9 of one rank, then torchrun's own restart: bitwise the run
-    that nothing happened to."""
-    options = arguments({**OPTIONS, "data_dir": shards, "out_dir": tmp_path / "out"})
-    process, said = launch(4, ROOT / "pretrain.py", *options), []
-    for line in process.stdout:
-        said.append(line)
-        if line.startswith("step 12/50  loss"):
-            process.send_signal(signal.SIGTERM)
-    process.wait(60)
-    stopped = max(pretrain.steps_in(tmp_path / "out"))
-    assert 12 <= stopped < 50 and f"stopped at step {stopped}; " in "".join(said)
-
-    process, said = launch(4, ROOT / "pretrain.py", *options, restarts=1), []
-    for line in process.stdout:
-        said.append(line)
-        if line.startswith("step 32/50  loss") and "killed\n" not in said:
-            ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            os.kill(int(ranks[2]), signal.SIGKILL)
-            said.append("killed\n")
-    assert process.wait(60) == 0
-    said = "".join(said)
-    assert re.search(r"^lost touch with another rank .*; the last good checkpoint is \S*step_30", said,
-                     re.M), said
-    assert "resumed from" in said.split("killed\n")[1] and "finished at step 50" in said
-    assert equal(tmp_path / "out/step_50", straight / "step_50")
-    wanted = [{k: v for k, v in m.items() if k not in ("ms", "tok_per_s")}
-              for m in metrics(straight)]
-    assert wanted == [{k: v for k, v in m.items() if k not in ("ms", "tok_per_s")}
-                      for m in metrics(tmp_path / "out")]
-
-
-# ---- one number of ranks saves, another goes on
-
-def some_steps(out: str, first: int, last: int) -> None:
-    """Steps first + 1 to `last` of a model under set gradients, from a checkpoint on and into one;
-    on as many ranks as there are."""
-    c = Config(**{**OPTIONS, "out_dir": out})
+def steps_with_set_gradients(out: Path, first: int, last: int) -> None:
+    """Steps first + 1 to `last` of a model, from a checkpoint on and into one."""
+    import pretrain
+    c = pretrain.Config(**OPTIONS)
     device = pretrain.device_of(c)
     pretrain.join(c, device)
     model = pretrain.build(c, device)
     optimizer = muonclip.for_model(model, lr=0.01, tau=0.5)
     if first:
-        pretrain.load_checkpoint(Path(out, f"step_{first}"), model, optimizer)
+        pretrain.load_checkpoint(out / f"step_{first}", model, optimizer)
     for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
         for p in model.parameters():
-            whole = torch.randn(p.shape, generator=generator)
-            p.grad = whole if not hasattr(p, "placements") else torch.distributed.tensor.\
-                distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+            p.grad = torch.randn(p.shape, generator=generator)
+            if hasattr(p, "placements"):
+                p.grad = distribute_tensor(p.grad, p.device_mesh, p.placements, src_data_rank=None)
         logits = torch.rand(c.num_hidden_layers, c.num_attention_heads, generator=generator)
         optimizer.step(max_logits=logits)
-    pretrain.save_checkpoint(Path(out), last, model, optimizer, {"skipped": 0, "data": ""}, c)
+    pretrain.save_checkpoint(out, last, model, optimizer, {"skipped": 0, "data": ""}, c)
 
 
-def test_a_checkpoint_moves_between_numbers_of_ranks(tmp_path):
-    """0 to 2 on four ranks, to 3 on two, to 5 on three: bitwise one process's five steps."""
-    for ranks, *steps in (1, 0, 5), (4, 0, 2), (2, 2, 3), (3, 3, 5):
-        out = tmp_path / ("one" if ranks == 1 else "many")
-        process = launch(ranks, __file__, str(out), *map(str, steps))
-        said = process.communicate(timeout=60)[0]
-        assert process.returncode == 0, said
-    assert equal(tmp_path / "one/step_5", tmp_path / "many/step_5")
-    assert (tmp_path / "one/step_5/model.safetensors").stat().st_size > 10_000
+def world(ranks: int, call, *args, **options) -> None:
+    """call(...) in so many processes at once, forked, as importing torch takes seconds; only they
+    import pretrain, which looks for its rank."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    children, begin = [], time.time()
+    for rank in range(ranks):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
+                              MASTER_ADDR="localhost", MASTER_PORT=str(port))
+            try:
+                call(*args, **options)
+                import pretrain
+                pretrain.together(int)
+                os._exit(0)
+            finally:
+                sys.stdout.flush()
+                sys.excepthook(*sys.exc_info())
+                os._exit(1)
+    assert not any([os.waitpid(child, 0)[1] for child in children]), (ranks, call)
+    print(ranks, call.__name__, f"{time.time() - begin:.1f} s", flush=True)
+
+
+def worlds(folder: Path) -> None:
+    torch.set_num_threads(1)
+    shards = folder / "shards"
+    data.prepare(OPTIONS["domains"], "byte", str(shards), {"math": 20_000, "science": 20_000},
+                 workers=1)
+    world(1, train, folder / "one", shards)
+    world(4, train, folder / "four", shards)
+    world(4, train, folder / "replicas", shards, replicas=2, max_steps=15, eval_every=None)
+    world(1, steps_with_set_gradients, folder / "still", 0, 5)
+    world(4, steps_with_set_gradients, folder / "moving", 0, 2)
+    world(2, steps_with_set_gradients, folder / "moving", 2, 3)
+    world(3, steps_with_set_gradients, folder / "moving", 3, 5)
+
+
+# ---- what came of it
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, __file__, str(folder)], env=environment, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def metrics(out: Path) -> list[dict]:
+    """Without what depends on the machine's speed."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in m.items() if k not in ("ms", "tok_per_s")} for m in lines]
+
+
+def stored(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {f"{file}: {name}": t for file in ("model", "optimizer/state")
+            for name, t in load_file(checkpoint / f"{file}.safetensors").items()}
+
+
+def equal(a: Path, b: Path) -> bool:
+    a, b = stored(a), stored(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name, steps", [("four", 50), ("replicas", 15)])
+def test_four_ranks_follow_one(folder, name, steps):
+    """Losses and gradients are added up in another order, from the first backward pass on; nothing
+    else differs, neither with one copy of the model nor with two."""
+    many = metrics(folder / name)
+    one = [m for m in metrics(folder / "one") if m["step"] <= steps and (
+        name == "four" or "loss" in m)]
+    assert [m["step"] for m in many] == [m["step"] for m in one] and len(one) >= steps
+    for a, b in zip(one, many):
+        assert a.keys() == b.keys() and a.get("mixture") == b.get("mixture")
+        for key in {"loss", "val_loss", "val_bpb", "max_logit", "grad_norm"} & a.keys():
+            assert b[key] == pytest.approx(a[key], rel=1e-4), (key, a["step"])
+    assert one[0].get("val_loss") == many[0].get("val_loss")     # the same first weights
+    ours, theirs = stored(folder / name / "step_15"), stored(folder / "one/step_15")
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-2, atol=1e-4)
+    assert Motif.from_pretrained(folder / name / "step_15").config.hidden_size == 32
+
+
+def test_a_checkpoint_moves_between_numbers_of_ranks(folder):
+    """To step 2 on four ranks, to 3 on two, to 5 on three: bitwise one process's five steps."""
+    assert equal(folder / "moving/step_5", folder / "still/step_5")
+    assert not equal(folder / "moving/step_3", folder / "still/step_5")
+
+
+def test_sigterm_saves_and_a_lost_rank_ends_all_and_a_restart_goes_on(folder):
+    """SIGTERM to torchrun, then kill -9 of one rank, then torchrun's own restart: bitwise the run
+    that nothing happened to."""
+    out = folder / "interrupted"
+    options = {**OPTIONS, "out_dir": out, "data_dir": folder / "shards"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4",
+               "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--max_restarts=1",
+               str(ROOT / "pretrain.py"), *(f"--{key}={value}" for key, value in options.items())]
+
+    def launch(step, harm) -> tuple[str, str, int]:
+        """What it says until it is harmed after that step, and afterwards, and the exit code."""
+        environment, said = {**os.environ, "OMP_NUM_THREADS": "1"}, [[], []]
+        with subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT) as process:
+            for line in process.stdout:
+                said[bool(said[1])].append(line)
+                if line.startswith(f"step {step}/50  loss") and not said[1]:
+                    said[1].append("harmed\n")
+                    harm(process.pid)
+        return *map("".join, said), process.returncode
+
+    def kill_one(torchrun):
+        ranks = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
+        os.kill(int(ranks[2]), signal.SIGKILL)
+
+    _, after, _ = launch(12, lambda torchrun: os.kill(torchrun, signal.SIGTERM))
+    step = int(re.search(r"^stopped at step (\d+); model in", after, re.M)[1])
+    assert 12 <= step < 20 and (out / f"step_{step}/state.json").exists()
+    assert "failed (exitcode" not in after           # each rank left with 0
+
+    before, after, code = launch(32, kill_one)
+    assert f"resumed from {out}/step_{step}" in before and code == 0, after
+    assert re.search(f"^lost touch with another rank .*; the last good checkpoint is {out}/step_30",
+                     after, re.M), after
+    assert f"resumed from {out}/step_30" in after and "finished at step 50" in after
+    assert equal(out / "step_50", folder / "four/step_50")
+    assert metrics(out) == metrics(folder / "four")
 
 
 if __name__ == "__main__":
-    some_steps(sys.argv[1], *map(int, sys.argv[2:]))
-    pretrain.together(int)
-    pretrain.end(SystemExit(0))
+    worlds(Path(sys.argv[1]))
