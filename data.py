@@ -1,6 +1,6 @@
 """Data: text -> shards of tokens -> a curriculum -> batches.
 
-    load_tokenizer(name)      byte, a tiktoken name, a .tiktoken file or a tokenizer.json
+    load_tokenizer(name)      byte, a tiktoken name, a .tiktoken file, a tokenizer.json or the Hub's
     prepare(...)              the domains' sources -> shards on disk; parallel, resumable
     Plan(...)                 step -> sequence length, rows and every domain's share; opens no data
     Corpus(...).batch(step)   a pure function of (seed, step), whoever reads it and however many do
@@ -57,30 +57,32 @@ HOLD_OUT = 50                           # one document in so many is for validat
 UNIT_BYTES = 2**25                      # local text per shard; a shard is the unit of preparing
 PROBLEMS_PER_UNIT = 1000                # likewise of the generators: about 0.3 MB
 MAX_UNITS = 100_000                     # where a generator ends
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 # ---- tokenizers
 
 def load_tokenizer(name: str) -> tiktoken.Encoding:
     """The tokenizer of that name: "byte" (256 + specials, needs nothing), one of tiktoken's names
-    (downloaded once), a .tiktoken file (split by GPT-2's pattern, which such a file does not state)
-    or a tokenizer.json of byte-level BPE. ValueError if it cannot be had."""
+    (downloaded once), a .tiktoken file (split by GPT-2's pattern, which such a file does not
+    state), or of byte-level BPE a tokenizer.json, a folder that has one, or a repository owner/name
+    of the Hugging Face Hub that has one (downloaded once). ValueError if it cannot be had."""
     specials, known = {}, tiktoken.list_encoding_names()
     try:
         if name == "byte":
             pattern, ranks = r"(?s).{1,64}", {bytes([i]): i for i in range(256)}
-        elif name.endswith(".json"):
-            spec = json.loads(Path(name).read_text(encoding="utf-8"))
-            pattern, ranks, specials = read_tokenizer_json(spec)
         elif name.endswith(".tiktoken"):
             pairs = (line.split() for line in Path(name).read_text(encoding="utf-8").splitlines())
             pattern, ranks = GPT2_PATTERN, {base64.b64decode(t): int(r) for t, r in pairs}
         elif name in known:
             made = tiktoken.get_encoding(name)
             pattern, ranks, specials = made._pat_str, made._mergeable_ranks, made._special_tokens
+        elif name.endswith(".json") or os.path.isdir(name) or HUB_NAME.fullmatch(name):
+            spec = json.loads(tokenizer_file(name).read_text(encoding="utf-8"))
+            pattern, ranks, specials = read_tokenizer_json(spec)
         else:
-            raise ValueError("it is neither 'byte', a .tiktoken file, a tokenizer.json nor one of "
-                             + ", ".join(known))
+            raise ValueError("it is neither 'byte', a .tiktoken file, a tokenizer.json or a folder "
+                             f"with one, owner/name of the Hub, nor one of {', '.join(known)}")
         if not all(bytes([i]) in ranks for i in range(256)):
             raise ValueError("some of the 256 bytes have no token")
         if len(set(ranks.values()) - set(specials.values())) < len(ranks):
@@ -101,36 +103,81 @@ def one_line(e: Exception) -> str:
     return text if type(e) is ValueError else f"{type(e).__name__}: {text}"
 
 
+def tokenizer_file(name: str) -> Path:
+    """The file that is meant by a tokenizer.json, a folder or a repository of the Hub. What was
+    downloaded once needs no network again. ValueError if there is none."""
+    if name.endswith(".json"):
+        return Path(name)
+    if os.path.isdir(name):
+        if not os.path.isfile(f"{name}/tokenizer.json"):
+            raise ValueError("the folder has no tokenizer.json")
+        return Path(name) / "tokenizer.json"
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    kept = try_to_load_from_cache(name, "tokenizer.json")    # a path, or what says that it is not
+    try:
+        return Path(kept if isinstance(kept, str) else hf_hub_download(name, "tokenizer.json"))
+    except Exception as e:  # of a dozen kinds: no network, no such name, a licence to accept first
+        raise ValueError("there is no such folder, and the Hub did not give a tokenizer.json: "
+                         + one_line(e)) from None
+
+
 def read_tokenizer_json(spec: dict) -> tuple[str, dict[bytes, int], dict[str, int]]:
-    """A Hugging Face tokenizer.json of byte-level BPE -> split pattern, token bytes -> id, special
-    tokens. ValueError names the part that tiktoken's form of BPE cannot express."""
-    model, pre = spec["model"], spec.get("pre_tokenizer") or {}
-    steps = [{"use_regex": True, **step} for step in pre.get("pretokenizers", [pre])]
-    pattern = steps[0].pop("pattern", {"Regex": GPT2_PATTERN})
-    for step in steps:
-        step.pop("trim_offsets", None)
+    """A Hugging Face tokenizer.json of byte-level BPE -> split pattern, token bytes -> id, added
+    tokens. The ids of text are those that the `tokenizers` library gives, except that the spelling
+    of an added token stays text here. ValueError names the part that tiktoken cannot express."""
+    model, normalizer = spec["model"], spec.get("normalizer")
     odd = {k: model[k] for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
            if model.get(k)}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    split = {"type": "Split", "behavior": "Isolated", "invert": False, "use_regex": True}
-    if model["type"] != "BPE" or odd or spec.get("normalizer") or steps not in (
-            [level], [split, {**level, "use_regex": False}]):
-        raise ValueError("byte-level BPE is read, of text cut by ByteLevel, or by Split and then "
-                         f"ByteLevel; not {model['type']} {odd or ''}, normalizer "
-                         f"{spec.get('normalizer')}, pre-tokenizer {pre}")
+    if model.get("type", "BPE") != "BPE" or odd:
+        raise ValueError(f"byte-level BPE can be read, not {model.get('type', 'BPE')} {odd or ''}")
+    if normalizer:
+        raise ValueError(f"its normalizer {normalizer['type']} changes the text; it must be null")
+    pattern = split_pattern(spec.get("pre_tokenizer") or {})
     # GPT-2's alphabet: printable bytes stand for themselves, the others for 256, 257, ...
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in shown]
     byte = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(others)}
     specials = {t["content"]: t["id"] for t in spec["added_tokens"]}
-    ranks = {bytes(byte[c] for c in token): i for token, i in model["vocab"].items()
-             if token not in specials}
+    for t in spec["added_tokens"]:
+        if not t.get("special", True) and t["content"].isspace():
+            raise ValueError(f"its added token {t['content']!r} is plain text, which must be BPE's")
+    words = {token: i for token, i in model["vocab"].items() if token not in specials}
+    odd = [token for token in words if not byte.keys() >= {*token}]
+    if odd:
+        raise ValueError(f"its token {odd[0]!r} is not written in the letters of byte-level BPE")
+    ranks = {bytes(byte[c] for c in token): i for token, i in words.items()}
     pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
     order = [model["vocab"][a + b] for a, b in pairs]
     if order != sorted(order) or {*order} != {i for t, i in ranks.items() if len(t) > 1}:
         raise ValueError("its merges are not its tokens in the order of their ids, which tiktoken "
                          "needs")
-    return pattern["Regex"], ranks, specials
+    return pattern, ranks, specials
+
+
+def split_pattern(pre: dict) -> str:
+    """The pre-tokenizer of a tokenizer.json -> the regular expression whose matches are its pieces.
+    ValueError for one that is no single expression, or that tiktoken's engine (Rust's) and the
+    library's (Oniguruma) read differently."""
+    steps = pre.get("pretokenizers", [pre])
+    kinds, level = [step.get("type") for step in steps], steps[-1]
+    if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
+        raise ValueError("its text must be cut by ByteLevel, or by Split, then ByteLevel, not by "
+                         f"{', then '.join(map(str, kinds))}")
+    options = {"add_prefix_space": level.get("add_prefix_space"),
+               "use_regex": level.get("use_regex", True)}
+    if options != {"add_prefix_space": False, "use_regex": len(steps) == 1}:
+        raise ValueError(f"its ByteLevel has {options} behind {kinds[:-1]}, which cannot be read")
+    if len(steps) == 1:
+        return GPT2_PATTERN
+    regex, how = steps[0]["pattern"].get("Regex"), (steps[0]["behavior"], steps[0]["invert"])
+    if regex is None or how not in (("Isolated", False), ("Removed", True)):
+        raise ValueError(f"its Split must be Isolated, or Removed and inverted, by a Regex, not "
+                         f"{steps[0]}")
+    bare = re.sub(r"\\.|\[(?:\\.|[^]\\])*\]", "", regex)
+    for odd in re.findall(r"[$^]|\(\?\w*m|\{[\d,]+\}\+", bare) + re.findall(r"\[:\^?\w+:\]", regex):
+        raise ValueError(f"its Split has {odd} in {regex}, which two engines read differently")
+    # Isolated keeps what is between the matches, a piece each; tiktoken drops it, as Removed does
+    return f"{regex}|(?:(?!{regex})[\\s\\S])+" if how[0] == "Isolated" else regex
 
 
 def fingerprint(tokenizer: tiktoken.Encoding) -> bytes:

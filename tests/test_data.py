@@ -1,4 +1,4 @@
-"""The curriculum, shards, preparing, tokenizers and built-in text, and what bad input is told."""
+"""The curriculum, shards, preparing and built-in text, and what bad input is told."""
 import ast
 import base64
 import bz2
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import regex
 
 import data
 from data import Corpus, Plan, Shard, ShardWriter, load_tokenizer, prepare
@@ -439,99 +438,6 @@ def test_a_bad_curriculum_is_one_line(key, value, message):
     fades = [[0, {"a": .1, "b": .9}], [.5, {"a": 1}]]  # a cap, and then no other has a share
     refused("caps={'a': 0.4} leave too little room at step 5", Plan,
             **{**good, "mixture": fades, "caps": {"a": .4}})
-
-
-# ---- tokenizers
-
-MERGES = [(b"t", b"h"), (b"th", b"e"), (b" ", b"the"), (b"a", b"n"), (b"an", b"d"), (b" ", b"and"),
-          (b"1", b"2"), (b"\xc3", b"\xa9"), (b"e", b"n"), (b"\n", b"\n")]
-IDS = {t: i for i, t in enumerate([*(bytes([255 - b]) for b in range(256)),
-                                   *(a + b for a, b in MERGES)])}
-TEXT = "the then and  the\n\n\nand12 3123 caf\u00e9 <|endoftext|> \U0001f600\x00 the's ' the"
-LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-SPLIT = {"type": "Split", "pattern": {"Regex": r"\p{N}{1,2}|\s+|[^\s\p{N}]+"}, "invert": False,
-         "behavior": "Isolated"}
-
-
-def sequence(*steps):
-    return {"type": "Sequence", "pretokenizers": [*steps, {**LEVEL, "use_regex": False}]}
-
-
-def tokenizer_json(pre_tokenizer=LEVEL, normalizer=None, end=266, **model):
-    others = iter(range(256, 512))  # GPT-2's letters for bytes, as its encoder.py has them
-    letters = [chr(b if 33 <= b < 127 or 161 <= b < 173 or 174 <= b else next(others))
-               for b in range(256)]
-    shown = {token: "".join(letters[b] for b in token) for token in IDS}
-    model = {"type": "BPE", "vocab": {shown[token]: i for token, i in IDS.items()},
-             "merges": [f"{shown[a]} {shown[b]}" for a, b in MERGES], **model}
-    Path("tokenizer.json").write_text(json.dumps({
-        "model": model, "pre_tokenizer": pre_tokenizer, "normalizer": normalizer,
-        "added_tokens": [{"id": end, "content": data.END}]}))
-    return load_tokenizer("tokenizer.json")
-
-
-def naive_bpe(pattern, text):
-    """Ids by the definition: within every piece, always the earliest merge first."""
-    for piece in regex.findall(pattern, text):
-        parts = [bytes([b]) for b in piece.encode()]
-        while pairs := [pair for pair in zip(parts, parts[1:]) if pair in MERGES]:
-            i = [*zip(parts, parts[1:])].index(min(pairs, key=MERGES.index))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        yield from (IDS[part] for part in parts)
-
-
-def test_tokenizers_follow_the_definition_and_keep_every_text():
-    tiktoken_file("gpt2.tiktoken", IDS)
-    for tokenizer, expected in (
-            (BYTE, TEXT.encode()), (load_tokenizer("gpt2.tiktoken"), data.GPT2_PATTERN),
-            (tokenizer_json(), data.GPT2_PATTERN), (tokenizer_json(end=300), data.GPT2_PATTERN),
-            (tokenizer_json(sequence(SPLIT)), SPLIT["pattern"]["Regex"])):
-        begin, *ids, end = data.encode_document(tokenizer, TEXT)
-        assert ids == [*(naive_bpe(expected, TEXT) if isinstance(expected, str) else expected)]
-        specials, n = tokenizer._special_tokens, tokenizer.n_vocab
-        assert {*data.SPECIALS} <= {*specials} and (begin, end) == (specials[data.BEGIN],
-                                                                   specials[data.END])
-        assert len({*ids, *specials.values()}) == len({*ids}) + len(specials)
-        assert len(data.token_bytes(tokenizer)) == n
-        assert data.token_bytes(tokenizer)[[*ids, *specials.values()]].sum() == len(TEXT.encode())
-        assert data.decode(tokenizer, ids) == TEXT
-        assert data.decode(tokenizer, [n, end, 10**6, *ids[-1:]])[:15] == f"\ufffd{data.END}\ufffd"
-        lone = data.encode_document(tokenizer, "a\ud800b")[1:-1]
-        assert data.decode(tokenizer, lone) == "a\ufffdb"
-    assert data.decode(tokenizer_json(end=300), [290, 300]) == f"\ufffd{data.END}"
-    prints = [data.fingerprint(t) for t in (BYTE, tokenizer_json(), tokenizer_json(end=300),
-                                            tokenizer_json(sequence(SPLIT)), tokenizer_json())]
-    assert len({*prints}) == 4 and prints[1] == prints[4]
-
-
-@pytest.mark.parametrize("name, content, message", [
-    ("none.json", None, "FileNotFoundError: No such file"), (".", None, "it is neither 'byte', a"),
-    ("gpt-2", None, "it is neither 'byte', a .tiktoken"), ("x.json", b"{", "JSONDecodeError: "),
-    ("x.json", b"[]", "TypeError: "), ("x.json", b"{}", "KeyError: 'model'"),
-    ("x.tiktoken", b"", "some of the 256 bytes have no token"),
-    ("x.tiktoken", b"YQ==", "not enough values to unpack"), ("x.tiktoken", b"Y 1", "Error: "),
-    ("x.tiktoken", b"".join(base64.b64encode(bytes([i])) + b" 7\n" for i in range(256)),
-     "two of its tokens have the same id")])
-def test_a_bad_tokenizer_is_one_line(name, content, message):
-    if content is not None:
-        Path(name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"^tokenizer {name}: [^\n]*{re.escape(message)}[^\n]*$"):
-        prepare({"a": ("x.txt", 1, 1)}, name, "d", {"a": 1})
-    assert not Path("d").exists()
-
-
-@pytest.mark.parametrize("changes, message", [
-    *(({"pre_tokenizer": pre}, word) for pre, word in (
-        ({"type": "Metaspace"}, "Metaspace"), (None, "not BPE"), (sequence(), "ByteLevel"),
-        ({**LEVEL, "add_prefix_space": True}, "add_prefix_space': True"),
-        ({**LEVEL, "use_regex": False}, "use_regex': False"), (sequence(SPLIT, SPLIT), "Sequence"),
-        (sequence({**SPLIT, "behavior": "Removed"}), "Removed"))),
-    ({"normalizer": {"type": "NFC"}}, "NFC"), ({"type": "Unigram"}, "Unigram"),
-    ({"end_of_word_suffix": "</w>"}, "</w>"), ({"vocab": {"a": 0}}, "KeyError: 'th'"),
-    ({"merges": []}, "its merges are not its tokens in the order of their ids")])
-def test_a_tokenizer_json_of_another_kind_is_refused_by_name(changes, message):
-    with pytest.raises(ValueError, match=f"^tokenizer tokenizer.json: .*{message}"):
-        tokenizer_json(**changes)
 
 
 # ---- built-in text
