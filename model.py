@@ -9,6 +9,7 @@ Module and parameter names are those of the released checkpoints, so that a stat
 """
 import json
 import os
+import re
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -299,8 +300,9 @@ class Motif(nn.Module):
                 reduction: str = "mean", scale: float = 1.0, cache: list | None = None,
                 start: int = 0) -> Tensor:
         """ids (B, T) -> logits (B, T, V), or with targets (B, T) -> their cross entropy in nats, -1
-        ignored, scale times the "mean" or "sum". documents (B, T): each run of equal numbers is a
-        document that sees itself alone, positions from 0. cache and start: see Attention.forward.
+        ignored, scale times the "mean" or "sum", or the sums of the four "quarters" of T. documents
+        (B, T): each run of equal numbers is a document that sees itself alone, positions from 0.
+        cache and start: see Attention.forward.
         ValueError for no tokens and for more positions than max_position_embeddings."""
         T, longest = ids.shape[1], self.config.max_position_embeddings
         if ids.numel() == 0 or start + T > longest:
@@ -319,8 +321,13 @@ class Motif(nn.Module):
         self.max_logits, x = torch.stack(largest), self.model.norm(x)
         if targets is None:
             return F.linear(x, self.head_weight)
-        return kernels.linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(),
-                                            reduction, scale)
+        def loss(x, targets, reduction):
+            return kernels.linear_cross_entropy(x.flatten(0, 1), self.head_weight,
+                                                targets.flatten(), reduction, scale)
+        if reduction == "quarters":
+            parts = zip(x.tensor_split(4, 1), targets.tensor_split(4, 1))
+            return torch.stack([loss(*part, "sum") for part in parts])
+        return loss(x, targets, reduction)
 
     @torch.no_grad()
     def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
@@ -357,10 +364,12 @@ class Motif(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, device=None, dtype=None) -> "Motif":
-        """A model from a folder in the released layout: config.json and model.safetensors, or
-        shards with an index. Each tensor keeps its stored dtype unless one is given. ValueError,
-        one line, for a file missing or broken and a tensor missing, extra or misshapen."""
-        path, found = Path(path), {}
+        """A model from a folder in the released layout, config.json and model.safetensors, or
+        shards with an index, or from a repository owner/name of the Hugging Face Hub, which is
+        downloaded once. Each tensor keeps its stored dtype unless one is given, and is read
+        straight to the device. ValueError, one line, for a file missing or broken and a tensor
+        missing, extra or misshapen."""
+        path, found = model_folder(path), {}
         config = MotifConfig.from_dict(read_json(path / "config.json"))
         with torch.device("meta"):
             model = cls(config)
@@ -452,6 +461,20 @@ def stored_tensors(path: Path, stem: str, shapes: dict[str, tuple], device=None)
         for name, f in holder.items():
             yield name, lambda *box, f=f, name=name: (
                 f.get_slice(name)[box] if box else f.get_tensor(name))
+
+
+def model_folder(name) -> Path:
+    """A folder, or a repository owner/name of the Hub: downloaded, with progress, going on where a
+    download was cut. ValueError if that fails."""
+    path = Path(name)
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        return path
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as e:   # of a dozen kinds: no network, no such name, a licence to accept first
+        raise ValueError(f"{name}: there is no such folder, and the Hub did not give it: "
+                         f"{type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
 
 
 def tensor_files(path: Path, stem: str) -> list[Path]:

@@ -33,7 +33,7 @@ import muonclip
 from configurator import Count, Fraction, NonNegative, Size
 from kernels import LOSS_CHUNK
 from model import (INDEX, Linear, Motif, MotifConfig, activation_bytes, cost_table,
-                   flops_per_token, memory_per_gpu, read_json, save_tensors, stored_tensors,
+                   flops_per_token, grow, memory_per_gpu, read_json, save_tensors, stored_tensors,
                    tensor_files, write_json)
 from muonclip import local
 
@@ -56,6 +56,8 @@ class Config(MotifConfig):
                                     # sharded over the others
     timeout: Count = 600            # seconds that a rank waits for another before the run ends
     seed: int = 1337                # of the initial weights and of the order of the data
+    init: str | None = None         # first weights: grow:PATH, from a smaller model; average:DIR,k,
+                                    # of the last k checkpoints of a run; None: at random
     resume: str = "auto"            # auto: the newest checkpoint in out_dir; no; or a path
     dry_run: bool = False           # print size, plan, memory and time, and open nothing
     world: Count = 8                # ranks that --dry_run plans for
@@ -65,6 +67,7 @@ class Config(MotifConfig):
     max_steps: Count | None = None  # optimizer steps; the run ends here or at max_tokens
     max_tokens: Count | None = None  # tokens of the whole run; set one of the two, or both
     seq_len: Count | list = 256     # tokens per sequence, or knots [[tokens seen, length], ...]
+    theta: list | None = None       # knots [[tokens seen, RoPE's base], ...]; None: rope_theta
     batch_tokens: Count | list = 4096  # tokens per step over all ranks, or knots likewise
     micro_tokens: Count = 4096      # tokens in one forward pass of one rank: what memory allows
     lr: NonNegative = 4e-3          # peak, of Muon and AdamW alike
@@ -129,6 +132,12 @@ def lr_at(c: Config, plan: data.Plan, step: int) -> float:
     return c.lr * {"linear": 1 - (1 - m) * x,
                    "cosine": m + (1 - m) * (1 + math.cos(math.pi * x)) / 2,
                    "inverse_sqrt": (1 + x * (max(m, 1e-3)**-2 - 1))**-0.5}[c.decay]
+
+
+def theta_at(c: Config, tokens: int) -> float:
+    """RoPE's base once so many tokens are seen. ValueError for knots that are none."""
+    knots = data.knots("theta", c.theta) if c.theta else [(0, c.rope_theta)]
+    return float(max(knot for knot in knots if knot[0] <= tokens)[1])
 
 
 # ---- ranks
@@ -428,19 +437,63 @@ def check_fits(folder: Path, state: dict, c: Config, plan: data.Plan) -> None:
 def load_checkpoint(folder: Path, model: Motif, optimizer) -> None:
     """Copy a checkpoint's weights and optimizer state in place; each rank reads its shards alone.
     ValueError for a damaged file."""
-    for path, stem, ours in ((folder, "model", model.state_dict()), (
-            folder / "optimizer", "state", optimizer_tensors(model, optimizer))):
-        try:
-            for name, get in stored_tensors(path, stem, {n: t.shape for n, t in ours.items()}):
-                t, box = ours[name], ()
-                if hasattr(t, "placements"):
-                    mesh = t.device_mesh
-                    box = muonclip.part(t.shape, mesh.shape, muonclip.layout_of(t),
-                                        mesh.get_coordinate())
-                if local(t).numel():
-                    local(t).copy_(get(*box))
-        except ValueError as e:
-            raise ValueError(f"{e}; delete {folder} to go on from the checkpoint before") from None
+    try:
+        read_into(model.state_dict(), folder, "model")
+        read_into(optimizer_tensors(model, optimizer), folder / "optimizer", "state")
+    except ValueError as e:
+        raise ValueError(f"{e}; delete {folder} to go on from the checkpoint before") from None
+
+
+@torch.no_grad()
+def read_into(ours: dict[str, torch.Tensor], folder: Path, stem: str) -> None:
+    """Copy stored tensors into ours, of FSDP2's the part that this rank has."""
+    for name, get in stored_tensors(folder, stem, {n: t.shape for n, t in ours.items()}):
+        t, box = ours[name], ()
+        if hasattr(t, "placements"):
+            mesh = t.device_mesh
+            box = muonclip.part(t.shape, mesh.shape, muonclip.layout_of(t), mesh.get_coordinate())
+        if local(t).numel():
+            local(t).copy_(get(*box))
+
+
+def first_weights(c: Config, out: Path) -> Path:
+    """Make what `init` asks for -> out/init, a folder in the released layout: every rank can read
+    its shards there, and no other than this process needs the memory. ValueError for what cannot
+    be."""
+    kind, _, what = c.init.partition(":")
+    if kind == "grow":
+        seed = Motif.from_pretrained(what, dtype=torch.float32)
+        theirs, ours = seed.config.rope_theta, theta_at(c, 0)
+        if theirs != ours:
+            raise ValueError(f"init={c.init}: that model has rope_theta={theirs}, not {ours}; keep "
+                             f"it at first, and let it rise, as with --theta=\"[[0, {theirs:.0f}], "
+                             f"[10**9, {ours:.0f}]]\"")
+        model = grow(seed, shape_of(c), seed=c.seed)
+    elif kind == "average" and re.fullmatch(r".+,[1-9]\d*", what):
+        model = average(Path(what.rpartition(",")[0]), int(what.rpartition(",")[2]))
+        for key, ours in asdict(shape_of(c)).items():
+            if getattr(model.config, key) != ours and key != "rope_theta":
+                raise ValueError(f"init={c.init}: that model has {key}={getattr(model.config, key)}"
+                                 f", not {ours}")
+    else:
+        raise ValueError(f"init={c.init} must be grow:PATH or average:DIR,k")
+    shutil.rmtree(out / "init", ignore_errors=True)
+    model.save_pretrained(out / "init", SHARD_BYTES)
+    print(f"first weights by {c.init}, in {out}/init", flush=True)
+    return out / "init"
+
+
+def average(run: Path, k: int) -> Motif:
+    """The mean, in fp32, of a run's last k checkpoints. ValueError if it has not so many."""
+    folders = [run / f"step_{step}" for step in sorted(steps_in(run))[-k:]]
+    if len(folders) < k:
+        raise ValueError(f"{run} holds {len(folders)} checkpoints, not {k}; keep more of them by "
+                         "--keep_last or --keep_every")
+    mean = Motif.from_pretrained(folders[0], dtype=torch.float32)
+    for i, folder in enumerate(folders[1:], 2):
+        for ours, theirs in zip(mean.parameters(), Motif.from_pretrained(folder).parameters()):
+            ours.data.lerp_(theirs.data.float(), 1 / i)
+    return mean
 
 
 def optimizer_tensors(model: Motif, optimizer) -> dict[str, torch.Tensor]:
@@ -562,19 +615,22 @@ class Skips:
 @torch.no_grad()
 def evaluate(model: Motif, held_out: dict[str, torch.Tensor], micro_tokens: int,
              length: torch.Tensor) -> dict:
-    """Loss in nats per token and bits per byte of held-out rows (R, T + 1), over all and by domain;
-    length (n_vocab,): bytes of each token. The ranks share the rows."""
-    tokens, size = {}, {}
-    sums = torch.zeros(len(held_out), dtype=torch.float64, device=length.device)
+    """Loss in nats per token and bits per byte of held-out rows (R, T + 1), over all, by domain and
+    by quarter of the context; length (n_vocab,): bytes of each token. The ranks share the rows."""
+    tokens, size, quarters = {}, {}, torch.zeros(4)
+    sums = torch.zeros(len(held_out), 4, dtype=torch.float64, device=length.device)
     for i, (name, rows) in enumerate(held_out.items()):
         first, own, n = share_of(len(rows))
         batch = padded(rows[first::WORLD], own, n)
         for part in zip(*(t.split(max(1, micro_tokens // rows.shape[1])) for t in batch)):
-            sums[i] += model(*part, reduction="sum")
+            sums[i] += model(*part, reduction="quarters")
         tokens[name], size[name] = rows[:, 1:].numel(), length[rows[:, 1:]].sum().item()
-    nats = dict(zip(held_out, add_up(sums).tolist()))
+        quarters += torch.tensor([part.numel() for part in rows[:, 1:].tensor_split(4, 1)])
+    sums = add_up(sums).cpu()
+    nats = dict(zip(held_out, sums.sum(1).tolist()))
     return {"val_loss": sum(nats.values()) / sum(tokens.values()),
             "val_bpb": sum(nats.values()) / math.log(2) / sum(size.values()),
+            "val_loss_by_quarter": (sums.sum(0) / quarters).tolist(),
             "val_loss_by_domain": {n: nats[n] / tokens[n] for n in nats},
             "val_bpb_by_domain": {n: nats[n] / math.log(2) / size[n] for n in nats}}
 
@@ -641,7 +697,8 @@ def training_line(plan: data.Plan, *, step, tokens, loss, grad_norm, lr, ms, opt
 def validation_line(step: int, steps: int, result: dict) -> str:
     losses = "  ".join(f"{name} {x:.4f}" for name, x in result["val_loss_by_domain"].items())
     return (f"step {step}/{steps}  validation loss {result['val_loss']:.4f}  bits per byte "
-            f"{result['val_bpb']:.4f}  ({losses})")
+            f"{result['val_bpb']:.4f}  ({losses})  by quarter of the context "
+            + " ".join(f"{x:.3f}" for x in result["val_loss_by_quarter"]))
 
 
 # ---- the run
@@ -872,6 +929,7 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
     timer, timed = time.perf_counter(), step        # when and where the last line was logged
     while True:
         done = step == plan.steps
+        model.config.rope_theta = theta_at(c, plan.tokens[step])
         stop = any_of(done or bool(signals))
         evaluating = log.evaluated < step and is_due(step, c.eval_every, done)
         saving = step > begun and is_due(step, c.save_every, stop)
@@ -949,6 +1007,7 @@ def set_up(c: Config, out: Path):
         raise ValueError(f"tokenizer {c.tokenizer} has {tokenizer.n_vocab} tokens, more than "
                          f"vocab_size={c.vocab_size}; raise that")
     check_prompts(c, tokenizer)
+    theta_at(c, 0)
     join(c, device)
     start = tell(together(find_checkpoint if RANK == 0 else lambda *_: None, c, out))[0]
     if start:
@@ -967,6 +1026,9 @@ def set_up(c: Config, out: Path):
         coefficients=c.coefficients, tau=c.tau, dtype=COMPUTE[precision_of(c, device)])
     if start:
         together(load_checkpoint, start[0], model, optimizer)
+    elif c.init:
+        made = tell(together(first_weights, c, out) if RANK == 0 else together(int))[0]
+        together(read_into, model.state_dict(), made, "model")
     return corpus, held_out, model, optimizer, tokenizer, start
 
 

@@ -105,7 +105,8 @@ def test_a_run_logs_what_others_rely_on(run):
     assert train[0]["mixture"] == {"math": 0.75, "science": 0.25}
     for m in val:
         assert m.keys() == {"step", "tokens", "val_loss", "val_bpb", "val_loss_by_domain",
-                            "val_bpb_by_domain", "layers"}
+                            "val_bpb_by_domain", "val_loss_by_quarter", "layers"}
+        assert sum(m["val_loss_by_quarter"]) / 4 == pytest.approx(m["val_loss"])
         # nats per token to bits per byte: the bytes of these rows are all tokens but the specials
         nats = {name: loss * 256 for name, loss in m["val_loss_by_domain"].items()}
         assert m["val_loss"] == pytest.approx(sum(nats.values()) / 512)
@@ -431,6 +432,45 @@ def test_a_loss_that_is_not_finite_updates_nothing_and_ends_the_run(run, monkeyp
     said = Path("late/log.txt").read_text()
     assert "\nno update at step 2: loss or gradient not finite\n" in said
     assert said.endswith("\nno update at step 4, 5, 6: loss or gradient not finite\n")
+
+
+# ---- first weights, and a context that grows
+
+WIDER = dict(hidden_size=64, intermediate_size=128, num_attention_heads=9, num_hidden_layers=3)
+
+
+def test_a_grown_model_goes_on_where_its_seed_ended(run):
+    """4 signal heads become 8, 2 layers 3, twice as wide: it begins with the seed's last loss."""
+    run(max_steps=6)
+    run(max_steps=8, out_dir="grown", init="grow:out/step_6", **WIDER)
+    seed, first = metrics()[-1], metrics("grown")[0]
+    assert first["val_loss"] == pytest.approx(seed["val_loss"], rel=1e-5)
+    assert metrics("grown")[-1]["val_loss"] < first["val_loss"]
+    assert Motif.from_pretrained("grown/step_8").config.num_hidden_layers == 3
+    assert "rope_theta=10000.0, not 500000.0; keep it at first" in refused(
+        run, out_dir="else", init="grow:out/step_6", rope_theta=500_000, **WIDER)
+    assert "hidden_size=32 cannot grow to 48" in refused(
+        run, out_dir="else", init="grow:out/step_6", **{**WIDER, "hidden_size": 48})
+    assert refused(run, out_dir="else", init="shrink:out") == (
+        "init=shrink:out must be grow:PATH or average:DIR,k")
+
+
+def test_a_run_can_begin_with_the_mean_of_another_s_last_checkpoints(run):
+    run(max_steps=12)
+    run(max_steps=1, lr=0, out_dir="mean", init="average:out,3", save_every=1)
+    first, *others = (load_file(f"out/step_{step}/model.safetensors") for step in (4, 8, 12))
+    for name, t in load_file("mean/init/model.safetensors").items():
+        torch.testing.assert_close(t, (first[name] + others[0][name] + others[1][name]) / 3)
+    assert "out holds 3 checkpoints, not 4" in refused(run, out_dir="x", init="average:out,4")
+
+
+def test_the_base_of_rope_rises_at_its_knots(run):
+    """So that the same weights, at a learning rate of 0, have another loss from there on."""
+    run(max_steps=4, lr=0, eval_every=1, theta=[[0, 10_000], [512, 20]])
+    a, b, c, d, e = (m["val_loss"] for m in metrics() if "val_loss" in m)
+    assert a == b != c == d == e
+    assert Motif.from_pretrained("out/step_4").config.rope_theta == 20
+    assert refused(run, out_dir="x", theta=[[5, 10]]).startswith("theta=[[5, 10]] must be")
 
 
 # ---- from the config alone
