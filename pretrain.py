@@ -1039,6 +1039,8 @@ def main() -> None:
     out = Path(c.out_dir)
     try:
         try:
+            if RANK and (c.dry_run or c.export):     # one process does these
+                return
             if c.dry_run:
                 return print(describe(c, plan_of(c)))
             if c.export:
@@ -1079,7 +1081,8 @@ if __name__ == "__main__":
     try:
         main()
         if WORLD > 1:
-            together(int)                            # all are through
+            if dist.is_initialized():
+                together(int)                        # all are through
             end(SystemExit(0))                       # gloo may fail as it is torn down
     except KeyboardInterrupt:
         raise SystemExit("interrupted; run the same command to go on") from None
