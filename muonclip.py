@@ -22,6 +22,7 @@ import re
 import statistics
 import sys
 import time
+import timeit
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,7 @@ COEFFICIENTS = {
 }
 STACK = 2**25   # numbers in the small matrices of a shape that are orthogonalized at once
 SCALE = 64.0    # X is kept times this, so that its small entries stay in fp16's normal range
+compiled = functools.cache(torch.compile)
 
 
 def local(t: Tensor) -> Tensor:
@@ -171,6 +173,18 @@ def qk_clip(q_weight: Tensor, k_weight: Tensor, max_logits: Tensor, kv_map, head
     return gamma
 
 
+def in_one_pass(function):
+    """function, whose first two arguments are tensors of one size, so that it gets them in rows of
+    1024 where that divides them, and compiled on a GPU: the number of rows alone differs from
+    matrix to matrix, so that one kernel serves them all and moves 16 bytes at a time."""
+    def call(*args):
+        rows = [t.view(-1, math.gcd(t.numel(), 1024)) for t in args[:2]]
+        fused = rows[0].is_cuda and kernels.fused(rows[0])
+        return (compiled(function) if fused else function)(*rows, *args[2:])
+    return call
+
+
+@in_one_pass
 def add_to_momentum(M: Tensor, G: Tensor, mu: Tensor, skip: Tensor | None, nesterov: bool,
                     dtype: torch.dtype) -> Tensor:
     """M = mu M + G in place -> u = G + mu M, or M, in dtype. Where skip is true G counts as 0."""
@@ -180,25 +194,11 @@ def add_to_momentum(M: Tensor, G: Tensor, mu: Tensor, skip: Tensor | None, neste
     return (torch.addcmul(G, M, mu) if nesterov else M).to(dtype)
 
 
+@in_one_pass
 def apply_update(W: Tensor, O: Tensor, decay: Tensor, rate: Tensor) -> Tensor:
     """W = decay W - rate O in place -> the norms of O's rows."""
     W.mul_(decay).addcmul_(O, rate, value=-1)
     return torch.linalg.vector_norm(O, dim=1, dtype=W.dtype)
-
-
-@functools.cache
-def compiled(function):
-    return torch.compile(function)
-
-
-def in_one_pass(function, *tensors: Tensor):
-    """function, compiled on a GPU, and views of the tensors for it: rows of 1024 where that
-    divides them. Their number alone then differs from matrix to matrix, so that one kernel serves
-    them all and moves 16 bytes at a time."""
-    def rows(t):
-        return t.view(-1, math.gcd(t.numel(), 1024))
-    fused = tensors[0].is_cuda and kernels.fused(tensors[0])
-    return compiled(function) if fused else function, *map(rows, tensors)
 
 
 def flops(shape, steps: int = 5) -> int:
@@ -220,10 +220,27 @@ def assign(shapes, ranks: int, chunk: int = 1) -> list[tuple[int, int]]:
     return place
 
 
+def sharing(shapes, ranks: int, replicas: int) -> int:
+    """How many of the replicas divide these matrices among them, while the others do the same: the
+    fewest that leave the busiest rank least to do. More would only send more, as an owner sends its
+    results to each of them: 280 matrices keep no more than about 256 ranks at work. ValueError if
+    the replicas do not divide the ranks."""
+    if ranks % replicas:
+        raise ValueError(f"{ranks} ranks are not {replicas} replicas of the same size")
+
+    def busiest(n):
+        load = [0] * (n * ranks // replicas)
+        for shape, (_, owner) in zip(shapes, assign(shapes, len(load))):
+            load[owner] += flops(shape)
+        return max(load)
+    return min((n for n in range(1, replicas + 1) if replicas % n == 0),
+               key=lambda n: (busiest(n), n))
+
+
 class Unit:
-    """The matrices that lie on one device mesh of `sizes` (a shard group, or its replicas too), and
-    who does what for them: arithmetic alone, so that a plan is what a step does, until unit_on adds
-    the process group. Rank r has coordinates at[r].
+    """The matrices that lie on one device mesh of `sizes` (a shard group, or replicas of it too),
+    and who does what for them: arithmetic alone, so that a plan is what a step does, until unit_on
+    adds the process group. Rank r has coordinates at[r].
 
     An owner gets a matrix from the ranks of its own replica and sends every rank its shard of the
     result. Of P elements over W ranks, R replicas of W / R shards, a rank sends and receives
@@ -231,98 +248,102 @@ class Unit:
         (P / W) (1 + R - 2 R / W)        where gathering all on all takes P (1 - R / W)"""
 
     def __init__(self, shapes, layouts, sizes, at=None, chunk: int = 1):
-        self.shapes = shapes
-        self.at = at or list(itertools.product(*map(range, sizes)))
-        place = assign(shapes, len(self.at), chunk)
-        order = sorted(range(len(shapes)), key=lambda i: place[i])
-        self.chunks = [list(g) for _, g in itertools.groupby(order, lambda i: place[i][0])]
-        self.order, self.owner = order, [owner for _, owner in place]
-        self.parts = [[part(shape, sizes, layout, at) for at in self.at]
-                      for shape, layout in zip(shapes, layouts)]
-        self.counts = [[math.prod(s.stop - s.start for s in box) for box in parts]
-                       for parts in self.parts]
-        self.copies = [math.prod(n for n, d in zip(sizes, layout) if d is None)
-                       for layout in layouts]
-        self.sources = [{r for r, at in enumerate(self.at) if all(
-            d is not None or here == there for d, here, there in zip(layout, at, self.at[owner]))}
-            for layout, owner in zip(layouts, self.owner)]
+        at = at or list(itertools.product(*map(range, sizes)))
+        place = assign(shapes, len(at), chunk)
+        self.shapes, self.ranks, self.owner = shapes, range(len(at)), [owner for _, owner in place]
+        self.order = sorted(range(len(shapes)), key=place.__getitem__)
+        self.chunks = [list(g) for _, g in itertools.groupby(self.order, lambda i: place[i][0])]
 
-    def splits(self, chunk, me: int) -> tuple[list[int], ...]:
-        """Elements that rank me sends to each rank and receives from it, on the way to the owners;
-        then the same on the way back."""
-        there, here, back, home = ([0] * len(self.at) for _ in range(4))
+        @functools.cache                                 # hundreds of matrices are of few kinds
+        def boxes(shape, layout):
+            parts = [part(shape, sizes, layout, a) for a in at]
+            return parts, [math.prod(s.stop - s.start for s in box) for box in parts]
+        self.parts, counts = zip(*map(boxes, shapes, layouts))
+        at, cut = torch.tensor(at), torch.tensor([[d is not None for d in l] for l in layouts])
+        own = (cut[:, None] | (at[self.owner][:, None] == at)).all(2)    # of the owner's replica
+        self.copies = torch.where(cut, 1, torch.tensor(sizes)).prod(1)
+        # [i][r]: elements of matrix i's u that its owner gets from rank r, and of O that r gets
+        self.there, self.back = (own * torch.tensor(counts)).tolist(), counts
+
+    def flows(self, chunk) -> Tensor:
+        """(2, ranks, ranks): elements that each sends to each, of u to the owners and of O back."""
+        flows = torch.zeros(2, *2 * [len(self.ranks)], dtype=torch.int64)
         for i in chunk:
-            counts, owner = self.counts[i], self.owner[i]
-            home[owner] += counts[me]
-            if me in self.sources[i]:
-                there[owner] += counts[me]
-            if me == owner:
-                for r in range(len(self.at)):
-                    here[r] += counts[r] * (r in self.sources[i])
-                    back[r] += counts[r]
-        return there, here, back, home
+            flows[0, :, self.owner[i]] += torch.tensor(self.there[i])
+            flows[1, self.owner[i]] += torch.tensor(self.back[i])
+        return flows
 
-    def traffic(self, me: int) -> tuple[int, int]:
-        """Elements that rank me sends to and receives from other ranks in a step."""
-        ways = [[sum(way) - way[me] for way in self.splits(chunk, me)] for chunk in self.chunks]
-        return sum(w[0] + w[2] for w in ways), sum(w[1] + w[3] for w in ways)
+    def traffic(self) -> Tensor:
+        """(2, ranks): elements that each sends to and receives from the others in a step."""
+        flow = self.flows(self.order).sum(0).fill_diagonal_(0)
+        return torch.stack([flow.sum(1), flow.sum(0)])
 
-    def peak(self, me: int) -> int:
-        """Most elements that rank me holds in buffers: when a chunk's matrices are assembled, or
-        its results (as many) copied for their way back, beside the next chunk's shards, which have
-        left, and the results of the chunk before."""
-        sums = [(0,) * 4, *(list(map(sum, self.splits(chunk, me))) for chunk in self.chunks),
-                (0,) * 4]
-        return max(sum(after[:2]) + max(sum(before[2:]) + 2 * now[1], now[1] + sum(now[2:]))
-                   for before, now, after in zip(sums, sums[1:], sums[2:]))
+    def peak(self) -> Tensor:
+        """(ranks,): most elements of u and O that each holds, Newton-Schulz's own aside: when a
+        chunk's matrices are assembled, when the next one's shards leave, or when its results do."""
+        chunks, held = [torch.cat([f.sum(2), f.sum(1)])
+                        for f in map(self.flows, [[], [], *self.chunks, []])], []
+        # sent there and back, received there (an owner's results are as many) and back
+        for (_, b0, _, o0), (_, b, u, o), (t2, _, u2, o2) in zip(chunks, chunks[1:], chunks[2:]):
+            held += b0 + o0 + 2 * u, b0 + o0 + u + o2 + t2 + u2, u + b + o + t2 + u2
+        return torch.stack(held).amax(0)
 
-    def exchange(self, pieces, sends, receives) -> tuple[dist.Work, Tensor]:
-        """Begin one all-to-all -> the handle to wait on, and what it fills."""
+    def exchange(self, k: int, way: int, pieces) -> tuple[dist.Work, Tensor]:
+        """Begin one of chunk k's two all-to-alls -> the handle to wait on, which keeps alive what
+        it sends, and what it fills."""
+        sends, receives = self.splits[k][way]
         sent = torch.cat([self.empty, *pieces])
         received = sent.new_empty(sum(receives))
         return dist.all_to_all_single(received, sent, receives, sends, group=self.group,
                                       async_op=True), received
 
-    def send(self, chunk, updates):
-        """Begin to send a chunk's shards, the next ones of updates, to their owners."""
-        shards = list(itertools.islice(updates, len(chunk)))
-        pieces = [u.flatten() for i, u in zip(chunk, shards) if self.me in self.sources[i]]
-        return self.exchange(pieces, *self.splits(chunk, self.me)[:2])
+    def send(self, k: int, updates):
+        """Begin to send chunk k's shards, the next ones of updates, to their owners."""
+        shards = list(itertools.islice(updates, len(self.chunks[k])))
+        return self.exchange(k, 0, [u.flatten() for i, u in zip(self.chunks[k], shards)
+                                    if self.there[i][self.me]])
 
-    def wholes(self, chunk, work, received) -> dict[int, Tensor]:
+    def wholes(self, k: int, work, received) -> dict[int, Tensor]:
         """Wait for them -> the matrices that this rank owns."""
-        mine = [i for i in chunk if self.owner[i] == self.me]
-        wholes = {i: received.new_empty(self.shapes[i]) for i in mine}
         work.wait()
-        boxes = [(i, r) for r in range(len(self.at)) for i in mine if r in self.sources[i]]
-        for (i, r), piece in zip(boxes, received.split([self.counts[i][r] for i, r in boxes])):
-            box = wholes[i][self.parts[i][r]]
+        wholes = {i: received.new_empty(self.shapes[i]) for i in self.chunks[k]
+                  if self.owner[i] == self.me}
+        boxes = [whole[self.parts[i][r]] for r in self.ranks for i, whole in wholes.items()
+                 if self.there[i][r]]
+        for box, piece in zip(boxes, received.split([box.numel() for box in boxes])):
             box.copy_(piece.view_as(box))
         return wholes
 
-    def send_back(self, chunk, results):
+    def send_back(self, k: int, results):
         """Begin to send each rank its shards of the results of the matrices that this one owns."""
-        pieces = [O[self.parts[i][r]].flatten() for r in range(len(self.at))
-                  for i, O in results.items()]
-        return self.exchange(pieces, *self.splits(chunk, self.me)[2:])
+        return self.exchange(k, 1, [O[self.parts[i][r]].flatten() for r in self.ranks
+                                    for i, O in results.items()])
 
-    def arrived(self, chunk, work, received):
-        """Wait for this rank's shards of a chunk's results."""
+    def arrived(self, k: int, work, received):
+        """Wait for this rank's shards of chunk k's results."""
         work.wait()
-        return received.split([self.counts[i][self.me] for i in chunk])
+        return received.split([self.back[i][self.me] for i in self.chunks[k]])
 
 
 def unit_on(mesh, params, chunk: int, dtype: torch.dtype) -> Unit:
-    """The unit of the DTensors on a mesh, ready to exchange. All ranks of the mesh make it."""
-    ranks = sorted(mesh.mesh.flatten().tolist())
-    unit = Unit([p.shape for p in params], [layout_of(p) for p in params], mesh.shape,
-                [tuple((mesh.mesh == r).nonzero()[0].tolist()) for r in ranks], chunk)
+    """The unit of the DTensors on a mesh, ready to exchange, of those replicas (by the mesh's first
+    dimension) that share the work with this rank's. All ranks of the mesh make theirs."""
+    shapes, layouts = [p.shape for p in params], [layout_of(p) for p in params]
+    n = mesh.shape[0]
+    if all(layout[0] is None for layout in layouts):
+        n = sharing(shapes, mesh.size(), n)
+    first, sizes = mesh.get_coordinate()[0] // n * n, (n, *mesh.shape[1:])
+    at = dict(zip(mesh.mesh[first:first + n].flatten().tolist(),
+                  itertools.product(*map(range, sizes))))
+    ranks = sorted(at)
+    unit = Unit(shapes, layouts, sizes, [at[r] for r in ranks], chunk)
     unit.group = (dist.group.WORLD if len(ranks) == dist.get_world_size() else
                   dist.new_group(ranks, use_local_synchronization=True))
     unit.me, unit.params = ranks.index(dist.get_rank()), [params[i] for i in unit.order]
-    copies, device = [unit.copies[i] for i in unit.order], params[0].device
-    unit.copies = torch.tensor(copies, dtype=params[0].dtype, device=device)
-    unit.empty = torch.empty(0, dtype=dtype, device=device)    # of the wire
+    unit.splits = [[(flow[unit.me].tolist(), flow[:, unit.me].tolist())
+                    for flow in unit.flows(chunk)] for chunk in unit.chunks]
+    unit.copies = unit.copies[unit.order].to(params[0].device)
+    unit.empty = unit.copies.new_empty(0, dtype=dtype)   # of the wire
     return unit
 
 
@@ -375,8 +396,7 @@ class MuonClip(torch.optim.Optimizer):
         self.unit_of: dict[Tensor, Unit] = {}            # of the matrices that others share
         spread = [p for p in muon if hasattr(p, "placements") and p.device_mesh.size() > 1]
         for mesh in dict.fromkeys(p.device_mesh for p in spread):
-            unit = unit_on(mesh, [p for p in spread if p.device_mesh == mesh], chunk,
-                           dtype)
+            unit = unit_on(mesh, [p for p in spread if p.device_mesh == mesh], chunk, dtype)
             self.unit_of.update(dict.fromkeys(unit.params, unit))
         for p in muon:
             self.state[p] = {"momentum": torch.zeros_like(local(p))}
@@ -402,9 +422,11 @@ class MuonClip(torch.optim.Optimizer):
             if params:
                 (self._muon if group["kind"] == "muon" else self._adamw)(group, params, skip)
         if self.qk and self.tau and max_logits is not None:
-            if unit := self.unit_of.get(self.qk[0][0]):
+            mesh = getattr(self.qk[0][0], "device_mesh", None)
+            if mesh is not None and mesh.size() > 1:
                 max_logits = torch.where(max_logits < torch.inf, max_logits, torch.inf)  # no NaN,
-                dist.all_reduce(max_logits, dist.ReduceOp.MAX, unit.group)  # which max may lose
+                for group in mesh.get_all_groups():      # which max may lose
+                    dist.all_reduce(max_logits, dist.ReduceOp.MAX, group)
             gammas = [qk_clip(q, k, S, self.kv_map, self.head_dim, self.tau)
                       for (q, k), S in zip(self.qk, max_logits, strict=True)]
             self.clipped = (torch.stack(gammas) < 1).sum()
@@ -418,16 +440,12 @@ class MuonClip(torch.optim.Optimizer):
         decay = 1 - lr * group["weight_decay"]
         alone = sorted((p for p in params if p not in self.unit_of), key=lambda p: p.shape)
         for unit in None, *dict.fromkeys(self.unit_of.values()):
-            params, rms = alone if unit is None else unit.params, []
+            params = alone if unit is None else unit.params
             updates = (self._momentum(group, p, mu, skip) for p in params)
-            for p, O in zip(params, self._orthogonalize(updates, unit)):
-                scale = 0.2 * max(p.shape[-2:]) ** 0.5    # gives O the RMS of AdamW's update
-                update, W, rows = in_one_pass(apply_update, local(p), O)
-                norms = update(W, rows, decay, lr * scale)
-                rms.append(torch.linalg.vector_norm(norms) * (scale / p.numel() ** 0.5))
+            results = self._orthogonalize(updates, unit)
+            rms = [self._update(p, next(results), lr, decay) for p in params]   # keeps no result
             if unit is not None:                         # each rank has its shards' part of it
-                rms = torch.stack(rms)
-                rms = rms.square_().div_(unit.copies)
+                rms = torch.stack(rms).square_().div_(unit.copies)
                 dist.all_reduce(rms, group=unit.group)
                 rms.sqrt_()
             self.update_rms.update(zip(params, rms))
@@ -436,10 +454,18 @@ class MuonClip(torch.optim.Optimizer):
         """Adds the gradient to the momentum -> u, from which the update is made, in the dtype that
         it is orthogonalized in."""
         M = self.state[p]["momentum"]
+        if p in self.unit_of and p.grad is not None and p.grad.placements != p.placements:
+            raise ValueError(f"a gradient is placed by {p.grad.placements}, its parameter by "
+                             f"{p.placements}; redistribute the gradient first")
         G = torch.zeros_like(M) if p.grad is None else local(p.grad).contiguous()
-        add, rows, G = in_one_pass(add_to_momentum, M, G)
-        u = add(rows, G, mu, skip, group["nesterov"], self.newton_schulz["dtype"])
+        u = add_to_momentum(M, G, mu, skip, group["nesterov"], self.newton_schulz["dtype"])
         return u.view(M.shape)
+
+    def _update(self, p, O, lr, decay) -> Tensor:
+        """Applies a result -> what this rank's part of it adds to the RMS of the update over lr."""
+        scale = 0.2 * max(p.shape[-2:]) ** 0.5           # gives O the RMS of AdamW's update
+        norms = apply_update(local(p), O, decay, lr * scale)
+        return torch.linalg.vector_norm(norms) * (scale / p.numel() ** 0.5)
 
     def _orthogonalize(self, updates, unit):
         """Newton-Schulz of each update as it comes -> this rank's part of each result, in order.
@@ -447,26 +473,24 @@ class MuonClip(torch.optim.Optimizer):
         GPU their launches are most of the time. Over many ranks, chunk by chunk, two all-to-alls:
         shards of u to the owners, who do whole matrices too, and of O back. They run beside the
         arithmetic: the next chunk's shards leave before this one's Newton-Schulz, and this one's
-        results go home during the next one's."""
+        results go home during the next one's. What has been waited for is not kept."""
         if unit is None:
             for shape, run in itertools.groupby(updates, lambda u: u.shape):
                 while stack := [*itertools.islice(run, max(1, STACK // max(1, shape.numel())))]:
                     us = torch.stack(stack) if len(stack) > 1 else stack[0][None]
                     yield from newton_schulz(us, **self.newton_schulz)
             return
-        chunks, back = unit.chunks, None
-        ahead = unit.send(chunks[0], updates)
-        for k, chunk in enumerate(chunks):
-            arriving = ahead
-            if k + 1 < len(chunks):
-                ahead = unit.send(chunks[k + 1], updates)
-            wholes = unit.wholes(chunk, *arriving)
-            del arriving
+        there, back = [unit.send(0, updates)], []
+        for k in range(len(unit.chunks)):
+            wholes = unit.wholes(k, *there.pop())
+            if k + 1 < len(unit.chunks):
+                there.append(unit.send(k + 1, updates))
             results = {i: newton_schulz(wholes.pop(i), **self.newton_schulz) for i in [*wholes]}
             if back:
-                yield from unit.arrived(chunks[k - 1], *back)
-            back = unit.send_back(chunk, results)
-        yield from unit.arrived(chunks[-1], *back)
+                yield from unit.arrived(k - 1, *back.pop())
+            back.append(unit.send_back(k, results))
+            del results
+        yield from unit.arrived(k, *back.pop())
 
     def _adamw(self, group, params, skip) -> None:
         states, (beta1, beta2) = [self.state[p] for p in params], group["betas"]
@@ -504,47 +528,39 @@ def describe_routing(model, optimizer: MuonClip) -> str:
     return "\n".join(lines)
 
 
-def milliseconds(device: str, calls, seconds: float = 60, rounds: int = 21) -> list[list[float]]:
-    """The times of each call, sorted; in turn, so that all meet the same neighbours."""
-    def wait():
-        if device == "cuda":
-            torch.cuda.synchronize()
-    times, begin = [[] for _ in calls], time.perf_counter()
-    for i in range(rounds + 2):
-        if i > 4 and time.perf_counter() - begin > seconds:
-            break
-        for call, ms in zip(calls, times):
-            wait()
-            start = time.perf_counter()
-            call()
-            wait()
-            ms.append(1e3 * (time.perf_counter() - start))
-    return [sorted(ms[2:]) for ms in times]              # the first two compile
-
-
 def plan_table(shapes, world: int, replicas: int = 1) -> str:
     """What Parallel Muon does with these matrices: from the same arithmetic, on no device.
     ValueError if the replicas do not divide the ranks."""
-    if world % replicas:
-        raise ValueError(f"{world} ranks are not {replicas} replicas of the same size")
-    unit = Unit(shapes, [(None, 0)] * len(shapes), (replicas, world // replicas))
-    loads = [[0] * world for _ in unit.chunks]
-    for load, chunk in zip(loads, unit.chunks):
+    shards, together = world // replicas, sharing(shapes, world, replicas)
+    unit = Unit(shapes, [(None, 0)] * len(shapes), (together, shards))
+    work = torch.zeros(len(unit.chunks), together * shards, dtype=torch.float64)
+    for k, chunk in enumerate(unit.chunks):
         for i in chunk:
-            load[unit.owner[i]] += flops(shapes[i])
-    busy, waits = max(map(sum, zip(*loads))), sum(map(max, loads))
-    total, P = sum(map(flops, shapes)), sum(map(math.prod, shapes))
-    sent, received = (max(way) for way in zip(*map(unit.traffic, range(world))))
-    GB, gathered = 2e-9, P * (1 - replicas / world)      # bf16
-    return f"""Parallel Muon over {replicas} x {world // replicas} ranks, simulated; most of a rank:
-  {len(shapes)} matrices of {P / 1e9:.3f}e9 elements, in {len(unit.chunks)} chunks
-  Newton-Schulz      {busy / 1e12:.1f} TFLOP of {total / 1e12:.1f}, max/mean {
-                      busy * world / total:.3f}, where ranks wait at each chunk {
-                      waits * world / total:.3f}
-  bf16 on the wire   {GB * sent:.2f} GB sent, {GB * received:.2f} GB received; {
-                      GB * gathered:.2f} GB where each gathers all
-  buffers            {GB * max(map(unit.peak, range(world))) * 1e3:,.0f} MB
-  for comparison, the report's: 216 ms, 3,904 MB"""
+            work[k, unit.owner[i]] += flops(shapes[i]) / 1e12
+    sent, received, held = 2e-9 * torch.stack([*unit.traffic(), unit.peak()]).double()     # bf16
+    rows = {"TFLOP": work.sum(0), "GB sent": sent, "GB received": received, "MB held": 1e3 * held}
+    P = sum(map(math.prod, shapes)) / 1e9
+    return (f"{shards} shards x {replicas} replicas, {together} of which divide {len(shapes)} "
+            f"matrices of {P:.3f}e9 elements, in {len(unit.chunks)} chunks,\n"
+            f"among {len(set(unit.owner))} of their ranks; most of a rank, over the mean:\n"
+            + "".join(f"  {name:12s}{x.max():10,.2f}{x.max() / x.mean():8.3f}\n"
+                      for name, x in rows.items())
+            + f"where ranks wait at each chunk {work.amax(1).sum():.2f} TFLOP, where each gathers "
+            f"all {2 * P * (1 - 1 / shards):.2f} GB;\nthe report's at 8 ranks: 216 ms, 3,904 MB")
+
+
+def row(name: str, *calls, seconds: float = 60, rounds: int = 21) -> str:
+    """A line of each call's time in ms, median and range, in turn so that all meet the same
+    neighbours, and the ratio of the first two."""
+    times, end = [], time.perf_counter() + seconds
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    while len(times) < 5 or len(times) < rounds + 2 and time.perf_counter() < end:
+        times.append([1e3 * timeit.timeit(lambda: (call(), wait()), wait, number=1)
+                      for call in calls])
+    times = [sorted(ms) for ms in zip(*times[2:])]       # the first two compile
+    median = [statistics.median(ms) for ms in times]
+    cells = (f"{m:10.2f} ({ms[0]:.2f} to {ms[-1]:.2f})" for m, ms in zip(median, times))
+    return f"  {name:20s}{''.join(cells)}{median[0] / median[1]:8.3f}"
 
 
 def gather_all(optimizer: MuonClip, updates, unit):
@@ -558,101 +574,70 @@ def gather_all(optimizer: MuonClip, updates, unit):
 
 def time_parallel(shapes, replicas: int) -> None:
     """Under torchrun: a step of the sharded matrices by Parallel Muon and by gather_all, which give
-    the same weights."""
+    the same weights. ValueError if the replicas do not divide the ranks."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    W = dist.get_world_size()
-    mesh = dist.init_device_mesh(device, (replicas, W // replicas))
-    runs = []
-    for form in None, gather_all:
+    world, gpu = int(os.environ["WORLD_SIZE"]), None
+    together = sharing(shapes, world, replicas)
+    if torch.cuda.is_available():
+        gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(gpu)
+    dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
+    device, runs = gpu or torch.device("cpu"), []
+    mesh = dist.init_device_mesh(device.type, (replicas, world // replicas))
+    for form in MuonClip._orthogonalize, gather_all:
         torch.manual_seed(0)
-        placed = dict(device_mesh=mesh, placements=[Replicate(), Shard(0)], src_data_rank=None)
-        params = [distribute_tensor(torch.randn(shape, device=device), **placed)
+        params = [distribute_tensor(torch.randn(shape, device=device), mesh,
+                                    [Replicate(), Shard(0)], src_data_rank=None)
                   for shape in shapes]
         for p in params:
             p.grad = p.clone()
-        runs.append((params, MuonClip(params, [], lr=1e-3)))
-    runs[1][1]._orthogonalize = functools.partial(gather_all, runs[1][1])
-
-    def together(step):
-        dist.barrier()
-        step()
-        dist.barrier()
-    ours, theirs = milliseconds(device, [functools.partial(together, o.step) for _, o in runs],
-                                math.inf, rounds=5)
-    same = torch.tensor([torch.equal(local(p), local(q)) for p, q in zip(runs[0][0], runs[1][0])],
-                        device=device).all().int()
-    dist.all_reduce(same, dist.ReduceOp.MIN)
+        runs.append(MuonClip(params, [], lr=1e-3))
+        runs[-1]._orthogonalize = functools.partial(form, runs[-1])
+    times = row(f"{len(shapes)} matrices", *(
+        lambda run=run: (dist.barrier(), run.step(), dist.barrier()) for run in runs),
+        seconds=math.inf, rounds=5)
+    same = torch.stack([(local(p) == local(q)).all() for p, q in zip(*(run.state for run in runs))])
+    dist.all_reduce(same := same.all().int(), dist.ReduceOp.MIN)
     if dist.get_rank() == 0:
-        print(f"a step of {len(shapes)} matrices over {W} ranks on {device}, ms (median, range)\n"
-              f"  Parallel Muon      {described(ours)}\n  all gather all     {described(theirs)}\n"
-              f"ratio {statistics.median(theirs) / statistics.median(ours):.2f}, "
+        print(f"{world} ranks on {device.type}, {together} of {replicas} replicas divide the "
+              f"matrices; ms of a step: Parallel Muon, each gathers all, ratio\n{times}\n"
               f"the same weights: {bool(same)}", flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
 
 def main() -> None:
-    from configurator import Count, load, parse
+    from configurator import load
     from model import Motif
     from pretrain import QUICKSTART, Config, shape_of
     from torch.optim._muon import _zeropower_via_newtonschulz as plain
-    argv, own = [], {"--world": 0, "--replicas": 1}      # those two are not of the run
-    for word in sys.argv[1:]:
-        key, _, value = word.partition("=")
-        try:
-            own[key] = parse(Count, word) if key in own else argv.append(word)
-        except (TypeError, ValueError) as e:
-            raise SystemExit(f"{word}: {e}") from None
-    world, replicas = own["--world"], own["--replicas"]
-    c = load(Config, argv, default_file=QUICKSTART)
-    spread = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    c = load(Config, sys.argv[1:], default_file=QUICKSTART)
     try:
         with torch.device("meta"):
             model = Motif(shape_of(c))
         shapes = [p.shape for p in model.matrices().values()]
-        if spread:
-            return time_parallel(shapes, replicas)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            return time_parallel(shapes, c.replicas)
         print(describe_routing(model, for_model(model, lr=c.lr)))
-        if world:
-            return print(plan_table(shapes, world, replicas))
+        if "--world" in (word.partition("=")[0] for word in sys.argv):
+            return print(plan_table(shapes, c.world, c.replicas))
     except ValueError as e:
         raise SystemExit(str(e)) from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    layer = [torch.randn(p.shape, device=device, requires_grad=True)
-             for p in list(model.matrices().values())[:7]]
+    print(f"ms on {device}: newton_schulz, torch's plain form in bf16, ratio")
+    layer = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes[:7]]
+    kinds = sorted({(c.hidden_size, c.hidden_size), *map(tuple, shapes[:7])}, key=math.prod)
+    for shape in *kinds, (8, *kinds[0]):
+        G = torch.randn(shape, device=device)
+        print(row(" x ".join(map(str, shape)), lambda: newton_schulz(G), lambda: [
+            plain(g, COEFFICIENTS["quintic"][0], 5, 1e-7) for g in G.view(-1, *shape[-2:])],
+            seconds=5))
     for p in layer:
         p.grad = torch.randn_like(p)
-
-    print(f"Newton-Schulz on {device}, ms (median, range), torch's plain form in bf16, ratio")
-    square = 2 * (model.config.hidden_size,)
-    shapes = sorted({square, *(tuple(p.shape) for p in layer)}, key=math.prod)
-    for shape in *shapes, (8, *shapes[0]):
-        G = torch.randn(shape, device=device)
-        slices = G.view(-1, *shape[-2:])
-        ours, torchs = milliseconds(device, (
-            lambda: newton_schulz(G),
-            lambda: [plain(g, COEFFICIENTS["quintic"][0], 5, 1e-7) for g in slices]), 5)
-        print(f"  {' x '.join(map(str, shape)):18s}{described(ours)}{described(torchs)}"
-              f"{statistics.median(ours) / statistics.median(torchs):8.3f}")
-
-    optimizers = {"MuonClip": MuonClip(layer, [], lr=1e-3),
-                  "torch.optim.Muon": torch.optim.Muon(layer, lr=1e-3,
-                                                       adjust_lr_fn="match_rms_adamw"),
-                  "torch.optim.AdamW": torch.optim.AdamW(layer, lr=1e-3, fused=True)}
-    times = milliseconds(device, [o.step for o in optimizers.values()])
-    print(f"the step of one layer's {sum(p.numel() for p in layer):,d} parameters in matrices")
-    for name, ms in zip(optimizers, times):
-        print(f"  {name:18s}{described(ms)}")
-    ours, torchs, _ = map(statistics.median, times)
-    print(f"one layer on {device}, ratio {ours / torchs:.3f}")
-
-
-def described(ms: list[float]) -> str:
-    return f"{statistics.median(ms):10.2f} ({ms[0]:.2f} to {ms[-1]:.2f})"
+    print("a step of a layer's matrices: MuonClip, torch.optim.Muon, torch.optim.AdamW, ratio\n"
+          + row(f"{sum(p.numel() for p in layer):,d} parameters", MuonClip(layer, [], lr=1e-3).step,
+                torch.optim.Muon(layer, lr=1e-3, adjust_lr_fn="match_rms_adamw").step,
+                torch.optim.AdamW(layer, lr=1e-3, fused=True).step))
 
 
 if __name__ == "__main__":

@@ -721,13 +721,14 @@ def memory_of_rank(c: Config, T: int, recompute: int) -> dict[str, float]:
     logits = 2 * min(tokens, LOSS_CHUNK) * c.vocab_size
     grads = 2 * (2 + 4) * block if shards > 1 else 0     # bf16 and, on the way, fp32: of two blocks
     shapes = [p.shape for p in model.matrices().values()]
-    unit = muonclip.Unit(shapes, [(None, 0)] * len(shapes), (c.replicas, shards))
+    together = muonclip.sharing(shapes, c.world, c.replicas)
+    unit = muonclip.Unit(shapes, [(None, 0)] * len(shapes), (together, shards))
     return lasting | {
         "loss": gathered + activations + logits + 2 * head,
         "backward pass": (gathered + activations + 2 * head + grads
                           + tokens * kept * (recompute > 0)),
         "its end": 2 * ends + (2 + 4) * ends * (shards > 1),
-        "Parallel Muon": 2 * unit.peak(0) if c.world > 1 else 0}
+        "Parallel Muon": 2 * unit.peak().max().item() if c.world > 1 else 0}
 
 
 def memory_table(c: Config, T: int) -> str:

@@ -12,10 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import muonclip
-from muonclip import MuonClip, Unit, assign, flops, layout_of, local, newton_schulz, part, qk_clip
+from muonclip import MuonClip, Unit, assign, flops, layout_of, local, part, qk_clip, sharing
 
 # 5 rows over 4 ranks are 2, 2, 1, 0; 3 and 1 leave ranks empty; a stack; more in all than ranks
 SHAPES = ((5, 8), (8, 20), (20, 8), (12, 12), (3, 7), (1, 6), (5, 3, 4), (9, 2), (6, 6))
@@ -98,8 +101,11 @@ def check_equality(W, places):
         for (name, place), chunk in itertools.product(places.items(), chunks):
             if chunk == 1 or name in ("rows", "replicas 2x2", "mixed"):
                 same(run(place, dtype=dtype, chunk=chunk), expected)
-    few = SHAPES[:W - 1]                                 # fewer than ranks
-    same(run(places["rows"], shapes=few), run(whole, shapes=few))
+    for few in SHAPES[:W - 1], SHAPES[:2], SHAPES[:1]:   # than ranks, or even shards: then replicas
+        expected = run(whole, shapes=few)                # do them again
+        for name in places:
+            if name == "rows" or name.startswith("replicas"):
+                same(run(places[name], shapes=few), expected)
 
 
 def check_missing(W, places):
@@ -135,16 +141,18 @@ def check_skip(places):
 
 
 def check_qk_clip(W, places):
-    """Each rank saw other logits; the largest count. 12 and 8 rows, so that shards cut heads."""
+    """Each rank saw other logits; the largest count. 12 and 8 rows, so that shards cut heads, and
+    AdamW's as well as Muon's."""
     q, k = tensors(5, ((12, 6), (8, 6)))
     S = torch.tensor([[50.0, 400.0, 10.0]])
     expected = [q.clone(), k.clone()]
     gamma = qk_clip(*expected, S[0], KV_MAP, 4, 100.0)
-    for name, place in places.items():
+    for (name, place), muon in itertools.product(places.items(), (True, False)):
         weights = [place(0, q).requires_grad_(), place(0, k).requires_grad_()]
         for p in weights:
             p.grad = torch.zeros_like(p)
-        optimizer = MuonClip(weights, [], lr=0.0, qk=[weights], kv_map=KV_MAP, head_dim=4)
+        optimizer = MuonClip(weights * muon, weights * (not muon), lr=0.0, qk=[weights],
+                             kv_map=KV_MAP, head_dim=4)
         seen = S if name in ("plain", "some plain") else S / (1 + (dist.get_rank() - 1) % W)
         kept = seen.clone()
         optimizer.step(max_logits=seen)
@@ -159,26 +167,67 @@ def check_qk_clip(W, places):
         optimizer.step(max_logits=seen, skip=torch.tensor(True))
 
 
+class Held(TorchDispatchMode):
+    """The most elements of bf16, that is of u and O, that were alive at one time."""
+    def __init__(self):
+        super().__init__()
+        self.alive, self.most = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.dtype == torch.bfloat16:
+                storage = t.untyped_storage()
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes() // 2
+        self.alive = {key: s for key, s in self.alive.items() if not s[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.alive.values()))
+        return out
+
+
+class Kept:
+    """As NCCL's handle: keeps what it sends until waited for. Gloo's may a little longer."""
+    def __init__(self, sent):
+        self.sent = sent
+
+    def wait(self):
+        self.sent = None
+
+
 def check_bytes(W, places):
-    """Two exchanges for each chunk, and of each rank the bytes that the plan says."""
-    exchange, calls = dist.all_to_all_single, []
+    """Two exchanges for each chunk, and of each rank the bytes and the memory that the plan says,
+    without Newton-Schulz's own."""
+    exchange, newton_schulz, calls = dist.all_to_all_single, muonclip.newton_schulz, []
 
     def counted(received, sent, receives, sends, **options):
         me = dist.get_rank(options["group"])
         assert sent.dtype == received.dtype == torch.bfloat16
         assert (sum(sends), sum(receives)) == (sent.numel(), received.numel())
         calls.append((sum(sends) - sends[me], sum(receives) - receives[me]))
-        return exchange(received, sent, receives, sends, **options)
+        wire = received.float()
+        exchange(wire, sent.float(), receives, sends, group=options["group"])
+        received.copy_(wire)
+        return Kept(sent)
+    dist.all_to_all_single, muonclip.newton_schulz = counted, lambda u, **_: u
     cases = [("rows", (1, W), (None, 0))] + [("replicas 2x2", (2, 2), (None, 0))] * (W == 4)
-    for name, sizes, layout in cases:
-        for chunk in 1, 2:
-            plan = Unit(SHAPES, [layout] * len(SHAPES), sizes, chunk=chunk)
-            dist.all_to_all_single = counted
-            run(places[name], steps=1, chunk=chunk)
-            dist.all_to_all_single = exchange
-            assert len(calls) == 2 * len(plan.chunks)
-            assert tuple(map(sum, zip(*calls))) == plan.traffic(dist.get_rank())
-            calls.clear()
+    for (name, sizes, layout), chunk in itertools.product(cases, (1, 2)):
+        shapes = 3 * SHAPES
+        plan = Unit(shapes, [layout] * len(shapes), sizes, chunk=chunk)
+        _, optimizer = run(places[name], steps=1, shapes=shapes, rest=(), chunk=chunk)
+        assert len(calls) == 2 * len(plan.chunks) >= 2
+        assert [*map(sum, zip(*calls))] == plan.traffic()[:, dist.get_rank()].tolist()
+        with Held() as held:
+            optimizer.step()
+        assert held.most == plan.peak()[dist.get_rank()]
+        calls.clear()
+    dist.all_to_all_single, muonclip.newton_schulz = exchange, newton_schulz
+
+
+def check_placement(W):
+    """A gradient that is yet to be reduced is no gradient."""
+    p = shard(torch.ones(4, 4), dist.init_device_mesh("cpu", (W,)), [Replicate()]).requires_grad_()
+    p.grad = DTensor.from_local(torch.ones(4, 4), p.device_mesh, [Partial()])
+    with pytest.raises(ValueError, match=r"^a gradient is placed by \(Partial\(sum\),\), its "):
+        MuonClip([p], [], lr=0.1).step()
 
 
 def check_fsdp(W):
@@ -217,6 +266,7 @@ def worker():
     check_skip(places)
     check_qk_clip(W, places)
     check_bytes(W, places)
+    check_placement(W)
     check_fsdp(W)
     check_gather_all(places)
     print("all equal", flush=True)
@@ -252,6 +302,14 @@ def test_owners_of_the_12b_model_are_balanced_within_each_chunk_too():
     assert len({owner for _, owner in assign(shapes, 1024)}) == 280
 
 
+def test_replicas_share_the_matrices_as_long_as_that_is_less_work_for_the_busiest():
+    groups = {(8, 1): 1, (64, 8): 8, (1024, 1): 1, (1024, 4): 1, (1024, 16): 4, (1024, 128): 32}
+    for (ranks, replicas), expected in groups.items():
+        assert sharing(40 * LAYER, ranks, replicas) == expected
+    with pytest.raises(ValueError, match="^9 ranks are not 2 replicas of the same size$"):
+        sharing(LAYER, 9, 2)
+
+
 def test_parts_are_torch_chunks_and_tile_the_tensor():
     for rows, ranks in itertools.product((1, 3, 5, 8, 11), (1, 2, 3, 4, 8)):
         lengths = [len(c) for c in torch.arange(rows).chunk(ranks)]
@@ -263,17 +321,12 @@ def test_parts_are_torch_chunks_and_tile_the_tensor():
     assert (seen == 1).all()
 
 
-def test_what_ranks_send_others_receive_and_the_volume_is_as_said():
+def test_the_volume_is_as_said():
     for sizes in (1, 8), (2, 4), (4, 1):
         W, P = math.prod(sizes), 8 * sum(map(math.prod, LAYER))
         unit = Unit(8 * LAYER, [(None, 0)] * 8 * len(LAYER), sizes)
-        for chunk in unit.chunks:
-            splits = [unit.splits(chunk, r) for r in range(W)]
-            for way in 0, 2:
-                sent = torch.tensor([s[way] for s in splits])
-                assert torch.equal(sent, torch.tensor([s[way + 1] for s in splits]).T)
         volume = P * (W + sizes[0] * (W - 2)) // W**2    # loads are equal here
-        assert [unit.traffic(r) for r in range(W)] == [(volume, volume)] * W
+        assert unit.traffic().tolist() == [[volume] * W] * 2
 
 
 def test_main_prints_the_plan(monkeypatch, capsys):
@@ -281,10 +334,12 @@ def test_main_prints_the_plan(monkeypatch, capsys):
     monkeypatch.chdir(Path(__file__).parents[1])
     muonclip.main()
     said = capsys.readouterr().out
-    assert "280 matrices of 10.905e9" in said and "max/mean 1.000" in said
-    assert "4.77 GB sent, 4.77 GB received; 19.08 GB where each gathers all" in said
+    assert "280 matrices of 10.905e9 elements, in 21 chunks" in said
+    lines = [line.split() for line in said.splitlines()]
+    assert ["TFLOP", "126.27", "1.000"] in lines and ["MB", "held", "805.31", "1.000"] in lines
+    assert ["GB", "sent", "4.77", "1.000"] in lines and "where each gathers all 19.08 GB" in said
     for options, message in ((["--world=9", "--replicas=2"], "9 ranks are not 2 replicas"),
-                             (["--world=0"], "--world=0: must be at least 1")):
+                             (["--world=0"], "--world and --replicas must be at least 1, not 0")):
         monkeypatch.setattr("sys.argv", ["muonclip.py", *options])
         with pytest.raises(SystemExit, match=f"^{message}"):
             muonclip.main()
