@@ -1072,7 +1072,7 @@ def end(said: SystemExit) -> None:
     still there had trouble of its own. No clean-up, which would wait for ranks that are gone."""
     if isinstance(said.code, str):
         if RANK:
-            time.sleep(5)
+            time.sleep(3)
         print(f"rank {RANK}: {said.code}" if RANK else said.code, file=sys.stderr)
     sys.stdout.flush()
     os._exit(1 if said.code else 0)
