@@ -112,9 +112,9 @@ def tokenizer_file(name: str) -> Path:
         if not os.path.isfile(f"{name}/tokenizer.json"):
             raise ValueError("the folder has no tokenizer.json")
         return Path(name) / "tokenizer.json"
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    kept = try_to_load_from_cache(name, "tokenizer.json")    # a path, or what says that it is not
     try:
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        kept = try_to_load_from_cache(name, "tokenizer.json")   # a path, or a sign that it is not
         return Path(kept if isinstance(kept, str) else hf_hub_download(name, "tokenizer.json"))
     except Exception as e:  # of a dozen kinds: no network, no such name, a licence to accept first
         raise ValueError("there is no such folder, and the Hub did not give a tokenizer.json: "
@@ -136,16 +136,16 @@ def read_tokenizer_json(spec: dict) -> tuple[str, dict[bytes, int], dict[str, in
     # GPT-2's alphabet: printable bytes stand for themselves, the others for 256, 257, ...
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in shown]
-    byte = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(others)}
+    byte = {b: b for b in shown} | {256 + i: b for i, b in enumerate(others)}
     specials = {t["content"]: t["id"] for t in spec["added_tokens"]}
     for t in spec["added_tokens"]:
         if not t.get("special", True) and t["content"].isspace():
             raise ValueError(f"its added token {t['content']!r} is plain text, which must be BPE's")
     words = {token: i for token, i in model["vocab"].items() if token not in specials}
-    odd = [token for token in words if not byte.keys() >= {*token}]
-    if odd:
-        raise ValueError(f"its token {odd[0]!r} is not written in the letters of byte-level BPE")
-    ranks = {bytes(byte[c] for c in token): i for token, i in words.items()}
+    for odd in {*"".join(words)} - {*map(chr, byte)}:
+        token = next(token for token in words if odd in token)
+        raise ValueError(f"its token {token!r} is not written in the letters of byte-level BPE")
+    ranks = {token.translate(byte).encode("latin-1"): i for token, i in words.items()}
     pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
     order = [model["vocab"][a + b] for a, b in pairs]
     if order != sorted(order) or {*order} != {i for t, i in ranks.items() if len(t) > 1}:
