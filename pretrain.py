@@ -84,7 +84,8 @@ class Config(MotifConfig):
     grad_clip: NonNegative = 1.0    # largest norm of the whole gradient; 0: no clipping
     max_skipped: Count = 10         # steps in a row without update, as not finite, that end the run
     # data
-    tokenizer: str = "byte"         # byte, a tiktoken name, a .tiktoken file or a tokenizer.json
+    tokenizer: str = "byte"         # byte, a tiktoken name, a .tiktoken file, a tokenizer.json or a
+                                    # folder with one, owner/name of the Hub
     data_dir: str = "data"          # where shards are kept, for all runs
     domains: dict = field(default_factory=lambda: {"language": ["builtin:language", 1.0, 1.0]})
                                     # name -> [source, first share, last share]; see data.py
