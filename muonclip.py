@@ -11,8 +11,8 @@ owner, to whom the others send their shards of u, and who sends them theirs of O
     python muonclip.py config/X.py                prints what goes where, times Newton-Schulz and
                                                   the step on one layer
     python muonclip.py config/X.py --world=8      plans Parallel Muon over 8 ranks, on no device
-                       [--replicas=1]             ... in so many copies of the model
     torchrun --nproc_per_node=4 muonclip.py ...   times it, beside each rank doing every matrix
+                       [--replicas=1]             of these two: in so many copies of the model
 """
 import functools
 import itertools
@@ -259,7 +259,7 @@ class Unit:
             parts = [part(shape, sizes, layout, a) for a in at]
             return parts, [math.prod(s.stop - s.start for s in box) for box in parts]
         self.parts, counts = zip(*map(boxes, shapes, layouts))
-        at, cut = torch.tensor(at), torch.tensor([[d is not None for d in l] for l in layouts])
+        at, cut = torch.tensor(at), torch.tensor([[d is not None for d in x] for x in layouts])
         own = (cut[:, None] | (at[self.owner][:, None] == at)).all(2)    # of the owner's replica
         self.copies = torch.where(cut, 1, torch.tensor(sizes)).prod(1)
         # [i][r]: elements of matrix i's u that its owner gets from rank r, and of O that r gets
@@ -281,10 +281,10 @@ class Unit:
     def peak(self) -> Tensor:
         """(ranks,): most elements of u and O that each holds, Newton-Schulz's own aside: when a
         chunk's matrices are assembled, when the next one's shards leave, or when its results do."""
-        chunks, held = [torch.cat([f.sum(2), f.sum(1)])
-                        for f in map(self.flows, [[], [], *self.chunks, []])], []
+        flows, held = map(self.flows, [[], [], *self.chunks, []]), []
+        sums = [torch.cat([f.sum(2), f.sum(1)]) for f in flows]
         # sent there and back, received there (an owner's results are as many) and back
-        for (_, b0, _, o0), (_, b, u, o), (t2, _, u2, o2) in zip(chunks, chunks[1:], chunks[2:]):
+        for (_, b0, _, o0), (_, b, u, o), (t2, _, u2, o2) in zip(sums, sums[1:], sums[2:]):
             held += b0 + o0 + 2 * u, b0 + o0 + u + o2 + t2 + u2, u + b + o + t2 + u2
         return torch.stack(held).amax(0)
 
