@@ -1071,7 +1071,7 @@ class Packed:
                  batch_tokens: int, epochs: int, seed: int):
         self.train, self.T, self.seed = train, T, seed
         names, there = list(train), [int(t.ends[-1]) for t in train.values()]
-        self.rows, whole = [], sum(weights.values())
+        self.batches, whole = [], sum(weights.values())    # [[row, ...], ...]
         quota = [min(weights[n] / whole * sum(there), REPEATS * t) for n, t in zip(names, there)]
         orders = [self._order(n, epochs * q) for n, q in zip(names, quota)]
         for e in range(epochs):
@@ -1080,10 +1080,9 @@ class Packed:
                 a, b = ends.searchsorted([e * quota[d], (e + 1) * quota[d]])
                 talks += [(d, i) for i in order[a:b].tolist()]
             lengths = np.array([train[names[d]].lengths[i] for d, i in talks], dtype=np.int64)
-            rows = pack(lengths, T)
-            for r in permute(np.arange(len(rows)), len(rows), self._key("rows", e)):
-                self.rows.append([talks[k] for k in rows[r]])
-        self._plan(names, max(1, batch_tokens // T))
+            rows = [[talks[k] for k in row] for row in pack(lengths, T)]
+            self.batches += self._deal(rows, max(1, batch_tokens // T), e)
+        self._plan(names)
 
     def _key(self, *what) -> bytes:
         return hashlib.blake2b(repr((self.seed, *what)).encode(), digest_size=48).digest()
@@ -1096,24 +1095,34 @@ class Packed:
                                 for k in range(readings)])
         return order, lengths[order].cumsum()
 
-    def _plan(self, names: list[str], rows: int) -> None:
-        """What Plan has, of steps of at most so many rows and nearly as many each. Tokens are those
-        of conversations, and the context one that costs as many FLOPs as they do."""
-        steps = -(-len(self.rows) // rows)
-        self.first = [i * len(self.rows) // steps for i in range(steps + 1)]
-        spent = np.zeros((2, steps, len(names)), dtype=np.int64)
-        for t in range(steps):
+    def _deal(self, rows: list, most: int, epoch: int) -> list[list]:
+        """Rows -> batches of at most so many, nearly equal. Packing puts rows of long conversations
+        first, and with them whole domains; so of n neighbours each of the n batches gets one."""
+        n = -(-len(rows) // most)
+        batches = [[] for _ in range(n)]
+        for i in range(0, len(rows), n):
+            group = rows[i:i + n]
+            hand = permute(np.arange(len(group)), n, self._key("rows", epoch, i))
+            for b, row in zip(hand, group):
+                batches[b].append(row)
+        return batches
+
+    def _plan(self, names: list[str]) -> None:
+        """What Plan has. Tokens are those of conversations, and the context is the one that costs
+        as many FLOPs as they do."""
+        spent = np.zeros((2, len(self.batches), len(names)), dtype=np.int64)
+        for t in range(len(self.batches)):
             for d, i in self.talks(t):
                 spent[:, t, d] += self.train[names[d]].lengths[i] ** np.array([1, 2])
         tokens = spent[0].sum(1)
         self.plan = SimpleNamespace(
-            names=names, steps=steps, seq_len=[self.T] * steps,
-            rows=np.diff(self.first).tolist(), tokens=[0, *tokens.cumsum().tolist()],
+            names=names, steps=len(tokens), seq_len=[self.T] * len(tokens),
+            rows=[*map(len, self.batches)], tokens=[0, *tokens.cumsum().tolist()],
             context=(spent[1].sum(1) // tokens).tolist(), shares=spent[0] / tokens[:, None])
 
     def talks(self, step: int) -> list[tuple[int, int]]:
         """(domain, conversation) of all in the step's global batch."""
-        return [talk for row in self.rows[self.first[step]:self.first[step + 1]] for talk in row]
+        return [talk for row in self.batches[step] for talk in row]
 
     def targets(self, step: int) -> int:
         """Tokens of assistants in the step's global batch."""
@@ -1122,13 +1131,13 @@ class Packed:
 
     def batch(self, step: int, rank: int = 0, world: int = 1):
         """Rows rank, rank + world, ... of the step's global batch, as `fill` gives them."""
-        rows = self.rows[self.first[step]:self.first[step + 1]][rank::world]
-        return fill([[self.train[self.plan.names[d]][i] for d, i in row] for row in rows], self.T)
+        return fill([[self.train[self.plan.names[d]][i] for d, i in row]
+                     for row in self.batches[step][rank::world]], self.T)
 
     @property
     def padding(self) -> float:
         """Share of the rows that is none of the conversations."""
-        return 1 - self.plan.tokens[-1] / (len(self.rows) * self.T)
+        return 1 - self.plan.tokens[-1] / (sum(self.plan.rows) * self.T)
 
     def fingerprint(self) -> str:
         """Of the conversations."""
@@ -1586,13 +1595,13 @@ def chain_chats(n: tuple[int, int] = (4000, 4000), steps: tuple[int, int] = (2, 
 
 
 def skill_chats(n: tuple[int, int] = (2000, 2000)):
-    """n conversations of one to three turns, a skill each; a system turn may ask for the work or
+    """n conversations of one or two tasks, a skill each; a system turn may ask for the work or
     the result alone."""
     rng = random.Random("skills")
     for _ in range(n[1]):
         rule = rng.choice((None, "Show the work.", "Give the result alone."))
         messages = [{"role": "system", "content": rule}] if rule else []
-        for _ in range(rng.randint(1, 3)):
+        for _ in range(rng.randint(1, 2)):
             ask, reply = chain(rng, 1)
             if rule == "Give the result alone.":
                 reply["content"] = answer_of(reply["content"])

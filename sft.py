@@ -31,23 +31,23 @@ from pretrain import RANK, Run, tell, together
 # shares of the tokens; of weight 0 all is held out. See data.chats for sources.
 STAGES = {
     1: dict(                                  # general instruction following
-        data={"help": ["builtin:help?n=2000", 1.0],        # balanced over domains
+        data={"help": ["builtin:help?n=1500", 1.0],        # balanced over domains
               "skills": ["builtin:skills?n=1000", 1.0],
               "chains": ["builtin:chains?n=100&steps=2-4", 0.0],    # of the next stage
               "longer_chains": ["builtin:chains?n=100&steps=5-6", 0.0]},
         curate=None, prune=False,             # as it is
         lr=2e-5, epochs=1, batch_tokens=32_000_000, seq_len=16_384),
     2: dict(                                  # compositional understanding
-        data={"chains": ["builtin:chains?n=3000&steps=2-4", 0.7],   # synthetic reasoning
-              "skills": ["builtin:skills?n=1000", 0.2],
-              "help": ["builtin:help?n=2000", 0.1],
+        data={"chains": ["builtin:chains?n=1500&steps=2-4", 0.7],   # synthetic reasoning
+              "skills": ["builtin:skills?n=500", 0.2],
+              "help": ["builtin:help?n=500", 0.1],
               "longer_chains": ["builtin:chains?n=100&steps=5-6", 0.0]},
         curate=0.8, prune=False,              # share of a domain kept, by `quality` [ours]
         lr=1e-5, epochs=1, batch_tokens=32_000_000, seq_len=16_384),     # lr [ours]
     3: dict(                                  # linguistic precision: the second, pruned
-        data={"chains": ["builtin:chains?n=3000&steps=2-4", 0.5],
-              "skills": ["builtin:skills?n=1000", 0.25],
-              "help": ["builtin:help?n=2000", 0.25],
+        data={"chains": ["builtin:chains?n=1500&steps=2-4", 0.5],
+              "skills": ["builtin:skills?n=500", 0.25],
+              "help": ["builtin:help?n=500", 0.25],
               "longer_chains": ["builtin:chains?n=100&steps=5-6", 0.0]},
         curate=0.8, prune=True,
         lr=5e-6, epochs=1, batch_tokens=32_000_000, seq_len=16_384),     # lr [ours]
@@ -153,12 +153,12 @@ def diversity(messages: list[dict]) -> float:
 
 def coherence(messages: list[dict]) -> float:
     """Share of the assistant's sentences of five words or more that take up a number or a word of
-    four letters or more from what was said before."""
+    four letters or more from what was said before. A reply's first may well name nothing of it."""
     before, linked = set(), []
     for m in messages:
-        for s in sentences(m["content"]):
+        for i, s in enumerate(sentences(m["content"])):
             found = {w for w in words(s) if len(w) > 3 or w.isdigit()}
-            if m["role"] == "assistant" and len(words(s)) >= 5:
+            if i and m["role"] == "assistant" and len(words(s)) >= 5:
                 linked.append(bool(found & before))
             before |= found
     return sum(linked) / len(linked) if linked else 1.0
@@ -253,8 +253,8 @@ def prepare(table: dict, benchmarks: list, tokenizer, data_dir: str) -> Path:
                                      f"tokens is left {'to hold out' if part == 'val' else 'over'}")
                 Conversations.save(temporary / f"{part}-{name}", [e[:2] for e in encoded])
                 cut, long = sum(e[2] for e in encoded), len(found) - len(encoded)
-                report.append(f"  {part}: {len(encoded):,d}, of these {cut:,d} cut at a turn to {T} "
-                              f"tokens; {long:,d} dropped, whose first reply ends beyond")
+                report.append(f"  {part}: {len(encoded):,d}, of these {cut:,d} cut at a turn to {T}"
+                              f" tokens; {long:,d} dropped, whose first reply ends beyond")
         (temporary / "data.txt").write_text("\n".join(report) + "\n")
         os.replace(temporary, folder)
     finally:
@@ -277,8 +277,9 @@ def hold_out(talks: list) -> dict[str, list]:
 def first_model(c: Config) -> tuple[Path, str]:
     """The folder of the weights to begin with, and the name of their tokenizer. ValueError if the
     stage before was not run."""
-    before, command = (f"out/sft{c.stage - 1}", f"sft.py --stage={c.stage - 1}") if c.stage > 1 else (
-        "out/quickstart", "pretrain.py")
+    before, command = "out/quickstart", "pretrain.py"
+    if c.stage > 1:
+        before, command = f"out/sft{c.stage - 1}", f"sft.py --stage={c.stage - 1}"
     found = pretrain.newest(Path(c.model or before))
     if not (found or c.model):
         raise ValueError(f"stage {c.stage} starts from {before}, which holds no whole checkpoint; "
@@ -311,7 +312,7 @@ def describe(stream: Packed, weights: dict) -> str:
     for (name, talks), tokens in zip(stream.train.items(), spent):
         lines.append(f"{name}: {tokens / sum(spent):.1%} of the tokens for a weight of "
                      f"{weights[name]:.1%}; each is read {tokens / talks.ends[-1]:.2f} times")
-    return "\n".join(lines) + (f"\n{stream.plan.steps:,d} steps of {len(stream.rows):,d} rows; "
+    return "\n".join(lines) + (f"\n{stream.plan.steps:,d} steps, {sum(stream.plan.rows):,d} rows; "
                                f"padding {stream.padding:.2%}")
 
 
