@@ -1024,7 +1024,7 @@ class Conversations:
 
 def pack(lengths: np.ndarray, T: int) -> list[list[int]]:
     """Best fit, longest first: every item goes where it leaves least room, in a row of at most T ->
-    the items of each row. At most 11/9 of the fewest rows (Johnson 1973), in practice about as
+    the items of each row. At most 11/9 of the fewest rows (Johnson et al. 1974), in practice about as
     few as there can be where many items are short."""
     rows, rooms, open_rows = [], [], {}            # rooms: sorted keys of open_rows, room -> rows
     for i in np.argsort(-lengths, kind="stable").tolist():
