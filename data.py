@@ -953,9 +953,9 @@ def opening(messages: list[dict]) -> str:
 def chats(source: str):
     """The conversations of a source, lists of messages. ValueError, naming the place, for one that
     is none, and for a source that cannot be: it is
-        builtin:help  builtin:skills?n=1000  builtin:chains?n=1000&steps=2-4   at the end of this
-        talks/*.jsonl?messages=turns        file; local files, or Hub datasets, as for documents
-        owner/name?name=CONFIG&split=train  but with a column of messages"""
+        builtin:help  builtin:skills?n=1000  builtin:chains?n=1000&steps=2-4&seed=1     see below
+        talks/*.jsonl?messages=turns        local files, or Hub datasets, as for documents, but
+        owner/name?name=CONFIG&split=train  with a column of messages"""
     place, _, query = source.partition("?")
     options, local = dict(parse_qsl(query, keep_blank_values=True)), place.endswith(READABLE)
     kind, column = place.removeprefix("builtin:"), options.get("messages", "messages")
@@ -968,17 +968,27 @@ def chats(source: str):
     elif local:
         check_options(source, options, ["messages"])
         for path in local_files(place):
-            rows = parquet_rows(path) if path.suffix == ".parquet" else (
-                (at, json.loads(line)) for at, line in lines_of(path, 0, path.stat().st_size)
-                if line.strip())
-            yield from read_each(path, rows, partial(chat_of, column))
+            if path.suffix == ".parquet":
+                yield from read_each(path, parquet_rows(path), partial(chat_of, column))
+            else:
+                yield from read_each(path, full_lines(path),
+                                     lambda line: chat_of(column, json.loads(line)))
     elif place.count("/") == 1 and not os.path.exists(place):
         check_options(source, options, ["messages", "name", "split"])
-        rows = ((f"row {i}", row) for i, row in enumerate(open_hub(place, options)))
-        yield from read_each(place, rows, partial(chat_of, column))
+        yield from read_each(place, hub_rows(place, options), partial(chat_of, column))
     else:
         raise ValueError(f"source {source!r} is neither builtin:..., files ending in "
                          f"{', '.join(READABLE[:3])}, nor a dataset owner/name of the Hub")
+
+
+def full_lines(path: Path):
+    """(place, line) of the lines of a file that are not blank."""
+    return (x for x in lines_of(path, 0, path.stat().st_size) if x[1].strip())
+
+
+def hub_rows(name: str, options: dict):
+    for i, row in enumerate(open_hub(name, options)):
+        yield f"row {i}", row
 
 
 def span(source: str, key: str, value: str) -> tuple[int, int]:
@@ -1024,8 +1034,8 @@ class Conversations:
 
 def pack(lengths: np.ndarray, T: int) -> list[list[int]]:
     """Best fit, longest first: every item goes where it leaves least room, in a row of at most T ->
-    the items of each row. At most 11/9 of the fewest rows (Johnson et al. 1974), in practice about as
-    few as there can be where many items are short."""
+    the items of each row. At most about 11/9 of the fewest rows there can be (Johnson et al. 1974),
+    and hardly more than those where many items are short."""
     rows, rooms, open_rows = [], [], {}            # rooms: sorted keys of open_rows, room -> rows
     for i in np.argsort(-lengths, kind="stable").tolist():
         n = int(lengths[i])
@@ -1141,6 +1151,10 @@ class Packed:
 
     def fingerprint(self) -> str:
         """Of the conversations."""
+        return self._checksum
+
+    @cached_property
+    def _checksum(self) -> str:
         whole = hashlib.sha256()
         for talks in self.train.values():
             whole.update(talks.tokens)
@@ -1584,9 +1598,10 @@ def answer_of(reply: str) -> str:
     return found[-1].strip() if found else ""
 
 
-def chain_chats(n: tuple[int, int] = (4000, 4000), steps: tuple[int, int] = (2, 4)):
-    """n chains of so many steps, always the same and no two alike."""
-    rng, seen = random.Random(f"chains {steps}"), set()
+def chain_chats(n: tuple[int, int] = (4000, 4000), steps: tuple[int, int] = (2, 4),
+                seed: tuple[int, int] = (1, 1)):
+    """n chains of so many steps, for a seed always the same and no two alike."""
+    rng, seen = random.Random(f"chains {steps} {seed}"), set()
     while len(seen) < n[1]:
         messages = chain(rng, rng.randint(*steps))
         if messages[0]["content"] not in seen:
@@ -1610,7 +1625,7 @@ def skill_chats(n: tuple[int, int] = (2000, 2000)):
 
 
 CHATS = {"help": (help_chats, ["n"]), "skills": (skill_chats, ["n"]),
-         "chains": (chain_chats, ["n", "steps"])}
+         "chains": (chain_chats, ["n", "steps", "seed"])}
 
 
 def main() -> None:

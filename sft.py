@@ -29,31 +29,32 @@ from pretrain import RANK, Run, tell, together
 # What the report states of the three stages, and where it states nothing [ours]. The data are not
 # public: these are made without network, --data gives others. name: [source, weight], weights being
 # shares of the tokens; of weight 0 all is held out. See data.chats for sources.
+HELD_OUT = {"held_chains": ["builtin:chains?n=100&steps=2-4&seed=2", 0.0],
+            "longer_chains": ["builtin:chains?n=100&steps=5-6", 0.0]}    # never trained on
 STAGES = {
     1: dict(                                  # general instruction following
         data={"help": ["builtin:help?n=1500", 1.0],        # balanced over domains
               "skills": ["builtin:skills?n=1000", 1.0],
-              "chains": ["builtin:chains?n=100&steps=2-4", 0.0],    # of the next stage
-              "longer_chains": ["builtin:chains?n=100&steps=5-6", 0.0]},
-        curate=None, prune=False,             # as it is
+              **HELD_OUT},
+        curate=None, prune=None,              # as it is
         lr=2e-5, epochs=1, batch_tokens=32_000_000, seq_len=16_384),
     2: dict(                                  # compositional understanding
         data={"chains": ["builtin:chains?n=1500&steps=2-4", 0.7],   # synthetic reasoning
               "skills": ["builtin:skills?n=500", 0.2],
               "help": ["builtin:help?n=500", 0.1],
-              "longer_chains": ["builtin:chains?n=100&steps=5-6", 0.0]},
-        curate=0.8, prune=False,              # share of a domain kept, by `quality` [ours]
+              **HELD_OUT},
+        curate=0.8, prune=None,               # share of a domain kept, by `quality` [ours]
         lr=1e-5, epochs=1, batch_tokens=32_000_000, seq_len=16_384),     # lr [ours]
     3: dict(                                  # linguistic precision: the second, pruned
         data={"chains": ["builtin:chains?n=1500&steps=2-4", 0.5],
               "skills": ["builtin:skills?n=500", 0.25],
               "help": ["builtin:help?n=500", 0.25],
-              "longer_chains": ["builtin:chains?n=100&steps=5-6", 0.0]},
-        curate=0.8, prune=True,
+              **HELD_OUT},
+        curate=0.8, prune=0.7,                # share of its five-grams that makes a duplicate
         lr=5e-6, epochs=1, batch_tokens=32_000_000, seq_len=16_384),     # lr [ours]
 }
 WARMUP = 0.05                                 # of the steps, linear; then a cosine to 0
-NEAR, DIVERSE, COHERENT = 0.7, 0.5, 0.3       # where `prune` draws its lines [ours]
+DIVERSE, COHERENT = 0.5, 0.3                  # less than this is pruned [ours]
 QUICKSTART = str(Path(__file__).parent / "config" / "sft_quickstart.py")
 
 
@@ -95,7 +96,7 @@ def stage_of(c: Config) -> dict:
 # ---- what is worth reading
 
 def sentences(text: str) -> list[str]:
-    """Sentences or, where there are none, lines."""
+    """Sentences, which also end with their line."""
     return [s for s in re.split(r"(?<=[.!?])\s+|\n+", text) if s.strip()]
 
 
@@ -173,14 +174,14 @@ def curate(talks: list, share: float) -> tuple[list, str]:
         f"{len(talks) - len(best)} dropped for a quality below {at:.3f} or no better")
 
 
-def prune(talks: list) -> tuple[list, str]:
-    """What is left without near-duplicates (of whose five words in a row most are in a conversation
-    that is kept), repetitive and incoherent conversations, and what was dropped. It remembers every
-    five words: some 60 bytes per word."""
+def prune(talks: list, near: float) -> tuple[list, str]:
+    """What is left without near-duplicates (conversations of whose five words in a row more than
+    the share `near` are in one that is kept), repetitive and incoherent ones, and what was dropped.
+    It remembers every five words: some 60 bytes per word."""
     kept, seen, dropped = [], set(), {}
     for t in talks:
         grams = {g for m in t for g in ngrams(m["content"], 5)}
-        why = ("near-duplicate" if grams and len(grams & seen) > NEAR * len(grams) else
+        why = ("near-duplicate" if grams and len(grams & seen) > near * len(grams) else
                "repetitive" if diversity(t) < DIVERSE else
                "incoherent" if coherence(t) < COHERENT else None)
         if why:
@@ -202,8 +203,8 @@ def benchmark_grams(patterns: list) -> set[int]:
             for part in value.values() if isinstance(value, dict) else value:
                 yield from texts(part)
     files = [path for pattern in patterns for path in data.local_files(pattern)]
-    rows = (row for path in files for row in data.read_each(
-        path, data.lines_of(path, 0, path.stat().st_size), json.loads))
+    rows = (row for path in files
+            for row in data.read_each(path, data.full_lines(path), json.loads))
     return {g for row in rows for text in texts(row) for g in ngrams(text, 13)}
 
 
@@ -234,18 +235,16 @@ def prepare(table: dict, benchmarks: list, tokenizer, data_dir: str) -> Path:
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
-        known, report = benchmark_grams(benchmarks), []
-        for name, (source, weight) in table["data"].items():
+        known, held, report = benchmark_grams(benchmarks), set(), []
+        for name, (source, weight) in sorted(table["data"].items(), key=lambda d: d[1][1] > 0):
             talks = [*data.chats(source)]
             report.append(f"{name}: {len(talks):,d} conversations of {source}")
-            done = [decontaminate(talks, known)] if benchmarks else []
-            talks = done[-1][0] if done else talks
-            if weight:
-                done += [curate(talks, table["curate"])] if table["curate"] else []
-                done += [prune(done[-1][0])] if table["prune"] else []
-                talks = done[-1][0] if done else talks
-            report += [f"  {text}" for _, text in done]
-            parts = hold_out(talks) if weight else {"val": talks}
+            parts = hold_out(talks, held, all_of_them=not weight)
+            for step, asked in ((decontaminate, known if benchmarks else None),
+                                (curate, table["curate"]), (prune, table["prune"] or None)):
+                if weight and asked is not None:
+                    parts["train"], text = step(parts["train"], asked)
+                    report.append(f"  {text}")
             for part, found in parts.items():
                 encoded = [*filter(None, (data.fit_chat(tokenizer, t, T) for t in found))]
                 if not encoded:
@@ -262,14 +261,16 @@ def prepare(table: dict, benchmarks: list, tokenizer, data_dir: str) -> Path:
     return folder
 
 
-def hold_out(talks: list) -> dict[str, list]:
-    """train and val: of data.HOLD_OUT different openings one, or one at all, by their hash, so that
-    what is held out is never asked in training."""
+def hold_out(talks: list, held: set[bytes], all_of_them: bool) -> dict[str, list]:
+    """val: of data.HOLD_OUT different openings one, or one at all, by their hash, which are put to
+    those held; train: what begins with none of these, so that it is never asked in training."""
     keys = [hashlib.sha256(data.opening(t).encode()).digest() for t in talks]
     openings = sorted(set(keys))
-    held = set(openings[:max(1, len(openings) // data.HOLD_OUT)])
-    return {"train": [t for t, key in zip(talks, keys) if key not in held],
-            "val": [t for t, key in zip(talks, keys) if key in held]}
+    own = set(openings if all_of_them else openings[:max(1, len(openings) // data.HOLD_OUT)])
+    held |= own
+    val = {"val": [t for t, key in zip(talks, keys) if key in own]}
+    return val if all_of_them else val | {
+        "train": [t for t, key in zip(talks, keys) if key not in held]}
 
 
 # ---- the run

@@ -1,6 +1,7 @@
 """Conversations as tokens, packed rows against each conversation alone, the tasks that are made,
 what is dropped, and sft.py itself: resume, the order of stages, four ranks against one."""
 import ast
+import base64
 import datetime
 import json
 import os
@@ -71,7 +72,7 @@ def test_a_tokenizer_of_the_hub_gives_what_its_parts_give(tmp_path):
     """"\n\n" is a token of its own, whatever follows: a reply comes behind it."""
     file = tmp_path / "t.tiktoken"
     tokens = [bytes([i]) for i in range(256)] + [b"\n\n", b"Ye"]
-    file.write_text("".join(f"{data.base64.b64encode(t).decode()} {i}\n"
+    file.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n"
                             for i, t in enumerate(tokens)))
     t = data.load_tokenizer(str(file))
     ids, targets = data.encode_chat(t, [TALK[1], TALK[2]])
@@ -288,11 +289,22 @@ def test_scores_and_what_is_dropped_for_them():
     near = talk("What are 3 boxes of 4 eggs?", good[1]["content"] + " Yes.")
     mantra = talk("Name a river.", "the river the river the river the river the river the river")
     stray = talk("Name a river.", "Here it is for you. My aunt went shopping again today.")
-    kept, text = sft.prune([good, near, other, mantra, stray, good])
+    kept, text = sft.prune([good, near, other, mantra, stray, good], 0.7)
     assert kept == [good, other]
     assert text == "; ".join(
         f"{n} dropped as {why}, one of them {t[1]['content'][:60]!r}" for n, why, t in (
             (2, "near-duplicate", near), (1, "repetitive", mantra), (1, "incoherent", stray)))
+
+
+def test_what_is_held_out_is_never_asked_in_training():
+    talks = [talk(f"Question {i % 120}", f"Answer {i}.") for i in range(240)]
+    held = set()
+    alone = sft.hold_out(talks[:5], held, all_of_them=True)
+    parts = sft.hold_out(talks, held, all_of_them=False)
+    asked = {part: {data.opening(t) for t in found} for part, found in parts.items()}
+    assert alone == {"val": talks[:5]} and len(asked["val"]) == 2
+    assert not asked["train"] & (asked["val"] | {data.opening(t) for t in talks[:5]})
+    assert 113 <= len(asked["train"]) <= 115 and len(parts["val"]) == 4
 
 
 def test_thirteen_words_of_a_benchmark_are_one_too_many(tmp_path):
