@@ -15,6 +15,7 @@ A domain's source is one of
 import ast
 import base64
 import bz2
+import datetime
 import glob
 import gzip
 import hashlib
@@ -33,13 +34,15 @@ import sys
 import sysconfig
 import threading
 import time
+from bisect import bisect_left, insort
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from fractions import Fraction
 from functools import cached_property, partial
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -48,8 +51,9 @@ from tiktoken_ext.openai_public import r50k_pat_str as GPT2_PATTERN
 
 # The turn format of the Motif family: every tokenizer gets those it lacks, after its own ids.
 BEGIN, END = "<|beginoftext|>", "<|endoftext|>"
-SPECIALS = (BEGIN, END, "<|startofturn|>", "<|endofturn|>", "<|system|>", "<|user|>",
-            "<|assistant|>")
+TURN, TURN_END = "<|startofturn|>", "<|endofturn|>"
+ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
+SPECIALS = (BEGIN, END, TURN, TURN_END, *ROLES.values())
 
 HEADER = struct.Struct("<8sIIQ32s32s")  # magic, version, bytes per token, tokens, SHA-256 of the
 MAGIC, VERSION = b"nnMotif\0", 1        # tokens, tokenizer fingerprint; the tokens follow
@@ -288,10 +292,7 @@ def units_of(source: str) -> list[partial]:
     place, _, query = source.partition("?")
     options, local = dict(parse_qsl(query, keep_blank_values=True)), place.endswith(READABLE)
     known = [] if place.startswith("builtin:") else ["text"] if local else ["text", "name", "split"]
-    for key, value in options.items():
-        if key not in known or not value:
-            raise ValueError(f"source {source!r}: {key}={value} is none of its options "
-                             f"({'=..., '.join([*known, ''])[:-2] or 'it has none'})")
+    check_options(source, options, known)
     columns = options.get("text", "text").split(",")
     if place.startswith("builtin:"):
         kind = place.removeprefix("builtin:")
@@ -307,6 +308,14 @@ def units_of(source: str) -> list[partial]:
         return hub_units(place, columns, options)
     raise ValueError(f"source {source!r} is neither builtin:..., files ending in "
                      f"{', '.join(READABLE[:3])}, nor a dataset owner/name of the Hub")
+
+
+def check_options(source: str, options: dict, known: list[str]) -> None:
+    """ValueError for what follows a source's question mark if it is not known or empty."""
+    for key, value in options.items():
+        if key not in known or not value:
+            raise ValueError(f"source {source!r}: {key}={value} is none of its options "
+                             f"({'=..., '.join([*known, ''])[:-2] or 'it has none'})")
 
 
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -628,9 +637,9 @@ class Plan:
     first step after them. The run ends at max_steps or at max_tokens, whichever comes first.
     ValueError for what cannot be.
 
-    Per step t: seq_len[t], rows[t], tokens[t] seen before it (at the end: in all), shares[t, d];
-    the batch takes domain d's sequences first[t, d] to last[t, d] - 1, counted from the last change
-    of sequence length."""
+    Per step t: seq_len[t], which is the context[t] that FLOPs are counted for, rows[t], tokens[t]
+    seen before it (at the end: in all), shares[t, d]; the batch takes domain d's sequences
+    first[t, d] to last[t, d] - 1, counted from the last change of sequence length."""
 
     def __init__(self, domains: dict, *, batch_tokens, seq_len, max_steps: int | None = None,
                  max_tokens: int | None = None, mixture: list | None = None,
@@ -651,7 +660,7 @@ class Plan:
             self.seq_len.append(T)
             self.rows.append(B // T)
             self.tokens.append(self.tokens[-1] + B // T * T)
-        self.steps = len(self.rows)
+        self.steps, self.context = len(self.rows), self.seq_len
         self.shares = self._shares(domains, mixture, caps or {})
 
     def _shares(self, domains: dict, mixture: list | None, caps: dict) -> np.ndarray:
@@ -814,6 +823,10 @@ class Corpus:
     def _key(self, *what) -> bytes:
         return hashlib.blake2b(repr((self.seed, *what)).encode(), digest_size=48).digest()
 
+    def targets(self, step: int) -> int:
+        """Targets in the step's global batch."""
+        return self.plan.rows[step] * self.plan.seq_len[step]
+
     def rows(self, step: int) -> list[tuple[str, int]]:
         """(domain, sequence) of every row of the global batch. Within an epoch of a domain each of
         its sequences comes once."""
@@ -857,32 +870,339 @@ class Corpus:
         return shards[k].read(i - (int(ends[k - 1]) if k else 0), T)
 
 
+# ---- conversations
+
+def encode_chat(tokenizer: tiktoken.Encoding, messages: list[dict]) -> tuple[list, list]:
+    """Messages [{"role": ..., "content": ...}, ...] -> ids and targets, equally many: targets[i] is
+    the token after ids[i] where that is an assistant's or its end of turn, else -1. The family's
+    turn format,
+
+        <|beginoftext|> <|startofturn|><|{role}|>\n\n{content}<|endofturn|> ... <|endoftext|>
+
+    whose last token follows the last id. "\\n\\n" and content are encoded apart, as a reply comes
+    after a prompt that ends there. A special token's spelling is plain text. ValueError, one line,
+    for no conversation or a tokenizer without the format's tokens."""
+    check_chat(messages)
+    ids, learnt = spell(tokenizer, messages)
+    after = [*ids[1:], special(tokenizer, END)]
+    return ids, [i if said else -1 for i, said in zip(after, [*learnt[1:], False])]
+
+
+def encode_prompt(tokenizer: tiktoken.Encoding, messages: list[dict]) -> list[int]:
+    """Ids up to where the assistant's reply to these messages begins."""
+    return spell(tokenizer, messages)[0] + begin_turn(tokenizer, "assistant")
+
+
+def spell(tokenizer: tiktoken.Encoding, messages: list[dict]) -> tuple[list, list]:
+    """Begin of text and turns -> ids, and of each whether an assistant says it."""
+    ids, learnt = [special(tokenizer, BEGIN)], [False]
+    for m in messages:
+        head = begin_turn(tokenizer, m["role"])
+        body = [*tokenizer.encode_ordinary(m["content"]), special(tokenizer, TURN_END)]
+        ids += head + body
+        learnt += [False] * len(head) + [m["role"] == "assistant"] * len(body)
+    return ids, learnt
+
+
+def begin_turn(tokenizer: tiktoken.Encoding, role: str) -> list[int]:
+    return [special(tokenizer, TURN), special(tokenizer, ROLES[role]),
+            *tokenizer.encode_ordinary("\n\n")]
+
+
+def special(tokenizer: tiktoken.Encoding, token: str) -> int:
+    if token not in tokenizer._special_tokens:
+        raise ValueError(f"tokenizer {tokenizer.name} lacks the turn format's {token}; load it by "
+                         "load_tokenizer, which adds it")
+    return tokenizer._special_tokens[token]
+
+
+def check_chat(messages) -> None:
+    """ValueError if this is no conversation from which there is something to learn."""
+    before = None
+    for i, m in enumerate(messages, 1):
+        role, content = (m.get(key) if isinstance(m, dict) else None for key in ("role", "content"))
+        if role not in ROLES:
+            raise ValueError(f"message {i} has the unknown role {role!r}; it must be one of "
+                             f"{', '.join(ROLES)}")
+        if not isinstance(content, str) or not content.strip():
+            raise ValueError(f"message {i}, the {role}'s, has no content; drop this conversation")
+        if role == before == "assistant":
+            raise ValueError(f"messages {i - 1} and {i} are both the assistant's; join them")
+        before = role
+    if not any(m["role"] == "assistant" for m in messages):
+        raise ValueError("no turn is the assistant's; drop this conversation")
+
+
+def fit_chat(tokenizer: tiktoken.Encoding, messages: list[dict], T: int):
+    """encode_chat of all turns up to an assistant's last one or, where they are more than T tokens,
+    up to an earlier one -> ids, targets, whether it was cut; None if not even the first fits."""
+    ends = [i for i, m in enumerate(messages, 1) if m["role"] == "assistant"]
+    for end in reversed(ends):
+        ids, targets = encode_chat(tokenizer, messages[:end])
+        if len(ids) <= T:
+            return ids, targets, end < ends[-1]
+    return None
+
+
+def opening(messages: list[dict]) -> str:
+    """What is said before the assistant's first turn."""
+    said = takewhile(lambda m: m["role"] != "assistant", messages)
+    return "\n\n".join(m["content"] for m in said)
+
+
+def chats(source: str):
+    """The conversations of a source, lists of messages. ValueError, naming the place, for one that
+    is none, and for a source that cannot be: it is
+        builtin:help  builtin:skills?n=1000  builtin:chains?n=1000&steps=2-4&seed=1     see below
+        talks/*.jsonl?messages=turns        local files, or Hub datasets, as for documents, but
+        owner/name?name=CONFIG&split=train  with a column of messages"""
+    place, _, query = source.partition("?")
+    options, local = dict(parse_qsl(query, keep_blank_values=True)), place.endswith(READABLE)
+    kind, column = place.removeprefix("builtin:"), options.get("messages", "messages")
+    if place.startswith("builtin:"):
+        if kind not in CHATS:
+            raise ValueError(f"source {source!r}: builtin conversations are {', '.join(CHATS)}")
+        make, known = CHATS[kind]
+        check_options(source, options, known)
+        yield from make(**{key: span(source, key, value) for key, value in options.items()})
+    elif local:
+        check_options(source, options, ["messages"])
+        for path in local_files(place):
+            if path.suffix == ".parquet":
+                yield from read_each(path, parquet_rows(path), partial(chat_of, column))
+            else:
+                yield from read_each(path, full_lines(path),
+                                     lambda line: chat_of(column, json.loads(line)))
+    elif place.count("/") == 1 and not os.path.exists(place):
+        check_options(source, options, ["messages", "name", "split"])
+        yield from read_each(place, hub_rows(place, options), partial(chat_of, column))
+    else:
+        raise ValueError(f"source {source!r} is neither builtin:..., files ending in "
+                         f"{', '.join(READABLE[:3])}, nor a dataset owner/name of the Hub")
+
+
+def full_lines(path: Path):
+    """(place, line) of the lines of a file that are not blank."""
+    return (x for x in lines_of(path, 0, path.stat().st_size) if x[1].strip())
+
+
+def hub_rows(name: str, options: dict):
+    for i, row in enumerate(open_hub(name, options)):
+        yield f"row {i}", row
+
+
+def span(source: str, key: str, value: str) -> tuple[int, int]:
+    """"3" -> (3, 3); "2-4" -> (2, 4)"""
+    numbers = re.fullmatch(r"([1-9]\d{0,8})(?:-([1-9]\d{0,8}))?", value)
+    if not numbers or int(numbers[1]) > int(numbers[2] or numbers[1]):
+        raise ValueError(f"source {source!r}: {key}={value} must be a number or two, as in 2-4")
+    return int(numbers[1]), int(numbers[2] or numbers[1])
+
+
+def chat_of(column: str, row) -> list[dict]:
+    """The conversation in a row."""
+    messages = row.get(column) if isinstance(row, dict) else None
+    if not isinstance(messages, list):
+        has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(f"no list of messages in {column!r}; it has {has}, and needs {column!r}: "
+                         "[{'role': 'user', 'content': '...'}, ...], or ?messages=COLUMN")
+    check_chat(messages)
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+# ---- packing
+
+class Conversations:
+    """Encoded conversations, end to end, in two files of a folder that are mapped."""
+
+    def __init__(self, path: Path):
+        self.tokens = np.load(f"{path}.npy", "r")            # (2, N): ids, targets
+        self.ends, self.learnt = np.load(f"{path}-ends.npy")  # (n,): where each ends, its targets
+        self.lengths = np.diff(self.ends, prepend=0)
+
+    @staticmethod
+    def save(path: Path, encoded: list[tuple[list, list]]) -> None:
+        tokens = [np.concatenate([np.array(e[k], "<i4") for e in encoded]) for k in (0, 1)]
+        np.save(f"{path}.npy", np.stack(tokens))
+        ends = np.cumsum([len(ids) for ids, _ in encoded])
+        learnt = [sum(t >= 0 for t in targets) for _, targets in encoded]
+        np.save(f"{path}-ends.npy", np.array([ends, learnt], "<i8"))
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.tokens[:, self.ends[i] - self.lengths[i]:self.ends[i]]
+
+
+def pack(lengths: np.ndarray, T: int) -> list[list[int]]:
+    """Best fit, longest first: every item goes where it leaves least room, in a row of at most T ->
+    the items of each row. At most about 11/9 of the fewest rows there can be (Johnson et al. 1974),
+    and hardly more than those where many items are short."""
+    rows, rooms, open_rows = [], [], {}            # rooms: sorted keys of open_rows, room -> rows
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        n = int(lengths[i])
+        at = bisect_left(rooms, n)
+        if at == len(rooms):
+            rows.append(row := [])
+            left = T - n
+        else:
+            left, row = rooms[at] - n, open_rows[rooms[at]].pop()
+            if not open_rows[rooms[at]]:
+                del open_rows[rooms.pop(at)]
+        row.append(i)
+        if left and left not in open_rows:
+            insort(rooms, left)
+        if left:
+            open_rows.setdefault(left, []).append(row)
+    return rows
+
+
+def fill(rows: list[list[np.ndarray]], T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of conversations -> ids, targets and documents, each (rows, T) int64. What is left of a
+    row is a document of its own, without targets."""
+    ids, targets, documents = np.full((3, len(rows), T), [[[0]], [[-1]], [[-1]]])
+    for r, row in enumerate(rows):
+        at = 0
+        for k, talk in enumerate(row):
+            part = slice(at, at := at + talk.shape[1])
+            ids[r, part], targets[r, part] = talk
+            documents[r, part] = k
+    return ids, targets, documents
+
+
+REPEATS = 4                             # how often an epoch may read a conversation [ours]
+
+
+class Packed:
+    """Conversations as a stream for pretrain.train: an epoch takes as many tokens as there are,
+    of each domain its share (weights, in proportion), but none more than REPEATS times. Within a
+    reading of a domain each conversation comes once. Everything follows from the arguments, so that
+    the state is one integer, the step. ValueError for no conversation."""
+
+    def __init__(self, train: dict[str, Conversations], weights: dict[str, float], *, T: int,
+                 batch_tokens: int, epochs: int, seed: int):
+        self.train, self.T, self.seed = train, T, seed
+        names, there = list(train), [int(t.ends[-1]) for t in train.values()]
+        self.batches, whole = [], sum(weights.values())    # [[row, ...], ...]
+        quota = [min(weights[n] / whole * sum(there), REPEATS * t) for n, t in zip(names, there)]
+        orders = [self._order(n, epochs * q) for n, q in zip(names, quota)]
+        for e in range(epochs):
+            talks = []                             # (domain, conversation)
+            for d, (order, ends) in enumerate(orders):
+                a, b = ends.searchsorted([e * quota[d], (e + 1) * quota[d]])
+                talks += [(d, i) for i in order[a:b].tolist()]
+            lengths = np.array([train[names[d]].lengths[i] for d, i in talks], dtype=np.int64)
+            rows = [[talks[k] for k in row] for row in pack(lengths, T)]
+            self.batches += self._deal(rows, max(1, batch_tokens // T), e)
+        self._plan(names)
+
+    def _key(self, *what) -> bytes:
+        return hashlib.blake2b(repr((self.seed, *what)).encode(), digest_size=48).digest()
+
+    def _order(self, name: str, tokens: float) -> tuple[np.ndarray, np.ndarray]:
+        """Conversations, one reading after the other, and where each ends, in tokens."""
+        n, lengths = len(self.train[name].lengths), self.train[name].lengths
+        readings = math.ceil(tokens / lengths.sum() + 1e-9)
+        order = np.concatenate([permute(np.arange(n), n, self._key(name, k))
+                                for k in range(readings)])
+        return order, lengths[order].cumsum()
+
+    def _deal(self, rows: list, most: int, epoch: int) -> list[list]:
+        """Rows -> batches of at most so many, nearly equal. Packing puts rows of long conversations
+        first, and with them whole domains; so of n neighbours each of the n batches gets one."""
+        n = -(-len(rows) // most)
+        batches = [[] for _ in range(n)]
+        for i in range(0, len(rows), n):
+            group = rows[i:i + n]
+            hand = permute(np.arange(len(group)), n, self._key("rows", epoch, i))
+            for b, row in zip(hand, group):
+                batches[b].append(row)
+        return batches
+
+    def _plan(self, names: list[str]) -> None:
+        """What Plan has. Tokens are those of conversations, and the context is the one that costs
+        as many FLOPs as they do."""
+        spent = np.zeros((2, len(self.batches), len(names)), dtype=np.int64)
+        for t in range(len(self.batches)):
+            for d, i in self.talks(t):
+                spent[:, t, d] += self.train[names[d]].lengths[i] ** np.array([1, 2])
+        tokens = spent[0].sum(1)
+        self.plan = SimpleNamespace(
+            names=names, steps=len(tokens), seq_len=[self.T] * len(tokens),
+            rows=[*map(len, self.batches)], tokens=[0, *tokens.cumsum().tolist()],
+            context=(spent[1].sum(1) // tokens).tolist(), shares=spent[0] / tokens[:, None])
+
+    def talks(self, step: int) -> list[tuple[int, int]]:
+        """(domain, conversation) of all in the step's global batch."""
+        return [talk for row in self.batches[step] for talk in row]
+
+    def targets(self, step: int) -> int:
+        """Tokens of assistants in the step's global batch."""
+        names = self.plan.names
+        return sum(int(self.train[names[d]].learnt[i]) for d, i in self.talks(step))
+
+    def batch(self, step: int, rank: int = 0, world: int = 1):
+        """Rows rank, rank + world, ... of the step's global batch, as `fill` gives them."""
+        return fill([[self.train[self.plan.names[d]][i] for d, i in row]
+                     for row in self.batches[step][rank::world]], self.T)
+
+    @property
+    def padding(self) -> float:
+        """Share of the rows that is none of the conversations."""
+        return 1 - self.plan.tokens[-1] / (sum(self.plan.rows) * self.T)
+
+    def fingerprint(self) -> str:
+        """Of the conversations."""
+        return self._checksum
+
+    @cached_property
+    def _checksum(self) -> str:
+        whole = hashlib.sha256()
+        for talks in self.train.values():
+            whole.update(talks.tokens)
+            whole.update(talks.ends)
+        return whole.hexdigest()[:16]
+
+
+def held_out_rows(talks: Conversations, tokens: int, T: int):
+    """Of the held-out conversations the first that have so many tokens, packed, as `fill` gives
+    them."""
+    n = max(1, int(talks.ends.searchsorted(tokens, side="right")))
+    return fill([[talks[i] for i in row] for row in pack(talks.lengths[:n], T)], T)
+
+
 # ---- text that any Python installation holds
 
 LIBRARY_UNITS = 8
 
 
-def library(kind: str, unit: int):
-    """Documents of the standard library, a module each: its source without the docstrings (code),
-    or its docstrings and the topics of Python's own help (language). No docstring is in both."""
+def modules(first: int, every: int):
+    """(name, text, syntax tree) of each `every`-th module of the standard library."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "test", "tests", "idle_test", "_bundled", "pydoc_data",
                 "encodings"}
     files = [f for f in sorted(root.rglob("*.py")) if not left_out & set(f.relative_to(root).parts)]
     if not files:
-        raise ValueError(f"builtin:{kind}: this Python has no library sources in {root}")
+        raise ValueError(f"this Python has no library sources in {root}")
+    for file in files[first::every]:
+        text = file.read_text(encoding="utf-8", errors="replace")
+        with suppress(SyntaxError):                # lib2to3 keeps Python 2 files
+            name = ".".join(file.relative_to(root).with_suffix("").parts)
+            yield name.removesuffix(".__init__"), text, ast.parse(text)
+
+
+def documented(tree: ast.Module):
+    """Its nodes that have a docstring."""
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return (n for n in ast.walk(tree) if isinstance(n, owners) and ast.get_docstring(n))
+
+
+def library(kind: str, unit: int):
+    """Documents of the standard library, a module each: its source without the docstrings (code),
+    or its docstrings and the topics of Python's own help (language). No docstring is in both."""
     if kind == "language":
         from pydoc_data.topics import topics
         yield from [text for _, text in sorted(topics.items())][unit::LIBRARY_UNITS]
-    for file in files[unit::LIBRARY_UNITS]:
-        text = file.read_text(encoding="utf-8", errors="replace")
-        try:
-            tree = ast.parse(text)
-        except SyntaxError:                        # lib2to3 keeps Python 2 files
-            continue
-        owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        found = [node.body[0] for node in ast.walk(tree) if isinstance(node, owners)
-                 and ast.get_docstring(node) and len(node.body) > 1]
+    for _, text, tree in modules(unit, LIBRARY_UNITS):
+        found = [node.body[0] for node in documented(tree) if len(node.body) > 1]
         if kind == "language":
             texts = [inspect.cleandoc(node.value.value) for node in found]
             yield "\n\n".join(t for t in texts if len(t) > 120)
@@ -1090,6 +1410,222 @@ def math_problem(rng):
 
 
 PROBLEMS = {"math": math_problem, "science": science_problem}
+
+
+# ---- conversations that are made
+
+DOCSTRING = 40, 500                     # characters of a first paragraph that is worth asking for
+
+
+def help_chats(n: tuple[int, int] = (10**6, 10**6)):
+    """What the standard library's docstrings say in their first paragraph, the first n of them."""
+    def found():
+        for module, _, tree in modules(0, 1):
+            for node in documented(tree):
+                name = getattr(node, "name", "")
+                text = " ".join(ast.get_docstring(node).split("\n\n")[0].split())
+                if (DOCSTRING[0] <= len(text) <= DOCSTRING[1] and text.endswith(".")
+                        and not name.startswith("_") and not module.startswith("_")):
+                    what = f"{name} of {module}" if name else f"the module {module}"
+                    ask = ("What does {} do?", "Explain {}.", "What is {} for?")[len(what) % 3]
+                    yield [{"role": "user", "content": ask.format(what)},
+                           {"role": "assistant", "content": text}]
+    yield from islice(found(), n[1])
+
+
+# A skill takes a value to another: (rng, value) -> what is asked, the work that shows it, the new
+# value. A value is a number, a word, a list of numbers or a date, and so is what it can do next.
+
+WORDS = """apple bridge candle dragon ember forest garden harbor island jacket kettle lantern marble
+needle orange pepper quartz river silver tunnel umbrella valley window yellow zebra anchor button
+copper dinner engine flower guitar hammer insect jungle kitten ladder mirror notebook""".split()
+MEASURES = [("weeks", "days", 7), ("hours", "minutes", 60), ("metres", "centimetres", 100),
+            ("dozens", "pieces", 12), ("minutes", "seconds", 60), ("years", "months", 12)]
+
+
+def said(value) -> str:
+    """A value in words: 12; lantern; 3, 1, 2; 4 March 2021."""
+    if isinstance(value, datetime.date):
+        return f"{value.day} {value:%B %Y}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def arithmetic(rng, x):
+    k, sign = rng.randint(2, 12), rng.choice("+-*")
+    value = {"+": x + k, "-": x - k, "*": x * k}[sign]
+    ask = {"+": "[Add|Now add] {}", "-": "[Subtract|Take away] {}", "*": "Multiply by {}"}[sign]
+    return ask.format(k), f"{x} {sign} {k} = {value}", value
+
+
+def remainder(rng, x):
+    k = rng.randint(3, 12)
+    return (f"[Take|Find] the remainder after division by {k}",
+            f"{x} = {k} * {x // k} + {x % k}, so the remainder is {x % k}", x % k)
+
+
+def convert(rng, x):
+    a, b, k = rng.choice(MEASURES)
+    return (f"[Take it as|Read it as] {a} and convert it to {b}",
+            f"{x} {a} = {x} * {k} {b} = {x * k} {b}", x * k)
+
+
+def digits(rng, x):
+    value = [int(d) for d in str(x)]
+    return "[List|Write down] its digits", f"{x} has the digits {said(value)}", value
+
+
+def loop(rng, x):
+    n, sums = rng.randint(2, 4), [x]
+    for i in range(n):
+        sums.append(sums[-1] + i)
+    return (f"Call it x and run `for i in range({n}): x += i`; what is x?",
+            f"x is {' then '.join(map(str, sums))}", sums[-1])
+
+
+def later(rng, x):
+    start = datetime.date(rng.randint(2001, 2030), rng.randint(1, 12), rng.randint(1, 28))
+    value = start + datetime.timedelta(days=x)
+    return f"[Find|Give] the date so many days after {said(start)}", (
+        f"{said(start)} + {x} days = {said(value)}"), value
+
+
+def letters(rng, word):
+    return "Count its letters", f"{' '.join(word)}: {len(word)} letters", len(word)
+
+
+def vowels(rng, word):
+    found = [c for c in word if c in "aeiou"]
+    return "Count its vowels", f"{word} has {' '.join(found) or 'none'}: {len(found)}", len(found)
+
+
+def backwards(rng, word):
+    return ("[Reverse it|Spell it backwards]", f"{' '.join(word)} backwards is {word[::-1]}",
+            word[::-1])
+
+
+def alphabetic(rng, word):
+    value = "".join(sorted(word))
+    return "[Sort its letters|Put its letters in order]", f"{word} sorted is {value}", value
+
+
+def cut(rng, word):
+    n = rng.randint(1, 3)
+    return f"Call it s and evaluate `s[{n}:]`", f"{word} without {word[:n]} is {word[n:]}", word[n:]
+
+
+def in_order(rng, numbers):
+    down = rng.random() < 0.5
+    value = sorted(numbers, reverse=down)
+    return (f"[Sort|Order] the numbers from {'large to small' if down else 'small to large'}",
+            f"in order: {said(value)}", value)
+
+
+def add_up(rng, numbers):
+    return ("[Add them up|Find their sum]", f"{' + '.join(map(str, numbers))} = {sum(numbers)}",
+            sum(numbers))
+
+
+def largest(rng, numbers):
+    pick, name = rng.choice(((max, "largest"), (min, "smallest")))
+    return (f"[Take|Choose] the {name} of them", f"the {name} of {said(numbers)} is "
+            f"{pick(numbers)}", pick(numbers))
+
+
+def comprehend(rng, numbers):
+    k = rng.randint(2, 5)
+    value = [k * n for n in numbers]
+    return (f"Call them a and evaluate `[{k} * n for n in a]`",
+            f"{k} times each: {said(value)}", value)
+
+
+def weekday(rng, date):
+    return "[Name|Give] its day of the week", f"{said(date)} is a {date:%A}", f"{date:%A}".lower()
+
+
+def fortnight(rng, date):
+    k = rng.randint(2, 4)
+    value = date + datetime.timedelta(weeks=k)
+    return f"Go {k} weeks further", f"{said(date)} + {7 * k} days = {said(value)}", value
+
+
+def day_of_year(rng, date):
+    value = date.timetuple().tm_yday
+    before = value - date.day
+    return ("[Number|Count] the days of that year up to it",
+            f"{before} before {date:%B}, then {date.day}: {value}", value)
+
+
+SKILLS = {int: (arithmetic, arithmetic, remainder, convert, digits, loop, later),
+          str: (letters, vowels, backwards, alphabetic, cut),
+          list: (in_order, add_up, largest, comprehend),
+          datetime.date: (weekday, fortnight, day_of_year)}
+
+
+def fits(value) -> bool:
+    """Whether it is small enough to go on with."""
+    return 0 <= value < 10_000 if isinstance(value, int) else isinstance(
+        value, datetime.date) or len(value) > 1
+
+
+def start_value(rng):
+    """What a chain starts with -> its name, the value."""
+    return rng.choice((lambda: ("the number", rng.randint(10, 99)),
+                       lambda: ("the word", rng.choice(WORDS)),
+                       lambda: ("the numbers", [rng.randint(1, 50) for _ in range(4)]),
+                       lambda: ("the date", datetime.date(2000, 1, 1) + datetime.timedelta(
+                           days=rng.randrange(9000)))))()
+
+
+def chain(rng, steps: int) -> list[dict]:
+    """A task that composes so many skills, each working on what the one before it gave, and its
+    answer, step by step. answer_of gives what is to be compared."""
+    name, value = start_value(rng)
+    asks, work, last = [f"Start with {name} {said(value)}."], [], None
+    while len(work) < steps:
+        skill = rng.choice([f for f in SKILLS[type(value)] if f is not last])
+        ask, shown, new = skill(rng, value)
+        if fits(new) and not (skill is later and value > 400):
+            last, value = skill, new
+            asks.append(f"{len(asks)}. {vary(rng, ask) if '`' not in ask else ask}")
+            work.append(f"{len(asks) - 1}. {shown}")
+    return [{"role": "user", "content": "\n".join(asks)},
+            {"role": "assistant", "content": "\n".join([*work, f"Answer: {said(value)}"])}]
+
+
+def answer_of(reply: str) -> str:
+    """What follows the last "Answer:" of a reply, to the end of the line; "" if there is none."""
+    found = re.findall(r"Answer: *([^\n]*)", reply)
+    return found[-1].strip() if found else ""
+
+
+def chain_chats(n: tuple[int, int] = (4000, 4000), steps: tuple[int, int] = (2, 4),
+                seed: tuple[int, int] = (1, 1)):
+    """n chains of so many steps, for a seed always the same and no two alike."""
+    rng, seen = random.Random(f"chains {steps} {seed}"), set()
+    while len(seen) < n[1]:
+        messages = chain(rng, rng.randint(*steps))
+        if messages[0]["content"] not in seen:
+            seen.add(messages[0]["content"])
+            yield messages
+
+
+def skill_chats(n: tuple[int, int] = (2000, 2000)):
+    """n conversations of one or two tasks, a skill each; a system turn may ask for the work or
+    the result alone."""
+    rng = random.Random("skills")
+    for _ in range(n[1]):
+        rule = rng.choice((None, "Show the work.", "Give the result alone."))
+        messages = [{"role": "system", "content": rule}] if rule else []
+        for _ in range(rng.randint(1, 2)):
+            ask, reply = chain(rng, 1)
+            if rule == "Give the result alone.":
+                reply["content"] = answer_of(reply["content"])
+            messages += [ask, reply]
+        yield messages
+
+
+CHATS = {"help": (help_chats, ["n"]), "skills": (skill_chats, ["n"]),
+         "chains": (chain_chats, ["n", "steps", "seed"])}
 
 
 def main() -> None:

@@ -17,8 +17,10 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -43,9 +45,10 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 @dataclass
-class Config(MotifConfig):
-    """The run."""
-    out_dir: str | None = None      # where all output goes; None: out/<name of the config file>
+class Run:
+    """How a run goes, of any kind of training."""
+    out_dir: str | None = None      # where all output goes; None: out/<name of the config file>,
+                                    # of sft.py out/sft<stage>
     device: str = "auto"            # cpu, cuda, cuda:1, ...; auto: CUDA where there is one
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # of products; auto: bf16 on CUDA
                                     # only; fp8: in the blocks' linear layers, bf16 in the rest
@@ -56,25 +59,9 @@ class Config(MotifConfig):
                                     # sharded over the others
     timeout: Count = 600            # seconds that a rank waits for another before the run ends
     seed: int = 1337                # of the initial weights and of the order of the data
-    init: str | None = None         # first weights: grow:PATH, from a smaller model; average:DIR,k,
-                                    # of the last k checkpoints of a run; None: at random
     resume: str = "auto"            # auto: the newest checkpoint in out_dir; no; or a path
-    dry_run: bool = False           # print size, plan, memory and time, and open nothing
-    world: Count = 8                # ranks that --dry_run plans for
-    mfu: Fraction = 0.4             # share of an H100's peak at which it counts the days
-    export: str | None = None       # write a checkpoint's model in bf16 into this folder, and end
-    # length and schedule; tokens seen are the clock
-    max_steps: Count | None = None  # optimizer steps; the run ends here or at max_tokens
-    max_tokens: Count | None = None  # tokens of the whole run; set one of the two, or both
-    seq_len: Count | list = 256     # tokens per sequence, or knots [[tokens seen, length], ...]
-    theta: list | None = None       # knots [[tokens seen, RoPE's base], ...]; None: rope_theta
-    batch_tokens: Count | list = 4096  # tokens per step over all ranks, or knots likewise
     micro_tokens: Count = 4096      # tokens in one forward pass of one rank: what memory allows
-    lr: NonNegative = 4e-3          # peak, of Muon and AdamW alike
-    warmup_steps: Size = 20         # linear from 0
-    decay_fraction: Fraction = 0.3  # last part of the tokens, in which lr falls to min_lr * lr
-    decay: Literal["linear", "cosine", "inverse_sqrt"] = "linear"  # the shape of that fall
-    min_lr: Fraction = 0.1          # of lr, where the decay ends
+    data_dir: str = "data"          # where what is prepared is kept, for all runs
     # optimizer
     optimizer: Literal["muonclip", "adamw"] = "muonclip"  # adamw: to compare, on every parameter
     momentum: Fraction = 0.95       # Muon's [ours: unpublished]
@@ -83,16 +70,6 @@ class Config(MotifConfig):
     tau: NonNegative = 100.0        # QK-clip keeps logits below this [ours: unpublished]; 0: none
     grad_clip: NonNegative = 1.0    # largest norm of the whole gradient; 0: no clipping
     max_skipped: Count = 10         # steps in a row without update, as not finite, that end the run
-    # data
-    tokenizer: str = "byte"         # byte, a tiktoken name, a .tiktoken file, a tokenizer.json or a
-                                    # folder with one, owner/name of the Hub
-    data_dir: str = "data"          # where shards are kept, for all runs
-    domains: dict = field(default_factory=lambda: {"language": ["builtin:language", 1.0, 1.0]})
-                                    # name -> [source, first share, last share]; see data.py
-    mixture: list | None = None     # knots [[fraction of the run, {name: share}], ...] instead
-    caps: dict = field(default_factory=dict)  # name -> largest share
-    part: str = "1/1"               # python data.py: prepare part i/n of the data, on n machines
-    workers: Count | None = None    # processes that prepare data; None: one per core
     # what is reported
     log_every: Count = 10           # steps
     eval_every: Count | None = 100  # steps; also before the first and after the last; None: never
@@ -103,6 +80,37 @@ class Config(MotifConfig):
     keep_last: Annotated[int, 2] = 2  # checkpoints kept: the newest might be damaged
     keep_every: Count | None = None  # steps whose multiples are kept for ever
     wandb: str | None = None        # project name, to log there too
+
+
+@dataclass
+class Config(Run, MotifConfig):
+    """Pre-training."""
+    init: str | None = None         # first weights: grow:PATH, from a smaller model; average:DIR,k,
+                                    # of the last k checkpoints of a run; None: at random
+    dry_run: bool = False           # print size, plan, memory and time, and open nothing
+    world: Count = 8                # ranks that --dry_run plans for
+    mfu: Fraction = 0.4             # share of an H100's peak at which it counts the days
+    export: str | None = None       # write a checkpoint's model in bf16 into this folder, and end
+    # length and schedule; tokens seen are the clock
+    max_steps: Count | None = None  # optimizer steps; the run ends here or at max_tokens
+    max_tokens: Count | None = None  # tokens of the whole run; set one of the two, or both
+    seq_len: Count | list = 256     # tokens per sequence, or knots [[tokens seen, length], ...]
+    theta: list | None = None       # knots [[tokens seen, RoPE's base], ...]; None: rope_theta
+    batch_tokens: Count | list = 4096  # tokens per step over all ranks, or knots likewise
+    lr: NonNegative = 4e-3          # peak, of Muon and AdamW alike
+    warmup_steps: Size = 20         # linear from 0
+    decay_fraction: Fraction = 0.3  # last part of the tokens, in which lr falls to min_lr * lr
+    decay: Literal["linear", "cosine", "inverse_sqrt"] = "linear"  # the shape of that fall
+    min_lr: Fraction = 0.1          # of lr, where the decay ends
+    # data
+    tokenizer: str = "byte"         # byte, a tiktoken name, a .tiktoken file, a tokenizer.json or a
+                                    # folder with one, owner/name of the Hub
+    domains: dict = field(default_factory=lambda: {"language": ["builtin:language", 1.0, 1.0]})
+                                    # name -> [source, first share, last share]; see data.py
+    mixture: list | None = None     # knots [[fraction of the run, {name: share}], ...] instead
+    caps: dict = field(default_factory=dict)  # name -> largest share
+    part: str = "1/1"               # python data.py: prepare part i/n of the data, on n machines
+    workers: Count | None = None    # processes that prepare data; None: one per core
 
 
 def shape_of(c: Config) -> MotifConfig:
@@ -204,13 +212,20 @@ def any_of(flag: bool) -> bool:
     return bool(flag)
 
 
-def padded(rows: torch.Tensor, own: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (R, T + 1) -> ids and targets (n, T). All ranks must pass the model equally often; so of
+def tensors(batch) -> tuple[torch.Tensor, ...]:
+    """What a stream gives: rows (R, T + 1), or ids, targets and documents, each (R, T) -> ids and
+    targets (R, T), as the model takes them, and documents if there are any."""
+    if isinstance(batch, np.ndarray):
+        batch = batch[:, :-1], batch[:, 1:]
+    return tuple(map(torch.from_numpy, batch))
+
+
+def padded(batch: tuple, own: int, n: int) -> tuple[torch.Tensor, ...]:
+    """Ids, targets, ..., each (R, T) -> (n, T). All ranks must pass the model equally often; so of
     the first `own` rows each counts, and the first one fills the rest with targets that do not."""
-    rows = torch.cat([rows[:own], rows[:1].expand(n - own, -1)])
-    ids, targets = rows[:, :-1], rows[:, 1:].clone()
+    ids, targets, *more = (torch.cat([t[:own], t[:1].expand(n - own, -1)]) for t in batch)
     targets[own:] = -1
-    return ids, targets
+    return ids, targets, *more
 
 
 def share_of(rows: int) -> tuple[int, int, int]:
@@ -425,8 +440,8 @@ def newest(out: Path) -> tuple[Path, dict] | None:
 def check_fits(folder: Path, state: dict, c: Config, plan: data.Plan) -> None:
     """ValueError if a checkpoint is beyond the end, of another shape or of another optimizer."""
     if state["step"] > plan.steps:
-        raise ValueError(f"checkpoint {folder} is beyond the end at step {plan.steps}; raise "
-                         "max_steps or give another --out_dir")
+        raise ValueError(f"checkpoint {folder} is beyond the end at step {plan.steps}; make "
+                         "the run longer or give another --out_dir")
     for key in (*(f.name for f in fields(MotifConfig)), "optimizer"):
         ours, theirs = getattr(c, key), state["config"].get(key)
         if ours != theirs:
@@ -614,24 +629,26 @@ class Skips:
 
 
 @torch.no_grad()
-def evaluate(model: Motif, held_out: dict[str, torch.Tensor], micro_tokens: int,
+def evaluate(model: Motif, held_out: dict[str, tuple], micro_tokens: int,
              length: torch.Tensor) -> dict:
-    """Loss in nats per token and bits per byte of held-out rows (R, T + 1), over all, by domain and
-    by quarter of the context; length (n_vocab,): bytes of each token. The ranks share the rows."""
+    """Loss in nats per token and bits per byte of held-out ids, targets, ..., each (R, T), over
+    all, by domain and, unless rows hold documents, by quarter of the context; length (n_vocab,):
+    bytes of each token. The ranks share the rows."""
     tokens, size, quarters = {}, {}, torch.zeros(4)
     sums = torch.zeros(len(held_out), 4, dtype=torch.float64, device=length.device)
-    for i, (name, rows) in enumerate(held_out.items()):
-        first, own, n = share_of(len(rows))
-        batch = padded(rows[first::WORLD], own, n)
-        for part in zip(*(t.split(max(1, micro_tokens // rows.shape[1])) for t in batch)):
+    for i, (name, (ids, targets, *documents)) in enumerate(held_out.items()):
+        first, own, n = share_of(len(ids))
+        batch = padded([t[first::WORLD] for t in held_out[name]], own, n)
+        for part in zip(*(t.split(max(1, micro_tokens // ids.shape[1])) for t in batch)):
             sums[i] += model(*part, reduction="quarters")
-        tokens[name], size[name] = rows[:, 1:].numel(), length[rows[:, 1:]].sum().item()
-        quarters += torch.tensor([part.numel() for part in rows[:, 1:].tensor_split(4, 1)])
+        counted = targets >= 0
+        tokens[name], size[name] = counted.sum().item(), length[targets[counted]].sum().item()
+        quarters += torch.tensor([q.sum().item() for q in counted.tensor_split(4, 1)])
     sums = add_up(sums).cpu()
     nats = dict(zip(held_out, sums.sum(1).tolist()))
+    by_quarter = {} if documents else {"val_loss_by_quarter": (sums.sum(0) / quarters).tolist()}
     return {"val_loss": sum(nats.values()) / sum(tokens.values()),
-            "val_bpb": sum(nats.values()) / math.log(2) / sum(size.values()),
-            "val_loss_by_quarter": (sums.sum(0) / quarters).tolist(),
+            "val_bpb": sum(nats.values()) / math.log(2) / sum(size.values()), **by_quarter,
             "val_loss_by_domain": {n: nats[n] / tokens[n] for n in nats},
             "val_bpb_by_domain": {n: nats[n] / math.log(2) / size[n] for n in nats}}
 
@@ -657,16 +674,15 @@ def layer_figures(model: Motif, optimizer) -> list[dict]:
     return figures
 
 
-def sample(model: Motif, tokenizer, c: Config) -> str:
-    """The prompts, continued."""
-    text = ""
+def sample(model: Motif, tokenizer, c: Config, encode) -> str:
+    """The prompts, continued up to an end of turn or text."""
+    text, ends = "", {tokenizer.encode_single_token(end) for end in (data.END, data.TURN_END)}
     for prompt in c.prompts:
-        ids = data.encode_document(tokenizer, prompt)[:-1]
+        ids = encode(tokenizer, prompt)
         new = min(c.sample_tokens, c.max_position_embeddings - len(ids))
         start = torch.tensor([ids], device=model.head_weight.device)
         out = model.generate(start, new, temperature=0.8, top_k=50, seed=c.seed)[0].tolist()
-        end = tokenizer.encode_single_token(data.END)
-        new = out[len(ids):out.index(end)] if end in out else out[len(ids):]
+        new = [*takewhile(lambda i: i not in ends, out[len(ids):])]
         text += f"[{prompt}]{data.decode(tokenizer, new)}\n\n"
     return text
 
@@ -697,9 +713,10 @@ def training_line(plan: data.Plan, *, step, tokens, loss, grad_norm, lr, ms, opt
 
 def validation_line(step: int, steps: int, result: dict) -> str:
     losses = "  ".join(f"{name} {x:.4f}" for name, x in result["val_loss_by_domain"].items())
+    quarters = " ".join(f"{x:.3f}" for x in result.get("val_loss_by_quarter", ()))
     return (f"step {step}/{steps}  validation loss {result['val_loss']:.4f}  bits per byte "
-            f"{result['val_bpb']:.4f}  ({losses})  by quarter of the context "
-            + " ".join(f"{x:.3f}" for x in result["val_loss_by_quarter"]))
+            f"{result['val_bpb']:.4f}  ({losses})"
+            + (f"  by quarter of the context {quarters}" if quarters else ""))
 
 
 # ---- the run
@@ -884,12 +901,17 @@ def reshard(model: Motif) -> None:
             module.reshard()
 
 
-def check_prompts(c: Config, tokenizer) -> None:
+def begin_text(tokenizer, prompt: str) -> list[int]:
+    """How pre-training encodes a prompt."""
+    return data.encode_document(tokenizer, prompt)[:-1]
+
+
+def check_prompts(c: Config, tokenizer, encode=begin_text) -> None:
     """ValueError for a prompt that is no text or leaves the model no position to go on at."""
     for prompt in c.prompts:
         if not isinstance(prompt, str):
             raise ValueError(f"prompts must be a list of texts; {prompt!r} is none")
-        if len(data.encode_document(tokenizer, prompt)) > c.max_position_embeddings:
+        if len(encode(tokenizer, prompt)) >= c.max_position_embeddings:
             raise ValueError(f"prompt {prompt[:20]!r}... is longer than max_position_embeddings="
                              f"{c.max_position_embeddings}; shorten it")
 
@@ -902,14 +924,15 @@ def check_writable(out: Path) -> None:
 
 
 def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer, tokenizer,
-          start: tuple | None) -> None:
+          start: tuple | None, encode=begin_text) -> None:
     """The loop, from `start` = (checkpoint, its state) or from step 0 to the end of the stream's
-    plan. A stream has plan, batch(step, rank, world) and fingerprint(); held_out: name -> rows (R,
-    T + 1)."""
+    plan. A stream has plan, batch(step, rank, world), as `tensors` takes it, targets(step), how
+    many count in the global batch, and fingerprint(); held_out: name -> such a batch; encode: how
+    prompts are read."""
     plan, device = stream.plan, model.head_weight.device
     step = begun = start[1]["step"] if start else 0
     skips = Skips(start[1]["skipped"] if start else 0)
-    held_out = {name: torch.from_numpy(rows).to(device) for name, rows in held_out.items()}
+    held_out = {name: [t.to(device) for t in tensors(rows)] for name, rows in held_out.items()}
     length = torch.from_numpy(data.token_bytes(tokenizer)).to(device)
     peak, log = peak_flops(device), Log(out, start, c)
     n = sum(p.numel() for p in model.parameters())
@@ -941,7 +964,7 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
         if evaluating:
             with torch.compiler.set_stance("force_eager"):  # one shape more, and training's graphs
                 result = evaluate(model, held_out, c.micro_tokens, length)      # become dynamic
-                text = sample(model, tokenizer, c)
+                text = sample(model, tokenizer, c, encode)
             reshard(model)
             log.sample(f"=== step {step}, validation loss {result['val_loss']:.4f}\n{text}")
             log.metric(step=step, tokens=plan.tokens[step], **result,
@@ -962,12 +985,12 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
         T, lr = plan.seq_len[step], lr_at(c, plan, step)
         first, own, n = share_of(plan.rows[step])
         try:
-            rows = torch.from_numpy(stream.batch(step, first, WORLD))
+            batch = tensors(stream.batch(step, first, WORLD))
         except ValueError as e:                      # a damaged shard
             raise SystemExit(str(e)) from None
         loss, norm, largest, skip = train_step(
-            model, optimizer, padded(rows, own, n), max(1, c.micro_tokens // T),
-            plan.rows[step] * T, lr, c)
+            model, optimizer, padded(batch, own, n), max(1, c.micro_tokens // T),
+            stream.targets(step), lr, c)
         skips.unread.append(skip)
         if step == begun:              # before, there was nothing to save, and a signal to the
             signals = stop_signals()   # compilers among our processes would leave us waiting
@@ -982,7 +1005,7 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
                 max_logit=largest.max().item(), heads_clipped=int(optimizer.clipped or 0),
                 mixture=dict(zip(plan.names, np.round(plan.shares[step - 1], 4).tolist())))
             speed = (plan.tokens[step] - plan.tokens[timed]) / (now - timer)
-            flops = sum(flops_per_token(model.config, T)) * speed
+            flops = sum(flops_per_token(model.config, plan.context[step - 1])) * speed
             figures.update(ms=1000 * (now - timer) / (step - timed), tok_per_s=speed,
                            optimizer_ms=events[0].elapsed_time(events[1]) if events else None,
                            mfu=flops / peak / WORLD if peak else None,
@@ -1014,24 +1037,54 @@ def set_up(c: Config, out: Path):
     start = tell(together(find_checkpoint if RANK == 0 else lambda *_: None, c, out))[0]
     if start:
         check_fits(*start, c, plan)
-    for turn in RANK == 0, LOCAL_RANK == 0, True:    # the first makes the data; then, where it does
-        stores = together(lambda: data.prepare(      # not see them, each machine; then all see them
-            c.domains, c.tokenizer, c.data_dir, plan.need(), workers=c.workers) if turn else None)
+    stores = in_turn(lambda: data.prepare(c.domains, c.tokenizer, c.data_dir, plan.need(),
+                                          workers=c.workers))
     corpus = data.Corpus(plan, stores, c.seed)
     if len({*tell(corpus.fingerprint())}) > 1:
         raise ValueError(f"the machines hold different data in {c.data_dir}; copy one's to all")
     held_out = {n: corpus.validation(n, c.eval_tokens, max(plan.seq_len))
                 for n in plan.names if c.eval_every}
+    model, optimizer = ready(c, device, start, first_weights if c.init else None, out)
+    return corpus, held_out, model, optimizer, tokenizer, start
+
+
+def in_turn(prepare):
+    """What prepare() gives each rank. The first makes the data; then, where it does not see them,
+    each machine; then all see them."""
+    for turn in RANK == 0, LOCAL_RANK == 0, True:
+        made = together(lambda: prepare() if turn else None)
+    return made
+
+
+def ready(c: Config, device: torch.device, start: tuple | None, first, out: Path):
+    """Model and optimizer as the checkpoint at `start` has them, else with the weights in the
+    folder that first(c, out) makes on one rank, else at random."""
     model = build(c, device)
     optimizer = muonclip.for_model(
         model, lr=c.lr, optimizer=c.optimizer, momentum=c.momentum, weight_decay=c.weight_decay,
         coefficients=c.coefficients, tau=c.tau, dtype=COMPUTE[precision_of(c, device)])
     if start:
         together(load_checkpoint, start[0], model, optimizer)
-    elif c.init:
-        made = tell(together(first_weights, c, out) if RANK == 0 else together(int))[0]
+    elif first:
+        made = tell(together(first, c, out) if RANK == 0 else together(int))[0]
         together(read_into, model.state_dict(), made, "model")
-    return corpus, held_out, model, optimizer, tokenizer, start
+    return model, optimizer
+
+
+@contextmanager
+def plainly(c: Config, out: Path):
+    """What may end a run, in one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise SystemExit(f"out of memory; halve --micro_tokens={c.micro_tokens}") from None
+    except OSError as e:
+        raise SystemExit(f"{e.filename or out}: {data.one_line(e)}") from None
+    except RuntimeError as e:
+        if WORLD == 1 or not re.search("gloo|NCCL|Connection|[Tt]imed out", str(e)):
+            raise
+        raise SystemExit(f"lost touch with another rank ({data.one_line(e)}); "
+                         f"{last_good(out)}") from None
 
 
 def main() -> None:
@@ -1039,7 +1092,7 @@ def main() -> None:
     file, _ = configurator.split(sys.argv[1:], QUICKSTART)
     c.out_dir = c.out_dir or f"out/{Path(file).stem}"
     out = Path(c.out_dir)
-    try:
+    with plainly(c, out):
         try:
             if RANK and (c.dry_run or c.export):     # one process does these
                 return
@@ -1057,15 +1110,6 @@ def main() -> None:
             out.mkdir(parents=True, exist_ok=True)
             configurator.save(c, out / "config.json")
         train(c, out, *parts)
-    except torch.OutOfMemoryError:
-        raise SystemExit(f"out of memory; halve --micro_tokens={c.micro_tokens}") from None
-    except OSError as e:
-        raise SystemExit(f"{e.filename or out}: {data.one_line(e)}") from None
-    except RuntimeError as e:
-        if WORLD == 1 or not re.search("gloo|NCCL|Connection|[Tt]imed out", str(e)):
-            raise
-        raise SystemExit(f"lost touch with another rank ({data.one_line(e)}); "
-                         f"{last_good(out)}") from None
 
 
 def end(said: SystemExit) -> None:
@@ -1079,7 +1123,8 @@ def end(said: SystemExit) -> None:
     os._exit(1 if said.code else 0)
 
 
-if __name__ == "__main__":
+def as_script(main) -> None:
+    """main(), by one of many ranks or alone."""
     try:
         main()
         if WORLD > 1:
@@ -1092,3 +1137,7 @@ if __name__ == "__main__":
         if WORLD == 1:
             raise
         end(e)
+
+
+if __name__ == "__main__":
+    as_script(main)

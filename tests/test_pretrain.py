@@ -536,7 +536,7 @@ def test_a_checkpoint_of_another_shape_is_refused(run):
         "checkpoint out/step_2 has intermediate_size=64, not 96; give --intermediate_size=64, or "
         "another --out_dir for a new run")
     assert refused(run, max_steps=1) == (
-        "checkpoint out/step_2 is beyond the end at step 1; raise max_steps or give another "
+        "checkpoint out/step_2 is beyond the end at step 1; make the run longer or give another "
         "--out_dir")
     assert refused(run, max_steps=4, optimizer="adamw") == (
         "checkpoint out/step_2 has optimizer=muonclip, not adamw; give --optimizer=muonclip, or "
