@@ -49,12 +49,13 @@ class Config:
     model: str | None = None     # a checkpoint, a run (its newest one) or owner/name of the Hub;
                                  # None: the newest of out/sft3, sft2, sft1 and quickstart
     tokenizer: str | None = None  # None: the model's own
-    tasks: str = "bpb"           # of those in TASKS, with commas; bpb:SOURCE, bits per byte of a file
-                                 # or another source of data.py, bpb: of the builtin ones; or chat
+    tasks: str = "bpb"           # of those in TASKS, with commas; bpb:SOURCE, bits per byte of
+                                 # a file or another source of data.py, bpb: of the builtin ones;
+                                 # or chat
     shots: Size | None = None    # examples before each question; None: as many as the report's
     limit: Count | None = None   # documents of each task, of mmlu of each subject; None: all
     chat: bool = False           # ask in the turn format, as fine-tuned models expect
-    run_code: bool = False       # allow humaneval and mbpp to run the programs that the model writes
+    run_code: bool = False       # let humaneval and mbpp run the programs that the model writes
     bench_dir: str | None = None  # where TASKS' files are; None: the Hub's data sets
     out_dir: str | None = None   # None: out/eval/<the model's name>
     batch_tokens: Count | None = None  # tokens at once; None: 4,096 on CPUs, 65,536 on GPUs
@@ -426,9 +427,11 @@ def score(model: Motif, batch: list[Request]) -> list[list[torch.Tensor]]:
     its own behind them in the same cache. What is common to the whole batch, such as examples, is
     read in one row and copied: its keys are the same wherever a row begins."""
     device, c = model.head_weight.device, model.config
-    if batch[0].prefix == 0 or max(len(r.rows) for r in batch) == 1:
-        return [score_rows(model, r.rows, r.counts) for r in batch] if batch[0].prefix == 0 else [
-            [x] for x in score_rows(model, [r.rows[0] for r in batch], [r.counts[0] for r in batch])]
+    if batch[0].prefix == 0:                         # cut to different beginnings
+        return [score_rows(model, r.rows, r.counts) for r in batch]
+    if max(len(r.rows) for r in batch) == 1:
+        rows, counts = zip(*((r.rows[0], r.counts[0]) for r in batch))
+        return [[x] for x in score_rows(model, rows, counts)]
     P, L = max(r.prefix for r in batch), max(r.length - r.prefix for r in batch) - 1
     padding = torch.tensor([P - r.prefix for r in batch], device=device)
     ids = torch.tensor([[0] * (P - r.prefix) + r.rows[0][:r.prefix] for r in batch], device=device)
@@ -563,9 +566,9 @@ LIMITS = {"RLIMIT_AS": 768 * 2**20, "RLIMIT_FSIZE": 2**20, "RLIMIT_NOFILE": 64, 
 
 def run_program(code: str, timeout: float = 3.0) -> str:
     """Run Python source -> "passed", "timed out" or "failed: <its last line>". It runs as `python
-    -I` in an empty environment and a temporary folder, in a session of its own, with limits on time,
-    memory, output, files and processes; in the end all that it began is killed. It has passed if it
-    came to its end: what it prints then, it does not know before; an exit code says nothing."""
+    -I` in an empty environment and a temporary folder, in a session of its own, with limits on
+    time, memory, output, files and processes; in the end all that it began is killed. It has passed
+    if it came to its end: what is printed then is random; an exit code says nothing."""
     return in_sandbox(code, timeout)[0]
 
 
@@ -939,8 +942,9 @@ def open_model(folder: Path, c: Config, device: torch.device) -> tuple[Motif, Te
         p.data = p.data.to(dtype if p.ndim > 1 else torch.float32)
     if RANK == 0:
         begin = "no token" if first is None else tokenizer.decode([first])
-        print(f"{folder}: {sum(p.numel() for p in model.parameters()):,d} parameters on {device} in "
-              f"{str(dtype)[6:]}, tokenizer {name}; {begin} before each text", flush=True)
+        n = sum(p.numel() for p in model.parameters())
+        print(f"{folder}: {n:,d} parameters on {device} in {str(dtype)[6:]}, tokenizer {name}; "
+              f"{begin} before each text", flush=True)
     return model, Text(tokenizer, first)
 
 
@@ -1029,9 +1033,14 @@ def main() -> None:
             evaluate(folder_of(c), c, device)
     except ValueError as e:
         raise SystemExit(str(e)) from None
+    except torch.OutOfMemoryError:
+        raise SystemExit(f"out of memory; halve --batch_tokens={c.batch_tokens}") from None
     if WORLD > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; run the same command to go on") from None
