@@ -1032,7 +1032,7 @@ def main() -> None:
         else:
             evaluate(folder_of(c), c, device)
     except ValueError as e:
-        raise SystemExit(str(e)) from None
+        raise SystemExit(str(e) if RANK == 0 else 1) from None  # the same on all ranks
     except torch.OutOfMemoryError:
         raise SystemExit(f"out of memory; halve --batch_tokens={c.batch_tokens}") from None
     if WORLD > 1:
