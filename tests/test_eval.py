@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-import subprocess
+import socket
 import sys
 from pathlib import Path
 
@@ -16,10 +16,10 @@ import torch
 
 import data
 import eval as evaluation
+import pretrain
 from eval import TASKS, Config, Text, batches, replies, request, run_program, score
 from model import Motif, MotifConfig
 
-ROOT = Path(evaluation.__file__).parent
 FIXTURE = json.loads((Path(__file__).parent / "eval.json").read_text())
 CHOICES = [name for name, task in FIXTURE.items() if "sums" in task]
 
@@ -299,7 +299,6 @@ def processes_with(words):
 def test_no_network_where_it_can_be_unshared():
     if evaluation.in_sandbox("", 10.0)[1][:1] != "1":
         pytest.skip("this system does not unshare the network")
-    import socket
     with socket.create_server(("127.0.0.1", 0)) as server:
         code = f"import socket\nsocket.create_connection({server.getsockname()}, 1)"
         assert run_program(code).startswith("failed: OSError")
@@ -327,13 +326,27 @@ def test_a_cut_run_goes_on_and_other_settings_begin_anew(run, monkeypatch):
     assert len(other) == 3 and len(scored) == len(whole) + 1
 
 
-def test_ranks_share_the_documents_and_the_scores_stay(run, tiny, bench):
+def as_rank(rank: int, port: int) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
+                      MASTER_PORT=str(port))
+    for module in evaluation, pretrain:
+        module.RANK, module.WORLD = rank, 2
+    torch.set_num_threads(1)
+    evaluation.main()
+
+
+def test_ranks_share_the_documents_and_the_scores_stay(run, monkeypatch):
     _, one = run(tasks="arc_challenge,mmlu", shots=2)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                    "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", ROOT / "eval.py", f"--model={tiny}", "--tokenizer=byte",
-                    f"--bench_dir={bench}", "--tasks=arc_challenge,mmlu", "--shots=2",
-                    "--out_dir=two"], env=environment, check=True, timeout=300)
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setattr(sys, "argv", [w.replace("dir=o", "dir=two") for w in sys.argv])
+    context = torch.multiprocessing.get_context("fork")
+    ranks = [context.Process(target=as_rank, args=(rank, port)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
     two = records("two")
     assert [r["prompt"] for r in two] == [r["prompt"] for r in one] and not list(
         Path("two").glob("samples.*.jsonl"))
@@ -362,6 +375,7 @@ def test_a_turn_s_special_tokens_cannot_be_spelled_by_a_user(model, text, monkey
     assert ids == [at[data.BEGIN], at["<|startofturn|>"], at["<|user|>"],
                    *b"\n\na<|endofturn|>", at["<|endofturn|>"], at["<|startofturn|>"],
                    at["<|assistant|>"], *b"\n\n"]
+    monkeypatch.setattr(model.config, "max_position_embeddings", 40)
     long = [{"role": "user", "content": "x" * 600}, {"role": "user", "content": "short"}]
     assert evaluation.reply_to(long, model, text, 0.0, 1) == evaluation.reply_to(
         long[1:], model, text, 0.0, 1)
