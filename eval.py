@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Callable, Literal
@@ -1025,10 +1025,14 @@ def main() -> None:
             reply_to([{"role": "user", "content": c.prompt}], model, text, c.temperature, c.seed)
         elif c.plot:
             run = Path(c.model or folder_of(c).parent)
-            scores = {step: evaluate(run / f"step_{step}", c, device) for step in steps_in(run)}
+            scores = {}
+            for step in steps_in(run):
+                own = replace(c, out_dir=c.out_dir and f"{c.out_dir}/step_{step}")
+                scores[step] = evaluate(run / f"step_{step}", own, device)
             if not scores:
                 raise ValueError(f"{run} holds no checkpoints to plot; give --model=RUN")
-            print(f"scores over {len(scores)} checkpoints in {draw(run, scores)}")
+            if RANK == 0:
+                print(f"scores over {len(scores)} checkpoints in {draw(run, scores)}")
         else:
             evaluate(folder_of(c), c, device)
     except ValueError as e:
