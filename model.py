@@ -377,16 +377,40 @@ class Motif(nn.Module):
         for a in range(0, T, width):
             logits = self(ids[:, a:a + width], cache=cache, start=a, padding=padding, last=1)
         padding = ids.new_zeros(B) if padding is None else padding
-        cache, position = turned(cache, padding), T - padding
+        cache, position, step = turned(cache, padding), T - padding, None
         for i in range(max_new_tokens):
             if i:
-                logits = self(new, cache=cache, start=position)
-                position = position + 1
+                step = step or self.decoder(cache, new, position)
+                logits, position = step(new, position), position + 1
             new = pick(wide(logits[:, -1]), temperature, top_k, generator)
             rows = yield new
             if rows is not None:
-                new, position = new[rows], position[rows]
+                new, position, step = new[rows], position[rows], None
                 cache = [tuple(t[rows] for t in pair) for pair in cache]
+
+    def decoder(self, cache: list, new: Tensor, position: Tensor):
+        """A function from tokens (B, 1) and their positions (B,) to logits (B, 1, V), over a cache
+        as turned makes it: on a GPU, and without FSDP2, a CUDA graph of the whole pass, which has
+        hundreds of small kernels. To warm up writes what the first step will."""
+        if not new.is_cuda or self.compute_dtype is not None:
+            return lambda new, position: self(new, cache=cache, start=position)
+        new, position = new.clone(), position.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self(new, cache=cache, start=position)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self(new, cache=cache, start=position)
+
+        def step(now, at):
+            new.copy_(now)
+            position.copy_(at)
+            graph.replay()
+            return logits
+        return step
 
     @classmethod
     def from_pretrained(cls, path, device=None, dtype=None) -> "Motif":
