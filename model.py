@@ -26,6 +26,7 @@ from kernels import wide
 ACTIVATIONS = {"poly_norm": "poly_norm", "swiglu": "silu"}  # ours -> hidden_act of config.json
 LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 INDEX = ".safetensors.index.json"                           # which file holds which tensor
+PREFILL_TOKENS = 2**14                                      # of prompts, in one forward pass
 
 
 @dataclass
@@ -178,15 +179,22 @@ class Attention(nn.Module):
         return first - second + self.lambda_init().to(first.dtype)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], starts: Tensor | None = None,
-                cache: tuple[Tensor, Tensor] | None = None, start: int = 0):
+                cache: tuple[Tensor, Tensor] | None = None, start: int | Tensor = 0):
         """x (B, T, hidden) -> the same, largest visible logit (query heads,). starts: see kernels.
         cache: this layer's keys and values (B, length, K, D), of which the first `start` positions
-        are filled; the new ones are written behind them."""
+        are filled; the new ones are written behind them. Where start is (B,), T is 1 and position p
+        of the cache stands at length - 1 - p, as if turned has made it: so the keys that a row sees
+        are the last ones, whatever its length, and no shape depends on that."""
         B, T, _ = x.shape
         q = kernels.rope(self.q_proj(x).view(B, T, -1, self.head_dim), *angles)
         k = kernels.rope(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim), *angles)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
-        if cache is not None:
+        if isinstance(start, Tensor):
+            rows = torch.arange(B, device=x.device)
+            for kept, new in zip(cache, (k, v)):
+                kept[rows, kept.shape[1] - 1 - start] = new[:, 0]
+            k, v = cache
+        elif cache is not None:
             for kept, new in zip(cache, (k, v)):
                 kept[:, start:start + T] = new
             k, v = (kept[:, :start + T] for kept in cache)
@@ -236,7 +244,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, angles, starts=None, cache=None, start: int = 0):
+    def forward(self, x: Tensor, angles, starts=None, cache=None, start: int | Tensor = 0):
         """See Attention.forward."""
         out, largest = self.self_attn(self.input_layernorm(x), angles, starts, cache, start)
         x = x + out
@@ -298,27 +306,37 @@ class Motif(nn.Module):
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, documents: Tensor | None = None,
                 reduction: str = "mean", scale: float = 1.0, cache: list | None = None,
-                start: int = 0) -> Tensor:
-        """ids (B, T) -> logits (B, T, V), or with targets (B, T) -> their cross entropy in nats, -1
-        ignored, scale times the "mean" or "sum", or the sums of the four "quarters" of T. documents
-        (B, T): each run of equal numbers is a document that sees itself alone, positions from 0.
-        cache and start: see Attention.forward.
+                start: int | Tensor = 0, padding: Tensor | None = None,
+                last: int | None = None) -> Tensor:
+        """ids (B, T) -> logits (B, T, V), or of the last `last` tokens alone, or with targets (B,
+        T) -> their cross entropy in nats, -1 ignored, scale times the "mean" or "sum", or the sums
+        of the four "quarters" of T. documents (B, T): each run of equal numbers is a document that
+        sees itself alone, positions from 0. padding (B,): so many columns at the left of a row,
+        cached ones included, are no tokens. cache and start: see Attention.forward.
         ValueError for no tokens and for more positions than max_position_embeddings."""
-        T, longest = ids.shape[1], self.config.max_position_embeddings
-        if ids.numel() == 0 or start + T > longest:
+        T, longest, starts = ids.shape[1], self.config.max_position_embeddings, None
+        if isinstance(start, Tensor):
+            positions = start[:, None]
+            starts = cache[0][0].shape[1] - 1 - positions
+        elif ids.numel() == 0 or start + T > longest:
             raise ValueError(f"ids of shape {tuple(ids.shape)} from position {start}: there must "
                              f"be tokens, and at most max_position_embeddings={longest}")
-        positions, starts = torch.arange(start, start + T, device=ids.device)[None], None
+        else:
+            positions = torch.arange(start, start + T, device=ids.device)[None]
         if documents is not None:
             begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
             starts = (positions * begins).cummax(1).values.int()         # of each token's document
+            positions = positions - starts
+        elif padding is not None:
+            starts = torch.minimum(positions, padding[:, None]).int()    # padding sees itself alone
             positions = positions - starts
         angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         x, largest = self.model.embed_tokens(ids), []
         for i, block in enumerate(self.model.layers):
             x, top = block(x, angles, starts, None if cache is None else cache[i], start)
             largest.append(top)
-        self.max_logits, x = torch.stack(largest), self.model.norm(x)
+        self.max_logits = torch.stack(largest)
+        x = self.model.norm(x if last is None else x[:, -last:])
         if targets is None:
             return F.linear(x, self.head_weight)
         def loss(x, targets, reduction):
@@ -329,12 +347,18 @@ class Motif(nn.Module):
             return torch.stack([loss(*part, "sum") for part in parts])
         return loss(x, targets, reduction)
 
-    @torch.no_grad()
     def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
                  top_k: int | None = None, seed: int | None = None) -> Tensor:
-        """Continue ids (B, T), T >= 1, by max_new_tokens -> (B, T + max_new_tokens). temperature 0
-        is greedy; top_k keeps the k likeliest tokens; a seed makes it repeatable. Keys and values
-        are cached: 2 x kv_heads x head_dim numbers per token and layer."""
+        """Continue ids (B, T), T >= 1, by max_new_tokens -> (B, T + max_new_tokens): see stream."""
+        return torch.cat([ids, *self.stream(ids, max_new_tokens, temperature, top_k, seed)], 1)
+
+    @torch.no_grad()
+    def stream(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
+               top_k: int | None = None, seed: int | None = None, padding: Tensor | None = None):
+        """Yield the next token (B, 1) of each row of ids (B, T), T >= 1, max_new_tokens times.
+        temperature 0 is greedy; top_k keeps the k likeliest tokens; a seed makes it repeatable;
+        padding: see forward. Whoever sends indices of rows goes on with those alone. Keys and
+        values are cached: 2 x kv_heads x head_dim numbers per token and layer."""
         c, (B, T) = self.config, ids.shape
         if T == 0 or max_new_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError("generate needs a token to begin with, max_new_tokens >= 0, "
@@ -342,25 +366,51 @@ class Motif(nn.Module):
         if T + max_new_tokens - 1 > c.max_position_embeddings:    # the last token is not read again
             raise ValueError(f"{T} + {max_new_tokens} tokens, but max_position_embeddings is "
                              f"{c.max_position_embeddings}")
+        if max_new_tokens == 0:
+            return
         generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
         shape = (B, T + max_new_tokens, c.num_key_value_heads, c.head_dim)
         dtype = self.compute_dtype or self.model.layers[0].self_attn.k_proj.weight.dtype
-        cache = [tuple(torch.empty(shape, dtype=dtype, device=ids.device) for _ in "kv")
+        cache = [tuple(torch.zeros(shape, dtype=dtype, device=ids.device) for _ in "kv")
                  for _ in self.model.layers]
-        new, start = ids, 0
-        for _ in range(max_new_tokens):
-            logits = wide(self(new, cache=cache, start=start)[:, -1])
-            start += new.shape[1]
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
-            else:
-                if top_k is not None:
-                    least = logits.topk(min(top_k, c.vocab_size)).values[:, -1:]
-                    logits = logits.masked_fill(logits < least, -torch.inf)
-                p = (logits / temperature).softmax(-1)
-                new = torch.multinomial(p, 1, generator=generator)
-            ids = torch.cat([ids, new], dim=1)
-        return ids
+        width = max(1, PREFILL_TOKENS // B)
+        for a in range(0, T, width):
+            logits = self(ids[:, a:a + width], cache=cache, start=a, padding=padding, last=1)
+        padding = ids.new_zeros(B) if padding is None else padding
+        cache, position, step = turned(cache, padding), T - padding, None
+        for i in range(max_new_tokens):
+            if i:
+                step = step or self.decoder(cache, new, position)
+                logits, position = step(new, position), position + 1
+            new = pick(wide(logits[:, -1]), temperature, top_k, generator)
+            rows = yield new
+            if rows is not None:
+                new, position, step = new[rows], position[rows], None
+                cache = [tuple(t[rows] for t in pair) for pair in cache]
+
+    def decoder(self, cache: list, new: Tensor, position: Tensor):
+        """A function from tokens (B, 1) and their positions (B,) to logits (B, 1, V), over a cache
+        as turned makes it: on a GPU, and without FSDP2, a CUDA graph of the whole pass, which has
+        hundreds of small kernels. To warm up writes what the first step will."""
+        if not new.is_cuda or self.compute_dtype is not None:
+            return lambda new, position: self(new, cache=cache, start=position)
+        new, position = new.clone(), position.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self(new, cache=cache, start=position)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self(new, cache=cache, start=position)
+
+        def step(now, at):
+            new.copy_(now)
+            position.copy_(at)
+            graph.replay()
+            return logits
+        return step
 
     @classmethod
     def from_pretrained(cls, path, device=None, dtype=None) -> "Motif":
@@ -388,6 +438,24 @@ class Motif(nn.Module):
         save_tensors(path, "model", self.state_dict(), shard_bytes)
         if first:
             write_json(path / "config.json", self.config.to_dict())
+
+
+def pick(logits: Tensor, temperature: float, top_k: int | None, generator) -> Tensor:
+    """logits (B, V) -> a token of each row (B, 1): see Motif.stream."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+
+
+def turned(cache: list, padding: Tensor) -> list:
+    """A cache (B, length, K, D) with its columns in reverse and the padding of each row gone, as
+    Attention.forward reads it one token at a time."""
+    length, rows = cache[0][0].shape[1], torch.arange(len(padding), device=padding.device)[:, None]
+    columns = torch.arange(length - 1, -1, -1, device=padding.device) + padding[:, None]
+    return [tuple(t[rows, columns.clamp(max=length - 1)] for t in pair) for pair in cache]
 
 
 def draw(p: Tensor, std: float) -> None:

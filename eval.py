@@ -1,0 +1,1050 @@
+"""Evaluation: `python eval.py --model=PATH --tasks=mmlu,gsm8k` scores a checkpoint as
+lm-evaluation-harness does, and puts the figures of Motif-2-12.7B's report (arXiv 2511.07464) beside
+its own; `--tasks=chat` talks with it. Without options: the newest of the quick start's models, in
+bits per byte. The tasks are first, then what scores them, the sandbox and the run.
+
+    out_dir/samples.jsonl   a line per document: prompt, output, verdict; a cut run goes on from it
+    out_dir/results.json    score, standard error and n of every task
+"""
+import codecs
+import difflib
+import inspect
+import json
+import math
+import os
+import random
+import re
+import secrets
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Callable, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import configurator
+import data
+from configurator import Count, NonNegative, Size
+from model import Motif, model_folder, read_json
+from pretrain import RANK, WORLD, device_of, newest, read_state, replace_text, steps_in, tell
+
+STAGES = ("out/sft3", "out/sft2", "out/sft1", "out/quickstart")
+BUILTIN_BYTES = 2**16            # of held-out text of each builtin source, for bits per byte
+SHARED_TOKENS = 32               # a beginning that rows share is read once if it has so many
+
+
+@dataclass
+class Config:
+    """What is evaluated, and how."""
+    model: str | None = None     # a checkpoint, a run (its newest one) or owner/name of the Hub;
+                                 # None: the newest of out/sft3, sft2, sft1 and quickstart
+    tokenizer: str | None = None  # None: the model's own
+    tasks: str = "bpb"           # of those in TASKS, with commas; bpb:SOURCE, bits per byte of
+                                 # a file or another source of data.py, bpb: of the builtin ones;
+                                 # or chat
+    shots: Size | None = None    # examples before each question; None: as many as the report's
+    limit: Count | None = None   # documents of each task, of mmlu of each subject; None: all
+    chat: bool = False           # ask in the turn format, as fine-tuned models expect
+    run_code: bool = False       # let humaneval and mbpp run the programs that the model writes
+    bench_dir: str | None = None  # where TASKS' files are; None: the Hub's data sets
+    out_dir: str | None = None   # None: out/eval/<the model's name>
+    batch_tokens: Count | None = None  # tokens at once; None: 4,096 on CPUs, 65,536 on GPUs
+    temperature: NonNegative = 0.0  # of tasks that generate; 0: greedy. Chat has 0.7, see /temp
+    samples: Count = 1           # replies to each question, where programs are run: pass@k
+    seed: int = 1234             # of sampling
+    device: str = "auto"         # cpu, cuda, cuda:1, ...; auto: CUDA where there is one
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of products; auto: bf16 on CUDA only
+    plot: bool = False           # evaluate every checkpoint of the run, and draw scores.png
+    prompt: str | None = None    # chat: answer this, and end
+
+
+# ---- the tasks
+
+@dataclass
+class Doc:
+    """A question: in a prompt `text` stands alone, in an example `target` follows it."""
+    text: str
+    target: str
+    choices: list = field(default_factory=list)  # what may follow, of which one does
+    answer: int = 0
+    group: str = ""              # examples are of the same group
+    texts: list | None = None    # winogrande: the same may follow several texts
+    row: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where its questions and examples are, and how a reply is judged."""
+    read: Callable               # row -> Doc
+    hub: tuple                   # data set, configuration, splits of questions and examples
+    files: tuple                 # the same in bench_dir
+    shots: int = 0               # the report's
+    reported: dict = field(default_factory=dict)  # metric -> the report's score, in per cent
+    first: bool = False          # the first examples, not any
+    head: Callable = lambda group: ""  # what begins a prompt
+    judge: Callable | None = None  # (doc, replies) -> {metric: value}; None: by log-likelihood
+    norm: bool = True            # also acc_norm
+    stops: tuple = ()            # end a reply
+    new_tokens: int = 256
+    code: bool = False           # runs programs
+    keep: Callable = lambda row: True       # rows that are questions
+    example: Callable = lambda row: True    # rows that are examples
+    ask: Callable | None = None  # doc -> what a chat is asked, and how its reply begins
+
+
+def choose(text: str, choices: list, answer: int, **more) -> Doc:
+    """One of several answers, a space before each."""
+    if not 0 <= answer < len(choices):
+        raise ValueError(f"answer {answer} is none of {len(choices)} choices")
+    choices = [f" {choice}" for choice in choices]
+    return Doc(text, choices[answer], choices, answer, **more)
+
+
+def options(row: dict) -> tuple[list, int]:
+    """Answers and the number of the right one, of the Hub's rows and ours."""
+    choices = row["choices"]
+    if isinstance(choices, dict):
+        return choices["text"], choices["label"].index(row["answerKey"].strip())
+    return choices, row["answer"]
+
+
+def read_mmlu(row: dict) -> Doc:
+    choices, answer = options(row)
+    lines = [f"{letter}. {choice}" for letter, choice in zip("ABCD", choices, strict=True)]
+    text = "\n".join([row["question"].strip(), *lines, "Answer:"])
+    return choose(text, list("ABCD"), answer, group=row["subject"])
+
+
+def read_hellaswag(row: dict) -> Doc:
+    """A row without ctx_a and ctx_b is cut after its last full sentence."""
+    cut = re.match(r"(?s)(.*[.!?\])'\"]) +([^.!?]+)$", row.get("ctx", ""))
+    a, b = (cut[1], cut[2]) if cut else (row.get("ctx", ""), "")
+    if "ctx_a" in row:
+        a, b = row["ctx_a"], row["ctx_b"]
+    def clean(text):
+        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+    text = clean(f"{row['activity_label']}: {a} {b.capitalize()}")
+    return choose(text, [clean(end) for end in row["endings"]], int(row["label"]))
+
+
+def read_siqa(row: dict) -> Doc:
+    if "context" not in row:
+        return choose(f"Q: {row['question']}\nA:", *options(row))
+    choices = [row["answerA"], row["answerB"], row["answerC"]]
+    return choose(f"Q: {row['context']} {row['question']}\nA:", choices, int(row["label"]) - 1)
+
+
+def read_winogrande(row: dict) -> Doc:
+    sentence = row.get("sentence") or row["question"]
+    choices, answer = ([row["option1"], row["option2"]], int(row["answer"]) - 1) if (
+        "option1" in row) else options(row)
+    before, after = sentence[:sentence.index("_")], sentence[sentence.index("_") + 1:].strip()
+    texts = [before + choice for choice in choices]
+    return Doc(texts[answer], f" {after}", [f" {after}"] * len(texts), answer, texts=texts)
+
+
+def number_in(reply: str, strict: bool) -> str:
+    """GSM8K's answer: the first after ####, or the last number."""
+    pattern = r"#### (\-?[0-9\.\,]+)" if strict else r"-?[$0-9.,]{2,}|-?[0-9]+"
+    found = re.findall(pattern, reply) or ["[invalid]"]
+    return plain_number(found[0 if strict else -1].strip())
+
+
+def plain_number(text: str) -> str:
+    for noise in ",", r"\$", r"(?s).*#### ", r"\.$":
+        text = re.sub(noise, "", text)
+    return text.lower()
+
+
+def judge_gsm8k(doc: Doc, replies: list) -> dict:
+    right = plain_number(doc.row["answer"])
+    return {"strict": float(number_in(replies[0], True) == right),
+            "flexible": float(number_in(replies[0], False) == right)}
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that one of k replies passes, if c of n did: 1 - C(n - c, k) / C(n, k)."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def judge_code(program: Callable, doc: Doc, replies: list) -> dict:
+    verdicts = [run_program(program(doc, reply)) for reply in replies]
+    n, c = len(verdicts), verdicts.count("passed")
+    return {f"pass@{k}": pass_at_k(n, c, k) for k in (1, 10, 100) if k <= n} | {
+        "verdicts": verdicts}
+
+
+def humaneval_program(doc: Doc, reply: str) -> str:
+    return f"{doc.row['prompt']}{reply}\n{doc.row['test']}\ncheck({doc.row['entry_point']})"
+
+
+def instruct_program(doc: Doc, reply: str) -> str:
+    """The reply goes on within a code fence, which ask has opened: up to that fence's end."""
+    return humaneval_program(doc, "\n" + reply.partition("```")[0])
+
+
+def ask_humaneval(doc: Doc) -> tuple[str, str]:
+    return ("Write a solution to the following problem and make sure that it passes the tests:\n"
+            f"```python\n{doc.row['prompt']}\n```\n",
+            f"Here is the completed function:\n```python\n{doc.row['prompt']}\n")
+
+
+def read_mbpp(row: dict) -> Doc:
+    tests = "\n".join(row["test_list"][:3])
+    text = (f"You are an expert Python programmer, and here is your task: {row['text']} Your code "
+            f"should pass these tests:\n\n{tests}\n[BEGIN]\n")
+    return Doc(text, f"{row['code']}\n[DONE]", row=row)
+
+
+def mbpp_program(doc: Doc, reply: str) -> str:
+    fence = re.search(r"(?s)```(?:python)?\n(.*?)(?:```|$)", reply)
+    row = doc.row
+    return "\n".join([fence[1] if fence else reply, row.get("test_setup_code", ""),
+                      *row["test_list"]])
+
+
+HUMANEVAL = dict(
+    read=lambda row: Doc(row["prompt"], row["canonical_solution"], row=row),
+    hub=("openai/openai_humaneval", None, "test", None), files=("HumanEval.jsonl", None),
+    stops=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), new_tokens=1024, code=True)
+TASKS = {
+    "mmlu": Task(
+        read_mmlu, ("cais/mmlu", "all", "test", "dev"), ("mmlu_test.jsonl", "mmlu_dev.jsonl"),
+        shots=5, reported={"acc": 78.1}, first=True, norm=False,
+        head=lambda group: "The following are multiple choice questions (with answers) about "
+                           f"{group.replace('_', ' ')}.\n\n"),
+    "gsm8k": Task(
+        lambda row: Doc(f"Question: {row['question']}\nAnswer:", f" {row['answer']}", row=row),
+        ("openai/gsm8k", "main", "test", "train"), ("gsm8k_test.jsonl", "gsm8k_train.jsonl"),
+        shots=8, reported={"strict": 94.92}, judge=judge_gsm8k,
+        stops=("Question:", "</s>", "<|im_end|>")),
+    "humaneval": Task(
+        **HUMANEVAL, reported={"pass@1": 65.9}, judge=partial(judge_code, humaneval_program)),
+    "humaneval_instruct": Task(
+        **HUMANEVAL, reported={"pass@1": 93.2}, judge=partial(judge_code, instruct_program),
+        ask=ask_humaneval),
+    "mbpp": Task(
+        read_mbpp, ("google-research-datasets/mbpp", "full", "test", "prompt"),
+        ("mbpp.jsonl", "mbpp.jsonl"), shots=3, reported={"pass@1": 81.5}, first=True,
+        judge=partial(judge_code, mbpp_program), stops=("[DONE]",), code=True,
+        keep=lambda row: 11 <= row["task_id"] <= 510,
+        example=lambda row: 2 <= row["task_id"] <= 4),
+    "arc_easy": Task(
+        lambda row: choose(f"Question: {row['question']}\nAnswer:", *options(row)),
+        ("allenai/ai2_arc", "ARC-Easy", "test", "train"),
+        ("arc_easy_test.jsonl", "arc_easy_train.jsonl"), reported={"acc": 84.1}),
+    "arc_challenge": Task(
+        lambda row: choose(f"Question: {row['question']}\nAnswer:", *options(row)),
+        ("allenai/ai2_arc", "ARC-Challenge", "test", "train"),
+        ("arc_challenge_test.jsonl", "arc_challenge_train.jsonl"), shots=25,
+        reported={"acc_norm": 69.6}),
+    "hellaswag": Task(
+        read_hellaswag, ("Rowan/hellaswag", None, "validation", "train"),
+        ("hellaswag_val*.jsonl", "hellaswag_train.jsonl"), shots=10, reported={"acc_norm": 84.0}),
+    "piqa": Task(
+        lambda row: choose(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]],
+                           row["label"]),
+        ("baber/piqa", None, "validation", "train"), ("piqa_val.jsonl", "piqa_train.jsonl"),
+        reported={"acc_norm": 81.6}),
+    "openbookqa": Task(
+        lambda row: choose(row.get("question_stem") or row["question"], *options(row)),
+        ("allenai/openbookqa", "main", "test", "train"),
+        ("openbookqa_test.jsonl", "openbookqa_train.jsonl")),
+    "siqa": Task(
+        read_siqa, ("allenai/social_i_qa", None, "validation", "train"),
+        ("siqa_val.jsonl", "siqa_train.jsonl"), reported={"acc": 53.8}, norm=False),
+    "winogrande": Task(
+        read_winogrande, ("allenai/winogrande", "winogrande_xl", "validation", "train"),
+        ("winogrande_val.jsonl", "winogrande_train.jsonl"), shots=5, reported={"acc": 79.6},
+        norm=False),
+}
+
+
+# ---- documents and prompts
+
+def rows_of(task: Task, which: int, bench_dir: str | None):
+    """(place, row) of the questions (which = 0) or the examples (1). ValueError, one line, for what
+    is missing or no JSON."""
+    if bench_dir is None:
+        name, configuration, split = task.hub[0], task.hub[1], task.hub[2 + which]
+        try:
+            from datasets import load_dataset
+            rows = load_dataset(name, configuration, split=split)
+        except Exception as e:   # of a dozen kinds, all with a message worth one line
+            raise ValueError(f"dataset {name}: {data.one_line(e)}; or put {task.files[which]} into "
+                             "a folder and give --bench_dir") from None
+        yield from ((f"{name}, {split} row {i}", row) for i, row in enumerate(rows))
+        return
+    found = sorted(Path(bench_dir).glob(task.files[which]))
+    if not found:
+        raise ValueError(f"{Path(bench_dir) / task.files[which]} is missing: it has the "
+                         f"{('questions', 'examples')[which]}, a JSON object on each line, from "
+                         f"{task.hub[0]}, {task.hub[2 + which]}; put it there"
+                         + ("" if which == 0 else ", or give --shots=0"))
+    lines = found[0].read_text(encoding="utf-8").rstrip("\n").split("\n")
+    for i, line in enumerate(lines, 1):
+        try:
+            yield f"{found[0]}:{i}", json.loads(line)
+        except ValueError as e:
+            raise ValueError(f"{found[0]}:{i}: not JSON: {e}") from None
+
+
+def docs_of(task: Task, which: int, bench_dir: str | None) -> list[Doc]:
+    """The documents of rows_of, in their order; ValueError, with its place, for a row that has
+    another form."""
+    docs = []
+    for place, row in rows_of(task, which, bench_dir):
+        try:
+            if (task.keep, task.example)[which](row):
+                docs.append(task.read(row))
+        except KeyError as e:
+            raise ValueError(f"{place}: no {e}; the row has {', '.join(row)}") from None
+        except (ValueError, TypeError, IndexError, AttributeError) as e:
+            raise ValueError(f"{place}: {data.one_line(e)}") from None
+    return docs
+
+
+def prompts_of(task: Task, docs: list[Doc], shots: int, bench_dir: str | None) -> list[str]:
+    """What stands before each document's own text: the task's head and `shots` examples, each with
+    a blank line behind it. They are drawn for all documents in order, so that they depend neither
+    on ranks nor on what is done already. ValueError if there are not enough."""
+    if shots and task.files[1] is None:
+        raise ValueError(f"shots={shots}, but {task.files[0]} has no examples; give --shots=0")
+    pool, rng, begins = defaultdict(list), random.Random(1234), []
+    for doc in docs_of(task, 1, bench_dir) if shots else ():
+        pool[doc.group].append(f"{doc.text}{doc.target}\n\n")
+    for doc in docs:
+        there = pool[doc.group]
+        if len(there) < shots:
+            raise ValueError(f"shots={shots}, but {task.files[1]} has {len(there)} examples"
+                             f"{f' of {doc.group}' if doc.group else ''}; lower --shots")
+        chosen = there[:shots] if task.first else rng.sample(there, shots)
+        begins.append(task.head(doc.group) + "".join(chosen))
+    return begins
+
+
+class Text:
+    """A tokenizer with the rules of a model: its first token, the tokens that end a reply.
+
+    encode(text)         ids of text alone
+    pair(a, b)           ids of a, and of b behind it, cut where a alone would end
+    chat(messages)       ids of the turns, and of the beginning of a reply"""
+
+    def __init__(self, tokenizer, first: int | None):
+        self.tokenizer, self.specials = tokenizer, tokenizer._special_tokens
+        self.first = [] if first is None else [first]
+        self.ends = {self.specials[data.END], self.specials["<|endofturn|>"]}
+        self.bytes = [b""] * tokenizer.n_vocab
+        for token, i in tokenizer._mergeable_ranks.items():
+            self.bytes[i] = token
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode_ordinary(text)
+
+    def pair(self, context: str, continuation: str) -> tuple[list, list]:
+        """An empty context is the first token, or the token that ends a text. Spaces at a context's
+        end go to the continuation, since tokens begin with them."""
+        if not context:
+            return self.first or [self.specials[data.END]], self.encode(continuation)
+        bare = context.rstrip()
+        whole = self.first + self.encode(context + continuation)
+        start = self.first + self.encode(bare)
+        return start, whole[len(start):]
+
+    def chat(self, messages: list[dict], reply: str = "") -> list[int]:
+        turn, ends = self.specials["<|startofturn|>"], self.specials["<|endofturn|>"]
+        ids = [self.specials[data.BEGIN]]
+        for message in messages:
+            ids += [turn, self.specials[f"<|{message['role']}|>"]]
+            ids += [*self.encode(f"\n\n{message['content']}"), ends]
+        return [*ids, turn, self.specials["<|assistant|>"], *self.encode(f"\n\n{reply}")]
+
+
+# ---- log-likelihood
+
+@dataclass
+class Request:
+    """Sequences of one document, of which the last `count` tokens each are scored: all begin with
+    the same `prefix` tokens, which is less than all of a sequence but the scored ones."""
+    doc: int
+    rows: list                   # of ids
+    counts: list
+    prefix: int
+    group: str = ""
+
+    @property
+    def length(self) -> int:
+        return max(map(len, self.rows))
+
+
+def common(rows: list) -> int:
+    """How many tokens all rows begin with."""
+    return next((i for i, tokens in enumerate(zip(*rows)) if len({*tokens}) > 1),
+                min(map(len, rows)))
+
+
+def request(doc: int, pairs: list[tuple[list, list]], longest: int, group: str = "") -> Request:
+    """From (context, continuation) of each choice; of `longest` + 1 tokens the last are kept."""
+    rows = [(a + b)[-(longest + 1):] for a, b in pairs]
+    counts = [min(len(b), len(row) - 1) for (_, b), row in zip(pairs, rows)]
+    prefix = min([common(rows), *(len(row) - n for row, n in zip(rows, counts))])
+    return Request(doc, rows, counts, prefix, group)
+
+
+def batches(requests: list[Request], batch_tokens: int, longest: int):
+    """Those of one group together, in it the longest first; no batch is larger than batch_tokens,
+    padding included, or than one request."""
+    most = defaultdict(int)
+    for r in requests:
+        most[r.group] = max(most[r.group], r.length)
+    batch, group, prefix, rest = [], None, 0, 0
+    for r in sorted(requests, key=lambda r: (-most[r.group], r.group, -r.length, r.doc)):
+        after = max(prefix, r.prefix), max(rest, r.length - r.prefix)
+        full = sum(after) * (len(batch) + 1) > batch_tokens or sum(after) > longest + 1
+        if batch and (full or r.group != group or (r.prefix == 0) != (prefix == 0)):
+            yield batch
+            batch, after = [], (r.prefix, r.length - r.prefix)
+        batch, group, (prefix, rest) = [*batch, r], r.group, after
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def score(model: Motif, batch: list[Request]) -> list[list[torch.Tensor]]:
+    """Of each request's sequences the log-probabilities of the scored tokens, in fp32.
+
+    The tokens that all choices share are read once, aligned on the right; then each choice writes
+    its own behind them in the same cache. What is common to the whole batch, such as examples, is
+    read in one row and copied: its keys are the same wherever a row begins."""
+    device, c = model.head_weight.device, model.config
+    if batch[0].prefix == 0:                         # cut to different beginnings
+        return [score_rows(model, r.rows, r.counts) for r in batch]
+    if max(len(r.rows) for r in batch) == 1:
+        rows, counts = zip(*((r.rows[0], r.counts[0]) for r in batch))
+        return [[x] for x in score_rows(model, rows, counts)]
+    P, L = max(r.prefix for r in batch), max(r.length - r.prefix for r in batch) - 1
+    padding = torch.tensor([P - r.prefix for r in batch], device=device)
+    ids = torch.tensor([[0] * (P - r.prefix) + r.rows[0][:r.prefix] for r in batch], device=device)
+    shared = common([r.rows[0][:r.prefix] for r in batch])
+    shared = min(shared, P - 1) if len(batch) > 1 and shared >= SHARED_TOKENS else 0
+    cache = None
+    if L or shared:
+        shape = (len(batch), P + L, c.num_key_value_heads, c.head_dim)
+        cache = [tuple(torch.zeros(shape, dtype=model.head_weight.dtype, device=device)
+                       for _ in "kv") for _ in model.model.layers]
+    if shared:
+        once = [tuple(t[:1, :shared].clone() for t in pair) for pair in cache]
+        model(torch.tensor([batch[0].rows[0][:shared]], device=device), cache=once, last=1)
+        columns = (torch.arange(shared, device=device) - padding[:, None]).clamp(min=0)
+        for pair, source in zip(cache, once):
+            for to, t in zip(pair, source):
+                to[:, :shared] = t[0, columns]
+    first = model(ids[:, shared:], cache=cache, start=shared, padding=padding, last=1)
+    found = []
+    for j in range(max(len(r.rows) for r in batch)):
+        rows = [r.rows[min(j, len(r.rows) - 1)][r.prefix:] for r in batch]
+        width = max(map(len, rows)) - 1
+        x = torch.tensor([row + [0] * (width + 1 - len(row)) for row in rows], device=device)
+        logits = first if width == 0 else torch.cat([first, model(
+            x[:, :-1], cache=cache, start=P, padding=padding)], 1)
+        found.append([log_probs(row_logits[:len(row)], row) for row_logits, row
+                      in zip(logits, rows)])
+    return [[found[j][i][-n:] for j, n in enumerate(r.counts)] for i, r in enumerate(batch)]
+
+
+def score_rows(model: Motif, rows: list, counts: list) -> list[torch.Tensor]:
+    """The same of plain rows, in one pass."""
+    width = max(map(len, rows)) - 1
+    x = torch.tensor([row[:-1] + [0] * (width + 1 - len(row)) for row in rows])
+    logits = model(x.to(model.head_weight.device))
+    return [log_probs(part[len(row) - 1 - n:len(row) - 1], row[-n:])
+            for part, row, n in zip(logits, rows, counts)]
+
+
+def log_probs(logits: torch.Tensor, ids: list) -> torch.Tensor:
+    """logits (n, V), ids (n,) -> (n,) on the CPU."""
+    ids = torch.tensor(ids, device=logits.device)
+    return -F.cross_entropy(logits.float(), ids, reduction="none").cpu()
+
+
+# ---- generation
+
+def replies(model: Motif, text: Text, prompts: list[list], stops: tuple, new_tokens: int,
+            batch_tokens: int, temperature: float = 0.0, seed: int = 0):
+    """Yield (number of the prompt, reply) as replies end, at a token that ends one, before the
+    earliest of the stop strings, or after new_tokens. Of a prompt that leaves no room for so many
+    the last tokens are kept."""
+    longest, device = model.config.max_position_embeddings, model.head_weight.device
+    new_tokens = min(new_tokens, longest // 2)
+    prompts = {i: ids[-(longest - new_tokens):] for i, ids in enumerate(prompts)}
+    order = sorted(prompts, key=lambda i: -len(prompts[i]))
+    while order:
+        P = len(prompts[order[0]])
+        n = max(1, batch_tokens // (P + new_tokens))
+        rows, order = order[:n], order[n:]
+        padding = torch.tensor([P - len(prompts[i]) for i in rows], device=device)
+        ids = torch.tensor([[0] * (P - len(prompts[i])) + prompts[i] for i in rows], device=device)
+        stream = model.stream(ids, new_tokens, temperature, seed=seed, padding=padding)
+        yield from finished(stream, rows, text, stops)
+
+
+def finished(stream, rows: list, text: Text, stops: tuple):
+    """See replies. Once half of the rows have ended, the others go on without them."""
+    stops, said = [stop.encode() for stop in stops], {i: b"" for i in rows}
+    longest, tokens, open_rows = max(map(len, stops), default=1), next(stream), {*rows}
+    while tokens is not None:
+        for i, token in zip(rows, tokens[:, 0].tolist()):
+            if i not in open_rows:
+                continue
+            start = max(0, len(said[i]) - longest + 1)
+            said[i] += text.bytes[token] if token < len(text.bytes) else b"\xff"
+            cuts = [k for k in (said[i].find(stop, start) for stop in stops) if k >= 0]
+            if cuts or token in text.ends:
+                open_rows.discard(i)
+                yield i, said[i][:min(cuts, default=None)].decode("utf-8", "replace")
+        if not open_rows:
+            return
+        go_on = None
+        if 2 * len(open_rows) <= len(rows):
+            go_on = torch.tensor([k for k, i in enumerate(rows) if i in open_rows])
+            rows = [i for i in rows if i in open_rows]
+        try:
+            tokens = stream.send(go_on if go_on is None else go_on.to(tokens.device))
+        except StopIteration:
+            tokens = None
+    yield from ((i, said[i].decode("utf-8", "replace")) for i in rows if i in open_rows)
+
+
+# ---- the sandbox
+
+def in_child() -> None:
+    """What the sandbox's process does; its source is all that it gets. It gives up what it can: the
+    network, other processes, and every folder but its own for writing (unshare, Landlock); then a
+    grandchild takes its limits and runs the program."""
+    import ctypes
+    import json
+    import os
+    import resource
+    import struct
+    import sys
+    told, libc = json.load(sys.stdin), ctypes.CDLL(None)
+    if os.getuid() == 0:                 # root's processes cannot be counted, another's can
+        os.setresuid(65534, 0, 0)
+    alone = libc.unshare(0x10000000 | 0x40000000 | 0x20000000) == 0  # user, network, processes
+    writing = 0x1FF2                     # write, remove and make, of every kind
+    rules = libc.syscall(444, struct.pack("Q", writing), 8, 0)
+    here = os.open(".", os.O_PATH)
+    confined = rules >= 0 and libc.syscall(445, rules, 1, struct.pack("<Qi", writing, here), 0) == 0
+    confined = confined and libc.prctl(38, 1, 0, 0, 0) == 0 and libc.syscall(446, rules, 0) == 0
+    os.write(1, f"{alone:d}{confined:d}\n".encode())
+    for last in False, True:             # the first process of a namespace takes the others along
+        pid = os.fork()
+        if pid:
+            os.waitpid(pid, 0)
+            os._exit(0)
+    for name, limit in told["limits"].items():
+        resource.setrlimit(getattr(resource, name), (limit, limit))
+    exec(compile(told["code"], "program", "exec"), {"__name__": "program"})
+    sys.stdout.flush()
+    os.write(1, told["nonce"].encode())
+    os._exit(0)
+
+
+LIMITS = {"RLIMIT_AS": 768 * 2**20, "RLIMIT_FSIZE": 2**20, "RLIMIT_NOFILE": 64, "RLIMIT_NPROC": 16,
+          "RLIMIT_CORE": 0}
+
+
+def run_program(code: str, timeout: float = 3.0) -> str:
+    """Run Python source -> "passed", "timed out" or "failed: <its last line>". It runs as `python
+    -I` in an empty environment and a temporary folder, in a session of its own, with limits on
+    time, memory, output, files and processes; in the end all that it began is killed. It has passed
+    if it came to its end: what is printed then is random; an exit code says nothing."""
+    return in_sandbox(code, timeout)[0]
+
+
+def in_sandbox(code: str, timeout: float) -> tuple[str, str]:
+    """See run_program; also what the child gave up: "11", the network and processes, writing."""
+    nonce = secrets.token_hex(16)
+    limits = {**LIMITS, "RLIMIT_CPU": math.ceil(timeout) + 1}
+    told = json.dumps({"code": code, "nonce": nonce, "limits": limits})
+    script = f"{inspect.getsource(in_child)}\nin_child()"
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, \
+            tempfile.TemporaryFile() as out:
+        child = subprocess.Popen([sys.executable, "-I", "-c", script], stdin=subprocess.PIPE,
+                                 stdout=out, stderr=out, cwd=folder, env={}, text=True,
+                                 start_new_session=True)
+        late = False
+        try:
+            child.communicate(told, timeout)
+        except subprocess.TimeoutExpired:
+            late = True
+        finally:
+            try:
+                os.killpg(child.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            child.wait()
+        out.seek(0)
+        said = out.read().decode("utf-8", "replace")
+    if said.endswith(nonce) and not late:
+        return "passed", said[:2]
+    lines = said[3:].strip().splitlines() or ["it ended before its tests did"]
+    return "timed out" if late else f"failed: {lines[-1][:200]}", said[:2]
+
+
+def sandbox_gaps() -> str:
+    """What this system does not keep from programs, empty if nothing."""
+    gave_up = in_sandbox("", 10.0)[1]
+    gaps = ["the network, and processes that leave their group"] * (gave_up[:1] != "1")
+    return ", ".join(gaps + ["writing to files of this user"] * (gave_up[1:2] != "1"))
+
+
+# ---- the run
+
+class Samples:
+    """The records of a run, a line of samples.jsonl each. Of many ranks each has a file of its own
+    until they are put together; what a cut run left is read by the first."""
+
+    def __init__(self, out: Path, settings: dict):
+        self.out, self.file = out, out / f"samples{f'.{RANK}' * (RANK > 0)}.jsonl"
+        self.done = tell(self._begin(settings) if RANK == 0 else None)[0]
+        self.new = []
+
+    def _begin(self, settings: dict) -> dict:
+        self.out.mkdir(parents=True, exist_ok=True)
+        kept, found = self.out / "settings.json", {}
+        files = sorted(self.out.glob("samples*.jsonl"))
+        if kept.exists() and json.loads(kept.read_text()) == settings:
+            for line in (line for file in files for line in file.read_text().split("\n")):
+                try:
+                    record = json.loads(line)
+                except ValueError:                   # a line that was cut
+                    continue
+                found[record["task"], record["doc"]] = record
+        elif files:
+            print(f"{self.out}: another model or other settings before; beginning anew")
+        for file in files:
+            file.unlink()
+        replace_text(self.out / "samples.jsonl", lines_of(found))
+        replace_text(kept, json.dumps(settings, indent=1) + "\n")
+        return found
+
+    def add(self, **record) -> None:
+        self.new.append(record)
+        with self.file.open("a") as f:
+            f.write(json.dumps(record) + "\n")
+
+    def gather(self) -> dict:
+        """(task, doc) -> record, of all ranks, also in the one file."""
+        for records in tell(self.new):
+            self.done.update({(r["task"], r["doc"]): r for r in records})
+        self.new = []
+        if RANK == 0:
+            replace_text(self.out / "samples.jsonl", lines_of(self.done))
+        tell(None)
+        if RANK:
+            self.file.unlink(missing_ok=True)
+        return self.done
+
+
+def lines_of(records: dict) -> str:
+    return "".join(json.dumps(records[key]) + "\n" for key in sorted(records))
+
+
+class Progress:
+    """A line every five seconds: how much is done, how fast, how long it will yet take."""
+
+    def __init__(self, name: str, total: int, what: str):
+        self.name, self.total, self.what = name, total, what
+        self.done, self.begun, self.said = 0, time.monotonic(), time.monotonic()
+
+    def add(self, n: int) -> None:
+        self.done, now = self.done + n, time.monotonic()
+        if RANK == 0 and (now - self.said > 5 or self.done == self.total):
+            speed = self.done / max(now - self.begun, 1e-9)
+            left, self.said = int((self.total - self.done) / speed), now
+            print(f"{self.name}  {self.done:,d}/{self.total:,d} {self.what}  {speed:,.1f}/s  eta "
+                  f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}", flush=True)
+
+
+def run_task(name: str, model: Motif, text: Text, c: Config, samples: Samples) -> None:
+    """Score those documents of a task that are not done yet; of many ranks each every WORLD-th."""
+    task, counts, docs = TASKS[name], defaultdict(int), []
+    for doc in docs_of(task, 0, c.bench_dir):
+        counts[doc.group] += 1
+        if c.limit is None or counts[doc.group] <= c.limit:
+            docs.append(doc)
+    begins = prompts_of(task, docs, shots_of(task, c), c.bench_dir)
+    todo = [i for i in range(len(docs)) if (name, i) not in samples.done][RANK::WORLD]
+    if task.judge is None:
+        return run_choices(name, docs, begins, todo, model, text, c, samples)
+    asked, prompts = {}, []
+    for i in todo:
+        content, reply = begins[i] + docs[i].text, ""
+        if task.ask:
+            content, reply = task.ask(docs[i])
+        asked[i] = content + (f" {reply}" if reply and not c.chat else reply)
+        prompts += [text.chat([{"role": "user", "content": content}], reply) if c.chat
+                    else text.first + text.encode(asked[i])] * c.samples
+    said, progress = defaultdict(list), Progress(name, len(todo), "documents")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a program's process has all the work
+        jobs = []
+        def judge(i):
+            scores = task.judge(docs[i], said[i])
+            verdicts = {"verdicts": v} if (v := scores.pop("verdicts", None)) else {}
+            samples.add(task=name, doc=i, prompt=asked[i], output=said[i], **verdicts, **scores)
+        for k, reply in replies(model, text, prompts, task.stops, task.new_tokens, c.batch_tokens,
+                                c.temperature, c.seed):
+            i = todo[k // c.samples]
+            said[i].append(reply)
+            if len(said[i]) == c.samples:
+                jobs.append(pool.submit(judge, i))
+                progress.add(1)
+        for job in jobs:
+            job.result()
+
+
+def shots_of(task: Task, c: Config) -> int:
+    return task.shots if c.shots is None else c.shots
+
+
+def run_choices(name: str, docs: list, begins: list, todo: list, model: Motif, text: Text,
+                c: Config, samples: Samples) -> None:
+    """The likeliest answer of each document, the first of equals, by its log-probability alone
+    (acc) and per character of the answer (acc_norm)."""
+    task, longest, requests = TASKS[name], model.config.max_position_embeddings, []
+    for i in todo:
+        doc, pairs = docs[i], []
+        for choice, own in zip(docs[i].choices, doc.texts or [doc.text] * len(doc.choices)):
+            content = begins[i] + own
+            pairs.append((text.chat([{"role": "user", "content": content}]),
+                          text.encode(choice.removeprefix(" "))) if c.chat
+                         else text.pair(content, choice))
+        group = begins[i] if task.first else ""
+        requests.append(request(i, pairs, longest, group))
+    progress = Progress(name, len(todo), "documents")
+    for batch in batches(requests, c.batch_tokens, longest):
+        for r, found in zip(batch, score(model, batch)):
+            doc, sums = docs[r.doc], [x.sum().item() for x in found]
+            norms = [s / (len(choice) - 1) for s, choice in zip(sums, doc.choices)]
+            scores = {"acc": float(sums.index(max(sums)) == doc.answer)}
+            if task.norm:
+                scores["acc_norm"] = float(norms.index(max(norms)) == doc.answer)
+            samples.add(task=name, doc=r.doc, prompt=begins[r.doc] + doc.text, output=sums,
+                        answer=doc.answer, **scores)
+        progress.add(len(batch))
+
+
+def texts_of(source: str):
+    """The documents of a source of data.py; of a builtin one those held out, BUILTIN_BYTES of
+    them."""
+    left = BUILTIN_BYTES if source.startswith("builtin:") else math.inf
+    for number, unit in enumerate(data.units_of(source)):
+        for i, doc in enumerate(filter(str.strip, unit())):
+            if left == math.inf or (number + i) % data.HOLD_OUT == 0:
+                yield doc if len(doc) < left else doc[:left]
+                left -= len(doc)
+                if left <= 0:
+                    return
+
+
+def run_bits(name: str, model: Motif, text: Text, c: Config, samples: Samples) -> None:
+    """Bits of each document of a source, and its bytes, in all and by position: in the windows of
+    max_position_embeddings tokens that it is cut into, from 1, 2, 4, ... tokens on."""
+    docs = [doc for _, doc in zip(range(c.limit or sys.maxsize), texts_of(name.partition(":")[2]))]
+    longest, requests = model.config.max_position_embeddings, []
+    todo = [i for i in range(len(docs)) if (name, i) not in samples.done][RANK::WORLD]
+    for i in todo:
+        ids = (text.first or [text.specials[data.END]]) + text.encode(docs[i])
+        for start in range(0, len(ids) - 1, longest):
+            row = ids[start:start + longest + 1]
+            requests.append(Request(i, [row], [len(row) - 1], 1))
+    left, progress = defaultdict(int), Progress(name, len(requests), "windows")
+    for r in requests:
+        left[r.doc] += 1
+    bits, size = (defaultdict(lambda: defaultdict(float)) for _ in "ab")
+    for batch in batches(requests, c.batch_tokens, longest):
+        for r, (found,) in zip(batch, score(model, batch)):
+            for at, (token, log_p) in enumerate(zip(r.rows[0][1:], found.tolist())):
+                bin = 2 ** at.bit_length() // 2
+                bits[r.doc][bin] -= log_p / math.log(2)
+                size[r.doc][bin] += len(text.bytes[token])
+            left[r.doc] -= 1
+            if left[r.doc] == 0:
+                samples.add(task=name, doc=r.doc, prompt=docs[r.doc][:80], bits=bits[r.doc],
+                            bytes=size[r.doc])
+        progress.add(len(batch))
+
+
+def result_of(name: str, records: list[dict], c: Config) -> dict:
+    """Metric -> value, standard error, n and the report's figure, all in per cent but bits per
+    byte."""
+    if name.startswith("bpb:"):
+        bits, size = ([sum(r[key].values()) for r in records] for key in ("bits", "bytes"))
+        n, value = len(records), sum(bits) / sum(size)
+        error = math.nan if n < 2 else statistics.stdev(
+            b - value * s for b, s in zip(bits, size)) / n**0.5 / (sum(size) / n)
+        bins = sorted({int(k) for r in records for k in r["bits"]})
+        of = {key: [sum(r[key].get(k, r[key].get(str(k), 0)) for r in records) for k in bins]
+              for key in ("bits", "bytes")}
+        at = {k: b / s for k, b, s in zip(bins, of["bits"], of["bytes"]) if s}
+        return {"bits per byte": dict(value=value, stderr=error, n=n, reported=None,
+                                      by_position=at)}
+    task, found = TASKS[name], {}
+    for metric in (key for key in records[0] if re.match("acc|strict|flexible|pass@", key)):
+        values = [100 * r[metric] for r in records]
+        error = statistics.stdev(values) / len(values)**0.5 if len(values) > 1 else math.nan
+        found[metric] = dict(value=statistics.fmean(values), stderr=error, n=len(values),
+                             reported=task.reported.get(metric), shots=shots_of(task, c),
+                             report_shots=task.shots)
+    return found
+
+
+def table(results: dict) -> str:
+    """Measured beside reported, which is of Motif-2-12.7B with the shots in brackets."""
+    lines = [f"{'task':24s} {'shots':>5s} {'metric':14s} {'measured':>9s} {'stderr':>7s} {'n':>7s}"
+             f"  {'reported':>14s}"]
+    for name, metrics in results.items():
+        for metric, r in metrics.items():
+            shots = "" if r.get("shots") is None else str(r["shots"])
+            told = "-" if r["reported"] is None else f"{r['reported']:.2f} ({r['report_shots']})"
+            lines.append(f"{name:24s} {shots:>5s} {metric:14s} {r['value']:9.3f} "
+                         f"{r['stderr']:7.3f} {r['n']:7,d}  {told:>14s}")
+            if "by_position" in r:
+                lines.append(" " * 31 + "from token " + "  ".join(
+                    f"{k}: {x:.2f}" for k, x in r["by_position"].items()))
+    return "\n".join(lines)
+
+
+def names_of(c: Config) -> list[str]:
+    """The tasks asked for. ValueError for one that is unknown or may not run."""
+    names = []
+    for name in c.tasks.split(","):
+        if name == "bpb":
+            names += [f"bpb:builtin:{kind}" for kind in ("language", "code", "math", "science")]
+        elif name.startswith("bpb:"):
+            data.units_of(name[4:])
+            names.append(name)
+        elif name not in TASKS:
+            near = difflib.get_close_matches(name, [*TASKS, "bpb", "chat"], n=1, cutoff=0.0)
+            raise ValueError(f"unknown task {name!r}; did you mean {near[0]!r}? Known: "
+                             f"{', '.join(TASKS)}, bpb, bpb:SOURCE, chat")
+        elif TASKS[name].code and not c.run_code:
+            raise ValueError(f"{name} runs programs that the model writes, in a sandbox; give "
+                             "--run_code to allow that")
+        else:
+            names.append(name)
+    return names
+
+
+def evaluate(folder: Path, c: Config, device: torch.device) -> dict:
+    """All tasks on one model, the table printed -> its results, which are also in a file."""
+    names = names_of(c)
+    model, text = open_model(folder, c, device)
+    out = Path(c.out_dir or f"out/eval/{re.sub('[^A-Za-z0-9_.]+', '-', str(folder)).strip('-')}")
+    stamp = max(f.stat().st_mtime_ns for f in folder.glob("*.safetensors"))
+    settings = {k: v for k, v in asdict(c).items() if k in (
+        "tokenizer", "shots", "chat", "bench_dir", "temperature", "samples", "seed", "precision")}
+    samples, results = Samples(out, {"model": str(folder), "stamp": stamp, **settings}), {}
+    gaps = sandbox_gaps() if RANK == 0 and any(name in TASKS and TASKS[name].code
+                                               for name in names) else ""
+    if gaps:
+        print(f"warning: this system does not keep from programs: {gaps}", flush=True)
+    for name in names:
+        (run_bits if name.startswith("bpb:") else run_task)(name, model, text, c, samples)
+        records = samples.gather()
+        kept = [records[key] for key in sorted(records) if key[0] == name]
+        results[name] = result_of(name, kept, c)
+    if RANK == 0:
+        print(f"\n{folder}\n{table(results)}\nsamples and results in {out}", flush=True)
+        replace_text(out / "results.json", json.dumps(
+            {"model": str(folder), **settings, "tasks": results}, indent=1) + "\n")
+    return results
+
+
+def draw(run: Path, scores: dict[int, dict]) -> Path:
+    """scores.png in the run: every metric over the steps of its checkpoints."""
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+    steps, last = sorted(scores), scores[max(scores)]
+    bits = [name for name in last if name.startswith("bpb:")]
+    kinds = [k for k in (bits, [name for name in last if name not in bits]) if k]
+    figure, axes = plt.subplots(len(kinds), 1, figsize=(8, 4 * len(kinds)), sharex=True,
+                                squeeze=False, layout="constrained")
+    for axis, names in zip(axes[:, 0], kinds):
+        for name, metric in ((n, m) for n in names for m in last[n]):
+            of = [scores[step][name][metric] for step in steps]
+            axis.errorbar(steps, [r["value"] for r in of], [r["stderr"] for r in of], fmt="o-",
+                          ms=3, capsize=2, label=f"{name.removeprefix('bpb:')} {metric}")
+        axis.set(ylabel="bits per byte" if names is bits else "per cent", title=str(run))
+        axis.legend(fontsize="small")
+        axis.grid(alpha=0.3)
+    axes[-1, 0].set(xlabel="step")
+    figure.savefig(run / "scores.png", dpi=110)
+    return run / "scores.png"
+
+
+# ---- the model
+
+def folder_of(c: Config) -> Path:
+    """The checkpoint that is meant. ValueError if there is none."""
+    if c.model is None:
+        found = [newest(Path(run)) for run in STAGES]
+        found = [start[0] for start in found if start]
+        if not found:
+            raise ValueError(f"none of {', '.join(STAGES)} holds a checkpoint; run `python "
+                             "pretrain.py`, or give --model=PATH")
+        return max(found, key=lambda folder: (folder / "state.json").stat().st_mtime)
+    folder = model_folder(c.model)
+    if not folder.is_dir():
+        raise ValueError(f"model={c.model} is neither a folder nor owner/name of the Hub")
+    if steps_in(folder):
+        start = newest(folder)
+        if not start:
+            raise ValueError(f"model={c.model} holds no whole checkpoint")
+        return start[0]
+    return folder
+
+
+def open_model(folder: Path, c: Config, device: torch.device) -> tuple[Motif, Text]:
+    """Matrices in the precision asked for, vectors as they are stored, which is fp32 where we
+    trained them. The first token is the tokenizer's own business: a tokenizer.json says whether it
+    adds one, and pretrain.py begins every document with BEGIN."""
+    trained = (folder / "state.json").exists()
+    own = read_state(folder)["config"]["tokenizer"] if trained else str(folder)
+    if not trained and not c.tokenizer and not (folder / "tokenizer.json").exists():
+        raise ValueError(f"{folder} has no tokenizer.json; give --tokenizer")
+    if trained and c.tokenizer not in (None, own):
+        raise ValueError(f"tokenizer={c.tokenizer}, but {folder} was trained with {own}")
+    name = c.tokenizer or own
+    tokenizer = data.load_tokenizer(name)
+    first = tokenizer._special_tokens[data.BEGIN]
+    if not trained and (name.endswith(".json") or os.path.isdir(name)):
+        first = first_token(read_json(data.tokenizer_file(name)), tokenizer)
+    model = Motif.from_pretrained(folder, device).requires_grad_(False)
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise ValueError(f"tokenizer {name} has {tokenizer.n_vocab} tokens, more than the model's "
+                         f"vocab_size={model.config.vocab_size}; give the model's own --tokenizer")
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = {"auto": auto, "fp32": torch.float32, "bf16": torch.bfloat16}[c.precision]
+    for p in model.parameters():
+        p.data = p.data.to(dtype if p.ndim > 1 else torch.float32)
+    if RANK == 0:
+        begin = "no token" if first is None else tokenizer.decode([first])
+        n = sum(p.numel() for p in model.parameters())
+        print(f"{folder}: {n:,d} parameters on {device} in {str(dtype)[6:]}, tokenizer {name}; "
+              f"{begin} before each text", flush=True)
+    return model, Text(tokenizer, first)
+
+
+def first_token(spec: dict, tokenizer) -> int | None:
+    """What a tokenizer.json puts before a text: its post-processor says so, if any does."""
+    post = spec.get("post_processor") or {}
+    for step in post.get("processors", [post]):
+        if step.get("type") == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
+            return tokenizer._special_tokens[step["single"][0]["SpecialToken"]["id"]]
+    return None
+
+
+# ---- chat
+
+def reply_to(messages: list[dict], model: Motif, text: Text, temperature: float, seed: int) -> str:
+    """Print a reply as it comes -> it. Ctrl-C ends it. The oldest turns are left out where they do
+    not fit."""
+    longest, turns = model.config.max_position_embeddings, list(messages)
+    room = min(1024, longest // 2)
+    while len(ids := text.chat(turns)) > longest - room and len(turns) > 1:
+        del turns[turns[0]["role"] == "system"]
+    ids = torch.tensor([ids[-(longest - room):]], device=model.head_weight.device)
+    said, decoder = "", codecs.getincrementaldecoder("utf-8")("replace")
+    try:
+        for token in model.stream(ids, room, temperature, top_k=50, seed=seed):
+            if token.item() in text.ends:
+                break
+            known = token.item() < len(text.bytes)
+            piece = decoder.decode(text.bytes[token.item()] if known else b"\xff")
+            print(piece, end="", flush=True)
+            said += piece
+    except KeyboardInterrupt:
+        pass
+    print(flush=True)
+    return said
+
+
+def chat(model: Motif, text: Text, c: Config) -> None:
+    """A conversation in the terminal."""
+    system, messages, temperature = [], [], c.temperature or 0.7
+    print("/reset forgets, /system TEXT instructs, /temp X, /quit; Ctrl-C stops a reply")
+    for turn in range(sys.maxsize):
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return
+        if command == "/reset":
+            messages = []
+        elif command == "/system":
+            system, messages = [{"role": "system", "content": rest}] if rest else [], []
+        elif command == "/temp":
+            try:
+                temperature = max(0.0, float(rest))
+            except ValueError:
+                print(f"/temp needs a number, as in /temp 0.7, not {rest!r}")
+        elif command.startswith("/"):
+            print(f"{command} is unknown; there are /reset, /system, /temp and /quit")
+        elif line:
+            messages.append({"role": "user", "content": line})
+            said = reply_to(system + messages, model, text, temperature, c.seed + turn)
+            messages.append({"role": "assistant", "content": said})
+
+
+def main() -> None:
+    c = configurator.load(Config, sys.argv[1:])
+    try:
+        device = device_of(c)
+        c.batch_tokens = c.batch_tokens or (65536 if device.type == "cuda" else 4096)
+        if WORLD > 1:
+            dist.init_process_group("gloo")
+        if c.prompt is not None or c.tasks == "chat":
+            model, text = open_model(folder_of(c), c, device)
+            if c.prompt is None:
+                return chat(model, text, c)
+            reply_to([{"role": "user", "content": c.prompt}], model, text, c.temperature, c.seed)
+        elif c.plot:
+            run = Path(c.model or folder_of(c).parent)
+            scores = {}
+            for step in steps_in(run):
+                own = replace(c, out_dir=c.out_dir and f"{c.out_dir}/step_{step}")
+                scores[step] = evaluate(run / f"step_{step}", own, device)
+            if not scores:
+                raise ValueError(f"{run} holds no checkpoints to plot; give --model=RUN")
+            if RANK == 0:
+                print(f"scores over {len(scores)} checkpoints in {draw(run, scores)}")
+        else:
+            evaluate(folder_of(c), c, device)
+    except ValueError as e:
+        raise SystemExit(str(e) if RANK == 0 else 1) from None  # the same on all ranks
+    except torch.OutOfMemoryError:
+        raise SystemExit(f"out of memory; halve --batch_tokens={c.batch_tokens}") from None
+    if WORLD > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; run the same command to go on") from None

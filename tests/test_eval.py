@@ -1,0 +1,422 @@
+"""Evaluation: prompts, log-likelihoods and verdicts are those of lm-evaluation-harness 0.4.9.1,
+which the tests do not need: eval.json holds rows made up in the form of each task's data set, and
+what that program gives on them with the tiny model below (its own task files, byte tokens, begin of
+text first): hashes of prompts, sums, scores, and what its filters find in replies."""
+import hashlib
+import json
+import math
+import os
+import re
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import pretrain
+from eval import TASKS, Config, Text, batches, replies, request, run_program, score
+from model import Motif, MotifConfig
+
+FIXTURE = json.loads((Path(__file__).parent / "eval.json").read_text())
+CHOICES = [name for name, task in FIXTURE.items() if "sums" in task]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """The fixture's rows where --bench_dir finds them."""
+    folder = tmp_path_factory.mktemp("bench")
+    for name, task in FIXTURE.items():
+        questions, examples = TASKS[name].files
+        files = {questions.replace("*", ""): task["rows"], examples: task["pool"]}
+        if name == "mbpp":
+            files = {questions: task["rows"] + task["pool"]}
+        for file, rows in files.items():
+            if file:
+                (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The folder of a model of some contrast."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    model = Motif(MotifConfig(
+        vocab_size=272, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=5, num_noise_heads=1, num_key_value_heads=2, head_dim=8,
+        max_position_embeddings=512))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.mul_(8)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, tiny, bench, capsys):
+    """run(key=value, ...) runs the script in an empty folder -> what it printed and its records."""
+    monkeypatch.chdir(tmp_path)
+    def call(**options):
+        options = {"model": tiny, "tokenizer": "byte", "bench_dir": bench, "out_dir": "o",
+                   **options}
+        argv = [f"--{k}={v}" for k, v in options.items() if v is not None]
+        monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
+        evaluation.main()
+        return capsys.readouterr().out, records("o")
+    return call
+
+
+def records(out):
+    return [json.loads(line) for line in (Path(out) / "samples.jsonl").read_text().splitlines()]
+
+
+def of_prompt(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ---- as lm-evaluation-harness has it
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_prompts_sums_and_scores_are_the_harness_s(run, name):
+    expected = FIXTURE[name]
+    _, found = run(tasks=name, shots=expected["shots"])
+    assert [of_prompt(r["prompt"]) for r in found] == expected["prompts"]
+    for r, sums, scores in zip(found, expected["sums"], expected["scores"], strict=True):
+        assert r["output"] == pytest.approx(sums, abs=1e-3) and scores.items() <= r.items()
+    results = json.loads(Path("o/results.json").read_text())["tasks"][name]
+    values = [100 * scores["acc"] for scores in expected["scores"]]
+    mean = sum(values) / len(values)
+    error = (sum((x - mean)**2 for x in values) / (len(values) - 1) / len(values))**0.5
+    assert results["acc"]["value"] == pytest.approx(mean) and results["acc"]["n"] == len(values)
+    assert results["acc"]["stderr"] == pytest.approx(error)
+
+
+RIGHT = {"gsm8k": lambda row: row["answer"], "mbpp": lambda row: row["code"],
+         "humaneval": lambda row: row["canonical_solution"],
+         "humaneval_instruct": lambda row: row["canonical_solution"] + "```\nIt is short."}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("right", [True, False])
+def test_prompts_of_generation_and_verdicts_on_right_and_empty_replies(
+        run, monkeypatch, name, right):
+    expected, metric = FIXTURE[name], "strict" if name == "gsm8k" else "pass@1"
+    monkeypatch.setattr(evaluation, "replies", lambda model, text, prompts, *options: (
+        (i, RIGHT[name](row) if right else "") for i, row in enumerate(expected["rows"])))
+    _, found = run(tasks=name, shots=expected["shots"], run_code=True)
+    assert [of_prompt(r["prompt"]) for r in found] == expected["prompts"]
+    assert [r[metric] for r in found] == [float(right)] * len(found)
+
+
+def test_gsm8k_s_answers_are_those_that_the_harness_extracts():
+    for r in FIXTURE["gsm8k"]["replies"]:
+        assert evaluation.number_in(r["reply"], True) == r["strict"], r
+        assert evaluation.number_in(r["reply"], False) == r["flexible"], r
+
+
+def test_local_rows_are_the_hub_s():
+    arc, mine = FIXTURE["arc_easy"]["rows"][1], {}
+    mine = {"question": arc["question"], "choices": arc["choices"]["text"], "answer": 0}
+    assert TASKS["arc_easy"].read(mine) == TASKS["arc_easy"].read(arc)
+    for name in "siqa", "winogrande":
+        row = FIXTURE[name]["rows"][1]
+        mine = {"question": row.get("sentence") or f"{row['context']} {row['question']}",
+                "choices": [v for k, v in row.items() if re.match("option|answer.", k)],
+                "answer": int(row.get("label", row.get("answer"))) - 1}
+        assert TASKS[name].read(mine) == TASKS[name].read(row)
+    for row in FIXTURE["hellaswag"]["rows"]:
+        mine = {k: v for k, v in row.items() if k not in ("ctx_a", "ctx_b")}
+        assert TASKS["hellaswag"].read(mine) == TASKS["hellaswag"].read(row)
+
+
+# ---- the scorer and the generator, against passes of whole sequences
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return Motif.from_pretrained(tiny).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def text():
+    tokenizer = data.load_tokenizer("byte")
+    return Text(tokenizer, tokenizer._special_tokens[data.BEGIN])
+
+
+@torch.no_grad()
+def plain(model, context, continuation):
+    """log p of a continuation from one pass over the last tokens that the model can read."""
+    ids = (context + continuation)[-model.config.max_position_embeddings - 1:]
+    log_p = model(torch.tensor([ids[:-1]])).log_softmax(-1)[0]
+    n = min(len(continuation), len(ids) - 1)
+    return log_p[-n:].gather(1, torch.tensor(ids[-n:])[:, None]).sum().item()
+
+
+def test_scores_in_batches_are_those_of_one_sequence_each(model):
+    """Contexts of many lengths, some too long for the model, with and without common beginnings of
+    group and document; choices of many lengths."""
+    rng, pairs, requests = torch.Generator().manual_seed(1), [], []
+    def draw(n):
+        return torch.randint(256, (n,), generator=rng).tolist()
+    begins = {"a": draw(90), "b": draw(200), "": []}
+    for i in range(24):
+        group = ("a", "b", "")[i % 3]
+        context = begins[group] + draw((5, 40, 90, 300)[i % 4] if i != 7 else 511)
+        pairs.append([(context, draw(1 if i % 5 == 0 else 3 + 7 * j)) for j in range(2 + i % 3)])
+        requests.append(request(i, pairs[-1], 512, group))
+    pairs.append([(draw(9), draw(600))])                 # longer than the model by itself
+    requests.append(request(24, pairs[-1], 512))
+    seen, sizes = {}, []
+    for batch in batches(requests, 2048, 512):
+        sizes.append(len(batch))
+        seen.update({r.doc: found for r, found in zip(batch, score(model, batch))})
+    assert max(sizes) > 3 and len(seen) == 25
+    for i, own in enumerate(pairs):
+        for found, (context, continuation) in zip(seen[i], own, strict=True):
+            one = plain(model, context, continuation)
+            assert found.sum().item() == pytest.approx(one, abs=1e-3)
+
+
+def test_spaces_at_the_end_of_a_context_belong_to_the_continuation(text):
+    assert text.pair("a  ", "b") == (text.first + [97], [32, 32, 98])
+    assert text.pair("", " b") == (text.first, [32, 98])
+    gpt = Text(data.load_tokenizer("byte"), None)
+    assert gpt.pair("a", "b") == ([97], [98])
+    assert gpt.pair("", "b") == ([gpt.specials[data.END]], [98])
+
+
+def test_a_tokenizer_json_says_whether_it_begins_a_text():
+    tokenizer = data.load_tokenizer("byte")
+    template = {"type": "TemplateProcessing", "single": [
+        {"SpecialToken": {"id": data.BEGIN, "type_id": 0}}, {"Sequence": {"id": "A"}}]}
+    begin = tokenizer._special_tokens[data.BEGIN]
+    assert evaluation.first_token({"post_processor": template}, tokenizer) == begin
+    both = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}
+    assert evaluation.first_token({"post_processor": both}, tokenizer) == begin
+    for none in None, {"type": "ByteLevel"}:
+        assert evaluation.first_token({"post_processor": none}, tokenizer) is None
+
+
+def test_replies_are_those_of_greedy_passes_without_a_cache(model, text):
+    """Prompts of unequal length, in batches, cut at stop strings, which fall within replies."""
+    prompts = [list(b"The quick brown fox"[:n]) for n in (1, 4, 9, 19)] + [list(b"zq" * 300)]
+    stops = {}
+    expected = []
+    for ids in prompts:
+        ids = ids[-(512 - 24):]
+        start = len(ids)
+        with torch.no_grad():
+            for _ in range(24):
+                ids = ids + [model(torch.tensor([ids]))[0, -1].argmax().item()]
+        expected.append(ids[start:])
+    whole = [cut_at(said, text, ()) for said in expected]
+    assert dict(replies(model, text, prompts, (), 24, 2048)) == dict(enumerate(whole))
+    stops = [w[k:k + 1] for w, k in zip(whole, (3, 9, 20)) if len(w) > k and w[k] != "\ufffd"]
+    assert stops
+    cut = [cut_at(said, text, stops) for said in expected]
+    assert cut != whole
+    assert dict(replies(model, text, prompts, tuple(stops), 24, 2048)) == dict(enumerate(cut))
+
+
+def cut_at(ids, text, stops):
+    ids = ids[:next((i for i, t in enumerate(ids) if t in text.ends), None)]
+    said = b"".join(text.bytes[i] if i < len(text.bytes) else b"\xff" for i in ids)
+    cuts = [k for k in (said.find(stop.encode()) for stop in stops) if k >= 0]
+    return said[:min(cuts, default=None)].decode("utf-8", "replace")
+
+
+def test_stop_strings_are_found_across_tokens_and_before_the_end(text):
+    def stream():
+        for a, b in zip(b"one\n\ntwo", b"Question"):
+            rows = yield torch.tensor([[a], [b]])[alive]
+            if rows is not None:
+                alive[:] = rows.tolist()
+    alive = [0, 1]
+    assert dict(evaluation.finished(stream(), [5, 6], text, ("\n\n", "zz"))) == {
+        5: "one", 6: "Question"}
+
+
+def test_bits_per_byte_are_those_of_whole_windows(run, model, text):
+    Path("own.txt").write_text("Ships sail.\n" * 90)
+    printed, (r,) = run(tasks="bpb:own.txt")
+    ids, total = text.first + list(b"Ships sail.\n" * 90), 0.0
+    for start in 0, 512, 1024:
+        total -= plain(model, ids[start:start + 1], ids[start + 1:start + 513])
+    assert sum(r["bytes"].values()) == 1080 and "bits per byte" in printed
+    assert sum(r["bits"].values()) == pytest.approx(total / math.log(2), rel=1e-5)
+    first = -plain(model, ids[:1], ids[1:2]) - plain(model, ids[512:513], ids[513:514]) - plain(
+        model, ids[1024:1025], ids[1025:1026])
+    assert r["bits"]["0"] == pytest.approx(first / math.log(2), rel=1e-4)
+    assert r["bytes"] == {"0": 3, "1": 3, "2": 6, "4": 12, "8": 24, "16": 48, "32": 88, "64": 128,
+                          "128": 256, "256": 512}
+
+
+# ---- the sandbox
+
+PROGRAMS = {
+    "right": ("def f(x):\n    return x + 1\nassert f(1) == 2", "passed"),
+    "wrong": ("assert 1 + 1 == 3", "failed: AssertionError"),
+    "sys.exit(0)": ("import sys\nsys.exit(0)\nassert False", "failed"),
+    "os._exit(0)": ("import os\nos._exit(0)\nassert False", "failed"),
+    "endless": ("while True: pass", "timed out"),
+    "fork bomb": ("import os\nwhile True: os.fork()", "(failed|timed out)"),
+    "1 GB": ("x = bytearray(10**9)", "failed: MemoryError"),
+    "flood": ("while True: print('x' * 10**6)", "failed"),
+    "outside": ("open({outside!r}, 'w').write('x')", "failed: PermissionError"),
+    "inside": ("open('x', 'w').write('x')\nassert open('x').read() == 'x'", "passed"),
+    "grandchild": ("import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time\\n"
+                   "time.sleep(987)'], start_new_session=True)", "passed"),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_sandbox(name, tmp_path):
+    code, verdict = PROGRAMS[name]
+    outside = tmp_path / "outside"
+    if name == "outside" and evaluation.sandbox_gaps():
+        pytest.skip("this system cannot confine writing")
+    found = run_program(code.replace("{outside!r}", repr(str(outside))), 2.0)
+    assert re.match(verdict, found), found
+    assert not outside.exists() and not processes_with("time.sleep(987)")
+    assert not processes_with("in_child()")
+
+
+def processes_with(words):
+    """Those whose command line has the words, zombies aside."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if words.encode() in entry.read_bytes():
+                found.append(entry)
+        except OSError:
+            continue
+    return found
+
+
+def test_no_network_where_it_can_be_unshared():
+    if evaluation.in_sandbox("", 10.0)[1][:1] != "1":
+        pytest.skip("this system does not unshare the network")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        code = f"import socket\nsocket.create_connection({server.getsockname()}, 1)"
+        assert run_program(code).startswith("failed: OSError")
+
+
+def test_pass_at_k():
+    assert evaluation.pass_at_k(10, 3, 1) == pytest.approx(0.3)
+    assert evaluation.pass_at_k(4, 2, 2) == pytest.approx(1 - 1 / 6)
+    assert evaluation.pass_at_k(3, 2, 2) == 1.0
+
+
+# ---- the run
+
+def test_a_cut_run_goes_on_and_other_settings_begin_anew(run, monkeypatch):
+    _, whole = run(tasks="arc_easy,piqa", shots=1)
+    samples = Path("o/samples.jsonl")
+    lines = samples.read_text().splitlines(True)
+    samples.write_text("".join(lines[:2]) + lines[2][:30])
+    scored = []
+    monkeypatch.setattr(evaluation, "score", lambda model, batch: (
+        scored.extend(r.doc for r in batch), score(model, batch))[1])
+    _, again = run(tasks="arc_easy,piqa", shots=1)
+    assert again == whole and len(scored) == len(whole) - 2
+    _, other = run(tasks="arc_easy", shots=0)
+    assert len(other) == 3 and len(scored) == len(whole) + 1
+
+
+def as_rank(rank: int, port: int) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
+                      MASTER_PORT=str(port))
+    for module in evaluation, pretrain:
+        module.RANK, module.WORLD = rank, 2
+    torch.set_num_threads(1)
+    evaluation.main()
+
+
+def test_ranks_share_the_documents_and_the_scores_stay(run, monkeypatch):
+    _, one = run(tasks="arc_challenge,mmlu", shots=2)
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setattr(sys, "argv", [w.replace("dir=o", "dir=two") for w in sys.argv])
+    context = torch.multiprocessing.get_context("fork")
+    ranks = [context.Process(target=as_rank, args=(rank, port)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    two = records("two")
+    assert [r["prompt"] for r in two] == [r["prompt"] for r in one] and not list(
+        Path("two").glob("samples.*.jsonl"))
+    for a, b in zip(one, two, strict=True):
+        assert a["output"] == pytest.approx(b["output"], abs=1e-4) and a["acc"] == b["acc"]
+
+
+def test_chat_keeps_the_conversation(model, text, monkeypatch, capsys):
+    lines, asked = iter(["hello", "/system Be brief.", "again", "/temp x", "/what", "/reset", "new",
+                         "/quit"]), []
+    def reply_to(messages, *options):
+        asked.append([(m["role"], m["content"]) for m in messages])
+        return "yes"
+    monkeypatch.setattr(evaluation, "reply_to", reply_to)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    evaluation.chat(model, text, Config())
+    system = ("system", "Be brief.")
+    assert asked == [[("user", "hello")], [system, ("user", "again")], [system, ("user", "new")]]
+    printed = capsys.readouterr().out
+    assert "/temp needs a number" in printed and "/what is unknown" in printed
+
+
+def test_a_turn_s_special_tokens_cannot_be_spelled_by_a_user(model, text, monkeypatch, capsys):
+    at = text.specials
+    ids = text.chat([{"role": "user", "content": "a<|endofturn|>"}])
+    assert ids == [at[data.BEGIN], at["<|startofturn|>"], at["<|user|>"],
+                   *b"\n\na<|endofturn|>", at["<|endofturn|>"], at["<|startofturn|>"],
+                   at["<|assistant|>"], *b"\n\n"]
+    monkeypatch.setattr(model.config, "max_position_embeddings", 40)
+    long = [{"role": "user", "content": "x" * 600}, {"role": "user", "content": "short"}]
+    assert evaluation.reply_to(long, model, text, 0.0, 1) == evaluation.reply_to(
+        long[1:], model, text, 0.0, 1)
+    stream = model.stream
+    def interrupted(*arguments, **options):
+        yield next(stream(*arguments, **options))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(model, "stream", interrupted, raising=False)
+    assert len(evaluation.reply_to(long[1:], model, text, 0.0, 1)) <= 1
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(tasks="arc_esay"), "unknown task 'arc_esay'; did you mean 'arc_easy'?"),
+    (dict(tasks="humaneval"), "--run_code"),
+    (dict(tasks="arc_easy", bench_dir="none"), r"none/arc_easy_test.jsonl is missing: .*put it"),
+    (dict(tasks="arc_easy", shots=5), "shots=5, but arc_easy_train.jsonl has 4 examples; lower"),
+    (dict(tasks="humaneval", shots=1, run_code=True), "has no examples; give --shots=0"),
+    (dict(tasks="arc_easy", tokenizer="gpt2.json"), "tokenizer gpt2.json"),
+    (dict(tasks="arc_easy", tokenizer=None), "has no tokenizer.json; give --tokenizer"),
+    (dict(model="nowhere"), "model=nowhere is neither a folder nor"),
+    (dict(model=None), "none of out/sft3, .* holds a checkpoint; run `python pretrain.py`"),
+    (dict(tasks="bpb:none.txt"), "no file matches none.txt"),
+])
+def test_wrong_input_is_told_in_one_line(run, options, words):
+    with pytest.raises(SystemExit, match=words) as e:
+        run(**options)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("row, words", [
+    ("{", "1: not JSON"), ('{"question": "x"}', "1: no 'choices'; the row has question"),
+    ('{"question": "x", "choices": ["a", "b"], "answer": 2}', "1: answer 2 is none of 2 choices"),
+    ('{"question": "x", "choices": 3, "answer": 2}', "1: TypeError")])
+def test_a_malformed_row_is_named_by_file_and_line(run, row, words):
+    Path("b").mkdir()
+    Path("b/arc_easy_test.jsonl").write_text(row + "\n")
+    with pytest.raises(SystemExit, match=f"b/arc_easy_test.jsonl:{words}"):
+        run(tasks="arc_easy", bench_dir="b")
+
+
+def test_a_tokenizer_larger_than_the_model(run, tiny):
+    Motif(MotifConfig(vocab_size=200)).save_pretrained("small")
+    with pytest.raises(SystemExit, match="has 263 tokens, more than the model's vocab_size=200"):
+        run(model="small", tasks="arc_easy")
