@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_ranks import ROOT, metrics, stored, world
+from test_ranks import ROOT, metrics, stored
+from worlds import world
 
 import data
 from model import Motif, MotifConfig
