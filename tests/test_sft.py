@@ -355,7 +355,7 @@ def test_stages_follow_each_other_and_resume_is_bitwise(room):
     samples = Path("out/sft1/samples.txt").read_text()
     assert samples.count("[What does the module json do?]") == 1 + len(steps) // 8
     said = Path("out/sft1/data.txt").read_text()
-    assert "stage 1 from out/quickstart/step_1" in said and "skills: 49.7% of the tokens" in said
+    assert "stage 1 from out/quickstart/step_1" in said and "tokens for a weight of 50.0%" in said
 
     for folder in Path("out/sft1").glob("step_*"):
         if folder.name != "step_8":
