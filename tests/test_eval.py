@@ -321,7 +321,9 @@ def test_a_cut_run_goes_on_and_other_settings_begin_anew(run, monkeypatch):
     monkeypatch.setattr(evaluation, "score", lambda model, batch: (
         scored.extend(r.doc for r in batch), score(model, batch))[1])
     _, again = run(tasks="arc_easy,piqa", shots=1)
-    assert again == whole and len(scored) == len(whole) - 2
+    assert len(scored) == len(whole) - 2
+    for a, b in zip(again, whole, strict=True):          # other batches, hence other last digits
+        assert a.pop("output") == pytest.approx(b.pop("output"), rel=1e-5) and a == b
     _, other = run(tasks="arc_easy", shots=0)
     assert len(other) == 3 and len(scored) == len(whole) + 1
 
