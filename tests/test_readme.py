@@ -7,8 +7,8 @@ from pretrain import Config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-NOT_OF_PRETRAIN = {"help", "key", "json", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint",
-                   "max_restarts", "stage", "tasks", "model", "bench_dir"}
+NOT_OF_PRETRAIN = {"help", "key", "json", "nproc_per_node", "nnodes", "rdzv_backend",
+                   "rdzv_endpoint", "max_restarts", "stage", "tasks", "model", "bench_dir"}
 
 
 def test_line_counts_are_those_of_the_files():
