@@ -483,7 +483,7 @@ def first_weights(c: Config, out: Path) -> Path:
         if theirs != ours:
             raise ValueError(f"init={c.init}: that model has rope_theta={theirs}, not {ours}; keep "
                              f"it at first, and let it rise, as with --theta=\"[[0, {theirs:.0f}], "
-                             f"[10**9, {ours:.0f}]]\"")
+                             f"[1_000_000_000, {ours:.0f}]]\"")
         model = grow(seed, shape_of(c), seed=c.seed)
     elif kind == "average" and re.fullmatch(r".+,[1-9]\d*", what):
         model = average(Path(what.rpartition(",")[0]), int(what.rpartition(",")[2]))
