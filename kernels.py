@@ -831,7 +831,7 @@ def linear_cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, sca
                                  needs_dx: bool, needs_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
     total = wide(x.new_zeros(()))
     dx = torch.empty_like(x if needs_dx else x[:0])
-    dw = torch.zeros_like(weight if needs_dw else weight[:0])
+    dw = (torch.empty_like if len(x) else torch.zeros_like)(weight if needs_dw else weight[:0])
     for i in range(0, len(x), LOSS_CHUNK):
         rows, t = x[i:i + LOSS_CHUNK], targets[i:i + LOSS_CHUNK]
         logits = rows @ weight.T                                         # (chunk, V)
@@ -839,7 +839,7 @@ def linear_cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, sca
         if needs_dx:
             torch.mm(logits, weight, out=dx[i:i + LOSS_CHUNK])
         if needs_dw:
-            dw.addmm_(logits.T, rows)
+            dw.addmm_(logits.T, rows, beta=min(i, 1))   # the first one's overwrites what is there
         del logits                                      # before the next chunk's are made
     return total, dx, dw
 
@@ -1313,10 +1313,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Checks every kernel against float64, then, on a "
                                      "GPU, times it beside PyTorch's own operations.")
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
-    as_json, gpu = parser.parse_args().json, torch.cuda.is_available()
+    parser.add_argument("--only", default="", help="time those alone whose name contains this")
+    options, gpu = parser.parse_args(), torch.cuda.is_available()
 
     def show(row, words):
-        print(json.dumps(row) if as_json else words, flush=True)
+        print(json.dumps(row) if options.json else words, flush=True)
 
     torch.manual_seed(0)
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float16)
@@ -1338,6 +1339,8 @@ def main() -> None:
              f"{torch.cuda.get_device_name()}: copy {limits['GB/s']:.0f} GB/s, "
              f"bf16 GEMM {limits['TFLOP/s']:.0f} TFLOP/s")
         for name, measure in table():
+            if options.only not in name:
+                continue
             row = attempt(measure)
             row = {"name": name} | ({"message": row} if isinstance(row, str) else row)
             show(row, text(row, limits))
