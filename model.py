@@ -10,7 +10,6 @@ Module and parameter names are those of the released checkpoints, so that a stat
 import json
 import os
 import re
-from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -513,36 +512,36 @@ def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes:
 
 def stored_tensors(path: Path, stem: str, shapes: dict[str, tuple], device=None):
     """What save_tensors wrote, if it has just these names and shapes: name and a function for each,
-    which reads the tensor or, given slices, that part of it alone. ValueError, one line, for a file
-    missing or broken and a tensor missing, extra, misshapen, not of FLOATS or not where the index
-    says."""
+    which until the next one comes reads the tensor or, given slices, that part of it alone.
+    ValueError, one line, for a file missing or broken and a tensor missing, extra, misshapen, not
+    of FLOATS or not where the index says."""
     from safetensors import SafetensorError, safe_open
-    holder, stored, problems = {}, {}, []
-    with ExitStack() as files:
-        for file, indexed in tensor_files(path, stem).items():
-            try:
-                f = files.enter_context(safe_open(file, "pt", device=str(device or "cpu")))
-            except (OSError, SafetensorError) as e:
-                raise ValueError(f"{file}: cannot be read: {e}") from None
+    stored, problems, files = {}, [], tensor_files(path, stem)
+    for file, indexed in files.items():
+        try:
+            with safe_open(file, "pt") as f:
+                parts = {name: f.get_slice(name) for name in f.keys()
+                         if not name.endswith("rotary_emb.inv_freq")}
+        except (OSError, SafetensorError) as e:
+            raise ValueError(f"{file}: cannot be read: {e}") from None
+        for name, part in parts.items():
+            stored[name], kind = tuple(part.get_shape()), part.get_dtype()
+            if kind not in FLOATS:
+                problems.append(f"{name} is of {kind}, not {', '.join(FLOATS)}")
+            if indexed is not None and name not in indexed:
+                problems.append(f"{name} is in {file.name}, not where the index says")
+    problems += [f"missing {n}" for n in shapes if n not in stored]
+    problems += [f"extra {n}" for n in stored if n not in shapes]
+    problems += [f"{n} is {stored[n]}, not {tuple(shape)}" for n, shape in shapes.items()
+                 if stored.get(n, shape) != tuple(shape)]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(f"{path}: tensors do not fit: {'; '.join(problems[:4])}{more}")
+    for file in files:                           # one at a time, as a mapped one takes memory
+        with safe_open(file, "pt", device=str(device or "cpu")) as f:
             for name in f.keys():
-                if name.endswith("rotary_emb.inv_freq"):
-                    continue
-                kind = f.get_slice(name).get_dtype()
-                holder[name], stored[name] = f, tuple(f.get_slice(name).get_shape())
-                if kind not in FLOATS:
-                    problems.append(f"{name} is of {kind}, not {', '.join(FLOATS)}")
-                if indexed is not None and name not in indexed:
-                    problems.append(f"{name} is in {file.name}, not where the index says")
-        problems += [f"missing {n}" for n in shapes if n not in stored]
-        problems += [f"extra {n}" for n in stored if n not in shapes]
-        problems += [f"{n} is {stored[n]}, not {tuple(shape)}" for n, shape in shapes.items()
-                     if stored.get(n, shape) != tuple(shape)]
-        if problems:
-            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-            raise ValueError(f"{path}: tensors do not fit: {'; '.join(problems[:4])}{more}")
-        for name, f in holder.items():
-            yield name, lambda *box, f=f, name=name: (
-                f.get_slice(name)[box] if box else f.get_tensor(name))
+                if name in shapes:
+                    yield name, lambda *box: f.get_slice(name)[box] if box else f.get_tensor(name)
 
 
 def model_folder(name, patterns=("*.json", "*.safetensors")) -> Path:
