@@ -10,7 +10,6 @@ Module and parameter names are those of the released checkpoints, so that a stat
 import json
 import os
 import re
-from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,6 +25,8 @@ from kernels import wide
 ACTIVATIONS = {"poly_norm": "poly_norm", "swiglu": "silu"}  # ours -> hidden_act of config.json
 LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 INDEX = ".safetensors.index.json"                           # which file holds which tensor
+FLOATS = ("F64", "F32", "F16", "BF16")                      # of weights, as safetensors names them
+CODE = "Motif-Technologies/Motif-2-12.7B-Base"              # of the Hub: transformers' modules
 PREFILL_TOKENS = 2**14                                      # of prompts, in one forward pass
 
 
@@ -52,9 +53,9 @@ class MotifConfig:
         into groups and pairs (arXiv 2510.06949, section 3)."""
         H, K, G = self.num_attention_heads, self.num_key_value_heads, self.num_noise_heads
         for f in fields(MotifConfig):
-            least = getattr(f.type, "__metadata__", (None,))[0]
-            if least is not None and not getattr(self, f.name) >= least:
-                raise ValueError(f"{f.name} must be at least {least}, not {getattr(self, f.name)}")
+            least, n = getattr(f.type, "__metadata__", (None,))[0], getattr(self, f.name)
+            if least is not None and not (isinstance(n, (int, float)) and n >= least):
+                raise ValueError(f"{f.name} must be at least {least}, not {n!r}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
         if G == 0 and H % K:
@@ -84,8 +85,9 @@ class MotifConfig:
         num_noise_heads: half of its heads are noise. ValueError for a missing key or a part that we
         do not have."""
         config = dict(config)
-        for key, value in (("use_bias", False), ("k_ratio", 1)):
-            if config.get(key, value) != value:
+        for key, value in (("use_bias", False), ("k_ratio", 1), ("use_sliding_window", False),
+                           ("rope_scaling", None), ("rope_parameters", None)):
+            if config.get(key) not in (value, None):
                 raise ValueError(f"config.json has {key}={config[key]}; only {value} is supported")
         act = config.get("hidden_act", "poly_norm")
         names = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
@@ -105,11 +107,13 @@ class MotifConfig:
         return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
 
     def to_dict(self) -> dict:
-        """The released config.json."""
+        """The released config.json. auto_map: where transformers and vLLM find the model's code."""
         shape = {f.name: getattr(self, f.name) for f in fields(MotifConfig)}
         act = ACTIVATIONS[shape.pop("activation")]
         return {"architectures": ["MotifForCausalLM"], "model_type": "motif", **shape,
-                "hidden_act": act, "k_ratio": 1, "use_bias": False}
+                "hidden_act": act, "k_ratio": 1, "use_bias": False,
+                "auto_map": {"AutoConfig": f"{CODE}--configuration_motif.MotifConfig",
+                             "AutoModelForCausalLM": f"{CODE}--modeling_motif.MotifForCausalLM"}}
 
 
 # ---- the transformer
@@ -417,8 +421,8 @@ class Motif(nn.Module):
         """A model from a folder in the released layout, config.json and model.safetensors, or
         shards with an index, or from a repository owner/name of the Hugging Face Hub, which is
         downloaded once. Each tensor keeps its stored dtype unless one is given, and is read
-        straight to the device. ValueError, one line, for a file missing or broken and a tensor
-        missing, extra or misshapen."""
+        straight to the device; on the CPU it stays in the mapped file until it is written to.
+        ValueError, one line, as stored_tensors says."""
         path, found = model_folder(path), {}
         config = MotifConfig.from_dict(read_json(path / "config.json"))
         with torch.device("meta"):
@@ -437,7 +441,8 @@ class Motif(nn.Module):
             (path / "config.json").unlink(missing_ok=True)
         save_tensors(path, "model", self.state_dict(), shard_bytes)
         if first:
-            write_json(path / "config.json", self.config.to_dict())
+            write_json(path / "config.json", self.config.to_dict() | {
+                "torch_dtype": str(self.head_weight.dtype).removeprefix("torch.")})
 
 
 def pick(logits: Tensor, temperature: float, top_k: int | None, generator) -> Tensor:
@@ -479,7 +484,8 @@ def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     path.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        (path / (stem + INDEX)).unlink(missing_ok=True)  # of older files; it would outlive them
+        for old in path.glob(f"{stem}[.-]*safetensors*"):     # other readers would take them too
+            old.unlink()
     files, size, total = [[]], 0, 0
     for name, t in tensors.items():
         nbytes = t.numel() * t.element_size()
@@ -506,54 +512,66 @@ def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes:
 
 def stored_tensors(path: Path, stem: str, shapes: dict[str, tuple], device=None):
     """What save_tensors wrote, if it has just these names and shapes: name and a function for each,
-    which reads the tensor or, given slices, that part of it alone. ValueError, one line, for a file
-    missing or broken and a tensor missing, extra or misshapen."""
+    which until the next one comes reads the tensor or, given slices, that part of it alone.
+    ValueError, one line, for a file missing or broken and a tensor missing, extra, misshapen, not
+    of FLOATS or not where the index says."""
     from safetensors import SafetensorError, safe_open
-    holder, stored = {}, {}
-    with ExitStack() as files:
-        for file in tensor_files(path, stem):
-            try:
-                f = files.enter_context(safe_open(file, "pt", device=str(device or "cpu")))
-            except (OSError, SafetensorError) as e:
-                raise ValueError(f"{file}: cannot be read: {e}") from None
+    stored, problems, files = {}, [], tensor_files(path, stem)
+    for file, indexed in files.items():
+        try:
+            with safe_open(file, "pt") as f:
+                parts = {name: f.get_slice(name) for name in f.keys()
+                         if not name.endswith("rotary_emb.inv_freq")}
+        except (OSError, SafetensorError) as e:
+            raise ValueError(f"{file}: cannot be read: {e}") from None
+        for name, part in parts.items():
+            stored[name], kind = tuple(part.get_shape()), part.get_dtype()
+            if kind not in FLOATS:
+                problems.append(f"{name} is of {kind}, not {', '.join(FLOATS)}")
+            if indexed is not None and name not in indexed:
+                problems.append(f"{name} is in {file.name}, not where the index says")
+    problems += [f"missing {n}" for n in shapes if n not in stored]
+    problems += [f"extra {n}" for n in stored if n not in shapes]
+    problems += [f"{n} is {stored[n]}, not {tuple(shape)}" for n, shape in shapes.items()
+                 if stored.get(n, shape) != tuple(shape)]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(f"{path}: tensors do not fit: {'; '.join(problems[:4])}{more}")
+    for file in files:                           # one at a time, as a mapped one takes memory
+        with safe_open(file, "pt", device=str(device or "cpu")) as f:
             for name in f.keys():
-                if not name.endswith("rotary_emb.inv_freq"):
-                    holder[name], stored[name] = f, tuple(f.get_slice(name).get_shape())
-        problems = [f"missing {n}" for n in shapes if n not in stored]
-        problems += [f"extra {n}" for n in stored if n not in shapes]
-        problems += [f"{n} is {stored[n]}, not {tuple(shape)}" for n, shape in shapes.items()
-                     if stored.get(n, shape) != tuple(shape)]
-        if problems:
-            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-            raise ValueError(f"{path}: tensors do not fit: {'; '.join(problems[:4])}{more}")
-        for name, f in holder.items():
-            yield name, lambda *box, f=f, name=name: (
-                f.get_slice(name)[box] if box else f.get_tensor(name))
+                if name in shapes:
+                    yield name, lambda *box: f.get_slice(name)[box] if box else f.get_tensor(name)
 
 
-def model_folder(name) -> Path:
-    """A folder, or a repository owner/name of the Hub: downloaded, with progress, going on where a
-    download was cut. ValueError if that fails."""
+def model_folder(name, patterns=("*.json", "*.safetensors")) -> Path:
+    """A folder, or a repository owner/name of the Hub: its files of these patterns downloaded, with
+    progress, going on where a download was cut. ValueError if that fails."""
     path = Path(name)
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         return path
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
     except Exception as e:   # of a dozen kinds: no network, no such name, a licence to accept first
         raise ValueError(f"{name}: there is no such folder, and the Hub did not give it: "
                          f"{type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
 
 
-def tensor_files(path: Path, stem: str) -> list[Path]:
-    """The safetensors files of that name in a folder; ValueError if it has none or lacks one."""
-    names, index = [f"{stem}.safetensors"], path / (stem + INDEX)
+def tensor_files(path: Path, stem: str) -> dict[Path, set | None]:
+    """The safetensors files of that name in a folder, each with the tensors that the index places
+    there, None without an index. ValueError if a file is missing or the index is none."""
+    names, index = {f"{stem}.safetensors": None}, path / (stem + INDEX)
     if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        names, places = {}, read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
+            raise ValueError(f"{index}: its weight_map must give each tensor's file")
+        for tensor, name in places.items():
+            names.setdefault(name, set()).add(tensor)
     for name in names:
         if not (path / name).exists():
             raise ValueError(f"{path}: {name} is missing")
-    return [path / name for name in names]
+    return {path / name: names[name] for name in sorted(names)}
 
 
 def read_json(file: Path) -> dict:

@@ -1,5 +1,6 @@
 """The model against reference.py in float64, torch's attention and FLOP counter, and its files."""
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
+import data
+import eval as evaluation
+import pretrain
 import reference
 from model import Motif, MotifConfig, flops_per_token, memory_per_gpu, parameters_by_part
 
@@ -182,12 +186,11 @@ def test_a_seed_repeats_and_top_k_keeps_the_likeliest():
 @pytest.mark.parametrize("shard_bytes, files", [(5 * 10**9, 1), (4000, 8)])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_saved_model_comes_back_bitwise_in_its_own_dtypes(tmp_path, shard_bytes, files, tied):
-    make(7, num_hidden_layers=1).save_pretrained(tmp_path, 9000)           # an older one, sharded
+    for size in 9000, 10**9:                             # older ones, sharded and in one file
+        make(7, num_hidden_layers=1).save_pretrained(tmp_path, size)
     model = make(tie_word_embeddings=tied).bfloat16()
     model.model.norm.float()
     model.save_pretrained(tmp_path, shard_bytes)
-    config = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
     again = Motif.from_pretrained(tmp_path)
     assert again.config == model.config
     for ours, theirs in zip(model.named_parameters(), again.named_parameters(), strict=True):
@@ -195,21 +198,69 @@ def test_a_saved_model_comes_back_bitwise_in_its_own_dtypes(tmp_path, shard_byte
         assert name == other and p.dtype == q.dtype and torch.equal(p, q) and q.requires_grad
     assert torch.equal(model.float()(tokens(1, 3)),
                        Motif.from_pretrained(tmp_path, dtype=torch.float32)(tokens(1, 3)))
-    if files > 1:
+    names = {f.name for f in tmp_path.iterdir()} - {CONFIG}
+    if files == 1:
+        assert names == {WEIGHTS}                        # other readers take every file in it
+    else:
         index = json.loads((tmp_path / INDEX).read_text())
         assert index["weight_map"].keys() == again.state_dict().keys()
-        assert len(set(index["weight_map"].values())) >= files
+        assert names == {INDEX, *index["weight_map"].values()} and len(names) > files
         assert index["metadata"]["total_size"] == sum(p.nbytes for p in again.parameters())
 
 
+def by_the_format(folder):
+    """(name -> array, index) by the definition alone: 8 bytes of the header's length, a header in
+    JSON, then the numbers (github.com/huggingface/safetensors, "Format")."""
+    index, found = json.loads((folder / INDEX).read_text()), {}
+    for file in {*index["weight_map"].values()}:
+        raw = (folder / file).read_bytes()
+        start = 8 + int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8:start])
+        assert header.pop("__metadata__") == {"format": "pt"}   # transformers wants to read it
+        for name, entry in header.items():
+            a, b = entry["data_offsets"]
+            if entry["dtype"] == "BF16":                 # the upper half of a 32-bit float
+                numbers = np.frombuffer(raw[start + a:start + b], "<u2").astype("<u4") << 16
+            else:
+                numbers = np.frombuffer(raw[start + a:start + b], {"F32": "<u4"}[entry["dtype"]])
+            assert index["weight_map"][name] == file and name not in found
+            found[name] = numbers.view("<f4").reshape(entry["shape"])
+    assert found.keys() == index["weight_map"].keys()
+    return found, index
+
+
+@pytest.mark.parametrize("dtype, shape", [(torch.float32, "4:1, two pairs"),
+                                          (torch.bfloat16, "one pair, tied")])
+def test_any_reader_of_the_files_finds_the_same_function(tmp_path, dtype, shape):
+    model, ids = make(**SHAPES[shape]).to(dtype), tokens(2, 7)
+    model.save_pretrained(tmp_path, 4000)
+    found, index = by_the_format(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    logits = reference.motif_logits(found, config, ids)
+    assert np.abs(model.float()(ids).detach().numpy() - logits).max() <= 1e-4
+    again = Motif.from_pretrained(tmp_path, dtype=torch.float32)
+    assert np.abs(again(ids).detach().numpy() - logits).max() <= 1e-4
+    assert len({*index["weight_map"].values()}) > 8
+    assert f"torch.{config['torch_dtype']}" == str(dtype)
+    assert index["metadata"]["total_size"] == sum(t.size for t in found.values()) * dtype.itemsize
+
+
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+WORDS = "tokenizer.json"
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
 
 
-def rewrite(folder, change):
-    tensors = load_file(folder / WEIGHTS)
+def rewrite(folder, change, file=WEIGHTS):
+    tensors = load_file(folder / file)
     change(tensors)
-    save_file(tensors, folder / WEIGHTS)
+    save_file(tensors, folder / file)
+
+
+def index_says(folder, **places):
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"].update(places)
+    places = {name: file for name, file in index["weight_map"].items() if file}
+    (folder / INDEX).write_text(json.dumps({**index, "weight_map": places}))
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -221,9 +272,15 @@ def rewrite(folder, change):
     (lambda f: (f / CONFIG).write_text('{"use_bias": true}'), "^config.json has use_bias=True;"),
     (lambda f: (f / CONFIG).write_text('{"hidden_act": "gelu"}'),
      "^config.json has hidden_act='gelu'; known: poly_norm, silu$"),
+    (lambda f: (f / CONFIG).write_text('{"rope_scaling": {"factor": 2}}'),
+     "^config.json has rope_scaling={'factor': 2}; only None is supported$"),
+    (lambda f: (f / CONFIG).write_text((f / CONFIG).read_text().replace("29", "null")),
+     "^vocab_size must be at least 1, not None$"),
     (lambda f: (f / WEIGHTS).unlink(), ": model.safetensors is missing$"),
     (lambda f: (f / INDEX).write_text('{"weight_map": {"x": "gone"}}'), ": gone is missing$"),
     (lambda f: (f / INDEX).write_text("x"), "index.json: not JSON: "),
+    (lambda f: (f / INDEX).write_text('{"weight_map": ["x"]}'),
+     "index.json: its weight_map must give each tensor's file$"),
     (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]),
      "model.safetensors: cannot be read: "),
     (lambda f: rewrite(f, lambda t: t.pop(NORM)), f"do not fit: missing {NORM}$"),
@@ -231,6 +288,8 @@ def rewrite(folder, change):
     (lambda f: rewrite(f, lambda t: t.update({NORM: torch.ones(3), HEAD: torch.ones(29)})),
      rf": {NORM} is \(3,\), not \(20,\); {HEAD} is \(29,\), not \(29, 20\)$"),
     (lambda f: rewrite(f, lambda t: [t.pop(name) for name in sorted(t)[:7]]), " and 3 more$"),
+    (lambda f: rewrite(f, lambda t: t.update({NORM: t[NORM].to(torch.int8)})),
+     f"do not fit: {NORM} is of I8, not F64, F32, F16, BF16$"),
 ])
 def test_a_damaged_folder_is_one_line_that_says_what(tmp_path, damage, message):
     make().save_pretrained(tmp_path)
@@ -240,6 +299,99 @@ def test_a_damaged_folder_is_one_line_that_says_what(tmp_path, damage, message):
     with pytest.raises(ValueError, match=message) as e:
         Motif.from_pretrained(tmp_path)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda f, file: (f / file).write_bytes((f / file).read_bytes()[:-9]),
+     "{file}: cannot be read: "),
+    (lambda f, file: (f / file).unlink(), ": {file} is missing$"),
+    (lambda f, file: rewrite(f, lambda t: t.pop(NORM), file), "do not fit: missing {NORM}$"),
+    (lambda f, file: index_says(f, **{NORM: None}),
+     "do not fit: {NORM} is in {file}, not where the index says$"),
+    (lambda f, file: index_says(f, **{NORM: "model-00001-of-00020.safetensors"}),
+     "do not fit: {NORM} is in {file}, not where the index says$"),
+])
+def test_a_damaged_shard_or_index_is_one_line_too(tmp_path, damage, message):
+    make().save_pretrained(tmp_path, 4000)
+    file = json.loads((tmp_path / INDEX).read_text())["weight_map"][NORM]
+    damage(tmp_path, file)
+    with pytest.raises(ValueError, match=message.format(file=file, NORM=NORM)) as e:
+        Motif.from_pretrained(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def words():
+    """A tokenizer.json: bytes, by GPT-2's letters (its encoder.py), ten pairs and END."""
+    odd = [b for b in range(256) if not (33 <= b < 127 or 161 <= b < 173 or 174 <= b)]
+    letters = [chr(256 + odd.index(b) if b in odd else b) for b in range(256)]
+    pairs = [(letters[97 + i], letters[98 + i]) for i in range(10)]
+    vocab = [*letters, *map("".join, pairs)]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+             "use_regex": True}
+    return {"version": "1.0", "normalizer": None, "pre_tokenizer": level, "post_processor": level,
+            "decoder": level,
+            "added_tokens": [{"id": 266, "content": data.END, "special": True, "lstrip": False,
+                              "rstrip": False, "normalized": False, "single_word": False}],
+            "model": {"type": "BPE", "vocab": {word: i for i, word in enumerate(vocab)},
+                      "merges": pairs}}
+
+
+def checkpoint(folder, tokenizer):
+    """As a run leaves it, to the extent that --export looks at it."""
+    model = make(vocab_size=300)
+    model.save_pretrained(folder, 40_000)
+    pretrain.write_json(folder / "state.json", {"step": 1, "config": {"tokenizer": tokenizer},
+                                                "files": {}})
+    return model
+
+
+@pytest.mark.parametrize("tokenizer", ["words", "words/tokenizer.json", "byte"])
+def test_export_writes_a_folder_that_others_serve(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words").mkdir()
+    for name in "special_tokens_map.json", "chat_template.jinja", "other.txt":
+        (tmp_path / "words" / name).write_text(name)
+    (tmp_path / "words" / WORDS).write_text(json.dumps(words()))
+    model = checkpoint(tmp_path / "out/step_1", tokenizer)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--out_dir=out", "--export=served"])
+    monkeypatch.setattr(pretrain, "SHARD_BYTES", 20_000)
+    pretrain.main()
+    served, ours = tmp_path / "served", data.load_tokenizer(tokenizer)
+    found, index = by_the_format(served)
+    for name, p in model.bfloat16().state_dict().items():
+        assert np.array_equal(p.float().numpy(), found[name])
+    assert index["metadata"]["total_size"] == 2 * sum(t.size for t in found.values())
+    config = json.loads((served / CONFIG).read_text())
+    assert config["torch_dtype"] == "bfloat16" and config["architectures"] == ["MotifForCausalLM"]
+    generation = json.loads((served / "generation_config.json").read_text())
+    special = ours._special_tokens
+    assert generation == {"bos_token_id": special[data.BEGIN],
+                          "eos_token_id": [special[data.END], special[data.TURN_END]]}
+    names = {CONFIG, INDEX, "generation_config.json", *index["weight_map"].values()}
+    if tokenizer == "byte":
+        assert {f.name for f in served.iterdir()} == names
+        return
+    assert {f.name for f in served.iterdir()} == names | set(pretrain.TOKENIZER_FILES)
+    assert (served / "chat_template.jinja").read_text() == "chat_template.jinja"
+    theirs, spec = data.load_tokenizer("served"), json.loads((served / WORDS).read_text())
+    assert data.fingerprint(theirs) == data.fingerprint(ours)
+    assert {t["content"]: t["id"] for t in spec["added_tokens"]} == special
+    assert evaluation.first_token(spec, theirs) == special[data.BEGIN]
+
+
+def test_export_without_its_tokenizer_or_of_a_damaged_file_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--out_dir=out", "--export=served"])
+    with pytest.raises(SystemExit, match="^out holds no checkpoint to export; give --resume=PATH$"):
+        pretrain.main()
+    checkpoint(tmp_path / "out/step_1", "gone.json")
+    with pytest.raises(SystemExit, match="^tokenizer gone.json: FileNotFoundError: "):
+        pretrain.main()
+    checkpoint(tmp_path / "out/step_1", "byte")
+    next((tmp_path / "out/step_1").glob("*-00002-*")).write_bytes(b"x" * 99)
+    with pytest.raises(SystemExit, match="-00002-of-.*: cannot be read: ") as e:
+        pretrain.main()
+    assert "\n" not in str(e.value) and not (tmp_path / "served").exists()
 
 
 # ---- what a shape costs
