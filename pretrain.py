@@ -34,9 +34,9 @@ import data
 import muonclip
 from configurator import Count, Fraction, NonNegative, Size
 from kernels import LOSS_CHUNK
-from model import (Linear, Motif, MotifConfig, activation_bytes, cost_table, flops_per_token, grow,
-                   memory_per_gpu, model_folder, read_json, save_tensors, stored_tensors,
-                   tensor_files, write_json)
+from model import (INDEX, Linear, Motif, MotifConfig, activation_bytes, cost_table,
+                   flops_per_token, grow, memory_per_gpu, model_folder, read_json, save_tensors,
+                   stored_tensors, tensor_files, write_json)
 from muonclip import local
 
 QUICKSTART = str(Path(__file__).parent / "config" / "quickstart.py")
@@ -525,22 +525,33 @@ def optimizer_tensors(model: Motif, optimizer) -> dict[str, torch.Tensor]:
 
 
 def export(folder: Path, state: dict, to: Path) -> None:
-    """Write a checkpoint's model, cast to bf16 in memory, in the released layout, and what serves
-    it. ValueError if `to` is there already, the checkpoint is damaged or its tokenizer is gone,
-    OSError if it cannot write."""
+    """Write a checkpoint's model, cast to bf16, in the released layout, file by file, and what
+    serves it. ValueError if `to` is there already, the checkpoint is damaged or its tokenizer is
+    gone, OSError if it cannot write."""
+    from safetensors.torch import load_file, save_file
     if to.exists():
         raise ValueError(f"{to} is there already; delete it or give another --export")
+    config, total = read_json(folder / "config.json"), 0
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in Motif(MotifConfig.from_dict(config)).state_dict().items()}
+    next(stored_tensors(folder, "model", shapes))        # refuses a folder that is not whole
     temporary = to.with_name(f"{to.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     export_tokenizer(state["config"]["tokenizer"], temporary)
-    model = Motif.from_pretrained(folder, dtype=torch.bfloat16)
-    model.save_pretrained(temporary, SHARD_BYTES)
+    for file in tensor_files(folder, "model"):
+        tensors = {name: t.bfloat16() for name, t in load_file(file).items()}
+        save_file(tensors, temporary / file.name, metadata={"format": "pt"})
+        total += sum(t.nbytes for t in tensors.values())
+        print(f"{file.name}: {len(tensors)} tensors", flush=True)
+    write_json(temporary / "config.json", config | {"torch_dtype": "bfloat16"})
+    if (folder / f"model{INDEX}").exists():
+        write_json(temporary / f"model{INDEX}", read_json(folder / f"model{INDEX}") | {
+            "metadata": {"total_size": total}})
     for path in [*temporary.iterdir(), temporary]:
         sync(path)
     os.replace(temporary, to)
-    size = sum(p.nbytes for p in model.parameters())
-    print(f"{folder} is in {to}: {size / 1e9:.2f} GB in bf16")
+    print(f"{folder} is in {to}: {total / 1e9:.2f} GB in bf16")
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
