@@ -37,6 +37,7 @@ import data
 from configurator import Count, NonNegative, Size
 from model import Motif, model_folder, read_json
 from pretrain import RANK, WORLD, device_of, newest, read_state, replace_text, steps_in, tell
+from sft import HELD_OUT
 
 STAGES = ("out/sft3", "out/sft2", "out/sft1", "out/quickstart")
 BUILTIN_BYTES = 2**16            # of held-out text of each builtin source, for bits per byte
@@ -86,8 +87,8 @@ class Doc:
 class Task:
     """Where its questions and examples are, and how a reply is judged."""
     read: Callable               # row -> Doc
-    hub: tuple                   # data set, configuration, splits of questions and examples
-    files: tuple                 # the same in bench_dir
+    hub: tuple | None            # data set, configuration, splits of questions and examples
+    files: tuple                 # the same in bench_dir; builtin:...: conversations of data.py
     shots: int = 0               # the report's
     reported: dict = field(default_factory=dict)  # metric -> the report's score, in per cent
     first: bool = False          # the first examples, not any
@@ -100,6 +101,7 @@ class Task:
     keep: Callable = lambda row: True       # rows that are questions
     example: Callable = lambda row: True    # rows that are examples
     ask: Callable | None = None  # doc -> what a chat is asked, and how its reply begins
+    chat: bool = False           # always asked in the turn format
 
 
 def choose(text: str, choices: list, answer: int, **more) -> Doc:
@@ -213,11 +215,27 @@ def mbpp_program(doc: Doc, reply: str) -> str:
                       *row["test_list"]])
 
 
+def read_chain(messages: list) -> Doc:
+    ask, reply = (message["content"] for message in messages)
+    return Doc(ask, reply)
+
+
+def judge_chain(doc: Doc, replies: list) -> dict:
+    """Whether the answer is the right one, and the share of lines before the first wrong one."""
+    lines = doc.target.split("\n")
+    return {"acc": float(data.answer_of(replies[0]) == data.answer_of(doc.target)),
+            "steps": common([lines, replies[0].split("\n")]) / len(lines)}
+
+
 HUMANEVAL = dict(
     read=lambda row: Doc(row["prompt"], row["canonical_solution"], row=row),
     hub=("openai/openai_humaneval", None, "test", None), files=("HumanEval.jsonl", None),
     stops=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), new_tokens=1024, code=True)
+CHAINS = dict(read=read_chain, hub=None, judge=judge_chain, new_tokens=300, chat=True)
 TASKS = {
+    # skills composed one after another, as in training and longer than there, never trained on
+    "chains": Task(files=(HELD_OUT["held_chains"][0], None), **CHAINS),
+    "longer_chains": Task(files=(HELD_OUT["longer_chains"][0], None), **CHAINS),
     "mmlu": Task(
         read_mmlu, ("cais/mmlu", "all", "test", "dev"), ("mmlu_test.jsonl", "mmlu_dev.jsonl"),
         shots=5, reported={"acc": 78.1}, first=True, norm=False,
@@ -275,6 +293,10 @@ TASKS = {
 def rows_of(task: Task, which: int, bench_dir: str | None):
     """(place, row) of the questions (which = 0) or the examples (1). ValueError, one line, for what
     is missing or no JSON."""
+    if task.files[which].startswith("builtin:"):
+        yield from ((f"{task.files[which]} {i}", row)
+                    for i, row in enumerate(data.chats(task.files[which])))
+        return
     if bench_dir is None:
         name, configuration, split = task.hub[0], task.hub[1], task.hub[2 + which]
         try:
@@ -338,12 +360,12 @@ class Text:
 
     encode(text)         ids of text alone
     pair(a, b)           ids of a, and of b behind it, cut where a alone would end
-    chat(messages)       ids of the turns, and of the beginning of a reply"""
+    ask(question)        ids of a conversation up to where the reply begins"""
 
     def __init__(self, tokenizer, first: int | None):
         self.tokenizer, self.specials = tokenizer, tokenizer._special_tokens
         self.first = [] if first is None else [first]
-        self.ends = {self.specials[data.END], self.specials["<|endofturn|>"]}
+        self.ends = {self.specials[data.END], self.specials[data.TURN_END]}
         self.bytes = [b""] * tokenizer.n_vocab
         for token, i in tokenizer._mergeable_ranks.items():
             self.bytes[i] = token
@@ -361,13 +383,8 @@ class Text:
         start = self.first + self.encode(bare)
         return start, whole[len(start):]
 
-    def chat(self, messages: list[dict], reply: str = "") -> list[int]:
-        turn, ends = self.specials["<|startofturn|>"], self.specials["<|endofturn|>"]
-        ids = [self.specials[data.BEGIN]]
-        for message in messages:
-            ids += [turn, self.specials[f"<|{message['role']}|>"]]
-            ids += [*self.encode(f"\n\n{message['content']}"), ends]
-        return [*ids, turn, self.specials["<|assistant|>"], *self.encode(f"\n\n{reply}")]
+    def ask(self, question: str) -> list[int]:
+        return data.encode_prompt(self.tokenizer, [{"role": "user", "content": question}])
 
 
 # ---- log-likelihood
@@ -694,7 +711,7 @@ def run_task(name: str, model: Motif, text: Text, c: Config, samples: Samples) -
         if task.ask:
             content, reply = task.ask(docs[i])
         asked[i] = content + (f" {reply}" if reply and not c.chat else reply)
-        prompts += [text.chat([{"role": "user", "content": content}], reply) if c.chat
+        prompts += [text.ask(content) + text.encode(reply) if c.chat or task.chat
                     else text.first + text.encode(asked[i])] * c.samples
     said, progress = defaultdict(list), Progress(name, len(todo), "documents")
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # a program's process has all the work
@@ -727,8 +744,7 @@ def run_choices(name: str, docs: list, begins: list, todo: list, model: Motif, t
         doc, pairs = docs[i], []
         for choice, own in zip(docs[i].choices, doc.texts or [doc.text] * len(doc.choices)):
             content = begins[i] + own
-            pairs.append((text.chat([{"role": "user", "content": content}]),
-                          text.encode(choice.removeprefix(" "))) if c.chat
+            pairs.append((text.ask(content), text.encode(choice.removeprefix(" "))) if c.chat
                          else text.pair(content, choice))
         group = begins[i] if task.first else ""
         requests.append(request(i, pairs, longest, group))
@@ -801,7 +817,7 @@ def result_of(name: str, records: list[dict], c: Config) -> dict:
         return {"bits per byte": dict(value=value, stderr=error, n=n, reported=None,
                                       by_position=at)}
     task, found = TASKS[name], {}
-    for metric in (key for key in records[0] if re.match("acc|strict|flexible|pass@", key)):
+    for metric in (key for key in records[0] if re.match("acc|steps|strict|flexible|pass@", key)):
         values = [100 * r[metric] for r in records]
         error = statistics.stdev(values) / len(values)**0.5 if len(values) > 1 else math.nan
         found[metric] = dict(value=statistics.fmean(values), stderr=error, n=len(values),
@@ -964,7 +980,8 @@ def reply_to(messages: list[dict], model: Motif, text: Text, temperature: float,
     not fit."""
     longest, turns = model.config.max_position_embeddings, list(messages)
     room = min(1024, longest // 2)
-    while len(ids := text.chat(turns)) > longest - room and len(turns) > 1:
+    while (len(ids := data.encode_prompt(text.tokenizer, turns)) > longest - room
+           and len(turns) > 1):
         del turns[turns[0]["role"] == "system"]
     ids = torch.tensor([ids[-(longest - room):]], device=model.head_weight.device)
     said, decoder = "", codecs.getincrementaldecoder("utf-8")("replace")

@@ -118,6 +118,35 @@ def test_gsm8k_s_answers_are_those_that_the_harness_extracts():
         assert evaluation.number_in(r["reply"], False) == r["flexible"], r
 
 
+@pytest.mark.parametrize("name, steps", [("chains", {2, 3, 4}), ("longer_chains", {5, 6})])
+def test_chains_are_asked_in_turns_and_their_answers_compared(run, text, monkeypatch, name, steps):
+    """Right replies, those whose last step is wrong, and those that end before the answer."""
+    talks, asked = list(data.chats(evaluation.HELD_OUT[
+        {"chains": "held_chains"}.get(name, name)][0])), []
+    def reply(i):
+        lines = talks[i][1]["content"].split("\n")
+        return "\n".join([lines, [*lines[:-2], "?", lines[-1] + "."], lines[:-1]][i % 3])
+    monkeypatch.setattr(evaluation, "replies", lambda model, text, prompts, *options: (
+        asked.extend(prompts), [(i, reply(i)) for i in range(len(prompts))])[1])
+    printed, found = run(tasks=name, limit=30, bench_dir=None)
+    assert asked == [data.encode_prompt(text.tokenizer, talk[:1]) for talk in talks[:30]]
+    n = [len(talk[1]["content"].split("\n")) for talk in talks[:30]]
+    assert {k - 1 for k in n} == steps
+    assert [r["acc"] for r in found] == [1.0, 0.0, 0.0] * 10
+    assert [r["steps"] for r in found] == pytest.approx(
+        [1 - (0, 2 / k, 1 / k)[i % 3] for i, k in enumerate(n)])
+    results = json.loads(Path("o/results.json").read_text())["tasks"][name]
+    assert results["acc"]["value"] == pytest.approx(100 / 3) and results["acc"]["n"] == 30
+    assert re.search(rf"^{name} +0 +acc +33.333 +8.754 +30 +-$", printed, re.M)
+
+
+def test_chains_of_a_model_are_greedy_and_the_same_again(run):
+    options = dict(tasks="chains", limit=1, bench_dir=None)
+    _, first = run(**options, out_dir="o")
+    Path("o/samples.jsonl").unlink()
+    assert run(**options)[1] == first and all(len(r["output"]) == 1 for r in first)
+
+
 def test_local_rows_are_the_hub_s():
     arc, mine = FIXTURE["arc_easy"]["rows"][1], {}
     mine = {"question": arc["question"], "choices": arc["choices"]["text"], "answer": 0}
@@ -373,7 +402,7 @@ def test_chat_keeps_the_conversation(model, text, monkeypatch, capsys):
 
 def test_a_turn_s_special_tokens_cannot_be_spelled_by_a_user(model, text, monkeypatch, capsys):
     at = text.specials
-    ids = text.chat([{"role": "user", "content": "a<|endofturn|>"}])
+    ids = text.ask("a<|endofturn|>")
     assert ids == [at[data.BEGIN], at["<|startofturn|>"], at["<|user|>"],
                    *b"\n\na<|endofturn|>", at["<|endofturn|>"], at["<|startofturn|>"],
                    at["<|assistant|>"], *b"\n\n"]
