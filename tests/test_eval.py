@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -66,7 +67,7 @@ def run(tmp_path, monkeypatch, tiny, bench, capsys):
         argv = [f"--{k}={v}" for k, v in options.items() if v is not None]
         monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
         evaluation.main()
-        return capsys.readouterr().out, records("o")
+        return capsys.readouterr().out, records("o") if options["out_dir"] else None
     return call
 
 
@@ -137,7 +138,7 @@ def test_chains_are_asked_in_turns_and_their_answers_compared(run, text, monkeyp
         [1 - (0, 2 / k, 1 / k)[i % 3] for i, k in enumerate(n)])
     results = json.loads(Path("o/results.json").read_text())["tasks"][name]
     assert results["acc"]["value"] == pytest.approx(100 / 3) and results["acc"]["n"] == 30
-    assert re.search(rf"^{name} +0 +acc +33.333 +8.754 +30 +-$", printed, re.M)
+    assert re.search(rf"^{name} +0 +acc +30 +33.333 ± 8.754 +-$", printed, re.M)
 
 
 def test_chains_of_a_model_are_greedy_and_the_same_again(run):
@@ -357,6 +358,23 @@ def test_a_cut_run_goes_on_and_other_settings_begin_anew(run, monkeypatch):
     assert len(other) == 3 and len(scored) == len(whole) + 1
 
 
+def test_stages_stand_side_by_side_and_are_measured_once(run, tiny, monkeypatch):
+    monkeypatch.setattr(evaluation, "BUILTIN_DOCS", 1)
+    for name in "quickstart/step_2", "quickstart/step_4", "sft1/step_3":
+        shutil.copytree(tiny, Path("out", name))
+        Path("out", name, "state.json").write_text('{"files": {}, "config": {"tokenizer": "byte"}}')
+    alone = dict(model=None, tokenizer=None, bench_dir=None, limit=1, plot=True)
+    printed, _ = run(**alone, out_dir=None)
+    assert re.search(r"^task .* quickstart +sft1 +reported$", printed, re.M)
+    rows = re.findall(r"^(\S+) .* ([\d.]+) ± +nan +([\d.]+) ± +nan +-$", printed, re.M)
+    assert [name for name, *_ in rows] == [*evaluation.BPB, "chains", "chains"]
+    assert all(a == b for _, a, b in rows) and Path("out/eval/scores.png").exists()
+    monkeypatch.setattr(evaluation, "score", None)
+    monkeypatch.setattr(evaluation, "replies", lambda *options: ())
+    again, _ = run(**alone, out_dir=None)
+    assert again[again.index("\ntask"):] == printed[printed.index("\ntask"):]
+
+
 def as_rank(rank: int, port: int) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
                       MASTER_PORT=str(port))
@@ -427,7 +445,7 @@ def test_a_turn_s_special_tokens_cannot_be_spelled_by_a_user(model, text, monkey
     (dict(tasks="arc_easy", tokenizer="gpt2.json"), "tokenizer gpt2.json"),
     (dict(tasks="arc_easy", tokenizer=None), "has no tokenizer.json; give --tokenizer"),
     (dict(model="nowhere"), "model=nowhere is neither a folder nor"),
-    (dict(model=None), "none of out/sft3, .* holds a checkpoint; run `python pretrain.py`"),
+    (dict(model=None), "none of out/quickstart, .* holds a checkpoint; run `python pretrain.py`"),
     (dict(tasks="bpb:none.txt"), "no file matches none.txt"),
 ])
 def test_wrong_input_is_told_in_one_line(run, options, words):
