@@ -47,7 +47,6 @@ STAGES = ("out/quickstart", "out/sft1", "out/sft2", "out/sft3")
 BPB = [f"bpb:builtin:{kind}" for kind in ("language", "code", "math", "science")]
 BUILTIN_DOCS, DOC_LETTERS = 16, 1024  # held out: at most so many of each, and so much of one
 SHARED_TOKENS = 32               # a beginning that rows share is read once if it has so many
-METRICS = ("acc", "acc_norm", "steps", "strict", "flexible", "pass@1", "pass@10", "pass@100")
 
 
 @dataclass
@@ -405,49 +404,37 @@ class Text:
 
 # ---- log-likelihood
 
-@dataclass
-class Request:
-    """Sequences of one document, of which the last `count` tokens each are scored: all begin with
-    the same `prefix` tokens, which is less than all of a sequence but the scored ones."""
-    doc: int
-    rows: list                   # of ids
-    counts: list
-    prefix: int
-    group: str = ""
-
-    @property
-    def length(self) -> int:
-        return max(map(len, self.rows))
-
-
 def common(rows: list) -> int:
     """How many tokens all rows begin with."""
     return next((i for i, tokens in enumerate(zip(*rows)) if len({*tokens}) > 1),
                 min(map(len, rows)))
 
 
-def request(doc: int, pairs: list[tuple[list, list]], longest: int, group: str = "") -> Request:
-    """From (context, continuation) of each choice; of `longest` + 1 tokens the last are kept."""
-    rows = [(a + b)[-(longest + 1):] for a, b in pairs]
-    counts = [min(len(b), len(row) - 1) for (_, b), row in zip(pairs, rows)]
-    prefix = min([common(rows), *(len(row) - n for row, n in zip(rows, counts))])
-    return Request(doc, rows, counts, prefix, group)
+class Request:
+    """The sequences of one document, from (context, continuation) of each choice, of `longest` + 1
+    tokens the last. Of each row the last `count` tokens are scored; all begin with the same
+    `prefix` tokens, which is less than all of a row but the scored ones."""
+
+    def __init__(self, doc: int, pairs: list[tuple[list, list]], longest: int, group: str = ""):
+        self.doc, self.group = doc, group
+        self.rows = [(a + b)[-(longest + 1):] for a, b in pairs]
+        self.counts = [min(len(b), len(row) - 1) for (_, b), row in zip(pairs, self.rows)]
+        self.prefix = min(common(self.rows),
+                          *(len(row) - n for row, n in zip(self.rows, self.counts)))
+        self.length = max(map(len, self.rows))
 
 
 def batches(requests: list[Request], batch_tokens: int, longest: int):
     """Those of one group together, in it the longest first; no batch is larger than batch_tokens,
     padding included, or than one request."""
-    most = defaultdict(int)
-    for r in requests:
-        most[r.group] = max(most[r.group], r.length)
-    batch, group, prefix, rest = [], None, 0, 0
-    for r in sorted(requests, key=lambda r: (-most[r.group], r.group, -r.length, r.doc)):
+    batch, prefix, rest = [], 0, 0
+    for r in sorted(requests, key=lambda r: (r.group, -r.length, r.doc)):
         after = max(prefix, r.prefix), max(rest, r.length - r.prefix)
         full = sum(after) * (len(batch) + 1) > batch_tokens or sum(after) > longest + 1
-        if batch and (full or r.group != group or (r.prefix == 0) != (prefix == 0)):
+        if batch and (full or r.group != batch[0].group or (r.prefix == 0) != (prefix == 0)):
             yield batch
             batch, after = [], (r.prefix, r.length - r.prefix)
-        batch, group, (prefix, rest) = [*batch, r], r.group, after
+        batch, (prefix, rest) = [*batch, r], after
     if batch:
         yield batch
 
@@ -476,11 +463,9 @@ def score(model: Motif, batch: list[Request]) -> list[list[torch.Tensor]]:
     ids = torch.tensor([[0] * (P - r.prefix) + r.rows[0][:r.prefix] for r in batch], device=device)
     shared = common([r.rows[0][:r.prefix] for r in batch])
     shared = min(shared, P - 1) if len(batch) > 1 and shared >= SHARED_TOKENS else 0
-    cache = None
-    if L or shared:
-        shape = (len(batch), P + L, c.num_key_value_heads, c.head_dim)
-        cache = [tuple(torch.zeros(shape, dtype=model.head_weight.dtype, device=device)
-                       for _ in "kv") for _ in model.model.layers]
+    shape = (len(batch), P + L, c.num_key_value_heads, c.head_dim)
+    cache = [tuple(torch.zeros(shape, dtype=model.head_weight.dtype, device=device) for _ in "kv")
+             for _ in model.model.layers]
     if shared:
         once = [tuple(t[:1, :shared].clone() for t in pair) for pair in cache]
         model(torch.tensor([batch[0].rows[0][:shared]], device=device), cache=once, last=1)
@@ -539,29 +524,23 @@ def replies(model: Motif, text: Text, prompts: list[list], stops: tuple, new_tok
 
 def finished(stream, rows: list, text: Text, stops: tuple):
     """See replies. Once half of the rows have ended, the others go on without them."""
-    stops, said = [stop.encode() for stop in stops], {i: b"" for i in rows}
-    longest, tokens, open_rows = max(map(len, stops), default=1), next(stream), {*rows}
-    while tokens is not None:
-        for i, token in zip(rows, tokens[:, 0].tolist()):
-            if i not in open_rows:
-                continue
-            start = max(0, len(said[i]) - longest + 1)
-            said[i] += text.bytes[token] if token < len(text.bytes) else b"\xff"
-            cuts = [k for k in (said[i].find(stop, start) for stop in stops) if k >= 0]
-            if cuts or token in text.ends:
-                open_rows.discard(i)
-                yield i, said[i][:min(cuts, default=None)].decode("utf-8", "replace")
-        if not open_rows:
-            return
-        go_on = None
-        if 2 * len(open_rows) <= len(rows):
-            go_on = torch.tensor([k for k, i in enumerate(rows) if i in open_rows])
-            rows = [i for i in rows if i in open_rows]
-        try:
-            tokens = stream.send(go_on if go_on is None else go_on.to(tokens.device))
-        except StopIteration:
-            tokens = None
-    yield from ((i, said[i].decode("utf-8", "replace")) for i in rows if i in open_rows)
+    stops, said, left = [stop.encode() for stop in stops], {i: b"" for i in rows}, {*rows}
+    longest, go_on = max(map(len, stops), default=1), None
+    with suppress(StopIteration):
+        while left:
+            for i, token in zip(rows, stream.send(go_on)[:, 0].tolist()):
+                if i in left:
+                    start = max(0, len(said[i]) - longest + 1)
+                    said[i] += text.bytes[token] if token < len(text.bytes) else b"\xff"
+                    cuts = [k for k in (said[i].find(stop, start) for stop in stops) if k >= 0]
+                    if cuts or token in text.ends:
+                        left.remove(i)
+                        yield i, said[i][:min(cuts, default=None)].decode("utf-8", "replace")
+            go_on = None
+            if 2 * len(left) <= len(rows):
+                go_on = torch.tensor([k for k, i in enumerate(rows) if i in left])
+                rows = [i for i in rows if i in left]
+    yield from ((i, said[i].decode("utf-8", "replace")) for i in rows if i in left)
 
 
 # ---- the sandbox
@@ -660,7 +639,7 @@ def likeliest(task: Task, docs: list, begins: list, todo: list, model: Motif, te
         for choice, own in zip(doc.choices, doc.texts or [doc.text] * len(doc.choices)):
             pairs.append((text.ask(begins[i] + own), text.encode(choice[1:])) if c.chat
                          else text.pair(begins[i] + own, choice))
-        requests.append(request(i, pairs, longest, begins[i] if task.first else ""))
+        requests.append(Request(i, pairs, longest, begins[i] if task.first else ""))
     for r, found in scored(model, requests, c.batch_tokens):
         doc, sums = docs[r.doc], [x.sum().item() for x in found]
         norms = [s / (len(choice) - 1) for s, choice in zip(sums, doc.choices)]
@@ -704,7 +683,7 @@ def bits(task: Task, docs: list, begins: list, todo: list, model: Motif, text: T
         ids = (text.first or [text.specials[data.END]]) + text.encode(docs[i].text)
         for start in range(0, len(ids) - 1, longest):
             window = ids[start:start + longest + 1]
-            requests.append(request(i, [(window[:1], window[1:])], longest))
+            requests.append(Request(i, [(window[:1], window[1:])], longest))
             left[i] += 1
     found = {i: {"prompt": docs[i].text[:80], "bits": defaultdict(float), "bytes": Counter()}
              for i in todo}
@@ -754,34 +733,32 @@ def tasks_of(c: Config) -> dict[str, Task]:
 
 
 class Samples:
-    """The records of a run, a line of samples.jsonl each. Of many ranks each has a file of its own
-    until they are put together; what a cut run left is read by the first."""
+    """The records of a run, a line of samples.jsonl each, to which all ranks append. Those that a
+    cut run with the same settings left are done."""
 
     def __init__(self, out: Path, settings: dict):
-        self.out, self.file = out, out / f"samples{f'.{RANK}' * (RANK > 0)}.jsonl"
-        self.done = tell(self._begin(settings) if RANK == 0 else None)[0]
-        self.new = {}
+        self.file, self.new = out / "samples.jsonl", {}
+        self.done = tell(self.begin(out, settings) if RANK == 0 else None)[0]
 
-    def _begin(self, settings: dict) -> dict:
-        self.out.mkdir(parents=True, exist_ok=True)
-        kept, found = self.out / "settings.json", {}
-        files = sorted(self.out.glob("samples*.jsonl"))
-        if kept.exists() and json.loads(kept.read_text()) == settings:
-            for line in (line for file in files for line in file.read_text().split("\n")):
+    def begin(self, out: Path, settings: dict) -> dict:
+        out.mkdir(parents=True, exist_ok=True)
+        results, found = out / "results.json", {}
+        there = results.exists() and self.file.exists()
+        before = json.loads(results.read_text()) if there else {}
+        if settings.items() <= before.items():
+            for line in self.file.read_text().split("\n"):
                 with suppress(ValueError):               # a line that was cut
                     record = json.loads(line)
                     found[record["task"], record["doc"]] = record
-        elif files:
-            print(f"{self.out}: another model or other settings before; beginning anew")
-        for file in files:
-            file.unlink()
-        self._write(found)
-        replace_text(kept, json.dumps(settings, indent=1) + "\n")
+        elif before:
+            print(f"{out}: another model or other settings before; beginning anew")
+        self.write(found)
+        replace_text(results, json.dumps({**settings, "tasks": {}}, indent=1) + "\n")
         return found
 
-    def _write(self, records: dict) -> None:
+    def write(self, records: dict) -> None:
         lines = (json.dumps(records[key]) + "\n" for key in sorted(records))
-        replace_text(self.out / "samples.jsonl", "".join(lines))
+        replace_text(self.file, "".join(lines))
 
     def add(self, task: str, doc: int, record: dict) -> None:
         self.new[task, doc] = {"task": task, "doc": doc, **record}
@@ -789,15 +766,13 @@ class Samples:
             f.write(json.dumps(self.new[task, doc]) + "\n")
 
     def gather(self) -> dict:
-        """(task, doc) -> record, of all ranks, also in the one file."""
+        """(task, doc) -> record, of all ranks, in order also in the file."""
         for records in tell(self.new):
             self.done.update(records)
         self.new = {}
         if RANK == 0:
-            self._write(self.done)
-        tell(None)
-        if RANK:
-            self.file.unlink(missing_ok=True)
+            self.write(self.done)
+        tell(None)                                       # now the others may append again
         return self.done
 
 
@@ -832,9 +807,9 @@ def evaluate(folder: Path, tasks: dict, out: Path, c: Config, device: torch.devi
             samples.add(name, i, record)
         records = samples.gather()
         results[name] = {
-            metric: {**result, "shots": shots, "reported": task.reported.get(metric),
+            metric: {**found, "shots": shots, "reported": task.reported.get(metric),
                      "report_shots": task.shots}
-            for metric, result in result_of([records[name, i] for i in range(len(docs))]).items()}
+            for metric, found in result_of([records[name, i] for i in range(len(docs))]).items()}
     if RANK == 0:
         replace_text(out / "results.json",
                      json.dumps({**settings, "tasks": results}, indent=1) + "\n")
@@ -853,7 +828,7 @@ def result_of(records: list[dict]) -> dict:
     """Metric -> value, standard error and n, in per cent but bits per byte."""
     if "bits" not in records[0]:
         return {metric: ratio([100 * r[metric] for r in records], [1] * len(records))
-                for metric in records[0] if metric in METRICS}
+                for metric, value in records[0].items() if isinstance(value, float)}
     sums = {key: Counter() for key in ("bits", "bytes")}
     for r in records:
         for key in sums:

@@ -18,7 +18,7 @@ import torch
 import data
 import eval as evaluation
 import pretrain
-from eval import TASKS, Config, Text, batches, replies, request, run_program, score
+from eval import TASKS, Config, Request, Text, batches, replies, run_program, score
 from model import Motif, MotifConfig
 
 FIXTURE = json.loads((Path(__file__).parent / "eval.json").read_text())
@@ -196,9 +196,9 @@ def test_scores_in_batches_are_those_of_one_sequence_each(model):
         group = ("a", "b", "")[i % 3]
         context = begins[group] + draw((5, 40, 90, 300)[i % 4] if i != 7 else 511)
         pairs.append([(context, draw(1 if i % 5 == 0 else 3 + 7 * j)) for j in range(2 + i % 3)])
-        requests.append(request(i, pairs[-1], 512, group))
+        requests.append(Request(i, pairs[-1], 512, group))
     pairs.append([(draw(9), draw(600))])                 # longer than the model by itself
-    requests.append(request(24, pairs[-1], 512))
+    requests.append(Request(24, pairs[-1], 512))
     seen, sizes = {}, []
     for batch in batches(requests, 2048, 512):
         sizes.append(len(batch))
