@@ -85,12 +85,13 @@ SETTINGS = ("tokenizer", "shots", "limit", "chat", "bench_dir", "temperature", "
 class Doc:
     """A question: in a prompt `text` stands alone, in an example `target` follows it."""
     text: str
-    target: str
+    target: str = ""
     choices: list = field(default_factory=list)  # what may follow, of which one does
     answer: int = 0
     group: str = ""              # examples are of the same group
     texts: list | None = None    # winogrande: the same may follow several texts
     row: dict = field(default_factory=dict)
+    begin: str = ""              # what the prompt has before it: the task's head and examples
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Task:
     shots: int = 0               # the report's
     reported: dict = field(default_factory=dict)  # metric -> the report's score, in per cent
     first: bool = False          # the first examples, not any
-    head: Callable = lambda group: ""  # what begins a prompt
+    head: str = ""               # what begins a prompt, {} being the group
     judge: Callable | None = None  # (doc, replies) -> {metric: value}; None: by log-likelihood
     norm: bool = True            # also acc_norm
     stops: tuple = ()            # end a reply
@@ -253,8 +254,7 @@ TASKS = {
     "mmlu": Task(
         read_mmlu, ("cais/mmlu", "all", "test", "dev"), ("mmlu_test.jsonl", "mmlu_dev.jsonl"),
         shots=5, reported={"acc": 78.1}, first=True, norm=False,
-        head=lambda group: "The following are multiple choice questions (with answers) about "
-                           f"{group.replace('_', ' ')}.\n\n"),
+        head="The following are multiple choice questions (with answers) about {}.\n\n"),
     "gsm8k": Task(
         lambda row: Doc(f"Question: {row['question']}\nAnswer:", f" {row['answer']}", row=row),
         ("openai/gsm8k", "main", "test", "train"), ("gsm8k_test.jsonl", "gsm8k_train.jsonl"),
@@ -351,13 +351,13 @@ def docs_of(task: Task, which: int, c: Config) -> list[Doc]:
     return docs
 
 
-def prompts_of(name: str, task: Task, docs: list[Doc], shots: int, c: Config) -> list[str]:
-    """What stands before each document's own text: the task's head and `shots` examples, each with
-    a blank line behind it. They are drawn for all documents in order, so that they depend neither
-    on ranks nor on what is done already. ValueError if there are not enough."""
+def add_examples(name: str, task: Task, docs: list[Doc], shots: int, c: Config) -> None:
+    """Begin each document with the task's head and `shots` examples, each with a blank line behind
+    it. They are drawn for all documents in order, so that they depend neither on ranks nor on what
+    is done already. ValueError if there are not enough."""
     if shots and task.files[1] is None:
         raise ValueError(f"shots={shots}, but {name} has no examples; give --shots=0")
-    pool, rng, begins = defaultdict(list), random.Random(1234), []
+    pool, rng = defaultdict(list), random.Random(1234)
     for doc in docs_of(task, 1, c) if shots else ():
         pool[doc.group].append(f"{doc.text}{doc.target}\n\n")
     for doc in docs:
@@ -366,8 +366,7 @@ def prompts_of(name: str, task: Task, docs: list[Doc], shots: int, c: Config) ->
             raise ValueError(f"shots={shots}, but {task.files[1]} has {len(there)} examples"
                              f"{f' of {doc.group}' if doc.group else ''}; lower --shots")
         chosen = there[:shots] if task.first else rng.sample(there, shots)
-        begins.append(task.head(doc.group) + "".join(chosen))
-    return begins
+        doc.begin = task.head.format(doc.group.replace("_", " ")) + "".join(chosen)
 
 
 class Text:
@@ -524,15 +523,13 @@ def replies(model: Motif, text: Text, prompts: list[list], stops: tuple, new_tok
 
 def finished(stream, rows: list, text: Text, stops: tuple):
     """See replies. Once half of the rows have ended, the others go on without them."""
-    stops, said, left = [stop.encode() for stop in stops], {i: b"" for i in rows}, {*rows}
-    longest, go_on = max(map(len, stops), default=1), None
+    said, left, go_on = {i: b"" for i in rows}, {*rows}, None
     with suppress(StopIteration):
         while left:
             for i, token in zip(rows, stream.send(go_on)[:, 0].tolist()):
                 if i in left:
-                    start = max(0, len(said[i]) - longest + 1)
                     said[i] += text.bytes[token] if token < len(text.bytes) else b"\xff"
-                    cuts = [k for k in (said[i].find(stop, start) for stop in stops) if k >= 0]
+                    cuts = [k for k in (said[i].find(s.encode()) for s in stops) if k >= 0]
                     if cuts or token in text.ends:
                         left.remove(i)
                         yield i, said[i][:min(cuts, default=None)].decode("utf-8", "replace")
@@ -627,66 +624,61 @@ def sandbox_gaps() -> str:
     return ", ".join(gaps + ["writing to files of this user"] * (gave_up[1:2] != "1"))
 
 
-# ---- three ways to measure: each yields (number of the document, record)
+# ---- three ways to measure documents, by number: each yields (number, record)
 
-def likeliest(task: Task, docs: list, begins: list, todo: list, model: Motif, text: Text,
-              c: Config):
+def likeliest(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Config):
     """The likeliest answer, the first of equals, by its log-probability alone (acc) and per
     character of the answer (acc_norm)."""
     longest, requests = model.config.max_position_embeddings, []
-    for i in todo:
-        doc, pairs = docs[i], []
-        for choice, own in zip(doc.choices, doc.texts or [doc.text] * len(doc.choices)):
-            pairs.append((text.ask(begins[i] + own), text.encode(choice[1:])) if c.chat
-                         else text.pair(begins[i] + own, choice))
-        requests.append(Request(i, pairs, longest, begins[i] if task.first else ""))
+    for i, doc in docs.items():
+        contexts = [doc.begin + own for own in doc.texts or [doc.text] * len(doc.choices)]
+        pairs = [(text.ask(context), text.encode(choice[1:])) if c.chat
+                 else text.pair(context, choice) for context, choice in zip(contexts, doc.choices)]
+        requests.append(Request(i, pairs, longest, doc.begin if task.first else ""))
     for r, found in scored(model, requests, c.batch_tokens):
         doc, sums = docs[r.doc], [x.sum().item() for x in found]
         norms = [s / (len(choice) - 1) for s, choice in zip(sums, doc.choices)]
         scores = {"acc": float(sums.index(max(sums)) == doc.answer)}
         if task.norm:
             scores["acc_norm"] = float(norms.index(max(norms)) == doc.answer)
-        yield r.doc, {"prompt": begins[r.doc] + doc.text, "output": sums, "answer": doc.answer,
+        yield r.doc, {"prompt": doc.begin + doc.text, "output": sums, "answer": doc.answer,
                       **scores}
 
 
-def generated(task: Task, docs: list, begins: list, todo: list, model: Motif, text: Text,
-              c: Config):
+def generated(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Config):
     """What the model writes, judged while it writes on: a program has a process of its own."""
-    asked, prompts, said = {}, [], defaultdict(list)
-    for i in todo:
-        content, reply = task.ask(docs[i]) if task.ask else (begins[i] + docs[i].text, "")
-        chat = c.chat or task.chat
+    chat, asked, prompts = c.chat or task.chat, {}, []
+    for i, doc in docs.items():
+        content, reply = task.ask(doc) if task.ask else (doc.begin + doc.text, "")
         asked[i] = content + (f" {reply}" if reply and not chat else reply)
         prompts += [text.ask(content) + text.encode(reply) if chat
                     else text.first + text.encode(asked[i])] * c.samples
+    numbers, said = [i for i in docs for _ in range(c.samples)], defaultdict(list)
     def record(i):
         return i, {"prompt": asked[i], "output": said[i], **task.judge(docs[i], said[i])}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = []
         for k, reply in replies(model, text, prompts, task.stops, task.new_tokens, c.batch_tokens,
                                 c.temperature, c.seed):
-            i = todo[k // c.samples]
-            said[i].append(reply)
-            if len(said[i]) == c.samples:
-                jobs.append(pool.submit(record, i))
+            said[numbers[k]].append(reply)
+            if len(said[numbers[k]]) == c.samples:
+                jobs.append(pool.submit(record, numbers[k]))
             while jobs and jobs[0].done():
                 yield jobs.pop(0).result()
         yield from (job.result() for job in jobs)
 
 
-def bits(task: Task, docs: list, begins: list, todo: list, model: Motif, text: Text, c: Config):
+def bits(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Config):
     """Bits and bytes of a document by position: in the windows of max_position_embeddings tokens
     that it is cut into, from 1, 2, 4, ... tokens on."""
-    longest, requests, left = model.config.max_position_embeddings, [], Counter()
-    for i in todo:
-        ids = (text.first or [text.specials[data.END]]) + text.encode(docs[i].text)
+    longest, requests, found = model.config.max_position_embeddings, [], {}
+    for i, doc in docs.items():
+        found[i] = {"prompt": doc.text[:80], "bits": defaultdict(float), "bytes": Counter()}
+        ids = (text.first or [text.specials[data.END]]) + text.encode(doc.text)
         for start in range(0, len(ids) - 1, longest):
             window = ids[start:start + longest + 1]
             requests.append(Request(i, [(window[:1], window[1:])], longest))
-            left[i] += 1
-    found = {i: {"prompt": docs[i].text[:80], "bits": defaultdict(float), "bytes": Counter()}
-             for i in todo}
+    left = Counter(r.doc for r in requests)
     for r, (log_p,) in scored(model, requests, c.batch_tokens):
         for at, (token, x) in enumerate(zip(r.rows[0][1:], log_p.tolist())):
             bin = 2 ** at.bit_length() // 2
@@ -718,8 +710,7 @@ def tasks_of(c: Config) -> dict[str, Task]:
     for name in (own for name in c.tasks.split(",") for own in (BPB if name == "bpb" else [name])):
         if name.startswith("bpb:"):
             data.units_of(name[4:])
-            tasks[name] = Task(lambda text: Doc(text, ""),
-                               source=partial(texts_of, name[4:], c.limit))
+            tasks[name] = Task(Doc, source=partial(texts_of, name[4:], c.limit))
         elif name not in TASKS:
             near = difflib.get_close_matches(name, [*TASKS, "bpb", "chat"], n=1, cutoff=0.0)
             raise ValueError(f"unknown task {name!r}; did you mean {near[0]!r}? Known: "
@@ -799,10 +790,10 @@ def evaluate(folder: Path, tasks: dict, out: Path, c: Config, device: torch.devi
     for name, task in tasks.items():
         shots = task.shots if c.shots is None else c.shots
         docs = docs_of(task, 0, c)
-        begins = prompts_of(name, task, docs, shots, c)
+        add_examples(name, task, docs, shots, c)
         todo = [i for i in range(len(docs)) if (name, i) not in samples.done][RANK::WORLD]
         measure = bits if name.startswith("bpb:") else generated if task.judge else likeliest
-        found = measure(task, docs, begins, todo, model, text, c)
+        found = measure(task, {i: docs[i] for i in todo}, model, text, c)
         for i, record in progress(name, len(todo), found):
             samples.add(name, i, record)
         records = samples.gather()
