@@ -723,48 +723,27 @@ def tasks_of(c: Config) -> dict[str, Task]:
     return tasks
 
 
-class Samples:
-    """The records of a run, a line of samples.jsonl each, to which all ranks append. Those that a
-    cut run with the same settings left are done."""
+def kept(out: Path, settings: dict) -> dict:
+    """(task, number) -> the records that a cut run with the same settings left in out."""
+    out.mkdir(parents=True, exist_ok=True)
+    file, results, found = out / "samples.jsonl", out / "results.json", {}
+    before = json.loads(results.read_text()) if file.exists() and results.exists() else {}
+    if settings.items() <= before.items():
+        for line in file.read_text().split("\n"):
+            with suppress(ValueError):                   # a line that was cut
+                record = json.loads(line)
+                found[record["task"], record["doc"]] = record
+    elif before:
+        print(f"{out}: another model or other settings before; beginning anew")
+    save(out, settings, found, {})
+    return found
 
-    def __init__(self, out: Path, settings: dict):
-        self.file, self.new = out / "samples.jsonl", {}
-        self.done = tell(self.begin(out, settings) if RANK == 0 else None)[0]
 
-    def begin(self, out: Path, settings: dict) -> dict:
-        out.mkdir(parents=True, exist_ok=True)
-        results, found = out / "results.json", {}
-        there = results.exists() and self.file.exists()
-        before = json.loads(results.read_text()) if there else {}
-        if settings.items() <= before.items():
-            for line in self.file.read_text().split("\n"):
-                with suppress(ValueError):               # a line that was cut
-                    record = json.loads(line)
-                    found[record["task"], record["doc"]] = record
-        elif before:
-            print(f"{out}: another model or other settings before; beginning anew")
-        self.write(found)
-        replace_text(results, json.dumps({**settings, "tasks": {}}, indent=1) + "\n")
-        return found
-
-    def write(self, records: dict) -> None:
-        lines = (json.dumps(records[key]) + "\n" for key in sorted(records))
-        replace_text(self.file, "".join(lines))
-
-    def add(self, task: str, doc: int, record: dict) -> None:
-        self.new[task, doc] = {"task": task, "doc": doc, **record}
-        with self.file.open("a") as f:
-            f.write(json.dumps(self.new[task, doc]) + "\n")
-
-    def gather(self) -> dict:
-        """(task, doc) -> record, of all ranks, in order also in the file."""
-        for records in tell(self.new):
-            self.done.update(records)
-        self.new = {}
-        if RANK == 0:
-            self.write(self.done)
-        tell(None)                                       # now the others may append again
-        return self.done
+def save(out: Path, settings: dict, records: dict, results: dict) -> None:
+    """The two files of a run, records in order."""
+    lines = (json.dumps(records[key]) + "\n" for key in sorted(records))
+    replace_text(out / "samples.jsonl", "".join(lines))
+    replace_text(out / "results.json", json.dumps({**settings, "tasks": results}, indent=1) + "\n")
 
 
 def progress(name: str, total: int, items):
@@ -781,29 +760,32 @@ def progress(name: str, total: int, items):
 
 
 def evaluate(folder: Path, tasks: dict, out: Path, c: Config, device: torch.device) -> dict:
-    """All tasks on one model -> its results, which are also in out/results.json."""
+    """All tasks on one model -> its results, which are also in out/results.json. Of many ranks each
+    has every WORLD-th document, and all append to the one file of samples."""
     model, text = open_model(folder, c, device)
     settings = {"model": str(folder),
                 "stamp": max(f.stat().st_mtime_ns for f in folder.glob("*.safetensors")),
                 **{key: getattr(c, key) for key in SETTINGS}}
-    samples, results = Samples(out, settings), {}
+    records, results = tell(kept(out, settings) if RANK == 0 else None)[0], {}
     for name, task in tasks.items():
         shots = task.shots if c.shots is None else c.shots
         docs = docs_of(task, 0, c)
         add_examples(name, task, docs, shots, c)
-        todo = [i for i in range(len(docs)) if (name, i) not in samples.done][RANK::WORLD]
+        todo = [i for i in range(len(docs)) if (name, i) not in records][RANK::WORLD]
         measure = bits if name.startswith("bpb:") else generated if task.judge else likeliest
-        found = measure(task, {i: docs[i] for i in todo}, model, text, c)
-        for i, record in progress(name, len(todo), found):
-            samples.add(name, i, record)
-        records = samples.gather()
+        found, new = measure(task, {i: docs[i] for i in todo}, model, text, c), {}
+        with (out / "samples.jsonl").open("a") as file:
+            for i, record in progress(name, len(todo), found):
+                new[name, i] = {"task": name, "doc": i, **record}
+                print(json.dumps(new[name, i]), file=file, flush=True)
+        for of_rank in tell(new):
+            records.update(of_rank)
         results[name] = {
             metric: {**found, "shots": shots, "reported": task.reported.get(metric),
                      "report_shots": task.shots}
             for metric, found in result_of([records[name, i] for i in range(len(docs))]).items()}
     if RANK == 0:
-        replace_text(out / "results.json",
-                     json.dumps({**settings, "tasks": results}, indent=1) + "\n")
+        save(out, settings, records, results)
     return results
 
 
@@ -899,8 +881,6 @@ def open_model(folder: Path, c: Config, device: torch.device) -> tuple[Motif, Te
     own = read_state(folder)["config"]["tokenizer"] if trained else str(folder)
     if not trained and not c.tokenizer and not (folder / "tokenizer.json").exists():
         raise ValueError(f"{folder} has no tokenizer.json; give --tokenizer")
-    if trained and c.tokenizer not in (None, own):
-        raise ValueError(f"tokenizer={c.tokenizer}, but {folder} was trained with {own}")
     name = c.tokenizer or own
     tokenizer = data.load_tokenizer(name)
     first = tokenizer._special_tokens[data.BEGIN]
