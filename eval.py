@@ -459,7 +459,7 @@ def score(model: Motif, batch: list[Request]) -> list[list[torch.Tensor]]:
         return [[x] for x in score_rows(model, rows, counts)]
     P, L = max(r.prefix for r in batch), max(r.length - r.prefix for r in batch) - 1
     padding = torch.tensor([P - r.prefix for r in batch], device=device)
-    ids = torch.tensor([[0] * (P - r.prefix) + r.rows[0][:r.prefix] for r in batch], device=device)
+    ids = padded([r.rows[0][:r.prefix] for r in batch], device, left=True)
     shared = common([r.rows[0][:r.prefix] for r in batch])
     shared = min(shared, P - 1) if len(batch) > 1 and shared >= SHARED_TOKENS else 0
     shape = (len(batch), P + L, c.num_key_value_heads, c.head_dim)
@@ -476,22 +476,27 @@ def score(model: Motif, batch: list[Request]) -> list[list[torch.Tensor]]:
     found = []
     for j in range(max(len(r.rows) for r in batch)):
         rows = [r.rows[min(j, len(r.rows) - 1)][r.prefix:] for r in batch]
-        width = max(map(len, rows)) - 1
-        x = torch.tensor([row + [0] * (width + 1 - len(row)) for row in rows], device=device)
-        logits = first if width == 0 else torch.cat([first, model(
-            x[:, :-1], cache=cache, start=P, padding=padding)], 1)
-        found.append([log_probs(row_logits[:len(row)], row) for row_logits, row
-                      in zip(logits, rows)])
+        logits = first
+        if max(map(len, rows)) > 1:
+            x = padded([row[:-1] for row in rows], device)
+            logits = torch.cat([first, model(x, cache=cache, start=P, padding=padding)], 1)
+        found.append([log_probs(own[:len(row)], row) for own, row in zip(logits, rows)])
     return [[found[j][i][-n:] for j, n in enumerate(r.counts)] for i, r in enumerate(batch)]
 
 
 def score_rows(model: Motif, rows: list, counts: list) -> list[torch.Tensor]:
     """The same of plain rows, in one pass."""
-    width = max(map(len, rows)) - 1
-    x = torch.tensor([row[:-1] + [0] * (width + 1 - len(row)) for row in rows])
-    logits = model(x.to(model.head_weight.device))
+    logits = model(padded([row[:-1] for row in rows], model.head_weight.device))
     return [log_probs(part[len(row) - 1 - n:len(row) - 1], row[-n:])
             for part, row, n in zip(logits, rows, counts)]
+
+
+def padded(rows: list, device: torch.device, left: bool = False) -> torch.Tensor:
+    """Rows of ids (B, longest), with zeros behind them or, on the left, before them."""
+    n = max(map(len, rows))
+    zeros = [[0] * (n - len(row)) for row in rows]
+    return torch.tensor([z + row if left else row + z for row, z in zip(rows, zeros)],
+                        device=device)
 
 
 def log_probs(logits: torch.Tensor, ids: list) -> torch.Tensor:
@@ -516,9 +521,9 @@ def replies(model: Motif, text: Text, prompts: list[list], stops: tuple, new_tok
         n = max(1, batch_tokens // (P + new_tokens))
         rows, order = order[:n], order[n:]
         padding = torch.tensor([P - len(prompts[i]) for i in rows], device=device)
-        ids = torch.tensor([[0] * (P - len(prompts[i])) + prompts[i] for i in rows], device=device)
-        stream = model.stream(ids, new_tokens, temperature, seed=seed, padding=padding)
-        yield from finished(stream, rows, text, stops)
+        ids = padded([prompts[i] for i in rows], device, left=True)
+        yield from finished(model.stream(ids, new_tokens, temperature, seed=seed, padding=padding),
+                            rows, text, stops)
 
 
 def finished(stream, rows: list, text: Text, stops: tuple):
@@ -768,7 +773,7 @@ def evaluate(folder: Path, tasks: dict, out: Path, c: Config, device: torch.devi
                 **{key: getattr(c, key) for key in SETTINGS}}
     records, results = tell(kept(out, settings) if RANK == 0 else None)[0], {}
     for name, task in tasks.items():
-        shots = task.shots if c.shots is None else c.shots
+        shots = task.shots if c.shots is None or task.source else c.shots
         docs = docs_of(task, 0, c)
         add_examples(name, task, docs, shots, c)
         todo = [i for i in range(len(docs)) if (name, i) not in records][RANK::WORLD]
