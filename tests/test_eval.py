@@ -363,16 +363,19 @@ def test_stages_stand_side_by_side_and_are_measured_once(run, tiny, monkeypatch)
     for name in "quickstart/step_2", "quickstart/step_4", "sft1/step_3":
         shutil.copytree(tiny, Path("out", name))
         Path("out", name, "state.json").write_text('{"files": {}, "config": {"tokenizer": "byte"}}')
-    alone = dict(model=None, tokenizer=None, bench_dir=None, limit=1, plot=True)
+    alone = dict(model=None, tokenizer=None, bench_dir=None, limit=1)
     printed, _ = run(**alone, out_dir=None)
     assert re.search(r"^task .* quickstart +sft1 +reported$", printed, re.M)
     rows = re.findall(r"^(\S+) .* ([\d.]+) ± +nan +([\d.]+) ± +nan +-$", printed, re.M)
     assert [name for name, *_ in rows] == [*evaluation.BPB, "chains", "chains"]
-    assert all(a == b for _, a, b in rows) and Path("out/eval/scores.png").exists()
+    assert all(a == b for _, a, b in rows)
     monkeypatch.setattr(evaluation, "score", None)
     monkeypatch.setattr(evaluation, "replies", lambda *options: ())
     again, _ = run(**alone, out_dir=None)
     assert again[again.index("\ntask"):] == printed[printed.index("\ntask"):]
+    monkeypatch.setattr(evaluation, "score", score)
+    printed, _ = run(**{**alone, "model": "out/quickstart"}, out_dir=None, tasks="bpb", every=True)
+    assert re.search(r"^task .* step_2 +step_4 +reported$", printed, re.M)
 
 
 def as_rank(rank: int, port: int) -> None:
