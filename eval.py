@@ -75,7 +75,7 @@ class Config:
 
 
 # what else decides what a sample is
-SETTINGS = ("tokenizer", "shots", "limit", "chat", "bench_dir", "temperature", "samples", "seed",
+SETTINGS = ("tokenizer", "shots", "chat", "bench_dir", "temperature", "samples", "seed",
             "precision")
 
 
@@ -332,33 +332,38 @@ def rows_of(task: Task, which: int, bench_dir: str | None):
             raise ValueError(f"{found[0]}:{i}: not JSON: {e}") from None
 
 
-def docs_of(task: Task, which: int, c: Config) -> list[Doc]:
-    """The documents of rows_of in their order, of questions at most `limit` of a group. ValueError,
-    with its place, for a row of another form."""
-    docs, counts = [], Counter()
-    for place, row in rows_of(task, which, c.bench_dir):
+def docs_of(task: Task, which: int, bench_dir: str | None) -> list[Doc]:
+    """The documents of rows_of, in their order. ValueError, with its place, for a row of another
+    form."""
+    docs = []
+    for place, row in rows_of(task, which, bench_dir):
         try:
-            if not task.keep(row, which):
-                continue
-            doc = task.read(row)
+            if task.keep(row, which):
+                docs.append(task.read(row))
         except KeyError as e:
             raise ValueError(f"{place}: no {e}; the row has {', '.join(row)}") from None
         except (ValueError, TypeError, IndexError, AttributeError) as e:
             raise ValueError(f"{place}: {data.one_line(e)}") from None
-        counts[doc.group] += 1
-        if which or c.limit is None or counts[doc.group] <= c.limit:
-            docs.append(doc)
     return docs
 
 
-def add_examples(name: str, task: Task, docs: list[Doc], shots: int, c: Config) -> None:
+def chosen(docs: list[Doc], limit: int | None) -> list[int]:
+    """The numbers of the first `limit` documents of each group."""
+    numbers = defaultdict(list)
+    for i, doc in enumerate(docs):
+        numbers[doc.group].append(i)
+    return sorted(i for of_group in numbers.values() for i in of_group[:limit])
+
+
+def add_examples(name: str, task: Task, docs: list[Doc], shots: int,
+                 bench_dir: str | None) -> None:
     """Begin each document with the task's head and `shots` examples, each with a blank line behind
     it. They are drawn for all documents in order, so that they depend neither on ranks nor on what
     is done already. ValueError if there are not enough."""
     if shots and task.files[1] is None:
         raise ValueError(f"shots={shots}, but {name} has no examples; give --shots=0")
     pool, rng = defaultdict(list), random.Random(1234)
-    for doc in docs_of(task, 1, c) if shots else ():
+    for doc in docs_of(task, 1, bench_dir) if shots else ():
         pool[doc.group].append(f"{doc.text}{doc.target}\n\n")
     for doc in docs:
         there = pool[doc.group]
@@ -774,9 +779,10 @@ def evaluate(folder: Path, tasks: dict, out: Path, c: Config, device: torch.devi
     records, results = tell(kept(out, settings) if RANK == 0 else None)[0], {}
     for name, task in tasks.items():
         shots = task.shots if c.shots is None or task.source else c.shots
-        docs = docs_of(task, 0, c)
-        add_examples(name, task, docs, shots, c)
-        todo = [i for i in range(len(docs)) if (name, i) not in records][RANK::WORLD]
+        docs = docs_of(task, 0, c.bench_dir)
+        add_examples(name, task, docs, shots, c.bench_dir)
+        numbers = chosen(docs, c.limit)
+        todo = [i for i in numbers if (name, i) not in records][RANK::WORLD]
         measure = bits if name.startswith("bpb:") else generated if task.judge else likeliest
         found, new = measure(task, {i: docs[i] for i in todo}, model, text, c), {}
         with (out / "samples.jsonl").open("a") as file:
@@ -788,7 +794,7 @@ def evaluate(folder: Path, tasks: dict, out: Path, c: Config, device: torch.devi
         results[name] = {
             metric: {**found, "shots": shots, "reported": task.reported.get(metric),
                      "report_shots": task.shots}
-            for metric, found in result_of([records[name, i] for i in range(len(docs))]).items()}
+            for metric, found in result_of([records[name, i] for i in numbers]).items()}
     if RANK == 0:
         save(out, settings, records, results)
     return results

@@ -378,6 +378,16 @@ def test_stages_stand_side_by_side_and_are_measured_once(run, tiny, monkeypatch)
     assert re.search(r"^task .* step_2 +step_4 +reported$", printed, re.M)
 
 
+def test_a_limited_run_goes_on_without_the_limit(run):
+    expected = FIXTURE["mmlu"]
+    groups = [row["subject"] for row in expected["rows"]]
+    _, few = run(tasks="mmlu", shots=expected["shots"], limit=1)
+    assert [r["doc"] for r in few] == sorted(groups.index(group) for group in {*groups})
+    _, all_ = run(tasks="mmlu", shots=expected["shots"])
+    assert [of_prompt(r["prompt"]) for r in all_] == expected["prompts"]
+    assert [r for r in all_ if r["doc"] in [f["doc"] for f in few]] == few and len(few) < len(all_)
+
+
 def as_rank(rank: int, port: int) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
                       MASTER_PORT=str(port))
