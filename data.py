@@ -39,7 +39,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from fractions import Fraction
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import islice, takewhile
 from pathlib import Path
 from types import SimpleNamespace
@@ -1174,12 +1174,17 @@ def held_out_rows(talks: Conversations, tokens: int, T: int):
 LIBRARY_UNITS = 8
 
 
+@cache
+def module_files(root: Path) -> list[Path]:
+    left_out = {"site-packages", "test", "tests", "idle_test", "_bundled", "pydoc_data",
+                "encodings"}
+    return [f for f in sorted(root.rglob("*.py")) if not left_out & set(f.relative_to(root).parts)]
+
+
 def modules(first: int, every: int):
     """(name, text, syntax tree) of each `every`-th module of the standard library."""
     root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "test", "tests", "idle_test", "_bundled", "pydoc_data",
-                "encodings"}
-    files = [f for f in sorted(root.rglob("*.py")) if not left_out & set(f.relative_to(root).parts)]
+    files = module_files(root)
     if not files:
         raise ValueError(f"this Python has no library sources in {root}")
     for file in files[first::every]:

@@ -1,7 +1,8 @@
 """Evaluation: `python eval.py --model=PATH --tasks=mmlu,gsm8k` scores a checkpoint as
 lm-evaluation-harness does, and puts the figures of Motif-2-12.7B's report (arXiv 2511.07464) beside
-its own; `--tasks=chat` talks with it. Without options: the newest of the quick start's models, in
-bits per byte. The tasks are first, then what scores them, the sandbox and the run.
+its own; `--tasks=chat` talks with it. Without options: the quick start's model and its supervised
+stages side by side, in bits per byte and by the chains of skills that they get right. The tasks are
+first, then what scores them, the sandbox and the run.
 
     out_dir/samples.jsonl   a line per document: prompt, output, verdict; a cut run goes on from it
     out_dir/results.json    score, standard error and n of every task
@@ -21,10 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cache, partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Callable, Literal
 
@@ -39,8 +43,9 @@ from model import Motif, model_folder, read_json
 from pretrain import RANK, WORLD, device_of, newest, read_state, replace_text, steps_in, tell
 from sft import HELD_OUT
 
-STAGES = ("out/sft3", "out/sft2", "out/sft1", "out/quickstart")
-BUILTIN_BYTES = 2**16            # of held-out text of each builtin source, for bits per byte
+STAGES = ("out/quickstart", "out/sft1", "out/sft2", "out/sft3")
+BPB = [f"bpb:builtin:{kind}" for kind in ("language", "code", "math", "science")]
+BUILTIN_DOCS, DOC_LETTERS = 16, 1024  # held out: at most so many of each, and so much of one
 SHARED_TOKENS = 32               # a beginning that rows share is read once if it has so many
 
 
@@ -48,9 +53,9 @@ SHARED_TOKENS = 32               # a beginning that rows share is read once if i
 class Config:
     """What is evaluated, and how."""
     model: str | None = None     # a checkpoint, a run (its newest one) or owner/name of the Hub;
-                                 # None: the newest of out/sft3, sft2, sft1 and quickstart
+                                 # None: the newest of each of out/quickstart, sft1, sft2 and sft3
     tokenizer: str | None = None  # None: the model's own
-    tasks: str = "bpb"           # of those in TASKS, with commas; bpb:SOURCE, bits per byte of
+    tasks: str = "bpb,chains"    # of those in TASKS, with commas; bpb:SOURCE, bits per byte of
                                  # a file or another source of data.py, bpb: of the builtin ones;
                                  # or chat
     shots: Size | None = None    # examples before each question; None: as many as the report's
@@ -65,8 +70,13 @@ class Config:
     seed: int = 1234             # of sampling
     device: str = "auto"         # cpu, cuda, cuda:1, ...; auto: CUDA where there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of products; auto: bf16 on CUDA only
-    plot: bool = False           # evaluate every checkpoint of the run, and draw scores.png
+    every: bool = False          # evaluate every checkpoint of the run, a column each
     prompt: str | None = None    # chat: answer this, and end
+
+
+# what else decides what a sample is
+SETTINGS = ("tokenizer", "shots", "chat", "bench_dir", "temperature", "samples", "seed",
+            "precision")
 
 
 # ---- the tasks
@@ -75,31 +85,32 @@ class Config:
 class Doc:
     """A question: in a prompt `text` stands alone, in an example `target` follows it."""
     text: str
-    target: str
+    target: str = ""
     choices: list = field(default_factory=list)  # what may follow, of which one does
     answer: int = 0
     group: str = ""              # examples are of the same group
     texts: list | None = None    # winogrande: the same may follow several texts
     row: dict = field(default_factory=dict)
+    begin: str = ""              # what the prompt has before it: the task's head and examples
 
 
 @dataclass(frozen=True)
 class Task:
     """Where its questions and examples are, and how a reply is judged."""
     read: Callable               # row -> Doc
-    hub: tuple | None            # data set, configuration, splits of questions and examples
-    files: tuple                 # the same in bench_dir; builtin:...: conversations of data.py
+    hub: tuple = ()              # data set, configuration, splits of questions and examples
+    files: tuple = (None, None)  # the same in bench_dir
+    source: Callable | None = None  # or () -> rows of questions, for which no file is needed
     shots: int = 0               # the report's
     reported: dict = field(default_factory=dict)  # metric -> the report's score, in per cent
     first: bool = False          # the first examples, not any
-    head: Callable = lambda group: ""  # what begins a prompt
+    head: str = ""               # what begins a prompt, {} being the group
     judge: Callable | None = None  # (doc, replies) -> {metric: value}; None: by log-likelihood
     norm: bool = True            # also acc_norm
     stops: tuple = ()            # end a reply
     new_tokens: int = 256
     code: bool = False           # runs programs
-    keep: Callable = lambda row: True       # rows that are questions
-    example: Callable = lambda row: True    # rows that are examples
+    keep: Callable = lambda row, which: True  # whether a row is a question (0), an example (1)
     ask: Callable | None = None  # doc -> what a chat is asked, and how its reply begins
     chat: bool = False           # always asked in the turn format
 
@@ -182,8 +193,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def judge_code(program: Callable, doc: Doc, replies: list) -> dict:
     verdicts = [run_program(program(doc, reply)) for reply in replies]
     n, c = len(verdicts), verdicts.count("passed")
-    return {f"pass@{k}": pass_at_k(n, c, k) for k in (1, 10, 100) if k <= n} | {
-        "verdicts": verdicts}
+    return {"verdicts": verdicts, **{f"pass@{k}": pass_at_k(n, c, k)
+                                     for k in (1, 10, 100) if k <= n}}
 
 
 def humaneval_program(doc: Doc, reply: str) -> str:
@@ -227,20 +238,23 @@ def judge_chain(doc: Doc, replies: list) -> dict:
             "steps": common([lines, replies[0].split("\n")]) / len(lines)}
 
 
+def chains(domain: str, new_tokens: int) -> Task:
+    """Skills composed one after another, never trained on; new_tokens: bytes of the longest."""
+    return Task(read_chain, source=partial(data.chats, HELD_OUT[domain][0]), judge=judge_chain,
+                new_tokens=new_tokens, chat=True)
+
+
 HUMANEVAL = dict(
     read=lambda row: Doc(row["prompt"], row["canonical_solution"], row=row),
     hub=("openai/openai_humaneval", None, "test", None), files=("HumanEval.jsonl", None),
     stops=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), new_tokens=1024, code=True)
-CHAINS = dict(read=read_chain, hub=None, judge=judge_chain, new_tokens=300, chat=True)
 TASKS = {
-    # skills composed one after another, as in training and longer than there, never trained on
-    "chains": Task(files=(HELD_OUT["held_chains"][0], None), **CHAINS),
-    "longer_chains": Task(files=(HELD_OUT["longer_chains"][0], None), **CHAINS),
+    "chains": chains("held_chains", 200),        # as many skills as in training
+    "longer_chains": chains("longer_chains", 300),
     "mmlu": Task(
         read_mmlu, ("cais/mmlu", "all", "test", "dev"), ("mmlu_test.jsonl", "mmlu_dev.jsonl"),
         shots=5, reported={"acc": 78.1}, first=True, norm=False,
-        head=lambda group: "The following are multiple choice questions (with answers) about "
-                           f"{group.replace('_', ' ')}.\n\n"),
+        head="The following are multiple choice questions (with answers) about {}.\n\n"),
     "gsm8k": Task(
         lambda row: Doc(f"Question: {row['question']}\nAnswer:", f" {row['answer']}", row=row),
         ("openai/gsm8k", "main", "test", "train"), ("gsm8k_test.jsonl", "gsm8k_train.jsonl"),
@@ -255,8 +269,7 @@ TASKS = {
         read_mbpp, ("google-research-datasets/mbpp", "full", "test", "prompt"),
         ("mbpp.jsonl", "mbpp.jsonl"), shots=3, reported={"pass@1": 81.5}, first=True,
         judge=partial(judge_code, mbpp_program), stops=("[DONE]",), code=True,
-        keep=lambda row: 11 <= row["task_id"] <= 510,
-        example=lambda row: 2 <= row["task_id"] <= 4),
+        keep=lambda row, which: row["task_id"] in (range(11, 511), range(2, 5))[which]),
     "arc_easy": Task(
         lambda row: choose(f"Question: {row['question']}\nAnswer:", *options(row)),
         ("allenai/ai2_arc", "ARC-Easy", "test", "train"),
@@ -293,26 +306,24 @@ TASKS = {
 def rows_of(task: Task, which: int, bench_dir: str | None):
     """(place, row) of the questions (which = 0) or the examples (1). ValueError, one line, for what
     is missing or no JSON."""
-    if task.files[which].startswith("builtin:"):
-        yield from ((f"{task.files[which]} {i}", row)
-                    for i, row in enumerate(data.chats(task.files[which])))
+    if task.source:
+        yield from enumerate(task.source())
         return
+    (name, configuration, split), file = (*task.hub[:2], task.hub[2 + which]), task.files[which]
     if bench_dir is None:
-        name, configuration, split = task.hub[0], task.hub[1], task.hub[2 + which]
         try:
             from datasets import load_dataset
             rows = load_dataset(name, configuration, split=split)
         except Exception as e:   # of a dozen kinds, all with a message worth one line
-            raise ValueError(f"dataset {name}: {data.one_line(e)}; or put {task.files[which]} into "
-                             "a folder and give --bench_dir") from None
+            raise ValueError(f"dataset {name}: {data.one_line(e)}; or put {file} into a folder and "
+                             "give --bench_dir") from None
         yield from ((f"{name}, {split} row {i}", row) for i, row in enumerate(rows))
         return
-    found = sorted(Path(bench_dir).glob(task.files[which]))
+    found = sorted(Path(bench_dir).glob(file))
     if not found:
-        raise ValueError(f"{Path(bench_dir) / task.files[which]} is missing: it has the "
-                         f"{('questions', 'examples')[which]}, a JSON object on each line, from "
-                         f"{task.hub[0]}, {task.hub[2 + which]}; put it there"
-                         + ("" if which == 0 else ", or give --shots=0"))
+        raise ValueError(f"{Path(bench_dir) / file} is missing: it has on each line a JSON object, "
+                         f"a row of {name}, {split}; put it there"
+                         + (", or give --shots=0" if which else ""))
     lines = found[0].read_text(encoding="utf-8").rstrip("\n").split("\n")
     for i, line in enumerate(lines, 1):
         try:
@@ -322,12 +333,12 @@ def rows_of(task: Task, which: int, bench_dir: str | None):
 
 
 def docs_of(task: Task, which: int, bench_dir: str | None) -> list[Doc]:
-    """The documents of rows_of, in their order; ValueError, with its place, for a row that has
-    another form."""
+    """The documents of rows_of, in their order. ValueError, with its place, for a row of another
+    form."""
     docs = []
     for place, row in rows_of(task, which, bench_dir):
         try:
-            if (task.keep, task.example)[which](row):
+            if task.keep(row, which):
                 docs.append(task.read(row))
         except KeyError as e:
             raise ValueError(f"{place}: no {e}; the row has {', '.join(row)}") from None
@@ -336,13 +347,22 @@ def docs_of(task: Task, which: int, bench_dir: str | None) -> list[Doc]:
     return docs
 
 
-def prompts_of(task: Task, docs: list[Doc], shots: int, bench_dir: str | None) -> list[str]:
-    """What stands before each document's own text: the task's head and `shots` examples, each with
-    a blank line behind it. They are drawn for all documents in order, so that they depend neither
-    on ranks nor on what is done already. ValueError if there are not enough."""
+def chosen(docs: list[Doc], limit: int | None) -> list[int]:
+    """The numbers of the first `limit` documents of each group."""
+    numbers = defaultdict(list)
+    for i, doc in enumerate(docs):
+        numbers[doc.group].append(i)
+    return sorted(i for of_group in numbers.values() for i in of_group[:limit])
+
+
+def add_examples(name: str, task: Task, docs: list[Doc], shots: int,
+                 bench_dir: str | None) -> None:
+    """Begin each document with the task's head and `shots` examples, each with a blank line behind
+    it. They are drawn for all documents in order, so that they depend neither on ranks nor on what
+    is done already. ValueError if there are not enough."""
     if shots and task.files[1] is None:
-        raise ValueError(f"shots={shots}, but {task.files[0]} has no examples; give --shots=0")
-    pool, rng, begins = defaultdict(list), random.Random(1234), []
+        raise ValueError(f"shots={shots}, but {name} has no examples; give --shots=0")
+    pool, rng = defaultdict(list), random.Random(1234)
     for doc in docs_of(task, 1, bench_dir) if shots else ():
         pool[doc.group].append(f"{doc.text}{doc.target}\n\n")
     for doc in docs:
@@ -351,8 +371,7 @@ def prompts_of(task: Task, docs: list[Doc], shots: int, bench_dir: str | None) -
             raise ValueError(f"shots={shots}, but {task.files[1]} has {len(there)} examples"
                              f"{f' of {doc.group}' if doc.group else ''}; lower --shots")
         chosen = there[:shots] if task.first else rng.sample(there, shots)
-        begins.append(task.head(doc.group) + "".join(chosen))
-    return begins
+        doc.begin = task.head.format(doc.group.replace("_", " ")) + "".join(chosen)
 
 
 class Text:
@@ -389,51 +408,45 @@ class Text:
 
 # ---- log-likelihood
 
-@dataclass
-class Request:
-    """Sequences of one document, of which the last `count` tokens each are scored: all begin with
-    the same `prefix` tokens, which is less than all of a sequence but the scored ones."""
-    doc: int
-    rows: list                   # of ids
-    counts: list
-    prefix: int
-    group: str = ""
-
-    @property
-    def length(self) -> int:
-        return max(map(len, self.rows))
-
-
 def common(rows: list) -> int:
     """How many tokens all rows begin with."""
     return next((i for i, tokens in enumerate(zip(*rows)) if len({*tokens}) > 1),
                 min(map(len, rows)))
 
 
-def request(doc: int, pairs: list[tuple[list, list]], longest: int, group: str = "") -> Request:
-    """From (context, continuation) of each choice; of `longest` + 1 tokens the last are kept."""
-    rows = [(a + b)[-(longest + 1):] for a, b in pairs]
-    counts = [min(len(b), len(row) - 1) for (_, b), row in zip(pairs, rows)]
-    prefix = min([common(rows), *(len(row) - n for row, n in zip(rows, counts))])
-    return Request(doc, rows, counts, prefix, group)
+class Request:
+    """The sequences of one document, from (context, continuation) of each choice, of `longest` + 1
+    tokens the last. Of each row the last `count` tokens are scored; all begin with the same
+    `prefix` tokens, which is less than all of a row but the scored ones."""
+
+    def __init__(self, doc: int, pairs: list[tuple[list, list]], longest: int, group: str = ""):
+        self.doc, self.group = doc, group
+        self.rows = [(a + b)[-(longest + 1):] for a, b in pairs]
+        self.counts = [min(len(b), len(row) - 1) for (_, b), row in zip(pairs, self.rows)]
+        self.prefix = min(common(self.rows),
+                          *(len(row) - n for row, n in zip(self.rows, self.counts)))
+        self.length = max(map(len, self.rows))
 
 
 def batches(requests: list[Request], batch_tokens: int, longest: int):
     """Those of one group together, in it the longest first; no batch is larger than batch_tokens,
     padding included, or than one request."""
-    most = defaultdict(int)
-    for r in requests:
-        most[r.group] = max(most[r.group], r.length)
-    batch, group, prefix, rest = [], None, 0, 0
-    for r in sorted(requests, key=lambda r: (-most[r.group], r.group, -r.length, r.doc)):
+    batch, prefix, rest = [], 0, 0
+    for r in sorted(requests, key=lambda r: (r.group, -r.length, r.doc)):
         after = max(prefix, r.prefix), max(rest, r.length - r.prefix)
         full = sum(after) * (len(batch) + 1) > batch_tokens or sum(after) > longest + 1
-        if batch and (full or r.group != group or (r.prefix == 0) != (prefix == 0)):
+        if batch and (full or r.group != batch[0].group or (r.prefix == 0) != (prefix == 0)):
             yield batch
             batch, after = [], (r.prefix, r.length - r.prefix)
-        batch, group, (prefix, rest) = [*batch, r], r.group, after
+        batch, (prefix, rest) = [*batch, r], after
     if batch:
         yield batch
+
+
+def scored(model: Motif, requests: list[Request], batch_tokens: int):
+    """Yield each request and what score gives of it."""
+    for batch in batches(requests, batch_tokens, model.config.max_position_embeddings):
+        yield from zip(batch, score(model, batch))
 
 
 @torch.no_grad()
@@ -451,14 +464,12 @@ def score(model: Motif, batch: list[Request]) -> list[list[torch.Tensor]]:
         return [[x] for x in score_rows(model, rows, counts)]
     P, L = max(r.prefix for r in batch), max(r.length - r.prefix for r in batch) - 1
     padding = torch.tensor([P - r.prefix for r in batch], device=device)
-    ids = torch.tensor([[0] * (P - r.prefix) + r.rows[0][:r.prefix] for r in batch], device=device)
+    ids = padded([r.rows[0][:r.prefix] for r in batch], device, left=True)
     shared = common([r.rows[0][:r.prefix] for r in batch])
     shared = min(shared, P - 1) if len(batch) > 1 and shared >= SHARED_TOKENS else 0
-    cache = None
-    if L or shared:
-        shape = (len(batch), P + L, c.num_key_value_heads, c.head_dim)
-        cache = [tuple(torch.zeros(shape, dtype=model.head_weight.dtype, device=device)
-                       for _ in "kv") for _ in model.model.layers]
+    shape = (len(batch), P + L, c.num_key_value_heads, c.head_dim)
+    cache = [tuple(torch.zeros(shape, dtype=model.head_weight.dtype, device=device) for _ in "kv")
+             for _ in model.model.layers]
     if shared:
         once = [tuple(t[:1, :shared].clone() for t in pair) for pair in cache]
         model(torch.tensor([batch[0].rows[0][:shared]], device=device), cache=once, last=1)
@@ -470,22 +481,27 @@ def score(model: Motif, batch: list[Request]) -> list[list[torch.Tensor]]:
     found = []
     for j in range(max(len(r.rows) for r in batch)):
         rows = [r.rows[min(j, len(r.rows) - 1)][r.prefix:] for r in batch]
-        width = max(map(len, rows)) - 1
-        x = torch.tensor([row + [0] * (width + 1 - len(row)) for row in rows], device=device)
-        logits = first if width == 0 else torch.cat([first, model(
-            x[:, :-1], cache=cache, start=P, padding=padding)], 1)
-        found.append([log_probs(row_logits[:len(row)], row) for row_logits, row
-                      in zip(logits, rows)])
+        logits = first
+        if max(map(len, rows)) > 1:
+            x = padded([row[:-1] for row in rows], device)
+            logits = torch.cat([first, model(x, cache=cache, start=P, padding=padding)], 1)
+        found.append([log_probs(own[:len(row)], row) for own, row in zip(logits, rows)])
     return [[found[j][i][-n:] for j, n in enumerate(r.counts)] for i, r in enumerate(batch)]
 
 
 def score_rows(model: Motif, rows: list, counts: list) -> list[torch.Tensor]:
     """The same of plain rows, in one pass."""
-    width = max(map(len, rows)) - 1
-    x = torch.tensor([row[:-1] + [0] * (width + 1 - len(row)) for row in rows])
-    logits = model(x.to(model.head_weight.device))
+    logits = model(padded([row[:-1] for row in rows], model.head_weight.device))
     return [log_probs(part[len(row) - 1 - n:len(row) - 1], row[-n:])
             for part, row, n in zip(logits, rows, counts)]
+
+
+def padded(rows: list, device: torch.device, left: bool = False) -> torch.Tensor:
+    """Rows of ids (B, longest), with zeros behind them or, on the left, before them."""
+    n = max(map(len, rows))
+    zeros = [[0] * (n - len(row)) for row in rows]
+    return torch.tensor([z + row if left else row + z for row, z in zip(rows, zeros)],
+                        device=device)
 
 
 def log_probs(logits: torch.Tensor, ids: list) -> torch.Tensor:
@@ -510,36 +526,28 @@ def replies(model: Motif, text: Text, prompts: list[list], stops: tuple, new_tok
         n = max(1, batch_tokens // (P + new_tokens))
         rows, order = order[:n], order[n:]
         padding = torch.tensor([P - len(prompts[i]) for i in rows], device=device)
-        ids = torch.tensor([[0] * (P - len(prompts[i])) + prompts[i] for i in rows], device=device)
-        stream = model.stream(ids, new_tokens, temperature, seed=seed, padding=padding)
-        yield from finished(stream, rows, text, stops)
+        ids = padded([prompts[i] for i in rows], device, left=True)
+        yield from finished(model.stream(ids, new_tokens, temperature, seed=seed, padding=padding),
+                            rows, text, stops)
 
 
 def finished(stream, rows: list, text: Text, stops: tuple):
     """See replies. Once half of the rows have ended, the others go on without them."""
-    stops, said = [stop.encode() for stop in stops], {i: b"" for i in rows}
-    longest, tokens, open_rows = max(map(len, stops), default=1), next(stream), {*rows}
-    while tokens is not None:
-        for i, token in zip(rows, tokens[:, 0].tolist()):
-            if i not in open_rows:
-                continue
-            start = max(0, len(said[i]) - longest + 1)
-            said[i] += text.bytes[token] if token < len(text.bytes) else b"\xff"
-            cuts = [k for k in (said[i].find(stop, start) for stop in stops) if k >= 0]
-            if cuts or token in text.ends:
-                open_rows.discard(i)
-                yield i, said[i][:min(cuts, default=None)].decode("utf-8", "replace")
-        if not open_rows:
-            return
-        go_on = None
-        if 2 * len(open_rows) <= len(rows):
-            go_on = torch.tensor([k for k, i in enumerate(rows) if i in open_rows])
-            rows = [i for i in rows if i in open_rows]
-        try:
-            tokens = stream.send(go_on if go_on is None else go_on.to(tokens.device))
-        except StopIteration:
-            tokens = None
-    yield from ((i, said[i].decode("utf-8", "replace")) for i in rows if i in open_rows)
+    said, left, go_on = {i: b"" for i in rows}, {*rows}, None
+    with suppress(StopIteration):
+        while left:
+            for i, token in zip(rows, stream.send(go_on)[:, 0].tolist()):
+                if i in left:
+                    said[i] += text.bytes[token] if token < len(text.bytes) else b"\xff"
+                    cuts = [k for k in (said[i].find(s.encode()) for s in stops) if k >= 0]
+                    if cuts or token in text.ends:
+                        left.remove(i)
+                        yield i, said[i][:min(cuts, default=None)].decode("utf-8", "replace")
+            go_on = None
+            if 2 * len(left) <= len(rows):
+                go_on = torch.tensor([k for k, i in enumerate(rows) if i in left])
+                rows = [i for i in rows if i in left]
+    yield from ((i, said[i].decode("utf-8", "replace")) for i in rows if i in left)
 
 
 # ---- the sandbox
@@ -626,231 +634,93 @@ def sandbox_gaps() -> str:
     return ", ".join(gaps + ["writing to files of this user"] * (gave_up[1:2] != "1"))
 
 
-# ---- the run
+# ---- three ways to measure documents, by number: each yields (number, record)
 
-class Samples:
-    """The records of a run, a line of samples.jsonl each. Of many ranks each has a file of its own
-    until they are put together; what a cut run left is read by the first."""
-
-    def __init__(self, out: Path, settings: dict):
-        self.out, self.file = out, out / f"samples{f'.{RANK}' * (RANK > 0)}.jsonl"
-        self.done = tell(self._begin(settings) if RANK == 0 else None)[0]
-        self.new = []
-
-    def _begin(self, settings: dict) -> dict:
-        self.out.mkdir(parents=True, exist_ok=True)
-        kept, found = self.out / "settings.json", {}
-        files = sorted(self.out.glob("samples*.jsonl"))
-        if kept.exists() and json.loads(kept.read_text()) == settings:
-            for line in (line for file in files for line in file.read_text().split("\n")):
-                try:
-                    record = json.loads(line)
-                except ValueError:                   # a line that was cut
-                    continue
-                found[record["task"], record["doc"]] = record
-        elif files:
-            print(f"{self.out}: another model or other settings before; beginning anew")
-        for file in files:
-            file.unlink()
-        replace_text(self.out / "samples.jsonl", lines_of(found))
-        replace_text(kept, json.dumps(settings, indent=1) + "\n")
-        return found
-
-    def add(self, **record) -> None:
-        self.new.append(record)
-        with self.file.open("a") as f:
-            f.write(json.dumps(record) + "\n")
-
-    def gather(self) -> dict:
-        """(task, doc) -> record, of all ranks, also in the one file."""
-        for records in tell(self.new):
-            self.done.update({(r["task"], r["doc"]): r for r in records})
-        self.new = []
-        if RANK == 0:
-            replace_text(self.out / "samples.jsonl", lines_of(self.done))
-        tell(None)
-        if RANK:
-            self.file.unlink(missing_ok=True)
-        return self.done
+def likeliest(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Config):
+    """The likeliest answer, the first of equals, by its log-probability alone (acc) and per
+    character of the answer (acc_norm)."""
+    longest, requests = model.config.max_position_embeddings, []
+    for i, doc in docs.items():
+        contexts = [doc.begin + own for own in doc.texts or [doc.text] * len(doc.choices)]
+        pairs = [(text.ask(context), text.encode(choice[1:])) if c.chat
+                 else text.pair(context, choice) for context, choice in zip(contexts, doc.choices)]
+        requests.append(Request(i, pairs, longest, doc.begin if task.first else ""))
+    for r, found in scored(model, requests, c.batch_tokens):
+        doc, sums = docs[r.doc], [x.sum().item() for x in found]
+        norms = [s / (len(choice) - 1) for s, choice in zip(sums, doc.choices)]
+        scores = {"acc": float(sums.index(max(sums)) == doc.answer)}
+        if task.norm:
+            scores["acc_norm"] = float(norms.index(max(norms)) == doc.answer)
+        yield r.doc, {"prompt": doc.begin + doc.text, "output": sums, "answer": doc.answer,
+                      **scores}
 
 
-def lines_of(records: dict) -> str:
-    return "".join(json.dumps(records[key]) + "\n" for key in sorted(records))
-
-
-class Progress:
-    """A line every five seconds: how much is done, how fast, how long it will yet take."""
-
-    def __init__(self, name: str, total: int, what: str):
-        self.name, self.total, self.what = name, total, what
-        self.done, self.begun, self.said = 0, time.monotonic(), time.monotonic()
-
-    def add(self, n: int) -> None:
-        self.done, now = self.done + n, time.monotonic()
-        if RANK == 0 and (now - self.said > 5 or self.done == self.total):
-            speed = self.done / max(now - self.begun, 1e-9)
-            left, self.said = int((self.total - self.done) / speed), now
-            print(f"{self.name}  {self.done:,d}/{self.total:,d} {self.what}  {speed:,.1f}/s  eta "
-                  f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}", flush=True)
-
-
-def run_task(name: str, model: Motif, text: Text, c: Config, samples: Samples) -> None:
-    """Score those documents of a task that are not done yet; of many ranks each every WORLD-th."""
-    task, counts, docs = TASKS[name], defaultdict(int), []
-    for doc in docs_of(task, 0, c.bench_dir):
-        counts[doc.group] += 1
-        if c.limit is None or counts[doc.group] <= c.limit:
-            docs.append(doc)
-    begins = prompts_of(task, docs, shots_of(task, c), c.bench_dir)
-    todo = [i for i in range(len(docs)) if (name, i) not in samples.done][RANK::WORLD]
-    if task.judge is None:
-        return run_choices(name, docs, begins, todo, model, text, c, samples)
-    asked, prompts = {}, []
-    for i in todo:
-        content, reply = begins[i] + docs[i].text, ""
-        if task.ask:
-            content, reply = task.ask(docs[i])
-        asked[i] = content + (f" {reply}" if reply and not c.chat else reply)
-        prompts += [text.ask(content) + text.encode(reply) if c.chat or task.chat
+def generated(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Config):
+    """What the model writes, judged while it writes on: a program has a process of its own."""
+    chat, asked, prompts = c.chat or task.chat, {}, []
+    for i, doc in docs.items():
+        content, reply = task.ask(doc) if task.ask else (doc.begin + doc.text, "")
+        asked[i] = content + (f" {reply}" if reply and not chat else reply)
+        prompts += [text.ask(content) + text.encode(reply) if chat
                     else text.first + text.encode(asked[i])] * c.samples
-    said, progress = defaultdict(list), Progress(name, len(todo), "documents")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a program's process has all the work
+    numbers, said = [i for i in docs for _ in range(c.samples)], defaultdict(list)
+    def record(i):
+        return i, {"prompt": asked[i], "output": said[i], **task.judge(docs[i], said[i])}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = []
-        def judge(i):
-            scores = task.judge(docs[i], said[i])
-            verdicts = {"verdicts": v} if (v := scores.pop("verdicts", None)) else {}
-            samples.add(task=name, doc=i, prompt=asked[i], output=said[i], **verdicts, **scores)
         for k, reply in replies(model, text, prompts, task.stops, task.new_tokens, c.batch_tokens,
                                 c.temperature, c.seed):
-            i = todo[k // c.samples]
-            said[i].append(reply)
-            if len(said[i]) == c.samples:
-                jobs.append(pool.submit(judge, i))
-                progress.add(1)
-        for job in jobs:
-            job.result()
+            said[numbers[k]].append(reply)
+            if len(said[numbers[k]]) == c.samples:
+                jobs.append(pool.submit(record, numbers[k]))
+            while jobs and jobs[0].done():
+                yield jobs.pop(0).result()
+        yield from (job.result() for job in jobs)
 
 
-def shots_of(task: Task, c: Config) -> int:
-    return task.shots if c.shots is None else c.shots
-
-
-def run_choices(name: str, docs: list, begins: list, todo: list, model: Motif, text: Text,
-                c: Config, samples: Samples) -> None:
-    """The likeliest answer of each document, the first of equals, by its log-probability alone
-    (acc) and per character of the answer (acc_norm)."""
-    task, longest, requests = TASKS[name], model.config.max_position_embeddings, []
-    for i in todo:
-        doc, pairs = docs[i], []
-        for choice, own in zip(docs[i].choices, doc.texts or [doc.text] * len(doc.choices)):
-            content = begins[i] + own
-            pairs.append((text.ask(content), text.encode(choice.removeprefix(" "))) if c.chat
-                         else text.pair(content, choice))
-        group = begins[i] if task.first else ""
-        requests.append(request(i, pairs, longest, group))
-    progress = Progress(name, len(todo), "documents")
-    for batch in batches(requests, c.batch_tokens, longest):
-        for r, found in zip(batch, score(model, batch)):
-            doc, sums = docs[r.doc], [x.sum().item() for x in found]
-            norms = [s / (len(choice) - 1) for s, choice in zip(sums, doc.choices)]
-            scores = {"acc": float(sums.index(max(sums)) == doc.answer)}
-            if task.norm:
-                scores["acc_norm"] = float(norms.index(max(norms)) == doc.answer)
-            samples.add(task=name, doc=r.doc, prompt=begins[r.doc] + doc.text, output=sums,
-                        answer=doc.answer, **scores)
-        progress.add(len(batch))
-
-
-def texts_of(source: str):
-    """The documents of a source of data.py; of a builtin one those held out, BUILTIN_BYTES of
-    them."""
-    left = BUILTIN_BYTES if source.startswith("builtin:") else math.inf
-    for number, unit in enumerate(data.units_of(source)):
-        for i, doc in enumerate(filter(str.strip, unit())):
-            if left == math.inf or (number + i) % data.HOLD_OUT == 0:
-                yield doc if len(doc) < left else doc[:left]
-                left -= len(doc)
-                if left <= 0:
-                    return
-
-
-def run_bits(name: str, model: Motif, text: Text, c: Config, samples: Samples) -> None:
-    """Bits of each document of a source, and its bytes, in all and by position: in the windows of
-    max_position_embeddings tokens that it is cut into, from 1, 2, 4, ... tokens on."""
-    docs = [doc for _, doc in zip(range(c.limit or sys.maxsize), texts_of(name.partition(":")[2]))]
-    longest, requests = model.config.max_position_embeddings, []
-    todo = [i for i in range(len(docs)) if (name, i) not in samples.done][RANK::WORLD]
-    for i in todo:
-        ids = (text.first or [text.specials[data.END]]) + text.encode(docs[i])
+def bits(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Config):
+    """Bits and bytes of a document by position: in the windows of max_position_embeddings tokens
+    that it is cut into, from 1, 2, 4, ... tokens on."""
+    longest, requests, found = model.config.max_position_embeddings, [], {}
+    for i, doc in docs.items():
+        found[i] = {"prompt": doc.text[:80], "bits": defaultdict(float), "bytes": Counter()}
+        ids = (text.first or [text.specials[data.END]]) + text.encode(doc.text)
         for start in range(0, len(ids) - 1, longest):
-            row = ids[start:start + longest + 1]
-            requests.append(Request(i, [row], [len(row) - 1], 1))
-    left, progress = defaultdict(int), Progress(name, len(requests), "windows")
-    for r in requests:
-        left[r.doc] += 1
-    bits, size = (defaultdict(lambda: defaultdict(float)) for _ in "ab")
-    for batch in batches(requests, c.batch_tokens, longest):
-        for r, (found,) in zip(batch, score(model, batch)):
-            for at, (token, log_p) in enumerate(zip(r.rows[0][1:], found.tolist())):
-                bin = 2 ** at.bit_length() // 2
-                bits[r.doc][bin] -= log_p / math.log(2)
-                size[r.doc][bin] += len(text.bytes[token])
-            left[r.doc] -= 1
-            if left[r.doc] == 0:
-                samples.add(task=name, doc=r.doc, prompt=docs[r.doc][:80], bits=bits[r.doc],
-                            bytes=size[r.doc])
-        progress.add(len(batch))
+            window = ids[start:start + longest + 1]
+            requests.append(Request(i, [(window[:1], window[1:])], longest))
+    left = Counter(r.doc for r in requests)
+    for r, (log_p,) in scored(model, requests, c.batch_tokens):
+        for at, (token, x) in enumerate(zip(r.rows[0][1:], log_p.tolist())):
+            bin = 2 ** at.bit_length() // 2
+            found[r.doc]["bits"][bin] -= x / math.log(2)
+            found[r.doc]["bytes"][bin] += len(text.bytes[token])
+        left[r.doc] -= 1
+        if left[r.doc] == 0:
+            yield r.doc, found[r.doc]
 
 
-def result_of(name: str, records: list[dict], c: Config) -> dict:
-    """Metric -> value, standard error, n and the report's figure, all in per cent but bits per
-    byte."""
-    if name.startswith("bpb:"):
-        bits, size = ([sum(r[key].values()) for r in records] for key in ("bits", "bytes"))
-        n, value = len(records), sum(bits) / sum(size)
-        error = math.nan if n < 2 else statistics.stdev(
-            b - value * s for b, s in zip(bits, size)) / n**0.5 / (sum(size) / n)
-        bins = sorted({int(k) for r in records for k in r["bits"]})
-        of = {key: [sum(r[key].get(k, r[key].get(str(k), 0)) for r in records) for k in bins]
-              for key in ("bits", "bytes")}
-        at = {k: b / s for k, b, s in zip(bins, of["bits"], of["bytes"]) if s}
-        return {"bits per byte": dict(value=value, stderr=error, n=n, reported=None,
-                                      by_position=at)}
-    task, found = TASKS[name], {}
-    for metric in (key for key in records[0] if re.match("acc|steps|strict|flexible|pass@", key)):
-        values = [100 * r[metric] for r in records]
-        error = statistics.stdev(values) / len(values)**0.5 if len(values) > 1 else math.nan
-        found[metric] = dict(value=statistics.fmean(values), stderr=error, n=len(values),
-                             reported=task.reported.get(metric), shots=shots_of(task, c),
-                             report_shots=task.shots)
-    return found
+# ---- the run
+
+@cache
+def texts_of(source: str, limit: int | None) -> list[str]:
+    """The first documents of a source of data.py; of a builtin one the beginning of the first that
+    is held out of each unit."""
+    units = data.units_of(source)
+    texts = (filter(str.strip, unit()) for unit in units)
+    if not source.startswith("builtin:"):
+        return [*islice(chain.from_iterable(texts), limit)]
+    held_out = (next(islice(unit, -number % data.HOLD_OUT, None), "")
+                for number, unit in enumerate(islice(texts, BUILTIN_DOCS)))
+    return [text[:DOC_LETTERS] for text in held_out if text][:limit]
 
 
-def table(results: dict) -> str:
-    """Measured beside reported, which is of Motif-2-12.7B with the shots in brackets."""
-    lines = [f"{'task':24s} {'shots':>5s} {'metric':14s} {'measured':>9s} {'stderr':>7s} {'n':>7s}"
-             f"  {'reported':>14s}"]
-    for name, metrics in results.items():
-        for metric, r in metrics.items():
-            shots = "" if r.get("shots") is None else str(r["shots"])
-            told = "-" if r["reported"] is None else f"{r['reported']:.2f} ({r['report_shots']})"
-            lines.append(f"{name:24s} {shots:>5s} {metric:14s} {r['value']:9.3f} "
-                         f"{r['stderr']:7.3f} {r['n']:7,d}  {told:>14s}")
-            if "by_position" in r:
-                lines.append(" " * 31 + "from token " + "  ".join(
-                    f"{k}: {x:.2f}" for k, x in r["by_position"].items()))
-    return "\n".join(lines)
-
-
-def names_of(c: Config) -> list[str]:
-    """The tasks asked for. ValueError for one that is unknown or may not run."""
-    names = []
-    for name in c.tasks.split(","):
-        if name == "bpb":
-            names += [f"bpb:builtin:{kind}" for kind in ("language", "code", "math", "science")]
-        elif name.startswith("bpb:"):
+def tasks_of(c: Config) -> dict[str, Task]:
+    """Those asked for. ValueError for one that is unknown or may not run."""
+    tasks = {}
+    for name in (own for name in c.tasks.split(",") for own in (BPB if name == "bpb" else [name])):
+        if name.startswith("bpb:"):
             data.units_of(name[4:])
-            names.append(name)
+            tasks[name] = Task(Doc, source=partial(texts_of, name[4:], c.limit))
         elif name not in TASKS:
             near = difflib.get_close_matches(name, [*TASKS, "bpb", "chat"], n=1, cutoff=0.0)
             raise ValueError(f"unknown task {name!r}; did you mean {near[0]!r}? Known: "
@@ -859,78 +729,137 @@ def names_of(c: Config) -> list[str]:
             raise ValueError(f"{name} runs programs that the model writes, in a sandbox; give "
                              "--run_code to allow that")
         else:
-            names.append(name)
-    return names
+            tasks[name] = TASKS[name]
+    return tasks
 
 
-def evaluate(folder: Path, c: Config, device: torch.device) -> dict:
-    """All tasks on one model, the table printed -> its results, which are also in a file."""
-    names = names_of(c)
+def kept(out: Path, settings: dict) -> dict:
+    """(task, number) -> the records that a cut run with the same settings left in out."""
+    out.mkdir(parents=True, exist_ok=True)
+    file, results, found = out / "samples.jsonl", out / "results.json", {}
+    before = json.loads(results.read_text()) if file.exists() and results.exists() else {}
+    if settings.items() <= before.items():
+        for line in file.read_text().split("\n"):
+            with suppress(ValueError):                   # a line that was cut
+                record = json.loads(line)
+                found[record["task"], record["doc"]] = record
+    elif before:
+        print(f"{out}: another model or other settings before; beginning anew")
+    save(out, settings, found, {})
+    return found
+
+
+def save(out: Path, settings: dict, records: dict, results: dict) -> None:
+    """The two files of a run, records in order."""
+    lines = (json.dumps(records[key]) + "\n" for key in sorted(records))
+    replace_text(out / "samples.jsonl", "".join(lines))
+    replace_text(out / "results.json", json.dumps({**settings, "tasks": results}, indent=1) + "\n")
+
+
+def progress(name: str, total: int, items):
+    """The items; every five seconds a line: how many are done, how fast, how long it will yet
+    take."""
+    begun = said = time.monotonic()
+    for n, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if RANK == 0 and (now - said > 5 or n == total):
+            speed, said = n / max(now - begun, 1e-9), now
+            print(f"{name}  {n:,d}/{total:,d} documents  {speed:,.1f}/s  eta "
+                  f"{timedelta(seconds=int((total - n) / speed))}", flush=True)
+
+
+def evaluate(folder: Path, tasks: dict, out: Path, c: Config, device: torch.device) -> dict:
+    """All tasks on one model -> its results, which are also in out/results.json. Of many ranks each
+    has every WORLD-th document, and all append to the one file of samples."""
     model, text = open_model(folder, c, device)
-    out = Path(c.out_dir or f"out/eval/{re.sub('[^A-Za-z0-9_.]+', '-', str(folder)).strip('-')}")
-    stamp = max(f.stat().st_mtime_ns for f in folder.glob("*.safetensors"))
-    settings = {k: v for k, v in asdict(c).items() if k in (
-        "tokenizer", "shots", "chat", "bench_dir", "temperature", "samples", "seed", "precision")}
-    samples, results = Samples(out, {"model": str(folder), "stamp": stamp, **settings}), {}
-    gaps = sandbox_gaps() if RANK == 0 and any(name in TASKS and TASKS[name].code
-                                               for name in names) else ""
-    if gaps:
-        print(f"warning: this system does not keep from programs: {gaps}", flush=True)
-    for name in names:
-        (run_bits if name.startswith("bpb:") else run_task)(name, model, text, c, samples)
-        records = samples.gather()
-        kept = [records[key] for key in sorted(records) if key[0] == name]
-        results[name] = result_of(name, kept, c)
+    settings = {"model": str(folder),
+                "stamp": max(f.stat().st_mtime_ns for f in folder.glob("*.safetensors")),
+                **{key: getattr(c, key) for key in SETTINGS}}
+    records, results = tell(kept(out, settings) if RANK == 0 else None)[0], {}
+    for name, task in tasks.items():
+        shots = task.shots if c.shots is None or task.source else c.shots
+        docs = docs_of(task, 0, c.bench_dir)
+        add_examples(name, task, docs, shots, c.bench_dir)
+        numbers = chosen(docs, c.limit)
+        todo = [i for i in numbers if (name, i) not in records][RANK::WORLD]
+        measure = bits if name.startswith("bpb:") else generated if task.judge else likeliest
+        found, new = measure(task, {i: docs[i] for i in todo}, model, text, c), {}
+        with (out / "samples.jsonl").open("a") as file:
+            for i, record in progress(name, len(todo), found):
+                new[name, i] = {"task": name, "doc": i, **record}
+                print(json.dumps(new[name, i]), file=file, flush=True)
+        for of_rank in tell(new):
+            records.update(of_rank)
+        results[name] = {
+            metric: {**found, "shots": shots, "reported": task.reported.get(metric),
+                     "report_shots": task.shots}
+            for metric, found in result_of([records[name, i] for i in numbers]).items()}
     if RANK == 0:
-        print(f"\n{folder}\n{table(results)}\nsamples and results in {out}", flush=True)
-        replace_text(out / "results.json", json.dumps(
-            {"model": str(folder), **settings, "tasks": results}, indent=1) + "\n")
+        save(out, settings, records, results)
     return results
 
 
-def draw(run: Path, scores: dict[int, dict]) -> Path:
-    """scores.png in the run: every metric over the steps of its checkpoints."""
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-    steps, last = sorted(scores), scores[max(scores)]
-    bits = [name for name in last if name.startswith("bpb:")]
-    kinds = [k for k in (bits, [name for name in last if name not in bits]) if k]
-    figure, axes = plt.subplots(len(kinds), 1, figsize=(8, 4 * len(kinds)), sharex=True,
-                                squeeze=False, layout="constrained")
-    for axis, names in zip(axes[:, 0], kinds):
-        for name, metric in ((n, m) for n in names for m in last[n]):
-            of = [scores[step][name][metric] for step in steps]
-            axis.errorbar(steps, [r["value"] for r in of], [r["stderr"] for r in of], fmt="o-",
-                          ms=3, capsize=2, label=f"{name.removeprefix('bpb:')} {metric}")
-        axis.set(ylabel="bits per byte" if names is bits else "per cent", title=str(run))
-        axis.legend(fontsize="small")
-        axis.grid(alpha=0.3)
-    axes[-1, 0].set(xlabel="step")
-    figure.savefig(run / "scores.png", dpi=110)
-    return run / "scores.png"
+def ratio(values: list, sizes: list) -> dict:
+    """The sum of values over that of sizes, and its standard error."""
+    n, value = len(values), sum(values) / sum(sizes)
+    error = statistics.stdev(v - value * s for v, s in zip(values, sizes)) / n**0.5 if (
+        n > 1) else math.nan
+    return {"value": value, "stderr": error / statistics.fmean(sizes), "n": n}
+
+
+def result_of(records: list[dict]) -> dict:
+    """Metric -> value, standard error and n, in per cent but bits per byte."""
+    if "bits" not in records[0]:
+        return {metric: ratio([100 * r[metric] for r in records], [1] * len(records))
+                for metric, value in records[0].items() if isinstance(value, float)}
+    sums = {key: Counter() for key in ("bits", "bytes")}
+    for r in records:
+        for key in sums:
+            sums[key].update({int(at): x for at, x in r[key].items()})
+    of = ratio(*([sum(r[key].values()) for r in records] for key in ("bits", "bytes")))
+    return {"bits per byte": {**of, "by_position": {
+        at: x / sums["bytes"][at] for at, x in sorted(sums["bits"].items()) if sums["bytes"][at]}}}
+
+
+def table(results: dict[str, dict]) -> str:
+    """A column for each model, with standard errors, then the report's figure, which is of
+    Motif-2-12.7B with the shots in brackets."""
+    lines = [f"{'task':21s} {'shots':>5s} {'metric':13s} {'n':>6s}"
+             + "".join(f"{name:>17s}" for name in results) + f"{'reported':>12s}"]
+    last = [*results.values()][-1]
+    for name, metric, r in ((name, *x) for name, found in last.items() for x in found.items()):
+        told = "-" if r["reported"] is None else f"{r['reported']:.2f} ({r['report_shots']})"
+        columns = (of[name][metric] for of in results.values())
+        lines.append(f"{name:21s} {r['shots']:5d} {metric:13s} {r['n']:6,d}" + "".join(
+            f"{x['value']:9.3f} ±{x['stderr']:6.3f}" for x in columns) + f"{told:>12s}")
+        if "by_position" in r and len(results) == 1:
+            lines.append(" " * 27 + "from token " + "  ".join(
+                f"{at}: {x:.2f}" for at, x in r["by_position"].items()))
+    return "\n".join(lines)
 
 
 # ---- the model
 
-def folder_of(c: Config) -> Path:
-    """The checkpoint that is meant. ValueError if there is none."""
+def models_of(c: Config) -> dict[str, Path]:
+    """The checkpoints that are meant, by what the table calls them. ValueError if there is none."""
     if c.model is None:
-        found = [newest(Path(run)) for run in STAGES]
-        found = [start[0] for start in found if start]
+        starts = {Path(run).name: newest(Path(run)) for run in STAGES}
+        found = {name: start[0] for name, start in starts.items() if start}
         if not found:
             raise ValueError(f"none of {', '.join(STAGES)} holds a checkpoint; run `python "
                              "pretrain.py`, or give --model=PATH")
-        return max(found, key=lambda folder: (folder / "state.json").stat().st_mtime)
+        return found
     folder = model_folder(c.model)
     if not folder.is_dir():
         raise ValueError(f"model={c.model} is neither a folder nor owner/name of the Hub")
-    if steps_in(folder):
-        start = newest(folder)
-        if not start:
-            raise ValueError(f"model={c.model} holds no whole checkpoint")
-        return start[0]
-    return folder
+    steps = sorted(steps_in(folder))
+    if c.every and steps:
+        return {f"step_{step}": folder / f"step_{step}" for step in steps}
+    start = newest(folder)
+    if steps and not start:
+        raise ValueError(f"model={c.model} holds no whole checkpoint")
+    return {"measured": start[0] if start else folder}
 
 
 def open_model(folder: Path, c: Config, device: torch.device) -> tuple[Motif, Text]:
@@ -941,8 +870,6 @@ def open_model(folder: Path, c: Config, device: torch.device) -> tuple[Motif, Te
     own = read_state(folder)["config"]["tokenizer"] if trained else str(folder)
     if not trained and not c.tokenizer and not (folder / "tokenizer.json").exists():
         raise ValueError(f"{folder} has no tokenizer.json; give --tokenizer")
-    if trained and c.tokenizer not in (None, own):
-        raise ValueError(f"tokenizer={c.tokenizer}, but {folder} was trained with {own}")
     name = c.tokenizer or own
     tokenizer = data.load_tokenizer(name)
     first = tokenizer._special_tokens[data.BEGIN]
@@ -1028,30 +955,34 @@ def chat(model: Motif, text: Text, c: Config) -> None:
             messages.append({"role": "assistant", "content": said})
 
 
+def run(c: Config) -> None:
+    """Chat, a reply, or the table of all tasks on all models."""
+    device, models = device_of(c), models_of(c)
+    c.batch_tokens = c.batch_tokens or (65536 if device.type == "cuda" else 4096)
+    if c.prompt is not None or c.tasks == "chat":
+        model, text = open_model([*models.values()][-1], c, device)
+        if c.prompt is None:
+            return chat(model, text, c)
+        reply_to([{"role": "user", "content": c.prompt}], model, text, c.temperature, c.seed)
+        return
+    tasks, results, top = tasks_of(c), {}, Path(c.out_dir or "out/eval")
+    gaps = RANK == 0 and any(task.code for task in tasks.values()) and sandbox_gaps()
+    if gaps:
+        print(f"warning: this system does not keep from programs: {gaps}", flush=True)
+    for name, folder in models.items():
+        own = re.sub("[^A-Za-z0-9_.]+", "-", str(folder)).strip("-")
+        out = top if c.out_dir and len(models) == 1 else top / own
+        results[name] = evaluate(folder, tasks, out, c, device)
+    if RANK == 0:
+        print(f"\n{table(results)}\nsamples and results in {top}", flush=True)
+
+
 def main() -> None:
     c = configurator.load(Config, sys.argv[1:])
+    if WORLD > 1:
+        dist.init_process_group("gloo")
     try:
-        device = device_of(c)
-        c.batch_tokens = c.batch_tokens or (65536 if device.type == "cuda" else 4096)
-        if WORLD > 1:
-            dist.init_process_group("gloo")
-        if c.prompt is not None or c.tasks == "chat":
-            model, text = open_model(folder_of(c), c, device)
-            if c.prompt is None:
-                return chat(model, text, c)
-            reply_to([{"role": "user", "content": c.prompt}], model, text, c.temperature, c.seed)
-        elif c.plot:
-            run = Path(c.model or folder_of(c).parent)
-            scores = {}
-            for step in steps_in(run):
-                own = replace(c, out_dir=c.out_dir and f"{c.out_dir}/step_{step}")
-                scores[step] = evaluate(run / f"step_{step}", own, device)
-            if not scores:
-                raise ValueError(f"{run} holds no checkpoints to plot; give --model=RUN")
-            if RANK == 0:
-                print(f"scores over {len(scores)} checkpoints in {draw(run, scores)}")
-        else:
-            evaluate(folder_of(c), c, device)
+        run(c)
     except ValueError as e:
         raise SystemExit(str(e) if RANK == 0 else 1) from None  # the same on all ranks
     except torch.OutOfMemoryError:

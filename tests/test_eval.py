@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import data
 import eval as evaluation
 import pretrain
-from eval import TASKS, Config, Text, batches, replies, request, run_program, score
+from eval import TASKS, Config, Request, Text, batches, replies, run_program, score
 from model import Motif, MotifConfig
 
 FIXTURE = json.loads((Path(__file__).parent / "eval.json").read_text())
@@ -66,7 +67,7 @@ def run(tmp_path, monkeypatch, tiny, bench, capsys):
         argv = [f"--{k}={v}" for k, v in options.items() if v is not None]
         monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
         evaluation.main()
-        return capsys.readouterr().out, records("o")
+        return capsys.readouterr().out, records("o") if options["out_dir"] else None
     return call
 
 
@@ -137,7 +138,7 @@ def test_chains_are_asked_in_turns_and_their_answers_compared(run, text, monkeyp
         [1 - (0, 2 / k, 1 / k)[i % 3] for i, k in enumerate(n)])
     results = json.loads(Path("o/results.json").read_text())["tasks"][name]
     assert results["acc"]["value"] == pytest.approx(100 / 3) and results["acc"]["n"] == 30
-    assert re.search(rf"^{name} +0 +acc +33.333 +8.754 +30 +-$", printed, re.M)
+    assert re.search(rf"^{name} +0 +acc +30 +33.333 ± 8.754 +-$", printed, re.M)
 
 
 def test_chains_of_a_model_are_greedy_and_the_same_again(run):
@@ -195,9 +196,9 @@ def test_scores_in_batches_are_those_of_one_sequence_each(model):
         group = ("a", "b", "")[i % 3]
         context = begins[group] + draw((5, 40, 90, 300)[i % 4] if i != 7 else 511)
         pairs.append([(context, draw(1 if i % 5 == 0 else 3 + 7 * j)) for j in range(2 + i % 3)])
-        requests.append(request(i, pairs[-1], 512, group))
+        requests.append(Request(i, pairs[-1], 512, group))
     pairs.append([(draw(9), draw(600))])                 # longer than the model by itself
-    requests.append(request(24, pairs[-1], 512))
+    requests.append(Request(24, pairs[-1], 512))
     seen, sizes = {}, []
     for batch in batches(requests, 2048, 512):
         sizes.append(len(batch))
@@ -357,6 +358,36 @@ def test_a_cut_run_goes_on_and_other_settings_begin_anew(run, monkeypatch):
     assert len(other) == 3 and len(scored) == len(whole) + 1
 
 
+def test_stages_stand_side_by_side_and_are_measured_once(run, tiny, monkeypatch):
+    monkeypatch.setattr(evaluation, "BUILTIN_DOCS", 1)
+    for name in "quickstart/step_2", "quickstart/step_4", "sft1/step_3":
+        shutil.copytree(tiny, Path("out", name))
+        Path("out", name, "state.json").write_text('{"files": {}, "config": {"tokenizer": "byte"}}')
+    alone = dict(model=None, tokenizer=None, bench_dir=None, limit=1)
+    printed, _ = run(**alone, out_dir=None)
+    assert re.search(r"^task .* quickstart +sft1 +reported$", printed, re.M)
+    rows = re.findall(r"^(\S+) .* ([\d.]+) ± +nan +([\d.]+) ± +nan +-$", printed, re.M)
+    assert [name for name, *_ in rows] == [*evaluation.BPB, "chains", "chains"]
+    assert all(a == b for _, a, b in rows)
+    monkeypatch.setattr(evaluation, "score", None)
+    monkeypatch.setattr(evaluation, "replies", lambda *options: ())
+    again, _ = run(**alone, out_dir=None)
+    assert again[again.index("\ntask"):] == printed[printed.index("\ntask"):]
+    monkeypatch.setattr(evaluation, "score", score)
+    printed, _ = run(**{**alone, "model": "out/quickstart"}, out_dir=None, tasks="bpb", every=True)
+    assert re.search(r"^task .* step_2 +step_4 +reported$", printed, re.M)
+
+
+def test_a_limited_run_goes_on_without_the_limit(run):
+    expected = FIXTURE["mmlu"]
+    groups = [row["subject"] for row in expected["rows"]]
+    _, few = run(tasks="mmlu", shots=expected["shots"], limit=1)
+    assert [r["doc"] for r in few] == sorted(groups.index(group) for group in {*groups})
+    _, all_ = run(tasks="mmlu", shots=expected["shots"])
+    assert [of_prompt(r["prompt"]) for r in all_] == expected["prompts"]
+    assert [r for r in all_ if r["doc"] in [f["doc"] for f in few]] == few and len(few) < len(all_)
+
+
 def as_rank(rank: int, port: int) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
                       MASTER_PORT=str(port))
@@ -427,7 +458,7 @@ def test_a_turn_s_special_tokens_cannot_be_spelled_by_a_user(model, text, monkey
     (dict(tasks="arc_easy", tokenizer="gpt2.json"), "tokenizer gpt2.json"),
     (dict(tasks="arc_easy", tokenizer=None), "has no tokenizer.json; give --tokenizer"),
     (dict(model="nowhere"), "model=nowhere is neither a folder nor"),
-    (dict(model=None), "none of out/sft3, .* holds a checkpoint; run `python pretrain.py`"),
+    (dict(model=None), "none of out/quickstart, .* holds a checkpoint; run `python pretrain.py`"),
     (dict(tasks="bpb:none.txt"), "no file matches none.txt"),
 ])
 def test_wrong_input_is_told_in_one_line(run, options, words):
