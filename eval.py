@@ -70,7 +70,7 @@ class Config:
     seed: int = 1234             # of sampling
     device: str = "auto"         # cpu, cuda, cuda:1, ...; auto: CUDA where there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of products; auto: bf16 on CUDA only
-    every: bool = False          # evaluate every checkpoint of the run, a column each
+    plot: bool = False           # every checkpoint of the run, a column each, and scores.png
     prompt: str | None = None    # chat: answer this, and end
 
 
@@ -822,21 +822,43 @@ def result_of(records: list[dict]) -> dict:
         at: x / sums["bytes"][at] for at, x in sorted(sums["bits"].items()) if sums["bytes"][at]}}}
 
 
+def scores_of(results: dict[str, dict]) -> list[tuple]:
+    """(task, metric, the result of each model)"""
+    return [(name, metric, [of[name][metric] for of in results.values()])
+            for name, found in [*results.values()][-1].items() for metric in found]
+
+
 def table(results: dict[str, dict]) -> str:
     """A column for each model, with standard errors, then the report's figure, which is of
     Motif-2-12.7B with the shots in brackets."""
     lines = [f"{'task':21s} {'shots':>5s} {'metric':13s} {'n':>6s}"
              + "".join(f"{name:>17s}" for name in results) + f"{'reported':>12s}"]
-    last = [*results.values()][-1]
-    for name, metric, r in ((name, *x) for name, found in last.items() for x in found.items()):
+    for name, metric, columns in scores_of(results):
+        r = columns[-1]
         told = "-" if r["reported"] is None else f"{r['reported']:.2f} ({r['report_shots']})"
-        columns = (of[name][metric] for of in results.values())
         lines.append(f"{name:21s} {r['shots']:5d} {metric:13s} {r['n']:6,d}" + "".join(
             f"{x['value']:9.3f} ±{x['stderr']:6.3f}" for x in columns) + f"{told:>12s}")
         if "by_position" in r and len(results) == 1:
             lines.append(" " * 27 + "from token " + "  ".join(
                 f"{at}: {x:.2f}" for at, x in r["by_position"].items()))
     return "\n".join(lines)
+
+
+def draw(results: dict[str, dict], path: Path) -> None:
+    """Bits per byte, and below them what is in per cent, over the models, with standard errors."""
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
+    for name, metric, found in scores_of(results):
+        axis = axes[metric != "bits per byte"]
+        axis.errorbar([*results], [r["value"] for r in found], [r["stderr"] for r in found],
+                      fmt="o-", capsize=2, label=f"{name} {metric}")
+        axis.legend(fontsize="small")
+    for axis, unit in zip(axes, ("bits per byte", "per cent")):
+        axis.set(ylabel=unit)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
 
 
 # ---- the model
@@ -854,7 +876,7 @@ def models_of(c: Config) -> dict[str, Path]:
     if not folder.is_dir():
         raise ValueError(f"model={c.model} is neither a folder nor owner/name of the Hub")
     steps = sorted(steps_in(folder))
-    if c.every and steps:
+    if c.plot and steps:
         return {f"step_{step}": folder / f"step_{step}" for step in steps}
     start = newest(folder)
     if steps and not start:
@@ -975,6 +997,8 @@ def run(c: Config) -> None:
         results[name] = evaluate(folder, tasks, out, c, device)
     if RANK == 0:
         print(f"\n{table(results)}\nsamples and results in {top}", flush=True)
+        if c.plot:
+            draw(results, top / "scores.png")
 
 
 def main() -> None:

@@ -374,8 +374,9 @@ def test_stages_stand_side_by_side_and_are_measured_once(run, tiny, monkeypatch)
     again, _ = run(**alone, out_dir=None)
     assert again[again.index("\ntask"):] == printed[printed.index("\ntask"):]
     monkeypatch.setattr(evaluation, "score", score)
-    printed, _ = run(**{**alone, "model": "out/quickstart"}, out_dir=None, tasks="bpb", every=True)
+    printed, _ = run(**{**alone, "model": "out/quickstart"}, out_dir=None, tasks="bpb", plot=True)
     assert re.search(r"^task .* step_2 +step_4 +reported$", printed, re.M)
+    assert Path("out/eval/scores.png").exists()
 
 
 def test_a_limited_run_goes_on_without_the_limit(run):
