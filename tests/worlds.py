@@ -6,7 +6,9 @@ import sys
 import time
 
 import torch
+import torch._dynamo                # these take each process two seconds more
 import torch.distributed as dist
+import torch.distributed.fsdp
 
 
 def world(ranks: int, call, *args, **options) -> None:
