@@ -926,6 +926,9 @@ def check_chat(messages) -> None:
                              f"{', '.join(ROLES)}")
         if not isinstance(content, str) or not content.strip():
             raise ValueError(f"message {i}, the {role}'s, has no content; drop this conversation")
+        if any("\ud800" <= letter <= "\udfff" for letter in content):
+            raise ValueError(f"message {i}, the {role}'s, has half of a surrogate pair, which is "
+                             "no letter; mend or drop it")
         if role == before == "assistant":
             raise ValueError(f"messages {i - 1} and {i} are both the assistant's; join them")
         before = role
@@ -942,12 +945,6 @@ def fit_chat(tokenizer: tiktoken.Encoding, messages: list[dict], T: int):
         if len(ids) <= T:
             return ids, targets, end < ends[-1]
     return None
-
-
-def opening(messages: list[dict]) -> str:
-    """What is said before the assistant's first turn."""
-    said = takewhile(lambda m: m["role"] != "assistant", messages)
-    return "\n\n".join(m["content"] for m in said)
 
 
 def chats(source: str):
@@ -994,8 +991,10 @@ def hub_rows(name: str, options: dict):
 def span(source: str, key: str, value: str) -> tuple[int, int]:
     """"3" -> (3, 3); "2-4" -> (2, 4)"""
     numbers = re.fullmatch(r"([1-9]\d{0,8})(?:-([1-9]\d{0,8}))?", value)
-    if not numbers or int(numbers[1]) > int(numbers[2] or numbers[1]):
-        raise ValueError(f"source {source!r}: {key}={value} must be a number or two, as in 2-4")
+    if (not numbers or int(numbers[1]) > int(numbers[2] or numbers[1])
+            or key != "steps" and numbers[2]):
+        raise ValueError(f"source {source!r}: {key}={value} must be a number"
+                         + (" or two, as in 2-4" if key == "steps" else ""))
     return int(numbers[1]), int(numbers[2] or numbers[1])
 
 
@@ -1013,20 +1012,30 @@ def chat_of(column: str, row) -> list[dict]:
 # ---- packing
 
 class Conversations:
-    """Encoded conversations, end to end, in two files of a folder that are mapped."""
+    """Encoded conversations, end to end, in two files of a folder, of which one is mapped.
+    ValueError if they are damaged."""
 
     def __init__(self, path: Path):
-        self.tokens = np.load(f"{path}.npy", "r")            # (2, N): ids, targets
-        self.ends, self.learnt = np.load(f"{path}-ends.npy")  # (n,): where each ends, its targets
+        try:
+            self.tokens = np.load(path / "tokens.npy", "r")         # (2, N): ids, targets
+            self.ends, self.learnt = np.load(path / "ends.npy")     # (n,): ends, targets of each
+        except (OSError, ValueError, EOFError) as e:
+            raise ValueError(f"{path} is damaged ({one_line(e)}); delete {path.parent} and run "
+                             "again") from None
         self.lengths = np.diff(self.ends, prepend=0)
 
     @staticmethod
     def save(path: Path, encoded: list[tuple[list, list]]) -> None:
-        tokens = [np.concatenate([np.array(e[k], "<i4") for e in encoded]) for k in (0, 1)]
-        np.save(f"{path}.npy", np.stack(tokens))
+        path.mkdir()
         ends = np.cumsum([len(ids) for ids, _ in encoded])
         learnt = [sum(t >= 0 for t in targets) for _, targets in encoded]
-        np.save(f"{path}-ends.npy", np.array([ends, learnt], "<i8"))
+        for name, array in ("tokens", np.stack([np.concatenate(
+                [np.array(e[k], "<i4") for e in encoded]) for k in (0, 1)])), (
+                "ends", np.array([ends, learnt], "<i8")):
+            with open(path / f"{name}.npy", "wb") as f:
+                np.save(f, array)
+                f.flush()
+                os.fsync(f.fileno())
 
     def __getitem__(self, i: int) -> np.ndarray:
         return self.tokens[:, self.ends[i] - self.lengths[i]:self.ends[i]]
@@ -1086,24 +1095,27 @@ class Packed:
         orders = [self._order(n, epochs * q) for n, q in zip(names, quota)]
         for e in range(epochs):
             talks = []                             # (domain, conversation)
-            for d, (order, ends) in enumerate(orders):
-                a, b = ends.searchsorted([e * quota[d], (e + 1) * quota[d]])
+            for d, (order, middles) in enumerate(orders):
+                a, b = middles.searchsorted([e * quota[d], (e + 1) * quota[d]])
                 talks += [(d, i) for i in order[a:b].tolist()]
             lengths = np.array([train[names[d]].lengths[i] for d, i in talks], dtype=np.int64)
             rows = [[talks[k] for k in row] for row in pack(lengths, T)]
-            self.batches += self._deal(rows, max(1, batch_tokens // T), e)
+            self.batches += self._deal(rows, max(1, batch_tokens // T), e) if rows else []
+        if not self.batches:
+            raise ValueError("there is no conversation to train on; give more data")
         self._plan(names)
 
     def _key(self, *what) -> bytes:
         return hashlib.blake2b(repr((self.seed, *what)).encode(), digest_size=48).digest()
 
     def _order(self, name: str, tokens: float) -> tuple[np.ndarray, np.ndarray]:
-        """Conversations, one reading after the other, and where each ends, in tokens."""
+        """Conversations, one reading after the other, and where the middle of each is, in
+        tokens."""
         n, lengths = len(self.train[name].lengths), self.train[name].lengths
         readings = math.ceil(tokens / lengths.sum() + 1e-9)
         order = np.concatenate([permute(np.arange(n), n, self._key(name, k))
                                 for k in range(readings)])
-        return order, lengths[order].cumsum()
+        return order, lengths[order].cumsum() - lengths[order] / 2
 
     def _deal(self, rows: list, most: int, epoch: int) -> list[list]:
         """Rows -> batches of at most so many, nearly equal. Packing puts rows of long conversations
@@ -1163,10 +1175,12 @@ class Packed:
 
 
 def held_out_rows(talks: Conversations, tokens: int, T: int):
-    """Of the held-out conversations the first that have so many tokens, packed, as `fill` gives
-    them."""
-    n = max(1, int(talks.ends.searchsorted(tokens, side="right")))
-    return fill([[talks[i] for i in row] for row in pack(talks.lengths[:n], T)], T)
+    """Of the held-out conversations some that have so many tokens, or one, from all over them,
+    packed, as `fill` gives them."""
+    n = len(talks.lengths)
+    order = permute(np.arange(n), n, hashlib.blake2b(b"held out", digest_size=48).digest())
+    order = order[:max(1, int(talks.lengths[order].cumsum().searchsorted(tokens, side="right")))]
+    return fill([[talks[order[k]] for k in row] for row in pack(talks.lengths[order], T)], T)
 
 
 # ---- text that any Python installation holds
@@ -1423,9 +1437,11 @@ DOCSTRING = 40, 500                     # characters of a first paragraph that i
 
 
 def help_chats(n: tuple[int, int] = (10**6, 10**6)):
-    """What the standard library's docstrings say in their first paragraph, the first n of them."""
+    """What the standard library's docstrings say in their first paragraph, n of them, from all over
+    it. Of several of one name the first."""
     def found():
-        for module, _, tree in modules(0, 1):
+        asked = set()
+        for module, _, tree in (m for i in range(16) for m in modules(i, 16)):
             for node in documented(tree):
                 name = getattr(node, "name", "")
                 text = " ".join(ast.get_docstring(node).split("\n\n")[0].split())
@@ -1433,6 +1449,9 @@ def help_chats(n: tuple[int, int] = (10**6, 10**6)):
                         and not name.startswith("_") and not module.startswith("_")):
                     what = f"{name} of {module}" if name else f"the module {module}"
                     ask = ("What does {} do?", "Explain {}.", "What is {} for?")[len(what) % 3]
+                    if what in asked:
+                        continue
+                    asked.add(what)
                     yield [{"role": "user", "content": ask.format(what)},
                            {"role": "assistant", "content": text}]
     yield from islice(found(), n[1])

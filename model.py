@@ -479,9 +479,10 @@ def draw(p: Tensor, std: float) -> None:
 def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes: int) -> None:
     """Write name -> tensor to path/<stem>.safetensors or, over shard_bytes, to several files and an
     index. What FSDP2 shards is put together: all ranks call this, each writes some of the files,
-    and once all are through the folder is whole."""
+    and once all are through the folder is whole. Where nothing is sharded, who calls writes all."""
     from safetensors.torch import save_file
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    sharded = any(hasattr(t, "full_tensor") for t in tensors.values())
+    rank, world = (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
     path.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         for old in path.glob(f"{stem}[.-]*safetensors*"):     # other readers would take them too

@@ -478,13 +478,7 @@ def first_weights(c: Config, out: Path) -> Path:
     be."""
     kind, _, what = c.init.partition(":")
     if kind == "grow":
-        seed = Motif.from_pretrained(what, dtype=torch.float32)
-        theirs, ours = seed.config.rope_theta, theta_at(c, 0)
-        if theirs != ours:
-            raise ValueError(f"init={c.init}: that model has rope_theta={theirs}, not {ours}; keep "
-                             f"it at first, and let it rise, as with --theta=\"[[0, {theirs:.0f}], "
-                             f"[1_000_000_000, {ours:.0f}]]\"")
-        model = grow(seed, shape_of(c), seed=c.seed)
+        model = grow(Motif.from_pretrained(what, dtype=torch.float32), shape_of(c), seed=c.seed)
     elif kind == "average" and re.fullmatch(r".+,[1-9]\d*", what):
         model = average(Path(what.rpartition(",")[0]), int(what.rpartition(",")[2]))
         for key, ours in asdict(shape_of(c)).items():
@@ -493,6 +487,11 @@ def first_weights(c: Config, out: Path) -> Path:
                                  f", not {ours}")
     else:
         raise ValueError(f"init={c.init} must be grow:PATH or average:DIR,k")
+    theirs, ours = model.config.rope_theta, theta_at(c, 0)
+    if theirs != ours:
+        raise ValueError(f"init={c.init}: that model has rope_theta={theirs}, not {ours}; keep it "
+                         f"at first, and let it rise, as with --theta=\"[[0, {theirs:.0f}], "
+                         f"[1_000_000_000, {ours:.0f}]]\"")
     shutil.rmtree(out / "init", ignore_errors=True)
     model.save_pretrained(out / "init", SHARD_BYTES)
     print(f"first weights by {c.init}, in {out}/init", flush=True)
@@ -1140,7 +1139,8 @@ def main() -> None:
             if c.dry_run:
                 return print(describe(c, plan_of(c)))
             if c.export:
-                found = find_checkpoint(c, out)
+                found = newest(out) if c.resume == "auto" else (
+                    Path(c.resume), read_state(Path(c.resume)))
                 if not found:
                     raise ValueError(f"{out} holds no checkpoint to export; give --resume=PATH")
                 return reporting(export, *found, Path(c.export))

@@ -23,7 +23,7 @@ import data
 import pretrain
 from configurator import Count, NonNegative
 from data import Conversations, Packed
-from model import MotifConfig, model_folder, read_json
+from model import MotifConfig, model_folder, read_json, tensor_files
 from pretrain import RANK, Run, tell, together
 
 # What the report states of the three stages, and where it states nothing [ours]. The data are not
@@ -64,6 +64,7 @@ class Config(Run):
     stage: Literal[1, 2, 3] = 1
     model: str | None = None        # first weights: the folder of a run, a checkpoint, a model, or
                                     # owner/name of the Hub; None: the stage before
+    tokenizer: str | None = None    # None: the model's own
     data: dict | None = None        # name -> [source, weight]; see data.chats
     benchmarks: list = field(default_factory=list)  # .jsonl, also globs: what shares 13 words in a
                                     # row with one of their texts is dropped
@@ -81,7 +82,7 @@ def stage_of(c: Config) -> dict:
     table = dict(STAGES[c.stage])
     table["lr"] *= c.lr_scale
     for key in ("data", "epochs", "batch_tokens", "seq_len"):
-        table[key] = getattr(c, key) or table[key]
+        table[key] = table[key] if getattr(c, key) is None else getattr(c, key)
     for name, d in table["data"].items():
         if not (isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)
                 and isinstance(d, (list, tuple)) and len(d) == 2 and isinstance(d[0], str)
@@ -89,7 +90,7 @@ def stage_of(c: Config) -> dict:
             raise ValueError(f"data: {name!r}: {d} must be a name of letters, digits, '_', '-' and "
                              "'.' and [source, weight], none negative")
     if not any(weight for _, weight in table["data"].values()):
-        raise ValueError("data: all weights are 0, which only holds out; raise one")
+        raise ValueError("data: no domain has a weight above 0; nothing would be learnt")
     return table
 
 
@@ -167,6 +168,8 @@ def coherence(messages: list[dict]) -> float:
 
 def curate(talks: list, share: float) -> tuple[list, str]:
     """The share of conversations with the highest quality, in their order, and what was done."""
+    if not talks:
+        return talks, "none to choose from"
     scores = [quality(t) for t in talks]
     best = sorted(range(len(talks)), key=lambda i: -scores[i])[:max(1, round(share * len(talks)))]
     at = scores[best[-1]]
@@ -176,8 +179,8 @@ def curate(talks: list, share: float) -> tuple[list, str]:
 
 def prune(talks: list, near: float) -> tuple[list, str]:
     """What is left without near-duplicates (conversations of whose five words in a row more than
-    the share `near` are in one that is kept), repetitive and incoherent ones, and what was dropped.
-    It remembers every five words: some 60 bytes per word."""
+    the share `near` are in those kept before), repetitive and incoherent ones, and what was
+    dropped. It remembers every five words: some 60 bytes per word."""
     kept, seen, dropped = [], set(), {}
     for t in talks:
         grams = {g for m in t for g in ngrams(m["content"], 5)}
@@ -235,15 +238,21 @@ def prepare(table: dict, benchmarks: list, tokenizer, data_dir: str) -> Path:
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
-        known, held, report = benchmark_grams(benchmarks), set(), []
+        known, report = benchmark_grams(benchmarks), []
+        held = {n for source, _ in HELD_OUT.values() for t in data.chats(source)
+                for _, n in asked(t)}
         for name, (source, weight) in sorted(table["data"].items(), key=lambda d: d[1][1] > 0):
             talks = [*data.chats(source)]
             report.append(f"{name}: {len(talks):,d} conversations of {source}")
-            parts = hold_out(talks, held, all_of_them=not weight)
-            for step, asked in ((decontaminate, known if benchmarks else None),
-                                (curate, table["curate"]), (prune, table["prune"] or None)):
-                if weight and asked is not None:
-                    parts["train"], text = step(parts["train"], asked)
+            parts = hold_out(talks, held) if weight else {"val": talks}
+            left = len(talks) - sum(map(len, parts.values()))
+            if left:
+                report.append(f"  {left:,d} dropped as a question of theirs is held out")
+            held |= set() if weight else {n for t in talks for _, n in asked(t)}
+            for step, option in ((decontaminate, known if benchmarks else None),
+                                (curate, table["curate"]), (prune, table["prune"])):
+                if weight and option is not None:
+                    parts["train"], text = step(parts["train"], option)
                     report.append(f"  {text}")
             for part, found in parts.items():
                 encoded = [*filter(None, (data.fit_chat(tokenizer, t, T) for t in found))]
@@ -261,23 +270,41 @@ def prepare(table: dict, benchmarks: list, tokenizer, data_dir: str) -> Path:
     return folder
 
 
-def hold_out(talks: list, held: set[bytes], all_of_them: bool) -> dict[str, list]:
-    """val: of data.HOLD_OUT different openings one, or one at all, by their hash, which are put to
-    those held; train: what begins with none of these, so that it is never asked in training."""
-    keys = [hashlib.sha256(data.opening(t).encode()).digest() for t in talks]
-    openings = sorted(set(keys))
-    own = set(openings if all_of_them else openings[:max(1, len(openings) // data.HOLD_OUT)])
-    held |= own
-    val = {"val": [t for t, key in zip(talks, keys) if key in own]}
-    return val if all_of_them else val | {
-        "train": [t for t, key in zip(talks, keys) if key not in held]}
+def asked(talk: list[dict]) -> list[tuple[int, int]]:
+    """(place, 64 bits of a hash) of the user's turns before the first reply, as one, and of each
+    later one of five words or more."""
+    first = next(i for i, m in enumerate(talk) if m["role"] == "assistant")
+    said = [(0, "\n\n".join(m["content"] for m in talk[:first] if m["role"] == "user"))] + [
+        (i, m["content"]) for i, m in enumerate(talk)
+        if i > first and m["role"] == "user" and len(words(m["content"])) > 4]
+    return [(i, int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8], "big"))
+            for i, text in said]
+
+
+def hold_out(talks: list, held: set[int]) -> dict[str, list]:
+    """What is held out is decided by a question's hash alone, one in data.HOLD_OUT, so that it is
+    the same in all domains and stages. val: conversations that begin with such a question, up to
+    the first turn of the user that is none. train: those without such a question and without one
+    of `held`. Where there are too few for one in so many, the least hash is held out."""
+    questions = [asked(t) for t in talks]
+    bound = max(2**64 // data.HOLD_OUT, min((q[0][1] for q in questions), default=0) + 1)
+    parts = {"val": [], "train": []}
+    for t, q in zip(talks, questions):
+        if q[0][1] < bound:
+            own = {i for i, n in q if n < bound}
+            end = next((i for i, m in enumerate(t) if i and m["role"] == "user" and i not in own
+                        and any(m["role"] == "assistant" for m in t[:i])), None)
+            parts["val"].append(t[:end])
+        elif not any(n < bound or n in held for _, n in q):
+            parts["train"].append(t)
+    return parts
 
 
 # ---- the run
 
-def first_model(c: Config) -> tuple[Path, str]:
-    """The folder of the weights to begin with, and the name of their tokenizer. ValueError if the
-    stage before was not run."""
+def origin(c: Config) -> tuple[Path, str, str]:
+    """The folder of the first weights, the name of their tokenizer, and what they are, so that
+    others are told from them. ValueError if the stage before was not run."""
     before, command = "out/quickstart", "pretrain.py"
     if c.stage > 1:
         before, command = f"out/sft{c.stage - 1}", f"sft.py --stage={c.stage - 1}"
@@ -286,15 +313,43 @@ def first_model(c: Config) -> tuple[Path, str]:
         raise ValueError(f"stage {c.stage} starts from {before}, which holds no whole checkpoint; "
                          f"run first: python {command}")
     folder = found[0] if found else model_folder(c.model)
-    if (folder / "state.json").exists():
-        return folder, read_json(folder / "state.json")["config"]["tokenizer"]
-    return folder, str(folder)
+    with open(max(tensor_files(folder, "model")), "rb") as f:
+        f.seek(max(0, os.fstat(f.fileno()).st_size - 2**20))
+        what = f"{folder} ({hashlib.sha256(f.read()).hexdigest()[:8]})"  # other weights, other end
+    if not (folder / "state.json").exists():
+        return folder, c.tokenizer or str(folder), what
+    state = read_json(folder / "state.json")
+    if state["step"] < (state["config"].get("max_steps") or 0):
+        print(f"note: {folder} is not the end of its run, which has "
+              f"{state['config']['max_steps']} steps")
+    return folder, c.tokenizer or state["config"]["tokenizer"], what
 
 
-def run_of(c: Config, table: dict, shape: MotifConfig, tokenizer: str, plan) -> pretrain.Config:
+def begin(c: Config, out: Path) -> tuple:
+    """The checkpoint to go on from, or None, and what origin says. A run that goes on needs its own
+    checkpoint alone; if its first weights are still there, they must be the same. ValueError."""
+    start = pretrain.find_checkpoint(c, out)
+    try:
+        folder, tokenizer, what = origin(c)
+    except ValueError:
+        if not start:
+            raise
+        what = None
+    if not start:
+        return None, folder, tokenizer, what
+    own = start[1]["config"]
+    if what and what != own["init"]:
+        raise ValueError(f"{out} holds a run that began with {own['init']}, not with {what}; "
+                         "delete it or give another --out_dir")
+    return start, start[0], own["tokenizer"], own["init"]
+
+
+def run_of(c: Config, table: dict, shape: MotifConfig, tokenizer: str, init: str,
+           plan) -> pretrain.Config:
     """The stage as pretrain.train reads it."""
     return pretrain.Config(
         **asdict(shape), **{f.name: getattr(c, f.name) for f in fields(Run)}, tokenizer=tokenizer,
+        init=init,
         domains={name: [source, w, w] for name, (source, w) in table["data"].items()},
         lr=table["lr"], batch_tokens=table["batch_tokens"], seq_len=table["seq_len"],
         max_steps=plan.steps, warmup_steps=round(WARMUP * plan.steps), decay="cosine",
@@ -325,7 +380,8 @@ def set_up(c: Config, out: Path):
         pretrain.check_writable(out)
     device = pretrain.device_of(c)
     pretrain.join(c, device)
-    folder, name = tell(together(first_model if RANK == 0 else lambda _: None, c))[0]
+    found = together(begin if RANK == 0 else lambda *_: None, c, out)
+    start, folder, name, init = tell(found)[0]
     shape = MotifConfig.from_dict(read_json(folder / "config.json"))
     tokenizer = data.load_tokenizer(name)
     if tokenizer.n_vocab > shape.vocab_size:
@@ -334,6 +390,9 @@ def set_up(c: Config, out: Path):
     if T > shape.max_position_embeddings:
         raise ValueError(f"seq_len={T} is longer than the max_position_embeddings="
                          f"{shape.max_position_embeddings} of {folder}; lower it")
+    if table["batch_tokens"] < T:
+        raise ValueError(f"batch_tokens={table['batch_tokens']} is less than a row of seq_len={T}; "
+                         "raise it")
     place = pretrain.in_turn(lambda: prepare(table, c.benchmarks, tokenizer, c.data_dir))
     held_out = {n: data.held_out_rows(Conversations(place / f"val-{n}"), c.eval_tokens, T)
                 for n in table["data"]}
@@ -343,15 +402,14 @@ def set_up(c: Config, out: Path):
                     batch_tokens=table["batch_tokens"], epochs=table["epochs"], seed=c.seed)
     if len({*tell(stream.fingerprint())}) > 1:
         raise ValueError(f"the machines hold different data in {c.data_dir}; copy one's to all")
-    run = run_of(c, table, shape, name, stream.plan)
+    run = run_of(c, table, shape, name, init, stream.plan)
     pretrain.check_fp8(run, stream.plan, device)
     pretrain.check_prompts(run, tokenizer, begin_chat)
-    start = tell(together(pretrain.find_checkpoint if RANK == 0 else lambda *_: None, run, out))[0]
     if start:
         pretrain.check_fits(*start, run, stream.plan)
     model, optimizer = pretrain.ready(run, device, start, lambda *_: folder, out)
     if RANK == 0:
-        text = f"stage {c.stage} from {folder}\n{(place / 'data.txt').read_text()}"
+        text = f"stage {c.stage} from {init}\n{(place / 'data.txt').read_text()}"
         text += describe(stream, weights) + "\n"
         out.mkdir(parents=True, exist_ok=True)
         (out / "data.txt").write_text(text)

@@ -229,6 +229,18 @@ def by_the_format(folder):
     return found, index
 
 
+def test_one_rank_of_many_writes_all_of_a_model_that_is_whole(tmp_path, monkeypatch):
+    """As --init does, whose files the other ranks then read."""
+    for name, value in ("is_initialized", True), ("get_rank", 0), ("get_world_size", 3):
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda value=value: value)
+    model = make()
+    model.save_pretrained(tmp_path, shard_bytes=4000)
+    assert len([*tmp_path.glob("*.safetensors")]) > 3
+    again = Motif.from_pretrained(tmp_path)
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+
+
+
 @pytest.mark.parametrize("dtype, shape", [(torch.float32, "4:1, two pairs"),
                                           (torch.bfloat16, "one pair, tied")])
 def test_any_reader_of_the_files_finds_the_same_function(tmp_path, dtype, shape):

@@ -463,6 +463,11 @@ def test_a_run_can_begin_with_the_mean_of_another_s_last_checkpoints(run):
     for name, t in load_file("mean/init/model.safetensors").items():
         torch.testing.assert_close(t, (first[name] + others[0][name] + others[1][name]) / 3)
     assert "out holds 3 checkpoints, not 4" in refused(run, out_dir="x", init="average:out,4")
+    assert "rope_theta=10000.0, not 20.0; keep it at first" in refused(
+        run, out_dir="x", init="average:out,3", rope_theta=20)
+    run(resume="out/step_8", export="exported")                # not the newest alone
+    assert torch.equal(load_file("exported/model.safetensors")["model.norm.weight"],
+                       others[0]["model.norm.weight"].bfloat16())
 
 
 def test_the_base_of_rope_rises_at_its_knots(run):

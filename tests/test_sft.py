@@ -190,6 +190,9 @@ def test_a_stream_reads_every_conversation_as_often_as_its_weight_says(tmp_path)
             share, abs=0.01)
     again = data.Packed(parts, {"skills": 0.75, "chains": 0.25}, **make)
     assert again.batches == stream.batches and again.fingerprint() == stream.fingerprint()
+    whole = data.Packed(parts, {name: float(talks.ends[-1]) for name, talks in parts.items()},
+                        T=512, batch_tokens=512, epochs=1, seed=5)
+    assert len({(d, i) for step in range(whole.plan.steps) for d, i in whole.talks(step)}) == 150
     few = data.Packed(parts, {"skills": 0.99, "chains": 0.01}, **make)
     assert (few.plan.shares * np.diff(few.plan.tokens)[:, None]).sum(0)[0] <= (
         3 * data.REPEATS * parts["skills"].ends[-1] + 500)
@@ -298,14 +301,22 @@ def test_scores_and_what_is_dropped_for_them():
 
 
 def test_what_is_held_out_is_never_asked_in_training():
-    talks = [talk(f"Question {i % 120}", f"Answer {i}.") for i in range(240)]
-    held = set()
-    alone = sft.hold_out(talks[:5], held, all_of_them=True)
-    parts = sft.hold_out(talks, held, all_of_them=False)
-    asked = {part: {data.opening(t) for t in found} for part, found in parts.items()}
-    assert alone == {"val": talks[:5]} and len(asked["val"]) == 2
-    assert not asked["train"] & (asked["val"] | {data.opening(t) for t in talks[:5]})
-    assert 113 <= len(asked["train"]) <= 115 and len(parts["val"]) == 4
+    def questions(talks):
+        return {m["content"] for t in talks for m in t if m["role"] == "user"}
+    one = [talk(f"What is question number {i % 1200}?", f"Answer {i}.") for i in range(2400)]
+    two = [[*a, *b] for a, b in zip(one, one[37:])]
+    known = {n for t in one[:5] for _, n in sft.asked(t)}
+    parts = sft.hold_out(one + two, known)
+    assert len(questions(parts["val"])) == pytest.approx(1200 / data.HOLD_OUT, abs=15)
+    assert not questions(parts["train"]) & questions(parts["val"] + one[:5])
+    assert len(parts["train"]) > 0.9 * len(one + two)
+    both = [t for t in parts["val"] if len(t) == 4]
+    cut = [t for t in two if t[0]["content"] in questions(parts["val"]) and t not in both]
+    assert cut and all(t[:2] in parts["val"] for t in cut)   # its second question is no such one
+    other = sft.hold_out(two[::-7], set())                  # the same in another domain
+    assert questions(other["val"]) <= questions(parts["val"])
+    assert [len(x) for x in sft.hold_out(one[:3], set()).values()] == [1, 2]
+    assert sft.hold_out([], set()) == {"val": [], "train": []}
 
 
 def test_thirteen_words_of_a_benchmark_are_one_too_many(tmp_path):
@@ -343,7 +354,9 @@ def test_stages_follow_each_other_and_resume_is_bitwise(room):
     assert refused(seq_len=8192) == ("seq_len=8192 is longer than the max_position_embeddings=4096 "
                                      "of out/quickstart/step_1; lower it")
     assert refused(data={"x y": ["builtin:help", 1]}).startswith("data: 'x y'")
-    assert refused(data={"x": ["builtin:help?n=9", 0]}).startswith("data: all weights are 0")
+    assert refused(data={"x": ["builtin:help?n=9", 0]}).startswith("data: no domain has")
+    assert refused(data={}).startswith("data: no domain has")
+    assert refused(batch_tokens=100).startswith("batch_tokens=100 is less than a row")
     train("out/sft1", stage=1)
     steps = metrics(Path("out/sft1"))
     first, last = ([m for m in steps if "val_loss" in m][i] for i in (0, -1))
@@ -367,6 +380,15 @@ def test_stages_follow_each_other_and_resume_is_bitwise(room):
     assert metrics(Path("out/sft1")) == before
     a, b = stored(Path("out/sft1") / last), stored(Path("out/again") / last)
     assert all(torch.equal(a[k], b[k]) for k in a)
+    Path("out/quickstart/step_1").rename("out/quickstart/gone")   # not needed to go on
+    train("out/sft1", stage=1)
+    base(Path("out/quickstart/step_1"))
+    model = Motif.from_pretrained("out/quickstart/step_1")
+    model.model.norm.weight.data += 1
+    model.save_pretrained("out/quickstart/step_1")
+    with pytest.raises(SystemExit) as e:                          # nor may it be another
+        train("out/sft1", stage=1)
+    assert "out/sft1 holds a run that began with out/quickstart/step_1 (" in e.value.code
     straight = metrics(Path("out/again"))
     assert [m["loss"] for m in straight if "loss" in m] == [
         m["loss"] for m in before if m.get("loss") and m["step"] > 8]
