@@ -64,8 +64,10 @@ def main() -> None:
         ends["from fresh weights"].append(fresh[1][-1])
         ends["grown"].append(grown[1][-1])
     axes.set(xlabel="training FLOPs", ylabel="held-out loss (nats per token)", yscale="log")
+    axes.set_yticks([2, 2.5, 3, 4, 5], ["2", "2.5", "3", "4", "5"], minor=False)
+    axes.minorticks_off()
     axes.legend()
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
     plt.savefig(where / "growth.png", dpi=110)
     for name, losses in ends.items():
         print(f"{name}: {statistics.fmean(losses):.4f} ({', '.join(f'{x:.4f}' for x in losses)})")
