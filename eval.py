@@ -90,7 +90,7 @@ class Doc:
     answer: int = 0
     group: str = ""              # examples are of the same group
     texts: list | None = None    # winogrande: the same may follow several texts
-    row: dict = field(default_factory=dict)
+    row: dict | None = None      # as it was read
     begin: str = ""              # what the prompt has before it: the task's head and examples
 
 
@@ -216,14 +216,17 @@ def read_mbpp(row: dict) -> Doc:
     tests = "\n".join(row["test_list"][:3])
     text = (f"You are an expert Python programmer, and here is your task: {row['text']} Your code "
             f"should pass these tests:\n\n{tests}\n[BEGIN]\n")
-    return Doc(text, f"{row['code']}\n[DONE]", row=row)
+    return Doc(text, f"{row['code']}\n[DONE]")
 
 
 def mbpp_program(doc: Doc, reply: str) -> str:
-    fence = re.search(r"(?s)```(?:python)?\n(.*?)(?:```|$)", reply)
-    row = doc.row
-    return "\n".join([fence[1] if fence else reply, row.get("test_setup_code", ""),
-                      *row["test_list"]])
+    return "\n".join([reply, doc.row.get("test_setup_code", ""), *doc.row["test_list"]])
+
+
+def in_fence(reply: str) -> str:
+    """The first whole code fence of a reply, all of it if there is none."""
+    fence = re.search(r"(?s)```(?:python)?\n(.*?)```", reply)
+    return fence[1] if fence else reply
 
 
 def read_chain(messages: list) -> Doc:
@@ -245,7 +248,7 @@ def chains(domain: str, new_tokens: int) -> Task:
 
 
 HUMANEVAL = dict(
-    read=lambda row: Doc(row["prompt"], row["canonical_solution"], row=row),
+    read=lambda row: Doc(row["prompt"], row["canonical_solution"]),
     hub=("openai/openai_humaneval", None, "test", None), files=("HumanEval.jsonl", None),
     stops=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), new_tokens=1024, code=True)
 TASKS = {
@@ -256,7 +259,7 @@ TASKS = {
         shots=5, reported={"acc": 78.1}, first=True, norm=False,
         head="The following are multiple choice questions (with answers) about {}.\n\n"),
     "gsm8k": Task(
-        lambda row: Doc(f"Question: {row['question']}\nAnswer:", f" {row['answer']}", row=row),
+        lambda row: Doc(f"Question: {row['question']}\nAnswer:", f" {row['answer']}"),
         ("openai/gsm8k", "main", "test", "train"), ("gsm8k_test.jsonl", "gsm8k_train.jsonl"),
         shots=8, reported={"strict": 94.92}, judge=judge_gsm8k,
         stops=("Question:", "</s>", "<|im_end|>")),
@@ -340,6 +343,7 @@ def docs_of(task: Task, which: int, bench_dir: str | None) -> list[Doc]:
         try:
             if task.keep(row, which):
                 docs.append(task.read(row))
+                docs[-1].row = row
         except KeyError as e:
             raise ValueError(f"{place}: no {e}; the row has {', '.join(row)}") from None
         except (ValueError, TypeError, IndexError, AttributeError) as e:
@@ -359,19 +363,23 @@ def add_examples(name: str, task: Task, docs: list[Doc], shots: int,
                  bench_dir: str | None) -> None:
     """Begin each document with the task's head and `shots` examples, each with a blank line behind
     it. They are drawn for all documents in order, so that they depend neither on ranks nor on what
-    is done already. ValueError if there are not enough."""
+    is done already; one more, which is used if the question itself is among them, where questions
+    are a validation split (lm-eval 0.4.9.1, samplers.py). ValueError if there are not enough."""
     if shots and task.files[1] is None:
         raise ValueError(f"shots={shots}, but {name} has no examples; give --shots=0")
     pool, rng = defaultdict(list), random.Random(1234)
     for doc in docs_of(task, 1, bench_dir) if shots else ():
-        pool[doc.group].append(f"{doc.text}{doc.target}\n\n")
+        pool[doc.group].append(doc)
+    draw = shots and shots + (task.hub[2] == "validation")
     for doc in docs:
         there = pool[doc.group]
-        if len(there) < shots:
+        if len(there) < draw:
             raise ValueError(f"shots={shots}, but {task.files[1]} has {len(there)} examples"
-                             f"{f' of {doc.group}' if doc.group else ''}; lower --shots")
-        chosen = there[:shots] if task.first else rng.sample(there, shots)
-        doc.begin = task.head.format(doc.group.replace("_", " ")) + "".join(chosen)
+                             f"{f' of {doc.group}' if doc.group else ''}; lower --shots: {draw} "
+                             "are drawn")
+        drawn = there[:draw] if task.first else rng.sample(there, draw)
+        doc.begin = task.head.format(doc.group.replace("_", " ")) + "".join(
+            f"{x.text}{x.target}\n\n" for x in [x for x in drawn if x.row != doc.row][:shots])
 
 
 class Text:
@@ -393,14 +401,11 @@ class Text:
         return self.tokenizer.encode_ordinary(text)
 
     def pair(self, context: str, continuation: str) -> tuple[list, list]:
-        """An empty context is the first token, or the token that ends a text. Spaces at a context's
-        end go to the continuation, since tokens begin with them."""
-        if not context:
-            return self.first or [self.specials[data.END]], self.encode(continuation)
-        bare = context.rstrip()
-        whole = self.first + self.encode(context + continuation)
-        start = self.first + self.encode(bare)
-        return start, whole[len(start):]
+        """Spaces at a context's end go to the continuation, since tokens begin with them. An empty
+        context becomes BEGIN."""
+        start, whole = self.encode(context.rstrip()), self.encode(context + continuation)
+        first = self.first or ([] if start else [self.specials[data.BEGIN]])
+        return first + start, whole[len(start):]
 
     def ask(self, question: str) -> list[int]:
         return data.encode_prompt(self.tokenizer, [{"role": "user", "content": question}])
@@ -665,7 +670,9 @@ def generated(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Con
                     else text.first + text.encode(asked[i])] * c.samples
     numbers, said = [i for i in docs for _ in range(c.samples)], defaultdict(list)
     def record(i):
-        return i, {"prompt": asked[i], "output": said[i], **task.judge(docs[i], said[i])}
+        fenced = c.chat and task.code and not task.ask   # ask has opened the fence
+        judged = [in_fence(reply) for reply in said[i]] if fenced else said[i]
+        return i, {"prompt": asked[i], "output": said[i], **task.judge(docs[i], judged)}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = []
         for k, reply in replies(model, text, prompts, task.stops, task.new_tokens, c.batch_tokens,
@@ -684,7 +691,7 @@ def bits(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Config):
     longest, requests, found = model.config.max_position_embeddings, [], {}
     for i, doc in docs.items():
         found[i] = {"prompt": doc.text[:80], "bits": defaultdict(float), "bytes": Counter()}
-        ids = (text.first or [text.specials[data.END]]) + text.encode(doc.text)
+        ids = sum(text.pair("", doc.text), [])
         for start in range(0, len(ids) - 1, longest):
             window = ids[start:start + longest + 1]
             requests.append(Request(i, [(window[:1], window[1:])], longest))
@@ -895,7 +902,8 @@ def open_model(folder: Path, c: Config, device: torch.device) -> tuple[Motif, Te
     name = c.tokenizer or own
     tokenizer = data.load_tokenizer(name)
     first = tokenizer._special_tokens[data.BEGIN]
-    if not trained and (name.endswith(".json") or os.path.isdir(name)):
+    if not trained and not name.endswith(".tiktoken") and (
+            "/" in name or name.endswith(".json") or os.path.isdir(name)):
         first = first_token(read_json(data.tokenizer_file(name)), tokenizer)
     model = Motif.from_pretrained(folder, device).requires_grad_(False)
     if tokenizer.n_vocab > model.config.vocab_size:
@@ -917,8 +925,12 @@ def first_token(spec: dict, tokenizer) -> int | None:
     """What a tokenizer.json puts before a text: its post-processor says so, if any does."""
     post = spec.get("post_processor") or {}
     for step in post.get("processors", [post]):
-        if step.get("type") == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
-            return tokenizer._special_tokens[step["single"][0]["SpecialToken"]["id"]]
+        begin = [*step.get("single", []), {}][0].get("SpecialToken")
+        if begin and begin["id"] not in tokenizer._special_tokens:
+            raise ValueError(f"tokenizer {tokenizer.name}: its texts begin with {begin['id']!r}, "
+                             "which is none of its added_tokens; add it there")
+        if begin:
+            return tokenizer._special_tokens[begin["id"]]
     return None
 
 

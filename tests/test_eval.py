@@ -215,7 +215,8 @@ def test_spaces_at_the_end_of_a_context_belong_to_the_continuation(text):
     assert text.pair("", " b") == (text.first, [32, 98])
     gpt = Text(data.load_tokenizer("byte"), None)
     assert gpt.pair("a", "b") == ([97], [98])
-    assert gpt.pair("", "b") == ([gpt.specials[data.END]], [98])
+    assert gpt.pair("", "b") == ([gpt.specials[data.BEGIN]], [98])
+    assert gpt.pair(" ", "b") == ([gpt.specials[data.BEGIN]], [32, 98])
 
 
 def test_a_tokenizer_json_says_whether_it_begins_a_text():
@@ -226,8 +227,11 @@ def test_a_tokenizer_json_says_whether_it_begins_a_text():
     assert evaluation.first_token({"post_processor": template}, tokenizer) == begin
     both = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}
     assert evaluation.first_token({"post_processor": both}, tokenizer) == begin
-    for none in None, {"type": "ByteLevel"}:
+    for none in None, {"type": "ByteLevel"}, {"type": "TemplateProcessing", "single": []}:
         assert evaluation.first_token({"post_processor": none}, tokenizer) is None
+    template["single"][0]["SpecialToken"]["id"] = "<s>"
+    with pytest.raises(ValueError, match="'<s>', which is none of its added_tokens"):
+        evaluation.first_token({"post_processor": template}, tokenizer)
 
 
 def test_replies_are_those_of_greedy_passes_without_a_cache(model, text):
