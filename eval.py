@@ -9,6 +9,7 @@ first, then what scores them, the sandbox and the run.
 """
 import codecs
 import difflib
+import hashlib
 import inspect
 import json
 import math
@@ -27,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache, partial
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Callable, Literal
@@ -40,7 +41,8 @@ import configurator
 import data
 from configurator import Count, NonNegative, Size
 from model import Motif, model_folder, read_json
-from pretrain import RANK, WORLD, device_of, newest, read_state, replace_text, steps_in, tell
+from pretrain import (COMPUTE, RANK, WORLD, device_of, newest, precision_of, read_state,
+                      replace_text, steps_in, tell)
 from sft import HELD_OUT
 
 STAGES = ("out/quickstart", "out/sft1", "out/sft2", "out/sft3")
@@ -74,9 +76,8 @@ class Config:
     prompt: str | None = None    # chat: answer this, and end
 
 
-# what else decides what a sample is
-SETTINGS = ("tokenizer", "shots", "chat", "bench_dir", "temperature", "samples", "seed",
-            "precision")
+# what decides what a sample is, beside its document
+SETTINGS = ("tokenizer", "chat", "temperature", "samples", "seed", "precision")
 
 
 # ---- the tasks
@@ -359,6 +360,16 @@ def chosen(docs: list[Doc], limit: int | None) -> list[int]:
     return sorted(i for of_group in numbers.values() for i in of_group[:limit])
 
 
+def questions_of(name: str, task: Task, c: Config) -> tuple[list[Doc], int]:
+    """A task's documents and how many examples are before each. ValueError if there are none."""
+    shots = task.shots if c.shots is None or task.source else c.shots
+    docs = docs_of(task, 0, c.bench_dir)
+    if not docs:
+        raise ValueError(f"{name} has no documents; is {task.files[0] or 'its file'} empty?")
+    add_examples(name, task, docs, shots, c.bench_dir)
+    return docs, shots
+
+
 def add_examples(name: str, task: Task, docs: list[Doc], shots: int,
                  bench_dir: str | None) -> None:
     """Begin each document with the task's head and `shots` examples, each with a blank line behind
@@ -518,10 +529,10 @@ def log_probs(logits: torch.Tensor, ids: list) -> torch.Tensor:
 # ---- generation
 
 def replies(model: Motif, text: Text, prompts: list[list], stops: tuple, new_tokens: int,
-            batch_tokens: int, temperature: float = 0.0, seed: int = 0):
+            batch_tokens: int, temperature: float = 0.0, seeds: list | None = None):
     """Yield (number of the prompt, reply) as replies end, at a token that ends one, before the
     earliest of the stop strings, or after new_tokens. Of a prompt that leaves no room for so many
-    the last tokens are kept."""
+    the last tokens are kept. A batch is drawn with its first prompt's seed."""
     longest, device = model.config.max_position_embeddings, model.head_weight.device
     new_tokens = min(new_tokens, longest // 2)
     prompts = {i: ids[-(longest - new_tokens):] for i, ids in enumerate(prompts)}
@@ -532,8 +543,8 @@ def replies(model: Motif, text: Text, prompts: list[list], stops: tuple, new_tok
         rows, order = order[:n], order[n:]
         padding = torch.tensor([P - len(prompts[i]) for i in rows], device=device)
         ids = padded([prompts[i] for i in rows], device, left=True)
-        yield from finished(model.stream(ids, new_tokens, temperature, seed=seed, padding=padding),
-                            rows, text, stops)
+        yield from finished(model.stream(ids, new_tokens, temperature, padding=padding,
+                                         seed=seeds and seeds[rows[0]]), rows, text, stops)
 
 
 def finished(stream, rows: list, text: Text, stops: tuple):
@@ -669,6 +680,8 @@ def generated(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Con
         prompts += [text.ask(content) + text.encode(reply) if chat
                     else text.first + text.encode(asked[i])] * c.samples
     numbers, said = [i for i in docs for _ in range(c.samples)], defaultdict(list)
+    seeds = [random.Random(f"{c.seed} {i} {k}").getrandbits(32)
+             for i in docs for k in range(c.samples)]
     def record(i):
         fenced = c.chat and task.code and not task.ask   # ask has opened the fence
         judged = [in_fence(reply) for reply in said[i]] if fenced else said[i]
@@ -676,7 +689,7 @@ def generated(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Con
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = []
         for k, reply in replies(model, text, prompts, task.stops, task.new_tokens, c.batch_tokens,
-                                c.temperature, c.seed):
+                                c.temperature, seeds):
             said[numbers[k]].append(reply)
             if len(said[numbers[k]]) == c.samples:
                 jobs.append(pool.submit(record, numbers[k]))
@@ -708,7 +721,6 @@ def bits(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Config):
 
 # ---- the run
 
-@cache
 def texts_of(source: str, limit: int | None) -> list[str]:
     """The first documents of a source of data.py; of a builtin one the beginning of the first that
     is held out of each unit."""
@@ -740,11 +752,11 @@ def tasks_of(c: Config) -> dict[str, Task]:
     return tasks
 
 
-def kept(out: Path, settings: dict) -> dict:
-    """(task, number) -> the records that a cut run with the same settings left in out."""
+def kept(out: Path, settings: dict) -> tuple[dict, dict]:
+    """What runs with the same settings left in out: records by (task, number), and results."""
     out.mkdir(parents=True, exist_ok=True)
     file, results, found = out / "samples.jsonl", out / "results.json", {}
-    before = json.loads(results.read_text()) if file.exists() and results.exists() else {}
+    before = read_json(results) if file.exists() and results.exists() else {}
     if settings.items() <= before.items():
         for line in file.read_text().split("\n"):
             with suppress(ValueError):                   # a line that was cut
@@ -752,8 +764,9 @@ def kept(out: Path, settings: dict) -> dict:
                 found[record["task"], record["doc"]] = record
     elif before:
         print(f"{out}: another model or other settings before; beginning anew")
-    save(out, settings, found, {})
-    return found
+        before = {}
+    save(out, settings, found, before.get("tasks", {}))
+    return found, before.get("tasks", {})
 
 
 def save(out: Path, settings: dict, records: dict, results: dict) -> None:
@@ -776,26 +789,28 @@ def progress(name: str, total: int, items):
                   f"{timedelta(seconds=int((total - n) / speed))}", flush=True)
 
 
-def evaluate(folder: Path, tasks: dict, out: Path, c: Config, device: torch.device) -> dict:
-    """All tasks on one model -> its results, which are also in out/results.json. Of many ranks each
-    has every WORLD-th document, and all append to the one file of samples."""
+def evaluate(folder: Path, tasks: dict, questions: dict, out: Path, c: Config,
+             device: torch.device) -> dict:
+    """All tasks on one model -> its results, which are also in out/results.json beside those of
+    earlier runs. A kept record stands if its document is the same. Of many ranks each has every
+    WORLD-th document, and all append to the one file of samples."""
     model, text = open_model(folder, c, device)
     settings = {"model": str(folder),
                 "stamp": max(f.stat().st_mtime_ns for f in folder.glob("*.safetensors")),
                 **{key: getattr(c, key) for key in SETTINGS}}
-    records, results = tell(kept(out, settings) if RANK == 0 else None)[0], {}
+    (records, before), results = tell(kept(out, settings) if RANK == 0 else None)[0], {}
     for name, task in tasks.items():
-        shots = task.shots if c.shots is None or task.source else c.shots
-        docs = docs_of(task, 0, c.bench_dir)
-        add_examples(name, task, docs, shots, c.bench_dir)
+        docs, shots = questions[name]
         numbers = chosen(docs, c.limit)
-        todo = [i for i in numbers if (name, i) not in records][RANK::WORLD]
+        marks = {i: hashlib.sha256(repr(docs[i]).encode()).hexdigest()[:16] for i in numbers}
+        todo = [i for i in numbers
+                if records.get((name, i), {}).get("hash") != marks[i]][RANK::WORLD]
         measure = bits if name.startswith("bpb:") else generated if task.judge else likeliest
         found, new = measure(task, {i: docs[i] for i in todo}, model, text, c), {}
-        with (out / "samples.jsonl").open("a") as file:
+        with (out / "samples.jsonl").open("ab", buffering=0) as file:   # a record, one write
             for i, record in progress(name, len(todo), found):
-                new[name, i] = {"task": name, "doc": i, **record}
-                print(json.dumps(new[name, i]), file=file, flush=True)
+                new[name, i] = {"task": name, "doc": i, "hash": marks[i], **record}
+                file.write(json.dumps(new[name, i]).encode() + b"\n")
         for of_rank in tell(new):
             records.update(of_rank)
         results[name] = {
@@ -803,7 +818,7 @@ def evaluate(folder: Path, tasks: dict, out: Path, c: Config, device: torch.devi
                      "report_shots": task.shots}
             for metric, found in result_of([records[name, i] for i in numbers]).items()}
     if RANK == 0:
-        save(out, settings, records, results)
+        save(out, settings, records, {**before, **results})
     return results
 
 
@@ -858,7 +873,7 @@ def draw(results: dict[str, dict], path: Path) -> None:
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
     for name, metric, found in scores_of(results):
-        axis = axes[metric != "bits per byte"]
+        axis = axes[int(metric != "bits per byte")]
         axis.errorbar([*results], [r["value"] for r in found], [r["stderr"] for r in found],
                       fmt="o-", capsize=2, label=f"{name} {metric}")
         axis.legend(fontsize="small")
@@ -909,14 +924,12 @@ def open_model(folder: Path, c: Config, device: torch.device) -> tuple[Motif, Te
     if tokenizer.n_vocab > model.config.vocab_size:
         raise ValueError(f"tokenizer {name} has {tokenizer.n_vocab} tokens, more than the model's "
                          f"vocab_size={model.config.vocab_size}; give the model's own --tokenizer")
-    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = {"auto": auto, "fp32": torch.float32, "bf16": torch.bfloat16}[c.precision]
     for p in model.parameters():
-        p.data = p.data.to(dtype if p.ndim > 1 else torch.float32)
+        p.data = p.data.to(COMPUTE[c.precision] if p.ndim > 1 else torch.float32)
     if RANK == 0:
         begin = "no token" if first is None else tokenizer.decode([first])
         n = sum(p.numel() for p in model.parameters())
-        print(f"{folder}: {n:,d} parameters on {device} in {str(dtype)[6:]}, tokenizer {name}; "
+        print(f"{folder}: {n:,d} parameters on {device} in {c.precision}, tokenizer {name}; "
               f"{begin} before each text", flush=True)
     return model, Text(tokenizer, first)
 
@@ -993,6 +1006,7 @@ def run(c: Config) -> None:
     """Chat, a reply, or the table of all tasks on all models."""
     device, models = device_of(c), models_of(c)
     c.batch_tokens = c.batch_tokens or (65536 if device.type == "cuda" else 4096)
+    c.precision = precision_of(c, device)
     if c.prompt is not None or c.tasks == "chat":
         model, text = open_model([*models.values()][-1], c, device)
         if c.prompt is None:
@@ -1000,13 +1014,14 @@ def run(c: Config) -> None:
         reply_to([{"role": "user", "content": c.prompt}], model, text, c.temperature, c.seed)
         return
     tasks, results, top = tasks_of(c), {}, Path(c.out_dir or "out/eval")
+    questions = {name: questions_of(name, task, c) for name, task in tasks.items()}
     gaps = RANK == 0 and any(task.code for task in tasks.values()) and sandbox_gaps()
     if gaps:
         print(f"warning: this system does not keep from programs: {gaps}", flush=True)
     for name, folder in models.items():
         own = re.sub("[^A-Za-z0-9_.]+", "-", str(folder)).strip("-")
         out = top if c.out_dir and len(models) == 1 else top / own
-        results[name] = evaluate(folder, tasks, out, c, device)
+        results[name] = evaluate(folder, tasks, questions, out, c, device)
     if RANK == 0:
         print(f"\n{table(results)}\nsamples and results in {top}", flush=True)
         if c.plot:

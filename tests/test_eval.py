@@ -255,6 +255,19 @@ def test_replies_are_those_of_greedy_passes_without_a_cache(model, text):
     assert dict(replies(model, text, prompts, tuple(stops), 24, 2048)) == dict(enumerate(cut))
 
 
+def test_every_batch_and_every_question_has_noise_of_its_own(model, text):
+    """One question in many batches, then the same by itself, as another rank has it."""
+    docs = {i: evaluation.Doc("The fox", row={}) for i in range(12)}
+    task = evaluation.Task(None, judge=lambda doc, replies: {}, new_tokens=24)
+    c = Config(batch_tokens=4 * (len(text.ask("The fox")) + 24), temperature=1.0, chat=True)
+    def sampled(docs):
+        return {i: r["output"][0]
+                for i, r in evaluation.generated(task, docs, model, text, c)}
+    said = sampled(docs)
+    assert len({*said.values()}) == 12 and sampled(docs) == said
+    assert sampled({5: docs[5]})[5] not in said.values()
+
+
 def cut_at(ids, text, stops):
     ids = ids[:next((i for i, t in enumerate(ids) if t in text.ends), None)]
     said = b"".join(text.bytes[i] if i < len(text.bytes) else b"\xff" for i in ids)
@@ -358,8 +371,26 @@ def test_a_cut_run_goes_on_and_other_settings_begin_anew(run, monkeypatch):
     assert len(scored) == len(whole) - 2
     for a, b in zip(again, whole, strict=True):          # other batches, hence other last digits
         assert a.pop("output") == pytest.approx(b.pop("output"), rel=1e-5) and a == b
-    _, other = run(tasks="arc_easy", shots=0)
-    assert len(other) == 3 and len(scored) == len(whole) + 1
+    _, other = run(tasks="arc_easy", shots=0)            # other documents, the same settings
+    assert len(other) == len(whole) and len(scored) == len(whole) + 1
+    assert [r["hash"] for r in other[3:]] == [r["hash"] for r in whole[3:]]
+    assert not {r["hash"] for r in other[:3]} & {r["hash"] for r in whole}
+    results = json.loads(Path("o/results.json").read_text())["tasks"]
+    assert {name: r["acc"]["shots"] for name, r in results.items()} == {"arc_easy": 0, "piqa": 1}
+    _, other = run(tasks="arc_easy", chat=True)
+    assert len(other) == 3 and len(scored) == len(whole) + 4
+
+
+def test_a_document_that_has_changed_is_measured_again(run):
+    rows = [{"text": "Ships sail."}, {"text": "Cranes fly."}]
+    def measured():
+        Path("own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return run(tasks="bpb:own.jsonl")[1]
+    first = measured()
+    rows[1]["text"] = "Cranes swim."
+    second = measured()
+    assert second[0] == first[0] and second[1]["prompt"] == "Cranes swim."
+    assert sum(second[1]["bytes"].values()) == len("Cranes swim.")
 
 
 def test_stages_stand_side_by_side_and_are_measured_once(run, tiny, monkeypatch):
