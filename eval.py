@@ -9,6 +9,7 @@ first, then what scores them, the sandbox and the run.
 """
 import codecs
 import difflib
+import hashlib
 import inspect
 import json
 import math
@@ -27,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache, partial
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Callable, Literal
@@ -40,7 +41,8 @@ import configurator
 import data
 from configurator import Count, NonNegative, Size
 from model import Motif, model_folder, read_json
-from pretrain import RANK, WORLD, device_of, newest, read_state, replace_text, steps_in, tell
+from pretrain import (COMPUTE, RANK, WORLD, as_script, device_of, newest, precision_of, read_state,
+                      replace_text, steps_in, tell)
 from sft import HELD_OUT
 
 STAGES = ("out/quickstart", "out/sft1", "out/sft2", "out/sft3")
@@ -56,8 +58,8 @@ class Config:
                                  # None: the newest of each of out/quickstart, sft1, sft2 and sft3
     tokenizer: str | None = None  # None: the model's own
     tasks: str = "bpb,chains"    # of those in TASKS, with commas; bpb:SOURCE, bits per byte of
-                                 # a file or another source of data.py, bpb: of the builtin ones;
-                                 # or chat
+                                 # a file or another source of data.py (a comma in it: %2C), bpb:
+                                 # of the builtin ones; or chat
     shots: Size | None = None    # examples before each question; None: as many as the report's
     limit: Count | None = None   # documents of each task, of mmlu of each subject; None: all
     chat: bool = False           # ask in the turn format, as fine-tuned models expect
@@ -74,9 +76,8 @@ class Config:
     prompt: str | None = None    # chat: answer this, and end
 
 
-# what else decides what a sample is
-SETTINGS = ("tokenizer", "shots", "chat", "bench_dir", "temperature", "samples", "seed",
-            "precision")
+# what decides what a sample is, beside its document
+SETTINGS = ("tokenizer", "chat", "temperature", "samples", "seed", "precision")
 
 
 # ---- the tasks
@@ -90,7 +91,7 @@ class Doc:
     answer: int = 0
     group: str = ""              # examples are of the same group
     texts: list | None = None    # winogrande: the same may follow several texts
-    row: dict = field(default_factory=dict)
+    row: dict | None = None      # as it was read
     begin: str = ""              # what the prompt has before it: the task's head and examples
 
 
@@ -105,11 +106,11 @@ class Task:
     reported: dict = field(default_factory=dict)  # metric -> the report's score, in per cent
     first: bool = False          # the first examples, not any
     head: str = ""               # what begins a prompt, {} being the group
-    judge: Callable | None = None  # (doc, replies) -> {metric: value}; None: by log-likelihood
+    judge: Callable | None = None  # (doc, replies) -> {metric: value}; None: by log-likelihood,
+    program: Callable | None = None  # or (doc, reply) -> a program, which passes or not
     norm: bool = True            # also acc_norm
     stops: tuple = ()            # end a reply
     new_tokens: int = 256
-    code: bool = False           # runs programs
     keep: Callable = lambda row, which: True  # whether a row is a question (0), an example (1)
     ask: Callable | None = None  # doc -> what a chat is asked, and how its reply begins
     chat: bool = False           # always asked in the turn format
@@ -119,6 +120,8 @@ def choose(text: str, choices: list, answer: int, **more) -> Doc:
     """One of several answers, a space before each."""
     if not 0 <= answer < len(choices):
         raise ValueError(f"answer {answer} is none of {len(choices)} choices")
+    if not all(choices):
+        raise ValueError("a choice is empty")
     choices = [f" {choice}" for choice in choices]
     return Doc(text, choices[answer], choices, answer, **more)
 
@@ -140,10 +143,11 @@ def read_mmlu(row: dict) -> Doc:
 
 def read_hellaswag(row: dict) -> Doc:
     """A row without ctx_a and ctx_b is cut after its last full sentence."""
-    cut = re.match(r"(?s)(.*[.!?\])'\"]) +([^.!?]+)$", row.get("ctx", ""))
-    a, b = (cut[1], cut[2]) if cut else (row.get("ctx", ""), "")
     if "ctx_a" in row:
         a, b = row["ctx_a"], row["ctx_b"]
+    else:
+        cut = re.match(r"(?s)(.*[.!?\])'\"]) +([^.!?]+)$", row["ctx"])
+        a, b = cut.groups() if cut else (row["ctx"], "")
     def clean(text):
         return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
     text = clean(f"{row['activity_label']}: {a} {b.capitalize()}")
@@ -198,7 +202,8 @@ def judge_code(program: Callable, doc: Doc, replies: list) -> dict:
 
 
 def humaneval_program(doc: Doc, reply: str) -> str:
-    return f"{doc.row['prompt']}{reply}\n{doc.row['test']}\ncheck({doc.row['entry_point']})"
+    return "\n".join([doc.row["prompt"] + reply, doc.row["test"],
+                      f"check({doc.row['entry_point']})"])
 
 
 def instruct_program(doc: Doc, reply: str) -> str:
@@ -216,14 +221,11 @@ def read_mbpp(row: dict) -> Doc:
     tests = "\n".join(row["test_list"][:3])
     text = (f"You are an expert Python programmer, and here is your task: {row['text']} Your code "
             f"should pass these tests:\n\n{tests}\n[BEGIN]\n")
-    return Doc(text, f"{row['code']}\n[DONE]", row=row)
+    return Doc(text, f"{row['code']}\n[DONE]")
 
 
 def mbpp_program(doc: Doc, reply: str) -> str:
-    fence = re.search(r"(?s)```(?:python)?\n(.*?)(?:```|$)", reply)
-    row = doc.row
-    return "\n".join([fence[1] if fence else reply, row.get("test_setup_code", ""),
-                      *row["test_list"]])
+    return "\n".join([reply, doc.row.get("test_setup_code", ""), *doc.row["test_list"]])
 
 
 def read_chain(messages: list) -> Doc:
@@ -245,9 +247,9 @@ def chains(domain: str, new_tokens: int) -> Task:
 
 
 HUMANEVAL = dict(
-    read=lambda row: Doc(row["prompt"], row["canonical_solution"], row=row),
+    read=lambda row: Doc(row["prompt"], row["canonical_solution"]),
     hub=("openai/openai_humaneval", None, "test", None), files=("HumanEval.jsonl", None),
-    stops=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), new_tokens=1024, code=True)
+    stops=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), new_tokens=1024)
 TASKS = {
     "chains": chains("held_chains", 200),        # as many skills as in training
     "longer_chains": chains("longer_chains", 300),
@@ -256,19 +258,18 @@ TASKS = {
         shots=5, reported={"acc": 78.1}, first=True, norm=False,
         head="The following are multiple choice questions (with answers) about {}.\n\n"),
     "gsm8k": Task(
-        lambda row: Doc(f"Question: {row['question']}\nAnswer:", f" {row['answer']}", row=row),
+        lambda row: Doc(f"Question: {row['question']}\nAnswer:", f" {row['answer']}"),
         ("openai/gsm8k", "main", "test", "train"), ("gsm8k_test.jsonl", "gsm8k_train.jsonl"),
         shots=8, reported={"strict": 94.92}, judge=judge_gsm8k,
         stops=("Question:", "</s>", "<|im_end|>")),
     "humaneval": Task(
-        **HUMANEVAL, reported={"pass@1": 65.9}, judge=partial(judge_code, humaneval_program)),
+        **HUMANEVAL, reported={"pass@1": 65.9}, program=humaneval_program),
     "humaneval_instruct": Task(
-        **HUMANEVAL, reported={"pass@1": 93.2}, judge=partial(judge_code, instruct_program),
-        ask=ask_humaneval),
+        **HUMANEVAL, reported={"pass@1": 93.2}, program=instruct_program, ask=ask_humaneval),
     "mbpp": Task(
         read_mbpp, ("google-research-datasets/mbpp", "full", "test", "prompt"),
         ("mbpp.jsonl", "mbpp.jsonl"), shots=3, reported={"pass@1": 81.5}, first=True,
-        judge=partial(judge_code, mbpp_program), stops=("[DONE]",), code=True,
+        program=mbpp_program, stops=("[DONE]",),
         keep=lambda row, which: row["task_id"] in (range(11, 511), range(2, 5))[which]),
     "arc_easy": Task(
         lambda row: choose(f"Question: {row['question']}\nAnswer:", *options(row)),
@@ -324,6 +325,8 @@ def rows_of(task: Task, which: int, bench_dir: str | None):
         raise ValueError(f"{Path(bench_dir) / file} is missing: it has on each line a JSON object, "
                          f"a row of {name}, {split}; put it there"
                          + (", or give --shots=0" if which else ""))
+    if len(found) > 1:
+        raise ValueError(f"{', '.join(map(str, found))} may each be meant; keep one of them there")
     lines = found[0].read_text(encoding="utf-8").rstrip("\n").split("\n")
     for i, line in enumerate(lines, 1):
         try:
@@ -340,6 +343,9 @@ def docs_of(task: Task, which: int, bench_dir: str | None) -> list[Doc]:
         try:
             if task.keep(row, which):
                 docs.append(task.read(row))
+                docs[-1].row = row
+                if task.program:                         # is there what it needs?
+                    task.program(docs[-1], "")
         except KeyError as e:
             raise ValueError(f"{place}: no {e}; the row has {', '.join(row)}") from None
         except (ValueError, TypeError, IndexError, AttributeError) as e:
@@ -355,23 +361,30 @@ def chosen(docs: list[Doc], limit: int | None) -> list[int]:
     return sorted(i for of_group in numbers.values() for i in of_group[:limit])
 
 
-def add_examples(name: str, task: Task, docs: list[Doc], shots: int,
-                 bench_dir: str | None) -> None:
-    """Begin each document with the task's head and `shots` examples, each with a blank line behind
-    it. They are drawn for all documents in order, so that they depend neither on ranks nor on what
-    is done already. ValueError if there are not enough."""
+def questions_of(name: str, task: Task, c: Config) -> tuple[list[Doc], int]:
+    """A task's documents and how many examples are before each. They begin with the task's head and
+    the examples, drawn for all documents in order, so that they depend neither on ranks nor on what
+    is done already; one more is drawn where questions are a validation split, lest one be its own
+    example (lm-eval 0.4.9.1, samplers.py). ValueError for too few of them, or no documents."""
+    shots = task.shots if c.shots is None or task.source else c.shots
+    draw = shots and shots + (task.hub[2] == "validation")
+    docs, pool, rng = docs_of(task, 0, c.bench_dir), defaultdict(list), random.Random(1234)
+    if not docs:
+        raise ValueError(f"{name} has no documents; give it a file that has some")
     if shots and task.files[1] is None:
         raise ValueError(f"shots={shots}, but {name} has no examples; give --shots=0")
-    pool, rng = defaultdict(list), random.Random(1234)
-    for doc in docs_of(task, 1, bench_dir) if shots else ():
-        pool[doc.group].append(f"{doc.text}{doc.target}\n\n")
+    for doc in docs_of(task, 1, c.bench_dir) if shots else ():
+        pool[doc.group].append(doc)
     for doc in docs:
         there = pool[doc.group]
-        if len(there) < shots:
+        if len(there) < draw:
             raise ValueError(f"shots={shots}, but {task.files[1]} has {len(there)} examples"
-                             f"{f' of {doc.group}' if doc.group else ''}; lower --shots")
-        chosen = there[:shots] if task.first else rng.sample(there, shots)
-        doc.begin = task.head.format(doc.group.replace("_", " ")) + "".join(chosen)
+                             f"{f' of {doc.group}' if doc.group else ''}; lower --shots: {draw} "
+                             "are drawn")
+        drawn = there[:draw] if task.first else rng.sample(there, draw)
+        doc.begin = task.head.format(doc.group.replace("_", " ")) + "".join(
+            f"{x.text}{x.target}\n\n" for x in [x for x in drawn if x.row != doc.row][:shots])
+    return docs, shots
 
 
 class Text:
@@ -385,7 +398,7 @@ class Text:
         self.tokenizer, self.specials = tokenizer, tokenizer._special_tokens
         self.first = [] if first is None else [first]
         self.ends = {self.specials[data.END], self.specials[data.TURN_END]}
-        self.bytes = [b""] * tokenizer.n_vocab
+        self.bytes = defaultdict(lambda: b"\xff", dict.fromkeys(range(tokenizer.n_vocab), b""))
         for token, i in tokenizer._mergeable_ranks.items():
             self.bytes[i] = token
 
@@ -393,14 +406,11 @@ class Text:
         return self.tokenizer.encode_ordinary(text)
 
     def pair(self, context: str, continuation: str) -> tuple[list, list]:
-        """An empty context is the first token, or the token that ends a text. Spaces at a context's
-        end go to the continuation, since tokens begin with them."""
-        if not context:
-            return self.first or [self.specials[data.END]], self.encode(continuation)
-        bare = context.rstrip()
-        whole = self.first + self.encode(context + continuation)
-        start = self.first + self.encode(bare)
-        return start, whole[len(start):]
+        """Spaces at a context's end go to the continuation, since tokens begin with them. An empty
+        context becomes BEGIN."""
+        start, whole = self.encode(context.rstrip()), self.encode(context + continuation)
+        first = self.first or ([] if start else [self.specials[data.BEGIN]])
+        return first + start, whole[len(start):]
 
     def ask(self, question: str) -> list[int]:
         return data.encode_prompt(self.tokenizer, [{"role": "user", "content": question}])
@@ -513,10 +523,10 @@ def log_probs(logits: torch.Tensor, ids: list) -> torch.Tensor:
 # ---- generation
 
 def replies(model: Motif, text: Text, prompts: list[list], stops: tuple, new_tokens: int,
-            batch_tokens: int, temperature: float = 0.0, seed: int = 0):
+            batch_tokens: int, temperature: float = 0.0, seeds: list | None = None):
     """Yield (number of the prompt, reply) as replies end, at a token that ends one, before the
     earliest of the stop strings, or after new_tokens. Of a prompt that leaves no room for so many
-    the last tokens are kept."""
+    the last tokens are kept. A batch is drawn with its first prompt's seed."""
     longest, device = model.config.max_position_embeddings, model.head_weight.device
     new_tokens = min(new_tokens, longest // 2)
     prompts = {i: ids[-(longest - new_tokens):] for i, ids in enumerate(prompts)}
@@ -527,8 +537,8 @@ def replies(model: Motif, text: Text, prompts: list[list], stops: tuple, new_tok
         rows, order = order[:n], order[n:]
         padding = torch.tensor([P - len(prompts[i]) for i in rows], device=device)
         ids = padded([prompts[i] for i in rows], device, left=True)
-        yield from finished(model.stream(ids, new_tokens, temperature, seed=seed, padding=padding),
-                            rows, text, stops)
+        yield from finished(model.stream(ids, new_tokens, temperature, padding=padding,
+                                         seed=seeds and seeds[rows[0]]), rows, text, stops)
 
 
 def finished(stream, rows: list, text: Text, stops: tuple):
@@ -538,7 +548,7 @@ def finished(stream, rows: list, text: Text, stops: tuple):
         while left:
             for i, token in zip(rows, stream.send(go_on)[:, 0].tolist()):
                 if i in left:
-                    said[i] += text.bytes[token] if token < len(text.bytes) else b"\xff"
+                    said[i] += text.bytes[token]
                     cuts = [k for k in (said[i].find(s.encode()) for s in stops) if k >= 0]
                     if cuts or token in text.ends:
                         left.remove(i)
@@ -566,12 +576,13 @@ def in_child() -> None:
     if os.getuid() == 0:                 # root's processes cannot be counted, another's can
         os.setresuid(65534, 0, 0)
     alone = libc.unshare(0x10000000 | 0x40000000 | 0x20000000) == 0  # user, network, processes
-    writing = 0x1FF2                     # write, remove and make, of every kind
+    cuts = libc.syscall(444, None, 0, 1) >= 3         # Landlock's version knows of truncate
+    writing = 0x1FF2 | cuts << 14        # write, remove and make, of every kind
     rules = libc.syscall(444, struct.pack("Q", writing), 8, 0)
     here = os.open(".", os.O_PATH)
     confined = rules >= 0 and libc.syscall(445, rules, 1, struct.pack("<Qi", writing, here), 0) == 0
     confined = confined and libc.prctl(38, 1, 0, 0, 0) == 0 and libc.syscall(446, rules, 0) == 0
-    os.write(1, f"{alone:d}{confined:d}\n".encode())
+    os.write(1, f"{alone:d}{confined:d}{cuts:d}\n".encode())
     for last in False, True:             # the first process of a namespace takes the others along
         pid = os.fork()
         if pid:
@@ -585,7 +596,7 @@ def in_child() -> None:
     os._exit(0)
 
 
-LIMITS = {"RLIMIT_AS": 768 * 2**20, "RLIMIT_FSIZE": 2**20, "RLIMIT_NOFILE": 64, "RLIMIT_NPROC": 16,
+LIMITS = {"RLIMIT_AS": 768 * 2**20, "RLIMIT_FSIZE": 2**24, "RLIMIT_NOFILE": 64, "RLIMIT_NPROC": 16,
           "RLIMIT_CORE": 0}
 
 
@@ -593,12 +604,13 @@ def run_program(code: str, timeout: float = 3.0) -> str:
     """Run Python source -> "passed", "timed out" or "failed: <its last line>". It runs as `python
     -I` in an empty environment and a temporary folder, in a session of its own, with limits on
     time, memory, output, files and processes; in the end all that it began is killed. It has passed
-    if it came to its end: what is printed then is random; an exit code says nothing."""
+    if it came to its end: what is printed then is random; an exit code says nothing. One that looks
+    for that in its process can fake its end, and none is kept from chmod of this user's files."""
     return in_sandbox(code, timeout)[0]
 
 
 def in_sandbox(code: str, timeout: float) -> tuple[str, str]:
-    """See run_program; also what the child gave up: "11", the network and processes, writing."""
+    """See run_program; also what the child gave up: "111", the three of sandbox_gaps."""
     nonce = secrets.token_hex(16)
     limits = {**LIMITS, "RLIMIT_CPU": math.ceil(timeout) + 1}
     told = json.dumps({"code": code, "nonce": nonce, "limits": limits})
@@ -622,16 +634,17 @@ def in_sandbox(code: str, timeout: float) -> tuple[str, str]:
         out.seek(0)
         said = out.read().decode("utf-8", "replace")
     if said.endswith(nonce) and not late:
-        return "passed", said[:2]
-    lines = said[3:].strip().splitlines() or ["it ended before its tests did"]
-    return "timed out" if late else f"failed: {lines[-1][:200]}", said[:2]
+        return "passed", said[:3]
+    lines = said[4:].strip().splitlines() or ["it ended before its tests did"]
+    return "timed out" if late else f"failed: {lines[-1][:200]}", said[:3]
 
 
 def sandbox_gaps() -> str:
     """What this system does not keep from programs, empty if nothing."""
     gave_up = in_sandbox("", 10.0)[1]
-    gaps = ["the network, and processes that leave their group"] * (gave_up[:1] != "1")
-    return ", ".join(gaps + ["writing to files of this user"] * (gave_up[1:2] != "1"))
+    gaps = ("the network, and processes that leave their group", "writing to files of this user",
+            "truncating files of this user")
+    return ", ".join(gap for gap, kept in zip(gaps, gave_up.ljust(3, "0")) if kept != "1")
 
 
 # ---- three ways to measure documents, by number: each yields (number, record)
@@ -657,21 +670,27 @@ def likeliest(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Con
 
 def generated(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Config):
     """What the model writes, judged while it writes on: a program has a process of its own."""
-    chat, asked, prompts = c.chat or task.chat, {}, []
+    chat, asked, prompts, samples = c.chat or task.chat, {}, [], c.samples if task.program else 1
     for i, doc in docs.items():
         content, reply = task.ask(doc) if task.ask else (doc.begin + doc.text, "")
         asked[i] = content + (f" {reply}" if reply and not chat else reply)
         prompts += [text.ask(content) + text.encode(reply) if chat
-                    else text.first + text.encode(asked[i])] * c.samples
-    numbers, said = [i for i in docs for _ in range(c.samples)], defaultdict(list)
+                    else text.first + text.encode(asked[i])] * samples
+    numbers, said = [i for i in docs for _ in range(samples)], defaultdict(list)
+    seeds = [random.Random(f"{c.seed} {i} {k}").getrandbits(32) for k, i in enumerate(numbers)]
+    judge = task.judge or partial(judge_code, task.program)
+    fenced = c.chat and task.program and not task.ask    # the first whole fence; ask has begun one
     def record(i):
-        return i, {"prompt": asked[i], "output": said[i], **task.judge(docs[i], said[i])}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        judged = [re.sub(r"(?s)^.*?```(?:python)?\n(.*?)```.*", r"\1", reply) if fenced else reply
+                  for reply in said[i]]
+        return i, {"prompt": asked[i], "output": said[i], **judge(docs[i], judged)}
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))    # ranks of this machine
+    with ThreadPoolExecutor(max(1, os.cpu_count() // here)) as pool:
         jobs = []
         for k, reply in replies(model, text, prompts, task.stops, task.new_tokens, c.batch_tokens,
-                                c.temperature, c.seed):
+                                c.temperature, seeds):
             said[numbers[k]].append(reply)
-            if len(said[numbers[k]]) == c.samples:
+            if len(said[numbers[k]]) == samples:
                 jobs.append(pool.submit(record, numbers[k]))
             while jobs and jobs[0].done():
                 yield jobs.pop(0).result()
@@ -684,7 +703,7 @@ def bits(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Config):
     longest, requests, found = model.config.max_position_embeddings, [], {}
     for i, doc in docs.items():
         found[i] = {"prompt": doc.text[:80], "bits": defaultdict(float), "bytes": Counter()}
-        ids = (text.first or [text.specials[data.END]]) + text.encode(doc.text)
+        ids = sum(text.pair("", doc.text), [])
         for start in range(0, len(ids) - 1, longest):
             window = ids[start:start + longest + 1]
             requests.append(Request(i, [(window[:1], window[1:])], longest))
@@ -701,7 +720,6 @@ def bits(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Config):
 
 # ---- the run
 
-@cache
 def texts_of(source: str, limit: int | None) -> list[str]:
     """The first documents of a source of data.py; of a builtin one the beginning of the first that
     is held out of each unit."""
@@ -717,15 +735,19 @@ def texts_of(source: str, limit: int | None) -> list[str]:
 def tasks_of(c: Config) -> dict[str, Task]:
     """Those asked for. ValueError for one that is unknown or may not run."""
     tasks = {}
+    if c.samples > 1 and not c.temperature:
+        raise ValueError(f"samples={c.samples} are all the same at temperature 0; give "
+                         "--temperature=0.8")
     for name in (own for name in c.tasks.split(",") for own in (BPB if name == "bpb" else [name])):
+        if name == "chat":
+            raise ValueError("chat is none of several tasks; give --tasks=chat alone")
         if name.startswith("bpb:"):
-            data.units_of(name[4:])
             tasks[name] = Task(Doc, source=partial(texts_of, name[4:], c.limit))
         elif name not in TASKS:
             near = difflib.get_close_matches(name, [*TASKS, "bpb", "chat"], n=1, cutoff=0.0)
             raise ValueError(f"unknown task {name!r}; did you mean {near[0]!r}? Known: "
                              f"{', '.join(TASKS)}, bpb, bpb:SOURCE, chat")
-        elif TASKS[name].code and not c.run_code:
+        elif TASKS[name].program and not c.run_code:
             raise ValueError(f"{name} runs programs that the model writes, in a sandbox; give "
                              "--run_code to allow that")
         else:
@@ -733,11 +755,11 @@ def tasks_of(c: Config) -> dict[str, Task]:
     return tasks
 
 
-def kept(out: Path, settings: dict) -> dict:
-    """(task, number) -> the records that a cut run with the same settings left in out."""
+def kept(out: Path, settings: dict) -> tuple[dict, dict]:
+    """What runs with the same settings left in out: records by (task, number), and results."""
     out.mkdir(parents=True, exist_ok=True)
     file, results, found = out / "samples.jsonl", out / "results.json", {}
-    before = json.loads(results.read_text()) if file.exists() and results.exists() else {}
+    before = read_json(results) if file.exists() and results.exists() else {}
     if settings.items() <= before.items():
         for line in file.read_text().split("\n"):
             with suppress(ValueError):                   # a line that was cut
@@ -745,8 +767,9 @@ def kept(out: Path, settings: dict) -> dict:
                 found[record["task"], record["doc"]] = record
     elif before:
         print(f"{out}: another model or other settings before; beginning anew")
-    save(out, settings, found, {})
-    return found
+        before = {}
+    save(out, settings, found, before.get("tasks", {}))
+    return found, before.get("tasks", {})
 
 
 def save(out: Path, settings: dict, records: dict, results: dict) -> None:
@@ -770,25 +793,26 @@ def progress(name: str, total: int, items):
 
 
 def evaluate(folder: Path, tasks: dict, out: Path, c: Config, device: torch.device) -> dict:
-    """All tasks on one model -> its results, which are also in out/results.json. Of many ranks each
-    has every WORLD-th document, and all append to the one file of samples."""
+    """All tasks on one model -> its results, also in out/results.json beside those of earlier runs.
+    A kept record stands if its document is the same. Each rank has every WORLD-th of the others,
+    and all append to the one file of samples."""
     model, text = open_model(folder, c, device)
     settings = {"model": str(folder),
                 "stamp": max(f.stat().st_mtime_ns for f in folder.glob("*.safetensors")),
                 **{key: getattr(c, key) for key in SETTINGS}}
-    records, results = tell(kept(out, settings) if RANK == 0 else None)[0], {}
-    for name, task in tasks.items():
-        shots = task.shots if c.shots is None or task.source else c.shots
-        docs = docs_of(task, 0, c.bench_dir)
-        add_examples(name, task, docs, shots, c.bench_dir)
+    (records, before), results = tell(kept(out, settings) if RANK == 0 else None)[0], {}
+    for name, (task, docs, shots) in tasks.items():
         numbers = chosen(docs, c.limit)
-        todo = [i for i in numbers if (name, i) not in records][RANK::WORLD]
-        measure = bits if name.startswith("bpb:") else generated if task.judge else likeliest
+        marks = {i: hashlib.sha256(repr(docs[i]).encode()).hexdigest()[:16] for i in numbers}
+        same = {i for i in numbers if records.get((name, i), {}).get("hash") == marks[i]}
+        todo = [i for i in numbers if i not in same][RANK::WORLD]
+        measure = bits if name.startswith("bpb:") else (
+            generated if task.judge or task.program else likeliest)
         found, new = measure(task, {i: docs[i] for i in todo}, model, text, c), {}
-        with (out / "samples.jsonl").open("a") as file:
+        with (out / "samples.jsonl").open("ab", buffering=0) as file:   # a record, one write
             for i, record in progress(name, len(todo), found):
-                new[name, i] = {"task": name, "doc": i, **record}
-                print(json.dumps(new[name, i]), file=file, flush=True)
+                new[name, i] = {"task": name, "doc": i, "hash": marks[i], **record}
+                file.write(json.dumps(new[name, i]).encode() + b"\n")
         for of_rank in tell(new):
             records.update(of_rank)
         results[name] = {
@@ -796,7 +820,7 @@ def evaluate(folder: Path, tasks: dict, out: Path, c: Config, device: torch.devi
                      "report_shots": task.shots}
             for metric, found in result_of([records[name, i] for i in numbers]).items()}
     if RANK == 0:
-        save(out, settings, records, results)
+        save(out, settings, records, {**before, **results})
     return results
 
 
@@ -851,7 +875,7 @@ def draw(results: dict[str, dict], path: Path) -> None:
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
     for name, metric, found in scores_of(results):
-        axis = axes[metric != "bits per byte"]
+        axis = axes[int(metric != "bits per byte")]
         axis.errorbar([*results], [r["value"] for r in found], [r["stderr"] for r in found],
                       fmt="o-", capsize=2, label=f"{name} {metric}")
         axis.legend(fontsize="small")
@@ -875,13 +899,16 @@ def models_of(c: Config) -> dict[str, Path]:
     folder = model_folder(c.model)
     if not folder.is_dir():
         raise ValueError(f"model={c.model} is neither a folder nor owner/name of the Hub")
-    steps = sorted(steps_in(folder))
-    if c.plot and steps:
-        return {f"step_{step}": folder / f"step_{step}" for step in steps}
-    start = newest(folder)
-    if steps and not start:
+    steps, whole = sorted(steps_in(folder)), {}
+    for name in (f"step_{step}" for step in steps):
+        try:
+            read_state(folder / name)
+            whole[name] = folder / name
+        except ValueError as e:
+            print(f"{e}; passing it over")
+    if steps and not whole:
         raise ValueError(f"model={c.model} holds no whole checkpoint")
-    return {"measured": start[0] if start else folder}
+    return whole if c.plot and whole else {"measured": [folder, *whole.values()][-1]}
 
 
 def open_model(folder: Path, c: Config, device: torch.device) -> tuple[Motif, Text]:
@@ -895,20 +922,19 @@ def open_model(folder: Path, c: Config, device: torch.device) -> tuple[Motif, Te
     name = c.tokenizer or own
     tokenizer = data.load_tokenizer(name)
     first = tokenizer._special_tokens[data.BEGIN]
-    if not trained and (name.endswith(".json") or os.path.isdir(name)):
+    if not trained and not name.endswith(".tiktoken") and (
+            "/" in name or name.endswith(".json") or os.path.isdir(name)):
         first = first_token(read_json(data.tokenizer_file(name)), tokenizer)
     model = Motif.from_pretrained(folder, device).requires_grad_(False)
     if tokenizer.n_vocab > model.config.vocab_size:
         raise ValueError(f"tokenizer {name} has {tokenizer.n_vocab} tokens, more than the model's "
                          f"vocab_size={model.config.vocab_size}; give the model's own --tokenizer")
-    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = {"auto": auto, "fp32": torch.float32, "bf16": torch.bfloat16}[c.precision]
     for p in model.parameters():
-        p.data = p.data.to(dtype if p.ndim > 1 else torch.float32)
+        p.data = p.data.to(COMPUTE[c.precision] if p.ndim > 1 else torch.float32)
     if RANK == 0:
         begin = "no token" if first is None else tokenizer.decode([first])
         n = sum(p.numel() for p in model.parameters())
-        print(f"{folder}: {n:,d} parameters on {device} in {str(dtype)[6:]}, tokenizer {name}; "
+        print(f"{folder}: {n:,d} parameters on {device} in {c.precision}, tokenizer {name}; "
               f"{begin} before each text", flush=True)
     return model, Text(tokenizer, first)
 
@@ -917,29 +943,34 @@ def first_token(spec: dict, tokenizer) -> int | None:
     """What a tokenizer.json puts before a text: its post-processor says so, if any does."""
     post = spec.get("post_processor") or {}
     for step in post.get("processors", [post]):
-        if step.get("type") == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
-            return tokenizer._special_tokens[step["single"][0]["SpecialToken"]["id"]]
+        begin = [*step.get("single", []), {}][0].get("SpecialToken")
+        if begin and begin["id"] not in tokenizer._special_tokens:
+            raise ValueError(f"{tokenizer.name} begins texts with {begin['id']}, no added token; "
+                             "add it to added_tokens")
+        if begin:
+            return tokenizer._special_tokens[begin["id"]]
     return None
 
 
 # ---- chat
 
 def reply_to(messages: list[dict], model: Motif, text: Text, temperature: float, seed: int) -> str:
-    """Print a reply as it comes -> it. Ctrl-C ends it. The oldest turns are left out where they do
-    not fit."""
-    longest, turns = model.config.max_position_embeddings, list(messages)
+    """Print a reply as it comes -> it. Ctrl-C ends it. The oldest exchanges are left out where they
+    do not fit."""
+    longest = model.config.max_position_embeddings
     room = min(1024, longest // 2)
-    while (len(ids := data.encode_prompt(text.tokenizer, turns)) > longest - room
-           and len(turns) > 1):
-        del turns[turns[0]["role"] == "system"]
+    asked = [i for i, m in enumerate(messages) if m["role"] == "user"]
+    for i in asked:
+        ids = data.encode_prompt(text.tokenizer, messages[:asked[0]] + messages[i:])
+        if len(ids) <= longest - room:
+            break
     ids = torch.tensor([ids[-(longest - room):]], device=model.head_weight.device)
     said, decoder = "", codecs.getincrementaldecoder("utf-8")("replace")
     try:
         for token in model.stream(ids, room, temperature, top_k=50, seed=seed):
             if token.item() in text.ends:
                 break
-            known = token.item() < len(text.bytes)
-            piece = decoder.decode(text.bytes[token.item()] if known else b"\xff")
+            piece = decoder.decode(text.bytes[token.item()])
             print(piece, end="", flush=True)
             said += piece
     except KeyboardInterrupt:
@@ -966,7 +997,7 @@ def chat(model: Motif, text: Text, c: Config) -> None:
             system, messages = [{"role": "system", "content": rest}] if rest else [], []
         elif command == "/temp":
             try:
-                temperature = max(0.0, float(rest))
+                temperature = max(0.0, configurator.fit(float, float(rest)))
             except ValueError:
                 print(f"/temp needs a number, as in /temp 0.7, not {rest!r}")
         elif command.startswith("/"):
@@ -981,14 +1012,18 @@ def run(c: Config) -> None:
     """Chat, a reply, or the table of all tasks on all models."""
     device, models = device_of(c), models_of(c)
     c.batch_tokens = c.batch_tokens or (65536 if device.type == "cuda" else 4096)
+    c.precision = precision_of(c, device)
     if c.prompt is not None or c.tasks == "chat":
+        if WORLD > 1:
+            raise ValueError("a chat is for one process; start it without torchrun")
         model, text = open_model([*models.values()][-1], c, device)
         if c.prompt is None:
             return chat(model, text, c)
         reply_to([{"role": "user", "content": c.prompt}], model, text, c.temperature, c.seed)
         return
-    tasks, results, top = tasks_of(c), {}, Path(c.out_dir or "out/eval")
-    gaps = RANK == 0 and any(task.code for task in tasks.values()) and sandbox_gaps()
+    tasks = {name: (task, *questions_of(name, task, c)) for name, task in tasks_of(c).items()}
+    results, top = {}, Path(c.out_dir or "out/eval")
+    gaps = RANK == 0 and any(task.program for task, *_ in tasks.values()) and sandbox_gaps()
     if gaps:
         print(f"warning: this system does not keep from programs: {gaps}", flush=True)
     for name, folder in models.items():
@@ -1008,15 +1043,12 @@ def main() -> None:
     try:
         run(c)
     except ValueError as e:
-        raise SystemExit(str(e) if RANK == 0 else 1) from None  # the same on all ranks
+        raise SystemExit(str(e)) from None
+    except OSError as e:
+        raise SystemExit(f"{e.filename or 'error'}: {data.one_line(e)}") from None
     except torch.OutOfMemoryError:
         raise SystemExit(f"out of memory; halve --batch_tokens={c.batch_tokens}") from None
-    if WORLD > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; run the same command to go on") from None
+    as_script(main)

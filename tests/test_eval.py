@@ -215,7 +215,8 @@ def test_spaces_at_the_end_of_a_context_belong_to_the_continuation(text):
     assert text.pair("", " b") == (text.first, [32, 98])
     gpt = Text(data.load_tokenizer("byte"), None)
     assert gpt.pair("a", "b") == ([97], [98])
-    assert gpt.pair("", "b") == ([gpt.specials[data.END]], [98])
+    assert gpt.pair("", "b") == ([gpt.specials[data.BEGIN]], [98])
+    assert gpt.pair(" ", "b") == ([gpt.specials[data.BEGIN]], [32, 98])
 
 
 def test_a_tokenizer_json_says_whether_it_begins_a_text():
@@ -226,8 +227,11 @@ def test_a_tokenizer_json_says_whether_it_begins_a_text():
     assert evaluation.first_token({"post_processor": template}, tokenizer) == begin
     both = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}
     assert evaluation.first_token({"post_processor": both}, tokenizer) == begin
-    for none in None, {"type": "ByteLevel"}:
+    for none in None, {"type": "ByteLevel"}, {"type": "TemplateProcessing", "single": []}:
         assert evaluation.first_token({"post_processor": none}, tokenizer) is None
+    template["single"][0]["SpecialToken"]["id"] = "<s>"
+    with pytest.raises(ValueError, match="begins texts with <s>, no added token"):
+        evaluation.first_token({"post_processor": template}, tokenizer)
 
 
 def test_replies_are_those_of_greedy_passes_without_a_cache(model, text):
@@ -249,6 +253,19 @@ def test_replies_are_those_of_greedy_passes_without_a_cache(model, text):
     cut = [cut_at(said, text, stops) for said in expected]
     assert cut != whole
     assert dict(replies(model, text, prompts, tuple(stops), 24, 2048)) == dict(enumerate(cut))
+
+
+def test_every_batch_and_every_question_has_noise_of_its_own(model, text):
+    """One question in many batches, then the same by itself, as another rank has it."""
+    docs = {i: evaluation.Doc("The fox", row={}) for i in range(12)}
+    task = evaluation.Task(None, judge=lambda doc, replies: {}, new_tokens=24)
+    c = Config(batch_tokens=4 * (len(text.ask("The fox")) + 24), temperature=1.0, chat=True)
+    def sampled(docs):
+        return {i: r["output"][0]
+                for i, r in evaluation.generated(task, docs, model, text, c)}
+    said = sampled(docs)
+    assert len({*said.values()}) == 12 and sampled(docs) == said
+    assert sampled({5: docs[5]})[5] not in said.values()
 
 
 def cut_at(ids, text, stops):
@@ -295,6 +312,7 @@ PROGRAMS = {
     "fork bomb": ("import os\nwhile True: os.fork()", "(failed|timed out)"),
     "1 GB": ("x = bytearray(10**9)", "failed: MemoryError"),
     "flood": ("while True: print('x' * 10**6)", "failed"),
+    "much": ("print('x' * 2 * 10**6)", "passed"),
     "outside": ("open({outside!r}, 'w').write('x')", "failed: PermissionError"),
     "inside": ("open('x', 'w').write('x')\nassert open('x').read() == 'x'", "passed"),
     "grandchild": ("import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time\\n"
@@ -354,8 +372,26 @@ def test_a_cut_run_goes_on_and_other_settings_begin_anew(run, monkeypatch):
     assert len(scored) == len(whole) - 2
     for a, b in zip(again, whole, strict=True):          # other batches, hence other last digits
         assert a.pop("output") == pytest.approx(b.pop("output"), rel=1e-5) and a == b
-    _, other = run(tasks="arc_easy", shots=0)
-    assert len(other) == 3 and len(scored) == len(whole) + 1
+    _, other = run(tasks="arc_easy", shots=0)            # other documents, the same settings
+    assert len(other) == len(whole) and len(scored) == len(whole) + 1
+    assert [r["hash"] for r in other[3:]] == [r["hash"] for r in whole[3:]]
+    assert not {r["hash"] for r in other[:3]} & {r["hash"] for r in whole}
+    results = json.loads(Path("o/results.json").read_text())["tasks"]
+    assert {name: r["acc"]["shots"] for name, r in results.items()} == {"arc_easy": 0, "piqa": 1}
+    _, other = run(tasks="arc_easy", chat=True)
+    assert len(other) == 3 and len(scored) == len(whole) + 4
+
+
+def test_a_document_that_has_changed_is_measured_again(run):
+    rows = [{"text": "Ships sail."}, {"text": "Cranes fly."}]
+    def measured():
+        Path("own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return run(tasks="bpb:own.jsonl")[1]
+    first = measured()
+    rows[1]["text"] = "Cranes swim."
+    second = measured()
+    assert second[0] == first[0] and second[1]["prompt"] == "Cranes swim."
+    assert sum(second[1]["bytes"].values()) == len("Cranes swim.")
 
 
 def test_stages_stand_side_by_side_and_are_measured_once(run, tiny, monkeypatch):
@@ -363,6 +399,7 @@ def test_stages_stand_side_by_side_and_are_measured_once(run, tiny, monkeypatch)
     for name in "quickstart/step_2", "quickstart/step_4", "sft1/step_3":
         shutil.copytree(tiny, Path("out", name))
         Path("out", name, "state.json").write_text('{"files": {}, "config": {"tokenizer": "byte"}}')
+    Path("out/quickstart/step_6").mkdir()                # torn: passed over
     alone = dict(model=None, tokenizer=None, bench_dir=None, limit=1)
     printed, _ = run(**alone, out_dir=None)
     assert re.search(r"^task .* quickstart +sft1 +reported$", printed, re.M)
@@ -395,7 +432,7 @@ def as_rank(rank: int, port: int) -> None:
     for module in evaluation, pretrain:
         module.RANK, module.WORLD = rank, 2
     torch.set_num_threads(1)
-    evaluation.main()
+    pretrain.as_script(evaluation.main)
 
 
 def test_ranks_share_the_documents_and_the_scores_stay(run, monkeypatch):
@@ -442,6 +479,16 @@ def test_a_turn_s_special_tokens_cannot_be_spelled_by_a_user(model, text, monkey
     long = [{"role": "user", "content": "x" * 600}, {"role": "user", "content": "short"}]
     assert evaluation.reply_to(long, model, text, 0.0, 1) == evaluation.reply_to(
         long[1:], model, text, 0.0, 1)
+    system, said = {"role": "system", "content": "s"}, {"role": "assistant", "content": "y" * 9}
+    monkeypatch.setattr(model.config, "max_position_embeddings", 64)
+    for kept, turns in ([system, long[1]], [system, long[0], said, long[1]]), (
+            [system, long[0]], [system, long[0]]):
+        read = []
+        monkeypatch.setattr(model, "stream", lambda ids, *_, **__: read.append(ids) or iter(()),
+                            raising=False)
+        evaluation.reply_to(turns, model, text, 0.0, 1)
+        assert read[0][0].tolist() == data.encode_prompt(text.tokenizer, kept)[-32:]
+    monkeypatch.undo()
     stream = model.stream
     def interrupted(*arguments, **options):
         yield next(stream(*arguments, **options))
@@ -461,22 +508,42 @@ def test_a_turn_s_special_tokens_cannot_be_spelled_by_a_user(model, text, monkey
     (dict(model="nowhere"), "model=nowhere is neither a folder nor"),
     (dict(model=None), "none of out/quickstart, .* holds a checkpoint; run `python pretrain.py`"),
     (dict(tasks="bpb:none.txt"), "no file matches none.txt"),
+    (dict(tasks="bpb:empty.txt"), "bpb:empty.txt has no documents"),
+    (dict(tasks="chat,mmlu"), "chat is none of several tasks"),
+    (dict(tasks="humaneval", run_code=True, samples=10), "samples=10 are all the same at temp"),
+    (dict(tasks="arc_easy", out_dir="empty.txt"), "empty.txt: FileExistsError"),
+    (dict(tasks="piqa,openbookqa", shots=3), "shots=3, but piqa_train.jsonl has 3 .*: 4 are drawn"),
+    (dict(tasks="arc_easy,humaneval,bpb:none.txt", run_code=True), "no file matches none.txt"),
 ])
-def test_wrong_input_is_told_in_one_line(run, options, words):
+def test_wrong_input_is_told_in_one_line(run, monkeypatch, options, words):
+    Path("empty.txt").touch()
+    monkeypatch.setattr(evaluation, "score", None)           # nothing is scored before
     with pytest.raises(SystemExit, match=words) as e:
         run(**options)
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(e.value) and not Path("o").exists()
 
 
 @pytest.mark.parametrize("row, words", [
     ("{", "1: not JSON"), ('{"question": "x"}', "1: no 'choices'; the row has question"),
     ('{"question": "x", "choices": ["a", "b"], "answer": 2}', "1: answer 2 is none of 2 choices"),
+    ('{"question": "x", "choices": ["a", ""], "answer": 0}', "1: a choice is empty"),
     ('{"question": "x", "choices": 3, "answer": 2}', "1: TypeError")])
 def test_a_malformed_row_is_named_by_file_and_line(run, row, words):
     Path("b").mkdir()
     Path("b/arc_easy_test.jsonl").write_text(row + "\n")
     with pytest.raises(SystemExit, match=f"b/arc_easy_test.jsonl:{words}"):
         run(tasks="arc_easy", bench_dir="b")
+
+
+@pytest.mark.parametrize("name, change, words", [
+    ("humaneval", {"test": None}, "HumanEval.jsonl:1: TypeError"),
+    ("mbpp", {"test_setup_code": None}, "mbpp.jsonl:1: TypeError")])
+def test_a_row_of_which_no_program_can_be_made(run, name, change, words):
+    Path("b").mkdir()
+    row = {**FIXTURE[name]["rows"][0], **change}
+    Path("b", TASKS[name].files[0]).write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit, match=words):
+        run(tasks=name, bench_dir="b", run_code=True)
 
 
 def test_a_tokenizer_larger_than_the_model(run, tiny):
