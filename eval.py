@@ -46,7 +46,7 @@ from pretrain import (COMPUTE, RANK, WORLD, as_script, device_of, newest, precis
 from sft import HELD_OUT
 
 STAGES = ("out/quickstart", "out/sft1", "out/sft2", "out/sft3")
-BPB = [f"bpb:builtin:{kind}" for kind in ("language", "code", "math", "science")]
+BPB = [*(f"bpb:builtin:{kind}" for kind in ("language", "code", "math", "science")), "bpb:replies"]
 BUILTIN_DOCS, DOC_LETTERS = 16, 1024  # held out: at most so many of each, and so much of one
 SHARED_TOKENS = 32               # a beginning that rows share is read once if it has so many
 
@@ -59,7 +59,7 @@ class Config:
     tokenizer: str | None = None  # None: the model's own
     tasks: str = "bpb,chains"    # of those in TASKS, with commas; bpb:SOURCE, bits per byte of
                                  # a file or another source of data.py (a comma in it: %2C), bpb:
-                                 # of the builtin ones; or chat
+                                 # of the builtin ones and of right replies to chains; or chat
     shots: Size | None = None    # examples before each question; None: as many as the report's
     limit: Count | None = None   # documents of each task, of mmlu of each subject; None: all
     chat: bool = False           # ask in the turn format, as fine-tuned models expect
@@ -699,17 +699,22 @@ def generated(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Con
 
 def bits(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Config):
     """Bits and bytes of a document by position: in the windows of max_position_embeddings tokens
-    that it is cut into, from 1, 2, 4, ... tokens on."""
+    that it is cut into, from 1, 2, 4, ... tokens on; where there is a target, of that as a reply,
+    with its end of turn."""
     longest, requests, found = model.config.max_position_embeddings, [], {}
     for i, doc in docs.items():
         found[i] = {"prompt": doc.text[:80], "bits": defaultdict(float), "bytes": Counter()}
+        if doc.target:
+            reply = text.encode(doc.target) + [text.specials[data.TURN_END]]
+            requests.append(Request(i, [(text.ask(doc.text), reply)], longest))
+            continue
         ids = sum(text.pair("", doc.text), [])
         for start in range(0, len(ids) - 1, longest):
             window = ids[start:start + longest + 1]
             requests.append(Request(i, [(window[:1], window[1:])], longest))
     left = Counter(r.doc for r in requests)
     for r, (log_p,) in scored(model, requests, c.batch_tokens):
-        for at, (token, x) in enumerate(zip(r.rows[0][1:], log_p.tolist())):
+        for at, (token, x) in enumerate(zip(r.rows[0][-r.counts[0]:], log_p.tolist())):
             bin = 2 ** at.bit_length() // 2
             found[r.doc]["bits"][bin] -= x / math.log(2)
             found[r.doc]["bytes"][bin] += len(text.bytes[token])
@@ -741,7 +746,9 @@ def tasks_of(c: Config) -> dict[str, Task]:
     for name in (own for name in c.tasks.split(",") for own in (BPB if name == "bpb" else [name])):
         if name == "chat":
             raise ValueError("chat is none of several tasks; give --tasks=chat alone")
-        if name.startswith("bpb:"):
+        if name == "bpb:replies":
+            tasks[name] = chains("held_chains", 0)
+        elif name.startswith("bpb:"):
             tasks[name] = Task(Doc, source=partial(texts_of, name[4:], c.limit))
         elif name not in TASKS:
             near = difflib.get_close_matches(name, [*TASKS, "bpb", "chat"], n=1, cutoff=0.0)
@@ -906,7 +913,7 @@ def models_of(c: Config) -> dict[str, Path]:
             whole[name] = folder / name
         except ValueError as e:
             print(f"{e}; passing it over")
-    if steps and not whole:
+    if not (whole or [*folder.glob("*.safetensors")]):
         raise ValueError(f"model={c.model} holds no whole checkpoint")
     return whole if c.plot and whole else {"measured": [folder, *whole.values()][-1]}
 

@@ -255,6 +255,17 @@ def test_replies_are_those_of_greedy_passes_without_a_cache(model, text):
     assert dict(replies(model, text, prompts, tuple(stops), 24, 2048)) == dict(enumerate(cut))
 
 
+def test_bits_of_replies_are_the_loss_of_fine_tuning(model, text):
+    docs = {i: evaluation.read_chain(talk) for i, talk in enumerate(
+        data.chats("builtin:chains?n=3&steps=2"))}
+    found = dict(evaluation.bits(None, docs, model, text, Config(batch_tokens=600)))
+    for i, talk in enumerate(data.chats("builtin:chains?n=3&steps=2")):
+        ids, targets = (torch.tensor([x]) for x in data.encode_chat(text.tokenizer, talk))
+        nats = model(ids, targets, reduction="sum").item()
+        assert sum(found[i]["bits"].values()) == pytest.approx(nats / math.log(2), rel=1e-5)
+        assert sum(found[i]["bytes"].values()) == len(talk[1]["content"])
+
+
 def test_every_batch_and_every_question_has_noise_of_its_own(model, text):
     """One question in many batches, then the same by itself, as another rank has it."""
     docs = {i: evaluation.Doc("The fox", row={}) for i in range(12)}
