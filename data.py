@@ -782,6 +782,10 @@ def knots(key: str, value) -> list[tuple[int, int]]:
 
 # ---- batches
 
+def key_of(*what) -> bytes:
+    return hashlib.blake2b(repr(what).encode(), digest_size=48).digest()
+
+
 def permute(i: np.ndarray, n: int, key: bytes) -> np.ndarray:
     """Where a permutation of 0 ... n - 1, chosen by key (48 bytes), takes each of i. Six Feistel
     rounds on an even number of bits, walked until inside n: nothing is stored, whatever n is."""
@@ -820,9 +824,6 @@ class Corpus:
         checksums = [s.checksum for shards in self.train.values() for s in shards]
         return hashlib.sha256(b"".join(checksums)).hexdigest()[:16]
 
-    def _key(self, *what) -> bytes:
-        return hashlib.blake2b(repr((self.seed, *what)).encode(), digest_size=48).digest()
-
     def targets(self, step: int) -> int:
         """Targets in the step's global batch."""
         return self.plan.rows[step] * self.plan.seq_len[step]
@@ -835,8 +836,9 @@ class Corpus:
             n = int(self._ends(self.train[name], T)[-1])
             for epoch in range(a // n, (b - 1) // n + 1 if b > a else 0):
                 i = np.arange(max(a, epoch * n), min(b, (epoch + 1) * n)) - epoch * n
-                rows += [(name, j) for j in permute(i, n, self._key(name, T, epoch))]
-        return [rows[i] for i in permute(np.arange(len(rows)), len(rows), self._key("order", step))]
+                rows += [(name, j) for j in permute(i, n, key_of(self.seed, name, T, epoch))]
+        order = permute(np.arange(len(rows)), len(rows), key_of(self.seed, "order", step))
+        return [rows[i] for i in order]
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """Rows rank, rank + world, ... of the step's global batch: (rows, T + 1) int64."""
@@ -1105,15 +1107,12 @@ class Packed:
             raise ValueError("there is no conversation to train on; give more data")
         self._plan(names)
 
-    def _key(self, *what) -> bytes:
-        return hashlib.blake2b(repr((self.seed, *what)).encode(), digest_size=48).digest()
-
     def _order(self, name: str, tokens: float) -> tuple[np.ndarray, np.ndarray]:
         """Conversations, one reading after the other, and where the middle of each is, in
         tokens."""
         n, lengths = len(self.train[name].lengths), self.train[name].lengths
         readings = math.ceil(tokens / lengths.sum() + 1e-9)
-        order = np.concatenate([permute(np.arange(n), n, self._key(name, k))
+        order = np.concatenate([permute(np.arange(n), n, key_of(self.seed, name, k))
                                 for k in range(readings)])
         return order, lengths[order].cumsum() - lengths[order] / 2
 
@@ -1124,7 +1123,7 @@ class Packed:
         batches = [[] for _ in range(n)]
         for i in range(0, len(rows), n):
             group = rows[i:i + n]
-            hand = permute(np.arange(len(group)), n, self._key("rows", epoch, i))
+            hand = permute(np.arange(len(group)), n, key_of(self.seed, "rows", epoch, i))
             for b, row in zip(hand, group):
                 batches[b].append(row)
         return batches
@@ -1178,7 +1177,7 @@ def held_out_rows(talks: Conversations, tokens: int, T: int):
     """Of the held-out conversations some that have so many tokens, or one, from all over them,
     packed, as `fill` gives them."""
     n = len(talks.lengths)
-    order = permute(np.arange(n), n, hashlib.blake2b(b"held out", digest_size=48).digest())
+    order = permute(np.arange(n), n, key_of("held out"))
     order = order[:max(1, int(talks.lengths[order].cumsum().searchsorted(tokens, side="right")))]
     return fill([[talks[order[k]] for k in row] for row in pack(talks.lengths[order], T)], T)
 
