@@ -439,10 +439,10 @@ class Request:
 
 
 def batches(requests: list[Request], batch_tokens: int, longest: int):
-    """Those of one group together, in it the longest first; no batch is larger than batch_tokens,
-    padding included, or than one request."""
+    """Those of one group together, in it those of the longest prefix first; no batch is larger than
+    batch_tokens, padding included, or than one request."""
     batch, prefix, rest = [], 0, 0
-    for r in sorted(requests, key=lambda r: (r.group, -r.length, r.doc)):
+    for r in sorted(requests, key=lambda r: (r.group, -r.prefix, -r.length, r.doc)):
         after = max(prefix, r.prefix), max(rest, r.length - r.prefix)
         full = sum(after) * (len(batch) + 1) > batch_tokens or sum(after) > longest + 1
         if batch and (full or r.group != batch[0].group or (r.prefix == 0) != (prefix == 0)):
@@ -454,7 +454,10 @@ def batches(requests: list[Request], batch_tokens: int, longest: int):
 
 
 def scored(model: Motif, requests: list[Request], batch_tokens: int):
-    """Yield each request and what score gives of it."""
+    """Yield each request and what score gives of it. On a CPU larger batches have more padding and
+    are no faster."""
+    if model.head_weight.device.type == "cpu":
+        batch_tokens = min(batch_tokens, 1024)
     for batch in batches(requests, batch_tokens, model.config.max_position_embeddings):
         yield from zip(batch, score(model, batch))
 
@@ -463,21 +466,22 @@ def scored(model: Motif, requests: list[Request], batch_tokens: int):
 def score(model: Motif, batch: list[Request]) -> list[list[torch.Tensor]]:
     """Of each request's sequences the log-probabilities of the scored tokens, in fp32.
 
-    The tokens that all choices share are read once, aligned on the right; then each choice writes
-    its own behind them in the same cache. What is common to the whole batch, such as examples, is
-    read in one row and copied: its keys are the same wherever a row begins."""
+    The tokens that all choices share are read once, aligned on the right; behind a copy of their
+    keys and values each choice writes its own, the longest first, so many at a time as there are
+    requests. What is common to the whole batch, such as examples, is read in one row and copied:
+    its keys are the same wherever a row begins."""
     device, c = model.head_weight.device, model.config
     if batch[0].prefix == 0:                         # cut to different beginnings
         return [score_rows(model, r.rows, r.counts) for r in batch]
     if max(len(r.rows) for r in batch) == 1:
         rows, counts = zip(*((r.rows[0], r.counts[0]) for r in batch))
         return [[x] for x in score_rows(model, rows, counts)]
-    P, L = max(r.prefix for r in batch), max(r.length - r.prefix for r in batch) - 1
+    P = max(r.prefix for r in batch)
     padding = torch.tensor([P - r.prefix for r in batch], device=device)
     ids = padded([r.rows[0][:r.prefix] for r in batch], device, left=True)
     shared = common([r.rows[0][:r.prefix] for r in batch])
     shared = min(shared, P - 1) if len(batch) > 1 and shared >= SHARED_TOKENS else 0
-    shape = (len(batch), P + L, c.num_key_value_heads, c.head_dim)
+    shape = (len(batch), P, c.num_key_value_heads, c.head_dim)
     cache = [tuple(torch.zeros(shape, dtype=model.head_weight.dtype, device=device) for _ in "kv")
              for _ in model.model.layers]
     if shared:
@@ -488,15 +492,19 @@ def score(model: Motif, batch: list[Request]) -> list[list[torch.Tensor]]:
             for to, t in zip(pair, source):
                 to[:, :shared] = t[0, columns]
     first = model(ids[:, shared:], cache=cache, start=shared, padding=padding, last=1)
-    found = []
-    for j in range(max(len(r.rows) for r in batch)):
-        rows = [r.rows[min(j, len(r.rows) - 1)][r.prefix:] for r in batch]
-        logits = first
-        if max(map(len, rows)) > 1:
-            x = padded([row[:-1] for row in rows], device)
-            logits = torch.cat([first, model(x, cache=cache, start=P, padding=padding)], 1)
-        found.append([log_probs(own[:len(row)], row) for own, row in zip(logits, rows)])
-    return [[found[j][i][-n:] for j, n in enumerate(r.counts)] for i, r in enumerate(batch)]
+    choices = [(i, j, row[r.prefix:]) for i, r in enumerate(batch) for j, row in enumerate(r.rows)]
+    choices.sort(key=lambda choice: -len(choice[2]))
+    found = [[None] * len(r.rows) for r in batch]
+    for part in (choices[a:a + len(batch)] for a in range(0, len(choices), len(batch))):
+        of, L = torch.tensor([i for i, *_ in part], device=device), len(part[0][2]) - 1
+        logits = first[of]
+        if L:
+            own = [tuple(F.pad(t[of], (0, 0, 0, 0, 0, L)) for t in pair) for pair in cache]
+            x = padded([row[:-1] for *_, row in part], device)
+            logits = torch.cat([logits, model(x, cache=own, start=P, padding=padding[of])], 1)
+        for (i, j, row), z in zip(part, logits):
+            found[i][j] = log_probs(z[:len(row)], row)[-batch[i].counts[j]:]
+    return found
 
 
 def score_rows(model: Motif, rows: list, counts: list) -> list[torch.Tensor]:
