@@ -454,9 +454,9 @@ def batches(requests: list[Request], batch_tokens: int, longest: int):
 
 
 def scored(model: Motif, requests: list[Request], batch_tokens: int):
-    """Yield each request and what score gives of it. On a CPU larger batches have more padding and
-    are no faster."""
-    if model.head_weight.device.type == "cpu":
+    """Yield each request and what score gives of it. On a CPU larger batches, unless they share
+    their beginning, have more padding and are no faster."""
+    if model.head_weight.device.type == "cpu" and requests and not requests[0].group:
         batch_tokens = min(batch_tokens, 1024)
     for batch in batches(requests, batch_tokens, model.config.max_position_embeddings):
         yield from zip(batch, score(model, batch))
