@@ -72,6 +72,7 @@ class Config:
     seed: int = 1234             # of sampling
     device: str = "auto"         # cpu, cuda, cuda:1, ...; auto: CUDA where there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of products; auto: bf16 on CUDA only
+    compile: bool = True         # generation's step by torch.compile, on CUDA: a minute, once
     plot: bool = False           # every checkpoint of the run, a column each, and scores.png
     prompt: str | None = None    # chat: answer this, and end
 
@@ -550,7 +551,8 @@ def replies(model: Motif, text: Text, prompts: list[list], stops: tuple, new_tok
 
 
 def finished(stream, rows: list, text: Text, stops: tuple):
-    """See replies. Once half of the rows have ended, the others go on without them."""
+    """See replies. Once half of the rows have ended, the others go on without them, unless it is
+    one alone, for whose shape torch.compile would make another graph."""
     said, left, go_on = {i: b"" for i in rows}, {*rows}, None
     with suppress(StopIteration):
         while left:
@@ -562,7 +564,7 @@ def finished(stream, rows: list, text: Text, stops: tuple):
                         left.remove(i)
                         yield i, said[i][:min(cuts, default=None)].decode("utf-8", "replace")
             go_on = None
-            if 2 * len(left) <= len(rows):
+            if 1 < len(left) <= len(rows) / 2:
                 go_on = torch.tensor([k for k, i in enumerate(rows) if i in left])
                 rows = [i for i in rows if i in left]
     yield from ((i, said[i].decode("utf-8", "replace")) for i in rows if i in left)
@@ -944,6 +946,7 @@ def open_model(folder: Path, c: Config, device: torch.device) -> tuple[Motif, Te
     if tokenizer.n_vocab > model.config.vocab_size:
         raise ValueError(f"tokenizer {name} has {tokenizer.n_vocab} tokens, more than the model's "
                          f"vocab_size={model.config.vocab_size}; give the model's own --tokenizer")
+    model.compile_steps = c.compile and device.type == "cuda"
     for p in model.parameters():
         p.data = p.data.to(COMPUTE[c.precision] if p.ndim > 1 else torch.float32)
     if RANK == 0:

@@ -7,6 +7,7 @@
 Module and parameter names are those of the released checkpoints, so that a state dict is one.
 `python model.py config/motif2_12b.py` prints parameters, FLOPs and memory without allocating any.
 """
+import functools
 import json
 import os
 import re
@@ -255,17 +256,24 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), largest
 
 
+@functools.cache
+def compiled_block():
+    """Block.forward by torch.compile: one graph for all layers and any number of rows and keys."""
+    return torch.compile(Block.forward, dynamic=True)
+
+
 class Motif(nn.Module):
     """Motif(config): a model of that shape with fresh weights, drawn from torch's global generator.
     ValueError if the shape is impossible.
 
     max_logits (layers, query heads): largest attention logits of the last forward, for QK-clip.
-    compute_dtype: of the activations, where FSDP2 casts the weights; None: that of the weights."""
+    compute_dtype: of the activations, where FSDP2 casts the weights; None: that of the weights.
+    compile_steps: whether blocks that read one token of each row do so by torch.compile."""
 
     def __init__(self, config: MotifConfig):
         super().__init__()
         config.check()
-        self.config, self.compute_dtype = config, None
+        self.config, self.compute_dtype, self.compile_steps = config, None, False
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
@@ -336,8 +344,10 @@ class Motif(nn.Module):
             positions = positions - starts
         angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         x, largest = self.model.embed_tokens(ids), []
+        compiled = self.compile_steps and isinstance(start, Tensor)
+        run = compiled_block() if compiled else Block.__call__
         for i, block in enumerate(self.model.layers):
-            x, top = block(x, angles, starts, None if cache is None else cache[i], start)
+            x, top = run(block, x, angles, starts, None if cache is None else cache[i], start)
             largest.append(top)
         self.max_logits = torch.stack(largest)
         x = self.model.norm(x if last is None else x[:, -last:])

@@ -79,7 +79,13 @@ def test_an_operation_equals_its_formula_and_its_gradient_is_the_slope(name, mon
     d = torch.randn_like(ours)
     torch.testing.assert_close(torch.autograd.grad(ours, inputs, d),
                                torch.autograd.grad(theirs, inputs, d), rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(operation, inputs)
+    if "entropy" in name:                                # gradcheck would go back more than once
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            twice = operation(*inputs)
+            twice.backward(retain_graph=True)
+            twice.backward()
+    else:
+        assert torch.autograd.gradcheck(operation, inputs)
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if "entropy" not in name])
@@ -462,8 +468,8 @@ def test_every_kernel_compiles_for_hopper_without_spills_and_with_wide_loads():
     assert {kernel["name"] for kernel in made} == {
         "poly_norm_forward_kernel", "poly_norm_backward_kernel", "attend", "attend_delta",
         "attend_keys", "attend_queries", "differential_norm_forward_kernel",
-        "differential_norm_backward_kernel", "cross_entropy_kernel", "symmetric_kernel",
-        "largest_kernel", "quantize_kernel"}
+        "differential_norm_backward_kernel", "cross_entropy_kernel", "scale_kernel",
+        "symmetric_kernel", "largest_kernel", "quantize_kernel"}
     # Triton 3.6's ptxas keeps up to six numbers on the stack, none of them in a loop
     stack = 24 if triton.__version__.startswith("3.6.") else 0
     for kernel in made:

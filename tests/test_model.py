@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import eval as evaluation
+import model as motif
 import pretrain
 import reference
-from model import Motif, MotifConfig, flops_per_token, memory_per_gpu, parameters_by_part
+from model import Block, Motif, MotifConfig, flops_per_token, memory_per_gpu, parameters_by_part
 
 BASE = MotifConfig(vocab_size=29, hidden_size=20, intermediate_size=28, num_hidden_layers=3,
                    num_attention_heads=10, num_key_value_heads=4, num_noise_heads=2, head_dim=6,
@@ -159,6 +160,25 @@ def test_generation_with_a_cache_is_generation_without(noise):
              for _ in model.model.layers]
     parts = [model(out[:, a:b], cache=cache, start=a) for a, b in ((0, 5), (5, 8), (8, 9), (9, 16))]
     torch.testing.assert_close(torch.cat(parts, 1), model(out), rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_steps_are_one_graph_for_all_layers_rows_and_lengths(monkeypatch):
+    """On a CPU, where plain PolyNorm goes over blocks of rows, only without it. Sizes that equal
+    others, such as head_dim, would be taken for them at first."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    step = torch.compile(Block.forward, dynamic=True, backend=backend)
+    monkeypatch.setattr(motif, "compiled_block", lambda: step)
+    model = make(activation="swiglu").requires_grad_(False)
+    for B, T, n in (7, 4, 5), (9, 7, 4), (5, 2, 6):
+        model.compile_steps = False
+        expected = model.generate(tokens(B, T), n, temperature=0)
+        model.compile_steps = True
+        assert torch.equal(model.generate(tokens(B, T), n, temperature=0), expected)
+    assert len(graphs) == 1
 
 
 def test_a_seed_repeats_and_top_k_keeps_the_likeliest():
