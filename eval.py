@@ -29,7 +29,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Callable, Literal
 
@@ -48,6 +48,7 @@ from sft import HELD_OUT
 STAGES = ("out/quickstart", "out/sft1", "out/sft2", "out/sft3")
 BPB = [*(f"bpb:builtin:{kind}" for kind in ("language", "code", "math", "science")), "bpb:replies"]
 BUILTIN_DOCS, DOC_LETTERS = 16, 1024  # held out: at most so many of each, and so much of one
+PASSES = 8                       # in which batch_tokens are read, where rows are scored
 SHARED_TOKENS = 32               # a beginning that rows share is read once if it has so many
 
 
@@ -66,7 +67,7 @@ class Config:
     run_code: bool = False       # let humaneval and mbpp run the programs that the model writes
     bench_dir: str | None = None  # where TASKS' files are; None: the Hub's data sets
     out_dir: str | None = None   # None: out/eval/<the model's name>
-    batch_tokens: Count | None = None  # tokens at once; None: 4,096 on CPUs, 65,536 on GPUs
+    batch_tokens: Count | None = None  # of cached keys; None: 8,192 on CPUs, 65,536 on GPUs
     temperature: NonNegative = 0.0  # of tasks that generate; 0: greedy. Chat has 0.7, see /temp
     samples: Count = 1           # replies to each question, where programs are run: pass@k
     seed: int = 1234             # of sampling
@@ -439,94 +440,114 @@ class Request:
         self.length = max(map(len, self.rows))
 
 
+def parts(sizes: list[int], tokens: int, keys: int = 0, most: float = math.inf):
+    """Slices of rows, the largest first, for a pass each: so many that they have at most `tokens`,
+    a sixteenth of which may be padding, and `most` keys with `keys` more in each row; or one."""
+    a = 0
+    while a < len(sizes):
+        own = sizes[a]
+        n = max(1, min(tokens // max(1, own), most // (own + keys)))
+        padding = accumulate(own - size for size in sizes[a:a + n])
+        b = a + sum(x <= tokens / 16 for x in padding)
+        yield slice(a, b)
+        a = b
+
+
 def batches(requests: list[Request], batch_tokens: int, longest: int):
-    """Those of one group together, in it those of the longest prefix first; no batch is larger than
-    batch_tokens, padding included, or than one request."""
-    batch, prefix, rest = [], 0, 0
+    """Those of one group together, in it those of the longest prefix first; the prefixes are no
+    more than batch_tokens, padding included, or those of one request."""
+    batch, room, rest = [], 0, 0
     for r in sorted(requests, key=lambda r: (r.group, -r.prefix, -r.length, r.doc)):
-        after = max(prefix, r.prefix), max(rest, r.length - r.prefix)
-        full = sum(after) * (len(batch) + 1) > batch_tokens or sum(after) > longest + 1
-        if batch and (full or r.group != batch[0].group or (r.prefix == 0) != (prefix == 0)):
+        rest = max(rest, r.length - r.prefix)
+        if batch and (len(batch) == room or r.group != batch[0].group
+                      or batch[0].prefix + rest > longest + 1):
             yield batch
-            batch, after = [], (r.prefix, r.length - r.prefix)
-        batch, (prefix, rest) = [*batch, r], after
+            batch, rest = [], r.length - r.prefix
+        room = batch_tokens // r.prefix if not batch else room
+        batch.append(r)
     if batch:
         yield batch
 
 
-def scored(model: Motif, requests: list[Request], batch_tokens: int):
-    """Yield each request and what score gives of it. On a CPU larger batches, unless they share
-    their beginning, have more padding and are no faster."""
-    if model.head_weight.device.type == "cpu" and requests and not requests[0].group:
-        batch_tokens = min(batch_tokens, 1024)
-    for batch in batches(requests, batch_tokens, model.config.max_position_embeddings):
-        yield from zip(batch, score(model, batch))
-
-
 @torch.no_grad()
-def score(model: Motif, batch: list[Request]) -> list[list[torch.Tensor]]:
-    """Of each request's sequences the log-probabilities of the scored tokens, in fp32.
+def scored(model: Motif, requests: list[Request], batch_tokens: int):
+    """Yield each request and the log-probabilities, in fp32 on the CPU, of the scored tokens of
+    each of its rows. Keys and values of batch_tokens tokens are kept, of which a PASSES-th is read
+    at once: padding is less where the rows of a pass are chosen among many."""
+    alone = sorted((r for r in requests if len(r.rows) == 1 or r.prefix == 0),
+                   key=lambda r: -r.length * len(r.rows))
+    for s in parts([r.length * len(r.rows) for r in alone], batch_tokens // PASSES):
+        rows, counts = ([x for r in alone[s] for x in getattr(r, of)] for of in ("rows", "counts"))
+        found = iter(log_probs(model, rows, counts))
+        yield from ((r, [*islice(found, len(r.rows))]) for r in alone[s])
+    together = [r for r in requests if len(r.rows) > 1 and r.prefix]
+    for batch in batches(together, batch_tokens, model.config.max_position_embeddings):
+        yield from zip(batch, score(model, batch, batch_tokens))
 
-    The tokens that all choices share are read once, aligned on the right; behind a copy of their
-    keys and values each choice writes its own, the longest first, so many at a time as there are
-    requests. What is common to the whole batch, such as examples, is read in one row and copied:
-    its keys are the same wherever a row begins."""
-    device, c = model.head_weight.device, model.config
-    if batch[0].prefix == 0:                         # cut to different beginnings
-        return [score_rows(model, r.rows, r.counts) for r in batch]
-    if max(len(r.rows) for r in batch) == 1:
-        rows, counts = zip(*((r.rows[0], r.counts[0]) for r in batch))
-        return [[x] for x in score_rows(model, rows, counts)]
-    P = max(r.prefix for r in batch)
-    padding = torch.tensor([P - r.prefix for r in batch], device=device)
-    ids = padded([r.rows[0][:r.prefix] for r in batch], device, left=True)
-    shared = common([r.rows[0][:r.prefix] for r in batch])
-    shared = min(shared, P - 1) if len(batch) > 1 and shared >= SHARED_TOKENS else 0
-    shape = (len(batch), P, c.num_key_value_heads, c.head_dim)
-    cache = [tuple(torch.zeros(shape, dtype=model.head_weight.dtype, device=device) for _ in "kv")
+
+def score(model: Motif, batch: list[Request], batch_tokens: int) -> list[list[torch.Tensor]]:
+    """See scored: of requests whose rows begin with the same, the longest prefix first.
+
+    The tokens that all rows of a request share are read once, aligned on the right; behind a copy
+    of their keys and values each row writes its own, the longest first. What is common to the
+    whole batch, such as examples, is read in one row and copied: its keys are the same wherever a
+    row begins."""
+    device, c, P = model.head_weight.device, model.config, batch[0].prefix
+    prefixes = [r.rows[0][:r.prefix] for r in batch]
+    padding = torch.tensor([P - len(ids) for ids in prefixes], device=device)
+    cache = [tuple(torch.zeros(len(batch), P, c.num_key_value_heads, c.head_dim, device=device,
+                               dtype=model.head_weight.dtype) for _ in "kv")
              for _ in model.model.layers]
+    shared = min(common(prefixes), batch[-1].prefix - 1)
+    shared = shared if len(batch) > 1 and shared >= SHARED_TOKENS else 0
     if shared:
         once = [tuple(t[:1, :shared].clone() for t in pair) for pair in cache]
-        model(torch.tensor([batch[0].rows[0][:shared]], device=device), cache=once, last=1)
-        columns = (torch.arange(shared, device=device) - padding[:, None]).clamp(min=0)
-        for pair, source in zip(cache, once):
-            for to, t in zip(pair, source):
-                to[:, :shared] = t[0, columns]
-    first = model(ids[:, shared:], cache=cache, start=shared, padding=padding, last=1)
-    choices = [(i, j, row[r.prefix:]) for i, r in enumerate(batch) for j, row in enumerate(r.rows)]
-    choices.sort(key=lambda choice: -len(choice[2]))
-    found = [[None] * len(r.rows) for r in batch]
-    for part in (choices[a:a + len(batch)] for a in range(0, len(choices), len(batch))):
-        of, L = torch.tensor([i for i, *_ in part], device=device), len(part[0][2]) - 1
-        logits = first[of]
-        if L:
-            own = [tuple(F.pad(t[of], (0, 0, 0, 0, 0, L)) for t in pair) for pair in cache]
-            x = padded([row[:-1] for *_, row in part], device)
-            logits = torch.cat([logits, model(x, cache=own, start=P, padding=padding[of])], 1)
-        for (i, j, row), z in zip(part, logits):
-            found[i][j] = log_probs(z[:len(row)], row)[-batch[i].counts[j]:]
-    return found
+        model(torch.tensor([prefixes[0][:shared]], device=device), cache=once, last=1)
+    first = []                           # log-probabilities of each row's first token of its own
+    for s in parts([r.prefix - shared for r in batch], batch_tokens // PASSES):
+        out = P - batch[s.start].prefix                  # columns that none of these rows has
+        own = [tuple(t[s, out:] for t in pair) for pair in cache]
+        if shared:
+            columns = torch.arange(shared, device=device) - (padding[s, None] - out)
+            for pair, source in zip(own, once):
+                for to, t in zip(pair, source):
+                    to[:, :shared] = t[0, columns.clamp(min=0)]
+        ids = padded(prefixes[s], device, left=True)[:, shared:]
+        logits = model(ids, cache=own, start=shared, padding=padding[s] - out, last=1)
+        for log_p, r in zip(logits[:, 0].float().log_softmax(-1), batch[s]):
+            first.append(log_p[[row[r.prefix] for row in r.rows]].cpu())
+    found = [[*part[:, None]] for part in first]
+    rests = sorted(((i, j, row[r.prefix:]) for i, r in enumerate(batch)
+                    for j, row in enumerate(r.rows) if len(row) > r.prefix + 1),
+                   key=lambda rest: -len(rest[2]))
+    sizes = [len(rest) - 1 for *_, rest in rests]
+    for s in parts(sizes, batch_tokens // PASSES, P, batch_tokens):
+        numbers, _, rows = zip(*rests[s])
+        out, of = min(P - batch[i].prefix for i in numbers), torch.tensor(numbers, device=device)
+        own = [tuple(F.pad(t[of, out:], (0, 0, 0, 0, 0, sizes[s.start])) for t in pair)
+               for pair in cache]
+        log_p = log_probs(model, rows, sizes[s], cache=own, start=P - out,
+                          padding=padding[of] - out)
+        for (i, j, _), x in zip(rests[s], log_p):
+            found[i][j] = torch.cat([found[i][j], x])
+    return [[x[-n:] for x, n in zip(rows, r.counts)] for rows, r in zip(found, batch)]
 
 
-def score_rows(model: Motif, rows: list, counts: list) -> list[torch.Tensor]:
-    """The same of plain rows, in one pass."""
-    logits = model(padded([row[:-1] for row in rows], model.head_weight.device))
-    return [log_probs(part[len(row) - 1 - n:len(row) - 1], row[-n:])
-            for part, row, n in zip(logits, rows, counts)]
+def log_probs(model: Motif, rows: list, counts: list, **cached) -> list[torch.Tensor]:
+    """Of the last `count` tokens of each row, which is not empty, in one pass."""
+    device = model.head_weight.device
+    ids, targets = padded([row[:-1] for row in rows], device), padded(
+        [[-1] * (len(row) - 1 - n) + row[-n:] for row, n in zip(rows, counts)], device, fill=-1)
+    nats = model(ids, targets, reduction="none", **cached).cpu()
+    return [-x[len(row) - 1 - n:len(row) - 1] for x, row, n in zip(nats, rows, counts)]
 
 
-def padded(rows: list, device: torch.device, left: bool = False) -> torch.Tensor:
-    """Rows of ids (B, longest), with zeros behind them or, on the left, before them."""
+def padded(rows: list, device: torch.device, left: bool = False, fill: int = 0) -> torch.Tensor:
+    """Rows of ids (B, longest), with `fill` behind them or, on the left, before them."""
     n = max(map(len, rows))
-    zeros = [[0] * (n - len(row)) for row in rows]
-    return torch.tensor([z + row if left else row + z for row, z in zip(rows, zeros)],
+    fills = [[fill] * (n - len(row)) for row in rows]
+    return torch.tensor([z + row if left else row + z for row, z in zip(rows, fills)],
                         device=device)
-
-
-def log_probs(logits: torch.Tensor, ids: list) -> torch.Tensor:
-    """logits (n, V), ids (n,) -> (n,) on the CPU."""
-    ids = torch.tensor(ids, device=logits.device)
-    return -F.cross_entropy(logits.float(), ids, reduction="none").cpu()
 
 
 # ---- generation
@@ -1029,7 +1050,7 @@ def chat(model: Motif, text: Text, c: Config) -> None:
 def run(c: Config) -> None:
     """Chat, a reply, or the table of all tasks on all models."""
     device, models = device_of(c), models_of(c)
-    c.batch_tokens = c.batch_tokens or (65536 if device.type == "cuda" else 4096)
+    c.batch_tokens = c.batch_tokens or (65536 if device.type == "cuda" else 8192)
     c.precision = precision_of(c, device)
     if c.prompt is not None or c.tasks == "chat":
         if WORLD > 1:

@@ -59,7 +59,6 @@ def fused(x: Tensor) -> bool:
     return FUSED and triton is not None and (x.is_cuda or INTERPRET) and x.dtype != torch.float64
 
 
-@functools.cache
 def is_hopper(device: torch.device) -> bool:
     """Whether it has TMA and wgmma."""
     return torch.cuda.get_device_capability(device)[0] == 9
@@ -809,20 +808,20 @@ def cross_entropy_kernel(logits, targets, losses, scale, V, GRADIENT: tl.constex
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor, gradient: bool) -> Tensor:
-    """Sum of the rows' losses; with gradient the logits become (softmax - onehot) scale."""
+    """The rows' losses; with gradient the logits become (softmax - onehot) scale."""
     if fused(logits):
         losses = logits.new_empty(len(logits), dtype=torch.float32)
         cross_entropy_kernel[(len(logits),)](
             logits, targets, losses, scale, logits.shape[1], GRADIENT=gradient,
             BLOCK=min(max(triton.next_power_of_2(logits.shape[1]), 512), 4096), num_warps=8)
-        return losses.sum()
+        return losses
     z, t, kept = wide(logits), targets.clamp(min=0)[:, None], (targets >= 0)[:, None]
     lse = z.logsumexp(-1, keepdim=True)
-    total = ((lse - z.gather(1, t)) * kept).sum()
+    losses = ((lse - z.gather(1, t)) * kept)[:, 0]
     if gradient:
         z = z.sub_(lse).exp_().mul_(kept)
         logits.copy_(z.scatter_add_(1, t, -kept.to(z.dtype)).mul_(scale))
-    return total
+    return losses
 
 
 @operator(lambda x, weight, targets, scale, needs_dx, needs_dw: (
@@ -836,7 +835,7 @@ def linear_cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, sca
     for i in range(0, len(x), LOSS_CHUNK):
         rows, t = x[i:i + LOSS_CHUNK], targets[i:i + LOSS_CHUNK]
         logits = rows @ weight.T                                         # (chunk, V)
-        total += cross_entropy_(logits, t, scale, needs_dx or needs_dw)
+        total += cross_entropy_(logits, t, scale, needs_dx or needs_dw).sum()
         if needs_dx:
             torch.mm(logits, weight, out=dx[i:i + LOSS_CHUNK])
         if needs_dw:
@@ -885,16 +884,28 @@ class LinearCrossEntropy(torch.autograd.Function):
         return *(g if needs else None for g, needs in needed), None, None, None
 
 
+@torch.no_grad()
+def row_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """linear_cross_entropy's losses by row, of those alone that have a target."""
+    losses, kept = wide(x.new_zeros(len(x))), (targets >= 0).nonzero()[:, 0]
+    for rows in kept.split(LOSS_CHUNK):
+        logits = x[rows] @ weight.T
+        losses[rows] = cross_entropy_(logits, targets[rows], losses, False)
+    return losses
+
+
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean",
                          scale: float = 1.0) -> Tensor:
     """Cross entropy in nats of the logits x @ weight^T without ever holding them all.
 
     x (N, n), weight (V, n), targets (N,) with negative ones ignored -> fp32 scalar, scale times the
     "sum" or the "mean" over the targets kept (0 if none is). A factor given here, and not applied
-    to the loss, keeps bf16 gradients from being rounded twice. Not for autocast. ValueError for
-    another reduction."""
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
+    to the loss, keeps bf16 gradients from being rounded twice. Not for autocast. "none": (N,), 0
+    where a target is ignored, without gradients. ValueError for another reduction."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
+    if reduction == "none":
+        return row_losses(x, weight, targets) * scale
     factor = wide(x.new_full((), scale, dtype=torch.promote_types(x.dtype, torch.float32)))
     if reduction == "mean":
         factor = factor / (targets >= 0).sum().clamp(min=1)

@@ -322,7 +322,8 @@ class Motif(nn.Module):
                 last: int | None = None) -> Tensor:
         """ids (B, T) -> logits (B, T, V), or of the last `last` tokens alone, or with targets (B,
         T) -> their cross entropy in nats, -1 ignored, scale times the "mean" or "sum", or the sums
-        of the four "quarters" of T. documents (B, T): each run of equal numbers is a document that
+        of the four "quarters" of T, or "none": each token's own (B, T), 0 where ignored, without
+        gradients. documents (B, T): each run of equal numbers is a document that
         sees itself alone, positions from 0. padding (B,): so many columns at the left of a row,
         cached ones included, are no tokens. cache and start: see Attention.forward.
         ValueError for no tokens and for more positions than max_position_embeddings."""
@@ -359,7 +360,8 @@ class Motif(nn.Module):
         if reduction == "quarters":
             parts = zip(x.tensor_split(4, 1), targets.tensor_split(4, 1))
             return torch.stack([loss(*part, "sum") for part in parts])
-        return loss(x, targets, reduction)
+        out = loss(x, targets, reduction)
+        return out.view(targets.shape) if reduction == "none" else out
 
     def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
                  top_k: int | None = None, seed: int | None = None) -> Tensor:

@@ -9,23 +9,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
-import configurator
 import kernels
-import pretrain
 from model import Motif
+from plain_slice import config_of, in_bf16
 
 PROMPT, NEW = 128, 256
-
-
-def model_of(name: str, *options: str) -> Motif:
-    file = str(Path(__file__).parent.parent / "config" / name)
-    c = configurator.load(pretrain.Config, [file, *options], default_file=file)
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = Motif(pretrain.shape_of(c)).to("cuda")       # its buffers too
-    torch.set_default_dtype(torch.float32)
-    return model.requires_grad_(False)
 
 
 def step_bytes(model: Motif, rows: int) -> float:
@@ -56,7 +44,7 @@ def main() -> None:
     del x, y
     print(f"{torch.cuda.get_device_name()}: copy {copy:.0f} GB/s")
     for name, *options in ("motif_124m.py",), ("motif2_12b.py", "--num_hidden_layers=4"):
-        model = model_of(name, *options)
+        model = in_bf16(config_of(name, *options)).requires_grad_(False)
         for model.compile_steps in False, True:
             for rows in 1, 32:
                 ids = torch.randint(model.config.vocab_size, (rows, PROMPT), device="cuda")

@@ -17,6 +17,8 @@ import kernels
 import pretrain
 from model import Motif, flops_per_token
 
+SLICE = "motif2_12b.py", "--num_hidden_layers=6", "--recompute=0"
+
 
 def attention_by_sdpa(q, k, v, num_noise_heads, starts=None, wide=False):
     """grouped_differential_attention by stock attention: two calls with values of 2D, or four of D,
@@ -39,16 +41,19 @@ def loss_of_whole_logits(x, weight, targets, reduction, scale):
     return F.cross_entropy(F.linear(x, weight).float(), targets, reduction=reduction)
 
 
-def slice_of(dtype: torch.dtype):
-    """The run's config and the slice in a dtype, on the GPU."""
-    file = str(Path(__file__).parent.parent / "config/motif2_12b.py")
-    c = configurator.load(pretrain.Config, [file, "--num_hidden_layers=6"], default_file=file)
+def config_of(name: str, *options: str) -> pretrain.Config:
+    file = str(Path(__file__).parent.parent / "config" / name)
+    return configurator.load(pretrain.Config, [file, *options], default_file=file)
+
+
+def in_bf16(c: pretrain.Config) -> Motif:
+    """Fresh weights, on the GPU."""
     torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = Motif(pretrain.shape_of(c)).to("cuda")    # its buffers too
     torch.set_default_dtype(torch.float32)
-    return c, model
+    return model
 
 
 def measure(name: str, model: Motif, tokens: int, steps: int, step) -> None:
@@ -70,12 +75,12 @@ def measure(name: str, model: Motif, tokens: int, steps: int, step) -> None:
 
 def with_kernels(name: str, sharded: bool, rows: int = 64, micro: int = 4) -> None:
     """The step of pretrain.py less the optimizer: on bf16 weights without FSDP2, or as it is."""
-    c, model = slice_of(torch.float32 if sharded else torch.bfloat16)
+    c, device = config_of(*SLICE), torch.device("cuda", 0)
     if sharded:
-        pretrain.parallelize(model, c, torch.device("cuda", 0))
-    else:
-        for block in model.model.layers:
-            block.forward = torch.compile(block.forward, dynamic=False)
+        pretrain.join(c, device)
+    model = pretrain.build(c, device) if sharded else in_bf16(c)
+    for block in () if sharded else model.model.layers:
+        block.forward = torch.compile(block.forward, dynamic=False)
     ids = torch.randint(c.vocab_size, (rows, 4097), device="cuda")
     batch = ids[:, :-1], ids[:, 1:]
     measure(name, model, rows * 4096, 3, lambda: pretrain.forward_backward(
@@ -88,7 +93,8 @@ def plain(name: str, compiled: bool, wide: bool, backend, batch: int = 2) -> Non
     kernels.grouped_differential_attention = lambda *t: attention_by_sdpa(*t, wide=wide)
     kernels.linear_cross_entropy = torch.compile(loss_of_whole_logits) if compiled else (
         loss_of_whole_logits)
-    c, model = slice_of(torch.bfloat16)
+    c = config_of(*SLICE)
+    model = in_bf16(c)
     for block in model.model.layers if compiled else ():
         block.compile()
     ids = torch.randint(c.vocab_size, (batch, 4097), device="cuda")

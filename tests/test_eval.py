@@ -18,7 +18,7 @@ import torch
 import data
 import eval as evaluation
 import pretrain
-from eval import TASKS, Config, Request, Text, batches, replies, run_program, score
+from eval import TASKS, Config, Request, Text, replies, run_program, scored
 from model import Motif, MotifConfig
 
 FIXTURE = json.loads((Path(__file__).parent / "eval.json").read_text())
@@ -199,15 +199,13 @@ def test_scores_in_batches_are_those_of_one_sequence_each(model):
         requests.append(Request(i, pairs[-1], 512, group))
     pairs.append([(draw(9), draw(600))])                 # longer than the model by itself
     requests.append(Request(24, pairs[-1], 512))
-    seen, sizes = {}, []
-    for batch in batches(requests, 2048, 512):
-        sizes.append(len(batch))
-        seen.update({r.doc: found for r, found in zip(batch, score(model, batch))})
-    assert max(sizes) > 3 and len(seen) == 25
-    for i, own in enumerate(pairs):
-        for found, (context, continuation) in zip(seen[i], own, strict=True):
-            one = plain(model, context, continuation)
-            assert found.sum().item() == pytest.approx(one, abs=1e-3)
+    expected = [[plain(model, *pair) for pair in own] for own in pairs]
+    for batch_tokens in 1, 2048, 10**5:
+        seen = {r.doc: found for r, found in scored(model, requests, batch_tokens)}
+        assert len(seen) == 25
+        for i, own in enumerate(expected):
+            sums = [found.sum().item() for found in seen[i]]
+            assert sums == pytest.approx(own, abs=1e-3)
 
 
 def test_spaces_at_the_end_of_a_context_belong_to_the_continuation(text):
@@ -376,21 +374,21 @@ def test_a_cut_run_goes_on_and_other_settings_begin_anew(run, monkeypatch):
     samples = Path("o/samples.jsonl")
     lines = samples.read_text().splitlines(True)
     samples.write_text("".join(lines[:2]) + lines[2][:30])
-    scored = []
-    monkeypatch.setattr(evaluation, "score", lambda model, batch: (
-        scored.extend(r.doc for r in batch), score(model, batch))[1])
+    measured = []
+    monkeypatch.setattr(evaluation, "scored", lambda model, requests, batch_tokens: (
+        measured.extend(requests), scored(model, requests, batch_tokens))[1])
     _, again = run(tasks="arc_easy,piqa", shots=1)
-    assert len(scored) == len(whole) - 2
+    assert len(measured) == len(whole) - 2
     for a, b in zip(again, whole, strict=True):          # other batches, hence other last digits
         assert a.pop("output") == pytest.approx(b.pop("output"), rel=1e-5) and a == b
     _, other = run(tasks="arc_easy", shots=0)            # other documents, the same settings
-    assert len(other) == len(whole) and len(scored) == len(whole) + 1
+    assert len(other) == len(whole) and len(measured) == len(whole) + 1
     assert [r["hash"] for r in other[3:]] == [r["hash"] for r in whole[3:]]
     assert not {r["hash"] for r in other[:3]} & {r["hash"] for r in whole}
     results = json.loads(Path("o/results.json").read_text())["tasks"]
     assert {name: r["acc"]["shots"] for name, r in results.items()} == {"arc_easy": 0, "piqa": 1}
     _, other = run(tasks="arc_easy", chat=True)
-    assert len(other) == 3 and len(scored) == len(whole) + 4
+    assert len(other) == 3 and len(measured) == len(whole) + 4
 
 
 def test_a_document_that_has_changed_is_measured_again(run):
@@ -417,11 +415,11 @@ def test_stages_stand_side_by_side_and_are_measured_once(run, tiny, monkeypatch)
     rows = re.findall(r"^(\S+) .* ([\d.]+) ± +nan +([\d.]+) ± +nan +-$", printed, re.M)
     assert [name for name, *_ in rows] == [*evaluation.BPB, "chains", "chains"]
     assert all(a == b for _, a, b in rows)
-    monkeypatch.setattr(evaluation, "score", None)
+    monkeypatch.setattr(evaluation, "scored", lambda *options: ())
     monkeypatch.setattr(evaluation, "replies", lambda *options: ())
     again, _ = run(**alone, out_dir=None)
     assert again[again.index("\ntask"):] == printed[printed.index("\ntask"):]
-    monkeypatch.setattr(evaluation, "score", score)
+    monkeypatch.setattr(evaluation, "scored", scored)
     printed, _ = run(**{**alone, "model": "out/quickstart"}, out_dir=None, tasks="bpb", plot=True)
     assert re.search(r"^task .* step_2 +step_4 +reported$", printed, re.M)
     assert Path("out/eval/scores.png").exists()
@@ -528,7 +526,7 @@ def test_a_turn_s_special_tokens_cannot_be_spelled_by_a_user(model, text, monkey
 ])
 def test_wrong_input_is_told_in_one_line(run, monkeypatch, options, words):
     Path("empty.txt").touch()
-    monkeypatch.setattr(evaluation, "score", None)           # nothing is scored before
+    monkeypatch.setattr(evaluation, "scored", None)          # nothing is scored before
     with pytest.raises(SystemExit, match=words) as e:
         run(**options)
     assert "\n" not in str(e.value) and not Path("o").exists()

@@ -155,8 +155,8 @@ def test_no_target_at_all_gives_zero(reduction):
     x, head = normal(3, 4), normal(7, 4)
     loss = kernels.linear_cross_entropy(x, head, torch.full((3,), -1), reduction)
     assert loss == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, (x, head)))
-    with pytest.raises(ValueError, match="^reduction must be 'mean' or 'sum', not 'none'$"):
-        kernels.linear_cross_entropy(x, head, torch.zeros(3, dtype=torch.long), "none")
+    with pytest.raises(ValueError, match="^reduction must be 'mean', 'sum' or 'none', not 'max'$"):
+        kernels.linear_cross_entropy(x, head, torch.zeros(3, dtype=torch.long), "max")
 
 
 @pytest.mark.parametrize("T, starts", [
@@ -297,6 +297,10 @@ def test_the_loss_kernel_is_as_exact_as_its_twin(vocabulary, fused, poisoned, mo
         for scale in 1, 1e3:
             x, head = (torch.randn(s).to(DEVICE, dtype) for s in ((5, 16), (vocabulary, 16)))
             assert_as_exact_as_the_plain_twin(loss, [x * scale, head])
+            by_row = fused.linear_cross_entropy(x, head, targets, "none", 2.0)
+            one_by_one = [fused.linear_cross_entropy(x[i:i + 1], head, targets[i:i + 1], "sum", 2.0)
+                          for i in range(5)]
+            torch.testing.assert_close(by_row, torch.stack(one_by_one), rtol=1e-5, atol=1e-5)
     nothing = outcome(lambda *t: fused.linear_cross_entropy(*t, torch.full_like(targets, -1)),
                       [x, head])
     assert all((t == 0).all() for t in nothing)
