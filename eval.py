@@ -492,26 +492,24 @@ def score(model: Motif, batch: list[Request], batch_tokens: int) -> list[list[to
     of their keys and values each row writes its own, the longest first. What is common to the
     whole batch, such as examples, is read in one row and copied: its keys are the same wherever a
     row begins."""
-    device, c, P = model.head_weight.device, model.config, batch[0].prefix
+    device, P = model.head_weight.device, batch[0].prefix
     prefixes = [r.rows[0][:r.prefix] for r in batch]
     padding = torch.tensor([P - len(ids) for ids in prefixes], device=device)
-    cache = [tuple(torch.zeros(len(batch), P, c.num_key_value_heads, c.head_dim, device=device,
-                               dtype=model.head_weight.dtype) for _ in "kv")
-             for _ in model.model.layers]
+    cache = model.new_cache(len(batch), P)
     shared = min(common(prefixes), batch[-1].prefix - 1)
     shared = shared if len(batch) > 1 and shared >= SHARED_TOKENS else 0
     if shared:
-        once = [tuple(t[:1, :shared].clone() for t in pair) for pair in cache]
+        once = model.new_cache(1, shared)
         model(torch.tensor([prefixes[0][:shared]], device=device), cache=once, last=1)
     first = []                           # log-probabilities of each row's first token of its own
     for s in parts([r.prefix - shared for r in batch], batch_tokens // PASSES):
         out = P - batch[s.start].prefix                  # columns that none of these rows has
-        own = [tuple(t[s, out:] for t in pair) for pair in cache]
+        own = [tuple(t[s, :, out:] for t in pair) for pair in cache]
         if shared:
             columns = torch.arange(shared, device=device) - (padding[s, None] - out)
             for pair, source in zip(own, once):
                 for to, t in zip(pair, source):
-                    to[:, :shared] = t[0, columns.clamp(min=0)]
+                    to[:, :, :shared] = t[0][:, columns.clamp(min=0)].transpose(0, 1)
         ids = padded(prefixes[s], device, left=True)[:, shared:]
         logits = model(ids, cache=own, start=shared, padding=padding[s] - out, last=1)
         for log_p, r in zip(logits[:, 0].float().log_softmax(-1), batch[s]):
@@ -524,7 +522,7 @@ def score(model: Motif, batch: list[Request], batch_tokens: int) -> list[list[to
     for s in parts(sizes, batch_tokens // PASSES, P, batch_tokens):
         numbers, _, rows = zip(*rests[s])
         out, of = min(P - batch[i].prefix for i in numbers), torch.tensor(numbers, device=device)
-        own = [tuple(F.pad(t[of, out:], (0, 0, 0, 0, 0, sizes[s.start])) for t in pair)
+        own = [tuple(F.pad(t[of, :, out:], (0, 0, 0, sizes[s.start])) for t in pair)
                for pair in cache]
         log_p = log_probs(model, rows, sizes[s], cache=own, start=P - out,
                           padding=padding[of] - out)

@@ -540,8 +540,8 @@ def tma(x: Tensor, *block: int):
 
 def attention_outputs(q, k, v, starts, noise_heads):
     (B, T, H), N = q.shape[:3], min(noise_heads, 1)
-    P = k.shape[2] // (1 + N)
-    groups, DV = noise_heads or P, v.shape[2] * v.shape[3] // P
+    P, DV = v.shape[2:]
+    groups = noise_heads or P
     signal, noise = (q.new_empty(B, T, groups, n, DV) for n in (H // groups - N, N))
     lse, largest = (q.new_empty(shape, dtype=torch.float32)
                     for shape in ((B * H, -(-T // TILE) * TILE), (H,)))
@@ -630,7 +630,7 @@ def attention_is_fused(q: Tensor, k: Tensor, v: Tensor) -> bool:
     hopper = INTERPRET or q.is_cuda and is_hopper(q.device)
     return (fused(q) and hopper and (INTERPRET or q.dtype != torch.float32)
             and q.dtype == k.dtype == v.dtype and q.shape[1] == k.shape[1]
-            and q.shape[-1] == v.shape[-1] and q.shape[-1] in (16, 32, 64, 128))
+            and v.shape[-1] in (q.shape[-1], 2 * q.shape[-1]) and q.shape[-1] in (16, 32, 64, 128))
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None):
@@ -651,8 +651,8 @@ def grouped_differential_attention(q: Tensor, k: Tensor, v: Tensor, num_noise_he
     """The two softmaxes of grouped differential attention (arXiv 2510.06949), before lambda.
 
     G noise heads, r signal heads for each, P pairs of key heads (P divides G):
-    q (B, T, G(r+1), D), each group its r signal heads and then its noise head; k, v (B, S, 2P, D),
-    key heads (signal, noise) by pair, value heads of a pair side by side: 2D wide.
+    q (B, T, G(r+1), D), each group its r signal heads and then its noise head; k (B, S, 2P, D), key
+    heads (signal, noise) by pair; v (B, S, P, 2D), the value heads of a pair side by side.
         signal = softmax(q1 k1^T / sqrt D) v    noise = softmax(q2 k2^T / sqrt D) v
     starts: see causal_attention.
     -> signal (B, T, G, r, 2D), noise (B, T, G, 1, 2D), largest logit per query head (G(r+1),)."""
@@ -662,7 +662,6 @@ def grouped_differential_attention(q: Tensor, k: Tensor, v: Tensor, num_noise_he
     G, P = num_noise_heads, k.shape[2] // 2
     q = q.unflatten(2, (G, H // G))                                      # (B, T, G, r+1, D)
     k = k.unflatten(2, (P, 2))                                           # (B, S, P, 2, D)
-    v = v.unflatten(2, (P, 2)).flatten(3)                                # (B, S, P, 2D)
     outs, largest = [], []
     for q_i, k_i in (q[:, :, :, :-1], k[:, :, :, 0]), (q[:, :, :, -1:], k[:, :, :, 1]):
         shared = q_i.reshape(B, T, P, -1, D)                             # all heads of one pair
@@ -1160,7 +1159,7 @@ def checks(new):
            [new(1, 9, 8, 4, 256), new(1, 9, 8, 1, 256), numbers(1)[0], numbers(256)])
     starts = torch.tensor([0] * 100 + [100] * 60 + [160] * 96, device=bias.device)[None].int()
     for groups, D in ((8, 128), (2, 64)) if bias.is_cuda else ((1, 64),):
-        qkv = [new(1, 256, heads * groups, D) for heads in (5, 2, 2)]
+        qkv = [new(1, 256, *of) for of in ((5 * groups, D), (2 * groups, D), (groups, 2 * D))]
         for name, begin in ("causal", None), ("documents", starts):
             yield (f"attention of {D}, {name}", lambda *t, g=groups, b=begin:
                    grouped_differential_attention(*t, g, b), qkv)
@@ -1227,9 +1226,9 @@ def timed(unit: str, work: tuple, f, inputs: list, eager=None, compiles=True, **
 def calls(q: Tensor, k: Tensor, v: Tensor, groups: int):
     """grouped_differential_attention's signal and noise, as two calls of another attention:
     q (B, heads, T, D), k (B, groups, T, D), v (B, groups, T, 2D)."""
-    q, k, v = q.unflatten(2, (groups, -1)), k.unflatten(2, (groups, 2)), v.unflatten(2, (groups, 2))
+    q, k = q.unflatten(2, (groups, -1)), k.unflatten(2, (groups, 2))
     for q_i, k_i in (q[:, :, :, :-1], k[:, :, :, 0]), (q[:, :, :, -1:], k[:, :, :, 1]):
-        yield [t.transpose(1, 2) for t in (q_i.flatten(2, 3), k_i, v.flatten(3))]
+        yield [t.transpose(1, 2) for t in (q_i.flatten(2, 3), k_i, v)]
 
 
 def flash(*inputs) -> tuple:
@@ -1260,7 +1259,8 @@ def time_cudnn(*inputs) -> list:
 
 def time_attention(B: int, T: int, groups: int, D: int, document: int = 0) -> dict:
     """Four signal heads to a noise head; document: the tokens in one, else they are one."""
-    q, k, v = (normal(B, T, heads * groups, D) for heads in (5, 2, 2))
+    q, k = normal(B, T, 5 * groups, D), normal(B, T, 2 * groups, D)
+    v = normal(B, T, groups, 2 * D)
     t = torch.arange(T, device="cuda", dtype=torch.int32).expand(B, T)
     starts = t // (document or T) * (document or T)
     seen = (t - starts + 1).double().mean().item()       # keys by a query

@@ -159,6 +159,7 @@ class Attention(nn.Module):
         c, D = config, config.head_dim
         self.noise_heads, self.eps = c.num_noise_heads, c.attn_rms_norm_eps
         self.kv_heads, self.head_dim = c.num_key_value_heads, D
+        self.values = (self.kv_heads // 2, 2 * D) if c.num_noise_heads else (self.kv_heads, D)
         # a tensor, since torch.compile would make a graph for each layer's number; of an integer,
         # which no .to(dtype) rounds; on the CPU until .to(device), also where weights are on meta
         self.register_buffer("layer", torch.tensor(layer, device="cpu"), persistent=False)
@@ -186,23 +187,23 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], starts: Tensor | None = None,
                 cache: tuple[Tensor, Tensor] | None = None, start: int | Tensor = 0):
         """x (B, T, hidden) -> the same, largest visible logit (query heads,). starts: see kernels.
-        cache: this layer's keys and values (B, length, K, D), of which the first `start` positions
-        are filled; the new ones are written behind them. Where start is (B,), T is 1 and position p
+        cache: this layer's part of new_cache, of which the first `start` positions are filled; the
+        new ones are written behind them. Where start is (B,), T is 1 and position p
         of the cache stands at length - 1 - p, as if turned has made it: so the keys that a row sees
         are the last ones, whatever its length, and no shape depends on that."""
         B, T, _ = x.shape
         q = kernels.rope(self.q_proj(x).view(B, T, -1, self.head_dim), *angles)
         k = kernels.rope(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim), *angles)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        v = self.v_proj(x).view(B, T, *self.values)
         if isinstance(start, Tensor):
             rows = torch.arange(B, device=x.device)
             for kept, new in zip(cache, (k, v)):
-                kept[rows, kept.shape[1] - 1 - start] = new[:, 0]
-            k, v = cache
+                kept[rows, :, kept.shape[2] - 1 - start] = new[:, 0]
+            k, v = (kept.transpose(1, 2) for kept in cache)
         elif cache is not None:
             for kept, new in zip(cache, (k, v)):
-                kept[:, start:start + T] = new
-            k, v = (kept[:, :start + T] for kept in cache)
+                kept[:, :, start:start + T] = new.transpose(1, 2)
+            k, v = (kept[:, :, :start + T].transpose(1, 2) for kept in cache)
         if self.noise_heads == 0:
             q = q.unflatten(2, (self.kv_heads, -1))                      # (B, T, K, H / K, D)
             out, largest = kernels.causal_attention(q, k, v, starts)
@@ -330,7 +331,7 @@ class Motif(nn.Module):
         T, longest, starts = ids.shape[1], self.config.max_position_embeddings, None
         if isinstance(start, Tensor):
             positions = start[:, None]
-            starts = cache[0][0].shape[1] - 1 - positions
+            starts = cache[0][0].shape[2] - 1 - positions
         elif ids.numel() == 0 or start + T > longest:
             raise ValueError(f"ids of shape {tuple(ids.shape)} from position {start}: there must "
                              f"be tokens, and at most max_position_embeddings={longest}")
@@ -385,10 +386,7 @@ class Motif(nn.Module):
         if max_new_tokens == 0:
             return
         generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
-        shape = (B, T + max_new_tokens, c.num_key_value_heads, c.head_dim)
-        dtype = self.compute_dtype or self.model.layers[0].self_attn.k_proj.weight.dtype
-        cache = [tuple(torch.zeros(shape, dtype=dtype, device=ids.device) for _ in "kv")
-                 for _ in self.model.layers]
+        cache = self.new_cache(B, T + max_new_tokens)
         width = max(1, PREFILL_TOKENS // B)
         for a in range(0, T, width):
             logits = self(ids[:, a:a + width], cache=cache, start=a, padding=padding, last=1)
@@ -403,6 +401,17 @@ class Motif(nn.Module):
             if rows is not None:
                 new, position, step = new[rows], position[rows], None
                 cache = [tuple(t[rows] for t in pair) for pair in cache]
+
+    def new_cache(self, rows: int, length: int) -> list[tuple[Tensor, Tensor]]:
+        """Room for the keys (rows, K, length, D) and values of each layer: heads before positions,
+        so that products read them as they lie."""
+        weight = self.model.layers[0].self_attn.k_proj.weight
+        def room(heads, width):
+            return torch.zeros(rows, heads, length, width, device=weight.device,
+                               dtype=self.compute_dtype or weight.dtype)
+        c = self.config
+        return [(room(c.num_key_value_heads, c.head_dim), room(*block.self_attn.values))
+                for block in self.model.layers]
 
     def decoder(self, cache: list, new: Tensor, position: Tensor):
         """A function from tokens (B, 1) and their positions (B,) to logits (B, 1, V), over a cache
@@ -468,11 +477,13 @@ def pick(logits: Tensor, temperature: float, top_k: int | None, generator) -> Te
 
 
 def turned(cache: list, padding: Tensor) -> list:
-    """A cache (B, length, K, D) with its columns in reverse and the padding of each row gone, as
-    Attention.forward reads it one token at a time."""
-    length, rows = cache[0][0].shape[1], torch.arange(len(padding), device=padding.device)[:, None]
+    """A cache with its positions in reverse and the padding of each row gone, as Attention.forward
+    reads it one token at a time."""
+    length, rows = cache[0][0].shape[2], torch.arange(len(padding), device=padding.device)[:, None]
     columns = torch.arange(length - 1, -1, -1, device=padding.device) + padding[:, None]
-    return [tuple(t[rows, columns.clamp(max=length - 1)] for t in pair) for pair in cache]
+    columns.clamp_(max=length - 1)
+    return [tuple(t[rows, :, columns].transpose(1, 2).contiguous() for t in pair)
+            for pair in cache]
 
 
 def draw(p: Tensor, std: float) -> None:

@@ -26,7 +26,7 @@ def attention_by_sdpa(q, k, v, num_noise_heads, starts=None, wide=False):
     q, k = (t.transpose(1, 2) for t in (q, k))                           # (B, heads, T, D)
     G, P = num_noise_heads, k.shape[1] // 2
     q = q.unflatten(1, (G, -1))
-    v = v.unflatten(2, (P, 2)).permute(0, 2, 1, 3, 4)                    # (B, P, T, 2, D)
+    v = v.unflatten(3, (2, -1)).transpose(1, 2)                          # (B, P, T, 2, D)
     halves = [v.flatten(3)] if wide else v.unbind(3)
     outs = []
     for heads, keys in (q[:, :, :-1], k[:, ::2]), (q[:, :, -1:], k[:, 1::2]):

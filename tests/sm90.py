@@ -32,6 +32,7 @@ def attend(groups, heads, key_heads, D, documents=False):
     q, k, v = bf16(1, 256, heads, D), bf16(1, 256, key_heads, D), bf16(1, 256, key_heads, D)
     starts = torch.zeros(1, 256, dtype=torch.int32) if documents else None
     if groups:
+        v = v.view(1, 256, -1, 2 * D)
         *outs, _ = kernels.grouped_differential_attention(q, k, v, groups, starts)
     else:
         *outs, _ = kernels.causal_attention(q.unflatten(2, (key_heads, -1)), k, v, starts)

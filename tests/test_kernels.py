@@ -310,6 +310,7 @@ def attention(noise_heads, starts=None):
     """GDA, or grouped-query attention where there is no noise head: of q, k, v (B, T, heads, D)."""
     def run(q, k, v):
         if noise_heads:
+            v = v.unflatten(2, (-1, 2)).flatten(3)
             return kernels.grouped_differential_attention(q, k, v, noise_heads, starts)
         return kernels.causal_attention(q.unflatten(2, (k.shape[2], -1)), k, v, starts)
     return run

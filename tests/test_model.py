@@ -156,8 +156,7 @@ def test_generation_with_a_cache_is_generation_without(noise):
     for _ in range(12):
         expected = torch.cat([expected, model(expected)[:, -1:].argmax(-1)], 1)
     assert torch.equal(out, expected) and len(out.unique()) > 3
-    cache = [(torch.full((3, 16, 4, 6), torch.nan), torch.full((3, 16, 4, 6), torch.nan))
-             for _ in model.model.layers]
+    cache = [[t.fill_(torch.nan) for t in pair] for pair in model.new_cache(3, 16)]
     parts = [model(out[:, a:b], cache=cache, start=a) for a, b in ((0, 5), (5, 8), (8, 9), (9, 16))]
     torch.testing.assert_close(torch.cat(parts, 1), model(out), rtol=1e-4, atol=1e-5)
 
