@@ -48,7 +48,7 @@ from sft import HELD_OUT
 STAGES = ("out/quickstart", "out/sft1", "out/sft2", "out/sft3")
 BPB = [*(f"bpb:builtin:{kind}" for kind in ("language", "code", "math", "science")), "bpb:replies"]
 BUILTIN_DOCS, DOC_LETTERS = 16, 1024  # held out: at most so many of each, and so much of one
-PASSES = 8                       # in which batch_tokens are read, where rows are scored
+PASS_TOKENS = {"cpu": 1024, "cuda": 8192}  # read at once, at most, where rows are scored
 SHARED_TOKENS = 32               # a beginning that rows share is read once if it has so many
 
 
@@ -67,7 +67,7 @@ class Config:
     run_code: bool = False       # let humaneval and mbpp run the programs that the model writes
     bench_dir: str | None = None  # where TASKS' files are; None: the Hub's data sets
     out_dir: str | None = None   # None: out/eval/<the model's name>
-    batch_tokens: Count | None = None  # of cached keys; None: 8,192 on CPUs, 65,536 on GPUs
+    batch_tokens: Count | None = None  # of cached keys; None: 16,384 on CPUs, 65,536 on GPUs
     temperature: NonNegative = 0.0  # of tasks that generate; 0: greedy. Chat has 0.7, see /temp
     samples: Count = 1           # replies to each question, where programs are run: pass@k
     seed: int = 1234             # of sampling
@@ -440,13 +440,13 @@ class Request:
         self.length = max(map(len, self.rows))
 
 
-def parts(sizes: list[int], tokens: int, keys: int = 0, most: float = math.inf):
+def parts(sizes: list[int], tokens: int, before: int = 0, keys: float = math.inf):
     """Slices of rows, the largest first, for a pass each: so many that they have at most `tokens`,
-    a sixteenth of which may be padding, and `most` keys with `keys` more in each row; or one."""
+    a sixteenth of which may be padding, and `keys`, with `before` more in each row; or one."""
     a = 0
     while a < len(sizes):
         own = sizes[a]
-        n = max(1, min(tokens // max(1, own), most // (own + keys)))
+        n = max(1, min(tokens // max(1, own), keys // (own + before)))
         padding = accumulate(own - size for size in sizes[a:a + n])
         b = a + sum(x <= tokens / 16 for x in padding)
         yield slice(a, b)
@@ -472,21 +472,23 @@ def batches(requests: list[Request], batch_tokens: int, longest: int):
 @torch.no_grad()
 def scored(model: Motif, requests: list[Request], batch_tokens: int):
     """Yield each request and the log-probabilities, in fp32 on the CPU, of the scored tokens of
-    each of its rows. Keys and values of batch_tokens tokens are kept, of which a PASSES-th is read
+    each of its rows. Keys and values of batch_tokens tokens are kept, of which PASS_TOKENS are read
     at once: padding is less where the rows of a pass are chosen among many."""
+    tokens = min(batch_tokens, PASS_TOKENS[model.head_weight.device.type])
     alone = sorted((r for r in requests if len(r.rows) == 1 or r.prefix == 0),
                    key=lambda r: -r.length * len(r.rows))
-    for s in parts([r.length * len(r.rows) for r in alone], batch_tokens // PASSES):
+    for s in parts([r.length * len(r.rows) for r in alone], tokens):
         rows, counts = ([x for r in alone[s] for x in getattr(r, of)] for of in ("rows", "counts"))
         found = iter(log_probs(model, rows, counts))
         yield from ((r, [*islice(found, len(r.rows))]) for r in alone[s])
     together = [r for r in requests if len(r.rows) > 1 and r.prefix]
     for batch in batches(together, batch_tokens, model.config.max_position_embeddings):
-        yield from zip(batch, score(model, batch, batch_tokens))
+        yield from zip(batch, score(model, batch, tokens, batch_tokens))
 
 
-def score(model: Motif, batch: list[Request], batch_tokens: int) -> list[list[torch.Tensor]]:
-    """See scored: of requests whose rows begin with the same, the longest prefix first.
+def score(model: Motif, batch: list[Request], tokens: int, keys: int) -> list[list[torch.Tensor]]:
+    """See scored: of requests whose rows begin with the same, the longest prefix first; at most so
+    many tokens, and keys, in a pass.
 
     The tokens that all rows of a request share are read once, aligned on the right; behind a copy
     of their keys and values each row writes its own, the longest first. What is common to the
@@ -502,7 +504,7 @@ def score(model: Motif, batch: list[Request], batch_tokens: int) -> list[list[to
         once = model.new_cache(1, shared)
         model(torch.tensor([prefixes[0][:shared]], device=device), cache=once, last=1)
     first = []                           # log-probabilities of each row's first token of its own
-    for s in parts([r.prefix - shared for r in batch], batch_tokens // PASSES):
+    for s in parts([r.prefix - shared for r in batch], tokens):
         out = P - batch[s.start].prefix                  # columns that none of these rows has
         own = [tuple(t[s, :, out:] for t in pair) for pair in cache]
         if shared:
@@ -519,7 +521,7 @@ def score(model: Motif, batch: list[Request], batch_tokens: int) -> list[list[to
                     for j, row in enumerate(r.rows) if len(row) > r.prefix + 1),
                    key=lambda rest: -len(rest[2]))
     sizes = [len(rest) - 1 for *_, rest in rests]
-    for s in parts(sizes, batch_tokens // PASSES, P, batch_tokens):
+    for s in parts(sizes, tokens, P, keys):
         numbers, _, rows = zip(*rests[s])
         out, of = min(P - batch[i].prefix for i in numbers), torch.tensor(numbers, device=device)
         own = [tuple(F.pad(t[of, :, out:], (0, 0, 0, sizes[s.start])) for t in pair)
@@ -1048,7 +1050,7 @@ def chat(model: Motif, text: Text, c: Config) -> None:
 def run(c: Config) -> None:
     """Chat, a reply, or the table of all tasks on all models."""
     device, models = device_of(c), models_of(c)
-    c.batch_tokens = c.batch_tokens or (65536 if device.type == "cuda" else 8192)
+    c.batch_tokens = c.batch_tokens or (65536 if device.type == "cuda" else 16384)
     c.precision = precision_of(c, device)
     if c.prompt is not None or c.tasks == "chat":
         if WORLD > 1:
