@@ -253,8 +253,8 @@ def poly_norm_backward(d: Tensor, x: Tensor, up: Tensor | None, weight: Tensor, 
 
 
 def row_numbers(x: Tensor, count: int) -> Tensor:
-    """Room for `count` fp32 numbers per row of x."""
-    return x.new_empty(len(x), count, dtype=torch.float32)
+    """Room for `count` fp32 numbers per row of x. (len(x) would be a number to torch.compile.)"""
+    return x.new_empty(x.shape[0], count, dtype=torch.float32)
 
 
 class PolyNormMul(torch.autograd.Function):

@@ -463,6 +463,21 @@ def test_compile_and_checkpointing_go_through_a_kernel(name, fused):
         assert all(map(torch.equal, expected, outcome(other, inputs)))
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_is_in_one_graph_for_any_number_of_rows(name, fused):
+    operation, shapes = KERNELS[name]
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    compiled = torch.compile(operation, dynamic=True, fullgraph=True, backend=backend)
+    for rows in 5, 9, 31:
+        inputs = [torch.randn(s, device=DEVICE) for s in shapes(rows, 32)]
+        assert torch.equal(compiled(*inputs), operation(*inputs))
+    assert len(graphs) == 1
+
+
 def test_every_kernel_compiles_for_hopper_without_spills_and_with_wide_loads():
     triton = pytest.importorskip("triton")
     script = Path(__file__).parent / "sm90.py"
