@@ -26,7 +26,7 @@ import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from itertools import accumulate, chain, islice
@@ -48,6 +48,7 @@ from sft import HELD_OUT
 STAGES = ("out/quickstart", "out/sft1", "out/sft2", "out/sft3")
 BPB = [*(f"bpb:builtin:{kind}" for kind in ("language", "code", "math", "science")), "bpb:replies"]
 BUILTIN_DOCS, DOC_LETTERS = 16, 1024  # held out: at most so many of each, and so much of one
+KEY_BYTES = {"cpu": 2**30, "cuda": 2**34}  # of keys and values kept at once, if nothing is said
 PASS_TOKENS = {"cpu": 1024, "cuda": 8192}  # read at once, at most, where rows are scored
 SHARED_TOKENS = 32               # a beginning that rows share is read once if it has so many
 
@@ -67,7 +68,8 @@ class Config:
     run_code: bool = False       # let humaneval and mbpp run the programs that the model writes
     bench_dir: str | None = None  # where TASKS' files are; None: the Hub's data sets
     out_dir: str | None = None   # None: out/eval/<the model's name>
-    batch_tokens: Count | None = None  # of cached keys; None: 16,384 on CPUs, 65,536 on GPUs
+    batch_tokens: Count | None = None  # kept at once; None: as many as 1 GiB (CUDA: 16) has room
+                                 # for the keys and values of
     temperature: NonNegative = 0.0  # of tasks that generate; 0: greedy. Chat has 0.7, see /temp
     samples: Count = 1           # replies to each question, where programs are run: pass@k
     seed: int = 1234             # of sampling
@@ -453,9 +455,9 @@ def parts(sizes: list[int], tokens: int, before: int = 0, keys: float = math.inf
         a = b
 
 
-def batches(requests: list[Request], batch_tokens: int, longest: int):
+def batches(requests: list[Request], keys: int, longest: int):
     """Those of one group together, in it those of the longest prefix first; the prefixes are no
-    more than batch_tokens, padding included, or those of one request."""
+    more than so many keys, padding included, or those of one request."""
     batch, room, rest = [], 0, 0
     for r in sorted(requests, key=lambda r: (r.group, -r.prefix, -r.length, r.doc)):
         rest = max(rest, r.length - r.prefix)
@@ -463,7 +465,7 @@ def batches(requests: list[Request], batch_tokens: int, longest: int):
                       or batch[0].prefix + rest > longest + 1):
             yield batch
             batch, rest = [], r.length - r.prefix
-        room = batch_tokens // r.prefix if not batch else room
+        room = keys // r.prefix if not batch else room
         batch.append(r)
     if batch:
         yield batch
@@ -472,9 +474,10 @@ def batches(requests: list[Request], batch_tokens: int, longest: int):
 @torch.no_grad()
 def scored(model: Motif, requests: list[Request], batch_tokens: int):
     """Yield each request and the log-probabilities, in fp32 on the CPU, of the scored tokens of
-    each of its rows. Keys and values of batch_tokens tokens are kept, of which PASS_TOKENS are read
-    at once: padding is less where the rows of a pass are chosen among many."""
+    each of its rows. PASS_TOKENS are read at once, with the keys and values of sixteen times as
+    many kept: padding is less where the rows of a pass are chosen among more."""
     tokens = min(batch_tokens, PASS_TOKENS[model.head_weight.device.type])
+    keys = min(batch_tokens, 16 * tokens)
     alone = sorted((r for r in requests if len(r.rows) == 1 or r.prefix == 0),
                    key=lambda r: -r.length * len(r.rows))
     for s in parts([r.length * len(r.rows) for r in alone], tokens):
@@ -482,8 +485,8 @@ def scored(model: Motif, requests: list[Request], batch_tokens: int):
         found = iter(log_probs(model, rows, counts))
         yield from ((r, [*islice(found, len(r.rows))]) for r in alone[s])
     together = [r for r in requests if len(r.rows) > 1 and r.prefix]
-    for batch in batches(together, batch_tokens, model.config.max_position_embeddings):
-        yield from zip(batch, score(model, batch, tokens, batch_tokens))
+    for batch in batches(together, keys, model.config.max_position_embeddings):
+        yield from zip(batch, score(model, batch, tokens, keys))
 
 
 def score(model: Motif, batch: list[Request], tokens: int, keys: int) -> list[list[torch.Tensor]]:
@@ -835,6 +838,9 @@ def evaluate(folder: Path, tasks: dict, out: Path, c: Config, device: torch.devi
     A kept record stands if its document is the same. Each rank has every WORLD-th of the others,
     and all append to the one file of samples."""
     model, text = open_model(folder, c, device)
+    if c.batch_tokens is None:
+        token = sum(t.nbytes for pair in model.new_cache(1, 1) for t in pair)
+        c = replace(c, batch_tokens=max(1, KEY_BYTES[device.type] // token))
     settings = {"model": str(folder),
                 "stamp": max(f.stat().st_mtime_ns for f in folder.glob("*.safetensors")),
                 **{key: getattr(c, key) for key in SETTINGS}}
@@ -1050,7 +1056,6 @@ def chat(model: Motif, text: Text, c: Config) -> None:
 def run(c: Config) -> None:
     """Chat, a reply, or the table of all tasks on all models."""
     device, models = device_of(c), models_of(c)
-    c.batch_tokens = c.batch_tokens or (65536 if device.type == "cuda" else 16384)
     c.precision = precision_of(c, device)
     if c.prompt is not None or c.tasks == "chat":
         if WORLD > 1:
@@ -1086,7 +1091,7 @@ def main() -> None:
     except OSError as e:
         raise SystemExit(f"{e.filename or 'error'}: {data.one_line(e)}") from None
     except torch.OutOfMemoryError:
-        raise SystemExit(f"out of memory; halve --batch_tokens={c.batch_tokens}") from None
+        raise SystemExit("out of memory; give less --batch_tokens, 16384 for a start") from None
 
 
 if __name__ == "__main__":
