@@ -48,8 +48,8 @@ from sft import HELD_OUT
 STAGES = ("out/quickstart", "out/sft1", "out/sft2", "out/sft3")
 BPB = [*(f"bpb:builtin:{kind}" for kind in ("language", "code", "math", "science")), "bpb:replies"]
 BUILTIN_DOCS, DOC_LETTERS = 16, 1024  # held out: at most so many of each, and so much of one
-KEY_BYTES = {"cpu": 2**30, "cuda": 2**34}  # of keys and values kept at once, if nothing is said
-PASS_TOKENS = {"cpu": 1024, "cuda": 8192}  # read at once, at most, where rows are scored
+KEY_BYTES = defaultdict(lambda: 2**34, cpu=2**30)  # of keys and values, if nothing is said
+PASS_TOKENS = defaultdict(lambda: 8192, cpu=1024)  # read at once, at most, where rows are scored
 SHARED_TOKENS = 32               # a beginning that rows share is read once if it has so many
 
 
@@ -68,14 +68,14 @@ class Config:
     run_code: bool = False       # let humaneval and mbpp run the programs that the model writes
     bench_dir: str | None = None  # where TASKS' files are; None: the Hub's data sets
     out_dir: str | None = None   # None: out/eval/<the model's name>
-    batch_tokens: Count | None = None  # kept at once; None: as many as 1 GiB (CUDA: 16) has room
-                                 # for the keys and values of
+    batch_tokens: Count | None = None  # whose keys and values are kept at once; None: what 1 GiB
+                                 # (CUDA: 16) holds
     temperature: NonNegative = 0.0  # of tasks that generate; 0: greedy. Chat has 0.7, see /temp
     samples: Count = 1           # replies to each question, where programs are run: pass@k
     seed: int = 1234             # of sampling
     device: str = "auto"         # cpu, cuda, cuda:1, ...; auto: CUDA where there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of products; auto: bf16 on CUDA only
-    compile: bool = True         # generation's step by torch.compile, on CUDA: a minute, once
+    compile: bool = True         # generation's step by torch.compile, on CUDA: 10 s, once
     plot: bool = False           # every checkpoint of the run, a column each, and scores.png
     prompt: str | None = None    # chat: answer this, and end
 
@@ -448,7 +448,7 @@ def parts(sizes: list[int], tokens: int, before: int = 0, keys: float = math.inf
     a = 0
     while a < len(sizes):
         own = sizes[a]
-        n = max(1, min(tokens // max(1, own), keys // (own + before)))
+        n = max(1, min(tokens // own, keys // (own + before)))
         padding = accumulate(own - size for size in sizes[a:a + n])
         b = a + sum(x <= tokens / 16 for x in padding)
         yield slice(a, b)
@@ -458,14 +458,13 @@ def parts(sizes: list[int], tokens: int, before: int = 0, keys: float = math.inf
 def batches(requests: list[Request], keys: int, longest: int):
     """Those of one group together, in it those of the longest prefix first; the prefixes are no
     more than so many keys, padding included, or those of one request."""
-    batch, room, rest = [], 0, 0
+    batch, rest = [], 0
     for r in sorted(requests, key=lambda r: (r.group, -r.prefix, -r.length, r.doc)):
         rest = max(rest, r.length - r.prefix)
-        if batch and (len(batch) == room or r.group != batch[0].group
+        if batch and (batch[0].prefix * (len(batch) + 1) > keys or r.group != batch[0].group
                       or batch[0].prefix + rest > longest + 1):
             yield batch
             batch, rest = [], r.length - r.prefix
-        room = keys // r.prefix if not batch else room
         batch.append(r)
     if batch:
         yield batch
@@ -477,10 +476,10 @@ def scored(model: Motif, requests: list[Request], batch_tokens: int):
     each of its rows. PASS_TOKENS are read at once, with the keys and values of sixteen times as
     many kept: padding is less where the rows of a pass are chosen among more."""
     tokens = min(batch_tokens, PASS_TOKENS[model.head_weight.device.type])
-    keys = min(batch_tokens, 16 * tokens)
+    keys = min(batch_tokens // 2, 16 * tokens)           # and in a pass as many copies again
     alone = sorted((r for r in requests if len(r.rows) == 1 or r.prefix == 0),
-                   key=lambda r: -r.length * len(r.rows))
-    for s in parts([r.length * len(r.rows) for r in alone], tokens):
+                   key=lambda r: (1 - r.length) * len(r.rows))
+    for s in parts([(r.length - 1) * len(r.rows) for r in alone], tokens):
         rows, counts = ([x for r in alone[s] for x in getattr(r, of)] for of in ("rows", "counts"))
         found = iter(log_probs(model, rows, counts))
         yield from ((r, [*islice(found, len(r.rows))]) for r in alone[s])
@@ -506,20 +505,18 @@ def score(model: Motif, batch: list[Request], tokens: int, keys: int) -> list[li
     if shared:
         once = model.new_cache(1, shared)
         model(torch.tensor([prefixes[0][:shared]], device=device), cache=once, last=1)
-    first = []                           # log-probabilities of each row's first token of its own
+        columns = (torch.arange(P, device=device) - padding[:, None]).clamp(0, shared - 1)
+        for pair, source in zip(cache, once):
+            for to, t in zip(pair, source):
+                to.copy_(t[0][:, columns].transpose(0, 1))
+    found = []                           # log-probabilities of each row's tokens of its own
     for s in parts([r.prefix - shared for r in batch], tokens):
         out = P - batch[s.start].prefix                  # columns that none of these rows has
         own = [tuple(t[s, :, out:] for t in pair) for pair in cache]
-        if shared:
-            columns = torch.arange(shared, device=device) - (padding[s, None] - out)
-            for pair, source in zip(own, once):
-                for to, t in zip(pair, source):
-                    to[:, :, :shared] = t[0][:, columns.clamp(min=0)].transpose(0, 1)
         ids = padded(prefixes[s], device, left=True)[:, shared:]
         logits = model(ids, cache=own, start=shared, padding=padding[s] - out, last=1)
         for log_p, r in zip(logits[:, 0].float().log_softmax(-1), batch[s]):
-            first.append(log_p[[row[r.prefix] for row in r.rows]].cpu())
-    found = [[*part[:, None]] for part in first]
+            found.append([*log_p[[row[r.prefix] for row in r.rows], None].cpu()])
     rests = sorted(((i, j, row[r.prefix:]) for i, r in enumerate(batch)
                     for j, row in enumerate(r.rows) if len(row) > r.prefix + 1),
                    key=lambda rest: -len(rest[2]))
@@ -537,12 +534,12 @@ def score(model: Motif, batch: list[Request], tokens: int, keys: int) -> list[li
 
 
 def log_probs(model: Motif, rows: list, counts: list, **cached) -> list[torch.Tensor]:
-    """Of the last `count` tokens of each row, which is not empty, in one pass."""
+    """Of the last `count` tokens of each row, fewer than it has, in one pass."""
     device = model.head_weight.device
     ids, targets = padded([row[:-1] for row in rows], device), padded(
         [[-1] * (len(row) - 1 - n) + row[-n:] for row, n in zip(rows, counts)], device, fill=-1)
-    nats = model(ids, targets, reduction="none", **cached).cpu()
-    return [-x[len(row) - 1 - n:len(row) - 1] for x, row, n in zip(nats, rows, counts)]
+    nats = model(ids, targets, reduction="none", **cached)
+    return (-nats[targets >= 0]).cpu().split([*counts])
 
 
 def padded(rows: list, device: torch.device, left: bool = False, fill: int = 0) -> torch.Tensor:
@@ -575,8 +572,8 @@ def replies(model: Motif, text: Text, prompts: list[list], stops: tuple, new_tok
 
 
 def finished(stream, rows: list, text: Text, stops: tuple):
-    """See replies. Once half of the rows have ended, the others go on without them, unless it is
-    one alone, for whose shape torch.compile would make another graph."""
+    """See replies. Once half of the rows have ended, the others go on without them; one alone has
+    another for company, as torch.compile would make a graph of its own for a single row."""
     said, left, go_on = {i: b"" for i in rows}, {*rows}, None
     with suppress(StopIteration):
         while left:
@@ -588,9 +585,10 @@ def finished(stream, rows: list, text: Text, stops: tuple):
                         left.remove(i)
                         yield i, said[i][:min(cuts, default=None)].decode("utf-8", "replace")
             go_on = None
-            if 1 < len(left) <= len(rows) / 2:
-                go_on = torch.tensor([k for k, i in enumerate(rows) if i in left])
-                rows = [i for i in rows if i in left]
+            if 2 < len(rows) >= 2 * len(left):
+                kept = sorted(range(len(rows)), key=lambda k: rows[k] not in left)
+                kept = kept[:max(2, len(left))]
+                rows, go_on = [rows[k] for k in kept], torch.tensor(kept)
     yield from ((i, said[i].decode("utf-8", "replace")) for i in rows if i in left)
 
 

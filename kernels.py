@@ -864,7 +864,7 @@ def scale_(x: Tensor, factor: Tensor) -> None:
 class LinearCrossEntropy(torch.autograd.Function):
     """scale times the sum of cross entropies of x @ weight^T, with both gradients made in the
     forward pass, chunk by chunk, while the chunk's logits exist. The backward pass hands them on,
-    so that there can be but one: autograd refuses a second."""
+    so that there can be but one: autograd refuses a second (unless a hook keeps what is saved)."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, scale, differentiate):

@@ -400,7 +400,7 @@ class Motif(nn.Module):
             rows = yield new
             if rows is not None:
                 new, position, step = new[rows], position[rows], None
-                cache = [tuple(t[rows] for t in pair) for pair in cache]
+                cache = [tuple(t[rows] for t in cache.pop(0)) for _ in self.model.layers]
 
     def new_cache(self, rows: int, length: int) -> list[tuple[Tensor, Tensor]]:
         """Room for the keys (rows, K, length, D) and values of each layer: heads before positions,
@@ -478,12 +478,12 @@ def pick(logits: Tensor, temperature: float, top_k: int | None, generator) -> Te
 
 def turned(cache: list, padding: Tensor) -> list:
     """A cache with its positions in reverse and the padding of each row gone, as Attention.forward
-    reads it one token at a time."""
+    reads it one token at a time. Takes the old one's layers away, one after the other."""
     length, rows = cache[0][0].shape[2], torch.arange(len(padding), device=padding.device)[:, None]
     columns = torch.arange(length - 1, -1, -1, device=padding.device) + padding[:, None]
     columns.clamp_(max=length - 1)
-    return [tuple(t[rows, :, columns].transpose(1, 2).contiguous() for t in pair)
-            for pair in cache]
+    return [tuple(t[rows, :, columns].transpose(1, 2).contiguous() for t in cache.pop(0))
+            for _ in range(len(cache))]
 
 
 def draw(p: Tensor, std: float) -> None:

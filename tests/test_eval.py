@@ -185,7 +185,7 @@ def plain(model, context, continuation):
     return log_p[-n:].gather(1, torch.tensor(ids[-n:])[:, None]).sum().item()
 
 
-def test_scores_in_batches_are_those_of_one_sequence_each(model):
+def test_scores_in_batches_are_those_of_one_sequence_each(model, monkeypatch):
     """Contexts of many lengths, some too long for the model, with and without common beginnings of
     group and document; choices of many lengths."""
     rng, pairs, requests = torch.Generator().manual_seed(1), [], []
@@ -200,9 +200,15 @@ def test_scores_in_batches_are_those_of_one_sequence_each(model):
     pairs.append([(draw(9), draw(600))])                 # longer than the model by itself
     requests.append(Request(24, pairs[-1], 512))
     expected = [[plain(model, *pair) for pair in own] for own in pairs]
+    kept, new_cache = [], model.new_cache
+    monkeypatch.setattr(model, "new_cache", lambda rows, length: (
+        kept.append((rows, length)), new_cache(rows, length))[1], raising=False)
     for batch_tokens in 1, 2048, 10**5:
+        kept.clear()
         seen = {r.doc: found for r, found in scored(model, requests, batch_tokens)}
         assert len(seen) == 25
+        assert all(rows == 1 or rows * length <= batch_tokens / 2 for rows, length in kept)
+        assert (max(kept)[0] > 3) == (batch_tokens > 1)
         for i, own in enumerate(expected):
             sums = [found.sum().item() for found in seen[i]]
             assert sums == pytest.approx(own, abs=1e-3)
@@ -284,15 +290,18 @@ def cut_at(ids, text, stops):
     return said[:min(cuts, default=None)].decode("utf-8", "replace")
 
 
-def test_stop_strings_are_found_across_tokens_and_before_the_end(text):
+def test_stop_strings_are_found_across_tokens_and_ended_rows_are_left_out(text):
+    alive, counts = [0, 1, 2, 3], []
+
     def stream():
-        for a, b in zip(b"one\n\ntwo", b"Question"):
-            rows = yield torch.tensor([[a], [b]])[alive]
+        for column in zip(b"one\n\ntwo", b"Question", b"no\n\nmore", b"so zz it"):
+            counts.append(len(alive))
+            rows = yield torch.tensor(column)[alive, None]
             if rows is not None:
-                alive[:] = rows.tolist()
-    alive = [0, 1]
-    assert dict(evaluation.finished(stream(), [5, 6], text, ("\n\n", "zz"))) == {
-        5: "one", 6: "Question"}
+                alive[:] = [alive[k] for k in rows]
+    assert dict(evaluation.finished(stream(), [5, 6, 7, 8], text, ("\n\n", "zz"))) == {
+        5: "one", 6: "Question", 7: "no", 8: "so "}
+    assert counts == [4, 4, 4, 4, 4, 2, 2, 2] and alive[0] == 1
 
 
 def test_bits_per_byte_are_those_of_whole_windows(run, model, text):
