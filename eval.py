@@ -29,7 +29,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, count, islice
 from pathlib import Path
 from typing import Callable, Literal
 
@@ -359,10 +359,8 @@ def docs_of(task: Task, which: int, bench_dir: str | None) -> list[Doc]:
 
 def chosen(docs: list[Doc], limit: int | None) -> list[int]:
     """The numbers of the first `limit` documents of each group."""
-    numbers = defaultdict(list)
-    for i, doc in enumerate(docs):
-        numbers[doc.group].append(i)
-    return sorted(i for of_group in numbers.values() for i in of_group[:limit])
+    seen = defaultdict(count)
+    return [i for i, doc in enumerate(docs) if limit is None or next(seen[doc.group]) < limit]
 
 
 def questions_of(name: str, task: Task, c: Config) -> tuple[list[Doc], int]:

@@ -63,7 +63,7 @@ def run(tmp_path, monkeypatch, tiny, bench, capsys):
     monkeypatch.chdir(tmp_path)
     def call(**options):
         options = {"model": tiny, "tokenizer": "byte", "bench_dir": bench, "out_dir": "o",
-                   **options}
+                   "device": "cpu", **options}
         argv = [f"--{k}={v}" for k, v in options.items() if v is not None]
         monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
         evaluation.main()
