@@ -188,9 +188,9 @@ class Attention(nn.Module):
                 cache: tuple[Tensor, Tensor] | None = None, start: int | Tensor = 0):
         """x (B, T, hidden) -> the same, largest visible logit (query heads,). starts: see kernels.
         cache: this layer's part of new_cache, of which the first `start` positions are filled; the
-        new ones are written behind them. Where start is (B,), T is 1 and position p
-        of the cache stands at length - 1 - p, as if turned has made it: so the keys that a row sees
-        are the last ones, whatever its length, and no shape depends on that."""
+        new ones are written behind them. Where start is (B,), T is 1 and position p of the cache
+        stands at length - 1 - p, as turned makes it: so the keys that a row sees are the last ones,
+        whatever its length, and no shape depends on that."""
         B, T, _ = x.shape
         q = kernels.rope(self.q_proj(x).view(B, T, -1, self.head_dim), *angles)
         k = kernels.rope(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim), *angles)
@@ -324,9 +324,9 @@ class Motif(nn.Module):
         """ids (B, T) -> logits (B, T, V), or of the last `last` tokens alone, or with targets (B,
         T) -> their cross entropy in nats, -1 ignored, scale times the "mean" or "sum", or the sums
         of the four "quarters" of T, or "none": each token's own (B, T), 0 where ignored, without
-        gradients. documents (B, T): each run of equal numbers is a document that
-        sees itself alone, positions from 0. padding (B,): so many columns at the left of a row,
-        cached ones included, are no tokens. cache and start: see Attention.forward.
+        gradients. documents (B, T): each run of equal numbers is a document that sees itself alone,
+        positions from 0. padding (B,): so many columns at the left of a row, cached ones included,
+        are no tokens. cache and start: see Attention.forward.
         ValueError for no tokens and for more positions than max_position_embeddings."""
         T, longest, starts = ids.shape[1], self.config.max_position_embeddings, None
         if isinstance(start, Tensor):
