@@ -68,7 +68,7 @@ class Config:
     run_code: bool = False       # let humaneval and mbpp run the programs that the model writes
     bench_dir: str | None = None  # where TASKS' files are; None: the Hub's data sets
     out_dir: str | None = None   # None: out/eval/<the model's name>
-    batch_tokens: Count | None = None  # whose keys and values are kept at once; None: what 1 GiB
+    batch_tokens: Count | None = None  # their keys and values are kept at once; None: what 1 GiB
                                  # (CUDA: 16) holds
     temperature: NonNegative = 0.0  # of tasks that generate; 0: greedy. Chat has 0.7, see /temp
     samples: Count = 1           # replies to each question, where programs are run: pass@k
@@ -913,15 +913,19 @@ def draw(results: dict[str, dict], path: Path) -> None:
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
-    for name, metric, found in scores_of(results):
-        axis = axes[int(metric != "bits per byte")]
-        axis.errorbar([*results], [r["value"] for r in found], [r["stderr"] for r in found],
-                      fmt="o-", capsize=2, label=f"{name} {metric}")
-        axis.legend(fontsize="small")
-    for axis, unit in zip(axes, ("bits per byte", "per cent")):
-        axis.set(ylabel=unit)
+    scores, bits = scores_of(results), "bits per byte"
+    kinds = sorted({metric != bits for _, metric, _ in scores})
+    figure, axes = plt.subplots(len(kinds), 1, figsize=(8, 3.5 * len(kinds)), sharex=True,
+                                squeeze=False, layout="constrained")
+    for in_percent, axis in zip(kinds, axes[:, 0]):
+        for name, metric, found in scores:
+            if in_percent == (metric != bits):
+                axis.errorbar([*results], [r["value"] for r in found], [r["stderr"] for r in found],
+                              fmt="o-", capsize=2, label=f"{name} {metric}".removesuffix(bits))
+        axis.set(ylabel="per cent" if in_percent else bits,
+                 ylim=(0, max(10 if in_percent else 1, axis.get_ylim()[1])))
         axis.grid(alpha=0.3)
+        axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)
 
 
