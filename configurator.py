@@ -10,12 +10,10 @@ a key set twice ends the program with one line that says where, what and what to
 """
 import ast
 import difflib
-import importlib
 import inspect
 import json
 import os
 import re
-import sys
 import tokenize
 from contextlib import suppress
 from dataclasses import asdict, fields
@@ -23,6 +21,18 @@ from math import inf
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+class UserError(ValueError):
+    """A mistake of the user, not of the code. Its text is one line: what happened; what to do. The
+    scripts print that line and exit with status 1; any other exception keeps its traceback."""
+
+
+def one_line(e: Exception) -> str:
+    """The text of any exception on one line, with the exception's type in front unless it is a
+    plain ValueError or a UserError, whose texts are written for users."""
+    text = " ".join(str(getattr(e, "strerror", None) or e).split())[:300]
+    return text if type(e) in (ValueError, UserError) else f"{type(e).__name__}: {text}"
+
 
 Count = Annotated[int, 1]            # the metadata are the bounds, both included: at least 1
 Size = Annotated[int, 0]
@@ -39,7 +49,7 @@ def load(Config: type, argv: list[str], default_file: str | None = None) -> Any:
     file, options = split(argv, default_file)
     script, settings = read_file(file) if file else (owner, [])
     if script not in (owner, None):
-        raise SystemExit(f"{file} belongs to {script}, not to {owner}")
+        raise UserError(f"{file} belongs to {script}, not to {owner}")
     settings = [("default", key, value, fit) for key, value in vars(Config()).items()] + settings
     settings += [(option, option[2:].split("=")[0], option, parse) for option in options]
     values, came_from = {}, {}
@@ -47,11 +57,11 @@ def load(Config: type, argv: list[str], default_file: str | None = None) -> Any:
         if key not in hints:
             near = difflib.get_close_matches(key, hints, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "--help lists all keys"
-            raise SystemExit(f"{place}: unknown key {key!r}; {hint}")
+            raise UserError(f"{place}: unknown key {key!r}; {hint}")
         try:
             values[key] = read(hints[key], value)
         except (TypeError, ValueError, OverflowError) as e:
-            raise SystemExit(f"{place}: {key} {e}") from None
+            raise UserError(f"{place}: {key} {e}") from None
         came_from[key] = "command line" if read is parse else place
     config = Config(**values)
     config.came_from = came_from
@@ -73,18 +83,18 @@ def split(argv: list[str], default_file: str | None = None) -> tuple[str | None,
     files = [word for word in argv if not word.startswith("-")]
     options = [word for word in argv if word.startswith("-") and word not in ("-h", "--help")]
     if len(files) > 1:
-        raise SystemExit(f"{' '.join(files)}: at most one config file; options are --key=value")
+        raise UserError(f"{' '.join(files)}: at most one config file; options are --key=value")
     file = files[0] if files else default_file
     if file and not os.path.isfile(file):
         near = f"config/{Path(file).stem}.py"
         hint = f"did you mean {near}?" if os.path.isfile(near) else "options are --key=value"
-        raise SystemExit(f"{file} is not a file; {hint}")
+        raise UserError(f"{file} is not a file; {hint}")
     keys = [option.split("=")[0] for option in options]
     for i, key in enumerate(keys):
         if not key.startswith("--"):
-            raise SystemExit(f"{options[i]}: options have two dashes, as in --key=value")
+            raise UserError(f"{options[i]}: options have two dashes, as in --key=value")
         if key in keys[:i]:
-            raise SystemExit(f"{options[i]}: {key} is set twice; remove one")
+            raise UserError(f"{options[i]}: {key} is set twice; remove one")
     return file, options
 
 
@@ -96,19 +106,19 @@ def read_file(file: str) -> tuple[str | None, list[tuple]]:
         text = Path(file).read_text(encoding="utf-8")
         tree = ast.parse(text)
     except (OSError, ValueError, SyntaxError) as e:
-        raise SystemExit(f"{file}:{getattr(e, 'lineno', 1)}: {getattr(e, 'msg', e)}") from None
+        raise UserError(f"{file}:{getattr(e, 'lineno', 1)}: {getattr(e, 'msg', e)}") from None
     names, settings = {}, []
     for node in tree.body[ast.get_docstring(tree) is not None:]:
         place = f"{file}:{node.lineno}"
         if not isinstance(node, ast.Assign) or [*map(type, node.targets)] != [ast.Name]:
-            raise SystemExit(f"{place}: a config file holds only lines like key = value")
+            raise UserError(f"{place}: a config file holds only lines like key = value")
         key = node.targets[0].id
         if key in names:
-            raise SystemExit(f"{place}: {key} is set twice; remove one")
+            raise UserError(f"{place}: {key} is set twice; remove one")
         try:
             names[key] = eval(compile(ast.Expression(node.value), file, "eval"), names)
         except Exception as e:
-            raise SystemExit(f"{place}: {type(e).__name__}: {e}") from None
+            raise UserError(f"{place}: {type(e).__name__}: {e}") from None
         settings.append((place, key, names[key], fit))
     script = re.match(r"# *(\w+\.py)\b", text)
     return script and script[1], settings
@@ -121,7 +131,7 @@ def parse(hint: Any, option: str) -> Any:
     if not equals and bool in (hint, *get_args(hint)):
         return True
     if not equals:
-        raise SystemExit(f"{key} needs a value: {key}=...")
+        raise UserError(f"{key} needs a value: {key}=...")
     value = {"true": True, "false": False}.get(text, text)
     with suppress(Exception):  # literal_eval raises five kinds: all say that it is plain text
         literal = ast.literal_eval(text)
@@ -205,18 +215,3 @@ def describe(config: Any, hints: dict[str, Any]) -> str:
             source += "" if source == "default" else f"; default {short(getattr(default, key))}"
             text += f"\n  {setting:40}  {show(hints[key]):16}  {notes.get(key, '')} ({source})"
     return text
-
-
-def main() -> None:
-    file, _ = split(sys.argv[1:])
-    script = file and read_file(file)[0] or "pretrain.py"
-    exists = Path(__file__).with_name(script).is_file()
-    Config = getattr(importlib.import_module(script[:-3]), "Config", None) if exists else None
-    if Config is None:
-        file = file or "no config file"
-        raise SystemExit(f"{file}: its script {script} does not exist or has no Config")
-    print(json.dumps(asdict(load(Config, sys.argv[1:])), indent=1))
-
-
-if __name__ == "__main__":
-    main()

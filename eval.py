@@ -7,21 +7,18 @@ first, then what scores them, the sandbox and the run.
     out_dir/samples.jsonl   a line per document: prompt, output, verdict; a cut run goes on from it
     out_dir/results.json    score, standard error and n of every task
 """
+import synthetic.conversations
+import sft
 import codecs
 import difflib
 import hashlib
-import inspect
 import json
 import math
 import os
 import random
 import re
-import secrets
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -39,11 +36,12 @@ import torch.nn.functional as F
 
 import configurator
 import data
-from configurator import Count, NonNegative, Size
+from configurator import Count, NonNegative, Size, UserError, one_line
 from model import Motif, model_folder, read_json
-from pretrain import (COMPUTE, RANK, WORLD, as_script, device_of, newest, precision_of, read_state,
-                      replace_text, steps_in, tell)
+from pretrain import (COMPUTE_DTYPE, RANK, WORLD, run_main, pick_device, latest_checkpoint, compute_precision, read_state,
+                      replace_text, checkpoint_steps, all_gather_object)
 from sft import HELD_OUT
+from tools.sandbox import run_program, sandbox_gaps
 
 STAGES = ("out/quickstart", "out/sft1", "out/sft2", "out/sft3")
 BPB = [*(f"bpb:builtin:{kind}" for kind in ("language", "code", "math", "science")), "bpb:replies"]
@@ -62,16 +60,16 @@ class Config:
     tasks: str = "bpb,chains"    # of those in TASKS, with commas; bpb:SOURCE, bits per byte of
                                  # a file or another source of data.py (a comma in it: %2C), bpb:
                                  # of the builtin ones and of right replies to chains; or chat
-    shots: Size | None = None    # examples before each question; None: as many as the report's
+    num_fewshot: Size | None = None    # examples before each question; None: as many as the report's
     limit: Count | None = None   # documents of each task, of mmlu of each subject; None: all
     chat: bool = False           # ask in the turn format, as fine-tuned models expect
     run_code: bool = False       # let humaneval and mbpp run the programs that the model writes
-    bench_dir: str | None = None  # where TASKS' files are; None: the Hub's data sets
+    benchmark_dir: str | None = None  # where TASKS' files are; None: the Hub's data sets
     out_dir: str | None = None   # None: out/eval/<the model's name>
-    batch_tokens: Count | None = None  # their keys and values are kept at once; None: what 1 GiB
+    kv_cache_tokens: Count | None = None  # their keys and values are kept at once; None: what 1 GiB
                                  # (CUDA: 16) holds
     temperature: NonNegative = 0.0  # of tasks that generate; 0: greedy. Chat has 0.7, see /temp
-    samples: Count = 1           # replies to each question, where programs are run: pass@k
+    num_samples: Count = 1           # replies to each question, where programs are run: pass@k
     seed: int = 1234             # of sampling
     device: str = "auto"         # cpu, cuda, cuda:1, ...; auto: CUDA where there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of products; auto: bf16 on CUDA only
@@ -87,7 +85,7 @@ SETTINGS = ("tokenizer", "chat", "temperature", "samples", "seed", "precision")
 # ---- the tasks
 
 @dataclass
-class Doc:
+class Example:
     """A question: in a prompt `text` stands alone, in an example `target` follows it."""
     text: str
     target: str = ""
@@ -106,7 +104,7 @@ class Task:
     hub: tuple = ()              # data set, configuration, splits of questions and examples
     files: tuple = (None, None)  # the same in bench_dir
     source: Callable | None = None  # or () -> rows of questions, for which no file is needed
-    shots: int = 0               # the report's
+    num_fewshot: int = 0               # the report's
     reported: dict = field(default_factory=dict)  # metric -> the report's score, in per cent
     first: bool = False          # the first examples, not any
     head: str = ""               # what begins a prompt, {} being the group
@@ -120,14 +118,14 @@ class Task:
     chat: bool = False           # always asked in the turn format
 
 
-def choose(text: str, choices: list, answer: int, **more) -> Doc:
+def choose(text: str, choices: list, answer: int, **more) -> Example:
     """One of several answers, a space before each."""
     if not 0 <= answer < len(choices):
-        raise ValueError(f"answer {answer} is none of {len(choices)} choices")
+        raise UserError(f"answer {answer} is none of {len(choices)} choices")
     if not all(choices):
-        raise ValueError("a choice is empty")
+        raise UserError("a choice is empty")
     choices = [f" {choice}" for choice in choices]
-    return Doc(text, choices[answer], choices, answer, **more)
+    return Example(text, choices[answer], choices, answer, **more)
 
 
 def options(row: dict) -> tuple[list, int]:
@@ -138,14 +136,14 @@ def options(row: dict) -> tuple[list, int]:
     return choices, row["answer"]
 
 
-def read_mmlu(row: dict) -> Doc:
+def read_mmlu(row: dict) -> Example:
     choices, answer = options(row)
     lines = [f"{letter}. {choice}" for letter, choice in zip("ABCD", choices, strict=True)]
     text = "\n".join([row["question"].strip(), *lines, "Answer:"])
     return choose(text, list("ABCD"), answer, group=row["subject"])
 
 
-def read_hellaswag(row: dict) -> Doc:
+def read_hellaswag(row: dict) -> Example:
     """A row without ctx_a and ctx_b is cut after its last full sentence."""
     if "ctx_a" in row:
         a, b = row["ctx_a"], row["ctx_b"]
@@ -158,20 +156,20 @@ def read_hellaswag(row: dict) -> Doc:
     return choose(text, [clean(end) for end in row["endings"]], int(row["label"]))
 
 
-def read_siqa(row: dict) -> Doc:
+def read_siqa(row: dict) -> Example:
     if "context" not in row:
         return choose(f"Q: {row['question']}\nA:", *options(row))
     choices = [row["answerA"], row["answerB"], row["answerC"]]
     return choose(f"Q: {row['context']} {row['question']}\nA:", choices, int(row["label"]) - 1)
 
 
-def read_winogrande(row: dict) -> Doc:
+def read_winogrande(row: dict) -> Example:
     sentence = row.get("sentence") or row["question"]
     choices, answer = ([row["option1"], row["option2"]], int(row["answer"]) - 1) if (
         "option1" in row) else options(row)
     before, after = sentence[:sentence.index("_")], sentence[sentence.index("_") + 1:].strip()
     texts = [before + choice for choice in choices]
-    return Doc(texts[answer], f" {after}", [f" {after}"] * len(texts), answer, texts=texts)
+    return Example(texts[answer], f" {after}", [f" {after}"] * len(texts), answer, texts=texts)
 
 
 def number_in(reply: str, strict: bool) -> str:
@@ -187,10 +185,10 @@ def plain_number(text: str) -> str:
     return text.lower()
 
 
-def judge_gsm8k(doc: Doc, replies: list) -> dict:
+def judge_gsm8k(doc: Example, generate_replies: list) -> dict:
     right = plain_number(doc.row["answer"])
-    return {"strict": float(number_in(replies[0], True) == right),
-            "flexible": float(number_in(replies[0], False) == right)}
+    return {"strict": float(number_in(generate_replies[0], True) == right),
+            "flexible": float(number_in(generate_replies[0], False) == right)}
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -198,60 +196,60 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def judge_code(program: Callable, doc: Doc, replies: list) -> dict:
-    verdicts = [run_program(program(doc, reply)) for reply in replies]
+def judge_code(program: Callable, doc: Example, generate_replies: list) -> dict:
+    verdicts = [run_program(program(doc, reply)) for reply in generate_replies]
     n, c = len(verdicts), verdicts.count("passed")
     return {"verdicts": verdicts, **{f"pass@{k}": pass_at_k(n, c, k)
                                      for k in (1, 10, 100) if k <= n}}
 
 
-def humaneval_program(doc: Doc, reply: str) -> str:
+def humaneval_program(doc: Example, reply: str) -> str:
     return "\n".join([doc.row["prompt"] + reply, doc.row["test"],
                       f"check({doc.row['entry_point']})"])
 
 
-def instruct_program(doc: Doc, reply: str) -> str:
+def instruct_program(doc: Example, reply: str) -> str:
     """The reply goes on within a code fence, which ask has opened: up to that fence's end."""
     return humaneval_program(doc, "\n" + reply.partition("```")[0])
 
 
-def ask_humaneval(doc: Doc) -> tuple[str, str]:
+def ask_humaneval(doc: Example) -> tuple[str, str]:
     return ("Write a solution to the following problem and make sure that it passes the tests:\n"
             f"```python\n{doc.row['prompt']}\n```\n",
             f"Here is the completed function:\n```python\n{doc.row['prompt']}\n")
 
 
-def read_mbpp(row: dict) -> Doc:
+def read_mbpp(row: dict) -> Example:
     tests = "\n".join(row["test_list"][:3])
     text = (f"You are an expert Python programmer, and here is your task: {row['text']} Your code "
             f"should pass these tests:\n\n{tests}\n[BEGIN]\n")
-    return Doc(text, f"{row['code']}\n[DONE]")
+    return Example(text, f"{row['code']}\n[DONE]")
 
 
-def mbpp_program(doc: Doc, reply: str) -> str:
+def mbpp_program(doc: Example, reply: str) -> str:
     return "\n".join([reply, doc.row.get("test_setup_code", ""), *doc.row["test_list"]])
 
 
-def read_chain(messages: list) -> Doc:
+def read_chain(messages: list) -> Example:
     ask, reply = (message["content"] for message in messages)
-    return Doc(ask, reply)
+    return Example(ask, reply)
 
 
-def judge_chain(doc: Doc, replies: list) -> dict:
+def judge_chain(doc: Example, generate_replies: list) -> dict:
     """Whether the answer is the right one, and the share of lines before the first wrong one."""
     lines = doc.target.split("\n")
-    return {"acc": float(data.answer_of(replies[0]) == data.answer_of(doc.target)),
-            "steps": common([lines, replies[0].split("\n")]) / len(lines)}
+    return {"acc": float(synthetic.conversations.answer_of(generate_replies[0]) == synthetic.conversations.answer_of(doc.target)),
+            "steps": common([lines, generate_replies[0].split("\n")]) / len(lines)}
 
 
 def chains(domain: str, new_tokens: int) -> Task:
     """Skills composed one after another, never trained on; new_tokens: bytes of the longest."""
-    return Task(read_chain, source=partial(data.chats, HELD_OUT[domain][0]), judge=judge_chain,
+    return Task(read_chain, source=partial(sft.load_conversations, HELD_OUT[domain][0]), judge=judge_chain,
                 new_tokens=new_tokens, chat=True)
 
 
 HUMANEVAL = dict(
-    read=lambda row: Doc(row["prompt"], row["canonical_solution"]),
+    read=lambda row: Example(row["prompt"], row["canonical_solution"]),
     hub=("openai/openai_humaneval", None, "test", None), files=("HumanEval.jsonl", None),
     stops=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), new_tokens=1024)
 TASKS = {
@@ -259,12 +257,12 @@ TASKS = {
     "longer_chains": chains("longer_chains", 300),
     "mmlu": Task(
         read_mmlu, ("cais/mmlu", "all", "test", "dev"), ("mmlu_test.jsonl", "mmlu_dev.jsonl"),
-        shots=5, reported={"acc": 78.1}, first=True, norm=False,
+        num_fewshot=5, reported={"acc": 78.1}, first=True, norm=False,
         head="The following are multiple choice questions (with answers) about {}.\n\n"),
     "gsm8k": Task(
-        lambda row: Doc(f"Question: {row['question']}\nAnswer:", f" {row['answer']}"),
+        lambda row: Example(f"Question: {row['question']}\nAnswer:", f" {row['answer']}"),
         ("openai/gsm8k", "main", "test", "train"), ("gsm8k_test.jsonl", "gsm8k_train.jsonl"),
-        shots=8, reported={"strict": 94.92}, judge=judge_gsm8k,
+        num_fewshot=8, reported={"strict": 94.92}, judge=judge_gsm8k,
         stops=("Question:", "</s>", "<|im_end|>")),
     "humaneval": Task(
         **HUMANEVAL, reported={"pass@1": 65.9}, program=humaneval_program),
@@ -272,7 +270,7 @@ TASKS = {
         **HUMANEVAL, reported={"pass@1": 93.2}, program=instruct_program, ask=ask_humaneval),
     "mbpp": Task(
         read_mbpp, ("google-research-datasets/mbpp", "full", "test", "prompt"),
-        ("mbpp.jsonl", "mbpp.jsonl"), shots=3, reported={"pass@1": 81.5}, first=True,
+        ("mbpp.jsonl", "mbpp.jsonl"), num_fewshot=3, reported={"pass@1": 81.5}, first=True,
         program=mbpp_program, stops=("[DONE]",),
         keep=lambda row, which: row["task_id"] in (range(11, 511), range(2, 5))[which]),
     "arc_easy": Task(
@@ -282,11 +280,11 @@ TASKS = {
     "arc_challenge": Task(
         lambda row: choose(f"Question: {row['question']}\nAnswer:", *options(row)),
         ("allenai/ai2_arc", "ARC-Challenge", "test", "train"),
-        ("arc_challenge_test.jsonl", "arc_challenge_train.jsonl"), shots=25,
+        ("arc_challenge_test.jsonl", "arc_challenge_train.jsonl"), num_fewshot=25,
         reported={"acc_norm": 69.6}),
     "hellaswag": Task(
         read_hellaswag, ("Rowan/hellaswag", None, "validation", "train"),
-        ("hellaswag_val*.jsonl", "hellaswag_train.jsonl"), shots=10, reported={"acc_norm": 84.0}),
+        ("hellaswag_val*.jsonl", "hellaswag_train.jsonl"), num_fewshot=10, reported={"acc_norm": 84.0}),
     "piqa": Task(
         lambda row: choose(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]],
                            row["label"]),
@@ -301,7 +299,7 @@ TASKS = {
         ("siqa_val.jsonl", "siqa_train.jsonl"), reported={"acc": 53.8}, norm=False),
     "winogrande": Task(
         read_winogrande, ("allenai/winogrande", "winogrande_xl", "validation", "train"),
-        ("winogrande_val.jsonl", "winogrande_train.jsonl"), shots=5, reported={"acc": 79.6},
+        ("winogrande_val.jsonl", "winogrande_train.jsonl"), num_fewshot=5, reported={"acc": 79.6},
         norm=False),
 }
 
@@ -320,26 +318,26 @@ def rows_of(task: Task, which: int, bench_dir: str | None):
             from datasets import load_dataset
             rows = load_dataset(name, configuration, split=split)
         except Exception as e:   # of a dozen kinds, all with a message worth one line
-            raise ValueError(f"dataset {name}: {data.one_line(e)}; or put {file} into a folder and "
-                             "give --bench_dir") from None
+            raise UserError(f"dataset {name}: {one_line(e)}; or put {file} into a folder and "
+                             "give --benchmark_dir") from None
         yield from ((f"{name}, {split} row {i}", row) for i, row in enumerate(rows))
         return
     found = sorted(Path(bench_dir).glob(file))
     if not found:
-        raise ValueError(f"{Path(bench_dir) / file} is missing: it has on each line a JSON object, "
+        raise UserError(f"{Path(bench_dir) / file} is missing: it has on each line a JSON object, "
                          f"a row of {name}, {split}; put it there"
-                         + (", or give --shots=0" if which else ""))
+                         + (", or give --num_fewshot=0" if which else ""))
     if len(found) > 1:
-        raise ValueError(f"{', '.join(map(str, found))} may each be meant; keep one of them there")
+        raise UserError(f"{', '.join(map(str, found))} may each be meant; keep one of them there")
     lines = found[0].read_text(encoding="utf-8").rstrip("\n").split("\n")
     for i, line in enumerate(lines, 1):
         try:
             yield f"{found[0]}:{i}", json.loads(line)
         except ValueError as e:
-            raise ValueError(f"{found[0]}:{i}: not JSON: {e}") from None
+            raise UserError(f"{found[0]}:{i}: not JSON: {e}") from None
 
 
-def docs_of(task: Task, which: int, bench_dir: str | None) -> list[Doc]:
+def docs_of(task: Task, which: int, bench_dir: str | None) -> list[Example]:
     """The documents of rows_of, in their order. ValueError, with its place, for a row of another
     form."""
     docs = []
@@ -351,37 +349,37 @@ def docs_of(task: Task, which: int, bench_dir: str | None) -> list[Doc]:
                 if task.program:                         # is there what it needs?
                     task.program(docs[-1], "")
         except KeyError as e:
-            raise ValueError(f"{place}: no {e}; the row has {', '.join(row)}") from None
+            raise UserError(f"{place}: no {e}; the row has {', '.join(row)}") from None
         except (ValueError, TypeError, IndexError, AttributeError) as e:
-            raise ValueError(f"{place}: {data.one_line(e)}") from None
+            raise UserError(f"{place}: {one_line(e)}") from None
     return docs
 
 
-def chosen(docs: list[Doc], limit: int | None) -> list[int]:
+def chosen(docs: list[Example], limit: int | None) -> list[int]:
     """The numbers of the first `limit` documents of each group."""
     seen = defaultdict(count)
     return [i for i, doc in enumerate(docs) if limit is None or next(seen[doc.group]) < limit]
 
 
-def questions_of(name: str, task: Task, c: Config) -> tuple[list[Doc], int]:
+def questions_of(name: str, task: Task, c: Config) -> tuple[list[Example], int]:
     """A task's documents and how many examples are before each. They begin with the task's head and
     the examples, drawn for all documents in order, so that they depend neither on ranks nor on what
     is done already; one more is drawn where questions are a validation split, lest one be its own
     example (lm-eval 0.4.9.1, samplers.py). ValueError for too few of them, or no documents."""
-    shots = task.shots if c.shots is None or task.source else c.shots
+    shots = task.num_fewshot if c.num_fewshot is None or task.source else c.num_fewshot
     draw = shots and shots + (task.hub[2] == "validation")
-    docs, pool, rng = docs_of(task, 0, c.bench_dir), defaultdict(list), random.Random(1234)
+    docs, pool, rng = docs_of(task, 0, c.benchmark_dir), defaultdict(list), random.Random(1234)
     if not docs:
-        raise ValueError(f"{name} has no documents; give it a file that has some")
+        raise UserError(f"{name} has no documents; give it a file that has some")
     if shots and task.files[1] is None:
-        raise ValueError(f"shots={shots}, but {name} has no examples; give --shots=0")
-    for doc in docs_of(task, 1, c.bench_dir) if shots else ():
+        raise UserError(f"shots={shots}, but {name} has no examples; give --num_fewshot=0")
+    for doc in docs_of(task, 1, c.benchmark_dir) if shots else ():
         pool[doc.group].append(doc)
     for doc in docs:
         there = pool[doc.group]
         if len(there) < draw:
-            raise ValueError(f"shots={shots}, but {task.files[1]} has {len(there)} examples"
-                             f"{f' of {doc.group}' if doc.group else ''}; lower --shots: {draw} "
+            raise UserError(f"shots={shots}, but {task.files[1]} has {len(there)} examples"
+                             f"{f' of {doc.group}' if doc.group else ''}; lower --num_fewshot: {draw} "
                              "are drawn")
         drawn = there[:draw] if task.first else rng.sample(there, draw)
         doc.begin = task.head.format(doc.group.replace("_", " ")) + "".join(
@@ -389,7 +387,7 @@ def questions_of(name: str, task: Task, c: Config) -> tuple[list[Doc], int]:
     return docs, shots
 
 
-class Text:
+class PromptEncoder:
     """A tokenizer with the rules of a model: its first token, the tokens that end a reply.
 
     encode(text)         ids of text alone
@@ -415,7 +413,7 @@ class Text:
         return first + start, whole[len(start):]
 
     def ask(self, question: str) -> list[int]:
-        return data.encode_prompt(self.tokenizer, [{"role": "user", "content": question}])
+        return sft.encode_prompt(self.tokenizer, [{"role": "user", "content": question}])
 
 
 # ---- log-likelihood
@@ -426,7 +424,7 @@ def common(rows: list) -> int:
                 min(map(len, rows)))
 
 
-class Request:
+class LoglikelihoodRequest:
     """The sequences of one document, from (context, continuation) of each choice, of `longest` + 1
     tokens the last. Of each row the last `count` tokens are scored; all begin with the same
     `prefix` tokens, which is less than all of a row but the scored ones."""
@@ -453,7 +451,7 @@ def parts(sizes: list[int], tokens: int, before: int = 0, keys: float = math.inf
         a = b
 
 
-def batches(requests: list[Request], keys: int, longest: int):
+def batches(requests: list[LoglikelihoodRequest], keys: int, longest: int):
     """Those of one group together, in it those of the longest prefix first; the prefixes are no
     more than so many keys, padding included, or those of one request."""
     batch, rest = [], 0
@@ -469,7 +467,7 @@ def batches(requests: list[Request], keys: int, longest: int):
 
 
 @torch.no_grad()
-def scored(model: Motif, requests: list[Request], batch_tokens: int):
+def loglikelihoods(model: Motif, requests: list[LoglikelihoodRequest], batch_tokens: int):
     """Yield each request and the log-probabilities, in fp32 on the CPU, of the scored tokens of
     each of its rows. PASS_TOKENS are read at once, with the keys and values of sixteen times as
     many kept: padding is less where the rows of a pass are chosen among more."""
@@ -483,10 +481,10 @@ def scored(model: Motif, requests: list[Request], batch_tokens: int):
         yield from ((r, [*islice(found, len(r.rows))]) for r in alone[s])
     together = [r for r in requests if len(r.rows) > 1 and r.prefix]
     for batch in batches(together, keys, model.config.max_position_embeddings):
-        yield from zip(batch, score(model, batch, tokens, keys))
+        yield from zip(batch, score_with_shared_prefix(model, batch, tokens, keys))
 
 
-def score(model: Motif, batch: list[Request], tokens: int, keys: int) -> list[list[torch.Tensor]]:
+def score_with_shared_prefix(model: Motif, batch: list[LoglikelihoodRequest], tokens: int, keys: int) -> list[list[torch.Tensor]]:
     """See scored: of requests whose rows begin with the same, the longest prefix first; at most so
     many tokens, and keys, in a pass.
 
@@ -550,7 +548,7 @@ def padded(rows: list, device: torch.device, left: bool = False, fill: int = 0) 
 
 # ---- generation
 
-def replies(model: Motif, text: Text, prompts: list[list], stops: tuple, new_tokens: int,
+def generate_replies(model: Motif, text: PromptEncoder, prompts: list[list], stops: tuple, new_tokens: int,
             batch_tokens: int, temperature: float = 0.0, seeds: list | None = None):
     """Yield (number of the prompt, reply) as replies end, at a token that ends one, before the
     earliest of the stop strings, or after new_tokens. Of a prompt that leaves no room for so many
@@ -569,7 +567,7 @@ def replies(model: Motif, text: Text, prompts: list[list], stops: tuple, new_tok
                                          seed=seeds and seeds[rows[0]]), rows, text, stops)
 
 
-def finished(stream, rows: list, text: Text, stops: tuple):
+def finished(stream, rows: list, text: PromptEncoder, stops: tuple):
     """See replies. Once half of the rows have ended, the others go on without them; one alone has
     another for company, as torch.compile would make a graph of its own for a single row."""
     said, left, go_on = {i: b"" for i in rows}, {*rows}, None
@@ -584,102 +582,15 @@ def finished(stream, rows: list, text: Text, stops: tuple):
                         yield i, said[i][:min(cuts, default=None)].decode("utf-8", "replace")
             go_on = None
             if 2 < len(rows) >= 2 * len(left):
-                kept = sorted(range(len(rows)), key=lambda k: rows[k] not in left)
-                kept = kept[:max(2, len(left))]
-                rows, go_on = [rows[k] for k in kept], torch.tensor(kept)
+                load_previous = sorted(range(len(rows)), key=lambda k: rows[k] not in left)
+                load_previous = load_previous[:max(2, len(left))]
+                rows, go_on = [rows[k] for k in load_previous], torch.tensor(load_previous)
     yield from ((i, said[i].decode("utf-8", "replace")) for i in rows if i in left)
-
-
-# ---- the sandbox
-
-def in_child() -> None:
-    """What the sandbox's process does; its source is all that it gets. It gives up what it can: the
-    network, other processes, and every folder but its own for writing (unshare, Landlock); then a
-    grandchild takes its limits and runs the program."""
-    import ctypes
-    import json
-    import os
-    import resource
-    import struct
-    import sys
-    told, libc = json.load(sys.stdin), ctypes.CDLL(None)
-    if os.getuid() == 0:                 # root's processes cannot be counted, another's can
-        os.setresuid(65534, 0, 0)
-    alone = libc.unshare(0x10000000 | 0x40000000 | 0x20000000) == 0  # user, network, processes
-    cuts = libc.syscall(444, None, 0, 1) >= 3         # Landlock's version knows of truncate
-    writing = 0x1FF2 | cuts << 14        # write, remove and make, of every kind
-    rules = libc.syscall(444, struct.pack("Q", writing), 8, 0)
-    here = os.open(".", os.O_PATH)
-    confined = rules >= 0 and libc.syscall(445, rules, 1, struct.pack("<Qi", writing, here), 0) == 0
-    confined = confined and libc.prctl(38, 1, 0, 0, 0) == 0 and libc.syscall(446, rules, 0) == 0
-    os.write(1, f"{alone:d}{confined:d}{cuts:d}\n".encode())
-    for last in False, True:             # the first process of a namespace takes the others along
-        pid = os.fork()
-        if pid:
-            os.waitpid(pid, 0)
-            os._exit(0)
-    for name, limit in told["limits"].items():
-        resource.setrlimit(getattr(resource, name), (limit, limit))
-    exec(compile(told["code"], "program", "exec"), {"__name__": "program"})
-    sys.stdout.flush()
-    os.write(1, told["nonce"].encode())
-    os._exit(0)
-
-
-LIMITS = {"RLIMIT_AS": 768 * 2**20, "RLIMIT_FSIZE": 2**24, "RLIMIT_NOFILE": 64, "RLIMIT_NPROC": 16,
-          "RLIMIT_CORE": 0}
-
-
-def run_program(code: str, timeout: float = 3.0) -> str:
-    """Run Python source -> "passed", "timed out" or "failed: <its last line>". It runs as `python
-    -I` in an empty environment and a temporary folder, in a session of its own, with limits on
-    time, memory, output, files and processes; in the end all that it began is killed. It has passed
-    if it came to its end: what is printed then is random; an exit code says nothing. One that looks
-    for that in its process can fake its end, and none is kept from chmod of this user's files."""
-    return in_sandbox(code, timeout)[0]
-
-
-def in_sandbox(code: str, timeout: float) -> tuple[str, str]:
-    """See run_program; also what the child gave up: "111", the three of sandbox_gaps."""
-    nonce = secrets.token_hex(16)
-    limits = {**LIMITS, "RLIMIT_CPU": math.ceil(timeout) + 1}
-    told = json.dumps({"code": code, "nonce": nonce, "limits": limits})
-    script = f"{inspect.getsource(in_child)}\nin_child()"
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, \
-            tempfile.TemporaryFile() as out:
-        child = subprocess.Popen([sys.executable, "-I", "-c", script], stdin=subprocess.PIPE,
-                                 stdout=out, stderr=out, cwd=folder, env={}, text=True,
-                                 start_new_session=True)
-        late = False
-        try:
-            child.communicate(told, timeout)
-        except subprocess.TimeoutExpired:
-            late = True
-        finally:
-            try:
-                os.killpg(child.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            child.wait()
-        out.seek(0)
-        said = out.read().decode("utf-8", "replace")
-    if said.endswith(nonce) and not late:
-        return "passed", said[:3]
-    lines = said[4:].strip().splitlines() or ["it ended before its tests did"]
-    return "timed out" if late else f"failed: {lines[-1][:200]}", said[:3]
-
-
-def sandbox_gaps() -> str:
-    """What this system does not keep from programs, empty if nothing."""
-    gave_up = in_sandbox("", 10.0)[1]
-    gaps = ("the network, and processes that leave their group", "writing to files of this user",
-            "truncating files of this user")
-    return ", ".join(gap for gap, kept in zip(gaps, gave_up.ljust(3, "0")) if kept != "1")
 
 
 # ---- three ways to measure documents, by number: each yields (number, record)
 
-def likeliest(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Config):
+def multiple_choice(task: Task, docs: dict[int, Example], model: Motif, text: PromptEncoder, c: Config):
     """The likeliest answer, the first of equals, by its log-probability alone (acc) and per
     character of the answer (acc_norm)."""
     longest, requests = model.config.max_position_embeddings, []
@@ -687,8 +598,8 @@ def likeliest(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Con
         contexts = [doc.begin + own for own in doc.texts or [doc.text] * len(doc.choices)]
         pairs = [(text.ask(context), text.encode(choice[1:])) if c.chat
                  else text.pair(context, choice) for context, choice in zip(contexts, doc.choices)]
-        requests.append(Request(i, pairs, longest, doc.begin if task.first else ""))
-    for r, found in scored(model, requests, c.batch_tokens):
+        requests.append(LoglikelihoodRequest(i, pairs, longest, doc.begin if task.first else ""))
+    for r, found in loglikelihoods(model, requests, c.kv_cache_tokens):
         doc, sums = docs[r.doc], [x.sum().item() for x in found]
         norms = [s / (len(choice) - 1) for s, choice in zip(sums, doc.choices)]
         scores = {"acc": float(sums.index(max(sums)) == doc.answer)}
@@ -698,9 +609,9 @@ def likeliest(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Con
                       **scores}
 
 
-def generated(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Config):
+def generation(task: Task, docs: dict[int, Example], model: Motif, text: PromptEncoder, c: Config):
     """What the model writes, judged while it writes on: a program has a process of its own."""
-    chat, asked, prompts, samples = c.chat or task.chat, {}, [], c.samples if task.program else 1
+    chat, asked, prompts, samples = c.chat or task.chat, {}, [], c.num_samples if task.program else 1
     for i, doc in docs.items():
         content, reply = task.ask(doc) if task.ask else (doc.begin + doc.text, "")
         asked[i] = content + (f" {reply}" if reply and not chat else reply)
@@ -717,7 +628,7 @@ def generated(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Con
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))    # ranks of this machine
     with ThreadPoolExecutor(max(1, os.cpu_count() // here)) as pool:
         jobs = []
-        for k, reply in replies(model, text, prompts, task.stops, task.new_tokens, c.batch_tokens,
+        for k, reply in generate_replies(model, text, prompts, task.stops, task.new_tokens, c.kv_cache_tokens,
                                 c.temperature, seeds):
             said[numbers[k]].append(reply)
             if len(said[numbers[k]]) == samples:
@@ -727,7 +638,7 @@ def generated(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Con
         yield from (job.result() for job in jobs)
 
 
-def bits(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Config):
+def bits_per_byte(task: Task, docs: dict[int, Example], model: Motif, text: PromptEncoder, c: Config):
     """Bits and bytes of a document by position: in the windows of max_position_embeddings tokens
     that it is cut into, from 1, 2, 4, ... tokens on; where there is a target, of that as a reply,
     with its end of turn."""
@@ -736,14 +647,14 @@ def bits(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Config):
         found[i] = {"prompt": doc.text[:80], "bits": defaultdict(float), "bytes": Counter()}
         if doc.target:
             reply = text.encode(doc.target) + [text.specials[data.TURN_END]]
-            requests.append(Request(i, [(text.ask(doc.text), reply)], longest))
+            requests.append(LoglikelihoodRequest(i, [(text.ask(doc.text), reply)], longest))
             continue
         ids = sum(text.pair("", doc.text), [])
         for start in range(0, len(ids) - 1, longest):
             window = ids[start:start + longest + 1]
-            requests.append(Request(i, [(window[:1], window[1:])], longest))
+            requests.append(LoglikelihoodRequest(i, [(window[:1], window[1:])], longest))
     left = Counter(r.doc for r in requests)
-    for r, (log_p,) in scored(model, requests, c.batch_tokens):
+    for r, (log_p,) in loglikelihoods(model, requests, c.kv_cache_tokens):
         for at, (token, x) in enumerate(zip(r.rows[0][-r.counts[0]:], log_p.tolist())):
             bin = 2 ** at.bit_length() // 2
             found[r.doc]["bits"][bin] -= x / math.log(2)
@@ -758,11 +669,11 @@ def bits(task: Task, docs: dict[int, Doc], model: Motif, text: Text, c: Config):
 def texts_of(source: str, limit: int | None) -> list[str]:
     """The first documents of a source of data.py; of a builtin one the beginning of the first that
     is held out of each unit."""
-    units = data.units_of(source)
+    units = data.source_units(source)
     texts = (filter(str.strip, unit()) for unit in units)
     if not source.startswith("builtin:"):
         return [*islice(chain.from_iterable(texts), limit)]
-    held_out = (next(islice(unit, -number % data.HOLD_OUT, None), "")
+    held_out = (next(islice(unit, -number % data.VAL_EVERY, None), "")
                 for number, unit in enumerate(islice(texts, BUILTIN_DOCS)))
     return [text[:DOC_LETTERS] for text in held_out if text][:limit]
 
@@ -770,29 +681,29 @@ def texts_of(source: str, limit: int | None) -> list[str]:
 def tasks_of(c: Config) -> dict[str, Task]:
     """Those asked for. ValueError for one that is unknown or may not run."""
     tasks = {}
-    if c.samples > 1 and not c.temperature:
-        raise ValueError(f"samples={c.samples} are all the same at temperature 0; give "
+    if c.num_samples > 1 and not c.temperature:
+        raise UserError(f"samples={c.num_samples} are all the same at temperature 0; give "
                          "--temperature=0.8")
     for name in (own for name in c.tasks.split(",") for own in (BPB if name == "bpb" else [name])):
         if name == "chat":
-            raise ValueError("chat is none of several tasks; give --tasks=chat alone")
+            raise UserError("chat is none of several tasks; give --tasks=chat alone")
         if name == "bpb:replies":
             tasks[name] = chains("held_chains", 0)
         elif name.startswith("bpb:"):
-            tasks[name] = Task(Doc, source=partial(texts_of, name[4:], c.limit))
+            tasks[name] = Task(Example, source=partial(texts_of, name[4:], c.limit))
         elif name not in TASKS:
             near = difflib.get_close_matches(name, [*TASKS, "bpb", "chat"], n=1, cutoff=0.0)
-            raise ValueError(f"unknown task {name!r}; did you mean {near[0]!r}? Known: "
+            raise UserError(f"unknown task {name!r}; did you mean {near[0]!r}? Known: "
                              f"{', '.join(TASKS)}, bpb, bpb:SOURCE, chat")
         elif TASKS[name].program and not c.run_code:
-            raise ValueError(f"{name} runs programs that the model writes, in a sandbox; give "
+            raise UserError(f"{name} runs programs that the model writes, in a sandbox; give "
                              "--run_code to allow that")
         else:
             tasks[name] = TASKS[name]
     return tasks
 
 
-def kept(out: Path, settings: dict) -> tuple[dict, dict]:
+def load_previous(out: Path, settings: dict) -> tuple[dict, dict]:
     """What runs with the same settings left in out: records by (task, number), and results."""
     out.mkdir(parents=True, exist_ok=True)
     file, results, found = out / "samples.jsonl", out / "results.json", {}
@@ -834,30 +745,30 @@ def evaluate(folder: Path, tasks: dict, out: Path, c: Config, device: torch.devi
     A kept record stands if its document is the same. Each rank has every WORLD-th of the others,
     and all append to the one file of samples."""
     model, text = open_model(folder, c, device)
-    if c.batch_tokens is None:
+    if c.kv_cache_tokens is None:
         token = sum(t.nbytes for pair in model.new_cache(1, 1) for t in pair)
         c = replace(c, batch_tokens=max(1, KEY_BYTES[device.type] // token))
     settings = {"model": str(folder),
                 "stamp": max(f.stat().st_mtime_ns for f in folder.glob("*.safetensors")),
                 **{key: getattr(c, key) for key in SETTINGS}}
-    (records, before), results = tell(kept(out, settings) if RANK == 0 else None)[0], {}
+    (records, before), results = all_gather_object(load_previous(out, settings) if RANK == 0 else None)[0], {}
     for name, (task, docs, shots) in tasks.items():
         numbers = chosen(docs, c.limit)
         marks = {i: hashlib.sha256(repr(docs[i]).encode()).hexdigest()[:16] for i in numbers}
         same = {i for i in numbers if records.get((name, i), {}).get("hash") == marks[i]}
         todo = [i for i in numbers if i not in same][RANK::WORLD]
-        measure = bits if name.startswith("bpb:") else (
-            generated if task.judge or task.program else likeliest)
+        measure = bits_per_byte if name.startswith("bpb:") else (
+            generation if task.judge or task.program else multiple_choice)
         found, new = measure(task, {i: docs[i] for i in todo}, model, text, c), {}
         with (out / "samples.jsonl").open("ab", buffering=0) as file:   # a record, one write
             for i, record in progress(name, len(todo), found):
                 new[name, i] = {"task": name, "doc": i, "hash": marks[i], **record}
                 file.write(json.dumps(new[name, i]).encode() + b"\n")
-        for of_rank in tell(new):
+        for of_rank in all_gather_object(new):
             records.update(of_rank)
         results[name] = {
             metric: {**found, "shots": shots, "reported": task.reported.get(metric),
-                     "report_shots": task.shots}
+                     "report_shots": task.num_fewshot}
             for metric, found in result_of([records[name, i] for i in numbers]).items()}
     if RANK == 0:
         save(out, settings, records, {**before, **results})
@@ -908,42 +819,21 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: dict[str, dict], path: Path) -> None:
-    """Bits per byte, and below them what is in per cent, over the models, with standard errors."""
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-    scores, bits = scores_of(results), "bits per byte"
-    kinds = sorted({metric != bits for _, metric, _ in scores})
-    figure, axes = plt.subplots(len(kinds), 1, figsize=(8, 3.5 * len(kinds)), sharex=True,
-                                squeeze=False, layout="constrained")
-    for in_percent, axis in zip(kinds, axes[:, 0]):
-        for name, metric, found in scores:
-            if in_percent == (metric != bits):
-                axis.errorbar([*results], [r["value"] for r in found], [r["stderr"] for r in found],
-                              fmt="o-", capsize=2, label=f"{name} {metric}".removesuffix(bits))
-        axis.set(ylabel="per cent" if in_percent else bits,
-                 ylim=(0, max(10 if in_percent else 1, axis.get_ylim()[1])))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=110)
-
-
 # ---- the model
 
 def models_of(c: Config) -> dict[str, Path]:
     """The checkpoints that are meant, by what the table calls them. ValueError if there is none."""
     if c.model is None:
-        starts = {Path(run).name: newest(Path(run)) for run in STAGES}
+        starts = {Path(run).name: latest_checkpoint(Path(run)) for run in STAGES}
         found = {name: start[0] for name, start in starts.items() if start}
         if not found:
-            raise ValueError(f"none of {', '.join(STAGES)} holds a checkpoint; run `python "
+            raise UserError(f"none of {', '.join(STAGES)} holds a checkpoint; run `python "
                              "pretrain.py`, or give --model=PATH")
         return found
     folder = model_folder(c.model)
     if not folder.is_dir():
-        raise ValueError(f"model={c.model} is neither a folder nor owner/name of the Hub")
-    steps, whole = sorted(steps_in(folder)), {}
+        raise UserError(f"model={c.model} is neither a folder nor owner/name of the Hub")
+    steps, whole = sorted(checkpoint_steps(folder)), {}
     for name in (f"step_{step}" for step in steps):
         try:
             read_state(folder / name)
@@ -951,18 +841,18 @@ def models_of(c: Config) -> dict[str, Path]:
         except ValueError as e:
             print(f"{e}; passing it over")
     if not (whole or [*folder.glob("*.safetensors")]):
-        raise ValueError(f"model={c.model} holds no whole checkpoint")
+        raise UserError(f"model={c.model} holds no whole checkpoint")
     return whole if c.plot and whole else {"measured": [folder, *whole.values()][-1]}
 
 
-def open_model(folder: Path, c: Config, device: torch.device) -> tuple[Motif, Text]:
+def open_model(folder: Path, c: Config, device: torch.device) -> tuple[Motif, PromptEncoder]:
     """Matrices in the precision asked for, vectors as they are stored, which is fp32 where we
     trained them. The first token is the tokenizer's own business: a tokenizer.json says whether it
     adds one, and pretrain.py begins every document with BEGIN."""
     trained = (folder / "state.json").exists()
     own = read_state(folder)["config"]["tokenizer"] if trained else str(folder)
     if not trained and not c.tokenizer and not (folder / "tokenizer.json").exists():
-        raise ValueError(f"{folder} has no tokenizer.json; give --tokenizer")
+        raise UserError(f"{folder} has no tokenizer.json; give --tokenizer")
     name = c.tokenizer or own
     tokenizer = data.load_tokenizer(name)
     first = tokenizer._special_tokens[data.BEGIN]
@@ -971,17 +861,17 @@ def open_model(folder: Path, c: Config, device: torch.device) -> tuple[Motif, Te
         first = first_token(read_json(data.tokenizer_file(name)), tokenizer)
     model = Motif.from_pretrained(folder, device).requires_grad_(False)
     if tokenizer.n_vocab > model.config.vocab_size:
-        raise ValueError(f"tokenizer {name} has {tokenizer.n_vocab} tokens, more than the model's "
+        raise UserError(f"tokenizer {name} has {tokenizer.n_vocab} tokens, more than the model's "
                          f"vocab_size={model.config.vocab_size}; give the model's own --tokenizer")
     model.compile_steps = c.compile and device.type == "cuda"
     for p in model.parameters():
-        p.data = p.data.to(COMPUTE[c.precision] if p.ndim > 1 else torch.float32)
+        p.data = p.data.to(COMPUTE_DTYPE[c.precision] if p.ndim > 1 else torch.float32)
     if RANK == 0:
         begin = "no token" if first is None else tokenizer.decode([first])
         n = sum(p.numel() for p in model.parameters())
         print(f"{folder}: {n:,d} parameters on {device} in {c.precision}, tokenizer {name}; "
               f"{begin} before each text", flush=True)
-    return model, Text(tokenizer, first)
+    return model, PromptEncoder(tokenizer, first)
 
 
 def first_token(spec: dict, tokenizer) -> int | None:
@@ -990,7 +880,7 @@ def first_token(spec: dict, tokenizer) -> int | None:
     for step in post.get("processors", [post]):
         begin = [*step.get("single", []), {}][0].get("SpecialToken")
         if begin and begin["id"] not in tokenizer._special_tokens:
-            raise ValueError(f"{tokenizer.name} begins texts with {begin['id']}, no added token; "
+            raise UserError(f"{tokenizer.name} begins texts with {begin['id']}, no added token; "
                              "add it to added_tokens")
         if begin:
             return tokenizer._special_tokens[begin["id"]]
@@ -999,14 +889,14 @@ def first_token(spec: dict, tokenizer) -> int | None:
 
 # ---- chat
 
-def reply_to(messages: list[dict], model: Motif, text: Text, temperature: float, seed: int) -> str:
+def reply_to(messages: list[dict], model: Motif, text: PromptEncoder, temperature: float, seed: int) -> str:
     """Print a reply as it comes -> it. Ctrl-C ends it. The oldest exchanges are left out where they
     do not fit."""
     longest = model.config.max_position_embeddings
     room = min(1024, longest // 2)
     asked = [i for i, m in enumerate(messages) if m["role"] == "user"]
     for i in asked:
-        ids = data.encode_prompt(text.tokenizer, messages[:asked[0]] + messages[i:])
+        ids = sft.encode_prompt(text.tokenizer, messages[:asked[0]] + messages[i:])
         if len(ids) <= longest - room:
             break
     ids = torch.tensor([ids[-(longest - room):]], device=model.head_weight.device)
@@ -1024,7 +914,7 @@ def reply_to(messages: list[dict], model: Motif, text: Text, temperature: float,
     return said
 
 
-def chat(model: Motif, text: Text, c: Config) -> None:
+def chat(model: Motif, text: PromptEncoder, c: Config) -> None:
     """A conversation in the terminal."""
     system, messages, temperature = [], [], c.temperature or 0.7
     print("/reset forgets, /system TEXT instructs, /temp X, /quit; Ctrl-C stops a reply")
@@ -1055,11 +945,11 @@ def chat(model: Motif, text: Text, c: Config) -> None:
 
 def run(c: Config) -> None:
     """Chat, a reply, or the table of all tasks on all models."""
-    device, models = device_of(c), models_of(c)
-    c.precision = precision_of(c, device)
+    device, models = pick_device(c), models_of(c)
+    c.precision = compute_precision(c, device)
     if c.prompt is not None or c.tasks == "chat":
         if WORLD > 1:
-            raise ValueError("a chat is for one process; start it without torchrun")
+            raise UserError("a chat is for one process; start it without torchrun")
         model, text = open_model([*models.values()][-1], c, device)
         if c.prompt is None:
             return chat(model, text, c)
@@ -1077,7 +967,8 @@ def run(c: Config) -> None:
     if RANK == 0:
         print(f"\n{table(results)}\nsamples and results in {top}", flush=True)
         if c.plot:
-            draw(results, top / "scores.png")
+            from tools.plots import plot_scores
+            plot_scores(scores_of(results), [*results], top / "scores.png")
 
 
 def main() -> None:
@@ -1086,13 +977,11 @@ def main() -> None:
         dist.init_process_group("gloo")
     try:
         run(c)
-    except ValueError as e:
-        raise SystemExit(str(e)) from None
     except OSError as e:
-        raise SystemExit(f"{e.filename or 'error'}: {data.one_line(e)}") from None
+        raise UserError(f"{e.filename or 'error'}: {one_line(e)}") from None
     except torch.OutOfMemoryError:
-        raise SystemExit("out of memory; give less --batch_tokens, 16384 for a start") from None
+        raise UserError("out of memory; give less --kv_cache_tokens, 16384 for a start") from None
 
 
 if __name__ == "__main__":
-    as_script(main)
+    run_main(main)

@@ -16,12 +16,9 @@ kernels use no floating-point atomics: two runs give the same bits.
 `python kernels.py [--json]` checks every kernel against float64, then times it on a GPU; on a CPU
 it checks through Triton's interpreter and times nothing.
 """
-import argparse
 import functools
-import json
 import math
 import os
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -32,7 +29,7 @@ from torch.autograd.function import once_differentiable
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")     # read by triton.jit
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on a CPU: slow, but a check
-FUSED = True            # False: the plain twins everywhere, to compare with
+ENABLED = True            # False: the plain twins everywhere, to compare with
 try:
     import triton
     import triton.language as tl
@@ -49,14 +46,14 @@ DS_BYTES = 3 * 2**30    # of dS at once, and at least a pair of heads: two pairs
 LN2 = math.log(2)
 
 
-def wide(t: Tensor) -> Tensor:
+def upcast(t: Tensor) -> Tensor:
     """t in fp32, or in float64 where it is that already."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def fused(x: Tensor) -> bool:
+def use_triton(x: Tensor) -> bool:
     """Whether the Triton form takes x; else the plain twin does."""
-    return FUSED and triton is not None and (x.is_cuda or INTERPRET) and x.dtype != torch.float64
+    return ENABLED and triton is not None and (x.is_cuda or INTERPRET) and x.dtype != torch.float64
 
 
 def is_hopper(device: torch.device) -> bool:
@@ -64,7 +61,7 @@ def is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
-def operator(shapes, changes=()):
+def custom_op(shapes, changes=()):
     """Makes a function that calls kernels one operator of torch, motif::its_name, which
     torch.compile passes through whole; shapes(...) returns its outputs with nothing in them,
     changes names the arguments that it writes to."""
@@ -88,26 +85,13 @@ def resident(x: Tensor, count: int) -> int:
     return count * sms
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension: (..., n), (n,) -> (..., n).
-    No +1 on the weight; fp32 inside."""
-    return F.rms_norm(wide(x), x.shape[-1:], wide(weight), eps).to(x.dtype)
-
-
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, half-rotation form: feature i turns with feature i + D/2 by one angle.
-    x (B, T, heads, D), cos and sin (B or 1, T, 1, D/2) in fp32 -> x's shape; fp32 inside."""
-    a, b = wide(x).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-
-
 # ---- PolyNorm
 
 def plain_poly_norm_forward(x, up, weight, bias, eps):
-    (w0, w1, w2), b = wide(weight), wide(bias)
+    (w0, w1, w2), b = upcast(weight), upcast(bias)
     out, r = torch.empty_like(x), x.new_empty(len(x), 3, dtype=w0.dtype)
     for x_, up_, out_, r_ in row_blocks(x, up, out, r):
-        x_ = wide(x_)
+        x_ = upcast(x_)
         x2 = x_ * x_
         for power, r_p in zip((x_, x2, x2 * x_), r_.unbind(-1)):
             square = torch.linalg.vector_norm(power, dim=-1).square() / x.shape[-1]
@@ -119,11 +103,11 @@ def plain_poly_norm_forward(x, up, weight, bias, eps):
 
 
 def plain_poly_norm_backward(d, x, up, weight, bias, r):
-    (w0, w1, w2), b, n = wide(weight), wide(bias), x.shape[-1]
+    (w0, w1, w2), b, n = upcast(weight), upcast(bias), x.shape[-1]
     dx, d_up = torch.empty_like(x), torch.empty_like(x[:0] if up is None else x)
     sums = r.new_zeros(4)                                              # of dw0, dw1, dw2, db
     for x_, up_, d_, dx_, d_up_, r_ in row_blocks(x, up, d, dx, d_up, r):
-        x_, g, (r1, r2, r3) = wide(x_), wide(d_), r_.split(1, dim=-1)  # g = dL/dy
+        x_, g, (r1, r2, r3) = upcast(x_), upcast(d_), r_.split(1, dim=-1)  # g = dL/dy
         if up is not None:
             d_up_.copy_(horner(x_, b, w2 * r1, w1 * r2, w0 * r3).mul_(g))
             g = g * up_
@@ -224,7 +208,7 @@ def poly_norm_backward_kernel(d, x, up, weight, bias, r, dx, d_up, sums, n, d_st
     tl.store(sums + 3 * rows + row, tl.sum(g0))
 
 
-@operator(lambda x, up, weight, bias, eps: (x.new_empty(x.shape), row_numbers(x, 3)))
+@custom_op(lambda x, up, weight, bias, eps: (x.new_empty(x.shape), row_numbers(x, 3)))
 def poly_norm_forward(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor,
                       eps: float) -> tuple[Tensor, Tensor]:
     (rows, n), gated = x.shape, up is not None
@@ -237,7 +221,7 @@ def poly_norm_forward(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor
     return out, r
 
 
-@operator(lambda d, x, up, weight, bias, r: (torch.empty_like(x), torch.empty_like(
+@custom_op(lambda d, x, up, weight, bias, r: (torch.empty_like(x), torch.empty_like(
     x[:0] if up is None else x), r.new_empty(4)))
 def poly_norm_backward(d: Tensor, x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor,
                        r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,7 +247,7 @@ class PolyNormMul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, up, weight, bias, eps):
-        forward = poly_norm_forward if fused(x) else plain_poly_norm_forward
+        forward = poly_norm_forward if use_triton(x) else plain_poly_norm_forward
         out, r = forward(x, up, weight, bias, eps)
         ctx.save_for_backward(x, up, weight, bias, r)
         return out
@@ -272,7 +256,7 @@ class PolyNormMul(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d):
         x, up, weight, bias, r = ctx.saved_tensors
-        backward = poly_norm_backward if fused(x) else plain_poly_norm_backward
+        backward = poly_norm_backward if use_triton(x) else plain_poly_norm_backward
         dx, d_up, sums = backward(last_dense(d), x, up, weight, bias, r)
         d_up = None if up is None else d_up
         return dx, d_up, sums[:3].to(weight.dtype), sums[3:].to(bias.dtype), None
@@ -301,33 +285,7 @@ def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Ten
     return poly_norm_mul(x, None, weight, bias, eps)
 
 
-def poly_norm_mul_by_definition(x: Tensor, up: Tensor, weight: Tensor, bias: Tensor,
-                                eps: float) -> Tensor:
-    """(w0 n(x^3) + w1 n(x^2) + w2 n(x) + b) * up, n(z) = z / sqrt(mean(z^2) + eps), the gradient
-    left to autograd: what poly_norm_mul is measured against."""
-    powers = [z / (z.square().mean(-1, keepdim=True) + eps).sqrt() for z in (x**3, x**2, x)]
-    return (sum(w * z for w, z in zip(weight, powers)) + bias) * up
-
-
 # ---- attention
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None):
-    """See causal_attention. Softmax in fp32; the products, logits among them, in q's dtype."""
-    T, h, D, S = q.shape[1], q.shape[3], q.shape[4], k.shape[1]
-    hidden = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
-    if starts is not None:
-        before = torch.arange(S, device=q.device) < starts[:, :, None]   # (B, T, S)
-        hidden = (hidden | before)[:, None, None]
-    q = (q * D**-0.5).permute(0, 2, 3, 1, 4).flatten(2, 3)               # (B, K, hT, D)
-    logits = wide(q @ k.permute(0, 2, 3, 1)).unflatten(2, (h, T))        # (B, K, h, T, S)
-    mask = torch.zeros_like(hidden, dtype=logits.dtype).masked_fill_(hidden, -torch.inf)
-    logits = logits.add_(mask)
-    largest = logits.detach().amax(dim=(0, 3, 4))
-    p = logits.softmax(-1).to(v.dtype).flatten(2, 3)                     # (B, K, hT, S)
-    out = (p @ v.transpose(1, 2)).unflatten(2, (h, T))                   # (B, K, h, T, Dv)
-    return out.permute(0, 3, 1, 2, 4), largest
-
-
 # The fused form. q's H = P GP (R + N) heads are P pairs of GP groups of R signal heads and N (0 or
 # 1) noise heads. Pair p's values are value head p, its signal keys key head (1 + N) p, its noise
 # keys the next. q, k and v are read as matrices (B T, heads D) through TMA descriptors.
@@ -548,7 +506,7 @@ def attention_outputs(q, k, v, starts, noise_heads):
     return signal, noise, lse, largest
 
 
-@operator(attention_outputs)
+@custom_op(attention_outputs)
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None,
                       noise_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> signal, noise, log-sum-exps (B H, T) in base 2, largest logit of each head (H,)."""
@@ -564,7 +522,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None,
     return signal, noise, lse, top.amax((0, 2)) * LN2
 
 
-@operator(lambda d_signal, d_noise, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)))
+@custom_op(lambda d_signal, d_noise, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)))
 def attention_backward(d_signal: Tensor, d_noise: Tensor, q: Tensor, k: Tensor, v: Tensor,
                        starts: Tensor | None, noise_heads: int, signal: Tensor, noise: Tensor,
                        lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -625,50 +583,18 @@ class FusedAttention(torch.autograd.Function):
                                    *outputs), None, None
 
 
-def attention_is_fused(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def can_fuse_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """The kernels want Hopper's TMA, half precision, heads of 16 to 128, and no cached keys."""
     hopper = INTERPRET or q.is_cuda and is_hopper(q.device)
-    return (fused(q) and hopper and (INTERPRET or q.dtype != torch.float32)
+    return (use_triton(q) and hopper and (INTERPRET or q.dtype != torch.float32)
             and q.dtype == k.dtype == v.dtype and q.shape[1] == k.shape[1]
             and v.shape[-1] in (q.shape[-1], 2 * q.shape[-1]) and q.shape[-1] in (16, 32, 64, 128))
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None):
-    """softmax(q k^T / sqrt D, causal) v, every key head serving h query heads.
-
-    q (B, T, K, h, D), k (B, S, K, D), v (B, S, K, Dv) -> out (B, T, K, h, Dv), largest visible
-    logit (K, h). Query t stands at position S - T + t, so that cached keys may come first.
-    starts (B, T) int32, for S = T only: where each token's document begins, a run of tokens that
-    sees itself alone."""
-    if attention_is_fused(q, k, v):
-        out, _, largest = FusedAttention.apply(q.flatten(2, 3), k, v, starts, 0)
-        return out, largest.view(q.shape[2:4])
-    return plain_attention(q, k, v, starts)
-
-
-def grouped_differential_attention(q: Tensor, k: Tensor, v: Tensor, num_noise_heads: int,
-                                   starts: Tensor | None = None):
-    """The two softmaxes of grouped differential attention (arXiv 2510.06949), before lambda.
-
-    G noise heads, r signal heads for each, P pairs of key heads (P divides G):
-    q (B, T, G(r+1), D), each group its r signal heads and then its noise head; k (B, S, 2P, D), key
-    heads (signal, noise) by pair; v (B, S, P, 2D), the value heads of a pair side by side.
-        signal = softmax(q1 k1^T / sqrt D) v    noise = softmax(q2 k2^T / sqrt D) v
-    starts: see causal_attention.
-    -> signal (B, T, G, r, 2D), noise (B, T, G, 1, 2D), largest logit per query head (G(r+1),)."""
-    if attention_is_fused(q, k, v):
-        return FusedAttention.apply(q, k, v, starts, num_noise_heads)
-    B, T, H, D = q.shape
-    G, P = num_noise_heads, k.shape[2] // 2
-    q = q.unflatten(2, (G, H // G))                                      # (B, T, G, r+1, D)
-    k = k.unflatten(2, (P, 2))                                           # (B, S, P, 2, D)
-    outs, largest = [], []
-    for q_i, k_i in (q[:, :, :, :-1], k[:, :, :, 0]), (q[:, :, :, -1:], k[:, :, :, 1]):
-        shared = q_i.reshape(B, T, P, -1, D)                             # all heads of one pair
-        out, top = plain_attention(shared, k_i, v, starts)
-        outs.append(out.reshape(B, T, G, -1, 2 * D))
-        largest.append(top.view(G, -1))
-    return *outs, torch.cat(largest, dim=1).flatten()
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, num_noise_heads: int):
+    """q (B, T, H, D), k (B, T, K, D), v (B, T, P, Dv) -> signal (B, T, G, r, Dv), noise (B, T, G, 1
+    or 0, Dv), largest logit of each query head (H,). num_noise_heads 0: plain attention."""
+    return FusedAttention.apply(q, k, v, starts, num_noise_heads)
 
 
 @jit
@@ -718,7 +644,7 @@ def differential_norm_backward_kernel(d, signal, noise, lambda_, weight, d_signa
     tl.store(at + width, tl.sum(d_lambda, 0, keep_dims=True), mask=i < width)
 
 
-@operator(lambda signal, noise, lambda_, weight, eps: torch.empty_like(signal))
+@custom_op(lambda signal, noise, lambda_, weight, eps: torch.empty_like(signal))
 def differential_norm_forward(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Tensor,
                               eps: float) -> Tensor:
     out, (r, width), groups = torch.empty_like(signal), signal.shape[-2:], noise[..., 0].numel()
@@ -729,7 +655,7 @@ def differential_norm_forward(signal: Tensor, noise: Tensor, lambda_: Tensor, we
     return out
 
 
-@operator(lambda d, signal, noise, lambda_, weight, eps: tuple(
+@custom_op(lambda d, signal, noise, lambda_, weight, eps: tuple(
     torch.empty_like(t) for t in (signal, noise, lambda_, weight)))
 def differential_norm_backward(d: Tensor, signal: Tensor, noise: Tensor, lambda_: Tensor,
                                weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -759,17 +685,16 @@ class DifferentialNorm(torch.autograd.Function):
         return *differential_norm_backward(d.contiguous(), *ctx.saved_tensors, ctx.eps), None
 
 
-def differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Tensor,
-                      scale: Tensor | float, eps: float) -> Tensor:
-    """RMSNorm(signal - lambda noise) * scale, each head by itself: signal (B, T, G, r, 2D), noise
-    (B, T, G, 1, 2D), lambda_ a scalar, weight (2D,) -> (B, T, G r 2D); fp32 inside."""
-    weight = wide(weight) * scale
-    if fused(signal) and signal.shape[-1] <= 1024:       # a row is one warp's
-        dense = [t.contiguous() for t in (signal, noise, lambda_, weight)]
-        return DifferentialNorm.apply(*dense, eps).flatten(2)
-    u = wide(signal) - lambda_ * wide(noise)
-    y = F.rms_norm(u, u.shape[-1:], weight, eps)
-    return y.to(signal.dtype).flatten(2)
+def can_fuse_differential_norm(signal: Tensor) -> bool:
+    return use_triton(signal) and signal.shape[-1] <= 1024       # a row is one warp's
+
+
+def fused_differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Tensor,
+                            eps: float) -> Tensor:
+    """RMSNorm(signal - lambda noise), each head by itself: signal (B, T, G, r, 2D), noise (B, T, G,
+    1, 2D), weight (2D,) in fp32 -> (B, T, G, r, 2D)."""
+    dense = [t.contiguous() for t in (signal, noise, lambda_, weight)]
+    return DifferentialNorm.apply(*dense, eps)
 
 
 # ---- loss
@@ -808,13 +733,13 @@ def cross_entropy_kernel(logits, targets, losses, scale, V, GRADIENT: tl.constex
 
 def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor, gradient: bool) -> Tensor:
     """The rows' losses; with gradient the logits become (softmax - onehot) scale."""
-    if fused(logits):
+    if use_triton(logits):
         losses = logits.new_empty(len(logits), dtype=torch.float32)
         cross_entropy_kernel[(len(logits),)](
             logits, targets, losses, scale, logits.shape[1], GRADIENT=gradient,
             BLOCK=min(max(triton.next_power_of_2(logits.shape[1]), 512), 4096), num_warps=8)
         return losses
-    z, t, kept = wide(logits), targets.clamp(min=0)[:, None], (targets >= 0)[:, None]
+    z, t, kept = upcast(logits), targets.clamp(min=0)[:, None], (targets >= 0)[:, None]
     lse = z.logsumexp(-1, keepdim=True)
     losses = ((lse - z.gather(1, t)) * kept)[:, 0]
     if gradient:
@@ -823,12 +748,12 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor, gradient: boo
     return losses
 
 
-@operator(lambda x, weight, targets, scale, needs_dx, needs_dw: (
-    wide(x.new_empty(())), torch.empty_like(x if needs_dx else x[:0]),
+@custom_op(lambda x, weight, targets, scale, needs_dx, needs_dw: (
+    upcast(x.new_empty(())), torch.empty_like(x if needs_dx else x[:0]),
     torch.empty_like(weight if needs_dw else weight[:0])))
 def linear_cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor,
                                  needs_dx: bool, needs_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
-    total = wide(x.new_zeros(()))
+    total = upcast(x.new_zeros(()))
     dx = torch.empty_like(x if needs_dx else x[:0])
     dw = (torch.empty_like if len(x) else torch.zeros_like)(weight if needs_dw else weight[:0])
     for i in range(0, len(x), LOSS_CHUNK):
@@ -852,10 +777,10 @@ def scale_kernel(x, factor, n, BLOCK: tl.constexpr):
         tl.store(x + i, z.to(x.dtype.element_ty), mask=i < n)
 
 
-@operator(lambda x, factor: None, changes=("x",))
+@custom_op(lambda x, factor: None, changes=("x",))
 def scale_(x: Tensor, factor: Tensor) -> None:
     """x = x factor in place, of a contiguous x and a scalar: free where the factor is 1."""
-    if not fused(x):
+    if not use_triton(x):
         x.mul_(factor)
     elif x.numel():
         scale_kernel[triton.cdiv(x.numel(), 8192),](x, factor, x.numel(), BLOCK=8192, num_warps=8)
@@ -884,9 +809,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 @torch.no_grad()
-def row_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """linear_cross_entropy's losses by row, of those alone that have a target."""
-    losses, kept = wide(x.new_zeros(len(x))), (targets >= 0).nonzero()[:, 0]
+    losses, kept = upcast(x.new_zeros(len(x))), (targets >= 0).nonzero()[:, 0]
     for rows in kept.split(LOSS_CHUNK):
         logits = x[rows] @ weight.T
         losses[rows] = cross_entropy_(logits, targets[rows], losses, False)
@@ -904,8 +829,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: 
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
     if reduction == "none":
-        return row_losses(x, weight, targets) * scale
-    factor = wide(x.new_full((), scale, dtype=torch.promote_types(x.dtype, torch.float32)))
+        return token_losses(x, weight, targets) * scale
+    factor = upcast(x.new_full((), scale, dtype=torch.promote_types(x.dtype, torch.float32)))
     if reduction == "mean":
         factor = factor / (targets >= 0).sum().clamp(min=1)
     return LinearCrossEntropy.apply(x, weight, targets.contiguous(), factor,
@@ -958,7 +883,7 @@ def symmetric_kernel(X, Y, D, C, m, k, alpha, beta, ADD: tl.constexpr, ROWS: tl.
         C.store([e, j, i], out.T.reshape(1, BLOCK, BLOCK))
 
 
-def symmetric(X: Tensor, Y: Tensor, alpha: float, D: Tensor | None = None,
+def symmetric_matmul(X: Tensor, Y: Tensor, alpha: float, D: Tensor | None = None,
               beta: float = 0.0) -> Tensor:
     """C = alpha X Y^T + beta D, known to be symmetric: X Y^T is X X^T, or the product of symmetric
     matrices that commute. X, Y (E, m, k), rows or columns contiguous, D (E, m, m) -> C (E, m, m).
@@ -966,7 +891,7 @@ def symmetric(X: Tensor, Y: Tensor, alpha: float, D: Tensor | None = None,
     of torch: the optimizer is not compiled, and an operator's call takes as long as the product."""
     (E, m, k), rows = X.shape, -(-X.shape[1] // TILE)
     tiles = rows * (rows + 1) // 2
-    dense = symmetric_takes(X, Y, *([] if D is None else [D])) and X.stride(2) == Y.stride(2)
+    dense = can_use_symmetric_matmul(X, Y, *([] if D is None else [D])) and X.stride(2) == Y.stride(2)
     if not dense or E * tiles < SYMMETRIC_TILES and not INTERPRET:
         D, beta = (X.new_empty(()), 0) if D is None else (D, beta)
         return torch.baddbmm(D, X, Y.mT, beta=beta, alpha=alpha)
@@ -979,10 +904,10 @@ def symmetric(X: Tensor, Y: Tensor, alpha: float, D: Tensor | None = None,
     return C
 
 
-def symmetric_takes(X: Tensor, *others: Tensor) -> bool:
+def can_use_symmetric_matmul(X: Tensor, *others: Tensor) -> bool:
     """Whether tensor descriptors can describe them: half precision, one dimension contiguous, the
     others in steps of 16 bytes; X by rows or columns, the last of the others, if a D, by rows."""
-    if not fused(X) or X.is_cuda and not is_hopper(X.device):
+    if not use_triton(X) or X.is_cuda and not is_hopper(X.device):
         return False
     known = X.dtype != torch.bfloat16 if INTERPRET else X.dtype.itemsize == 2  # interpreter's fault
 
@@ -1039,7 +964,7 @@ def quantize_kernel(x, rows, columns, q, s, qt, st, M, N, COLUMNS: tl.constexpr,
         tl.store(qt + j[:, None] * M + i, y, mask=(j[:, None] < N) & (i < M))
 
 
-def quantize_rows(x: Tensor) -> list[Tensor]:
+def quantize_rows_reference(x: Tensor) -> list[Tensor]:
     """The plain twin for one of the two directions: x (M, N) -> q (M, N), s (M,)."""
     s = x.float().abs().amax(1).clamp(min=TINY) * (1 / 448)
     return [(x.float() * s.reciprocal()[:, None]).clamp(-448, 448).to(FP8), s]
@@ -1051,16 +976,16 @@ def quantized_shapes(x, columns):
     return made + [x.new_empty(N, M, dtype=FP8), x.new_empty(N, dtype=fp32)] if columns else made
 
 
-@operator(quantized_shapes)
+@custom_op(quantized_shapes)
 def quantize_fp8(x: Tensor, columns: bool) -> list[Tensor]:
     """x (M, N) in FP8 with a scale s = max|x| / 448 per row, and with `columns` the same of x^T:
     q (M, N), s (M,) with x = s q; qt (N, M), st (N,) with x^T = st qt. Two reads of x for both.
 
     A NaN or an infinity makes its row of q (and of qt) NaN in the product; zeros stay zeros.
     Repeated calls on one x, as by q_proj, k_proj and v_proj, are one call under torch.compile."""
-    if not fused(x):
+    if not use_triton(x):
         x = x.contiguous()
-        return quantize_rows(x) + (quantize_rows(x.T.contiguous()) if columns else [])
+        return quantize_rows_reference(x) + (quantize_rows_reference(x.T.contiguous()) if columns else [])
     (M, N), x, cdiv = x.shape, x.contiguous(), triton.cdiv
     rows, in_columns = x.new_zeros(M + N, dtype=torch.int32).split([M, N])
     dtype = torch.float32 if INTERPRET else FP8       # the interpreter's own rounding is wrong
@@ -1114,278 +1039,3 @@ def linear_fp8(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x.bfloat16(), weight.bfloat16())
     y = LinearFP8.apply(rows, weight, torch.is_grad_enabled())
     return y.view(*x.shape[:-1], -1)
-
-
-# ---- python kernels.py
-
-@contextmanager
-def plain_twins():
-    """Within it no kernel is used."""
-    global FUSED
-    FUSED = False
-    try:
-        yield
-    finally:
-        FUSED = True
-
-
-def attempt(f, *args):
-    """f(*args), or its error in a line: nothing that fails here stops the rest."""
-    try:
-        return f(*args)
-    except Exception as e:
-        return f"{type(e).__name__}: {(str(e) or 'no message').splitlines()[0][:150]}"
-
-
-def step(f, inputs, d=None) -> tuple:
-    """f's outputs and, for gradients d or random ones, the gradients at the inputs that want it."""
-    outs = f(*inputs)
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    smooth = [t for t in outs if t.requires_grad]
-    if not smooth:
-        return outs
-    d = d or [torch.randn(t.shape, device=t.device, dtype=torch.bfloat16).to(t) for t in smooth]
-    return outs + torch.autograd.grad(smooth, [t for t in inputs if t.requires_grad], d)
-
-
-def checks(new):
-    """Every kernel on few tokens, of the widths that main times: name, operation, inputs and, where
-    it is another, the exact operation. new(*shape) makes random numbers."""
-    numbers = lambda *s: new(*s).float().detach().requires_grad_()
-    weight, bias, rows = numbers(3), numbers(1), lambda: new(3, 16384)
-    yield "poly_norm", poly_norm, [rows(), weight, bias]
-    yield "poly_norm_mul", lambda *t: poly_norm_mul(*t, 1e-6), [rows(), rows(), weight, bias]
-    yield ("differential_norm", lambda *t: differential_norm(*t, 0.7, 1e-5),
-           [new(1, 9, 8, 4, 256), new(1, 9, 8, 1, 256), numbers(1)[0], numbers(256)])
-    starts = torch.tensor([0] * 100 + [100] * 60 + [160] * 96, device=bias.device)[None].int()
-    for groups, D in ((8, 128), (2, 64)) if bias.is_cuda else ((1, 64),):
-        qkv = [new(1, 256, *of) for of in ((5 * groups, D), (2 * groups, D), (groups, 2 * D))]
-        for name, begin in ("causal", None), ("documents", starts):
-            yield (f"attention of {D}, {name}", lambda *t, g=groups, b=begin:
-                   grouped_differential_attention(*t, g, b), qkv)
-    yield "attention, plain", causal_attention, [new(1, 256, 2, 3, 64), new(1, 256, 2, 64),
-                                                 new(1, 256, 2, 64)]
-    targets = torch.tensor([3, -1, 0, 219519], device=bias.device)
-    yield "linear_cross_entropy", linear_cross_entropy, [new(4, 64), new(219520, 64), targets]
-    m = 4096 if bias.is_cuda else 272                    # a smaller product is left to cuBLAS
-    x, d = new(1, m, 64).detach(), new(1, m, m).detach()
-    yield "symmetric, rows", lambda x: symmetric(x, x, 1.0), [x]
-    yield "symmetric, columns", lambda x, d: symmetric(x, x, 0.5, d, 2.0), [
-        x.mT.contiguous().mT, d + d.mT]
-    yield "linear_fp8", linear_fp8, [new(256, 512), new(384, 512)], F.linear
-
-
-def check(name: str, f, inputs: list, exact=None) -> dict:
-    """Relative Frobenius errors of outputs and gradients, the kernel's and its plain twin's, both
-    against float64. ok: none is more than a tenth worse, or beyond what fp32 sums may differ."""
-    def run(f, change=lambda t: t):
-        torch.manual_seed(0)
-        return step(f, [change(t).detach().requires_grad_(t.requires_grad) for t in inputs])
-
-    true = run(exact or f, lambda t: t.double() if t.is_floating_point() else t)
-    ours = run(f)
-    with plain_twins():
-        twin = run(f)
-    ours, twin = ([((x - y).norm() / y.norm()).item() for x, y in zip(outs, true, strict=True)]
-                  for outs in (ours, twin))
-    return {"check": name, "error": ours, "twin": twin,
-            "ok": all(x <= 1.1 * y + 1e-5 for x, y in zip(ours, twin))}
-
-
-def milliseconds(f) -> float:
-    """Median of twenty calls of f; if it is short, of more, as a CUDA graph, without the host's
-    time to launch it, as in a training step, where the host is ahead."""
-    ms = triton.testing.do_bench(f, return_mode="median")
-    if ms > 5:                                      # so far it was called once or twice
-        return triton.testing.do_bench(f, rep=20 * ms, return_mode="median")
-    return triton.testing.do_bench_cudagraph(f, rep=100, return_mode="median")
-
-
-def times(f, inputs: list) -> list:
-    """Milliseconds of f as in training, those of f and its gradients, GiB at the most in both."""
-    d = [torch.randn_like(t) for t in step(f, inputs) if t.requires_grad]
-    torch.cuda.reset_peak_memory_stats()
-    step(f, inputs, d)
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    both = milliseconds(lambda: step(f, inputs, d)) if d else None
-    return [milliseconds(lambda: f(*inputs)), both, peak]
-
-
-def timed(unit: str, work: tuple, f, inputs: list, eager=None, compiles=True, **beside) -> dict:
-    """A line of the table. work: the least bytes or FLOPs, for each number of the first input, of
-    the forward pass and of both passes. beside: functions that give the times of something else."""
-    row = {"unit": unit, "work": [n * inputs[0].numel() for n in work], "ours": times(f, inputs)}
-    with plain_twins():
-        if eager:
-            row["eager"] = attempt(times, eager, inputs)
-        if eager and compiles:
-            row["torch.compile"] = attempt(times, torch.compile(eager), inputs)
-    return row | {name: attempt(other) for name, other in beside.items()}
-
-
-def calls(q: Tensor, k: Tensor, v: Tensor, groups: int):
-    """grouped_differential_attention's signal and noise, as two calls of another attention:
-    q (B, heads, T, D), k (B, groups, T, D), v (B, groups, T, 2D)."""
-    q, k = q.unflatten(2, (groups, -1)), k.unflatten(2, (groups, 2))
-    for q_i, k_i in (q[:, :, :, :-1], k[:, :, :, 0]), (q[:, :, :, -1:], k[:, :, :, 1]):
-        yield [t.transpose(1, 2) for t in (q_i.flatten(2, 3), k_i, v)]
-
-
-def flash(*inputs) -> tuple:
-    """Four calls of FlashAttention 2, which takes no values wider than the keys."""
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-        return tuple(F.scaled_dot_product_attention(q, k, half, is_causal=True, enable_gqa=True)
-                     for q, k, v in calls(*inputs) for half in v.chunk(2, -1))
-
-
-def time_cudnn(*inputs) -> list:
-    """cuDNN at its fastest: two calls forward, four backward, of half of the values each."""
-    aten, qkvs = torch.ops.aten, [[t.detach() for t in call] for call in calls(*inputs)]
-    ds = [torch.randn_like(q.repeat(1, 1, 1, 2)) for q, _, _ in qkvs]
-
-    def forward():
-        return [aten._scaled_dot_product_cudnn_attention(*qkv, None, True, 0.0, True, False)
-                for qkv in qkvs]
-
-    def both():
-        for (q, k, v), d, (o, lse, a, b, c, e, seed, offset, _) in zip(qkvs, ds, forward()):
-            halves = zip(*(t.chunk(2, -1) for t in (d, v, o)))
-            (q1, k1, _), (q2, k2, _) = (aten._scaled_dot_product_cudnn_attention_backward(
-                d_, q, k, v_, o_, lse, seed, offset, None, a, b, c, e, 0.0, True)
-                for d_, v_, o_ in halves)
-            q1.add_(q2), k1.add_(k2)
-    return [milliseconds(forward), milliseconds(both)]
-
-
-def time_attention(B: int, T: int, groups: int, D: int, document: int = 0) -> dict:
-    """Four signal heads to a noise head; document: the tokens in one, else they are one."""
-    q, k = normal(B, T, 5 * groups, D), normal(B, T, 2 * groups, D)
-    v = normal(B, T, groups, 2 * D)
-    t = torch.arange(T, device="cuda", dtype=torch.int32).expand(B, T)
-    starts = t // (document or T) * (document or T)
-    seen = (t - starts + 1).double().mean().item()       # keys by a query
-    starts, others = (starts, {}) if document else (None, {
-        "eager": lambda *t: flash(*t, groups), "compiles": False,
-        "cuDNN": lambda: time_cudnn(q, k, v, groups)})
-    return timed("TFLOP/s", (6 * seen, 20 * seen), lambda *t: grouped_differential_attention(
-        *t, groups, starts), [q, k, v], **others)
-
-
-def normal(*shape, scale=1.0) -> Tensor:
-    return (torch.randn(shape, device="cuda", dtype=torch.bfloat16) * scale).requires_grad_()
-
-
-def table():
-    """The lines: name and a function that measures one."""
-    rows = lambda n=16384: normal(8192, n)
-    def numbers(*shape):                                 # in fp32, as in training
-        return torch.randn(shape, device="cuda", requires_grad=True)
-    weights, polynorm = [numbers(3), numbers(1)], lambda x, up, w, b: poly_norm_mul_by_definition(
-        x, up, w, b, 1e-6).to(x.dtype)
-    yield "PolyNorm, 8192x16384", lambda: timed(
-        "GB/s", (4, 10), poly_norm, [rows(), *weights], lambda x, w, b: polynorm(x, 1, w, b))
-
-    def gated():
-        swiglu, x = torch.compile(lambda gate, up: F.silu(gate) * up), [rows(), rows()]
-        return timed("GB/s", (6, 16), lambda *t: poly_norm_mul(*t, 1e-6), [*x, *weights], polynorm,
-                     SwiGLU=lambda: times(swiglu, x))
-    yield "PolyNorm x up, 8192x16384", gated
-
-    def by_compile(work, f, *shapes):                    # there is no kernel
-        inputs = [normal(*shape) for shape in shapes]
-        return timed("GB/s", work, torch.compile(f), inputs, f, compiles=False)
-    x, norm = (65536, 4096), lambda x, w: rms_norm(x, w, 1e-5)
-    yield "RMSNorm (torch.compile), 65536x4096", lambda: by_compile((4, 10), norm, x, x[1:])
-    yield "add + RMSNorm (torch.compile), 65536x4096", lambda: by_compile(
-        (8, 16), lambda x, y, w: (x + y, norm(x + y, w)), x, x, x[1:])
-    cos, sin = torch.randn(2, 1, 65536, 1, 64, device="cuda")
-    yield "RoPE (torch.compile), 65536x40x128", lambda: by_compile(
-        (4, 8), lambda x: rope(x, cos, sin), (1, 65536, 40, 128))
-
-    difference = lambda *t: differential_norm(*t, 0.7, 1e-5)
-    yield "differential norm, 8192x32x256", lambda: timed(
-        "GB/s", (4.5, 11.5), difference, [normal(2, 4096, 8, 4, 256), normal(2, 4096, 8, 1, 256),
-                                          numbers(), numbers(256)], difference)
-    for name, size in ("2x4096, 32 + 8 heads of 128", (2, 4096, 8, 128)), (
-            "16x1024, 8 + 2 heads of 64", (16, 1024, 2, 64)):
-        yield f"attention, {name}", lambda size=size: time_attention(*size)
-        yield f"attention, {name}, documents", lambda size=size: time_attention(*size, 1000)
-    yield "attention, 1x16384, 32 + 8 heads of 128", lambda: time_attention(1, 16384, 8, 128)
-    targets = torch.randint(219520, (8192,), device="cuda")
-    yield "linear + cross entropy, 8192x4096x219520", lambda: timed(
-        "TFLOP/s", (6 * 219520,) * 2, linear_cross_entropy, [
-            rows(4096), normal(219520, 4096, scale=0.02), targets],
-        lambda x, w, t: F.cross_entropy(F.linear(x, w).float(), t))
-    for k in 16384, 4096:
-        yield f"symmetric product, 4096x{k}", lambda k=k: timed(
-            "TFLOP/s", (4096,), lambda x: symmetric(x, x, 1.0), [normal(1, 4096, k).detach()],
-            lambda x: x @ x.mT, compiles=False)
-    yield "linear_fp8, 8192 x 16384x4096", lambda: timed(
-        "TFLOP/s", (2 * 16384, 6 * 16384), linear_fp8, [rows(4096), normal(16384, 4096)],
-        F.linear, compiles=False)
-
-
-def text(row: dict, limits: dict) -> str:
-    """A line of the table in words; x: how many times the other's time is of ours."""
-    def pair(numbers, form):
-        return " / ".join(format(n, form) for n in numbers if n is not None)
-
-    if "message" in row:
-        return f"{row['name']:44s} {row['message']}"
-    ms = [t for t in row["ours"][:2] if t]
-    rates = [w / t / {"GB/s": 1e6, "TFLOP/s": 1e9}[row["unit"]] for w, t in zip(row["work"], ms)]
-    limit = limits[row["unit"]]
-    line = (f"{row['name']:44s} {pair(ms, '.3f'):>15s} ms  {pair(rates, '.0f')} {row['unit']}  "
-            f"{pair([100 * r / limit for r in rates], '.0f')}%  {row['ours'][2]:.1f} GiB")
-    for name, other in list(row.items())[4:]:
-        line += f"  {name}: " + (other if isinstance(other, str) else pair(
-            [t / own for t, own in zip(other, ms)], ".2f") + f"x ({pair(other[:2], '.3f')} ms)")
-    return line
-
-
-def main() -> None:
-    if triton is None:
-        raise SystemExit("Triton is not installed: there is no kernel to check")
-    parser = argparse.ArgumentParser(description="Checks every kernel against float64, then, on a "
-                                     "GPU, times it beside PyTorch's own operations.")
-    parser.add_argument("--json", action="store_true", help="a JSON object a line")
-    parser.add_argument("--only", default="", help="time those alone whose name contains this")
-    options, gpu = parser.parse_args(), torch.cuda.is_available()
-
-    def show(row, words):
-        print(json.dumps(row) if options.json else words, flush=True)
-
-    torch.manual_seed(0)
-    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float16)
-    worse = 0
-    for name, *case in checks(lambda *s: torch.randn(s).to(device, dtype).requires_grad_()):
-        row = attempt(check, name, *case)
-        if isinstance(row, str):
-            row = {"check": name, "ok": False, "message": row}
-        worse += not row["ok"]
-        show(row, f"{'ok   ' if row['ok'] else 'WRONG'} {name:28s} " + (row.get("message") or (
-            " ".join(f"{x:.1e}/{y:.1e}" for x, y in zip(row["error"], row["twin"])))))
-    if gpu:
-        x, y = torch.randn(2, 2**28, device="cuda")
-        a = normal(8192, 8192).detach()
-        limits = {"GB/s": 2 * 2**30 / milliseconds(lambda: torch.neg(y, out=x)) / 1e6,
-                  "TFLOP/s": 2 * 8192**3 / milliseconds(lambda: a @ a) / 1e9}
-        del x, y, a
-        show({"device": torch.cuda.get_device_name(), **limits},
-             f"{torch.cuda.get_device_name()}: copy {limits['GB/s']:.0f} GB/s, "
-             f"bf16 GEMM {limits['TFLOP/s']:.0f} TFLOP/s")
-        for name, measure in table():
-            if options.only not in name:
-                continue
-            row = attempt(measure)
-            row = {"name": name} | ({"message": row} if isinstance(row, str) else row)
-            show(row, text(row, limits))
-    else:
-        show({"timed": False}, "No GPU: the kernels were checked through Triton's interpreter, and "
-             "nothing was timed.")
-    if worse:
-        raise SystemExit(f"{worse} of the checks failed")
-
-
-if __name__ == "__main__":
-    main()

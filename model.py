@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from kernels import wide
+from configurator import UserError
+from kernels import upcast
 
 ACTIVATIONS = {"poly_norm": "poly_norm", "swiglu": "silu"}  # ours -> hidden_act of config.json
 LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
@@ -56,17 +57,17 @@ class MotifConfig:
         for f in fields(MotifConfig):
             least, n = getattr(f.type, "__metadata__", (None,))[0], getattr(self, f.name)
             if least is not None and not (isinstance(n, (int, float)) and n >= least):
-                raise ValueError(f"{f.name} must be at least {least}, not {n!r}")
+                raise UserError(f"{f.name} must be at least {least}, not {n!r}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
+            raise UserError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
         if G == 0 and H % K:
-            raise ValueError(f"num_attention_heads={H} must be a multiple of "
+            raise UserError(f"num_attention_heads={H} must be a multiple of "
                              f"num_key_value_heads={K}")
         if G and (H % G or H == G):
-            raise ValueError(f"num_attention_heads={H} must be num_noise_heads={G} groups of at "
+            raise UserError(f"num_attention_heads={H} must be num_noise_heads={G} groups of at "
                              "least one signal head and one noise head")
         if G and (K % 2 or G % (K // 2)):
-            raise ValueError(f"num_key_value_heads={K} must be pairs that divide "
+            raise UserError(f"num_key_value_heads={K} must be pairs that divide "
                              f"num_noise_heads={G}")
 
     @property
@@ -89,17 +90,17 @@ class MotifConfig:
         for key, value in (("use_bias", False), ("k_ratio", 1), ("use_sliding_window", False),
                            ("rope_scaling", None), ("rope_parameters", None)):
             if config.get(key) not in (value, None):
-                raise ValueError(f"config.json has {key}={config[key]}; only {value} is supported")
+                raise UserError(f"config.json has {key}={config[key]}; only {value} is supported")
         act = config.get("hidden_act", "poly_norm")
         names = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
         if act not in names:
-            raise ValueError(f"config.json has hidden_act={act!r}; known: {', '.join(names)}")
+            raise UserError(f"config.json has hidden_act={act!r}; known: {', '.join(names)}")
         config["activation"] = names[act]
         shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                  "num_attention_heads", "num_key_value_heads")
         missing = [key for key in shape if key not in config]
         if missing:
-            raise ValueError(f"config.json lacks {', '.join(missing)}")
+            raise UserError(f"config.json lacks {', '.join(missing)}")
         heads = config["num_attention_heads"]
         if config.get("num_noise_heads") is None:
             config["num_noise_heads"] = heads // 2
@@ -117,6 +118,95 @@ class MotifConfig:
                              "AutoModelForCausalLM": f"{CODE}--modeling_motif.MotifForCausalLM"}}
 
 
+# ---- definitions
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension: (..., n), (n,) -> (..., n).
+    No +1 on the weight; fp32 inside."""
+    return F.rms_norm(upcast(x), x.shape[-1:], upcast(weight), eps).to(x.dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, half-rotation form: feature i turns with feature i + D/2 by one angle.
+    x (B, T, heads, D), cos and sin (B or 1, T, 1, D/2) in fp32 -> x's shape; fp32 inside."""
+    a, b = upcast(x).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
+    """w0 n(x^3) + w1 n(x^2) + w2 n(x) + b, n(z) = z / sqrt(mean(z^2) + eps); fp32 inside."""
+    x32 = upcast(x)
+    powers = [z / (z.square().mean(-1, keepdim=True) + eps).sqrt() for z in (x32**3, x32**2, x32)]
+    return (sum(w * z for w, z in zip(upcast(weight), powers)) + upcast(bias)).to(x.dtype)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None):
+    """See causal_attention. Softmax in fp32; the products, logits among them, in q's dtype."""
+    T, h, D, S = q.shape[1], q.shape[3], q.shape[4], k.shape[1]
+    masked = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
+    if starts is not None:
+        before = torch.arange(S, device=q.device) < starts[:, :, None]   # (B, T, S)
+        masked = (masked | before)[:, None, None]
+    q = (q * D**-0.5).permute(0, 2, 3, 1, 4).flatten(2, 3)               # (B, K, hT, D)
+    logits = upcast(q @ k.permute(0, 2, 3, 1)).unflatten(2, (h, T))      # (B, K, h, T, S)
+    mask = torch.zeros_like(masked, dtype=logits.dtype).masked_fill_(masked, -torch.inf)
+    logits = logits.add_(mask)
+    largest = logits.detach().amax(dim=(0, 3, 4))
+    p = logits.softmax(-1).to(v.dtype).flatten(2, 3)                     # (B, K, hT, S)
+    out = (p @ v.transpose(1, 2)).unflatten(2, (h, T))                   # (B, K, h, T, Dv)
+    return out.permute(0, 3, 1, 2, 4), largest
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None):
+    """softmax(q k^T / sqrt D, causal) v, every key head serving h query heads.
+
+    q (B, T, K, h, D), k (B, S, K, D), v (B, S, K, Dv) -> out (B, T, K, h, Dv), largest visible
+    logit (K, h). Query t stands at position S - T + t, so that cached keys may come first.
+    starts (B, T) int32, for S = T only: where each token's document begins, a run of tokens that
+    sees itself alone."""
+    if kernels.can_fuse_attention(q, k, v):
+        out, _, largest = kernels.fused_attention(q.flatten(2, 3), k, v, starts, 0)
+        return out, largest.view(q.shape[2:4])
+    return plain_attention(q, k, v, starts)
+
+
+def grouped_differential_attention(q: Tensor, k: Tensor, v: Tensor, num_noise_heads: int,
+                                   starts: Tensor | None = None):
+    """The two softmaxes of grouped differential attention (arXiv 2510.06949), before lambda.
+
+    G noise heads, r signal heads for each, P pairs of key heads (P divides G):
+    q (B, T, G(r+1), D), each group its r signal heads and then its noise head; k (B, S, 2P, D), key
+    heads (signal, noise) by pair; v (B, S, P, 2D), the value heads of a pair side by side.
+        signal = softmax(q1 k1^T / sqrt D) v    noise = softmax(q2 k2^T / sqrt D) v
+    starts: see causal_attention.
+    -> signal (B, T, G, r, 2D), noise (B, T, G, 1, 2D), largest logit per query head (G(r+1),)."""
+    if kernels.can_fuse_attention(q, k, v):
+        return kernels.fused_attention(q, k, v, starts, num_noise_heads)
+    B, T, H, D = q.shape
+    G, P = num_noise_heads, k.shape[2] // 2
+    q = q.unflatten(2, (G, H // G))                                      # (B, T, G, r+1, D)
+    k = k.unflatten(2, (P, 2))                                           # (B, S, P, 2, D)
+    outs, largest = [], []
+    for q_i, k_i in (q[:, :, :, :-1], k[:, :, :, 0]), (q[:, :, :, -1:], k[:, :, :, 1]):
+        shared = q_i.reshape(B, T, P, -1, D)                             # all heads of one pair
+        out, top = plain_attention(shared, k_i, v, starts)
+        outs.append(out.reshape(B, T, G, -1, 2 * D))
+        largest.append(top.view(G, -1))
+    return *outs, torch.cat(largest, dim=1).flatten()
+
+
+def differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Tensor,
+                      scale: Tensor | float, eps: float) -> Tensor:
+    """RMSNorm(signal - lambda noise) * scale, each head by itself: signal (B, T, G, r, 2D), noise
+    (B, T, G, 1, 2D), lambda_ a scalar, weight (2D,) -> (B, T, G r 2D); fp32 inside."""
+    weight = upcast(weight) * scale
+    if kernels.can_fuse_differential_norm(signal):
+        return kernels.fused_differential_norm(signal, noise, lambda_, weight, eps).flatten(2)
+    u = upcast(signal) - lambda_ * upcast(noise)
+    y = F.rms_norm(u, u.shape[-1:], weight, eps)
+    return y.to(signal.dtype).flatten(2)
+
+
 # ---- the transformer
 
 class Linear(nn.Linear):
@@ -128,14 +218,14 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """See kernels.rms_norm."""
+    """See rms_norm."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -180,8 +270,8 @@ class Attention(nn.Module):
 
     def lambda_(self) -> Tensor:
         """The layer's one lambda, a scalar in fp32."""
-        first = (wide(self.lambda_q1) * wide(self.lambda_k1)).sum().exp()
-        second = (wide(self.lambda_q2) * wide(self.lambda_k2)).sum().exp()
+        first = (upcast(self.lambda_q1) * upcast(self.lambda_k1)).sum().exp()
+        second = (upcast(self.lambda_q2) * upcast(self.lambda_k2)).sum().exp()
         return first - second + self.lambda_init().to(first.dtype)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], starts: Tensor | None = None,
@@ -192,8 +282,8 @@ class Attention(nn.Module):
         stands at length - 1 - p, as turned makes it: so the keys that a row sees are the last ones,
         whatever its length, and no shape depends on that."""
         B, T, _ = x.shape
-        q = kernels.rope(self.q_proj(x).view(B, T, -1, self.head_dim), *angles)
-        k = kernels.rope(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim), *angles)
+        q = rope(self.q_proj(x).view(B, T, -1, self.head_dim), *angles)
+        k = rope(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim), *angles)
         v = self.v_proj(x).view(B, T, *self.values)
         if isinstance(start, Tensor):
             rows = torch.arange(B, device=x.device)
@@ -206,11 +296,11 @@ class Attention(nn.Module):
             k, v = (kept[:, :, :start + T].transpose(1, 2) for kept in cache)
         if self.noise_heads == 0:
             q = q.unflatten(2, (self.kv_heads, -1))                      # (B, T, K, H / K, D)
-            out, largest = kernels.causal_attention(q, k, v, starts)
+            out, largest = causal_attention(q, k, v, starts)
             return self.o_proj(out.flatten(2)), largest.flatten()
-        signal, noise, largest = kernels.grouped_differential_attention(
+        signal, noise, largest = grouped_differential_attention(
             q, k, v, self.noise_heads, starts)
-        out = kernels.differential_norm(signal, noise, self.lambda_(), self.subln.weight,
+        out = differential_norm(signal, noise, self.lambda_(), self.subln.weight,
                                         1 - self.lambda_init(), self.eps)
         return self.o_proj(out), largest
 
@@ -292,7 +382,7 @@ class Motif(nn.Module):
             block.self_attn.layer.fill_(i)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                draw(module.weight, 0.02)
+                init_normal_(module.weight, 0.02)
             elif isinstance(module, RMSNorm):
                 module.weight.fill_(1)
             elif isinstance(module, PolyNorm):
@@ -300,7 +390,7 @@ class Motif(nn.Module):
                 module.bias.zero_()
             elif isinstance(module, Attention) and module.noise_heads:
                 for name in LAMBDAS:
-                    draw(getattr(module, name), 0.1)
+                    init_normal_(getattr(module, name), 0.1)
 
     @property
     def head_weight(self) -> Tensor:
@@ -333,7 +423,7 @@ class Motif(nn.Module):
             positions = start[:, None]
             starts = cache[0][0].shape[2] - 1 - positions
         elif ids.numel() == 0 or start + T > longest:
-            raise ValueError(f"ids of shape {tuple(ids.shape)} from position {start}: there must "
+            raise UserError(f"ids of shape {tuple(ids.shape)} from position {start}: there must "
                              f"be tokens, and at most max_position_embeddings={longest}")
         else:
             positions = torch.arange(start, start + T, device=ids.device)[None]
@@ -378,10 +468,10 @@ class Motif(nn.Module):
         values are cached: 2 x kv_heads x head_dim numbers per token and layer."""
         c, (B, T) = self.config, ids.shape
         if T == 0 or max_new_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
-            raise ValueError("generate needs a token to begin with, max_new_tokens >= 0, "
+            raise UserError("generate needs a token to begin with, max_new_tokens >= 0, "
                              "temperature >= 0 and top_k >= 1")
         if T + max_new_tokens - 1 > c.max_position_embeddings:    # the last token is not read again
-            raise ValueError(f"{T} + {max_new_tokens} tokens, but max_position_embeddings is "
+            raise UserError(f"{T} + {max_new_tokens} tokens, but max_position_embeddings is "
                              f"{c.max_position_embeddings}")
         if max_new_tokens == 0:
             return
@@ -396,7 +486,7 @@ class Motif(nn.Module):
             if i:
                 step = step or self.decoder(cache, new, position)
                 logits, position = step(new, position), position + 1
-            new = pick(wide(logits[:, -1]), temperature, top_k, generator)
+            new = sample_next_token(upcast(logits[:, -1]), temperature, top_k, generator)
             rows = yield new
             if rows is not None:
                 new, position, step = new[rows], position[rows], None
@@ -449,7 +539,7 @@ class Motif(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         shapes = {name: p.shape for name, p in model.state_dict().items()}
-        for name, get in stored_tensors(path, "model", shapes, device):
+        for name, get in iter_checkpoint(path, "model", shapes, device):
             found[name] = get().to(dtype)
         model.load_state_dict(found, assign=True)
         return model.to(device or "cpu").requires_grad_()
@@ -466,7 +556,7 @@ class Motif(nn.Module):
                 "torch_dtype": str(self.head_weight.dtype).removeprefix("torch.")})
 
 
-def pick(logits: Tensor, temperature: float, top_k: int | None, generator) -> Tensor:
+def sample_next_token(logits: Tensor, temperature: float, top_k: int | None, generator) -> Tensor:
     """logits (B, V) -> a token of each row (B, 1): see Motif.stream."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
@@ -486,7 +576,7 @@ def turned(cache: list, padding: Tensor) -> list:
             for _ in range(len(cache))]
 
 
-def draw(p: Tensor, std: float) -> None:
+def init_normal_(p: Tensor, std: float) -> None:
     """Normal(0, std) in place. FSDP2's shards are cut from the whole, so that they do not depend on
     the number of ranks."""
     if hasattr(p, "placements"):
@@ -534,7 +624,7 @@ def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes:
             name: file for file, names in zip(file_names, files) for name in names}})
 
 
-def stored_tensors(path: Path, stem: str, shapes: dict[str, tuple], device=None):
+def iter_checkpoint(path: Path, stem: str, shapes: dict[str, tuple], device=None):
     """What save_tensors wrote, if it has just these names and shapes: name and a function for each,
     which until the next one comes reads the tensor or, given slices, that part of it alone.
     ValueError, one line, for a file missing or broken and a tensor missing, extra, misshapen, not
@@ -547,7 +637,7 @@ def stored_tensors(path: Path, stem: str, shapes: dict[str, tuple], device=None)
                 parts = {name: f.get_slice(name) for name in f.keys()
                          if not name.endswith("rotary_emb.inv_freq")}
         except (OSError, SafetensorError) as e:
-            raise ValueError(f"{file}: cannot be read: {e}") from None
+            raise UserError(f"{file}: cannot be read: {e}") from None
         for name, part in parts.items():
             stored[name], kind = tuple(part.get_shape()), part.get_dtype()
             if kind not in FLOATS:
@@ -560,7 +650,7 @@ def stored_tensors(path: Path, stem: str, shapes: dict[str, tuple], device=None)
                  if stored.get(n, shape) != tuple(shape)]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(f"{path}: tensors do not fit: {'; '.join(problems[:4])}{more}")
+        raise UserError(f"{path}: tensors do not fit: {'; '.join(problems[:4])}{more}")
     for file in files:                           # one at a time, as a mapped one takes memory
         with safe_open(file, "pt", device=str(device or "cpu")) as f:
             for name in f.keys():
@@ -578,7 +668,7 @@ def model_folder(name, patterns=("*.json", "*.safetensors")) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
     except Exception as e:   # of a dozen kinds: no network, no such name, a licence to accept first
-        raise ValueError(f"{name}: there is no such folder, and the Hub did not give it: "
+        raise UserError(f"{name}: there is no such folder, and the Hub did not give it: "
                          f"{type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
 
 
@@ -589,12 +679,12 @@ def tensor_files(path: Path, stem: str) -> dict[Path, set | None]:
     if index.exists():
         names, places = {}, read_json(index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
-            raise ValueError(f"{index}: its weight_map must give each tensor's file")
+            raise UserError(f"{index}: its weight_map must give each tensor's file")
         for tensor, name in places.items():
             names.setdefault(name, set()).add(tensor)
     for name in names:
         if not (path / name).exists():
-            raise ValueError(f"{path}: {name} is missing")
+            raise UserError(f"{path}: {name} is missing")
     return {path / name: names[name] for name in sorted(names)}
 
 
@@ -603,11 +693,11 @@ def read_json(file: Path) -> dict:
     try:
         found = json.loads(file.read_text())
     except OSError:
-        raise ValueError(f"{file} cannot be read; a model folder has one") from None
+        raise UserError(f"{file} cannot be read; a model folder has one") from None
     except ValueError as e:
-        raise ValueError(f"{file}: not JSON: {e}") from None
+        raise UserError(f"{file}: not JSON: {e}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{file}: not a JSON object")
+        raise UserError(f"{file}: not a JSON object")
     return found
 
 
@@ -615,192 +705,6 @@ def write_json(file: Path, value: dict) -> None:
     file.with_suffix(".tmp").write_text(json.dumps(value, indent=2) + "\n")
     os.replace(file.with_suffix(".tmp"), file)
 
-
-# ---- growth: a larger model that computes the same (arXiv 2511.07464)
-
-def grow(model: Motif, config: MotifConfig, noise_db: float = 10.0, seed: int = 0) -> Motif:
-    """A model of config's shape with the logits of the smaller `model`: width by HyperCloning
-    (arXiv 2409.12903), depth by LLaMA-Pro (arXiv 2401.02415), as grown_tensors says. Same device
-    and dtypes, lambda vectors and per-head norms aside, which are fp32; no memory is shared, and
-    beside both models there is only some of a matrix. noise_db: how far the noise that parts the
-    copies lies below the weights, math.inf for none, drawn on the device from `seed`. rope_theta
-    stays the model's, as it changes the function; max_position_embeddings is config's. ValueError,
-    one line, for a dimension that cannot be reached."""
-    config = replace(config, rope_theta=model.config.rope_theta)
-    return grown(model, config, reach(model.config, config), noise_db, seed)
-
-
-def grow_width(model: Motif, factor: int, signal_ratio: int, noise_db: float = 10.0,
-               seed: int = 0) -> Motif:
-    """See grow: stream and MLP `factor` times as wide, signal_ratio signal heads for each noise
-    head (without noise heads: query heads for each key head). Of a tied model the head becomes its
-    own."""
-    c = model.config
-    return grow(model, replace(
-        c, hidden_size=factor * c.hidden_size, intermediate_size=factor * c.intermediate_size,
-        num_attention_heads=signal_ratio * groups(c) + c.num_noise_heads,
-        tie_word_embeddings=c.tie_word_embeddings and factor == 1), noise_db, seed)
-
-
-def grow_depth(model: Motif, every: int) -> Motif:
-    """See grow: after every `every` layers a copy of the last of them that adds nothing yet.
-    ValueError for less than one."""
-    if every < 1:
-        raise ValueError(f"a layer is copied after every 1 or more, not every {every}")
-    layers = model.config.num_hidden_layers
-    return grown(model, replace(model.config, num_hidden_layers=layers + layers // every), every)
-
-
-def groups(c: MotifConfig) -> int:
-    """Of query heads: as many as there are noise heads, without those as there are key heads."""
-    return c.num_noise_heads or c.num_key_value_heads
-
-
-def reach(old: MotifConfig, new: MotifConfig) -> int:
-    """After how many layers one is copied when a model of shape `old` grows to `new`. ValueError,
-    one line, if it cannot."""
-    new.check()
-    signal, new_signal = (c.num_attention_heads - c.num_noise_heads for c in (old, new))
-    factor, layers = new.hidden_size // old.hidden_size, old.num_hidden_layers
-    copies = new.num_hidden_layers - layers
-    every = layers // copies if 0 < copies <= layers else layers + 1
-    fixed = {"vocab_size": "new words would take a share of every probability",
-             "num_noise_heads": "every noise head is kept once",
-             "num_key_value_heads": "keys and values stay", "head_dim": "heads stay as wide",
-             **dict.fromkeys(("activation", "rms_norm_eps", "attn_rms_norm_eps"),
-                             "it is another function")}
-    wrong = {key: why for key, why in fixed.items() if getattr(old, key) != getattr(new, key)}
-    if new.hidden_size != factor * old.hidden_size:
-        wrong["hidden_size"] = "it must be a multiple"
-    if new.intermediate_size != factor * old.intermediate_size:
-        wrong["intermediate_size"] = f"it must grow as hidden_size does, {factor} times"
-    if new_signal % signal:
-        wrong["num_attention_heads"] = (f"{new_signal} signal heads are no multiple of {signal}")
-    if layers // every != copies:
-        counts = sorted({layers + layers // n for n in range(1, layers + 1)})
-        wrong["num_hidden_layers"] = (f"copies after every 1, 2, ... layers make "
-                                      f"{', '.join(map(str, counts))}")
-    if new.tie_word_embeddings and not (old.tie_word_embeddings and factor == 1):
-        wrong["tie_word_embeddings"] = "the head of a wider or an untied model is not its embedding"
-    if wrong:
-        raise ValueError("; ".join(f"{key}={getattr(old, key)} cannot grow to {getattr(new, key)}: "
-                                   f"{why}" for key, why in wrong.items()))
-    return every
-
-
-def grown(model: Motif, config: MotifConfig, every: int, noise_db: float = 10.0,
-          seed: int = 0) -> Motif:
-    """See grow; config can be reached, with a layer copied after every `every`."""
-    with torch.device("meta"):
-        larger = Motif(config)
-    larger.load_state_dict(dict(grown_tensors(model, larger, every, noise_db, seed)), assign=True)
-    device = model.model.layers[0].self_attn.layer.device
-    for block in larger.model.layers:
-        block.self_attn.layer = block.self_attn.layer.to(device)
-    return larger.requires_grad_()
-
-
-@torch.no_grad()
-def grown_tensors(model: Motif, larger: Motif, every: int, noise_db: float, seed: int):
-    """(name, tensor) of every parameter of `larger`, grown from `model`, one after the other. For a
-    width of 2 and m copies of each signal head
-
-        stream           x becomes [x, x]: the embedding [E, E], norm weights [w, w]
-        its readers      [W/2 + n, W/2 - n]: q, k, v, gate, up and the head, which is then untied
-        gate, up and q   have rows copied, of q the signal heads' within their groups; n is fresh
-                         for every copy
-        o, down          their columns copied as the heads or the MLP were, over m or 2, with noise
-                         that sums to 0 over the copies; then all rows twice
-
-    so that all copies are equal in what they compute and the noise cancels, but not in gradient:
-    equal copies would stay equal for ever. In a copied layer o and down are 0."""
-    c, device = model.config, model.head_weight.device
-    factor = larger.config.hidden_size // c.hidden_size
-    signal, new_signal = (x.num_attention_heads - x.num_noise_heads for x in (c, larger.config))
-    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
-
-    def copied(weight, copies=factor, blocks=1):
-        return copy_columns(weight, copies, blocks, 10 ** (-noise_db / 20), generator)
-
-    yield "model.embed_tokens.weight", model.model.embed_tokens.weight.repeat(1, factor)
-    sources = [(i, copy) for i in range(c.num_hidden_layers)
-               for copy in ([False, True] if (i + 1) % every == 0 else [False])]
-    for j, (i, copy) in enumerate(sources):
-        block = model.model.layers[i]
-        moved = moved_layer(block.self_attn, larger.model.layers[j].self_attn)
-        for name, weight in block.state_dict().items():
-            part = name.split(".")[-2]
-            if name in moved:
-                weight = moved[name]
-            elif part == "q_proj":
-                weight = copied(copy_heads(weight, c, new_signal // signal))
-            elif part in ("k_proj", "v_proj"):
-                weight = copied(weight)
-            elif part in ("gate_proj", "up_proj"):
-                weight = copied(weight.repeat(factor, 1))
-            elif part == "o_proj":
-                weight = copied(weight, new_signal // signal, groups(c)).repeat(factor, 1)
-            elif part == "down_proj":
-                weight = copied(weight).repeat(factor, 1)
-            else:
-                weight = weight.repeat(factor if part.endswith("layernorm") else 1)
-            if copy and part in ("o_proj", "down_proj"):
-                weight.zero_()
-            yield f"model.layers.{j}.{name}", weight
-    yield "model.norm.weight", model.model.norm.weight.repeat(factor)
-    if not larger.config.tie_word_embeddings:
-        yield "lm_head.weight", copied(model.head_weight)
-
-
-def copy_columns(weight: Tensor, copies: int, blocks: int, noise: float, generator) -> Tensor:
-    """(n, blocks b) -> (n, blocks copies b): the columns of every block, `copies` times, over
-    copies, plus normal noise that sums to 0 over them, its RMS `noise` times the matrix's. In fp32,
-    some rows at a time, then rounded: in bf16, where W/2 is exact, W/2 + n is not."""
-    out = weight.new_empty(len(weight), copies * weight.shape[1])
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    rms = torch.linalg.vector_norm(weight, dtype=dtype) / weight.numel() ** 0.5 / copies
-    for rows, place in zip(weight.split(4096), out.split(4096)):
-        rows = wide(rows).unflatten(1, (blocks, 1, -1)) / copies         # (rows, blocks, 1, b)
-        if noise and copies > 1:
-            shape = (*rows.shape[:2], copies, rows.shape[3])
-            n = torch.randn(shape, dtype=dtype, device=rows.device, generator=generator)
-            n -= n.mean(2, keepdim=True)
-            rows = rows + n * (noise * rms * (copies / (copies - 1)) ** 0.5)
-        place.copy_(rows.expand(-1, -1, copies, -1).flatten(1))
-    return out
-
-
-def copy_heads(weight: Tensor, c: MotifConfig, copies: int) -> Tensor:
-    """q's rows (H D, hidden): in every group the signal heads `copies` times, the noise head, its
-    last, once."""
-    heads = weight.unflatten(0, (groups(c), -1, c.head_dim))             # (G, r + 1, D, hidden)
-    r = heads.shape[1] - (c.num_noise_heads > 0)
-    return torch.cat([heads[:, :r].repeat(1, copies, 1, 1), heads[:, r:]], 1).flatten(0, 2)
-
-
-def moved_layer(old: Attention, new: Attention) -> dict[str, Tensor]:
-    """The lambda vectors and the per-head norm of layer i at place j, in fp32 (bf16 would cost
-    1e-3), so that the layer computes the same: lambda_init depends on the place. With
-    b = lambda_q2 . lambda_k2 and d = lambda_init(j) - lambda_init(i)
-
-        lambda_q2 += (ln(e^b + d) - b) lambda_k2 / |lambda_k2|^2
-        subln.weight *= (1 - lambda_init(i)) / (1 - lambda_init(j))
-
-    Plain attention has none of them."""
-    if not old.noise_heads:
-        return {}
-    found = {name: wide(getattr(old, name)).clone() for name in LAMBDAS}
-    found["subln.weight"] = wide(old.subln.weight).clone()
-    i, j = float(old.lambda_init()), float(new.lambda_init())
-    if i != j:
-        q2, k2 = found["lambda_q2"].double(), found["lambda_k2"].double()
-        shift = torch.log1p((j - i) * torch.exp(-(q2 @ k2)))
-        found["lambda_q2"] += shift * k2 / (k2 @ k2)
-        found["subln.weight"] *= (1 - i) / (1 - j)
-    return {f"self_attn.{name}": t for name, t in found.items()}
-
-
-# ---- what a shape costs
 
 def flops_per_token(config: MotifConfig, seq_len: int, causal: bool = True) -> tuple[int, int]:
     """(forward, backward) FLOPs per token of a sequence: 2 per weight of every product, and per
@@ -815,84 +719,3 @@ def flops_per_token(config: MotifConfig, seq_len: int, causal: bool = True) -> t
     attention = c.num_attention_heads * keys * 2 * (c.head_dim + values)
     forward = int(c.num_hidden_layers * (2 * linear + attention) + 2 * c.hidden_size * c.vocab_size)
     return forward, 2 * forward
-
-
-def activation_bytes(config: MotifConfig) -> tuple[int, int]:
-    """Bytes per token that a block keeps for its backward pass in bf16, and those of its input,
-    which is all that a recomputed block keeps: inputs of products, norms and attention, and what
-    attention returns."""
-    c, D = config, config.head_dim
-    heads = c.num_attention_heads + 2 * c.num_key_value_heads                    # q, k, v
-    if c.num_noise_heads:                            # signal and noise, and the normed differences
-        heads += 2 * (2 * c.num_attention_heads - c.num_noise_heads)
-    else:
-        heads += c.num_attention_heads
-    return 2 * (4 * c.hidden_size + heads * D + 3 * c.intermediate_size), 2 * c.hidden_size
-
-
-def parameters_by_part(model: Motif) -> dict[str, int]:
-    """Part -> number of parameters, every parameter in exactly one part."""
-    parts = dict.fromkeys(("embedding", "attention matrices", "MLP matrices", "norms",
-                           "lambda vectors", "PolyNorm scalars", "head"), 0)
-    for name, p in model.named_parameters():
-        last = name.split(".")[-2]
-        part = ("embedding" if last == "embed_tokens" else "head" if last == "lm_head"
-                else "MLP matrices" if last in ("gate_proj", "up_proj", "down_proj")
-                else "attention matrices" if last.endswith("_proj")
-                else "PolyNorm scalars" if last == "act_fn"
-                else "lambda vectors" if "lambda_" in name else "norms")
-        parts[part] += p.numel()
-    return parts
-
-
-def memory_per_gpu(model: Motif, ranks: int) -> dict[str, float]:
-    """Bytes per rank if the model is sharded over so many, activations and logits aside: fp32
-    weights and gradients, Muon's one and AdamW's two fp32 moments, and the bf16 copies that exist
-    unsharded at once: two blocks (one computing, one arriving), embedding and head; one rank keeps
-    all."""
-    total = sum(p.numel() for p in model.parameters())
-    muon = sum(p.numel() for p in model.matrices().values())
-    block = sum(p.numel() for p in model.model.layers[0].parameters())
-    layers = len(model.model.layers)
-    ends, blocks = total - block * layers, layers if ranks == 1 else 2
-    return {"weights": 4 * total / ranks, "gradients": 4 * total / ranks,
-            "optimizer": (4 * muon + 8 * (total - muon)) / ranks,
-            "gathered": 2 * (blocks * block + ends)}
-
-
-def cost_table(config: MotifConfig, lengths: list[int]) -> str:
-    """Parameters by part, FLOPs per token at some sequence lengths, memory for 1, 8 and 64 ranks;
-    on the meta device, so that no size takes memory. ValueError if the shape is impossible."""
-    with torch.device("meta"):
-        model = Motif(config)
-    parts = parameters_by_part(model)
-    total = sum(parts.values())
-    lines = [f"{part:20s} {n:16,d} {n / total:8.2%}"
-             for part, n in {**parts, "total": total}.items()]
-    lines += ["", f"{'GFLOP per token':20s} {'forward':>16s} {'backward':>12s}   causal attention"]
-    for T in lengths:
-        forward, backward = flops_per_token(config, T)
-        lines.append(f"{f'at {T:,d} tokens':20s} {forward / 1e9:16,.3f} {backward / 1e9:12,.3f}")
-    ranks = (1, 8, 64)
-    lines += ["", f"{'GiB per GPU':20s}" + "".join(f"{f'ranks: {r}':>12s}" for r in ranks)]
-    columns = [memory_per_gpu(model, r) for r in ranks]
-    rows = {key: [c[key] for c in columns] for key in columns[0]}
-    rows["without activations"] = [sum(c.values()) for c in columns]
-    lines += [f"{key:20s}" + "".join(f"{x / 2**30:12,.2f}" for x in row)
-              for key, row in rows.items()]
-    return "\n".join(lines)
-
-
-def main() -> None:
-    import sys
-    from configurator import load
-    from pretrain import QUICKSTART, Config, plan_of, shape_of
-    c = load(Config, sys.argv[1:], default_file=QUICKSTART)
-    try:
-        print(cost_table(shape_of(c), sorted(set(plan_of(c).seq_len))))
-    except ValueError as e:
-        raise SystemExit(str(e)) from None
-
-
-if __name__ == "__main__":
-    main()

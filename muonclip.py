@@ -17,12 +17,7 @@ owner, to whom the others send their shards of u, and who sends them theirs of O
 import functools
 import itertools
 import math
-import os
 import re
-import statistics
-import sys
-import time
-import timeit
 
 import torch
 import torch.distributed as dist
@@ -49,12 +44,12 @@ SCALE = 64.0    # X is kept times this, so that its small entries stay in fp16's
 compiled = functools.cache(torch.compile)
 
 
-def local(t: Tensor) -> Tensor:
+def local_shard(t: Tensor) -> Tensor:
     """This rank's part of a tensor that FSDP2 shards, not a copy: with one rank all of it."""
     return t.to_local() if hasattr(t, "to_local") else t
 
 
-def part(shape, sizes, layout, at) -> tuple[slice, ...]:
+def local_slices(shape, sizes, layout, at) -> tuple[slice, ...]:
     """Which part of a tensor lies at coordinate `at` of a mesh of these sizes. layout: for each
     mesh dimension the tensor dimension that it cuts, as torch.chunk does (5 rows over 4 ranks are
     2, 2, 1, 0), or None where it holds copies."""
@@ -67,7 +62,7 @@ def part(shape, sizes, layout, at) -> tuple[slice, ...]:
     return tuple(box)
 
 
-def layout_of(t: Tensor) -> tuple[int | None, ...]:
+def shard_dims(t: Tensor) -> tuple[int | None, ...]:
     """A DTensor's placements as in `part`. ValueError for any but Shard and Replicate."""
     from torch.distributed.tensor import Replicate, Shard
     if any(type(p) not in (Shard, Replicate) for p in t.placements):
@@ -103,7 +98,7 @@ def newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif",
     if tall:
         X, m, n = X.mT, n, m
     table, tiles = COEFFICIENTS[coefficients][:steps], math.comb(-(-m // kernels.TILE) + 1, 2)
-    if len(X) * tiles < kernels.SYMMETRIC_TILES or not kernels.symmetric_takes(X):
+    if len(X) * tiles < kernels.SYMMETRIC_TILES or not kernels.can_use_symmetric_matmul(X):
         X = plain_steps(X, table)
     else:
         X = gram_steps(X, table, span=3 if n >= 1.2 * m else 1)
@@ -129,13 +124,13 @@ def gram_steps(X: Tensor, table, span: int) -> Tensor:
 
     A's eigenvalues that rounding makes negative grow without bound; in fp16 they are harmless for
     three steps, in bf16 (whose 8 bits do not hold a I beside b A + c A A either) for two."""
-    symmetric = kernels.symmetric
+    symmetric = kernels.symmetric_matmul
     for first in range(0, len(table), span):
-        part = table[first:first + span]
+        local_slices = table[first:first + span]
         A = symmetric(X, X, 1 / SCALE)                   # A, P, Q are kept times SCALE too
-        for i, (a, b, c) in enumerate(part):
+        for i, (a, b, c) in enumerate(local_slices):
             P = symmetric(A, A, c / SCALE, A, b)         # without its a I
-            if i + 1 < len(part):
+            if i + 1 < len(local_slices):
                 PA = symmetric(P, A, 1 / SCALE, A, a)
                 A = symmetric(PA, P, 1 / SCALE, PA, a)
             if i:
@@ -168,23 +163,23 @@ def qk_clip(q_weight: Tensor, k_weight: Tensor, max_logits: Tensor, kv_map, head
         rows = factor.repeat_interleave(head_dim)
         if hasattr(weight, "placements"):
             mesh = weight.device_mesh
-            rows = rows[part(weight.shape, mesh.shape, layout_of(weight), mesh.get_coordinate())[0]]
-        local(weight).mul_(rows[:, None])
+            rows = rows[local_slices(weight.shape, mesh.shape, shard_dims(weight), mesh.get_coordinate())[0]]
+        local_shard(weight).mul_(rows[:, None])
     return gamma
 
 
-def in_one_pass(function):
+def compile_rowwise(function):
     """function, whose first two arguments are tensors of one size, so that it gets them in rows of
     1024 where that divides them, and compiled on a GPU: the number of rows alone differs from
     matrix to matrix, so that one kernel serves them all and moves 16 bytes at a time."""
     def call(*args):
         rows = [t.view(-1, math.gcd(t.numel(), 1024)) for t in args[:2]]
-        fused = rows[0].is_cuda and kernels.fused(rows[0])
+        fused = rows[0].is_cuda and kernels.use_triton(rows[0])
         return (compiled(function) if fused else function)(*rows, *args[2:])
     return call
 
 
-@in_one_pass
+@compile_rowwise
 def add_to_momentum(M: Tensor, G: Tensor, mu: Tensor, skip: Tensor | None, nesterov: bool,
                     dtype: torch.dtype) -> Tensor:
     """M = mu M + G in place -> u = G + mu M, or M, in dtype. Where skip is true G counts as 0."""
@@ -194,24 +189,24 @@ def add_to_momentum(M: Tensor, G: Tensor, mu: Tensor, skip: Tensor | None, neste
     return (torch.addcmul(G, M, mu) if nesterov else M).to(dtype)
 
 
-@in_one_pass
+@compile_rowwise
 def apply_update(W: Tensor, O: Tensor, decay: Tensor, rate: Tensor) -> Tensor:
     """W = decay W - rate O in place -> the norms of O's rows."""
     W.mul_(decay).addcmul_(O, rate, value=-1)
     return torch.linalg.vector_norm(O, dim=1, dtype=W.dtype)
 
 
-def flops(shape, steps: int = 5) -> int:
+def newton_schulz_flops(shape, steps: int = 5) -> int:
     """Of Newton-Schulz: 4 m^2 n + 2 m^3 a step for each matrix, m its short side."""
     m, n = sorted(shape[-2:])
     return steps * math.prod(shape[:-2]) * (4 * m * m * n + 2 * m**3)
 
 
-def assign(shapes, ranks: int, chunk: int = 1) -> list[tuple[int, int]]:
+def assign_owners(shapes, ranks: int, chunk: int = 1) -> list[tuple[int, int]]:
     """(chunk, owner) of each matrix. Longest processing time first: by falling FLOPs, each to the
     rank that is free first. As if that were a timetable, a chunk is all that starts within the time
     of `chunk` of the largest matrices: chunks are balanced like the whole, and small in memory."""
-    cost = [flops(shape) for shape in shapes]
+    cost = [newton_schulz_flops(shape) for shape in shapes]
     busy, window, place = [0] * ranks, chunk * max(cost), [(0, 0)] * len(cost)
     for i in sorted(range(len(cost)), key=lambda i: -cost[i]):
         owner = min(range(ranks), key=busy.__getitem__)
@@ -220,7 +215,7 @@ def assign(shapes, ranks: int, chunk: int = 1) -> list[tuple[int, int]]:
     return place
 
 
-def sharing(shapes, ranks: int, replicas: int) -> int:
+def replicas_per_muon_group(shapes, ranks: int, replicas: int) -> int:
     """How many of the replicas divide these matrices among them, while the others do the same: the
     fewest that leave the busiest rank least to do. More would only send more, as an owner sends its
     results to each of them: 280 matrices keep no more than about 256 ranks at work. ValueError if
@@ -230,14 +225,14 @@ def sharing(shapes, ranks: int, replicas: int) -> int:
 
     def busiest(n):
         load = [0] * (n * ranks // replicas)
-        for shape, (_, owner) in zip(shapes, assign(shapes, len(load))):
-            load[owner] += flops(shape)
+        for shape, (_, owner) in zip(shapes, assign_owners(shapes, len(load))):
+            load[owner] += newton_schulz_flops(shape)
         return max(load)
     return min((n for n in range(1, replicas + 1) if replicas % n == 0),
                key=lambda n: (busiest(n), n))
 
 
-class Unit:
+class MuonShardGroup:
     """The matrices that lie on one device mesh of `sizes` (a shard group, or replicas of it too),
     and who does what for them: arithmetic alone, so that a plan is what a step does, until unit_on
     adds the process group. Rank r has coordinates at[r].
@@ -249,14 +244,14 @@ class Unit:
 
     def __init__(self, shapes, layouts, sizes, at=None, chunk: int = 1):
         at = at or list(itertools.product(*map(range, sizes)))
-        place = assign(shapes, len(at), chunk)
+        place = assign_owners(shapes, len(at), chunk)
         self.shapes, self.ranks, self.owner = shapes, range(len(at)), [owner for _, owner in place]
         self.order = sorted(range(len(shapes)), key=place.__getitem__)
         self.chunks = [list(g) for _, g in itertools.groupby(self.order, lambda i: place[i][0])]
 
         @functools.cache                                 # hundreds of matrices are of few kinds
         def boxes(shape, layout):
-            parts = [part(shape, sizes, layout, a) for a in at]
+            parts = [local_slices(shape, sizes, layout, a) for a in at]
             return parts, [math.prod(s.stop - s.start for s in box) for box in parts]
         self.parts, counts = zip(*map(boxes, shapes, layouts))
         at, cut = torch.tensor(at), torch.tensor([[d is not None for d in x] for x in layouts])
@@ -325,18 +320,18 @@ class Unit:
         return received.split([self.back[i][self.me] for i in self.chunks[k]])
 
 
-def unit_on(mesh, params, chunk: int, dtype: torch.dtype) -> Unit:
+def build_shard_group(mesh, params, chunk: int, dtype: torch.dtype) -> MuonShardGroup:
     """The unit of the DTensors on a mesh, ready to exchange, of those replicas (by the mesh's first
     dimension) that share the work with this rank's. All ranks of the mesh make theirs."""
-    shapes, layouts = [p.shape for p in params], [layout_of(p) for p in params]
+    shapes, layouts = [p.shape for p in params], [shard_dims(p) for p in params]
     n = mesh.shape[0]
     if all(layout[0] is None for layout in layouts):
-        n = sharing(shapes, mesh.size(), n)
+        n = replicas_per_muon_group(shapes, mesh.size(), n)
     first, sizes = mesh.get_coordinate()[0] // n * n, (n, *mesh.shape[1:])
     at = dict(zip(mesh.mesh[first:first + n].flatten().tolist(),
                   itertools.product(*map(range, sizes))))
     ranks = sorted(at)
-    unit = Unit(shapes, layouts, sizes, [at[r] for r in ranks], chunk)
+    unit = MuonShardGroup(shapes, layouts, sizes, [at[r] for r in ranks], chunk)
     unit.group = (dist.group.WORLD if len(ranks) == dist.get_world_size() else
                   dist.new_group(ranks, use_local_synchronization=True))
     unit.me, unit.params = ranks.index(dist.get_rank()), [params[i] for i in unit.order]
@@ -393,17 +388,17 @@ class MuonClip(torch.optim.Optimizer):
         self.update_rms: dict[Tensor, Tensor] = {}
         if self.qk:
             self.kv_map = torch.as_tensor(kv_map, device=self.qk[0][0].device)
-        self.unit_of: dict[Tensor, Unit] = {}            # of the matrices that others share
+        self.unit_of: dict[Tensor, MuonShardGroup] = {}            # of the matrices that others share
         spread = [p for p in muon if hasattr(p, "placements") and p.device_mesh.size() > 1]
         for mesh in dict.fromkeys(p.device_mesh for p in spread):
-            unit = unit_on(mesh, [p for p in spread if p.device_mesh == mesh], chunk, dtype)
+            unit = build_shard_group(mesh, [p for p in spread if p.device_mesh == mesh], chunk, dtype)
             self.unit_of.update(dict.fromkeys(unit.params, unit))
         for p in muon:
-            self.state[p] = {"momentum": torch.zeros_like(local(p))}
+            self.state[p] = {"momentum": torch.zeros_like(local_shard(p))}
         for p in rest:
             self.state[p] = {"step": torch.zeros((), device=p.device),
-                             "exp_avg": torch.zeros_like(local(p)),
-                             "exp_avg_sq": torch.zeros_like(local(p))}
+                             "exp_avg": torch.zeros_like(local_shard(p)),
+                             "exp_avg_sq": torch.zeros_like(local_shard(p))}
 
     @torch.no_grad()
     def step(self, closure=None, *, max_logits: Tensor | None = None, skip: Tensor | None = None):
@@ -457,14 +452,14 @@ class MuonClip(torch.optim.Optimizer):
         if p in self.unit_of and p.grad is not None and p.grad.placements != p.placements:
             raise ValueError(f"a gradient is placed by {p.grad.placements}, its parameter by "
                              f"{p.placements}; redistribute the gradient first")
-        G = torch.zeros_like(M) if p.grad is None else local(p.grad).contiguous()
+        G = torch.zeros_like(M) if p.grad is None else local_shard(p.grad).contiguous()
         u = add_to_momentum(M, G, mu, skip, group["nesterov"], self.newton_schulz["dtype"])
         return u.view(M.shape)
 
     def _update(self, p, O, lr, decay) -> Tensor:
         """Applies a result -> what this rank's part of it adds to the RMS of the update over lr."""
         scale = 0.2 * max(p.shape[-2:]) ** 0.5           # gives O the RMS of AdamW's update
-        norms = apply_update(local(p), O, decay, lr * scale)
+        norms = apply_update(local_shard(p), O, decay, lr * scale)
         return torch.linalg.vector_norm(norms) * (scale / p.numel() ** 0.5)
 
     def _orthogonalize(self, updates, unit):
@@ -494,14 +489,14 @@ class MuonClip(torch.optim.Optimizer):
 
     def _adamw(self, group, params, skip) -> None:
         states, (beta1, beta2) = [self.state[p] for p in params], group["betas"]
-        adamw([local(p) for p in params], [local(p.grad) for p in params],
+        adamw([local_shard(p) for p in params], [local_shard(p.grad) for p in params],
               [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
               [s["step"] for s in states], fused=group["fused"], amsgrad=False, maximize=False,
               beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
               eps=group["eps"], found_inf=None if skip is None else skip.float())
 
 
-def for_model(model, *, lr: float, optimizer: str = "muonclip", **options) -> MuonClip:
+def configure_optimizer(model, *, lr: float, optimizer: str = "muonclip", **options) -> MuonClip:
     """MuonClip of a model.Motif: its matrices to Muon, all else to AdamW, QK-clip on every layer.
     optimizer="adamw", to compare: everything to AdamW and no QK-clip. options: MuonClip's.
     ValueError for another optimizer."""
@@ -526,119 +521,3 @@ def describe_routing(model, optimizer: MuonClip) -> str:
                      f"{sum(p.numel() for p in params):,d} in {len(params)} tensors: "
                      + ", ".join(dict.fromkeys(names[p] for p in params)))
     return "\n".join(lines)
-
-
-def plan_table(shapes, world: int, replicas: int = 1) -> str:
-    """What Parallel Muon does with these matrices: from the same arithmetic, on no device.
-    ValueError if the replicas do not divide the ranks."""
-    shards, together = world // replicas, sharing(shapes, world, replicas)
-    unit = Unit(shapes, [(None, 0)] * len(shapes), (together, shards))
-    work = torch.zeros(len(unit.chunks), together * shards, dtype=torch.float64)
-    for k, chunk in enumerate(unit.chunks):
-        for i in chunk:
-            work[k, unit.owner[i]] += flops(shapes[i]) / 1e12
-    sent, received, held = 2e-9 * torch.stack([*unit.traffic(), unit.peak()]).double()     # bf16
-    rows = {"TFLOP": work.sum(0), "GB sent": sent, "GB received": received, "MB held": 1e3 * held}
-    P = sum(map(math.prod, shapes)) / 1e9
-    return (f"{shards} shards x {replicas} replicas, {together} of which divide {len(shapes)} "
-            f"matrices of {P:.3f}e9 elements, in {len(unit.chunks)} chunks,\n"
-            f"among {len(set(unit.owner))} of their ranks; most of a rank, over the mean:\n"
-            + "".join(f"  {name:12s}{x.max():10,.2f}{x.max() / x.mean():8.3f}\n"
-                      for name, x in rows.items())
-            + f"where ranks wait at each chunk {work.amax(1).sum():.2f} TFLOP, where each gathers "
-            f"all {2 * P * (1 - 1 / shards):.2f} GB;\nthe report's at 8 ranks: 216 ms, 3,904 MB")
-
-
-def row(name: str, *calls, seconds: float = 60, rounds: int = 21) -> str:
-    """A line of each call's time in ms, median and range, in turn so that all meet the same
-    neighbours, and the ratio of the first two."""
-    times, end = [], time.perf_counter() + seconds
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    while len(times) < 5 or len(times) < rounds + 2 and time.perf_counter() < end:
-        times.append([1e3 * timeit.timeit(lambda: (call(), wait()), wait, number=1)
-                      for call in calls])
-    times = [sorted(ms) for ms in zip(*times[2:])]       # the first two compile
-    median = [statistics.median(ms) for ms in times]
-    cells = (f"{m:10.2f} ({ms[0]:.2f} to {ms[-1]:.2f})" for m, ms in zip(median, times))
-    return f"  {name:20s}{''.join(cells)}{median[0] / median[1]:8.3f}"
-
-
-def gather_all(optimizer: MuonClip, updates, unit):
-    """A plain _orthogonalize, to compare with: each rank gathers and does every matrix."""
-    from torch.distributed.tensor import DTensor
-    for p, u in zip(unit.params if unit else (), updates):
-        u = DTensor.from_local(u, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
-        box = part(p.shape, p.device_mesh.shape, layout_of(p), p.device_mesh.get_coordinate())
-        yield newton_schulz(u.full_tensor(), **optimizer.newton_schulz)[box].contiguous()
-
-
-def time_parallel(shapes, replicas: int) -> None:
-    """Under torchrun: a step of the sharded matrices by Parallel Muon and by gather_all, which give
-    the same weights. ValueError if the replicas do not divide the ranks."""
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-    world, gpu = int(os.environ["WORLD_SIZE"]), None
-    together = sharing(shapes, world, replicas)
-    if torch.cuda.is_available():
-        gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(gpu)
-    dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
-    device, runs = gpu or torch.device("cpu"), []
-    mesh = dist.init_device_mesh(device.type, (replicas, world // replicas))
-    for form in MuonClip._orthogonalize, gather_all:
-        torch.manual_seed(0)
-        params = [distribute_tensor(torch.randn(shape, device=device), mesh,
-                                    [Replicate(), Shard(0)], src_data_rank=None)
-                  for shape in shapes]
-        for p in params:
-            p.grad = p.clone()
-        runs.append(MuonClip(params, [], lr=1e-3))
-        runs[-1]._orthogonalize = functools.partial(form, runs[-1])
-    times = row(f"{len(shapes)} matrices", *(
-        lambda run=run: (dist.barrier(), run.step(), dist.barrier()) for run in runs),
-        seconds=math.inf, rounds=5)
-    same = torch.stack([(local(p) == local(q)).all() for p, q in zip(*(run.state for run in runs))])
-    dist.all_reduce(same := same.all().int(), dist.ReduceOp.MIN)
-    if dist.get_rank() == 0:
-        print(f"{world} ranks on {device.type}, {together} of {replicas} replicas divide the "
-              f"matrices; ms of a step: Parallel Muon, each gathers all, ratio\n{times}\n"
-              f"the same weights: {bool(same)}", flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def main() -> None:
-    from configurator import load
-    from model import Motif
-    from pretrain import QUICKSTART, Config, shape_of
-    from torch.optim._muon import _zeropower_via_newtonschulz as plain
-    c = load(Config, sys.argv[1:], default_file=QUICKSTART)
-    try:
-        with torch.device("meta"):
-            model = Motif(shape_of(c))
-        shapes = [p.shape for p in model.matrices().values()]
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            return time_parallel(shapes, c.replicas)
-        print(describe_routing(model, for_model(model, lr=c.lr)))
-        if "--world" in (word.partition("=")[0] for word in sys.argv):
-            return print(plan_table(shapes, c.world, c.replicas))
-    except ValueError as e:
-        raise SystemExit(str(e)) from None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"ms on {device}: newton_schulz, torch's plain form in bf16, ratio")
-    layer = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes[:7]]
-    kinds = sorted({(c.hidden_size, c.hidden_size), *map(tuple, shapes[:7])}, key=math.prod)
-    for shape in *kinds, (8, *kinds[0]):
-        G = torch.randn(shape, device=device)
-        print(row(" x ".join(map(str, shape)), lambda: newton_schulz(G), lambda: [
-            plain(g, COEFFICIENTS["quintic"][0], 5, 1e-7) for g in G.view(-1, *shape[-2:])],
-            seconds=5))
-    for p in layer:
-        p.grad = torch.randn_like(p)
-    print("a step of a layer's matrices: MuonClip, torch.optim.Muon, torch.optim.AdamW, ratio\n"
-          + row(f"{sum(p.numel() for p in layer):,d} parameters", MuonClip(layer, [], lr=1e-3).step,
-                torch.optim.Muon(layer, lr=1e-3, adjust_lr_fn="match_rms_adamw").step,
-                torch.optim.AdamW(layer, lr=1e-3, fused=True).step))
-
-
-if __name__ == "__main__":
-    main()

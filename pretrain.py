@@ -32,12 +32,10 @@ from torch.utils.checkpoint import checkpoint
 import configurator
 import data
 import muonclip
-from configurator import Count, Fraction, NonNegative, Size
-from kernels import LOSS_CHUNK
-from model import (INDEX, Linear, Motif, MotifConfig, activation_bytes, cost_table,
-                   flops_per_token, grow, memory_per_gpu, model_folder, read_json, save_tensors,
-                   stored_tensors, tensor_files, write_json)
-from muonclip import local
+from configurator import Count, Fraction, NonNegative, Size, UserError, one_line
+from model import (Linear, Motif, MotifConfig, flops_per_token, save_tensors, iter_checkpoint,
+                   tensor_files)
+from muonclip import local_shard
 
 QUICKSTART = str(Path(__file__).parent / "config" / "quickstart.py")
 RANK, LOCAL_RANK = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK"))  # by torchrun
@@ -45,7 +43,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 @dataclass
-class Run:
+class TrainConfig:
     """How a run goes, of any kind of training."""
     out_dir: str | None = None      # where all output goes; None: out/<name of the config file>,
                                     # of sft.py out/sft<stage>
@@ -53,23 +51,23 @@ class Run:
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # of products; auto: bf16 on CUDA
                                     # only; fp8: in the blocks' linear layers, bf16 in the rest
     compile: bool | None = None     # torch.compile the blocks; None: on CUDA
-    recompute: Size = 0             # blocks whose forward runs again in the backward pass, the
+    activation_checkpoint_layers: Size = 0             # blocks whose forward runs again in the backward pass, the
                                     # first ones: less memory, a third more FLOPs for each
-    replicas: Count = 1             # copies of the model among the ranks of torchrun; each copy is
+    dp_replicate: Count = 1             # copies of the model among the ranks of torchrun; each copy is
                                     # sharded over the others
-    timeout: Count = 600            # seconds that a rank waits for another before the run ends
+    timeout_seconds: Count = 600            # seconds that a rank waits for another before the run ends
     seed: int = 1337                # of the initial weights and of the order of the data
     resume: str = "auto"            # auto: the newest checkpoint in out_dir; no; or a path
-    micro_tokens: Count = 4096      # tokens in one forward pass of one rank: what memory allows
+    micro_batch_tokens: Count = 4096      # tokens in one forward pass of one rank: what memory allows
     data_dir: str = "data"          # where what is prepared is kept, for all runs
     # optimizer
     optimizer: Literal["muonclip", "adamw"] = "muonclip"  # adamw: to compare, on every parameter
     momentum: Fraction = 0.95       # Muon's [ours: unpublished]
     weight_decay: NonNegative = 0.1  # of matrices and embeddings
-    coefficients: Literal["quintic", "motif", "polar_express"] = "motif"  # of Newton-Schulz
-    tau: NonNegative = 100.0        # QK-clip keeps logits below this [ours: unpublished]; 0: none
+    ns_coefficients: Literal["quintic", "motif", "polar_express"] = "motif"  # of Newton-Schulz
+    qk_clip_threshold: NonNegative = 100.0        # QK-clip keeps logits below this [ours: unpublished]; 0: none
     grad_clip: NonNegative = 1.0    # largest norm of the whole gradient; 0: no clipping
-    max_skipped: Count = 10         # steps in a row without update, as not finite, that end the run
+    max_nonfinite_steps: Count = 10         # steps in a row without update, as not finite, that end the run
     # what is reported
     log_every: Count = 10           # steps
     eval_every: Count | None = 100  # steps; also before the first and after the last; None: never
@@ -83,19 +81,19 @@ class Run:
 
 
 @dataclass
-class Config(Run, MotifConfig):
+class Config(TrainConfig, MotifConfig):
     """Pre-training."""
     init: str | None = None         # first weights: grow:PATH, from a smaller model; average:DIR,k,
                                     # of the last k checkpoints of a run; None: at random
     dry_run: bool = False           # print size, plan, memory and time, and open nothing
-    world: Count = 8                # ranks that --dry_run plans for
-    mfu: Fraction = 0.4             # share of an H100's peak at which it counts the days
+    plan_world_size: Count = 8                # ranks that --dry_run plans for
+    assumed_mfu: Fraction = 0.4             # share of an H100's peak at which it counts the days
     export: str | None = None       # write a checkpoint's model in bf16 into this folder, and end
     # length and schedule; tokens seen are the clock
     max_steps: Count | None = None  # optimizer steps; the run ends here or at max_tokens
     max_tokens: Count | None = None  # tokens of the whole run; set one of the two, or both
     seq_len: Count | list = 256     # tokens per sequence, or knots [[tokens seen, length], ...]
-    theta: list | None = None       # knots [[tokens seen, RoPE's base], ...]; None: rope_theta
+    rope_theta_schedule: list | None = None       # knots [[tokens seen, RoPE's base], ...]; None: rope_theta
     batch_tokens: Count | list = 4096  # tokens per step over all ranks, or knots likewise
     lr: NonNegative = 4e-3          # peak, of Muon and AdamW alike
     warmup_steps: Size = 20         # linear from 0
@@ -109,26 +107,26 @@ class Config(Run, MotifConfig):
                                     # name -> [source, first share, last share]; see data.py
     mixture: list | None = None     # knots [[fraction of the run, {name: share}], ...] instead
     caps: dict = field(default_factory=dict)  # name -> largest share
-    part: str = "1/1"               # python data.py: prepare part i/n of the data, on n machines
+    prepare_part: str = "1/1"               # python data.py: prepare part i/n of the data, on n machines
     workers: Count | None = None    # processes that prepare data; None: one per core
 
 
-def shape_of(c: Config) -> MotifConfig:
+def model_config(c: Config) -> MotifConfig:
     """The model's part of the config."""
     return MotifConfig(**{f.name: getattr(c, f.name) for f in fields(MotifConfig)})
 
 
-def plan_of(c: Config) -> data.Plan:
+def make_curriculum(c: Config) -> data.Curriculum:
     """The run's curriculum. ValueError if it cannot be, or is longer than the model's positions."""
-    plan = data.Plan(c.domains, batch_tokens=c.batch_tokens, seq_len=c.seq_len, mixture=c.mixture,
+    plan = data.Curriculum(c.domains, batch_tokens=c.batch_tokens, seq_len=c.seq_len, mixture=c.mixture,
                      max_steps=c.max_steps, max_tokens=c.max_tokens, caps=c.caps)
     if max(plan.seq_len) > c.max_position_embeddings:
-        raise ValueError(f"seq_len={c.seq_len} is longer than max_position_embeddings="
+        raise UserError(f"seq_len={c.seq_len} is longer than max_position_embeddings="
                          f"{c.max_position_embeddings}; raise that or shorten the sequence")
     return plan
 
 
-def lr_at(c: Config, plan: data.Plan, step: int) -> float:
+def lr_at(c: Config, plan: data.Curriculum, step: int) -> float:
     """Learning rate of a step: warm-up, stable, decay (WSD). With x the part of the decay behind
     us, in tokens, and m = min_lr, it falls as lr times
 
@@ -145,20 +143,20 @@ def lr_at(c: Config, plan: data.Plan, step: int) -> float:
 
 def theta_at(c: Config, tokens: int) -> float:
     """RoPE's base once so many tokens are seen. ValueError for knots that are none."""
-    knots = data.knots("theta", c.theta) if c.theta else [(0, c.rope_theta)]
+    knots = data.parse_schedule("theta", c.rope_theta_schedule) if c.rope_theta_schedule else [(0, c.rope_theta)]
     return float(max(knot for knot in knots if knot[0] <= tokens)[1])
 
 
 # ---- ranks
 
-def join(c: Config, device: torch.device) -> None:
+def init_distributed(c: Config, device: torch.device) -> None:
     """Meet the other ranks of torchrun: on gloo and, for what is on GPUs, NCCL. ValueError if they
     cannot be `replicas` copies."""
-    if WORLD % c.replicas:
-        raise ValueError(f"{WORLD} ranks cannot be replicas={c.replicas} copies of the same size")
+    if WORLD % c.dp_replicate:
+        raise UserError(f"{WORLD} ranks cannot be replicas={c.dp_replicate} copies of the same size")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    limit = timedelta(seconds=c.timeout)
+    limit = timedelta(seconds=c.timeout_seconds)
     if WORLD > 1:                    # torchrun's restarts share a store: the old ranks' addresses
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")       # must not be found there
         store = dist.PrefixStore(attempt, next(dist.rendezvous("env://", timeout=limit))[0])
@@ -171,40 +169,40 @@ def join(c: Config, device: torch.device) -> None:
 
 
 @functools.cache
-def patient():
+def slow_group():
     """The ranks again, for what may take its time: preparing data, writing a checkpoint."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=30))
 
 
-def tell(value) -> list:
+def all_gather_object(value) -> list:
     """The values of all ranks, on all of them."""
     values = [value]
     if WORLD > 1:
-        dist.all_gather_object(values := [None] * WORLD, value, group=patient())
+        dist.all_gather_object(values := [None] * WORLD, value, group=slow_group())
     return values
 
 
-def together(call, *args):
+def sync_errors(call, *args):
     """call(*args) on every rank -> its result; an OSError or ValueError of one is raised on all."""
     result = error = None
     try:
         result = call(*args)
     except (OSError, ValueError) as e:
         error = e
-    for error in tell(error):
+    for error in all_gather_object(error):
         if error is not None:
             raise error
     return result
 
 
-def add_up(t: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(t: torch.Tensor) -> torch.Tensor:
     """The sum over all ranks, in place."""
     if WORLD > 1:
         dist.all_reduce(t)
     return t
 
 
-def any_of(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether it is set on one of the ranks: of the hosts, which wait for no device."""
     flag = torch.tensor(flag, dtype=torch.int32)
     if WORLD > 1:
@@ -212,7 +210,7 @@ def any_of(flag: bool) -> bool:
     return bool(flag)
 
 
-def tensors(batch) -> tuple[torch.Tensor, ...]:
+def to_tensors(batch) -> tuple[torch.Tensor, ...]:
     """What a stream gives: rows (R, T + 1), or ids, targets and documents, each (R, T) -> ids and
     targets (R, T), as the model takes them, and documents if there are any."""
     if isinstance(batch, np.ndarray):
@@ -220,7 +218,7 @@ def tensors(batch) -> tuple[torch.Tensor, ...]:
     return tuple(map(torch.from_numpy, batch))
 
 
-def padded(batch: tuple, own: int, n: int) -> tuple[torch.Tensor, ...]:
+def pad_rows(batch: tuple, own: int, n: int) -> tuple[torch.Tensor, ...]:
     """Ids, targets, ..., each (R, T) -> (n, T). All ranks must pass the model equally often; so of
     the first `own` rows each counts, and the first one fills the rest with targets that do not."""
     ids, targets, *more = (torch.cat([t[:own], t[:1].expand(n - own, -1)]) for t in batch)
@@ -228,7 +226,7 @@ def padded(batch: tuple, own: int, n: int) -> tuple[torch.Tensor, ...]:
     return ids, targets, *more
 
 
-def share_of(rows: int) -> tuple[int, int, int]:
+def split_rows(rows: int) -> tuple[int, int, int]:
     """Of so many rows: the first that this rank reads, one in WORLD, how many of them are its own,
     and the number to which all ranks pad theirs."""
     return RANK % rows, len(range(RANK, rows, WORLD)), -(-rows // WORLD)
@@ -243,7 +241,7 @@ class Log:
 
     def __init__(self, out: Path, start: tuple | None, c: Config):
         self.out, self.metrics, self.wandb = out, out / "metrics.jsonl", None
-        self.evaluated = tell(self._begin(start, c) if RANK == 0 else None)[0]
+        self.evaluated = all_gather_object(self._begin(start, c) if RANK == 0 else None)[0]
 
     def _begin(self, start: tuple | None, c: Config) -> int:
         """The step of the last evaluation."""
@@ -257,7 +255,7 @@ class Log:
             try:
                 import wandb
             except ImportError:
-                raise SystemExit("--wandb needs: pip install wandb") from None
+                raise UserError("--wandb needs: pip install wandb") from None
             self.wandb = wandb.init(project=c.wandb, name=str(out), config=asdict(c), dir=out)
         return max([m["step"] for m in kept if "val_loss" in m], default=-1)
 
@@ -266,7 +264,7 @@ class Log:
             with (self.out / name).open("a") as f:
                 f.write(text)
 
-    def sample(self, text: str) -> None:
+    def sample_prompts(self, text: str) -> None:
         self._append("samples.txt", text)
 
     def say(self, text: str) -> None:
@@ -297,39 +295,6 @@ def read_metrics(out: Path) -> list[dict]:
 def replace_text(path: Path, text: str) -> None:
     path.with_suffix(".tmp").write_text(text)
     os.replace(path.with_suffix(".tmp"), path)
-
-
-def draw(out: Path) -> None:
-    """loss.png: losses and mixture over tokens. Without matplotlib there is none."""
-    try:
-        import matplotlib
-        matplotlib.use("agg")
-        from matplotlib import pyplot as plt
-    except ImportError:
-        return
-    metrics = read_metrics(out)
-    train = [m for m in metrics if m.get("loss") is not None]
-    val = [m for m in metrics if "val_loss" in m]
-    if not train:
-        return
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6.5), sharex=True, height_ratios=(3, 1),
-                                         layout="constrained")
-    tokens = [m["tokens"] for m in train]
-    top.plot(tokens, [m["loss"] for m in train], color="0.6", lw=1, label="training")
-    for name in dict.fromkeys(name for m in val for name in m["val_loss_by_domain"]):
-        losses = [m["val_loss_by_domain"].get(name, math.nan) for m in val]
-        top.plot([m["tokens"] for m in val], losses, "o-", ms=3, label=f"{name}, held out")
-    top.set(ylabel="loss (nats per token)", title=f"{out}: {train[-1]['step']:,d} steps")
-    top.legend()
-    top.grid(alpha=0.3)
-    names = [*dict.fromkeys(name for m in train for name in m["mixture"])]
-    bottom.stackplot(tokens, [[m["mixture"].get(name, 0) for m in train] for name in names],
-                     labels=names, alpha=0.7)
-    bottom.set(xlabel="tokens seen", ylabel="mixture", ylim=(0, 1), xlim=(0, tokens[-1]))
-    bottom.legend(loc="center left", fontsize="small")
-    figure.savefig(out / "loss.tmp.png", dpi=110)
-    plt.close(figure)
-    os.replace(out / "loss.tmp.png", out / "loss.png")
 
 
 # ---- checkpoints
@@ -365,25 +330,25 @@ def save_checkpoint(out: Path, step: int, model: Motif, optimizer, state: dict, 
                  "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
         (temporary / "state.json").write_text(json.dumps(whole, indent=1) + "\n")
         for path in [*temporary.rglob("*"), temporary]:
-            sync(path)
+            fsync_path(path)
         shutil.rmtree(folder, ignore_errors=True)  # torn, or else the run would have begun there
         os.replace(temporary, folder)
-        sync(out)
+        fsync_path(out)
 
     try:
-        together(clear)
-        together(reporting, write)
-        together(finish if RANK == 0 else int)
+        sync_errors(clear)
+        sync_errors(safetensors_errors, write)
+        sync_errors(finish if RANK == 0 else int)
     except OSError as e:
         if RANK == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"checkpoint {folder} could not be written: {e}") from None
-    for old in sorted(s for s in steps_in(out) if s <= step)[:-c.keep_last] if RANK == 0 else ():
+    for old in sorted(s for s in checkpoint_steps(out) if s <= step)[:-c.keep_last] if RANK == 0 else ():
         if not c.keep_every or old % c.keep_every:
             shutil.rmtree(out / f"step_{old}")
 
 
-def reporting(call, *args) -> None:
+def safetensors_errors(call, *args) -> None:
     """call(*args), with safetensors' own error as the OSError that it mostly is."""
     from safetensors import SafetensorError
     try:
@@ -392,13 +357,13 @@ def reporting(call, *args) -> None:
         raise OSError(str(e)) from None
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
-def steps_in(out: Path) -> list[int]:
+def checkpoint_steps(out: Path) -> list[int]:
     return [int(f.name[5:]) for f in out.glob("step_*") if f.name[5:].isdigit()]
 
 
@@ -408,9 +373,9 @@ def read_state(folder: Path) -> dict:
         state = json.loads((folder / "state.json").read_text())
         for name, size in state["files"].items():
             if (folder / name).stat().st_size != size:
-                raise ValueError(f"{name} is cut short")
+                raise UserError(f"{name} is cut short")
     except (OSError, ValueError, KeyError) as e:
-        raise ValueError(f"checkpoint {folder} is not whole ({e})") from None
+        raise UserError(f"checkpoint {folder} is not whole ({e})") from None
     return state
 
 
@@ -418,18 +383,18 @@ def find_checkpoint(c: Config, out: Path) -> tuple[Path, dict] | None:
     """What `resume` asks for: the newest whole checkpoint in out, the one at a path, or None, with
     its state. ValueError if the path is none, or if two runs would mix in out."""
     if c.resume == "auto":
-        return newest(out)
+        return latest_checkpoint(out)
     start = None if c.resume == "no" else (Path(c.resume), read_state(Path(c.resume)))
-    there = max(steps_in(out), default=0)
+    there = max(checkpoint_steps(out), default=0)
     if there > (start[1]["step"] if start else 0):
-        raise ValueError(f"resume={c.resume}, but {out} holds a run up to step {there}; delete it "
+        raise UserError(f"resume={c.resume}, but {out} holds a run up to step {there}; delete it "
                          "or give another --out_dir")
     return start
 
 
-def newest(out: Path) -> tuple[Path, dict] | None:
+def latest_checkpoint(out: Path) -> tuple[Path, dict] | None:
     """The newest whole checkpoint in out and its state; None if there is none."""
-    for step in sorted(steps_in(out), reverse=True):
+    for step in sorted(checkpoint_steps(out), reverse=True):
         try:
             return out / f"step_{step}", read_state(out / f"step_{step}")
         except ValueError as e:
@@ -437,15 +402,15 @@ def newest(out: Path) -> tuple[Path, dict] | None:
     return None
 
 
-def check_fits(folder: Path, state: dict, c: Config, plan: data.Plan) -> None:
+def check_compatible(folder: Path, state: dict, c: Config, plan: data.Curriculum) -> None:
     """ValueError if a checkpoint is beyond the end, of another shape or of another optimizer."""
     if state["step"] > plan.steps:
-        raise ValueError(f"checkpoint {folder} is beyond the end at step {plan.steps}; make "
+        raise UserError(f"checkpoint {folder} is beyond the end at step {plan.steps}; make "
                          "the run longer or give another --out_dir")
     for key in (*(f.name for f in fields(MotifConfig)), "optimizer"):
         ours, theirs = getattr(c, key), state["config"].get(key)
         if ours != theirs:
-            raise ValueError(f"checkpoint {folder} has {key}={theirs}, not {ours}; give --{key}="
+            raise UserError(f"checkpoint {folder} has {key}={theirs}, not {ours}; give --{key}="
                              f"{theirs}, or another --out_dir for a new run")
 
 
@@ -454,61 +419,22 @@ def load_checkpoint(folder: Path, model: Motif, optimizer) -> None:
     """Copy a checkpoint's weights and optimizer state in place; each rank reads its shards alone.
     ValueError for a damaged file."""
     try:
-        read_into(model.state_dict(), folder, "model")
-        read_into(optimizer_tensors(model, optimizer), folder / "optimizer", "state")
+        load_into(model.state_dict(), folder, "model")
+        load_into(optimizer_tensors(model, optimizer), folder / "optimizer", "state")
     except ValueError as e:
-        raise ValueError(f"{e}; delete {folder} to go on from the checkpoint before") from None
+        raise UserError(f"{e}; delete {folder} to go on from the checkpoint before") from None
 
 
 @torch.no_grad()
-def read_into(ours: dict[str, torch.Tensor], folder: Path, stem: str) -> None:
+def load_into(ours: dict[str, torch.Tensor], folder: Path, stem: str) -> None:
     """Copy stored tensors into ours, of FSDP2's the part that this rank has."""
-    for name, get in stored_tensors(folder, stem, {n: t.shape for n, t in ours.items()}):
+    for name, get in iter_checkpoint(folder, stem, {n: t.shape for n, t in ours.items()}):
         t, box = ours[name], ()
         if hasattr(t, "placements"):
             mesh = t.device_mesh
-            box = muonclip.part(t.shape, mesh.shape, muonclip.layout_of(t), mesh.get_coordinate())
-        if local(t).numel():
-            local(t).copy_(get(*box))
-
-
-def first_weights(c: Config, out: Path) -> Path:
-    """Make what `init` asks for -> out/init, a folder in the released layout: every rank can read
-    its shards there, and no other than this process needs the memory. ValueError for what cannot
-    be."""
-    kind, _, what = c.init.partition(":")
-    if kind == "grow":
-        model = grow(Motif.from_pretrained(what, dtype=torch.float32), shape_of(c), seed=c.seed)
-    elif kind == "average" and re.fullmatch(r".+,[1-9]\d*", what):
-        model = average(Path(what.rpartition(",")[0]), int(what.rpartition(",")[2]))
-        for key, ours in asdict(shape_of(c)).items():
-            if getattr(model.config, key) != ours and key != "rope_theta":
-                raise ValueError(f"init={c.init}: that model has {key}={getattr(model.config, key)}"
-                                 f", not {ours}")
-    else:
-        raise ValueError(f"init={c.init} must be grow:PATH or average:DIR,k")
-    theirs, ours = model.config.rope_theta, theta_at(c, 0)
-    if theirs != ours:
-        raise ValueError(f"init={c.init}: that model has rope_theta={theirs}, not {ours}; keep it "
-                         f"at first, and let it rise, as with --theta=\"[[0, {theirs:.0f}], "
-                         f"[1_000_000_000, {ours:.0f}]]\"")
-    shutil.rmtree(out / "init", ignore_errors=True)
-    model.save_pretrained(out / "init", SHARD_BYTES)
-    print(f"first weights by {c.init}, in {out}/init", flush=True)
-    return out / "init"
-
-
-def average(run: Path, k: int) -> Motif:
-    """The mean, in fp32, of a run's last k checkpoints. ValueError if it has not so many."""
-    folders = [run / f"step_{step}" for step in sorted(steps_in(run))[-k:]]
-    if len(folders) < k:
-        raise ValueError(f"{run} holds {len(folders)} checkpoints, not {k}; keep more of them by "
-                         "--keep_last or --keep_every")
-    mean = Motif.from_pretrained(folders[0], dtype=torch.float32)
-    for i, folder in enumerate(folders[1:], 2):
-        for ours, theirs in zip(mean.parameters(), Motif.from_pretrained(folder).parameters()):
-            ours.data.lerp_(theirs.data.float(), 1 / i)
-    return mean
+            box = muonclip.local_slices(t.shape, mesh.shape, muonclip.shard_dims(t), mesh.get_coordinate())
+        if local_shard(t).numel():
+            local_shard(t).copy_(get(*box))
 
 
 def optimizer_tensors(model: Motif, optimizer) -> dict[str, torch.Tensor]:
@@ -521,73 +447,6 @@ def optimizer_tensors(model: Motif, optimizer) -> dict[str, torch.Tensor]:
                                                 shape=p.shape, stride=p.stride())
             found[f"{name}.{key}"] = value
     return found
-
-
-def export(folder: Path, state: dict, to: Path) -> None:
-    """Write a checkpoint's model, cast to bf16, in the released layout, file by file, and what
-    serves it. ValueError if `to` is there already, the checkpoint is damaged or its tokenizer is
-    gone, OSError if it cannot write."""
-    from safetensors.torch import load_file, save_file
-    if to.exists():
-        raise ValueError(f"{to} is there already; delete it or give another --export")
-    config, total = read_json(folder / "config.json"), 0
-    with torch.device("meta"):
-        shapes = {n: p.shape for n, p in Motif(MotifConfig.from_dict(config)).state_dict().items()}
-    next(stored_tensors(folder, "model", shapes))        # refuses a folder that is not whole
-    temporary = to.with_name(f"{to.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    export_tokenizer(state["config"]["tokenizer"], temporary)
-    for file in tensor_files(folder, "model"):
-        tensors = {name: t.bfloat16() for name, t in load_file(file).items()}
-        save_file(tensors, temporary / file.name, metadata={"format": "pt"})
-        total += sum(t.nbytes for t in tensors.values())
-        print(f"{file.name}: {len(tensors)} tensors", flush=True)
-    write_json(temporary / "config.json", config | {"torch_dtype": "bfloat16"})
-    if (folder / f"model{INDEX}").exists():
-        write_json(temporary / f"model{INDEX}", read_json(folder / f"model{INDEX}") | {
-            "metadata": {"total_size": total}})
-    for path in [*temporary.iterdir(), temporary]:
-        sync(path)
-    os.replace(temporary, to)
-    print(f"{folder} is in {to}: {total / 1e9:.2f} GB in bf16")
-
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "chat_template.jinja")
-
-
-def export_tokenizer(name: str, to: Path) -> None:
-    """Write generation_config.json, which has the ids that begin and end a text, and where the
-    tokenizer is a tokenizer.json also that and the others of TOKENIZER_FILES beside it. The copy
-    has those special tokens too that load_tokenizer adds, and puts BEGIN before a text, as training
-    did. ValueError if the tokenizer cannot be had."""
-    special = data.load_tokenizer(name)._special_tokens
-    write_json(to / "generation_config.json", {
-        "bos_token_id": special[data.BEGIN],
-        "eos_token_id": [special[data.END], special[data.TURN_END]]})
-    is_file = name.endswith(".json")
-    place = Path(name).parent if is_file else model_folder(name, TOKENIZER_FILES)
-    file = Path(name) if is_file else place / "tokenizer.json"
-    if not file.exists():                               # byte or tiktoken's
-        return
-    spec = read_json(file)
-    known = {t["content"] for t in spec["added_tokens"]}
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    spec["added_tokens"] += [{"id": i, "content": token, **plain, "special": True}
-                             for token, i in special.items() if token not in known]
-    begin, a, b = ({kind: {"id": name, "type_id": 0}} for kind, name in (
-        ("SpecialToken", data.BEGIN), ("Sequence", "A"), ("Sequence", "B")))
-    spec["post_processor"] = {
-        "type": "TemplateProcessing", "single": [begin, a], "pair": [begin, a, b],
-        "special_tokens": {data.BEGIN: {"id": data.BEGIN, "ids": [special[data.BEGIN]],
-                                        "tokens": [data.BEGIN]}}}
-    write_json(to / "tokenizer.json", spec)
-    write_json(to / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast",
-                                              "bos_token": data.BEGIN, "eos_token": data.END})
-    for other in TOKENIZER_FILES[1:]:
-        if (place / other).exists():
-            shutil.copy(place / other, to)
 
 
 # ---- one step, one evaluation
@@ -617,13 +476,13 @@ def reduce_and_clip(model: Motif, loss: torch.Tensor, largest: float, replicas: 
     """Sum over the ranks the loss and what FSDP2 leaves to us, the gradients of vectors; then scale
     the whole gradient to a norm of at most `largest` (0: leave it) -> loss, norm before."""
     with_grad = [p for p in model.parameters() if p.grad is not None]
-    matrices = [local(p.grad) for p in with_grad if p.ndim > 1]
+    matrices = [local_shard(p.grad) for p in with_grad if p.ndim > 1]
     vectors = [p.grad for p in with_grad if p.ndim < 2]
     if WORLD > 1:
-        flat = add_up(torch.cat([g.flatten() for g in vectors])).split([g.numel() for g in vectors])
+        flat = all_reduce_sum(torch.cat([g.flatten() for g in vectors])).split([g.numel() for g in vectors])
         torch._foreach_copy_(vectors, [f.view_as(g) for f, g in zip(flat, vectors)])
     norm = torch.nn.utils.get_total_norm
-    loss, squares = add_up(torch.stack([loss, norm(matrices).square() / replicas]))
+    loss, squares = all_reduce_sum(torch.stack([loss, norm(matrices).square() / replicas]))
     total = (squares + norm(vectors).square()).sqrt()
     if largest:
         torch._foreach_mul_(matrices + vectors, (largest / (total + 1e-6)).clamp(max=1))
@@ -638,7 +497,7 @@ def train_step(model: Motif, optimizer, batch: tuple, micro: int, count: int, lr
     batch = tuple((t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
                   for t in batch)
     loss, largest = forward_backward(model, batch, micro, count)
-    loss, norm = reduce_and_clip(model, loss, c.grad_clip, c.replicas)
+    loss, norm = reduce_and_clip(model, loss, c.grad_clip, c.dp_replicate)
     skip = ~torch.isfinite(loss + norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -647,22 +506,22 @@ def train_step(model: Motif, optimizer, batch: tuple, micro: int, count: int, lr
     return loss, norm, largest, skip
 
 
-class Skips:
+class NonFiniteSteps:
     """Steps without update. The device knows at once; the host reads it where it waits anyway."""
 
     def __init__(self, in_a_row: int):
         self.unread, self.in_a_row = [], in_a_row
 
     def read(self, step: int, c: Config, log: Log) -> None:
-        """Say which of the steps up to this one they were; SystemExit after c.max_skipped."""
+        """Say which of the steps up to this one they were; SystemExit after c.max_nonfinite_steps."""
         skipped = torch.stack(self.unread).tolist() if self.unread else []
         at = [step - len(skipped) + 1 + i for i, skip in enumerate(skipped) if skip]
         if at:
             log.say(f"no update at step {', '.join(map(str, at))}: loss or gradient not finite")
         for skip in skipped:
             self.in_a_row = self.in_a_row + 1 if skip else 0
-            if self.in_a_row >= c.max_skipped:
-                raise SystemExit(f"{self.in_a_row} steps in a row were not finite; "
+            if self.in_a_row >= c.max_nonfinite_steps:
+                raise UserError(f"{self.in_a_row} steps in a row were not finite; "
                                  f"{last_good(log.out)}: lower lr, or look at the data of these "
                                  "steps")
         self.unread.clear()
@@ -677,14 +536,14 @@ def evaluate(model: Motif, held_out: dict[str, tuple], micro_tokens: int,
     tokens, size, quarters = {}, {}, torch.zeros(4)
     sums = torch.zeros(len(held_out), 4, dtype=torch.float64, device=length.device)
     for i, (name, (ids, targets, *documents)) in enumerate(held_out.items()):
-        first, own, n = share_of(len(ids))
-        batch = padded([t[first::WORLD] for t in held_out[name]], own, n)
+        first, own, n = split_rows(len(ids))
+        batch = pad_rows([t[first::WORLD] for t in held_out[name]], own, n)
         for part in zip(*(t.split(max(1, micro_tokens // ids.shape[1])) for t in batch)):
             sums[i] += model(*part, reduction="quarters")
         counted = targets >= 0
         tokens[name], size[name] = counted.sum().item(), length[targets[counted]].sum().item()
         quarters += torch.tensor([q.sum().item() for q in counted.tensor_split(4, 1)])
-    sums = add_up(sums).cpu()
+    sums = all_reduce_sum(sums).cpu()
     nats = dict(zip(held_out, sums.sum(1).tolist()))
     by_quarter = {} if documents else {"val_loss_by_quarter": (sums.sum(0) / quarters).tolist()}
     return {"val_loss": sum(nats.values()) / sum(tokens.values()),
@@ -694,7 +553,7 @@ def evaluate(model: Motif, held_out: dict[str, tuple], micro_tokens: int,
 
 
 @torch.no_grad()
-def layer_figures(model: Motif, optimizer) -> list[dict]:
+def layer_stats(model: Motif, optimizer) -> list[dict]:
     """The ideas at work, per layer: lambda, PolyNorm's weights and bias, norm of each query and key
     head, RMS of the last update of each matrix (over lr)."""
     figures = []
@@ -714,9 +573,9 @@ def layer_figures(model: Motif, optimizer) -> list[dict]:
     return figures
 
 
-def sample(model: Motif, tokenizer, c: Config, encode) -> str:
+def sample_prompts(model: Motif, tokenizer, c: Config, encode) -> str:
     """The prompts, continued up to an end of turn or text."""
-    text, ends = "", {tokenizer.encode_single_token(end) for end in (data.END, data.TURN_END)}
+    text, ends = "", {tokenizer.encode_single_token(exit_rank) for exit_rank in (data.END, data.TURN_END)}
     for prompt in c.prompts:
         ids = encode(tokenizer, prompt)
         new = min(c.sample_tokens, c.max_position_embeddings - len(ids))
@@ -738,7 +597,7 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
-def training_line(plan: data.Plan, *, step, tokens, loss, grad_norm, lr, ms, optimizer_ms,
+def training_line(plan: data.Curriculum, *, step, tokens, loss, grad_norm, lr, ms, optimizer_ms,
                   tok_per_s, mfu, gib, max_logit, heads_clipped, mixture) -> str:
     left = int((plan.tokens[-1] - tokens) / tok_per_s)
     optimizer = "" if optimizer_ms is None else f" (optimizer {optimizer_ms:.0f})"
@@ -761,72 +620,17 @@ def validation_line(step: int, steps: int, result: dict) -> str:
 
 # ---- the run
 
-def memory_of_rank(c: Config, T: int, recompute: int) -> dict[str, float]:
-    """Bytes that one of c.world GPUs holds at the most, of what lasts and in each part of a step.
-    A sum of the large tensors: what the allocator and NCCL take comes on top, a few GB."""
-    shards = c.world // c.replicas
-    with torch.device("meta"):
-        model = Motif(shape_of(c))
-    lasting = memory_per_gpu(model, shards)
-    gathered = lasting.pop("gathered")
-    block = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim > 1)
-    head = model.head_weight.numel()
-    ends = head + (0 if c.tie_word_embeddings else model.model.embed_tokens.weight.numel())
-    tokens = max(1, c.micro_tokens // T) * T
-    kept, entry = activation_bytes(shape_of(c))
-    layers, recompute = c.num_hidden_layers, min(recompute, c.num_hidden_layers)
-    activations = tokens * (recompute * entry + (layers - recompute) * kept)
-    logits = 2 * min(tokens, LOSS_CHUNK) * c.vocab_size
-    grads = 2 * (2 + 4) * block if shards > 1 else 0     # bf16 and, on the way, fp32: of two blocks
-    shapes = [p.shape for p in model.matrices().values()]
-    together = muonclip.sharing(shapes, c.world, c.replicas)
-    unit = muonclip.Unit(shapes, [(None, 0)] * len(shapes), (together, shards))
-    return lasting | {
-        "loss": gathered + activations + logits + 2 * head,
-        "backward pass": (gathered + activations + 2 * head + grads
-                          + tokens * kept * (recompute > 0)),
-        "its end": 2 * ends + (2 + 4) * ends * (shards > 1),
-        "Parallel Muon": 2 * unit.peak().max().item() if c.world > 1 else 0}
-
-
-def memory_table(c: Config, T: int) -> str:
-    """A GPU's memory with the blocks recomputed that the config asks for, none, and all."""
-    columns = dict.fromkeys((c.recompute, 0, c.num_hidden_layers))
-    lines = [f"{'GiB per GPU, recomputed:':24s}" + "".join(f"{n:8d}" for n in columns)]
-    rows = [memory_of_rank(c, T, n) for n in columns]
-    lasting = list(rows[0])[:3]
-    totals = [sum(r[k] for k in lasting) + max(r[k] for k in r if k not in lasting) for r in rows]
-    lines += [f"{key:24s}" + "".join(f"{r[key] / 2**30:8.1f}" for r in rows) for key in rows[0]]
-    lines += [f"{'at the most':24s}" + "".join(f"{n / 2**30:8.1f}" for n in totals)]
-    fits = totals[0] < USABLE
-    return "\n".join(lines) + (f"\n{'fits' if fits else 'does NOT fit'} a GPU of 80 GB" + (
-        "" if fits else "; raise --recompute or --world, or lower --micro_tokens"))
-
-
-def describe(c: Config, plan: data.Plan) -> str:
-    """What --dry_run prints: the costs of model and run, and the curriculum, from the config."""
-    if c.world % c.replicas:
-        raise ValueError(f"{c.world} ranks cannot be replicas={c.replicas} copies of the same size")
-    per_token = {T: sum(flops_per_token(shape_of(c), T)) for T in set(plan.seq_len)}
-    flops = sum(per_token[T] * T * rows for T, rows in zip(plan.seq_len, plan.rows))
-    days = flops / (c.world * PEAK_FLOPS["H100"] * max(c.mfu, 1e-3)) / 86400
-    T = max(plan.seq_len, key=lambda T: c.micro_tokens // T * T)
-    return (f"{cost_table(shape_of(c), sorted(per_token))}\n\n{plan.steps:,d} steps, "
-            f"{plan.tokens[-1]:,d} tokens, {flops:.3e} FLOPs: {days:,.1f} days on {c.world} H100 "
-            f"at {c.mfu:.0%} MFU\n\n{c.replicas} x {c.world // c.replicas} ranks, "
-            f"{c.micro_tokens:,d} tokens in a pass\n{memory_table(c, T)}\n\n{plan.table()}")
-
 
 def is_due(step: int, every: int | None, anyway: bool) -> bool:
     return every is not None and (step % every == 0 or anyway)
 
 
 def last_good(out: Path) -> str:
-    start = newest(out)
+    start = latest_checkpoint(out)
     return f"the last good checkpoint is {start[0]}" if start else "there is no checkpoint"
 
 
-def stop_signals() -> list[float]:
+def install_signal_handlers() -> list[float]:
     """When signals came, filled as they do: SIGTERM or Ctrl-C lets the step end and saves, another
     one more than a second later ends the process at once."""
     got = []
@@ -845,43 +649,43 @@ def stop_signals() -> list[float]:
     return got
 
 
-def device_of(c: Config) -> torch.device:
+def pick_device(c: Config) -> torch.device:
     """One of its own for each rank of a machine. ValueError for a device that is not there."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     name = auto if c.device == "auto" else c.device
     try:
         return torch.empty(1, device=f"cuda:{LOCAL_RANK}" if name == "cuda" else name).device
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"device={c.device}: {str(e).splitlines()[0]}") from None
+        raise UserError(f"device={c.device}: {str(e).splitlines()[0]}") from None
 
 
-COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of the weights
+COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of the weights
 
 
-def precision_of(c: Config, device: torch.device) -> str:
+def compute_precision(c: Config, device: torch.device) -> str:
     auto = "bf16" if device.type == "cuda" else "fp32"
     return auto if c.precision == "auto" else c.precision
 
 
-def check_fp8(c: Config, plan: data.Plan, device: torch.device) -> None:
+def check_fp8(c: Config, plan: data.Curriculum, device: torch.device) -> None:
     """ValueError if precision=fp8 is asked for and a product of the blocks could not have it."""
-    if precision_of(c, device) != "fp8":
+    if compute_precision(c, device) != "fp8":
         return
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise ValueError("precision=fp8 needs a GPU of compute capability 8.9 or more; give "
+        raise UserError("precision=fp8 needs a GPU of compute capability 8.9 or more; give "
                          "--precision=bf16")
     with torch.device("meta"):
-        matrices = Motif(shape_of(c)).matrices()
+        matrices = Motif(model_config(c)).matrices()
     sizes = {n for p in matrices.values() for n in p.shape}
     odd = sorted(n for n in sizes | set(plan.seq_len) if n % 16)
     if odd:
-        raise ValueError("precision=fp8 needs widths and seq_len in multiples of 16; a matrix or "
+        raise UserError("precision=fp8 needs widths and seq_len in multiples of 16; a matrix or "
                          f"sequence of {odd[0]} is none")
 
 
 def uses_fsdp(c: Config, device: torch.device) -> bool:
     """Only fp32 in one process on a CPU goes without."""
-    return WORLD > 1 or device.type == "cuda" or precision_of(c, device) != "fp32"
+    return WORLD > 1 or device.type == "cuda" or compute_precision(c, device) != "fp32"
 
 
 def build(c: Config, device: torch.device) -> Motif:
@@ -895,12 +699,12 @@ def build(c: Config, device: torch.device) -> Motif:
     computed in fp32, which a policy of their own would do with three more groups in each block. It
     is then for us to add up their gradients."""
     with torch.device("meta"):
-        model = Motif(shape_of(c))
+        model = Motif(model_config(c))
     for i, block in enumerate(model.model.layers):
         for module in block.modules():
             if isinstance(module, Linear):
-                module.fp8 = precision_of(c, device) == "fp8"
-        if i < c.recompute:                         # nothing in a block is random
+                module.fp8 = compute_precision(c, device) == "fp8"
+        if i < c.activation_checkpoint_layers:                         # nothing in a block is random
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
                                               preserve_rng_state=False)
         if c.compile or c.compile is None and device.type == "cuda":
@@ -919,11 +723,11 @@ def shard(model: Motif, c: Config, device: torch.device) -> None:
     over the tokens of all ranks, in fp32 (with FP8 in bf16, as the report has it); one rank keeps
     its bf16 copies through a step."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    model.compute_dtype = COMPUTE[precision_of(c, device)]
-    low = WORLD > 1 and precision_of(c, device) == "fp8"
+    model.compute_dtype = COMPUTE_DTYPE[compute_precision(c, device)]
+    low = WORLD > 1 and compute_precision(c, device) == "fp8"
     policy = MixedPrecisionPolicy(model.compute_dtype, torch.bfloat16 if low else torch.float32,
                                   cast_forward_inputs=False)
-    sizes = (c.replicas, WORLD // c.replicas) if c.replicas > 1 else (WORLD,)
+    sizes = (c.dp_replicate, WORLD // c.dp_replicate) if c.dp_replicate > 1 else (WORLD,)
     mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("copy", "shard")[-len(sizes):])
     vectors = {p for p in model.parameters() if p.ndim < 2}
     for module in [*model.model.layers, model]:
@@ -941,18 +745,18 @@ def reshard(model: Motif) -> None:
             module.reshard()
 
 
-def begin_text(tokenizer, prompt: str) -> list[int]:
+def encode_text_prompt(tokenizer, prompt: str) -> list[int]:
     """How pre-training encodes a prompt."""
     return data.encode_document(tokenizer, prompt)[:-1]
 
 
-def check_prompts(c: Config, tokenizer, encode=begin_text) -> None:
+def check_prompts(c: Config, tokenizer, encode=encode_text_prompt) -> None:
     """ValueError for a prompt that is no text or leaves the model no position to go on at."""
     for prompt in c.prompts:
         if not isinstance(prompt, str):
-            raise ValueError(f"prompts must be a list of texts; {prompt!r} is none")
+            raise UserError(f"prompts must be a list of texts; {prompt!r} is none")
         if len(encode(tokenizer, prompt)) >= c.max_position_embeddings:
-            raise ValueError(f"prompt {prompt[:20]!r}... is longer than max_position_embeddings="
+            raise UserError(f"prompt {prompt[:20]!r}... is longer than max_position_embeddings="
                              f"{c.max_position_embeddings}; shorten it")
 
 
@@ -960,24 +764,24 @@ def check_writable(out: Path) -> None:
     """ValueError if out is not a folder that can be written, without making anything."""
     exists = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
     if not exists.is_dir() or not os.access(exists, os.W_OK):
-        raise ValueError(f"{out} cannot be written; give another --out_dir")
+        raise UserError(f"{out} cannot be written; give another --out_dir")
 
 
 def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer, tokenizer,
-          start: tuple | None, encode=begin_text) -> None:
+          start: tuple | None, encode=encode_text_prompt) -> None:
     """The loop, from `start` = (checkpoint, its state) or from step 0 to the end of the stream's
     plan. A stream has plan, batch(step, rank, world), as `tensors` takes it, targets(step), how
     many count in the global batch, and fingerprint(); held_out: name -> such a batch; encode: how
     prompts are read."""
     plan, device = stream.plan, model.head_weight.device
     step = begun = start[1]["step"] if start else 0
-    skips = Skips(start[1]["skipped"] if start else 0)
-    held_out = {name: [t.to(device) for t in tensors(rows)] for name, rows in held_out.items()}
+    skips = NonFiniteSteps(start[1]["skipped"] if start else 0)
+    held_out = {name: [t.to(device) for t in to_tensors(rows)] for name, rows in held_out.items()}
     length = torch.from_numpy(data.token_bytes(tokenizer)).to(device)
     peak, log = peak_flops(device), Log(out, start, c)
     n = sum(p.numel() for p in model.parameters())
     where = f"{device} and {WORLD - 1} more" if WORLD > 1 else device
-    log.say(f"{n:,d} parameters on {where} in {precision_of(c, device)}; {plan.steps:,d} steps, "
+    log.say(f"{n:,d} parameters on {where} in {compute_precision(c, device)}; {plan.steps:,d} steps, "
             f"{plan.tokens[-1]:,d} tokens\n{muonclip.describe_routing(model, optimizer)}")
     if start:
         log.say(f"resumed from {start[0]} at step {step}")
@@ -995,7 +799,7 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
     while True:
         done = step == plan.steps
         model.config.rope_theta = theta_at(c, plan.tokens[step])
-        stop = any_of(done or bool(signals))
+        stop = any_rank(done or bool(signals))
         evaluating = log.evaluated < step and is_due(step, c.eval_every, done)
         saving = step > begun and is_due(step, c.save_every, stop)
         if evaluating or saving or stop:
@@ -1003,37 +807,38 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
         aside = time.perf_counter()
         if evaluating:
             with torch.compiler.set_stance("force_eager"):  # one shape more, and training's graphs
-                result = evaluate(model, held_out, c.micro_tokens, length)      # become dynamic
-                text = sample(model, tokenizer, c, encode)
+                result = evaluate(model, held_out, c.micro_batch_tokens, length)      # become dynamic
+                text = sample_prompts(model, tokenizer, c, encode)
             reshard(model)
             log.sample(f"=== step {step}, validation loss {result['val_loss']:.4f}\n{text}")
             log.metric(step=step, tokens=plan.tokens[step], **result,
-                       layers=layer_figures(model, optimizer))
+                       layers=layer_stats(model, optimizer))
             log.say(validation_line(step, plan.steps, result))
         if saving:
             try:
                 state = {"skipped": skips.in_a_row, "data": stream.fingerprint()}
                 save_checkpoint(out, step, model, optimizer, state, c)
             except OSError as e:
-                raise SystemExit(f"{e}; {last_good(out)}") from None
+                raise UserError(f"{e}; {last_good(out)}") from None
         if (saving or stop) and RANK == 0:
-            draw(out)
+            from tools.plots import plot_training
+            plot_training(out)
         if stop:
             break
         timer += time.perf_counter() - aside
 
         T, lr = plan.seq_len[step], lr_at(c, plan, step)
-        first, own, n = share_of(plan.rows[step])
+        first, own, n = split_rows(plan.rows[step])
         try:
-            batch = tensors(stream.batch(step, first, WORLD))
+            batch = to_tensors(stream.batch(step, first, WORLD))
         except ValueError as e:                      # a damaged shard
-            raise SystemExit(str(e)) from None
+            raise UserError(str(e)) from None
         loss, norm, largest, skip = train_step(
-            model, optimizer, padded(batch, own, n), max(1, c.micro_tokens // T),
+            model, optimizer, pad_rows(batch, own, n), max(1, c.micro_batch_tokens // T),
             stream.targets(step), lr, c)
         skips.unread.append(skip)
         if step == begun:              # before, there was nothing to save, and a signal to the
-            signals = stop_signals()   # compilers among our processes would leave us waiting
+            signals = install_signal_handlers()   # compilers among our processes would leave us waiting
         step += 1
 
         if is_due(step, c.log_every, step in (1, plan.steps)):
@@ -1053,77 +858,80 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
             log.metric(**figures)
             log.say(training_line(plan, **figures))
             timer, timed = now, step
-    kept = f"model in {out}/step_{step}" if step in steps_in(out) else "nothing new to save"
+    kept = f"model in {out}/step_{step}" if step in checkpoint_steps(out) else "nothing new to save"
     samples = f", samples in {out}/samples.txt" if c.eval_every else ""
     log.say(f"{'finished' if done else 'stopped'} at step {step}; {kept}, curve in {out}/loss.png"
             f"{samples}")
 
 
-def set_up(c: Config, out: Path):
+def setup(c: Config, out: Path):
     """What train takes, checked and built; ValueError for what cannot be, on all ranks alike."""
-    plan = plan_of(c)
-    shape_of(c).check()
+    plan = make_curriculum(c)
+    model_config(c).check()
     if RANK == 0:
         check_writable(out)
-    device = device_of(c)
+    device = pick_device(c)
     check_fp8(c, plan, device)
     tokenizer = data.load_tokenizer(c.tokenizer)
     if tokenizer.n_vocab > c.vocab_size:
-        raise ValueError(f"tokenizer {c.tokenizer} has {tokenizer.n_vocab} tokens, more than "
+        raise UserError(f"tokenizer {c.tokenizer} has {tokenizer.n_vocab} tokens, more than "
                          f"vocab_size={c.vocab_size}; raise that")
     check_prompts(c, tokenizer)
     theta_at(c, 0)
-    join(c, device)
-    start = tell(together(find_checkpoint if RANK == 0 else lambda *_: None, c, out))[0]
+    init_distributed(c, device)
+    start = all_gather_object(sync_errors(find_checkpoint if RANK == 0 else lambda *_: None, c, out))[0]
     if start:
-        check_fits(*start, c, plan)
-    stores = in_turn(lambda: data.prepare(c.domains, c.tokenizer, c.data_dir, plan.need(),
+        check_compatible(*start, c, plan)
+    stores = rank0_first(lambda: data.prepare(c.domains, c.tokenizer, c.data_dir, plan.need(),
                                           workers=c.workers))
-    corpus = data.Corpus(plan, stores, c.seed)
-    if len({*tell(corpus.fingerprint())}) > 1:
-        raise ValueError(f"the machines hold different data in {c.data_dir}; copy one's to all")
+    corpus = data.TokenDataset(plan, stores, c.seed)
+    if len({*all_gather_object(corpus.fingerprint())}) > 1:
+        raise UserError(f"the machines hold different data in {c.data_dir}; copy one's to all")
     held_out = {n: corpus.validation(n, c.eval_tokens, max(plan.seq_len))
                 for n in plan.names if c.eval_every}
-    model, optimizer = ready(c, device, start, first_weights if c.init else None, out)
+    first = None
+    if c.init:
+        from tools.grow import first_weights as first
+    model, optimizer = build_model_and_optimizer(c, device, start, first, out)
     return corpus, held_out, model, optimizer, tokenizer, start
 
 
-def in_turn(prepare):
+def rank0_first(prepare):
     """What prepare() gives each rank. The first makes the data; then, where it does not see them,
     each machine; then all see them."""
     for turn in RANK == 0, LOCAL_RANK == 0, True:
-        made = together(lambda: prepare() if turn else None)
+        made = sync_errors(lambda: prepare() if turn else None)
     return made
 
 
-def ready(c: Config, device: torch.device, start: tuple | None, first, out: Path):
+def build_model_and_optimizer(c: Config, device: torch.device, start: tuple | None, first, out: Path):
     """Model and optimizer as the checkpoint at `start` has them, else with the weights in the
     folder that first(c, out) makes on one rank, else at random."""
     model = build(c, device)
-    optimizer = muonclip.for_model(
+    optimizer = muonclip.configure_optimizer(
         model, lr=c.lr, optimizer=c.optimizer, momentum=c.momentum, weight_decay=c.weight_decay,
-        coefficients=c.coefficients, tau=c.tau, dtype=COMPUTE[precision_of(c, device)])
+        coefficients=c.ns_coefficients, tau=c.qk_clip_threshold, dtype=COMPUTE_DTYPE[compute_precision(c, device)])
     if start:
-        together(load_checkpoint, start[0], model, optimizer)
+        sync_errors(load_checkpoint, start[0], model, optimizer)
     elif first:
-        made = tell(together(first, c, out) if RANK == 0 else together(int))[0]
-        together(read_into, model.state_dict(), made, "model")
+        made = all_gather_object(sync_errors(first, c, out) if RANK == 0 else sync_errors(int))[0]
+        sync_errors(load_into, model.state_dict(), made, "model")
     return model, optimizer
 
 
 @contextmanager
-def plainly(c: Config, out: Path):
+def friendly_errors(c: Config, out: Path):
     """What may end a run, in one line."""
     try:
         yield
     except torch.OutOfMemoryError:
-        raise SystemExit(f"out of memory; halve --micro_tokens={c.micro_tokens}") from None
+        raise UserError(f"out of memory; halve --micro_batch_tokens={c.micro_batch_tokens}") from None
     except OSError as e:
-        raise SystemExit(f"{e.filename or out}: {data.one_line(e)}") from None
+        raise UserError(f"{e.filename or out}: {one_line(e)}") from None
     except RuntimeError as e:
         if WORLD == 1 or not re.search("gloo|NCCL|Connection|[Tt]imed out", str(e)):
             raise
-        raise SystemExit(f"lost touch with another rank ({data.one_line(e)}); "
+        raise UserError(f"lost touch with another rank ({one_line(e)}); "
                          f"{last_good(out)}") from None
 
 
@@ -1132,53 +940,52 @@ def main() -> None:
     file, _ = configurator.split(sys.argv[1:], QUICKSTART)
     c.out_dir = c.out_dir or f"out/{Path(file).stem}"
     out = Path(c.out_dir)
-    with plainly(c, out):
-        try:
-            if RANK and (c.dry_run or c.export):     # one process does these
-                return
-            if c.dry_run:
-                return print(describe(c, plan_of(c)))
-            if c.export:
-                found = newest(out) if c.resume == "auto" else (
-                    Path(c.resume), read_state(Path(c.resume)))
-                if not found:
-                    raise ValueError(f"{out} holds no checkpoint to export; give --resume=PATH")
-                return reporting(export, *found, Path(c.export))
-            parts = set_up(c, out)
-        except ValueError as e:
-            raise SystemExit(str(e)) from None
+    with friendly_errors(c, out):
+        if RANK and (c.dry_run or c.export):         # one process does these
+            return
+        if c.dry_run:
+            from tools.plan import dry_run_report
+            return print(dry_run_report(c, make_curriculum(c)))
+        if c.export:
+            from tools.export import export
+            found = latest_checkpoint(out) if c.resume == "auto" else (
+                Path(c.resume), read_state(Path(c.resume)))
+            if not found:
+                raise UserError(f"{out} holds no checkpoint to export; give --resume=PATH")
+            return safetensors_errors(export, *found, Path(c.export))
+        parts = setup(c, out)
         if RANK == 0:
             out.mkdir(parents=True, exist_ok=True)
             configurator.save(c, out / "config.json")
         train(c, out, *parts)
 
 
-def end(said: SystemExit) -> None:
+def exit_rank(said: UserError | None) -> None:
     """Of one of many ranks: rank 0 speaks for all, and torchrun then ends the others. One that is
     still there had trouble of its own. No clean-up, which would wait for ranks that are gone."""
-    if isinstance(said.code, str):
+    if said is not None:
         if RANK:
             time.sleep(3)
-        print(f"rank {RANK}: {said.code}" if RANK else said.code, file=sys.stderr)
+        print(f"rank {RANK}: {said}" if RANK else said, file=sys.stderr)
     sys.stdout.flush()
-    os._exit(1 if said.code else 0)
+    os._exit(1 if said else 0)
 
 
-def as_script(main) -> None:
+def run_main(main) -> None:
     """main(), by one of many ranks or alone."""
     try:
         main()
         if WORLD > 1:
             if dist.is_initialized():
-                together(int)                        # all are through
-            end(SystemExit(0))                       # gloo may fail as it is torn down
+                sync_errors(int)                        # all are through
+            exit_rank(None)                          # gloo may fail as it is torn down
     except KeyboardInterrupt:
         raise SystemExit("interrupted; run the same command to go on") from None
-    except SystemExit as e:
+    except UserError as e:
         if WORLD == 1:
-            raise
-        end(e)
+            raise SystemExit(str(e)) from None
+        exit_rank(e)
 
 
 if __name__ == "__main__":
-    as_script(main)
+    run_main(main)

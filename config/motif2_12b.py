@@ -34,8 +34,8 @@ seq_len = [[0, 4096], [4_500_000_000_000, 16384]]  # raised for the annealing of
 batch_tokens = [                 # 16M to 80M, in steps; where they are is [ours]
     [0, 16_777_216], [500_000_000_000, 33_554_432], [1_500_000_000_000, 50_331_648],
     [3_000_000_000_000, 67_108_864], [4_000_000_000_000, 83_886_080]]
-micro_tokens = 16384             # [ours] 4 sequences of 4,096, then 1 of 16,384
-recompute = 30                   # [ours] of 40 blocks: what fits 80 GB on 8 GPUs, with some room
+micro_batch_tokens = 16384             # [ours] 4 sequences of 4,096, then 1 of 16,384
+activation_checkpoint_layers = 30                   # [ours] of 40 blocks: what fits 80 GB on 8 GPUs, with some room
 lr = 4e-4
 warmup_steps = 2000              # [ours] common at this scale
 decay_fraction = 0.1818          # the last 1T of 5.5T
@@ -45,8 +45,8 @@ min_lr = 0.1                     # "about 10%"
 optimizer = "muonclip"
 momentum = 0.95                  # [ours] Muon's usual
 weight_decay = 0.1               # as in the report's fine-tuning
-coefficients = "motif"           # the public optimizer's five triples
-tau = 100.0                      # [ours] Kimi K2's
+ns_coefficients = "motif"           # the public optimizer's five triples
+qk_clip_threshold = 100.0                      # [ours] Kimi K2's
 grad_clip = 1.0                  # [ours] everyone's
 
 log_every = 10

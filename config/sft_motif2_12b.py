@@ -3,9 +3,9 @@
 # Their data are not public: --data="{'name': ['owner/name', 1.0], ...}" gives the stage's, and for
 # the first --model=out/motif2_12b the weights. Never run.
 
-micro_tokens = 16_384            # a row
-recompute = 40                   # every block
-timeout = 1800
+micro_batch_tokens = 16_384            # a row
+activation_checkpoint_layers = 40                   # every block
+timeout_seconds = 1800
 eval_every = 100
 eval_tokens = 262_144
 save_every = 100

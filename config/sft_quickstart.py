@@ -5,7 +5,7 @@
 
 seq_len = 512
 batch_tokens = 4096
-micro_tokens = 2048
+micro_batch_tokens = 2048
 lr_scale = 200                   # a small model takes larger steps: 4e-3, 2e-3 and 1e-3
 eval_every = 50
 eval_tokens = 4096

@@ -2,6 +2,7 @@
 of the published models, and prints a line of JSON for each: name, constants, shared memory, bytes
 of stack (spilled registers), loads of 16 bytes or by TMA, whether it multiplies matrices, and its
 tensor-core instructions. test_kernels.py reads them."""
+import model
 import json
 import multiprocessing
 import re
@@ -33,9 +34,9 @@ def attend(groups, heads, key_heads, D, documents=False):
     starts = torch.zeros(1, 256, dtype=torch.int32) if documents else None
     if groups:
         v = v.view(1, 256, -1, 2 * D)
-        *outs, _ = kernels.grouped_differential_attention(q, k, v, groups, starts)
+        *outs, _ = model.grouped_differential_attention(q, k, v, groups, starts)
     else:
-        *outs, _ = kernels.causal_attention(q.unflatten(2, (key_heads, -1)), k, v, starts)
+        *outs, _ = model.causal_attention(q.unflatten(2, (key_heads, -1)), k, v, starts)
     sum(out.sum() for out in outs).backward()
 
 
@@ -48,16 +49,16 @@ def launch_everything() -> None:
     attend(8, 40, 16, 128, documents=True)
     attend(2, 10, 4, 64)
     attend(0, 40, 8, 128)
-    kernels.differential_norm(bf16(1, 2, 8, 4, 256), bf16(1, 2, 8, 1, 256), weight[0],
+    model.differential_norm(bf16(1, 2, 8, 4, 256), bf16(1, 2, 8, 1, 256), weight[0],
                               torch.zeros(256).requires_grad_(), 0.2, 1e-5).sum().backward()
     kernels.linear_cross_entropy(bf16(2, 64), bf16(219520, 64), torch.zeros(2).long()).backward()
     x = bf16(1, 4096, 64).detach()
-    kernels.symmetric(x, x, 1.0)
+    kernels.symmetric_matmul(x, x, 1.0)
     x = x.mT.contiguous().mT                             # columns contiguous, as of a tall matrix
-    kernels.symmetric(x, x, 1.0)
+    kernels.symmetric_matmul(x, x, 1.0)
     x = torch.empty(1, 4096, 4096, dtype=torch.bfloat16)
     for y in x, x.mT:
-        kernels.symmetric(y, y, 1.0, x, 1.0)
+        kernels.symmetric_matmul(y, y, 1.0, x, 1.0)
     for columns in True, False:
         kernels.quantize_fp8(bf16(16, 4096).detach(), columns)
 
@@ -109,7 +110,7 @@ if __name__ == "__main__":
     triton.runtime.jit.JITFunction.__getitem__ = lambda kernel, grid: (
         lambda *args, **options: launches.setdefault(
             (kernel.__name__, None in args, str(options)), (kernel, args, options)))
-    kernels.fused = kernels.attention_is_fused = lambda *x: True
+    kernels.use_triton = kernels.attention_is_fused = lambda *x: True
     launch_everything()
     launches = list(launches.values())
     with multiprocessing.get_context("fork").Pool(2) as pool:       # a launch cannot be pickled

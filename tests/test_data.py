@@ -1,4 +1,5 @@
 """The curriculum, shards, preparing and built-in text, and what bad input is told."""
+import synthetic.texts
 import ast
 import base64
 import bz2
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 import data
-from data import Corpus, Plan, Shard, ShardWriter, load_tokenizer, prepare
+from data import TokenDataset, Curriculum, Shard, ShardWriter, load_tokenizer, prepare
 
 BYTE = load_tokenizer("byte")
 
@@ -42,7 +43,7 @@ def tiktoken_file(path, ids):
 
 
 def read(source):
-    return [document for unit in data.units_of(source) for document in unit()]
+    return [document for unit in data.source_units(source) for document in unit()]
 
 
 @pytest.fixture
@@ -52,10 +53,10 @@ def corpora(monkeypatch):
     domains = {"a": ("a.jsonl", 0.7, 0.2), "b": ("b.jsonl", 0.3, 0.8)}
     jsonl("a.jsonl", texts(150, 1))
     jsonl("b.jsonl", texts(60, 2))
-    plan = Plan(domains, batch_tokens=[[0, 100], [9000, 300]], seq_len=[[0, 20], [50_000, 32]],
+    plan = Curriculum(domains, batch_tokens=[[0, 100], [9000, 300]], seq_len=[[0, 20], [50_000, 32]],
                 max_steps=500)
     stores = prepare(domains, "byte", "d", plan.need(), workers=1)
-    return lambda seed=1, plan=plan: Corpus(plan, stores, seed)
+    return lambda seed=1, plan=plan: TokenDataset(plan, stores, seed)
 
 
 # ---- the curriculum
@@ -80,7 +81,7 @@ def test_no_domain_strays_a_sequence_from_its_quota_at_any_step(D, K, rows):
         mixes = np.random.default_rng(D).dirichlet(np.full(D, 0.3), K) * 0.9 + 0.1 / D
     knots = [[p, dict(zip(domains, mix.tolist()))] for p, mix in zip(places.tolist(), mixes)]
     caps = {"d0": 0.4, "d1": 0.6 if D == 2 else 0.25}
-    plan = Plan(domains, batch_tokens=batches, seq_len=lengths, max_steps=steps, mixture=knots,
+    plan = Curriculum(domains, batch_tokens=batches, seq_len=lengths, max_steps=steps, mixture=knots,
                 caps=caps)
     T, rows = np.array(sizes).T
     assert (plan.seq_len == T).all() and (plan.rows == rows).all() and plan.tokens == seen
@@ -104,7 +105,7 @@ def test_no_domain_strays_a_sequence_from_its_quota_at_any_step(D, K, rows):
 
 def test_the_mixture_is_linear_in_tokens_and_caps_spread_in_proportion():
     domains = {n: ("x.txt", a, b) for n, a, b in (("a", 1, 0), ("b", 0, 0.9), ("c", 0, 0.1))}
-    plan = Plan(domains, batch_tokens=[[0, 8], [400, 24]], seq_len=8, max_tokens=1000)
+    plan = Curriculum(domains, batch_tokens=[[0, 8], [400, 24]], seq_len=8, max_tokens=1000)
     at = np.array(plan.tokens[:-1]) / 1000
     assert (plan.tokens[-1], plan.steps) == (1000, 75)
     np.testing.assert_allclose(plan.shares, np.stack([1 - at, 0.9 * at, 0.1 * at], 1), atol=1e-15)
@@ -112,16 +113,16 @@ def test_the_mixture_is_linear_in_tokens_and_caps_spread_in_proportion():
     for caps, steps in (({}, [[.6, .3, .1], [.6, .3, .1], [.4, .55, .05]]),
                         ({"a": .4}, [[.4, .45, .15], [.4, .45, .15], [.4, .55, .05]]),
                         ({"a": .4, "b": .42}, [[.4, .42, .18], [.4, .42, .18], [.4, .42, .18]])):
-        plan = Plan(domains, batch_tokens=8, seq_len=8, max_steps=100, mixture=knots, caps=caps)
+        plan = Curriculum(domains, batch_tokens=8, seq_len=8, max_steps=100, mixture=knots, caps=caps)
         np.testing.assert_allclose(plan.shares[[0, 50, 75]], steps)
     thirds = {n: ("x.txt", 0.3333333, 0.3333333) for n in "abc"}
-    plan = Plan(thirds, batch_tokens=8, seq_len=8, max_steps=1)
+    plan = Curriculum(thirds, batch_tokens=8, seq_len=8, max_steps=1)
     assert np.abs(plan.shares - 1 / 3).max() < 1e-15
 
 
 def test_permute_is_a_bijection_that_depends_on_its_key():
     for n in (*range(1, 71), 255, 256, 257, 4097, 100_003):
-        images = [data.permute(np.arange(n), n, bytes([k]) * 48) for k in range(3)]
+        images = [data.feistel_permutation(np.arange(n), n, bytes([k]) * 48) for k in range(3)]
         assert all((np.sort(image) == np.arange(n)).all() for image in images)
         assert n < 20 or len({image.tobytes() for image in (*images, np.arange(n))}) == 4
 
@@ -153,7 +154,7 @@ def test_every_sequence_comes_once_before_any_comes_twice(corpora):
 
 
 def test_every_epoch_and_seed_has_another_order(corpora):
-    plan = Plan({"a": ("a.jsonl", 1, 1)}, batch_tokens=20, seq_len=20, max_steps=1500)
+    plan = Curriculum({"a": ("a.jsonl", 1, 1)}, batch_tokens=20, seq_len=20, max_steps=1500)
     one, two = ([corpus.rows(step)[0][1] for step in range(1500)]
                 for corpus in (corpora(1, plan), corpora(2, plan)))
     n = max(one) + 1
@@ -312,7 +313,7 @@ def test_cutting_loses_and_repeats_no_line(monkeypatch, size, end):
     Path("c.jsonl").write_bytes("".join(lines[15:]).rstrip().encode())
     assert [d for d in read("[a-c].jsonl") if d] == written
     sizes = [sum(end - start for _, start, end in unit.args[0])
-             for unit in data.units_of("*.jsonl")]
+             for unit in data.source_units("*.jsonl")]
     total = sum(Path(name).stat().st_size for name in ("b.jsonl", "c.jsonl"))
     assert sum(sizes) == total and min(sizes) >= min(size, total)
     Path("t.txt").write_bytes(("\ufeff" + end.join(written)).encode())
@@ -321,7 +322,7 @@ def test_cutting_loses_and_repeats_no_line(monkeypatch, size, end):
 
 def test_another_file_column_or_tokenizer_has_another_folder():
     def folder(source="s.jsonl", tokenizer=BYTE):
-        return data.Store("s", source, tokenizer, "d").folder
+        return data.DomainShards("s", source, tokenizer, "d").folder
 
     jsonl("s.jsonl", texts(5))
     tiktoken_file("t.tiktoken", {bytes([i]): 255 - i for i in range(256)})
@@ -345,8 +346,8 @@ def refused(message, call, *args, **options):
 
 def test_what_a_run_cannot_read_is_one_line(source, monkeypatch):
     def corpus(T):
-        plan = Plan({"s": ("s.jsonl", 1, 1)}, batch_tokens=T, seq_len=T, max_steps=1)
-        return Corpus(plan, {"s": store}, 0)
+        plan = Curriculum({"s": ("s.jsonl", 1, 1)}, batch_tokens=T, seq_len=T, max_steps=1)
+        return TokenDataset(plan, {"s": store}, 0)
 
     store = source("d")
     refused("domain 's': of 17,496 tokens in 6 shards only 0 fill sequences of 5000", corpus, 5000)
@@ -433,10 +434,10 @@ X, KNOTS = "x.txt", "must be a positive number, or [[0, number], [tokens, number
 def test_a_bad_curriculum_is_one_line(key, value, message):
     good = {"domains": {"a": (X, 0.5, 0.5), "b": (X, 0.5, 0.5)}, "batch_tokens": 64, "seq_len": 32,
             "max_steps": 10}
-    Plan(**good)
-    refused(message, Plan, **{**good, key: value})
+    Curriculum(**good)
+    refused(message, Curriculum, **{**good, key: value})
     fades = [[0, {"a": .1, "b": .9}], [.5, {"a": 1}]]  # a cap, and then no other has a share
-    refused("caps={'a': 0.4} leave too little room at step 5", Plan,
+    refused("caps={'a': 0.4} leave too little room at step 5", Curriculum,
             **{**good, "mixture": fades, "caps": {"a": .4}})
 
 
@@ -478,16 +479,16 @@ def solved(question, body, answer):
 
 @pytest.mark.parametrize("kind", ["math", "science"])
 def test_problems_are_right_and_always_the_same(kind):
-    one, two, other = (list(data.problems(kind, unit)) for unit in (3, 3, 4))
-    assert one == two and not {*one} & {*other} and len(one) == data.PROBLEMS_PER_UNIT
+    one, two, other = (list(synthetic.texts.problems(kind, unit)) for unit in (3, 3, 4))
+    assert one == two and not {*one} & {*other} and len(one) == synthetic.texts.PROBLEMS_PER_UNIT
     for text in one:
         question, *body, answer = text.split("\n")
         assert solved(question, body, answer.removeprefix("Answer: ")), text
 
 
 def test_code_and_language_share_no_docstring():
-    code, language = ("\n".join(data.library(kind, 0)) for kind in ("code", "language"))
-    kept = [ast.get_docstring(node) for text in data.library("code", 0)
+    code, language = ("\n".join(synthetic.texts.library(kind, 0)) for kind in ("code", "language"))
+    kept = [ast.get_docstring(node) for text in synthetic.texts.library("code", 0)
             for node in ast.walk(ast.parse(text)) if isinstance(
                 node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
     assert not [d for d in kept if d and len(d) > 120 and d in language]

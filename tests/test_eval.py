@@ -2,6 +2,8 @@
 which the tests do not need: eval.json holds rows made up in the form of each task's data set, and
 what that program gives on them with the tiny model below (its own task files, byte tokens, begin of
 text first): hashes of prompts, sums, scores, and what its filters find in replies."""
+import tools.sandbox
+import sft
 import hashlib
 import json
 import math
@@ -18,7 +20,7 @@ import torch
 import data
 import eval as evaluation
 import pretrain
-from eval import TASKS, Config, Request, Text, replies, run_program, scored
+from eval import TASKS, Config, LoglikelihoodRequest, PromptEncoder, generate_replies, run_program, loglikelihoods
 from model import Motif, MotifConfig
 
 FIXTURE = json.loads((Path(__file__).parent / "eval.json").read_text())
@@ -27,7 +29,7 @@ CHOICES = [name for name, task in FIXTURE.items() if "sums" in task]
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    """The fixture's rows where --bench_dir finds them."""
+    """The fixture's rows where --benchmark_dir finds them."""
     folder = tmp_path_factory.mktemp("bench")
     for name, task in FIXTURE.items():
         questions, examples = TASKS[name].files
@@ -62,7 +64,7 @@ def run(tmp_path, monkeypatch, tiny, bench, capsys):
     """run(key=value, ...) runs the script in an empty folder -> what it printed and its records."""
     monkeypatch.chdir(tmp_path)
     def call(**options):
-        options = {"model": tiny, "tokenizer": "byte", "bench_dir": bench, "out_dir": "o",
+        options = {"model": tiny, "tokenizer": "byte", "benchmark_dir": bench, "out_dir": "o",
                    "device": "cpu", **options}
         argv = [f"--{k}={v}" for k, v in options.items() if v is not None]
         monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
@@ -122,15 +124,15 @@ def test_gsm8k_s_answers_are_those_that_the_harness_extracts():
 @pytest.mark.parametrize("name, steps", [("chains", {2, 3, 4}), ("longer_chains", {5, 6})])
 def test_chains_are_asked_in_turns_and_their_answers_compared(run, text, monkeypatch, name, steps):
     """Right replies, those whose last step is wrong, and those that end before the answer."""
-    talks, asked = list(data.chats(evaluation.HELD_OUT[
+    talks, asked = list(sft.load_conversations(evaluation.HELD_OUT[
         {"chains": "held_chains"}.get(name, name)][0])), []
     def reply(i):
         lines = talks[i][1]["content"].split("\n")
         return "\n".join([lines, [*lines[:-2], "?", lines[-1] + "."], lines[:-1]][i % 3])
     monkeypatch.setattr(evaluation, "replies", lambda model, text, prompts, *options: (
         asked.extend(prompts), [(i, reply(i)) for i in range(len(prompts))])[1])
-    printed, found = run(tasks=name, limit=30, bench_dir=None)
-    assert asked == [data.encode_prompt(text.tokenizer, talk[:1]) for talk in talks[:30]]
+    printed, found = run(tasks=name, limit=30, benchmark_dir=None)
+    assert asked == [sft.encode_prompt(text.tokenizer, talk[:1]) for talk in talks[:30]]
     n = [len(talk[1]["content"].split("\n")) for talk in talks[:30]]
     assert {k - 1 for k in n} == steps
     assert [r["acc"] for r in found] == [1.0, 0.0, 0.0] * 10
@@ -142,7 +144,7 @@ def test_chains_are_asked_in_turns_and_their_answers_compared(run, text, monkeyp
 
 
 def test_chains_of_a_model_are_greedy_and_the_same_again(run):
-    options = dict(tasks="chains", limit=1, bench_dir=None)
+    options = dict(tasks="chains", limit=1, benchmark_dir=None)
     _, first = run(**options, out_dir="o")
     Path("o/samples.jsonl").unlink()
     assert run(**options)[1] == first and all(len(r["output"]) == 1 for r in first)
@@ -173,7 +175,7 @@ def model(tiny):
 @pytest.fixture(scope="module")
 def text():
     tokenizer = data.load_tokenizer("byte")
-    return Text(tokenizer, tokenizer._special_tokens[data.BEGIN])
+    return PromptEncoder(tokenizer, tokenizer._special_tokens[data.BEGIN])
 
 
 @torch.no_grad()
@@ -196,16 +198,16 @@ def test_scores_in_batches_are_those_of_one_sequence_each(model, monkeypatch):
         group = ("a", "b", "")[i % 3]
         context = begins[group] + draw((5, 40, 90, 300)[i % 4] if i != 7 else 511)
         pairs.append([(context, draw(1 if i % 5 == 0 else 3 + 7 * j)) for j in range(2 + i % 3)])
-        requests.append(Request(i, pairs[-1], 512, group))
+        requests.append(LoglikelihoodRequest(i, pairs[-1], 512, group))
     pairs.append([(draw(9), draw(600))])                 # longer than the model by itself
-    requests.append(Request(24, pairs[-1], 512))
+    requests.append(LoglikelihoodRequest(24, pairs[-1], 512))
     expected = [[plain(model, *pair) for pair in own] for own in pairs]
     kept, new_cache = [], model.new_cache
     monkeypatch.setattr(model, "new_cache", lambda rows, length: (
         kept.append((rows, length)), new_cache(rows, length))[1], raising=False)
     for batch_tokens in 1, 2048, 10**5:
         kept.clear()
-        seen = {r.doc: found for r, found in scored(model, requests, batch_tokens)}
+        seen = {r.doc: found for r, found in loglikelihoods(model, requests, batch_tokens)}
         assert len(seen) == 25
         assert all(rows == 1 or rows * length <= batch_tokens / 2 for rows, length in kept)
         assert (max(kept)[0] > 3) == (batch_tokens > 1)
@@ -217,7 +219,7 @@ def test_scores_in_batches_are_those_of_one_sequence_each(model, monkeypatch):
 def test_spaces_at_the_end_of_a_context_belong_to_the_continuation(text):
     assert text.pair("a  ", "b") == (text.first + [97], [32, 32, 98])
     assert text.pair("", " b") == (text.first, [32, 98])
-    gpt = Text(data.load_tokenizer("byte"), None)
+    gpt = PromptEncoder(data.load_tokenizer("byte"), None)
     assert gpt.pair("a", "b") == ([97], [98])
     assert gpt.pair("", "b") == ([gpt.specials[data.BEGIN]], [98])
     assert gpt.pair(" ", "b") == ([gpt.specials[data.BEGIN]], [32, 98])
@@ -251,20 +253,20 @@ def test_replies_are_those_of_greedy_passes_without_a_cache(model, text):
                 ids = ids + [model(torch.tensor([ids]))[0, -1].argmax().item()]
         expected.append(ids[start:])
     whole = [cut_at(said, text, ()) for said in expected]
-    assert dict(replies(model, text, prompts, (), 24, 2048)) == dict(enumerate(whole))
+    assert dict(generate_replies(model, text, prompts, (), 24, 2048)) == dict(enumerate(whole))
     stops = [w[k:k + 1] for w, k in zip(whole, (3, 9, 20)) if len(w) > k and w[k] != "\ufffd"]
     assert stops
     cut = [cut_at(said, text, stops) for said in expected]
     assert cut != whole
-    assert dict(replies(model, text, prompts, tuple(stops), 24, 2048)) == dict(enumerate(cut))
+    assert dict(generate_replies(model, text, prompts, tuple(stops), 24, 2048)) == dict(enumerate(cut))
 
 
 def test_bits_of_replies_are_the_loss_of_fine_tuning(model, text):
     docs = {i: evaluation.read_chain(talk) for i, talk in enumerate(
-        data.chats("builtin:chains?n=3&steps=2"))}
-    found = dict(evaluation.bits(None, docs, model, text, Config(batch_tokens=600)))
-    for i, talk in enumerate(data.chats("builtin:chains?n=3&steps=2")):
-        ids, targets = (torch.tensor([x]) for x in data.encode_chat(text.tokenizer, talk))
+        sft.load_conversations("builtin:chains?n=3&steps=2"))}
+    found = dict(evaluation.bits_per_byte(None, docs, model, text, Config(batch_tokens=600)))
+    for i, talk in enumerate(sft.load_conversations("builtin:chains?n=3&steps=2")):
+        ids, targets = (torch.tensor([x]) for x in sft.encode_chat(text.tokenizer, talk))
         nats = model(ids, targets, reduction="sum").item()
         assert sum(found[i]["bits"].values()) == pytest.approx(nats / math.log(2), rel=1e-5)
         assert sum(found[i]["bytes"].values()) == len(talk[1]["content"])
@@ -272,12 +274,12 @@ def test_bits_of_replies_are_the_loss_of_fine_tuning(model, text):
 
 def test_every_batch_and_every_question_has_noise_of_its_own(model, text):
     """One question in many batches, then the same by itself, as another rank has it."""
-    docs = {i: evaluation.Doc("The fox", row={}) for i in range(12)}
-    task = evaluation.Task(None, judge=lambda doc, replies: {}, new_tokens=24)
+    docs = {i: evaluation.Example("The fox", row={}) for i in range(12)}
+    task = evaluation.Task(None, judge=lambda doc, generate_replies: {}, new_tokens=24)
     c = Config(batch_tokens=4 * (len(text.ask("The fox")) + 24), temperature=1.0, chat=True)
     def sampled(docs):
         return {i: r["output"][0]
-                for i, r in evaluation.generated(task, docs, model, text, c)}
+                for i, r in evaluation.generation(task, docs, model, text, c)}
     said = sampled(docs)
     assert len({*said.values()}) == 12 and sampled(docs) == said
     assert sampled({5: docs[5]})[5] not in said.values()
@@ -342,7 +344,7 @@ PROGRAMS = {
 def test_sandbox(name, tmp_path):
     code, verdict = PROGRAMS[name]
     outside = tmp_path / "outside"
-    if name == "outside" and evaluation.sandbox_gaps():
+    if name == "outside" and tools.sandbox.sandbox_gaps():
         pytest.skip("this system cannot confine writing")
     found = run_program(code.replace("{outside!r}", repr(str(outside))), 2.0)
     assert re.match(verdict, found), found
@@ -363,7 +365,7 @@ def processes_with(words):
 
 
 def test_no_network_where_it_can_be_unshared():
-    if evaluation.in_sandbox("", 10.0)[1][:1] != "1":
+    if tools.sandbox.in_sandbox("", 10.0)[1][:1] != "1":
         pytest.skip("this system does not unshare the network")
     with socket.create_server(("127.0.0.1", 0)) as server:
         code = f"import socket\nsocket.create_connection({server.getsockname()}, 1)"
@@ -385,7 +387,7 @@ def test_a_cut_run_goes_on_and_other_settings_begin_anew(run, monkeypatch):
     samples.write_text("".join(lines[:2]) + lines[2][:30])
     measured = []
     monkeypatch.setattr(evaluation, "scored", lambda model, requests, batch_tokens: (
-        measured.extend(requests), scored(model, requests, batch_tokens))[1])
+        measured.extend(requests), loglikelihoods(model, requests, batch_tokens))[1])
     _, again = run(tasks="arc_easy,piqa", shots=1)
     assert len(measured) == len(whole) - 2
     for a, b in zip(again, whole, strict=True):          # other batches, hence other last digits
@@ -418,7 +420,7 @@ def test_stages_stand_side_by_side_and_are_measured_once(run, tiny, monkeypatch)
         shutil.copytree(tiny, Path("out", name))
         Path("out", name, "state.json").write_text('{"files": {}, "config": {"tokenizer": "byte"}}')
     Path("out/quickstart/step_6").mkdir()                # torn: passed over
-    alone = dict(model=None, tokenizer=None, bench_dir=None, limit=1)
+    alone = dict(model=None, tokenizer=None, benchmark_dir=None, limit=1)
     printed, _ = run(**alone, out_dir=None)
     assert re.search(r"^task .* quickstart +sft1 +reported$", printed, re.M)
     rows = re.findall(r"^(\S+) .* ([\d.]+) ± +nan +([\d.]+) ± +nan +-$", printed, re.M)
@@ -428,7 +430,7 @@ def test_stages_stand_side_by_side_and_are_measured_once(run, tiny, monkeypatch)
     monkeypatch.setattr(evaluation, "replies", lambda *options: ())
     again, _ = run(**alone, out_dir=None)
     assert again[again.index("\ntask"):] == printed[printed.index("\ntask"):]
-    monkeypatch.setattr(evaluation, "scored", scored)
+    monkeypatch.setattr(evaluation, "scored", loglikelihoods)
     printed, _ = run(**{**alone, "model": "out/quickstart"}, out_dir=None, tasks="bpb", plot=True)
     assert re.search(r"^task .* step_2 +step_4 +reported$", printed, re.M)
     assert Path("out/eval/scores.png").exists()
@@ -450,7 +452,7 @@ def as_rank(rank: int, port: int) -> None:
     for module in evaluation, pretrain:
         module.RANK, module.WORLD = rank, 2
     torch.set_num_threads(1)
-    pretrain.as_script(evaluation.main)
+    pretrain.run_main(evaluation.main)
 
 
 def test_ranks_share_the_documents_and_the_scores_stay(run, monkeypatch):
@@ -505,7 +507,7 @@ def test_a_turn_s_special_tokens_cannot_be_spelled_by_a_user(model, text, monkey
         monkeypatch.setattr(model, "stream", lambda ids, *_, **__: read.append(ids) or iter(()),
                             raising=False)
         evaluation.reply_to(turns, model, text, 0.0, 1)
-        assert read[0][0].tolist() == data.encode_prompt(text.tokenizer, kept)[-32:]
+        assert read[0][0].tolist() == sft.encode_prompt(text.tokenizer, kept)[-32:]
     monkeypatch.undo()
     stream = model.stream
     def interrupted(*arguments, **options):
@@ -518,9 +520,9 @@ def test_a_turn_s_special_tokens_cannot_be_spelled_by_a_user(model, text, monkey
 @pytest.mark.parametrize("options, words", [
     (dict(tasks="arc_esay"), "unknown task 'arc_esay'; did you mean 'arc_easy'?"),
     (dict(tasks="humaneval"), "--run_code"),
-    (dict(tasks="arc_easy", bench_dir="none"), r"none/arc_easy_test.jsonl is missing: .*put it"),
+    (dict(tasks="arc_easy", benchmark_dir="none"), r"none/arc_easy_test.jsonl is missing: .*put it"),
     (dict(tasks="arc_easy", shots=5), "shots=5, but arc_easy_train.jsonl has 4 examples; lower"),
-    (dict(tasks="humaneval", shots=1, run_code=True), "has no examples; give --shots=0"),
+    (dict(tasks="humaneval", shots=1, run_code=True), "has no examples; give --num_fewshot=0"),
     (dict(tasks="arc_easy", tokenizer="gpt2.json"), "tokenizer gpt2.json"),
     (dict(tasks="arc_easy", tokenizer=None), "has no tokenizer.json; give --tokenizer"),
     (dict(model="nowhere"), "model=nowhere is neither a folder nor"),
@@ -550,7 +552,7 @@ def test_a_malformed_row_is_named_by_file_and_line(run, row, words):
     Path("b").mkdir()
     Path("b/arc_easy_test.jsonl").write_text(row + "\n")
     with pytest.raises(SystemExit, match=f"b/arc_easy_test.jsonl:{words}"):
-        run(tasks="arc_easy", bench_dir="b")
+        run(tasks="arc_easy", benchmark_dir="b")
 
 
 @pytest.mark.parametrize("name, change, words", [
@@ -561,7 +563,7 @@ def test_a_row_of_which_no_program_can_be_made(run, name, change, words):
     row = {**FIXTURE[name]["rows"][0], **change}
     Path("b", TASKS[name].files[0]).write_text(json.dumps(row) + "\n")
     with pytest.raises(SystemExit, match=words):
-        run(tasks=name, bench_dir="b", run_code=True)
+        run(tasks=name, benchmark_dir="b", run_code=True)
 
 
 def test_a_tokenizer_larger_than_the_model(run, tiny):

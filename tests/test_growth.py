@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import reference
-from model import Motif, grow, grow_depth, grow_width
-from muonclip import for_model
+from model import Motif
+from tools.grow import grow, grow_depth, grow_width
+from muonclip import configure_optimizer
 from test_model import BASE, MOTIF_12B, MOTIF_2_6B, make, tokens
 
 ONE_TO_ONE = {"num_attention_heads": 4}
@@ -102,7 +103,7 @@ def halves_and_ranks(model):
 @pytest.mark.parametrize("noise", [10.0, math.inf])
 def test_copies_part_by_noise_alone(noise):
     larger, ids = grow_width(make(**ONE_TO_ONE, hidden_size=12), 2, 4, noise), tokens(4, 10)
-    optimizer = for_model(larger, lr=0.02)
+    optimizer = configure_optimizer(larger, lr=0.02)
     for _ in range(5):
         larger(ids[:, :-1], ids[:, 1:]).backward()
         optimizer.step(max_logits=larger.max_logits)

@@ -1,4 +1,5 @@
 """Every operation of kernels.py against its defining formula under autograd, in float64."""
+import model
 import importlib.util
 import json
 import os
@@ -50,11 +51,11 @@ OPERATIONS = {
                       lambda: (normal(2, 3, 5), normal(2, 3, 5), normal(3), normal(1))),
     "poly_norm": (kernels.poly_norm, lambda x, w, b: poly_norm_formula(x, 1, w, b),
                   lambda: (normal(3, 5), normal(3), normal(1))),
-    "rms_norm": (lambda x, w: kernels.rms_norm(x, w, EPS), lambda x, w: w * unit(x),
+    "rms_norm": (lambda x, w: model.rms_norm(x, w, EPS), lambda x, w: w * unit(x),
                  lambda: (normal(2, 3, 5), normal(5))),
-    "rope": (lambda x: kernels.rope(x, ANGLE.cos(), ANGLE.sin()), lambda x: rope_formula(x, ANGLE),
+    "rope": (lambda x: model.rope(x, ANGLE.cos(), ANGLE.sin()), lambda x: rope_formula(x, ANGLE),
              lambda: (normal(2, 3, 2, 6),)),
-    "differential_norm": (lambda *t: kernels.differential_norm(*t, 0.7, 0.1),
+    "differential_norm": (lambda *t: model.differential_norm(*t, 0.7, 0.1),
                           lambda o1, o2, lam, w: (w * unit(o1 - lam * o2, 0.1) * 0.7).flatten(2),
                           lambda: (normal(1, 2, 2, 3, 4), normal(1, 2, 2, 1, 4), normal(),
                                    normal(4))),
@@ -168,7 +169,7 @@ def test_causal_attention_is_torchs_and_tells_the_largest_visible_logit(T, start
     if starts is not None:
         starts = torch.tensor(starts, dtype=torch.int32)
         visible = (visible & (starts[:, :, None] == starts[:, None]))[:, None]
-    out, largest = kernels.causal_attention(q, k, v, starts)
+    out, largest = model.causal_attention(q, k, v, starts)
     heads = q.flatten(2, 3).transpose(1, 2)              # (B, H, T, D)
     expected = F.scaled_dot_product_attention(heads, k.transpose(1, 2), v.transpose(1, 2),
                                               visible, enable_gqa=True).transpose(1, 2)
@@ -219,7 +220,7 @@ KERNELS = {
     "poly_norm_mul": (lambda *t: kernels.poly_norm_mul(*t, EPS),
                       lambda rows, n: ((rows, n), (rows, n), (3,), (1,))),
     "poly_norm": (kernels.poly_norm, lambda rows, n: ((rows, n), (3,), (1,))),
-    "differential_norm": (lambda *t: kernels.differential_norm(*t, 0.7, 1e-5),
+    "differential_norm": (lambda *t: model.differential_norm(*t, 0.7, 1e-5),
                           lambda rows, n: ((1, rows, 2, 3, n), (1, rows, 2, 1, n), (), (n,))),
 }
 SIZES = [(1, 1), (3, 7), (133, 123), (3, 128), (0, 1000), (3, 1000), (1, 4096), (3, 16384),
@@ -311,8 +312,8 @@ def attention(noise_heads, starts=None):
     def run(q, k, v):
         if noise_heads:
             v = v.unflatten(2, (-1, 2)).flatten(3)
-            return kernels.grouped_differential_attention(q, k, v, noise_heads, starts)
-        return kernels.causal_attention(q.unflatten(2, (k.shape[2], -1)), k, v, starts)
+            return model.grouped_differential_attention(q, k, v, noise_heads, starts)
+        return model.causal_attention(q.unflatten(2, (k.shape[2], -1)), k, v, starts)
     return run
 
 
@@ -356,9 +357,9 @@ def test_a_symmetric_product_is_as_exact_as_torchs(E, m, k, fused, poisoned, mon
             (E, m, k), (E, k, m), (E, m, m)))
         for x in rows, columns.mT:
             for D, beta in (None, 0.0), (d + d.mT, -1.5):
-                C = kernels.symmetric(x, x * 0.5, 3.0, D, beta)
+                C = kernels.symmetric_matmul(x, x * 0.5, 3.0, D, beta)
                 wide = [t if t is None else t.double() for t in (x, x * 0.5, D)]
-                true = kernels.symmetric(*wide[:2], 3.0, wide[2], beta)
+                true = kernels.symmetric_matmul(*wide[:2], 3.0, wide[2], beta)
                 twin = torch.baddbmm(x.new_zeros(()) if D is None else D, x, x.mT * 0.5,
                                      beta=beta, alpha=3.0)
                 assert distance(C, true) <= 1.1 * distance(twin, true) + 1e-6 * true.norm()
@@ -370,7 +371,7 @@ def test_a_symmetric_product_is_as_exact_as_torchs(E, m, k, fused, poisoned, mon
 def test_a_product_that_a_descriptor_cannot_read_is_torchs(fused):
     wide = torch.randn(2, 32, 64, device=DEVICE)
     for x in wide[:, :, 1:20], wide[:, ::2, ::2], wide.double():
-        torch.testing.assert_close(kernels.symmetric(x, x, 2.0), 2 * x @ x.mT)
+        torch.testing.assert_close(kernels.symmetric_matmul(x, x, 2.0), 2 * x @ x.mT)
 
 
 # ---- FP8
@@ -429,7 +430,7 @@ def test_shapes_that_fp8_cannot_take_are_a_plain_product(shape, fused):
 
 
 def test_compiled_projections_of_one_input_quantise_it_once(monkeypatch):
-    shapes, plain = [], kernels.quantize_rows
+    shapes, plain = [], kernels.quantize_rows_reference
     monkeypatch.setattr(kernels, "quantize_rows", lambda x: shapes.append(x.shape) or plain(x))
 
     def model(x, *weights):
@@ -507,8 +508,8 @@ def test_targets_and_starts_may_be_strided_and_a_target_that_is_no_word_gives_na
     qkv = [torch.randn(2, 40, 2, 16, device=DEVICE, dtype=DTYPES[1]) for _ in "qkv"]
     starts = torch.tensor([0] * 9 + [9] * 31, device=DEVICE)           # int64, one row for both
     q, k, v = qkv[0].unflatten(2, (2, 1)), *qkv[1:]
-    ours, _ = kernels.causal_attention(q, k, v, starts.expand(2, 40))
-    true, _ = kernels.causal_attention(q, k, v, starts.int().repeat(2, 1))
+    ours, _ = model.causal_attention(q, k, v, starts.expand(2, 40))
+    true, _ = model.causal_attention(q, k, v, starts.int().repeat(2, 1))
     assert torch.equal(ours, true) and not ours.isnan().any()
 
 

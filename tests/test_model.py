@@ -1,4 +1,5 @@
 """The model against reference.py in float64, torch's attention and FLOP counter, and its files."""
+import tools.export
 import json
 import sys
 from dataclasses import replace
@@ -15,7 +16,8 @@ import eval as evaluation
 import model as motif
 import pretrain
 import reference
-from model import Block, Motif, MotifConfig, flops_per_token, memory_per_gpu, parameters_by_part
+from model import Block, Motif, MotifConfig, flops_per_token
+from tools.plan import memory_per_gpu, parameters_by_part
 
 BASE = MotifConfig(vocab_size=29, hidden_size=20, intermediate_size=28, num_hidden_layers=3,
                    num_attention_heads=10, num_key_value_heads=4, num_noise_heads=2, head_dim=6,
@@ -402,7 +404,7 @@ def test_export_writes_a_folder_that_others_serve(tmp_path, monkeypatch, tokeniz
     if tokenizer == "byte":
         assert {f.name for f in served.iterdir()} == names
         return
-    assert {f.name for f in served.iterdir()} == names | set(pretrain.TOKENIZER_FILES)
+    assert {f.name for f in served.iterdir()} == names | set(tools.export.TOKENIZER_FILES)
     assert (served / "chat_template.jinja").read_text() == "chat_template.jinja"
     theirs, spec = data.load_tokenizer("served"), json.loads((served / WORDS).read_text())
     assert data.fingerprint(theirs) == data.fingerprint(ours)

@@ -1,5 +1,6 @@
 """MuonClip against torch's own Muon and AdamW, Newton-Schulz against its equations, and QK-clip on
 the logits that it promises to hold down."""
+import tools.bench_muon
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -7,7 +8,7 @@ from safetensors.torch import load_file, save_file
 import kernels
 import muonclip
 from model import Motif, MotifConfig, rotary_angles
-from muonclip import COEFFICIENTS, MuonClip, describe_routing, for_model, newton_schulz, qk_clip
+from muonclip import COEFFICIENTS, MuonClip, describe_routing, configure_optimizer, newton_schulz, qk_clip
 
 SHAPES = ((8, 20), (20, 8), (12, 12), (5, 7))
 MODEL = MotifConfig(vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
@@ -247,7 +248,7 @@ def test_one_step_by_hand_a_stack_a_missing_gradient_and_a_bad_parameter():
 def test_a_skipped_step_leaves_no_trace(optimizer):
     """Neither gradients and logits that are not finite nor good ones change anything."""
     model, bad = Motif(MODEL), torch.tensor(True)
-    ours = for_model(model, lr=0.1, tau=1e-6, optimizer=optimizer)
+    ours = configure_optimizer(model, lr=0.1, tau=1e-6, optimizer=optimizer)
     S = torch.ones(2, 5)
 
     def state():
@@ -297,7 +298,7 @@ def test_the_saved_state_continues_bitwise(tmp_path):
 
 def test_for_model_gives_muon_the_layers_matrices_and_adamw_all_else():
     model = Motif(MODEL)
-    optimizer = for_model(model, lr=0.1, momentum=0.5)
+    optimizer = configure_optimizer(model, lr=0.1, momentum=0.5)
     names = {p: name for name, p in model.named_parameters()}
     groups = [[names[p] for p in g["params"]] for g in optimizer.param_groups]
     assert groups[0] == list(model.matrices()) and len(groups[0]) == 14
@@ -310,11 +311,11 @@ def test_for_model_gives_muon_the_layers_matrices_and_adamw_all_else():
         "adamw, weight decay 0.1: 640 in 2 tensors: embed_tokens, lm_head",
         "adamw, weight decay 0.0: 136 in 19 tensors: input_layernorm, lambda_q1, lambda_k1, "
         "lambda_q2, lambda_k2, subln, post_attention_layernorm, act_fn, act_fn.bias, norm"]
-    plain = for_model(model, lr=0.1, optimizer="adamw")
+    plain = configure_optimizer(model, lr=0.1, optimizer="adamw")
     assert [g["kind"] for g in plain.param_groups] == ["adamw", "adamw"] and not plain.qk
     assert sum(len(g["params"]) for g in plain.param_groups) == len(names)
     with pytest.raises(ValueError, match="^optimizer must be 'muonclip' or 'adamw', not 'sgd'$"):
-        for_model(model, lr=0.1, optimizer="sgd")
+        configure_optimizer(model, lr=0.1, optimizer="sgd")
 
 
 def logits(layer, x, kv_map):
@@ -351,7 +352,7 @@ def test_no_logit_is_left_above_tau_and_heads_below_it_keep_theirs(heads, kv_hea
     keys = [layer.k_proj.weight.clone() for layer in layers]
     torch.testing.assert_close(S, torch.stack([b.amax(1) for b in before]))
     assert (S > 2 * tau).any() and (S < tau / 2).any()
-    optimizer = for_model(model, lr=0.0, tau=tau)
+    optimizer = configure_optimizer(model, lr=0.0, tau=tau)
     optimizer.step(max_logits=S)
     assert optimizer.clipped == (S > tau).sum()
     for layer, x, old, peaks, k in zip(layers, seen, before, S, keys):
@@ -372,7 +373,7 @@ def test_a_logit_that_is_not_finite_raises(bad):
 
 def test_main_prints_the_routing_and_times_a_step(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["muonclip.py", "--hidden_size=16", "--intermediate_size=16"])
-    muonclip.main()
+    tools.bench_muon.main()
     said = capsys.readouterr().out
     assert "muon, weight decay" in said and "ms on c" in said and "  8 x 16 x 16 " in said
     assert "torch.optim.AdamW, ratio\n  18,176 parameters " in said

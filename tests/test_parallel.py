@@ -1,5 +1,6 @@
 """Parallel Muon over gloo ranks against one process: the same bits, and the bytes of the plan. So
 does `python tests/test_parallel.py 8` for any number of ranks."""
+import tools.bench_muon
 import itertools
 import math
 import os
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from worlds import world
 
 import muonclip
-from muonclip import MuonClip, Unit, assign, flops, layout_of, local, part, qk_clip, sharing
+from muonclip import MuonClip, MuonShardGroup, assign_owners, newton_schulz_flops, shard_dims, local_shard, local_slices, qk_clip, replicas_per_muon_group
 
 # 5 rows over 4 ranks are 2, 2, 1, 0; 3 and 1 leave ranks empty; a stack; more in all than ranks
 SHAPES = ((5, 8), (8, 20), (20, 8), (12, 12), (3, 7), (1, 6), (5, 3, 4), (9, 2), (6, 6))
@@ -35,7 +36,7 @@ def tensors(seed, shapes=SHAPES):
 def shard(t, mesh, placements):
     """A DTensor of its own memory, from the same whole on every rank, without a message."""
     layout = [p.dim if isinstance(p, Shard) else None for p in placements]
-    box = part(t.shape, mesh.shape, layout, mesh.get_coordinate())
+    box = local_slices(t.shape, mesh.shape, layout, mesh.get_coordinate())
     return DTensor.from_local(t[box].clone(memory_format=torch.contiguous_format), mesh, placements,
                               run_check=False, shape=t.shape, stride=t.stride())
 
@@ -45,7 +46,7 @@ def mine(p, t):
     if not isinstance(p, DTensor):
         return t
     mesh = p.device_mesh
-    return t[part(t.shape, mesh.shape, layout_of(p), mesh.get_coordinate())]
+    return t[local_slices(t.shape, mesh.shape, shard_dims(p), mesh.get_coordinate())]
 
 
 def run(place, steps=3, gradients=tensors, shapes=SHAPES, rest=REST, **options):
@@ -67,7 +68,7 @@ def whole(i, t):
 def same(ours, theirs):
     """Weights, state and update_rms of a run over ranks against those of one process."""
     for (p, q) in zip(ours[0], theirs[0]):
-        assert torch.equal(local(p), mine(p, q)), (p.shape, "weight")
+        assert torch.equal(local_shard(p), mine(p, q)), (p.shape, "weight")
         for key, value in theirs[1].state[q].items():
             value = value if value.ndim == 0 else mine(p, value)
             assert torch.equal(ours[1].state[p][key], value), (p.shape, key)
@@ -123,7 +124,7 @@ def check_missing(W, places):
         for i, t in enumerate(found):
             for rank in range(W):
                 if step == 2 and lost(i, t, rank):
-                    t[part(t.shape, (W,), (0,), (rank,))] = 0
+                    t[local_slices(t.shape, (W,), (0,), (rank,))] = 0
         return found
     same(run(places["rows"], gradients=ours), run(whole, gradients=theirs))
     run(places["rows"], gradients=lambda step, shapes:   # nor does a rank without any hang the rest
@@ -133,11 +134,11 @@ def check_missing(W, places):
 def check_skip(places):
     for name in places:
         params, optimizer = run(places[name])
-        before = [t.clone() for p in params for t in (local(p.data), *optimizer.state[p].values())]
+        before = [t.clone() for p in params for t in (local_shard(p.data), *optimizer.state[p].values())]
         for p in params:
-            local(p.grad).fill_(torch.nan)
+            local_shard(p.grad).fill_(torch.nan)
         optimizer.step(skip=torch.tensor(True))
-        after = [t for p in params for t in (local(p.data), *optimizer.state[p].values())]
+        after = [t for p in params for t in (local_shard(p.data), *optimizer.state[p].values())]
         assert all(map(torch.equal, before, after)), name
 
 
@@ -157,7 +158,7 @@ def check_qk_clip(W, places):
         seen = S if name in ("plain", "some plain") else S / (1 + (dist.get_rank() - 1) % W)
         kept = seen.clone()
         optimizer.step(max_logits=seen)
-        assert all(torch.equal(local(p), mine(p, t)) for p, t in zip(weights, expected)), name
+        assert all(torch.equal(local_shard(p), mine(p, t)) for p, t in zip(weights, expected)), name
         assert optimizer.clipped == (gamma < 1).sum() == 1 and torch.equal(seen, kept)
     weights = [places["rows"](0, q).requires_grad_(), places["rows"](0, k).requires_grad_()]
     optimizer = MuonClip(weights, [], lr=0.0, qk=[weights], kv_map=KV_MAP, head_dim=4)
@@ -212,7 +213,7 @@ def check_bytes(W, places):
     cases = [("rows", (1, W), (None, 0))] + [("replicas 2x2", (2, 2), (None, 0))] * (W == 4)
     for (name, sizes, layout), chunk in itertools.product(cases, (1, 2)):
         shapes = 3 * SHAPES
-        plan = Unit(shapes, [layout] * len(shapes), sizes, chunk=chunk)
+        plan = MuonShardGroup(shapes, [layout] * len(shapes), sizes, chunk=chunk)
         _, optimizer = run(places[name], steps=1, shapes=shapes, rest=(), chunk=chunk)
         assert len(calls) == 2 * len(plan.chunks) >= 2
         assert [*map(sum, zip(*calls))] == plan.traffic()[:, dist.get_rank()].tolist()
@@ -251,11 +252,11 @@ def check_fsdp(W):
 def check_gather_all(places):
     """The form that is timed beside it is the same function."""
     orthogonalize = MuonClip._orthogonalize
-    MuonClip._orthogonalize = muonclip.gather_all
+    MuonClip._orthogonalize = tools.bench_muon.gather_all
     theirs = run(places["rows"], rest=())
     MuonClip._orthogonalize = orthogonalize
     for p, q in zip(run(places["rows"], rest=())[0], theirs[0]):
-        assert torch.equal(local(p), local(q))
+        assert torch.equal(local_shard(p), local_shard(q))
 
 
 def worker():
@@ -291,56 +292,56 @@ LAYER = ((5120, 4096), (2048, 4096), (2048, 4096), (4096, 5120), (16384, 4096), 
 def test_owners_of_the_12b_model_are_balanced_within_each_chunk_too():
     shapes = 40 * LAYER
     for ranks, overall, waiting in (8, 1.002, 1.01), (64, 1.02, 1.1), (128, 1.22, 1.3):
-        place = assign(shapes, ranks)
+        place = assign_owners(shapes, ranks)
         loads = torch.zeros(max(c for c, _ in place) + 1, ranks, dtype=torch.float64)
         for shape, (chunk, owner) in zip(shapes, place):
-            loads[chunk, owner] += flops(shape)
+            loads[chunk, owner] += newton_schulz_flops(shape)
         assert loads.sum(0).max() <= overall * loads.sum() / ranks
         assert loads.amax(1).sum() <= waiting * loads.sum() / ranks
-    assert len({owner for _, owner in assign(shapes, 1024)}) == 280
+    assert len({owner for _, owner in assign_owners(shapes, 1024)}) == 280
 
 
 def test_replicas_share_the_matrices_as_long_as_that_is_less_work_for_the_busiest():
     groups = {(8, 1): 1, (64, 8): 8, (1024, 1): 1, (1024, 4): 1, (1024, 16): 4, (1024, 128): 32}
     for (ranks, replicas), expected in groups.items():
-        assert sharing(40 * LAYER, ranks, replicas) == expected
+        assert replicas_per_muon_group(40 * LAYER, ranks, replicas) == expected
     with pytest.raises(ValueError, match="^9 ranks are not 2 replicas of the same size$"):
-        sharing(LAYER, 9, 2)
+        replicas_per_muon_group(LAYER, 9, 2)
 
 
 def test_parts_are_torch_chunks_and_tile_the_tensor():
     for rows, ranks in itertools.product((1, 3, 5, 8, 11), (1, 2, 3, 4, 8)):
         lengths = [len(c) for c in torch.arange(rows).chunk(ranks)]
-        parts = [part((rows, 2), (ranks,), (0,), (r,))[0] for r in range(ranks)]
+        parts = [local_slices((rows, 2), (ranks,), (0,), (r,))[0] for r in range(ranks)]
         assert [s.stop - s.start for s in parts] == lengths + [0] * (ranks - len(lengths))
     seen = torch.zeros(5, 7)
     for at in itertools.product(range(2), range(3)):
-        seen[part((5, 7), (2, 3), (0, 1), at)] += 1
+        seen[local_slices((5, 7), (2, 3), (0, 1), at)] += 1
     assert (seen == 1).all()
 
 
 def test_the_volume_is_as_said():
     for sizes in (1, 8), (2, 4), (4, 1):
         W, P = math.prod(sizes), 8 * sum(map(math.prod, LAYER))
-        unit = Unit(8 * LAYER, [(None, 0)] * 8 * len(LAYER), sizes)
+        unit = MuonShardGroup(8 * LAYER, [(None, 0)] * 8 * len(LAYER), sizes)
         volume = P * (W + sizes[0] * (W - 2)) // W**2    # loads are equal here
         assert unit.traffic().tolist() == [[volume] * W] * 2
 
 
 def test_main_prints_the_plan(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["muonclip.py", "config/motif2_12b.py", "--world=8"])
+    monkeypatch.setattr("sys.argv", ["muonclip.py", "config/motif2_12b.py", "--plan_world_size=8"])
     monkeypatch.chdir(Path(__file__).parents[1])
-    muonclip.main()
+    tools.bench_muon.main()
     said = capsys.readouterr().out
     assert "280 matrices of 10.905e9 elements, in 21 chunks" in said
     lines = [line.split() for line in said.splitlines()]
     assert ["TFLOP", "126.27", "1.000"] in lines and ["MB", "held", "805.31", "1.000"] in lines
     assert ["GB", "sent", "4.77", "1.000"] in lines and "where each gathers all 19.08 GB" in said
-    for options, message in ((["--world=9", "--replicas=2"], "9 ranks are not 2 replicas"),
-                             (["--world=0"], "--world=0: world must be at least 1, not 0")):
+    for options, message in ((["--plan_world_size=9", "--dp_replicate=2"], "9 ranks are not 2 replicas"),
+                             (["--plan_world_size=0"], "--plan_world_size=0: world must be at least 1, not 0")):
         monkeypatch.setattr("sys.argv", ["muonclip.py", *options])
         with pytest.raises(SystemExit, match=f"^{message}"):
-            muonclip.main()
+            tools.bench_muon.main()
 
 
 if __name__ == "__main__":

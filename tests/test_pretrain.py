@@ -1,5 +1,6 @@
 """The real script from nothing to a trained model: what is logged, resume after every kind of end,
 and one line for every wrong input. Tiny models on the generators' text, mostly in this process."""
+import tools.plots
 import json
 import os
 import re
@@ -17,13 +18,13 @@ import data
 import kernels
 import pretrain
 from model import Motif
-from pretrain import Config, lr_at, plan_of
+from pretrain import Config, lr_at, make_curriculum
 
-ROOT, DRAW = Path(pretrain.__file__).parent, pretrain.draw
+ROOT, DRAW = Path(pretrain.__file__).parent, tools.plots.plot_training
 DOMAINS = {"math": ["builtin:math", 0.75, 0.25], "science": ["builtin:science", 0.25, 0.75]}
 TINY = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=5,
             num_noise_heads=1, num_key_value_heads=2, head_dim=8, seq_len=32, batch_tokens=256,
-            micro_tokens=128, max_steps=12, warmup_steps=2, save_every=4, eval_every=6, log_every=1,
+            micro_batch_tokens=128, max_steps=12, warmup_steps=2, save_every=4, eval_every=6, log_every=1,
             eval_tokens=256, sample_tokens=4, keep_last=5, workers=1, domains=DOMAINS,
             out_dir="out", device="cpu")
 
@@ -84,7 +85,7 @@ def test_20_steps_of_the_quick_start_are_pinned(run):
     kept = ("data_dir", "device", "domains", "out_dir", "workers")
     run(str(ROOT / "config/quickstart.py"), **{
         **{key: ... for key in TINY if key not in kept},
-        "max_steps": 20, "batch_tokens": 512, "seq_len": 128, "micro_tokens": 512,
+        "max_steps": 20, "batch_tokens": 512, "seq_len": 128, "micro_batch_tokens": 512,
         "eval_every": 20, "eval_tokens": 1024, "sample_tokens": 1})
     first, last = (m["val_loss"] for m in metrics() if "val_loss" in m)
     assert first == pytest.approx(5.6661, abs=0.01)
@@ -126,8 +127,8 @@ def test_a_run_logs_what_others_rely_on(run):
 def test_bits_per_byte_and_loss_are_those_of_the_rows(run, shards):
     run(max_steps=1)
     model, c = Motif.from_pretrained("out/step_1"), Config(**TINY)
-    plan, byte = plan_of(c), data.load_tokenizer("byte")
-    corpus = data.Corpus(plan, data.prepare(DOMAINS, "byte", str(shards), plan.need()), c.seed)
+    plan, byte = make_curriculum(c), data.load_tokenizer("byte")
+    corpus = data.TokenDataset(plan, data.prepare(DOMAINS, "byte", str(shards), plan.need()), c.seed)
     rows = {name: torch.from_numpy(corpus.validation(name, 256, 32)) for name in DOMAINS}
     nats = {n: model(r[:, :-1], r[:, 1:], reduction="sum").item() for n, r in rows.items()}
     size = {n: len(data.decode(byte, [i for i in r[:, 1:].flatten().tolist() if i < 256]).encode())
@@ -141,7 +142,7 @@ def test_bits_per_byte_and_loss_are_those_of_the_rows(run, shards):
 
 def test_accumulation_changes_nothing(run):
     run(max_steps=4)
-    run(max_steps=4, micro_tokens=32, out_dir="small")
+    run(max_steps=4, micro_batch_tokens=32, out_dir="small")
     for a, b in zip(metrics(), metrics("small"), strict=True):
         assert a.keys() == b.keys()
         for key in {"loss", "grad_norm", "val_loss", "max_logit"} & a.keys():
@@ -177,10 +178,10 @@ def test_fsdp_of_one_rank_is_training_without_it(run, monkeypatch, options):
 
 def test_recomputing_blocks_changes_nothing(run):
     run(max_steps=4)
-    run(max_steps=4, recompute=1, out_dir="recomputed")
+    run(max_steps=4, activation_checkpoint_layers=1, out_dir="recomputed")
     assert same("recomputed/step_4", "out/step_4")
     run(max_steps=4, precision="bf16", out_dir="bf16")
-    run(max_steps=4, precision="bf16", recompute=2, out_dir="both")
+    run(max_steps=4, precision="bf16", activation_checkpoint_layers=2, out_dir="both")
     assert same("bf16/step_4", "both/step_4") and metrics("bf16") == metrics("both")
 
 
@@ -191,7 +192,7 @@ def test_compiled_blocks_are_one_graph_with_fsdp_and_recomputing(run, monkeypatc
     graphs = CompileCounterWithBackend("aot_eager")
     run(max_steps=4, precision="bf16", num_hidden_layers=5)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs, fullgraph=True))
-    run(max_steps=4, precision="bf16", num_hidden_layers=5, recompute=2, compile=True,
+    run(max_steps=4, precision="bf16", num_hidden_layers=5, activation_checkpoint_layers=2, compile=True,
         out_dir="compiled")
     assert graphs.frame_count == 2                   # and none for the shapes of an evaluation
     for a, b in zip(metrics(), metrics("compiled"), strict=True):
@@ -200,7 +201,7 @@ def test_compiled_blocks_are_one_graph_with_fsdp_and_recomputing(run, monkeypatc
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("options", [dict(), dict(recompute=1), dict(optimizer="adamw")])
+@pytest.mark.parametrize("options", [dict(), dict(activation_checkpoint_layers=1), dict(optimizer="adamw")])
 def test_a_step_never_waits_for_the_gpu(run, monkeypatch, options):
     """From the third on, when nothing is left to compile, torch refuses to wait in a step."""
     real, steps = pretrain.train_step, []
@@ -222,7 +223,7 @@ def test_a_step_never_waits_for_the_gpu(run, monkeypatch, options):
 
 SMALL = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=10,
              num_noise_heads=2, num_key_value_heads=4, head_dim=32, seq_len=256, batch_tokens=16384,
-             micro_tokens=16384, lr=2e-3, warmup_steps=20, max_steps=200, log_every=10,
+             micro_batch_tokens=16384, lr=2e-3, warmup_steps=20, max_steps=200, log_every=10,
              eval_every=None, save_every=None, workers=None,
              domains={"code": ["builtin:code", 0.5, 0.5], "language": ["builtin:language", .5, .5]})
 
@@ -255,7 +256,7 @@ def test_fp8_trains_and_its_checkpoint_is_an_ordinary_one(run):
 def test_learning_rate_warms_up_stays_and_decays():
     c = Config(max_steps=100, batch_tokens=256, lr=1.0, warmup_steps=4, decay_fraction=0.5,
                min_lr=0.1)
-    plan = plan_of(c)
+    plan = make_curriculum(c)
     assert [lr_at(c, plan, t) for t in range(5)] == [0.2, 0.4, 0.6, 0.8, 1.0]
     assert {lr_at(c, plan, t) for t in range(4, 51)} == {1.0}
     at75 = {}
@@ -291,7 +292,7 @@ def test_resume_is_exact_whatever_was_left_behind(run, capsys):
 def test_a_crash_inside_a_save_costs_nothing(run, monkeypatch, crash_at):
     """The process ends before any of the ten file operations of the second save."""
     run(out_dir="straight", max_steps=8)
-    real, calls = {"sync": pretrain.sync, "replace": os.replace}, []
+    real, calls = {"sync": pretrain.fsync_path, "replace": os.replace}, []
 
     def crash(name):
         def wrapped(*a):
@@ -307,7 +308,7 @@ def test_a_crash_inside_a_save_costs_nothing(run, monkeypatch, crash_at):
         m.setattr(os, "replace", crash("replace"))
         with pytest.raises(KeyboardInterrupt):
             run(max_steps=8)
-    assert pretrain.steps_in(Path("out")) == [4]
+    assert pretrain.checkpoint_steps(Path("out")) == [4]
     run(max_steps=8)
     assert same("out/step_8", "straight/step_8")
 
@@ -328,7 +329,7 @@ def test_kill_9_and_sigterm_from_outside(run, shards, tmp_path):
 
     assert start_and(signal.SIGKILL, 41) == -signal.SIGKILL
     assert start_and(signal.SIGTERM, 50) == 0
-    stopped = max(pretrain.steps_in(Path("out")))
+    stopped = max(pretrain.checkpoint_steps(Path("out")))
     assert 50 <= stopped < 150 and f"stopped at step {stopped}; " in Path("out/log.txt").read_text()
     assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
     assert same("out/step_150", "straight/step_150") and metrics() == metrics("straight")
@@ -344,7 +345,7 @@ def test_a_finished_run_is_left_as_it_is_and_can_be_prolonged(run, capsys):
     run(max_steps=10, seed=3)
     said = capsys.readouterr().out
     assert "changed since then: max_steps was 8, is 10" in said and "seed was 1337, is 3" in said
-    assert pretrain.steps_in(Path("out")) and max(pretrain.steps_in(Path("out"))) == 10
+    assert pretrain.checkpoint_steps(Path("out")) and max(pretrain.checkpoint_steps(Path("out"))) == 10
 
 
 def test_resume_from_a_path_and_not_over_an_old_run(run):
@@ -357,13 +358,13 @@ def test_resume_from_a_path_and_not_over_an_old_run(run):
 
 def test_a_run_may_keep_and_evaluate_nothing(run):
     run(save_every=None, eval_every=None)
-    assert len(metrics()) == 12 and not pretrain.steps_in(Path("out"))
+    assert len(metrics()) == 12 and not pretrain.checkpoint_steps(Path("out"))
     assert "nothing new to save" in Path("out/log.txt").read_text()
 
 
 def test_old_checkpoints_go_and_multiples_stay(run):
     run(save_every=1, keep_last=3, keep_every=4)
-    assert sorted(pretrain.steps_in(Path("out"))) == [4, 8, 10, 11, 12]
+    assert sorted(pretrain.checkpoint_steps(Path("out"))) == [4, 8, 10, 11, 12]
 
 
 def test_two_runs_never_mix_in_one_folder(run):
@@ -417,17 +418,17 @@ def test_a_loss_that_is_not_finite_updates_nothing_and_ends_the_run(run, monkeyp
         return (loss * torch.nan if next(count) in bad else loss), largest
 
     monkeypatch.setattr(pretrain, "forward_backward", sometimes)
-    assert refused(run, max_skipped=3, save_every=5) == (
+    assert refused(run, max_nonfinite_steps=3, save_every=5) == (
         "3 steps in a row were not finite; the last good checkpoint is out/step_5: lower lr, or "
         "look at the data of these steps")
     assert [m["loss"] for m in metrics() if "loss" in m][-2:] == [None, None]
     count = iter(range(1, 100))
     bad = {6, 8}
-    run(max_skipped=2, save_every=1, keep_last=9, out_dir="other", max_steps=8)
+    run(max_nonfinite_steps=2, save_every=1, keep_last=9, out_dir="other", max_steps=8)
     assert same("other/step_5", "other/step_6") and not same("other/step_6", "other/step_7")
     assert same("other/step_7", "other/step_8")
     count, bad = iter(range(1, 100)), {2, 4, 5, 6}      # known at the next line, not sooner
-    assert refused(run, max_skipped=3, log_every=7, save_every=3, out_dir="late") == (
+    assert refused(run, max_nonfinite_steps=3, log_every=7, save_every=3, out_dir="late") == (
         "3 steps in a row were not finite; the last good checkpoint is late/step_3: lower lr, or "
         "look at the data of these steps")
     said = Path("late/log.txt").read_text()

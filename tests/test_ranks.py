@@ -1,5 +1,6 @@
 """pretrain.py over several processes, on gloo: the losses of one process, checkpoints of any number
 of ranks, and an end that is clear, whatever ends it."""
+import tools.plots
 import json
 import os
 import re
@@ -22,7 +23,7 @@ ROOT = Path(muonclip.__file__).parent
 # 10 rows of 32 tokens: of four ranks two have a row more, and the others fill theirs up
 OPTIONS = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=5,
                num_noise_heads=1, num_key_value_heads=2, head_dim=8, seq_len=32, batch_tokens=320,
-               micro_tokens=96, max_steps=50, warmup_steps=2, save_every=24, eval_every=24,
+               micro_batch_tokens=96, max_steps=50, warmup_steps=2, save_every=24, eval_every=24,
                log_every=1, eval_tokens=96, sample_tokens=1, keep_last=5, device="cpu", workers=1,
                timeout=30, decay_fraction=0.0, domains={"math": ["builtin:math", 0.6, 0.6],
                                                         "science": ["builtin:science", 0.4, 0.4]})
@@ -34,7 +35,7 @@ def train(out: Path, shards: Path, sigterm_at: int = 0, **options) -> None:
     """A run, in which rank 2 alone gets a SIGTERM before that step."""
     import pretrain
     options = {**OPTIONS, "out_dir": out, "data_dir": shards, **options}
-    pretrain.draw, step, steps = lambda out: None, pretrain.train_step, []
+    tools.plots.plot_training, step, steps = lambda out: None, pretrain.train_step, []
 
     def train_step(*args):
         steps.append(None)
@@ -50,10 +51,10 @@ def steps_with_set_gradients(out: Path, first: int, last: int) -> None:
     """Steps first + 1 to `last` of a model, from a checkpoint on and into one."""
     import pretrain
     c = pretrain.Config(**OPTIONS)
-    device = pretrain.device_of(c)
-    pretrain.join(c, device)
+    device = pretrain.pick_device(c)
+    pretrain.init_distributed(c, device)
     model = pretrain.build(c, device)
-    optimizer = muonclip.for_model(model, lr=0.01, tau=0.5)
+    optimizer = muonclip.configure_optimizer(model, lr=0.01, tau=0.5)
     if first:
         pretrain.load_checkpoint(out / f"step_{first}", model, optimizer)
     for step in range(first, last):
@@ -74,7 +75,7 @@ def worlds(folder: Path) -> None:
     world(1, train, folder / "one", shards)
     world(4, train, folder / "four", shards)
     world(4, train, folder / "replicas", shards, replicas=2, max_steps=12, eval_every=None,
-          micro_tokens=64)
+          micro_batch_tokens=64)
     world(4, train, folder / "interrupted", shards, sigterm_at=5, max_steps=24)
     world(1, steps_with_set_gradients, folder / "still", 0, 5)
     world(4, steps_with_set_gradients, folder / "moving", 0, 2)

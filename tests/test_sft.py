@@ -1,5 +1,7 @@
 """Conversations as tokens, packed rows against each conversation alone, the tasks that are made,
 what is dropped, and sft.py itself: resume, the order of stages, four ranks against one."""
+import tools.plots
+import synthetic.conversations
 import ast
 import base64
 import datetime
@@ -27,7 +29,7 @@ TINY = MotifConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, nu
                    num_noise_heads=1, num_key_value_heads=2, head_dim=8)
 DATA = {"skills": ["builtin:skills?n=40", 1.0], "chains": ["builtin:chains?n=40&steps=2", 1.0],
         "longer": ["builtin:chains?n=3&steps=3", 0.0]}
-OPTIONS = dict(data=DATA, seq_len=256, batch_tokens=1280, micro_tokens=512, lr_scale=100,
+OPTIONS = dict(data=DATA, seq_len=256, batch_tokens=1280, micro_batch_tokens=512, lr_scale=100,
                eval_every=8, eval_tokens=512, save_every=8, log_every=1, sample_tokens=4,
                keep_last=9, device="cpu", timeout=30)
 BYTE = data.load_tokenizer("byte")
@@ -47,7 +49,7 @@ def base(folder: Path) -> None:
 def train(out: str | Path, **options) -> None:
     import pretrain
     import sft
-    pretrain.draw = lambda out: None
+    tools.plots.plot_training = lambda out: None
     options = {**OPTIONS, "out_dir": out, **options}
     sys.argv = ["sft.py", *(f"--{key}={value}" for key, value in options.items())]
     sft.main()
@@ -61,11 +63,11 @@ def test_conversations_are_encoded_as_by_hand():
     asked = [begin, turn, system, 10, 10, 83, stop, turn, user, 10, 10, *b"<|endofturn|>", stop,
              turn, assistant, 10, 10]
     again = [turn, user, 10, 10, 98, 10, stop, turn, assistant, 10, 10]
-    ids, targets = data.encode_chat(BYTE, TALK)
+    ids, targets = sft.encode_chat(BYTE, TALK)
     assert ids == asked + [*b"Yes", stop] + again + [*b"no", stop]
     assert targets == ([-1] * (len(asked) - 1) + [*b"Yes", stop, -1]
                        + [-1] * (len(again) - 1) + [*b"no", stop, -1])
-    assert data.encode_prompt(BYTE, TALK[:2]) == asked
+    assert sft.encode_prompt(BYTE, TALK[:2]) == asked
     assert end not in ids
 
 
@@ -76,7 +78,7 @@ def test_a_tokenizer_of_the_hub_gives_what_its_parts_give(tmp_path):
     file.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n"
                             for i, t in enumerate(tokens)))
     t = data.load_tokenizer(str(file))
-    ids, targets = data.encode_chat(t, [TALK[1], TALK[2]])
+    ids, targets = sft.encode_chat(t, [TALK[1], TALK[2]])
     n = t._special_tokens
     assert ids[:4] == [n["<|beginoftext|>"], n["<|startofturn|>"], n["<|user|>"], 256]
     assert ids[-4:] == [256, 257, ord("s"), n["<|endofturn|>"]]
@@ -84,11 +86,11 @@ def test_a_tokenizer_of_the_hub_gives_what_its_parts_give(tmp_path):
 
 
 def test_a_conversation_is_cut_at_a_turn():
-    whole, first = (len(data.encode_chat(BYTE, TALK[:n])[0]) for n in (5, 3))
+    whole, first = (len(sft.encode_chat(BYTE, TALK[:n])[0]) for n in (5, 3))
     question = TALK + [{"role": "user", "content": "And?"}]
-    assert data.fit_chat(BYTE, question, whole) == (*data.encode_chat(BYTE, TALK), False)
-    assert data.fit_chat(BYTE, TALK, whole - 1) == (*data.encode_chat(BYTE, TALK[:3]), True)
-    assert data.fit_chat(BYTE, TALK, first - 1) is None
+    assert sft.truncate_to_turn(BYTE, question, whole) == (*sft.encode_chat(BYTE, TALK), False)
+    assert sft.truncate_to_turn(BYTE, TALK, whole - 1) == (*sft.encode_chat(BYTE, TALK[:3]), True)
+    assert sft.truncate_to_turn(BYTE, TALK, first - 1) is None
 
 
 @pytest.mark.parametrize("row, said", [
@@ -107,11 +109,11 @@ def test_a_row_that_is_no_conversation_is_refused(tmp_path, row, said):
     file = tmp_path / "talks.jsonl"
     file.write_text(f'{json.dumps({"messages": TALK})}\n\n{json.dumps(row)}\n')
     with pytest.raises(ValueError) as e:
-        list(data.chats(str(file)))
+        list(sft.load_conversations(str(file)))
     assert str(e.value) == f"{file}: byte {file.read_text().index(chr(10)) + 2}: {said}"
     if "messages" in row:
         with pytest.raises(ValueError, match=re.escape(said)):
-            data.encode_chat(BYTE, row["messages"])
+            sft.encode_chat(BYTE, row["messages"])
 
 
 def test_other_wrong_sources_and_tokenizers_are_refused():
@@ -120,11 +122,11 @@ def test_other_wrong_sources_and_tokenizers_are_refused():
                          ("builtin:help?steps=2", "none of its options (n=...)"),
                          ("talks.csv", "is neither builtin:..., files ending in .jsonl")):
         with pytest.raises(ValueError, match=re.escape(said)):
-            list(data.chats(source))
+            list(sft.load_conversations(source))
     bare = data.tiktoken.Encoding("bare", pat_str=".", special_tokens={},
                                   mergeable_ranks={bytes([i]): i for i in range(256)})
     with pytest.raises(ValueError, match=r"tokenizer bare lacks the turn format's <\|beginoftext"):
-        data.encode_chat(bare, TALK)
+        sft.encode_chat(bare, TALK)
 
 
 # ---- packing
@@ -139,7 +141,7 @@ def test_each_conversation_goes_where_it_leaves_least_room():
             rows.append([])
             left, enough = {len(rows) - 1: 0}, [len(rows) - 1]
         rows[min(enough, key=left.__getitem__)].append(i)
-    ours = data.pack(lengths, T)
+    ours = sft.pack(lengths, T)
     assert sorted(i for row in ours for i in row) == [*range(500)]
     assert sorted(lengths[row].sum() for row in ours) == sorted(lengths[row].sum() for row in rows)
     assert lengths.sum() / (len(ours) * T) > 0.98
@@ -149,9 +151,9 @@ def test_packed_rows_are_each_conversation_alone():
     """Loss and gradients, with padding at the end of a row."""
     torch.manual_seed(2)
     model = Motif(TINY)
-    talks = [np.array(data.encode_chat(BYTE, t)) for t in data.chats("builtin:skills?n=12")]
-    rows = data.pack(np.array([t.shape[1] for t in talks]), 640)
-    ids, targets, documents = map(torch.from_numpy, data.fill([[talks[i] for i in r] for r in rows],
+    talks = [np.array(sft.encode_chat(BYTE, t)) for t in sft.load_conversations("builtin:skills?n=12")]
+    rows = sft.pack(np.array([t.shape[1] for t in talks]), 640)
+    ids, targets, documents = map(torch.from_numpy, sft.collate([[talks[i] for i in r] for r in rows],
                                                               640))
     count = int((targets >= 0).sum())
     assert len(rows) < 8 and count == sum((t[1] >= 0).sum() for t in talks)
@@ -168,12 +170,12 @@ def test_packed_rows_are_each_conversation_alone():
 def test_a_stream_reads_every_conversation_as_often_as_its_weight_says(tmp_path):
     parts = {}
     for name, source in ("skills", "builtin:skills?n=60"), ("chains", "builtin:chains?n=90"):
-        talks = [data.encode_chat(BYTE, t) for t in data.chats(source)]
-        data.Conversations.save(tmp_path / name, talks)
-        parts[name] = data.Conversations(tmp_path / name)
+        talks = [sft.encode_chat(BYTE, t) for t in sft.load_conversations(source)]
+        sft.TokenizedChats.save(tmp_path / name, talks)
+        parts[name] = sft.TokenizedChats(tmp_path / name)
         assert parts[name][7].tolist() == [*map(list, talks[7])]
     make = dict(T=512, batch_tokens=2048, epochs=3, seed=5)
-    stream = data.Packed(parts, {"skills": 0.75, "chains": 0.25}, **make)
+    stream = sft.PackedChatDataset(parts, {"skills": 0.75, "chains": 0.25}, **make)
     times, plan = {"skills": np.zeros(60, int), "chains": np.zeros(90, int)}, stream.plan
     for step in range(plan.steps):
         ids, targets, documents = stream.batch(step)
@@ -188,14 +190,14 @@ def test_a_stream_reads_every_conversation_as_often_as_its_weight_says(tmp_path)
         assert np.ptp(times[name]) <= 1
         assert (times[name] * parts[name].lengths).sum() / plan.tokens[-1] == pytest.approx(
             share, abs=0.01)
-    again = data.Packed(parts, {"skills": 0.75, "chains": 0.25}, **make)
+    again = sft.PackedChatDataset(parts, {"skills": 0.75, "chains": 0.25}, **make)
     assert again.batches == stream.batches and again.fingerprint() == stream.fingerprint()
-    whole = data.Packed(parts, {name: float(talks.ends[-1]) for name, talks in parts.items()},
+    whole = sft.PackedChatDataset(parts, {name: float(talks.ends[-1]) for name, talks in parts.items()},
                         T=512, batch_tokens=512, epochs=1, seed=5)
     assert len({(d, i) for step in range(whole.plan.steps) for d, i in whole.talks(step)}) == 150
-    few = data.Packed(parts, {"skills": 0.99, "chains": 0.01}, **make)
+    few = sft.PackedChatDataset(parts, {"skills": 0.99, "chains": 0.01}, **make)
     assert (few.plan.shares * np.diff(few.plan.tokens)[:, None]).sum(0)[0] <= (
-        3 * data.REPEATS * parts["skills"].ends[-1] + 500)
+        3 * sft.REPEATS * parts["skills"].ends[-1] + 500)
 
 
 # ---- the tasks that are made
@@ -248,29 +250,29 @@ def test_the_answers_of_chains_are_right_and_longer_chains_are_longer():
     seen = {}
     for source, least, most in (("chains?n=1500", 2, 4), ("chains?n=200&steps=5-6", 5, 6)):
         lengths = set()
-        for ask, reply in data.chats(f"builtin:{source}"):
+        for ask, reply in sft.load_conversations(f"builtin:{source}"):
             first, *asks = ask["content"].split("\n")
             x = start_of(first)
             for line in asks:
                 x = solve(line.partition(". ")[2], x)
             x = (f"{x.day} {x.strftime('%B')} {x.year}" if isinstance(x, datetime.date) else
                  str(x).strip("[]"))
-            assert data.answer_of(reply["content"]) == x, (ask, reply)
+            assert synthetic.conversations.answer_of(reply["content"]) == x, (ask, reply)
             lengths.add(len(asks))
             assert ask["content"] not in seen.setdefault(source, set())
             seen[source].add(ask["content"])
         assert lengths == {*range(least, most + 1)}
     assert not set.intersection(*seen.values())
-    assert list(data.chats("builtin:chains?n=9")) == list(data.chats("builtin:chains?n=9"))
-    assert data.answer_of("Answer: 3\nAnswer:  4 \n") == "4" and data.answer_of("4") == ""
+    assert list(sft.load_conversations("builtin:chains?n=9")) == list(sft.load_conversations("builtin:chains?n=9"))
+    assert synthetic.conversations.answer_of("Answer: 3\nAnswer:  4 \n") == "4" and synthetic.conversations.answer_of("4") == ""
 
 
 def test_system_turns_are_followed_and_docstrings_are_told():
-    talks = list(data.chats("builtin:skills?n=60"))
+    talks = list(sft.load_conversations("builtin:skills?n=60"))
     alone = [t for t in talks if t[0]["content"] == "Give the result alone."]
     assert 10 < len(alone) < 30 and all("Answer" not in m["content"] for t in alone for m in t)
     assert {len([m for m in t if m["role"] == "assistant"]) for t in talks} == {1, 2}
-    helps = list(data.chats("builtin:help?n=30"))
+    helps = list(sft.load_conversations("builtin:help?n=30"))
     assert len(helps) == 30 and all(t[1]["content"].endswith(".") for t in helps)
 
 
@@ -286,14 +288,14 @@ def test_scores_and_what_is_dropped_for_them():
     assert sft.reasoning_density(good) == pytest.approx(1 / 3) and sft.reasoning_density(torn) == 0
     assert sft.completeness(good) == 1 and sft.completeness(torn) == 0.5
     assert sft.structure(good) == 1 and sft.structure(torn) == pytest.approx(1 / 3)
-    assert sft.curate([torn, good, torn], 1 / 3) == (
+    assert sft.filter_by_quality([torn, good, torn], 1 / 3) == (
         [good], "2 dropped for a quality below 0.778 or no better")
 
     other = talk("Name a river of France.", "The Seine is a river of France.")
     near = talk("What are 3 boxes of 4 eggs?", good[1]["content"] + " Yes.")
     mantra = talk("Name a river.", "the river the river the river the river the river the river")
     stray = talk("Name a river.", "Here it is for you. My aunt went shopping again today.")
-    kept, text = sft.prune([good, near, other, mantra, stray, good], 0.7)
+    kept, text = sft.dedup_and_filter([good, near, other, mantra, stray, good], 0.7)
     assert kept == [good, other]
     assert text == "; ".join(
         f"{n} dropped as {why}, one of them {t[1]['content'][:60]!r}" for n, why, t in (
@@ -305,18 +307,18 @@ def test_what_is_held_out_is_never_asked_in_training():
         return {m["content"] for t in talks for m in t if m["role"] == "user"}
     one = [talk(f"What is question number {i % 1200}?", f"Answer {i}.") for i in range(2400)]
     two = [[*a, *b] for a, b in zip(one, one[37:])]
-    known = {n for t in one[:5] for _, n in sft.asked(t)}
-    parts = sft.hold_out(one + two, known)
-    assert len(questions(parts["val"])) == pytest.approx(1200 / data.HOLD_OUT, abs=15)
+    known = {n for t in one[:5] for _, n in sft.question_hashes(t)}
+    parts = sft.train_val_split(one + two, known)
+    assert len(questions(parts["val"])) == pytest.approx(1200 / data.VAL_EVERY, abs=15)
     assert not questions(parts["train"]) & questions(parts["val"] + one[:5])
     assert len(parts["train"]) > 0.9 * len(one + two)
     both = [t for t in parts["val"] if len(t) == 4]
     cut = [t for t in two if t[0]["content"] in questions(parts["val"]) and t not in both]
     assert cut and all(t[:2] in parts["val"] for t in cut)   # its second question is no such one
-    other = sft.hold_out(two[::-7], set())                  # the same in another domain
+    other = sft.train_val_split(two[::-7], set())                  # the same in another domain
     assert questions(other["val"]) <= questions(parts["val"])
-    assert [len(x) for x in sft.hold_out(one[:3], set()).values()] == [1, 2]
-    assert sft.hold_out([], set()) == {"val": [], "train": []}
+    assert [len(x) for x in sft.train_val_split(one[:3], set()).values()] == [1, 2]
+    assert sft.train_val_split([], set()) == {"val": [], "train": []}
 
 
 def test_thirteen_words_of_a_benchmark_are_one_too_many(tmp_path):
@@ -337,7 +339,7 @@ def test_thirteen_words_of_a_benchmark_are_one_too_many(tmp_path):
 def room(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pretrain, "stop_signals", list)
-    monkeypatch.setattr(pretrain, "draw", pretrain.draw)     # train replaces it
+    monkeypatch.setattr(pretrain, "draw", tools.plots.plot_training)     # train replaces it
     monkeypatch.setattr(sys, "argv", [])
     base(tmp_path / "out/quickstart/step_1")
 
@@ -398,7 +400,7 @@ def test_stages_follow_each_other_and_resume_is_bitwise(room):
     train("out/sft3", stage=3, batch_tokens=5120)
     said = Path("out/sft3/data.txt").read_text()
     assert "stage 3 from out/sft2/step_" in said and "prun" in said
-    assert Motif.from_pretrained(pretrain.newest(Path("out/sft3"))[0]).config == TINY
+    assert Motif.from_pretrained(pretrain.latest_checkpoint(Path("out/sft3"))[0]).config == TINY
 
 
 def worlds(folder: Path) -> None:

@@ -17,7 +17,7 @@ from model import flops_per_token
 SMALL = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4)
 LARGE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=10)
 BOTH = dict(num_noise_heads=2, num_key_value_heads=4, head_dim=16, seq_len=128, batch_tokens=2048,
-            micro_tokens=2048, warmup_steps=20, eval_every=25, eval_tokens=16384, save_every=10_000,
+            micro_batch_tokens=2048, warmup_steps=20, eval_every=25, eval_tokens=16384, save_every=10_000,
             log_every=50, sample_tokens=1)
 STEPS = 300                          # of the large model from fresh weights
 SHARE = 0.25                         # of the FLOPs that the small model gets
@@ -31,7 +31,7 @@ def arguments(shape: dict, **options) -> list[str]:
 
 def flops_of_step(shape: dict) -> float:
     c = configurator.load(pretrain.Config, arguments(shape))
-    return c.batch_tokens * sum(flops_per_token(pretrain.shape_of(c), c.seq_len))
+    return c.batch_tokens * sum(flops_per_token(pretrain.model_config(c), c.seq_len))
 
 
 def train(out: Path, shape: dict, **options) -> tuple[list, list]:

@@ -3,6 +3,7 @@
 pretrain.py) of the kernels with and without FSDP2, then of stock PyTorch, what they are measured
 against: bf16 autograd, eager and under torch.compile, with stock attention, the definition of
 PolyNorm and the whole logits."""
+import model
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ import kernels
 import pretrain
 from model import Motif, flops_per_token
 
-SLICE = "motif2_12b.py", "--num_hidden_layers=6", "--recompute=0"
+SLICE = "motif2_12b.py", "--num_hidden_layers=6", "--activation_checkpoint_layers=0"
 
 
 def attention_by_sdpa(q, k, v, num_noise_heads, starts=None, wide=False):
@@ -51,7 +52,7 @@ def in_bf16(c: pretrain.Config) -> Motif:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model = Motif(pretrain.shape_of(c)).to("cuda")    # its buffers too
+        model = Motif(pretrain.model_config(c)).to("cuda")    # its buffers too
     torch.set_default_dtype(torch.float32)
     return model
 
@@ -77,7 +78,7 @@ def with_kernels(name: str, sharded: bool, rows: int = 64, micro: int = 4) -> No
     """The step of pretrain.py less the optimizer: on bf16 weights without FSDP2, or as it is."""
     c, device = config_of(*SLICE), torch.device("cuda", 0)
     if sharded:
-        pretrain.join(c, device)
+        pretrain.init_distributed(c, device)
     model = pretrain.build(c, device) if sharded else in_bf16(c)
     for block in () if sharded else model.model.layers:
         block.forward = torch.compile(block.forward, dynamic=False)
@@ -88,9 +89,9 @@ def with_kernels(name: str, sharded: bool, rows: int = 64, micro: int = 4) -> No
 
 
 def plain(name: str, compiled: bool, wide: bool, backend, batch: int = 2) -> None:
-    kernels.FUSED = False
+    kernels.ENABLED = False
     kernels.poly_norm_mul = kernels.poly_norm_mul_by_definition
-    kernels.grouped_differential_attention = lambda *t: attention_by_sdpa(*t, wide=wide)
+    model.grouped_differential_attention = lambda *t: attention_by_sdpa(*t, wide=wide)
     kernels.linear_cross_entropy = torch.compile(loss_of_whole_logits) if compiled else (
         loss_of_whole_logits)
     c = config_of(*SLICE)
