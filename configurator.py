@@ -46,11 +46,11 @@ def load(Config: type, argv: list[str], default_file: str | None = None) -> Any:
     exits. SystemExit with one line for whatever is wrong."""
     owner, types = Path(inspect.getfile(Config)).name, get_type_hints(Config, include_extras=True)
     hints = {field.name: types[field.name] for field in fields(Config)}
-    file, options = split(argv, default_file)
+    file, options = split_argv(argv, default_file)
     script, settings = read_file(file) if file else (owner, [])
     if script not in (owner, None):
         raise UserError(f"{file} belongs to {script}, not to {owner}")
-    settings = [("default", key, value, fit) for key, value in vars(Config()).items()] + settings
+    settings = [("default", key, value, coerce) for key, value in vars(Config()).items()] + settings
     settings += [(option, option[2:].split("=")[0], option, parse) for option in options]
     values, came_from = {}, {}
     for place, key, value, read in settings:
@@ -77,7 +77,7 @@ def save(config: Any, path: str | Path) -> None:
     os.replace(f"{path}.tmp", path)
 
 
-def split(argv: list[str], default_file: str | None = None) -> tuple[str | None, list[str]]:
+def split_argv(argv: list[str], default_file: str | None = None) -> tuple[str | None, list[str]]:
     """argv -> the config file, if there is one, and the options as written, without --help.
     SystemExit for a second file, a word that is no file, a single dash or a key twice."""
     files = [word for word in argv if not word.startswith("-")]
@@ -100,7 +100,7 @@ def split(argv: list[str], default_file: str | None = None) -> tuple[str | None,
 
 def read_file(file: str) -> tuple[str | None, list[tuple]]:
     """A config file -> the script that its first line names, as in `# pretrain.py: a small model`,
-    and settings (place, key, value, fit). Each is `key = expression`, which may use builtins and
+    and settings (place, key, value, coerce). Each is `key = expression`, which may use builtins and
     the keys above it. SystemExit for any other statement, a key twice or an exception."""
     try:
         text = Path(file).read_text(encoding="utf-8")
@@ -119,14 +119,14 @@ def read_file(file: str) -> tuple[str | None, list[tuple]]:
             names[key] = eval(compile(ast.Expression(node.value), file, "eval"), names)
         except Exception as e:
             raise UserError(f"{place}: {type(e).__name__}: {e}") from None
-        settings.append((place, key, names[key], fit))
+        settings.append((place, key, names[key], coerce))
     script = re.match(r"# *(\w+\.py)\b", text)
     return script and script[1], settings
 
 
 def parse(hint: Any, option: str) -> Any:
     """The value of `--key=text`: a Python literal, true or false where the type admits that, else
-    the text; True for a bare `--key`. Errors are those of fit, and SystemExit for no value."""
+    the text; True for a bare `--key`. Errors are those of coerce, and SystemExit for no value."""
     key, equals, text = option.partition("=")
     if not equals and bool in (hint, *get_args(hint)):
         return True
@@ -137,19 +137,19 @@ def parse(hint: Any, option: str) -> Any:
         literal = ast.literal_eval(text)
         value = text if isinstance(literal, str) else literal
     try:
-        return fit(hint, value)
+        return coerce(hint, value)
     except TypeError:
         with suppress(TypeError):
-            return fit(hint, text)
+            return coerce(hint, text)
         raise
 
 
-def fit(hint: Any, value: Any) -> Any:
+def coerce(hint: Any, value: Any) -> Any:
     """value as the type has it: where they must be, an int is made a float and a tuple a list. Else
     TypeError or, if only its size is wrong, ValueError: "must be ..., not ..."."""
     kind, args = get_origin(hint) or hint, get_args(hint)
     if kind is Annotated:
-        value, (low, high) = fit(args[0], value), (*args[1:], inf)[:2]
+        value, (low, high) = coerce(args[0], value), (*args[1:], inf)[:2]
         if not low <= value <= high:
             bound = f"least {low}" if value < low else f"most {high}"
             raise ValueError(f"must be at {bound}, not {short(value)}")
@@ -161,7 +161,7 @@ def fit(hint: Any, value: Any) -> Any:
     if kind in (Union, UnionType):
         for member in args:
             with suppress(TypeError):
-                return fit(member, value)
+                return coerce(member, value)
     elif (kind, type(value)) in ((float, int), (list, tuple)):
         value = kind(value)
     if type(value) is not kind:

@@ -796,7 +796,7 @@ class TokenDataset:
     for a shard that is damaged and for shards too short for the sequences."""
 
     def __init__(self, plan: Curriculum, stores: dict[str, DomainShards], seed: int):
-        self.plan, self.seed, self.ends, need = plan, seed, {}, plan.need()
+        self.curriculum, self.seed, self.ends, need = plan, seed, {}, plan.need()
         self.train = {n: stores[n].shards("train", need[n]) for n in plan.names}
         self.val = {n: stores[n].shards("val", need[n]) for n in plan.names}
         T = max(plan.seq_len)
@@ -812,15 +812,15 @@ class TokenDataset:
         checksums = [s.checksum for shards in self.train.values() for s in shards]
         return hashlib.sha256(b"".join(checksums)).hexdigest()[:16]
 
-    def targets(self, step: int) -> int:
+    def num_targets(self, step: int) -> int:
         """Targets in the step's global batch."""
-        return self.plan.rows[step] * self.plan.seq_len[step]
+        return self.curriculum.rows[step] * self.curriculum.seq_len[step]
 
     def rows(self, step: int) -> list[tuple[str, int]]:
         """(domain, sequence) of every row of the global batch. Within an epoch of a domain each of
         its sequences comes once."""
-        T, rows = self.plan.seq_len[step], []
-        for name, a, b in zip(self.plan.names, self.plan.first[step], self.plan.last[step]):
+        T, rows = self.curriculum.seq_len[step], []
+        for name, a, b in zip(self.curriculum.names, self.curriculum.first[step], self.curriculum.last[step]):
             n = int(self._ends(self.train[name], T)[-1])
             for epoch in range(a // n, (b - 1) // n + 1 if b > a else 0):
                 i = np.arange(max(a, epoch * n), min(b, (epoch + 1) * n)) - epoch * n
@@ -830,7 +830,7 @@ class TokenDataset:
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """Rows rank, rank + world, ... of the step's global batch: (rows, T + 1) int64."""
-        T, rows = self.plan.seq_len[step], self.rows(step)[rank::world]
+        T, rows = self.curriculum.seq_len[step], self.rows(step)[rank::world]
         out = np.empty((len(rows), T + 1), dtype=np.int64)
         for row, (name, i) in zip(out, rows):
             row[:] = self._read(self.train[name], i, T)

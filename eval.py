@@ -932,7 +932,7 @@ def chat(model: Motif, text: PromptEncoder, c: Config) -> None:
             system, messages = [{"role": "system", "content": rest}] if rest else [], []
         elif command == "/temp":
             try:
-                temperature = max(0.0, configurator.fit(float, float(rest)))
+                temperature = max(0.0, configurator.coerce(float, float(rest)))
             except ValueError:
                 print(f"/temp needs a number, as in /temp 0.7, not {rest!r}")
         elif command.startswith("/"):

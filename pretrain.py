@@ -182,6 +182,16 @@ def all_gather_object(value) -> list:
     return values
 
 
+def broadcast_object(value):
+    """Rank 0's value, on all ranks."""
+    return all_gather_object(value)[0]
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    all_gather_object(None)
+
+
 def sync_errors(call, *args):
     """call(*args) on every rank -> its result; an OSError or ValueError of one is raised on all."""
     result = error = None
@@ -241,7 +251,7 @@ class Log:
 
     def __init__(self, out: Path, start: tuple | None, c: Config):
         self.out, self.metrics, self.wandb = out, out / "metrics.jsonl", None
-        self.evaluated = all_gather_object(self._begin(start, c) if RANK == 0 else None)[0]
+        self.evaluated = broadcast_object(self._begin(start, c) if RANK == 0 else None)
 
     def _begin(self, start: tuple | None, c: Config) -> int:
         """The step of the last evaluation."""
@@ -773,7 +783,7 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
     plan. A stream has plan, batch(step, rank, world), as `tensors` takes it, targets(step), how
     many count in the global batch, and fingerprint(); held_out: name -> such a batch; encode: how
     prompts are read."""
-    plan, device = stream.plan, model.head_weight.device
+    plan, device = stream.curriculum, model.head_weight.device
     step = begun = start[1]["step"] if start else 0
     skips = NonFiniteSteps(start[1]["skipped"] if start else 0)
     held_out = {name: [t.to(device) for t in to_tensors(rows)] for name, rows in held_out.items()}
@@ -835,7 +845,7 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
             raise UserError(str(e)) from None
         loss, norm, largest, skip = train_step(
             model, optimizer, pad_rows(batch, own, n), max(1, c.micro_batch_tokens // T),
-            stream.targets(step), lr, c)
+            stream.num_targets(step), lr, c)
         skips.unread.append(skip)
         if step == begun:              # before, there was nothing to save, and a signal to the
             signals = install_signal_handlers()   # compilers among our processes would leave us waiting
@@ -937,7 +947,7 @@ def friendly_errors(c: Config, out: Path):
 
 def main() -> None:
     c = configurator.load(Config, sys.argv[1:], default_file=QUICKSTART)
-    file, _ = configurator.split(sys.argv[1:], QUICKSTART)
+    file, _ = configurator.split_argv(sys.argv[1:], QUICKSTART)
     c.out_dir = c.out_dir or f"out/{Path(file).stem}"
     out = Path(c.out_dir)
     with friendly_errors(c, out):
@@ -977,7 +987,7 @@ def run_main(main) -> None:
         main()
         if WORLD > 1:
             if dist.is_initialized():
-                sync_errors(int)                        # all are through
+                barrier()                        # all are through
             exit_rank(None)                          # gloo may fail as it is torn down
     except KeyboardInterrupt:
         raise SystemExit("interrupted; run the same command to go on") from None

@@ -369,7 +369,7 @@ class PackedChatDataset:
             for d, i in self.talks(t):
                 spent[:, t, d] += self.train[names[d]].lengths[i] ** np.array([1, 2])
         tokens = spent[0].sum(1)
-        self.plan = SimpleNamespace(
+        self.curriculum = SimpleNamespace(
             names=names, steps=len(tokens), seq_len=[self.T] * len(tokens),
             rows=[*map(len, self.batches)], tokens=[0, *tokens.cumsum().tolist()],
             context=(spent[1].sum(1) // tokens).tolist(), shares=spent[0] / tokens[:, None])
@@ -378,20 +378,20 @@ class PackedChatDataset:
         """(domain, conversation) of all in the step's global batch."""
         return [talk for row in self.batches[step] for talk in row]
 
-    def targets(self, step: int) -> int:
+    def num_targets(self, step: int) -> int:
         """Tokens of assistants in the step's global batch."""
-        names = self.plan.names
+        names = self.curriculum.names
         return sum(int(self.train[names[d]].learnt[i]) for d, i in self.talks(step))
 
     def batch(self, step: int, rank: int = 0, world: int = 1):
         """Rows rank, rank + world, ... of the step's global batch, as `fill` gives them."""
-        return collate([[self.train[self.plan.names[d]][i] for d, i in row]
+        return collate([[self.train[self.curriculum.names[d]][i] for d, i in row]
                      for row in self.batches[step][rank::world]], self.T)
 
     @property
     def padding(self) -> float:
         """Share of the rows that is none of the conversations."""
-        return 1 - self.plan.tokens[-1] / (sum(self.plan.rows) * self.T)
+        return 1 - self.curriculum.tokens[-1] / (sum(self.curriculum.rows) * self.T)
 
     def fingerprint(self) -> str:
         """Of the conversations."""
@@ -684,12 +684,12 @@ def encode_chat_prompt(tokenizer, prompt: str) -> list[int]:
 
 def describe(stream: PackedChatDataset, weights: dict) -> str:
     """What an epoch reads, by domain."""
-    lines, spent = [], stream.plan.shares.T @ [
-        b - a for a, b in zip(stream.plan.tokens, stream.plan.tokens[1:])]
+    lines, spent = [], stream.curriculum.shares.T @ [
+        b - a for a, b in zip(stream.curriculum.tokens, stream.curriculum.tokens[1:])]
     for (name, talks), tokens in zip(stream.train.items(), spent):
         lines.append(f"{name}: {tokens / sum(spent):.1%} of the tokens for a weight of "
                      f"{weights[name]:.1%}; each is read {tokens / talks.ends[-1]:.2f} times")
-    return "\n".join(lines) + (f"\n{stream.plan.steps:,d} steps, {sum(stream.plan.rows):,d} rows; "
+    return "\n".join(lines) + (f"\n{stream.curriculum.steps:,d} steps, {sum(stream.curriculum.rows):,d} rows; "
                                f"padding {stream.padding:.2%}")
 
 
@@ -723,11 +723,11 @@ def setup(c: Config, out: Path):
                     batch_tokens=table["batch_tokens"], epochs=table["epochs"], seed=c.seed)
     if len({*all_gather_object(stream.fingerprint())}) > 1:
         raise UserError(f"the machines hold different data in {c.data_dir}; copy one's to all")
-    run = to_pretrain_config(c, table, shape, name, init, stream.plan)
-    pretrain.check_fp8(run, stream.plan, device)
+    run = to_pretrain_config(c, table, shape, name, init, stream.curriculum)
+    pretrain.check_fp8(run, stream.curriculum, device)
     pretrain.check_prompts(run, tokenizer, encode_chat_prompt)
     if start:
-        pretrain.check_compatible(*start, run, stream.plan)
+        pretrain.check_compatible(*start, run, stream.curriculum)
     model, optimizer = pretrain.build_model_and_optimizer(run, device, start, lambda *_: folder, out)
     if RANK == 0:
         text = f"stage {c.stage} from {init}\n{(place / 'data.txt').read_text()}"

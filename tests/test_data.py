@@ -129,7 +129,7 @@ def test_permute_is_a_bijection_that_depends_on_its_key():
 
 def test_every_sequence_comes_once_before_any_comes_twice(corpora):
     corpus, epochs = corpora(), Counter()
-    plan, where = corpus.plan, {}
+    plan, where = corpus.curriculum, {}
     for name, shards in corpus.train.items():
         assert len(shards) > 2
         for T, shard in ((T, shard) for T in (20, 32) for shard in shards):

@@ -176,11 +176,11 @@ def test_a_stream_reads_every_conversation_as_often_as_its_weight_says(tmp_path)
         assert parts[name][7].tolist() == [*map(list, talks[7])]
     make = dict(T=512, batch_tokens=2048, epochs=3, seed=5)
     stream = sft.PackedChatDataset(parts, {"skills": 0.75, "chains": 0.25}, **make)
-    times, plan = {"skills": np.zeros(60, int), "chains": np.zeros(90, int)}, stream.plan
+    times, plan = {"skills": np.zeros(60, int), "chains": np.zeros(90, int)}, stream.curriculum
     for step in range(plan.steps):
         ids, targets, documents = stream.batch(step)
         assert ids.shape == (plan.rows[step], 512) and plan.rows[step] <= 4
-        assert stream.targets(step) == (targets >= 0).sum()
+        assert stream.num_targets(step) == (targets >= 0).sum()
         for rank in range(3):
             for a, b in zip(stream.batch(step, rank, 3), (ids, targets, documents)):
                 assert np.array_equal(a, b[rank::3])
