@@ -31,7 +31,7 @@ import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
@@ -44,161 +44,288 @@ from tiktoken_ext.openai_public import r50k_pat_str as GPT2_PATTERN
 from configurator import UserError, one_line
 from synthetic.texts import LIBRARY_UNITS, PROBLEMS, PROBLEMS_PER_UNIT, library, problems
 
-# The turn format of the Motif family: every tokenizer gets those it lacks, after its own ids.
-BEGIN, END = "<|beginoftext|>", "<|endoftext|>"
-TURN, TURN_END = "<|startofturn|>", "<|endofturn|>"
-ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
-SPECIALS = (BEGIN, END, TURN, TURN_END, *ROLES.values())
-
 HEADER = struct.Struct("<8sIIQ32s32s")  # magic, version, bytes per token, tokens, SHA-256 of the
 MAGIC, VERSION = b"nnMotif\0", 1        # tokens, tokenizer fingerprint; the tokens follow
 VAL_EVERY = 50                           # one document in so many is for validation
 UNIT_BYTES = 2**25                      # local text per shard; a shard is the unit of preparing
 MAX_UNITS = 100_000                     # where a generator ends
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 # ---- tokenizers
 
-def load_tokenizer(name: str) -> tiktoken.Encoding:
-    """The tokenizer of that name: "byte" (256 + specials, needs nothing), one of tiktoken's names
-    (downloaded once), a .tiktoken file (split by GPT-2's pattern, which such a file does not
-    state), or of byte-level BPE a tokenizer.json, a folder that has one, or a repository owner/name
-    of the Hugging Face Hub that has one (downloaded once). ValueError if it cannot be had."""
-    specials, known = {}, tiktoken.list_encoding_names()
-    try:
-        if name == "byte":
-            pattern, ranks = r"(?s).{1,64}", {bytes([i]): i for i in range(256)}
-        elif name.endswith(".tiktoken"):
-            pairs = (line.split() for line in Path(name).read_text(encoding="utf-8").splitlines())
-            pattern, ranks = GPT2_PATTERN, {base64.b64decode(t): int(r) for t, r in pairs}
-        elif name in known:
-            made = tiktoken.get_encoding(name)
-            pattern, ranks, specials = made._pat_str, made._mergeable_ranks, made._special_tokens
-        elif name.endswith(".json") or os.path.isdir(name) or HUB_NAME.fullmatch(name):
-            spec = json.loads(tokenizer_file(name).read_text(encoding="utf-8"))
-            pattern, ranks, specials = read_tokenizer_json(spec)
+# The turn format of the Motif family, which sft.py writes conversations in. load_tokenizer gives
+# every tokenizer those of these tokens that it lacks, with ids after its own.
+BEGIN = "<|beginoftext|>"
+END = "<|endoftext|>"
+TURN = "<|startofturn|>"
+TURN_END = "<|endofturn|>"
+ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
+SPECIALS = (BEGIN, END, TURN, TURN_END, *ROLES.values())
+
+
+class Tokenizer:
+    """Text <-> ids. load_tokenizer makes one; a subclass for each library does the work.
+
+        name        what load_tokenizer was given
+        n_vocab     the largest id, plus 1
+        special     {special token: id}; all of SPECIALS are in it
+        begin_id    the id that the tokenizer's own rule puts before a text; None if it puts none
+
+    A special token can be put into a text by its id alone: encode() reads its spelling as plain
+    text, so that no document and no user can forge the end of a turn.
+
+    >>> byte = load_tokenizer("byte")
+    >>> byte.encode("Hé<|endoftext|>")[:6]
+    [72, 195, 169, 60, 124, 101]
+    >>> byte.special["<|endoftext|>"], byte.n_vocab
+    (257, 263)
+    >>> byte.decode([72, 195, 169, 257])
+    'Hé<|endoftext|>'
+    """
+
+    def __init__(self, name: str, special: dict[str, int], n_vocab: int):
+        """special, n_vocab: of the tokenizer itself, before SPECIALS are added."""
+        self.name = name
+        self.special = dict(special)
+        self.n_vocab = n_vocab
+        for token in SPECIALS:
+            if token not in self.special:
+                self.special[token] = self.n_vocab
+                self.n_vocab += 1
+        self.spelling = {i: token for token, i in self.special.items()}
+
+    def encode(self, text: str) -> list[int]:
+        with library_errors(self.name):
+            return self._encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids. An id that no token has, which an untrained model may sample, and bytes
+        that are not UTF-8 give U+FFFD."""
+        text = ""
+        run = []  # ordinary tokens, which are decoded together: one letter may be several tokens
+        for i in ids:
+            if i not in self.spelling and self._bytes(i) is not None:
+                run.append(i)
+            else:
+                text += self._decode(run) + self.spelling.get(i, "\ufffd")
+                run = []
+        return text + self._decode(run)
+
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes of text that id i stands for: b"" for a special token. An id that no token has
+        gives a byte that is not UTF-8, and so U+FFFD once it is decoded."""
+        if i in self.spelling:
+            return b""
+        found = self._bytes(i)
+        return b"\xff" if found is None else found
+
+    def fingerprint(self) -> bytes:
+        """32 bytes, which differ between tokenizers that could give different ids."""
+        return hashlib.sha256(self._identity()).digest()
+
+
+class TiktokenTokenizer(Tokenizer):
+    """Byte-level BPE by tiktoken: a pattern cuts the text into pieces, then pairs of tokens within
+    a piece are merged, the pair whose merged token has the lowest id first."""
+
+    def __init__(self, name: str, pattern: str, ids: dict[bytes, int], special: dict[str, int]):
+        if len(set(ids.values()) - set(special.values())) < len(ids):
+            raise UserError(f"tokenizer {name}: two of its tokens have the same id")
+        for i in range(256):
+            if bytes([i]) not in ids:
+                raise UserError(f"tokenizer {name}: the byte {i} has no token")
+
+        super().__init__(name, special, 1 + max([*ids.values(), *special.values()]))
+        self.begin_id = self.special[BEGIN]
+        self.pattern = pattern
+        self.ids = ids
+        self.bytes_of = {i: token for token, i in ids.items()}
+        with library_errors(name):
+            self.library = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ids,
+                                             special_tokens=self.special)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.library.encode_ordinary(text)
+
+    def _decode(self, ids: list[int]) -> str:
+        return b"".join(self.bytes_of[i] for i in ids).decode("utf-8", "replace")
+
+    def _bytes(self, i: int) -> bytes | None:
+        return self.bytes_of.get(i)
+
+    def _identity(self) -> bytes:
+        tokens = sorted(self.ids.items(), key=lambda item: item[1])
+        return repr((self.pattern, tokens, sorted(self.special.items()))).encode()
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer.json, read by Hugging Face's `tokenizers`. Normalizer, added tokens that are not
+    special (Motif's <think>) and model are the library's; its special tokens are plain text."""
+
+    def __init__(self, name: str, file: Path):
+        from tokenizers import Tokenizer as Library
+        with library_errors(file):
+            content = file.read_bytes()
+            library = Library.from_str(content.decode("utf-8"))
+
+            # A file may ask to cut a text or to fill it up, which is a matter of inference.
+            library.no_truncation()
+            library.no_padding()
+
+            ids = library.get_vocab(with_added_tokens=True)
+            library.add_special_tokens([token for token in SPECIALS if token in ids])
+            library.encode_special_tokens = True  # that is: encode their spelling as text
+            added = library.get_added_tokens_decoder()
+            marked = library.encode("a")
+            begins = marked.special_tokens_mask[:1] == [1]
+
+        special = {token.content: i for i, token in added.items() if token.special}
+        super().__init__(name, special, 1 + max(ids.values(), default=-1))
+        self.begin_id = marked.ids[0] if begins else None
+        self.library = library
+        self.added = {i: token.content for i, token in added.items()}
+        self.byte_level = "ByteLevel(" in f"{library.pre_tokenizer} {library.decoder}"
+        self.content = content
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:  # half of a surrogate pair, as JSON can spell it
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return self.library.encode(text, add_special_tokens=False).ids
+
+    def _decode(self, ids: list[int]) -> str:
+        with library_errors(self.name):
+            return self.library.decode(ids, skip_special_tokens=False)
+
+    def _bytes(self, i: int) -> bytes | None:
+        if i in self.added:
+            return self.added[i].encode("utf-8")
+        token = self.library.id_to_token(i)
+        if token is None:
+            return None
+        if self.byte_level and all(letter in BYTE_OF for letter in token):
+            return bytes(BYTE_OF[letter] for letter in token)
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):  # a byte of a letter that has no token
+            return bytes([int(token[1:-1], 16)])
+        return token.replace("\u2581", " ").encode("utf-8")  # SentencePiece's sign for a space
+
+    def _identity(self) -> bytes:
+        return self.content
+
+
+def byte_level_alphabet() -> dict[str, int]:
+    """{letter: byte}: how byte-level BPE spells the bytes of a token in a tokenizer.json. A visible
+    byte of Latin-1 is its own letter; the others take the letters from U+0100 on. From GPT-2.
+
+    >>> alphabet = byte_level_alphabet()
+    >>> bytes(alphabet[letter] for letter in "Ġcaf\u00c3\u00a9").decode("utf-8")
+    ' café'
+    """
+    alphabet = {}
+    unused = 256
+    for byte in range(256):
+        if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255:
+            alphabet[chr(byte)] = byte
         else:
-            raise UserError("it is neither 'byte', a .tiktoken file, a tokenizer.json or a folder "
-                             f"with one, owner/name of the Hub, nor one of {', '.join(known)}")
-        if not all(bytes([i]) in ranks for i in range(256)):
-            raise UserError("some of the 256 bytes have no token")
-        if len(set(ranks.values()) - set(specials.values())) < len(ranks):
-            raise UserError("two of its tokens have the same id")
-        size = 1 + max([*ranks.values(), *specials.values()])
-        missing = [token for token in SPECIALS if token not in specials]
-        specials = {**specials, **{token: size + i for i, token in enumerate(missing)}}
-        return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
-                                 special_tokens=specials)
-    except Exception as e:  # also those of downloading and of a file of another form
-        hint = "; --tokenizer=byte needs no network" if name in known else ""
-        raise UserError(f"tokenizer {name}: {one_line(e)}{hint}") from None
+            alphabet[chr(unused)] = byte
+            unused += 1
+    return alphabet
+
+
+BYTE_OF = byte_level_alphabet()
+
+
+@contextmanager
+def library_errors(name: str | Path):
+    """Whatever a tokenizer library raises within becomes one UserError that names the tokenizer."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, UserError):
+        raise
+    except BaseException as e:  # a panic of Rust code is not an Exception
+        raise UserError(f"tokenizer {name}: {one_line(e)}") from None
+
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of that name, which is one of
+
+        byte                  an id for each byte; needs no file and no network
+        gpt2, o200k_base ...  a name that tiktoken knows; downloaded once
+        some/file.tiktoken    a file of tiktoken's; text is cut by GPT-2's pattern
+        some/tokenizer.json   a file of Hugging Face's, or a folder that has one
+        owner/name            a repository of the Hugging Face Hub that has one; downloaded once
+    """
+    known = tiktoken.list_encoding_names()
+    if name == "byte":
+        ids = {bytes([i]): i for i in range(256)}
+        return TiktokenTokenizer(name, r"(?s).{1,64}", ids, {})
+
+    if name in known:
+        with library_errors(f"{name} (--tokenizer=byte needs no network)"):
+            library = tiktoken.get_encoding(name)
+        return TiktokenTokenizer(name, library._pat_str, library._mergeable_ranks,
+                                 library._special_tokens)
+
+    if name.endswith(".tiktoken"):
+        with library_errors(name):
+            ids = tiktoken_ids(Path(name))
+        return TiktokenTokenizer(name, GPT2_PATTERN, ids, {})
+
+    if name.endswith(".json") or os.path.isdir(name) or HUB_NAME.fullmatch(name):
+        return JsonTokenizer(name, tokenizer_file(name))
+
+    raise UserError(f"tokenizer {name}: it is neither 'byte', a .tiktoken file, a tokenizer.json, "
+                    f"a folder with one, owner/name of the Hub, nor one of {', '.join(known)}")
+
+
+def tiktoken_ids(file: Path) -> dict[bytes, int]:
+    """{token: id} of a .tiktoken file: lines of the token in base64 and its id."""
+    ids = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        token, i = line.split()
+        ids[base64.b64decode(token)] = int(i)
+    return ids
 
 
 def tokenizer_file(name: str) -> Path:
-    """The file that is meant by a tokenizer.json, a folder or a repository of the Hub. What was
-    downloaded once needs no network again. ValueError if there is none."""
+    """The tokenizer.json that is meant by a file's, a folder's or a Hub repository's name."""
     if name.endswith(".json"):
         return Path(name)
+
     if os.path.isdir(name):
-        if not os.path.isfile(f"{name}/tokenizer.json"):
-            raise UserError("the folder has no tokenizer.json")
-        return Path(name) / "tokenizer.json"
+        file = Path(name) / "tokenizer.json"
+        if not file.is_file():
+            raise UserError(f"tokenizer {name}: the folder has no tokenizer.json")
+        return file
+
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     try:
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
-        kept = try_to_load_from_cache(name, "tokenizer.json")   # a path, or a sign that it is not
-        return Path(kept if isinstance(kept, str) else hf_hub_download(name, "tokenizer.json"))
+        kept = try_to_load_from_cache(name, "tokenizer.json")
+        if isinstance(kept, str):  # what was downloaded once needs no network again
+            return Path(kept)
+        return Path(hf_hub_download(name, "tokenizer.json"))
     except Exception as e:  # of a dozen kinds: no network, no such name, a licence to accept first
-        raise UserError("there is no such folder, and the Hub did not give a tokenizer.json: "
-                         + one_line(e)) from None
+        raise UserError(f"tokenizer {name}: there is no such folder, and the Hub did not give a "
+                        f"tokenizer.json: {one_line(e)}") from None
 
 
-def read_tokenizer_json(spec: dict) -> tuple[str, dict[bytes, int], dict[str, int]]:
-    """A Hugging Face tokenizer.json of byte-level BPE -> split pattern, token bytes -> id, added
-    tokens. The ids of text are those that the `tokenizers` library gives, except that the spelling
-    of an added token stays text here. ValueError names the part that tiktoken cannot express."""
-    model, normalizer = spec["model"], spec.get("normalizer")
-    odd = {k: model[k] for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-           if model.get(k)}
-    if model.get("type", "BPE") != "BPE" or odd:
-        raise UserError(f"byte-level BPE can be read, not {model.get('type', 'BPE')} {odd or ''}")
-    if normalizer:
-        raise UserError(f"its normalizer {normalizer['type']} changes the text; it must be null")
-    pattern = split_pattern(spec.get("pre_tokenizer") or {})
-    # GPT-2's alphabet: printable bytes stand for themselves, the others for 256, 257, ...
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in shown]
-    byte = {b: b for b in shown} | {256 + i: b for i, b in enumerate(others)}
-    specials = {t["content"]: t["id"] for t in spec["added_tokens"]}
-    for t in spec["added_tokens"]:
-        if not t.get("special", True) and t["content"].isspace():
-            raise UserError(f"its added token {t['content']!r} is plain text, which must be BPE's")
-    words = {token: i for token, i in model["vocab"].items() if token not in specials}
-    for odd in {*"".join(words)} - {*map(chr, byte)}:
-        token = next(token for token in words if odd in token)
-        raise UserError(f"its token {token!r} is not written in the letters of byte-level BPE")
-    ranks = {token.translate(byte).encode("latin-1"): i for token, i in words.items()}
-    pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
-    order = [model["vocab"][a + b] for a, b in pairs]
-    if order != sorted(order) or {*order} != {i for t, i in ranks.items() if len(t) > 1}:
-        raise UserError("its merges are not its tokens in the order of their ids, which tiktoken "
-                         "needs")
-    return pattern, ranks, specials
+def bytes_per_token(tokenizer: Tokenizer) -> np.ndarray:
+    """(n_vocab,) int64: how many bytes of text each id stands for, which bits per byte need. 0 for
+    special tokens and for ids that no token has."""
+    lengths = np.zeros(tokenizer.n_vocab, dtype=np.int64)
+    for i in range(tokenizer.n_vocab):
+        if i not in tokenizer.spelling:
+            lengths[i] = len(tokenizer._bytes(i) or b"")
+    return lengths
 
 
-def split_pattern(pre: dict) -> str:
-    """The pre-tokenizer of a tokenizer.json -> the regular expression whose matches are its pieces.
-    ValueError for one that is no single expression, or that tiktoken's engine (Rust's) and the
-    library's (Oniguruma) read differently."""
-    steps = pre.get("pretokenizers", [pre])
-    kinds, level = [step.get("type") for step in steps], steps[-1]
-    if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
-        raise UserError("its text must be cut by ByteLevel, or by Split, then ByteLevel, not by "
-                         f"{', then '.join(map(str, kinds))}")
-    options = {"add_prefix_space": level.get("add_prefix_space"),
-               "use_regex": level.get("use_regex", True)}
-    if options != {"add_prefix_space": False, "use_regex": len(steps) == 1}:
-        raise UserError(f"its ByteLevel has {options} behind {kinds[:-1]}, which cannot be read")
-    if len(steps) == 1:
-        return GPT2_PATTERN
-    regex, how = steps[0]["pattern"].get("Regex"), (steps[0]["behavior"], steps[0]["invert"])
-    if regex is None or how not in (("Isolated", False), ("Removed", True)):
-        raise UserError(f"its Split must be Isolated, or Removed and inverted, by a Regex, not "
-                         f"{steps[0]}")
-    bare = re.sub(r"\\.|\[(?:\\.|[^]\\])*\]", "", regex)
-    for odd in re.findall(r"[$^]|\(\?\w*m|\{[\d,]+\}\+", bare) + re.findall(r"\[:\^?\w+:\]", regex):
-        raise UserError(f"its Split has {odd} in {regex}, which two engines read differently")
-    # Isolated keeps what is between the matches, a piece each; tiktoken drops it, as Removed does
-    return f"{regex}|(?:(?!{regex})[\\s\\S])+" if how[0] == "Isolated" else regex
-
-
-def fingerprint(tokenizer: tiktoken.Encoding) -> bytes:
-    """32 bytes that differ between tokenizers that could give different ids."""
-    parts = (tokenizer._pat_str, sorted(tokenizer._mergeable_ranks.items(), key=lambda x: x[1]),
-             sorted(tokenizer._special_tokens.items()))
-    return hashlib.sha256(repr(parts).encode()).digest()
-
-
-def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """(n_vocab,) bytes of text that each id stands for, 0 for specials: for bits per byte."""
-    length = np.zeros(tokenizer.n_vocab, dtype=np.int64)
-    for token, i in tokenizer._mergeable_ranks.items():
-        length[i] = len(token)
-    return length
-
-
-def encode_document(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
-    """begin of text, the text's tokens, end of text. A special token's spelling is plain text."""
-    ends = tokenizer._special_tokens
-    return [ends[BEGIN], *tokenizer.encode_ordinary(text), ends[END]]
-
-
-def decode(tokenizer: tiktoken.Encoding, ids: list[int]) -> str:
-    """The text of ids. Ids that no token has, which an untrained model samples, give U+FFFD, as
-    bytes that are not UTF-8 do."""
-    known = {*tokenizer._mergeable_ranks.values(), *tokenizer._special_tokens.values()}
-    parts = [tokenizer.decode_single_token_bytes(i) if i in known else b"\xff" for i in ids]
-    return b"".join(parts).decode("utf-8", "replace")
+def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
+    """BEGIN, the tokens of the text, END."""
+    return [tokenizer.special[BEGIN], *tokenizer.encode(text), tokenizer.special[END]]
 
 
 # ---- shards
@@ -206,8 +333,8 @@ def decode(tokenizer: tiktoken.Encoding, ids: list[int]) -> str:
 class ShardWriter:
     """A shard in the making, under a temporary name until close()."""
 
-    def __init__(self, path: Path, tokenizer: tiktoken.Encoding):
-        self.path, self.tokenizer = path, fingerprint(tokenizer)
+    def __init__(self, path: Path, tokenizer: Tokenizer):
+        self.path, self.tokenizer = path, tokenizer.fingerprint()
         self.dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
         self.tokens, self.checksum = 0, hashlib.sha256()
         self.file = open(f"{path}.tmp", "wb")
@@ -429,8 +556,8 @@ class DomainShards:
     shards. It holds train-N.bin and val-N.bin for unit N; manifest.json has the tokens of units 0,
     1, ... and whether those are all."""
 
-    def __init__(self, domain: str, source: str, tokenizer: tiktoken.Encoding, data_dir: str):
-        self.domain, self.source, self.tokenizer = domain, source, fingerprint(tokenizer)
+    def __init__(self, domain: str, source: str, tokenizer: Tokenizer, data_dir: str):
+        self.domain, self.source, self.tokenizer = domain, source, tokenizer.fingerprint()
         what = [source, self.tokenizer.hex(), VAL_EVERY, UNIT_BYTES, PROBLEMS_PER_UNIT]
         place, self.most = source.partition("?")[0], math.inf
         if place.startswith("builtin:"):
