@@ -7,13 +7,14 @@
 Module and parameter names are those of the released checkpoints, so that a state dict is one.
 `python model.py config/motif2_12b.py` prints parameters, FLOPs and memory without allocating any.
 """
+import copy
 import functools
 import json
 import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -140,59 +141,75 @@ def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Ten
     return (sum(w * z for w, z in zip(upcast(weight), powers)) + upcast(bias)).to(x.dtype)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None):
-    """See causal_attention. Softmax in fp32; the products, logits among them, in q's dtype."""
-    T, h, D, S = q.shape[1], q.shape[3], q.shape[4], k.shape[1]
-    masked = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
-    if starts is not None:
-        before = torch.arange(S, device=q.device) < starts[:, :, None]   # (B, T, S)
-        masked = (masked | before)[:, None, None]
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None,
+                    query_slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See causal_attention. Softmax in fp32; both products, the logits among them, in q's dtype."""
+    B, T, K, h, D = q.shape
+    S = k.shape[1]
+
+    # query t sees keys first[t] .. last[t]
+    key = torch.arange(S, device=q.device)
+    last = key[S - T:] if query_slots is None else query_slots           # (T,) or (B, T)
+    masked = key > last[..., None]                                       # (T, S) or (B, T, S)
+    if doc_start is not None:
+        masked = masked | (key < doc_start[..., None])                   # (B, T, S)
+    if masked.ndim == 3:
+        masked = masked[:, None, None]                                   # for all K and h
+
     q = (q * D**-0.5).permute(0, 2, 3, 1, 4).flatten(2, 3)               # (B, K, hT, D)
     logits = upcast(q @ k.permute(0, 2, 3, 1)).unflatten(2, (h, T))      # (B, K, h, T, S)
     mask = torch.zeros_like(masked, dtype=logits.dtype).masked_fill_(masked, -torch.inf)
     logits = logits.add_(mask)
-    largest = logits.detach().amax(dim=(0, 3, 4))
+    max_logits = logits.detach().amax(dim=(0, 3, 4))                     # (K, h)
+
     p = logits.softmax(-1).to(v.dtype).flatten(2, 3)                     # (B, K, hT, S)
     out = (p @ v.transpose(1, 2)).unflatten(2, (h, T))                   # (B, K, h, T, Dv)
-    return out.permute(0, 3, 1, 2, 4), largest
+    return out.permute(0, 3, 1, 2, 4), max_logits
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None):
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None,
+                     query_slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt D, causal) v, every key head serving h query heads.
 
     q (B, T, K, h, D), k (B, S, K, D), v (B, S, K, Dv) -> out (B, T, K, h, Dv), largest visible
-    logit (K, h). Query t stands at position S - T + t, so that cached keys may come first.
-    starts (B, T) int32, for S = T only: where each token's document begins, a run of tokens that
-    sees itself alone."""
-    if kernels.can_fuse_attention(q, k, v):
-        out, _, largest = kernels.fused_attention(q.flatten(2, 3), k, v, starts, 0)
-        return out, largest.view(q.shape[2:4])
-    return plain_attention(q, k, v, starts)
+    logit (K, h). The queries are the last T of the S positions, unless query_slots (B, T) says
+    which key is each query's own. doc_start (B, T) int32, for S = T: where each token's document
+    begins, a run of tokens that sees itself alone."""
+    if query_slots is None and kernels.can_fuse_attention(q, k, v):
+        out, _, max_logits = kernels.fused_attention(q.flatten(2, 3), k, v, doc_start, 0)
+        return out, max_logits.view(q.shape[2:4])
+    return plain_attention(q, k, v, doc_start, query_slots)
 
 
-def grouped_differential_attention(q: Tensor, k: Tensor, v: Tensor, num_noise_heads: int,
-                                   starts: Tensor | None = None):
+def grouped_differential_attention(
+        q: Tensor, k: Tensor, v: Tensor, num_noise_heads: int, doc_start: Tensor | None = None,
+        query_slots: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The two softmaxes of grouped differential attention (arXiv 2510.06949), before lambda.
 
     G noise heads, r signal heads for each, P pairs of key heads (P divides G):
     q (B, T, G(r+1), D), each group its r signal heads and then its noise head; k (B, S, 2P, D), key
     heads (signal, noise) by pair; v (B, S, P, 2D), the value heads of a pair side by side.
         signal = softmax(q1 k1^T / sqrt D) v    noise = softmax(q2 k2^T / sqrt D) v
-    starts: see causal_attention.
+    doc_start, query_slots: see causal_attention.
     -> signal (B, T, G, r, 2D), noise (B, T, G, 1, 2D), largest logit per query head (G(r+1),)."""
-    if kernels.can_fuse_attention(q, k, v):
-        return kernels.fused_attention(q, k, v, starts, num_noise_heads)
+    if query_slots is None and kernels.can_fuse_attention(q, k, v):
+        return kernels.fused_attention(q, k, v, doc_start, num_noise_heads)
     B, T, H, D = q.shape
     G, P = num_noise_heads, k.shape[2] // 2
-    q = q.unflatten(2, (G, H // G))                                      # (B, T, G, r+1, D)
-    k = k.unflatten(2, (P, 2))                                           # (B, S, P, 2, D)
-    outs, largest = [], []
-    for q_i, k_i in (q[:, :, :, :-1], k[:, :, :, 0]), (q[:, :, :, -1:], k[:, :, :, 1]):
-        shared = q_i.reshape(B, T, P, -1, D)                             # all heads of one pair
-        out, top = plain_attention(shared, k_i, v, starts)
-        outs.append(out.reshape(B, T, G, -1, 2 * D))
-        largest.append(top.view(G, -1))
-    return *outs, torch.cat(largest, dim=1).flatten()
+    r = H // G - 1
+
+    q_signal, q_noise = q.unflatten(2, (G, r + 1)).split([r, 1], dim=3)  # (B, T, G, r or 1, D)
+    k_signal, k_noise = k.unflatten(2, (P, 2)).unbind(dim=3)             # (B, S, P, D)
+    q_signal = q_signal.reshape(B, T, P, -1, D)                          # the heads of each pair
+    q_noise = q_noise.reshape(B, T, P, -1, D)
+
+    signal, signal_max = plain_attention(q_signal, k_signal, v, doc_start, query_slots)
+    noise, noise_max = plain_attention(q_noise, k_noise, v, doc_start, query_slots)
+
+    signal = signal.reshape(B, T, G, r, 2 * D)
+    noise = noise.reshape(B, T, G, 1, 2 * D)
+    max_logits = torch.cat([signal_max.view(G, r), noise_max.view(G, 1)], dim=1)
+    return signal, noise, max_logits.flatten()
 
 
 def differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Tensor,
@@ -274,35 +291,25 @@ class Attention(nn.Module):
         second = (upcast(self.lambda_q2) * upcast(self.lambda_k2)).sum().exp()
         return first - second + self.lambda_init().to(first.dtype)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], starts: Tensor | None = None,
-                cache: tuple[Tensor, Tensor] | None = None, start: int | Tensor = 0):
-        """x (B, T, hidden) -> the same, largest visible logit (query heads,). starts: see kernels.
-        cache: this layer's part of new_cache, of which the first `start` positions are filled; the
-        new ones are written behind them. Where start is (B,), T is 1 and position p of the cache
-        stands at length - 1 - p, as turned makes it: so the keys that a row sees are the last ones,
-        whatever its length, and no shape depends on that."""
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], doc_start: Tensor | None = None,
+                cache: "LayerCache | None" = None) -> tuple[Tensor, Tensor]:
+        """x (B, T, hidden) -> the same, largest visible logit of each query head (H,)."""
         B, T, _ = x.shape
         q = rope(self.q_proj(x).view(B, T, -1, self.head_dim), *angles)
         k = rope(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim), *angles)
         v = self.v_proj(x).view(B, T, *self.values)
-        if isinstance(start, Tensor):
-            rows = torch.arange(B, device=x.device)
-            for kept, new in zip(cache, (k, v)):
-                kept[rows, :, kept.shape[2] - 1 - start] = new[:, 0]
-            k, v = (kept.transpose(1, 2) for kept in cache)
-        elif cache is not None:
-            for kept, new in zip(cache, (k, v)):
-                kept[:, :, start:start + T] = new.transpose(1, 2)
-            k, v = (kept[:, :, :start + T].transpose(1, 2) for kept in cache)
+        query_slots = None
+        if cache is not None:
+            k, v, query_slots = cache.append(k, v)
         if self.noise_heads == 0:
             q = q.unflatten(2, (self.kv_heads, -1))                      # (B, T, K, H / K, D)
-            out, largest = causal_attention(q, k, v, starts)
-            return self.o_proj(out.flatten(2)), largest.flatten()
-        signal, noise, largest = grouped_differential_attention(
-            q, k, v, self.noise_heads, starts)
+            out, max_logits = causal_attention(q, k, v, doc_start, query_slots)
+            return self.o_proj(out.flatten(2)), max_logits.flatten()
+        signal, noise, max_logits = grouped_differential_attention(
+            q, k, v, self.noise_heads, doc_start, query_slots)
         out = differential_norm(signal, noise, self.lambda_(), self.subln.weight,
-                                        1 - self.lambda_init(), self.eps)
-        return self.o_proj(out), largest
+                                1 - self.lambda_init(), self.eps)
+        return self.o_proj(out), max_logits
 
 
 class PolyNorm(nn.Module):
@@ -340,11 +347,12 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, angles, starts=None, cache=None, start: int | Tensor = 0):
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], doc_start: Tensor | None = None,
+                cache: "LayerCache | None" = None) -> tuple[Tensor, Tensor]:
         """See Attention.forward."""
-        out, largest = self.self_attn(self.input_layernorm(x), angles, starts, cache, start)
+        out, max_logits = self.self_attn(self.input_layernorm(x), angles, doc_start, cache)
         x = x + out
-        return x + self.mlp(self.post_attention_layernorm(x)), largest
+        return x + self.mlp(self.post_attention_layernorm(x)), max_logits
 
 
 @functools.cache
@@ -407,125 +415,83 @@ class Motif(nn.Module):
                     found[f"model.layers.{i}.{part}.{name}_proj.weight"] = weight
         return found
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, documents: Tensor | None = None,
-                reduction: str = "mean", scale: float = 1.0, cache: list | None = None,
-                start: int | Tensor = 0, padding: Tensor | None = None,
-                last: int | None = None) -> Tensor:
-        """ids (B, T) -> logits (B, T, V), or of the last `last` tokens alone, or with targets (B,
-        T) -> their cross entropy in nats, -1 ignored, scale times the "mean" or "sum", or the sums
-        of the four "quarters" of T, or "none": each token's own (B, T), 0 where ignored, without
-        gradients. documents (B, T): each run of equal numbers is a document that sees itself alone,
-        positions from 0. padding (B,): so many columns at the left of a row, cached ones included,
-        are no tokens. cache and start: see Attention.forward.
-        ValueError for no tokens and for more positions than max_position_embeddings."""
-        T, longest, starts = ids.shape[1], self.config.max_position_embeddings, None
-        if isinstance(start, Tensor):
-            positions = start[:, None]
-            starts = cache[0][0].shape[2] - 1 - positions
-        elif ids.numel() == 0 or start + T > longest:
-            raise UserError(f"ids of shape {tuple(ids.shape)} from position {start}: there must "
-                             f"be tokens, and at most max_position_embeddings={longest}")
-        else:
-            positions = torch.arange(start, start + T, device=ids.device)[None]
-        if documents is not None:
-            begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-            starts = (positions * begins).cummax(1).values.int()         # of each token's document
-            positions = positions - starts
-        elif padding is not None:
-            starts = torch.minimum(positions, padding[:, None]).int()    # padding sees itself alone
-            positions = positions - starts
-        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        x, largest = self.model.embed_tokens(ids), []
-        compiled = self.compile_steps and isinstance(start, Tensor)
-        run = compiled_block() if compiled else Block.__call__
-        for i, block in enumerate(self.model.layers):
-            x, top = run(block, x, angles, starts, None if cache is None else cache[i], start)
-            largest.append(top)
-        self.max_logits = torch.stack(largest)
-        x = self.model.norm(x if last is None else x[:, -last:])
-        if targets is None:
-            return F.linear(x, self.head_weight)
-        def loss(x, targets, reduction):
+    def forward(self, ids: Tensor, targets: Tensor | None = None, doc_ids: Tensor | None = None, *,
+                reduction: str = "mean", scale: float = 1.0, cache: "KVCache | None" = None,
+                row_lengths: Tensor | None = None, last_only: bool = False) -> Tensor:
+        """Logits, or with targets their cross entropy.
+
+        ids (B, T)           token ids
+        targets (B, T)       the token that follows each; negative: no loss there
+        doc_ids (B, T)       documents packed into a row: each run of equal numbers sees itself alone
+                             and counts its positions from 0
+        reduction, scale     of the loss: scale times the "mean" or the "sum" over the targets, nats
+        cache                a KVCache: ids continue its rows and are added to them
+        row_lengths (B,)     rows are right-padded: only the first so many ids of each are tokens
+        last_only            logits of each row's last token alone
+
+        -> logits (B, T, V), with last_only (B, 1, V); or the loss, an fp32 scalar."""
+        x = self.hidden_states(ids, doc_ids, cache, row_lengths)
+        if targets is not None:
             return kernels.linear_cross_entropy(x.flatten(0, 1), self.head_weight,
                                                 targets.flatten(), reduction, scale)
-        if reduction == "quarters":
-            parts = zip(x.tensor_split(4, 1), targets.tensor_split(4, 1))
-            return torch.stack([loss(*part, "sum") for part in parts])
-        out = loss(x, targets, reduction)
-        return out.view(targets.shape) if reduction == "none" else out
+        if last_only and row_lengths is None:
+            x = x[:, -1:]
+        elif last_only:
+            rows = torch.arange(len(ids), device=ids.device)
+            x = x[rows, row_lengths - 1][:, None]
+        return F.linear(x, self.head_weight)
+
+    @torch.no_grad()
+    def token_losses(self, ids: Tensor, targets: Tensor, doc_ids: Tensor | None = None, *,
+                     cache: "KVCache | None" = None, row_lengths: Tensor | None = None) -> Tensor:
+        """Cross entropy of each target in nats, (B, T) in fp32, 0 where target < 0; no gradient.
+        Arguments as in forward."""
+        x = self.hidden_states(ids, doc_ids, cache, row_lengths)
+        losses = kernels.token_losses(x.flatten(0, 1), self.head_weight, targets.flatten())
+        return losses.view(targets.shape)
+
+    def hidden_states(self, ids: Tensor, doc_ids: Tensor | None, cache: "KVCache | None",
+                      row_lengths: Tensor | None) -> Tensor:
+        """The stream after the final norm: (B, T) ids -> (B, T, hidden). Sets max_logits."""
+        c = self.config
+        T = ids.shape[1]
+        if ids.numel() == 0 or (cache is None and T > c.max_position_embeddings):
+            raise UserError(f"ids of shape {tuple(ids.shape)}: there must be tokens, and at most "
+                            f"max_position_embeddings={c.max_position_embeddings}")
+        if cache is not None and doc_ids is not None:
+            raise ValueError("a cache holds one document in each row: give no doc_ids")
+
+        positions = torch.arange(T, device=ids.device)[None]             # (1, T)
+        doc_start = None
+        if doc_ids is not None:
+            doc_start = document_starts(doc_ids)
+            positions = positions - doc_start                            # (B, T)
+        layers = [None] * c.num_hidden_layers
+        if cache is not None:
+            positions = cache.lengths[:, None] + positions               # (B, T)
+            layers = cache.open(positions, row_lengths)
+
+        # Block.forward is compiled unbound, so that all layers share one graph.
+        single_token = cache is not None and T == 1
+        run_block = compiled_block() if self.compile_steps and single_token else Block.__call__
+        angles = rotary_angles(positions, c.head_dim, c.rope_theta)
+        x = self.model.embed_tokens(ids)
+        max_logits = []
+        for block, layer_cache in zip(self.model.layers, layers):
+            x, block_max = run_block(block, x, angles, doc_start, layer_cache)
+            max_logits.append(block_max)
+        self.max_logits = torch.stack(max_logits)
+
+        if cache is not None:
+            cache.lengths += T if row_lengths is None else row_lengths
+        return self.model.norm(x)
 
     def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
                  top_k: int | None = None, seed: int | None = None) -> Tensor:
-        """Continue ids (B, T), T >= 1, by max_new_tokens -> (B, T + max_new_tokens): see stream."""
-        return torch.cat([ids, *self.stream(ids, max_new_tokens, temperature, top_k, seed)], 1)
-
-    @torch.no_grad()
-    def stream(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
-               top_k: int | None = None, seed: int | None = None, padding: Tensor | None = None):
-        """Yield the next token (B, 1) of each row of ids (B, T), T >= 1, max_new_tokens times.
-        temperature 0 is greedy; top_k keeps the k likeliest tokens; a seed makes it repeatable;
-        padding: see forward. Whoever sends indices of rows goes on with those alone. Keys and
-        values are cached: 2 x kv_heads x head_dim numbers per token and layer."""
-        c, (B, T) = self.config, ids.shape
-        if T == 0 or max_new_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
-            raise UserError("generate needs a token to begin with, max_new_tokens >= 0, "
-                             "temperature >= 0 and top_k >= 1")
-        if T + max_new_tokens - 1 > c.max_position_embeddings:    # the last token is not read again
-            raise UserError(f"{T} + {max_new_tokens} tokens, but max_position_embeddings is "
-                             f"{c.max_position_embeddings}")
-        if max_new_tokens == 0:
-            return
-        generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
-        cache = self.new_cache(B, T + max_new_tokens)
-        width = max(1, PREFILL_TOKENS // B)
-        for a in range(0, T, width):
-            logits = self(ids[:, a:a + width], cache=cache, start=a, padding=padding, last=1)
-        padding = ids.new_zeros(B) if padding is None else padding
-        cache, position, step = turned(cache, padding), T - padding, None
-        for i in range(max_new_tokens):
-            if i:
-                step = step or self.decoder(cache, new, position)
-                logits, position = step(new, position), position + 1
-            new = sample_next_token(upcast(logits[:, -1]), temperature, top_k, generator)
-            rows = yield new
-            if rows is not None:
-                new, position, step = new[rows], position[rows], None
-                cache = [tuple(t[rows] for t in cache.pop(0)) for _ in self.model.layers]
-
-    def new_cache(self, rows: int, length: int) -> list[tuple[Tensor, Tensor]]:
-        """Room for the keys (rows, K, length, D) and values of each layer: heads before positions,
-        so that products read them as they lie."""
-        weight = self.model.layers[0].self_attn.k_proj.weight
-        def room(heads, width):
-            return torch.zeros(rows, heads, length, width, device=weight.device,
-                               dtype=self.compute_dtype or weight.dtype)
-        c = self.config
-        return [(room(c.num_key_value_heads, c.head_dim), room(*block.self_attn.values))
-                for block in self.model.layers]
-
-    def decoder(self, cache: list, new: Tensor, position: Tensor):
-        """A function from tokens (B, 1) and their positions (B,) to logits (B, 1, V), over a cache
-        as turned makes it: on a GPU, and without FSDP2, a CUDA graph of the whole pass, which has
-        hundreds of small kernels. To warm up writes what the first step will."""
-        if not new.is_cuda or self.compute_dtype is not None:
-            return lambda new, position: self(new, cache=cache, start=position)
-        new, position = new.clone(), position.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self(new, cache=cache, start=position)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self(new, cache=cache, start=position)
-
-        def step(now, at):
-            new.copy_(now)
-            position.copy_(at)
-            graph.replay()
-            return logits
-        return step
+        """Continue ids (B, T), T >= 1, by max_new_tokens -> (B, T + max_new_tokens): see Decoder."""
+        decoder = Decoder(self, ids, max_new_tokens, temperature, top_k, seed)
+        new = [decoder.next_tokens() for _ in range(max_new_tokens)]
+        return torch.cat([ids, *new], dim=1)
 
     @classmethod
     def from_pretrained(cls, path, device=None, dtype=None) -> "Motif":
@@ -557,7 +523,7 @@ class Motif(nn.Module):
 
 
 def sample_next_token(logits: Tensor, temperature: float, top_k: int | None, generator) -> Tensor:
-    """logits (B, V) -> a token of each row (B, 1): see Motif.stream."""
+    """logits (B, V) -> a token of each row (B, 1): see Decoder."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     if top_k is not None:
@@ -566,14 +532,195 @@ def sample_next_token(logits: Tensor, temperature: float, top_k: int | None, gen
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
 
 
-def turned(cache: list, padding: Tensor) -> list:
-    """A cache with its positions in reverse and the padding of each row gone, as Attention.forward
-    reads it one token at a time. Takes the old one's layers away, one after the other."""
-    length, rows = cache[0][0].shape[2], torch.arange(len(padding), device=padding.device)[:, None]
-    columns = torch.arange(length - 1, -1, -1, device=padding.device) + padding[:, None]
-    columns.clamp_(max=length - 1)
-    return [tuple(t[rows, :, columns].transpose(1, 2).contiguous() for t in cache.pop(0))
-            for _ in range(len(cache))]
+def document_starts(doc_ids: Tensor) -> Tensor:
+    """Where each token's document begins: (B, T) -> (B, T) int32.
+
+    >>> document_starts(torch.tensor([[5, 5, 7, 7, 7]])).tolist()
+    [[0, 0, 2, 2, 2]]
+    """
+    position = torch.arange(doc_ids.shape[1], device=doc_ids.device)
+    is_first = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
+    return (position * is_first).cummax(dim=1).values.int()
+
+
+class LayerCache(NamedTuple):
+    """What a layer needs of a KVCache in one forward pass of T tokens."""
+    keys: Tensor                 # (B, K, S, D)
+    values: Tensor               # (B, P, S, 2D)
+    slots: Tensor                # (B, T): where the new tokens' keys and values go
+    visible: int | None          # the new tokens may see the first so many slots; None: all
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store the new keys (B, T, K, D) and values -> all visible ones (B, S, K, D), and the slot
+        of each query, None if there were no keys before."""
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        self.keys[rows, :, self.slots] = k
+        self.values[rows, :, self.slots] = v
+        keys = self.keys.transpose(1, 2)
+        values = self.values.transpose(1, 2)
+        if self.visible is None:
+            return keys, values, self.slots
+        keys = keys[:, :self.visible]
+        values = values[:, :self.visible]
+        return keys, values, None if self.visible == k.shape[1] else self.slots
+
+
+class KVCache:
+    """Keys and values of batch_size rows of at most max_length tokens. Slot p of row b holds the
+    token at position p; lengths (B,) says how many there are."""
+
+    def __init__(self, model: Motif, batch_size: int, max_length: int):
+        c = model.config
+        if max_length > c.max_position_embeddings:
+            raise UserError(f"a cache of {max_length} tokens, but max_position_embeddings is "
+                            f"{c.max_position_embeddings}")
+        weight = model.model.layers[0].self_attn.k_proj.weight
+        options = {"device": weight.device, "dtype": model.compute_dtype or weight.dtype}
+        slots = slots_for(max_length)
+        self.max_length = max_length
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+        self.keys = []
+        self.values = []
+        for block in model.model.layers:
+            value_heads, value_dim = block.self_attn.values
+            keys = torch.zeros(batch_size, c.num_key_value_heads, slots, c.head_dim, **options)
+            values = torch.zeros(batch_size, value_heads, slots, value_dim, **options)
+            self.keys.append(keys)
+            self.values.append(values)
+
+    def open(self, positions: Tensor, row_lengths: Tensor | None) -> list[LayerCache]:
+        """The layers' views for tokens at these positions (B, T)."""
+        T = positions.shape[1]
+        slots = self.keys[0].shape[2]
+        visible = None
+        if T > 1:
+            before = int(self.lengths.max())
+            new = T if row_lengths is None else row_lengths
+            if int((self.lengths + new).max()) > self.max_length:
+                raise ValueError(f"the cache has room for {self.max_length} tokens a row")
+            visible = min(before + T, slots)
+        slot = positions.clamp(max=slots - 1)
+        return [LayerCache(keys, values, slot, visible)
+                for keys, values in zip(self.keys, self.values)]
+
+    def select_rows(self, rows: Tensor, max_length: int | None = None) -> "KVCache":
+        """A new cache with copies of these rows, which may repeat, and room for max_length tokens
+        (None: as before)."""
+        new = copy.copy(self)
+        rows = torch.as_tensor(rows, device=self.lengths.device)
+        new.max_length = max_length or self.max_length
+        new.lengths = self.lengths[rows]
+        if max_length is not None and int(new.lengths.max()) > max_length:
+            raise ValueError(f"a row has more than {max_length} tokens")
+        more = slots_for(new.max_length) - self.keys[0].shape[2]
+        new.keys = [F.pad(keys[rows], (0, 0, 0, more)) for keys in self.keys]
+        new.values = [F.pad(values[rows], (0, 0, 0, more)) for values in self.values]
+        return new
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drop all other rows: select_rows in place, one layer after the other."""
+        self.lengths = self.lengths[rows]
+        for i in range(len(self.keys)):
+            self.keys[i] = self.keys[i][rows]
+            self.values[i] = self.values[i][rows]
+
+
+def slots_for(max_length: int) -> int:
+    """One more slot than tokens, for padding; a multiple of 8, so that products are aligned."""
+    return (max_length + 8) // 8 * 8
+
+
+class Decoder:
+    """Generates one token of each row at a time after right-padded prompts ids (B, T).
+
+    temperature 0 is greedy; top_k keeps the k likeliest tokens; a seed makes it repeatable;
+    prompt_lengths (B,): how many ids of each row are its prompt, None: all."""
+
+    @torch.no_grad()
+    def __init__(self, model: Motif, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
+                 top_k: int | None = None, seed: int | None = None,
+                 prompt_lengths: Tensor | None = None):
+        B, T = ids.shape
+        longest = model.config.max_position_embeddings
+        if T == 0 or max_new_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
+            raise UserError("generate needs a token to begin with, max_new_tokens >= 0, "
+                            "temperature >= 0 and top_k >= 1")
+        length = T + max(0, max_new_tokens - 1)           # the last new token is never read
+        if length > longest:
+            raise UserError(f"{T} + {max_new_tokens} tokens, but max_position_embeddings is "
+                            f"{longest}")
+        self.model = model
+        self.temperature = temperature
+        self.top_k = top_k
+        self.left = max_new_tokens
+        self.generator = None
+        if seed is not None:
+            self.generator = torch.Generator(ids.device).manual_seed(seed)
+        self.cache = KVCache(model, B, length)
+        self.new = None
+        self.graph = None
+        if prompt_lengths is None:
+            prompt_lengths = torch.full((B,), T, device=ids.device)
+        self.logits = self.prefill(ids, prompt_lengths)
+
+    def prefill(self, ids: Tensor, prompt_lengths: Tensor) -> Tensor:
+        """Read the prompts, PREFILL_TOKENS at a time -> logits (B, 1, V) after each row's last."""
+        B, T = ids.shape
+        width = max(1, PREFILL_TOKENS // B)
+        logits = None
+        for start in range(0, T, width):
+            piece = ids[:, start:start + width]
+            n = (prompt_lengths - start).clamp(0, piece.shape[1])
+            new = self.model(piece, cache=self.cache, row_lengths=n, last_only=True)
+            # a row that has ended before this piece keeps the logits of the piece where it did
+            logits = new if logits is None else torch.where((n > 0)[:, None, None], new, logits)
+        return logits
+
+    @torch.no_grad()
+    def next_tokens(self) -> Tensor:
+        """One more token of each row, (B, 1)."""
+        if self.left == 0:
+            raise ValueError("max_new_tokens have been generated")
+        self.left -= 1
+        if self.new is not None:
+            self.logits = self.step(self.new)
+        logits = upcast(self.logits[:, -1])
+        self.new = sample_next_token(logits, self.temperature, self.top_k, self.generator)
+        return self.new
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Go on with these rows alone, in this order."""
+        rows = torch.as_tensor(rows, device=self.logits.device)
+        self.graph = None
+        self.logits = self.logits[rows]
+        if self.new is not None:
+            self.new = self.new[rows]
+        self.cache.keep_rows(rows)
+
+    def step(self, new: Tensor) -> Tensor:
+        """Tokens (B, 1) -> logits (B, 1, V) of the next ones."""
+        if not new.is_cuda or self.model.compute_dtype is not None:
+            return self.model(new, cache=self.cache)
+        if self.graph is None:
+            self.capture(new)
+        self.graph_input.copy_(new)
+        self.graph.replay()
+        return self.graph_output
+
+    def capture(self, new: Tensor) -> None:
+        """Record one step as a CUDA graph, which reads graph_input and writes graph_output."""
+        self.graph_input = new.clone()
+        lengths = self.cache.lengths.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.model(self.graph_input, cache=self.cache)
+                self.cache.lengths.copy_(lengths)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.graph_output = self.model(self.graph_input, cache=self.cache)
 
 
 def init_normal_(p: Tensor, std: float) -> None:

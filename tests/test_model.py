@@ -16,7 +16,7 @@ import eval as evaluation
 import model as motif
 import pretrain
 import reference
-from model import Block, Motif, MotifConfig, flops_per_token
+from model import Block, Decoder, KVCache, Motif, MotifConfig, flops_per_token
 from tools.plan import memory_per_gpu, parameters_by_part
 
 BASE = MotifConfig(vocab_size=29, hidden_size=20, intermediate_size=28, num_hidden_layers=3,
@@ -96,8 +96,8 @@ def test_packed_documents_are_each_document_alone(noise):
     ids, targets = tokens(2, 12), tokens(2, 12, seed=2)
     numbers = torch.stack([torch.tensor([7, 3, 7]).repeat_interleave(torch.tensor(n))
                            for n in lengths])            # a number may come again: runs count
-    packed = model(ids, documents=numbers)
-    model(ids, targets, numbers, "sum").backward()
+    packed = model(ids, doc_ids=numbers)
+    model(ids, targets, numbers, reduction="sum").backward()
     grads = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     for row, part in enumerate(lengths):
@@ -158,9 +158,48 @@ def test_generation_with_a_cache_is_generation_without(noise):
     for _ in range(12):
         expected = torch.cat([expected, model(expected)[:, -1:].argmax(-1)], 1)
     assert torch.equal(out, expected) and len(out.unique()) > 3
-    cache = [[t.fill_(torch.nan) for t in pair] for pair in model.new_cache(3, 16)]
-    parts = [model(out[:, a:b], cache=cache, start=a) for a, b in ((0, 5), (5, 8), (8, 9), (9, 16))]
-    torch.testing.assert_close(torch.cat(parts, 1), model(out), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("noise", [0, 2])
+@torch.no_grad()
+def test_rows_read_in_right_padded_pieces_are_the_rows_read_at_once(noise):
+    model = make(num_noise_heads=noise, num_attention_heads=12)
+    ids, targets = tokens(3, 16), tokens(3, 16, seed=2)
+    pieces = [[5, 3, 1], [0, 2, 4], [1, 1, 1], [2, 0, 9]]   # tokens of each row in each piece
+    cache = KVCache(model, 3, 16)
+    for kept in cache.keys + cache.values:
+        kept.fill_(1e3)                                     # must never be seen
+    logits, losses = model(ids), model.token_losses(ids, targets)
+    for n in map(torch.tensor, pieces):
+        begin, T = cache.lengths.clone(), int(n.max())
+        columns = (begin[:, None] + torch.arange(T)).clamp(max=15)
+        again = cache.select_rows(torch.arange(3))
+        part = model(ids.gather(1, columns), cache=cache, row_lengths=n)
+        last = model(ids.gather(1, columns), cache=again.select_rows([0, 1, 2], 16), row_lengths=n,
+                     last_only=True)
+        nats = model.token_losses(ids.gather(1, columns), targets.gather(1, columns), cache=again,
+                                  row_lengths=n)
+        assert torch.equal(cache.lengths, begin + n) and torch.equal(again.lengths, begin + n)
+        for row in range(3):
+            a, b = begin[row], begin[row] + n[row]
+            torch.testing.assert_close(part[row, :n[row]], logits[row, a:b], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(nats[row, :n[row]], losses[row, a:b], rtol=1e-4, atol=1e-4)
+            if n[row]:
+                torch.testing.assert_close(last[row, 0], logits[row, b - 1], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_of_a_batch_are_generated_as_each_alone(monkeypatch):
+    monkeypatch.setattr(motif, "PREFILL_TOKENS", 9)         # three columns at a time
+    model, ids, lengths = make(), tokens(3, 8), torch.tensor([8, 2, 5])
+    alone = [model.generate(ids[i:i + 1, :n], 7, temperature=0)[0, n:]
+             for i, n in enumerate(lengths)]
+    decoder = Decoder(model, ids, 7, temperature=0, prompt_lengths=lengths)
+    new = [decoder.next_tokens() for _ in range(3)]
+    assert torch.equal(torch.cat(new, 1), torch.stack(alone)[:, :3])
+    decoder.keep_rows([2, 0])
+    new = [decoder.next_tokens() for _ in range(4)]
+    assert torch.equal(torch.cat(new, 1), torch.stack(alone)[[2, 0], 3:])
 
 
 def test_compiled_steps_are_one_graph_for_all_layers_rows_and_lengths(monkeypatch):
