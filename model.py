@@ -84,7 +84,7 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding: x (B, T, heads, D) and the angles of its positions -> (B, T, heads, D).
+    """Rotary position embedding: x (B, T, heads, D), angles of its positions -> the shape of x.
 
     Each head's D features are D/2 points in a plane, and point i turns by angle i. A query turned
     by its position times a key turned by its own depends on the distance of the two positions only.
@@ -120,11 +120,11 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
-    """weight[0] n(x^3) + weight[1] n(x^2) + weight[2] n(x) + bias, n(z) = z / sqrt(mean(z^2) + eps).
+    """weight[0] n(x^3) + weight[1] n(x^2) + weight[2] n(x) + bias, each n with root mean square 1.
 
-    x (..., F), weight (3,), bias (1,) -> (..., F), computed in fp32. For x = (1, -2, 0.5, -0.25) the
-    powers have root mean squares 4.03, 2.07 and 1.15. So the first feature becomes
-    0.4 / 4.03 + 0.3 / 2.07 + 0.3 / 1.15 + 0.05 = 0.555:
+    x (..., F), weight (3,), bias (1,) -> (..., F), computed in fp32. The powers of
+    x = (1, -2, 0.5, -0.25) have root mean squares 4.03 (cube), 2.07 and 1.15, so its first feature
+    becomes 0.4 / 4.03 + 0.3 / 2.07 + 0.3 / 1.15 + 0.05 = 0.555:
 
     >>> x = torch.tensor([1.0, -2.0, 0.5, -0.25])
     >>> poly_norm(x, torch.tensor([0.4, 0.3, 0.3]), torch.tensor([0.05]))
@@ -166,17 +166,16 @@ def document_starts(doc_ids: Tensor) -> Tensor:
 
 def visibility_mask(T: int, S: int, doc_start: Tensor | None, query_slots: Tensor | None,
                     like: Tensor) -> Tensor:
-    """What is added to the logits: 0 where a query may see a key, else -inf.
+    """What is added to logits (B, K, h, T, S): 0 where a query may see a key, else -inf.
 
-    Query t sees the keys from its document's first, doc_start (B, T), to its own, query_slots
-    (B, T). Without query_slots the T queries are the last T of the S keys. -> (T, S) if all rows
-    are alike, else (B, 1, 1, T, S), which fits logits (B, K, h, T, S)."""
+    A query sees the keys from its document's first, doc_start (B, T), to its own, query_slots
+    (B, T). Without query_slots the T queries are the last T of the S keys."""
     key = torch.arange(S, device=like.device)
     own = key[S - T:] if query_slots is None else query_slots
     masked = key > own[..., None]
     if doc_start is not None:
         masked = masked | (key < doc_start[..., None])
-    if masked.ndim == 3:
+    if masked.ndim == 3:                        # (B, T, S): rows differ
         masked = masked[:, None, None]
     return torch.zeros_like(masked, dtype=like.dtype).masked_fill_(masked, -torch.inf)
 
@@ -358,8 +357,8 @@ class MotifConfig:
     def kv_map(self) -> list[int]:
         """The key head that each query head reads.
 
-        >>> motif_12b = MotifConfig(num_attention_heads=40, num_key_value_heads=16, num_noise_heads=8)
-        >>> motif_12b.kv_map[:10]          # two groups: four signal heads, then their noise head
+        >>> heads = {"num_attention_heads": 40, "num_key_value_heads": 16, "num_noise_heads": 8}
+        >>> MotifConfig(**heads).kv_map[:10]     # two groups: four signal heads, one noise head
         [0, 0, 0, 0, 1, 2, 2, 2, 2, 3]
         """
         H, K, G = self.num_attention_heads, self.num_key_value_heads, self.num_noise_heads
@@ -389,7 +388,8 @@ class MotifConfig:
         if self.head_dim % 2:
             raise UserError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
         if G == 0 and H % K:
-            raise UserError(f"num_attention_heads={H} must be a multiple of num_key_value_heads={K}")
+            raise UserError(f"num_attention_heads={H} must be a multiple of "
+                            f"num_key_value_heads={K}")
         if G and (H % G or H == G):
             raise UserError(f"num_attention_heads={H} must be num_noise_heads={G} groups of at "
                             "least one signal head and one noise head")
@@ -416,7 +416,7 @@ class MotifConfig:
             rope_options = config.get(key) or {}
             is_plain = rope_options.get("rope_type", "default") == "default"
             if not is_plain or rope_options.keys() - {"rope_type", "rope_theta"}:
-                raise UserError(f"config.json has {key}={rope_options}; only plain RoPE is supported")
+                raise UserError(f"config.json has {key}={rope_options}; only plain RoPE is known")
             config["rope_theta"] = rope_options.get("rope_theta", config.get("rope_theta"))
 
         act = config.get("hidden_act", "poly_norm")
@@ -435,20 +435,12 @@ class MotifConfig:
 
     def to_dict(self) -> dict:
         """The released config.json."""
-        shape = {field.name: getattr(self, field.name) for field in fields(MotifConfig)}
-        activation = shape.pop("activation")
-        return {
-            "architectures": ["MotifForCausalLM"],
-            "model_type": "motif",
-            **shape,
-            "hidden_act": ACTIVATIONS[activation],
-            "k_ratio": 1,
-            "use_bias": False,
-            "auto_map": {
-                "AutoConfig": f"{MODELING_REPO}--configuration_motif.MotifConfig",
-                "AutoModelForCausalLM": f"{MODELING_REPO}--modeling_motif.MotifForCausalLM",
-            },
-        }
+        config = {field.name: getattr(self, field.name) for field in fields(MotifConfig)}
+        config["hidden_act"] = ACTIVATIONS[config.pop("activation")]
+        code = {"AutoConfig": f"{MODELING_REPO}--configuration_motif.MotifConfig",
+                "AutoModelForCausalLM": f"{MODELING_REPO}--modeling_motif.MotifForCausalLM"}
+        return {"architectures": ["MotifForCausalLM"], "model_type": "motif", **config,
+                "k_ratio": 1, "use_bias": False, "auto_map": code}
 
 
 # ---- the transformer. Modules and parameters are named as in the released checkpoints, so that a
@@ -540,23 +532,25 @@ class Attention(nn.Module):
                 cache: "LayerCache | None" = None) -> tuple[Tensor, Tensor]:
         """x (B, T, hidden) -> the same, and the largest visible logit of each query head (H,)."""
         B, T, _ = x.shape
-        q = rope(self.q_proj(x).view(B, T, -1, self.head_dim), *angles)             # (B, T, H, D)
-        k = rope(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim), *angles)  # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, *self.values)                                 # (B, T, P, 2D)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)                 # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)      # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, *self.values)                      # (B, T, P, 2D)
+        q = rope(q, *angles)
+        k = rope(k, *angles)
 
         query_slots = None
         if cache is not None:
-            k, v, query_slots = cache.append(k, v)                                  # T becomes S
+            k, v, query_slots = cache.append(k, v)                       # T becomes S
 
         if self.noise_heads == 0:
-            q = q.unflatten(2, (self.kv_heads, -1))                                 # (B, T, K, h, D)
+            q = q.unflatten(2, (self.kv_heads, -1))                      # (B, T, K, h, D)
             out, max_logits = causal_attention(q, k, v, doc_start, query_slots)
             return self.o_proj(out.flatten(2)), max_logits.flatten()
 
         signal, noise, max_logits = grouped_differential_attention(
             q, k, v, self.noise_heads, doc_start, query_slots)
         out = differential_norm(signal, noise, self.lambda_(), self.subln.weight,
-                                1 - self.lambda_init(), self.eps)                   # (B, T, G r 2D)
+                                1 - self.lambda_init(), self.eps)        # (B, T, G r 2D)
         return self.o_proj(out), max_logits
 
 
@@ -942,7 +936,7 @@ class LayerCache(NamedTuple):
 # draws the next. A step multiplies every weight with only B vectors, so it takes the time that the
 # GPU's memory needs to deliver the weights, 8 ms for 25 GB at 3.3 TB/s, as long as Python and
 # the launching of hundreds of small kernels do not take longer. They do; hence the CUDA graph: one
-# step is recorded and from then on replayed whole. A graph replays fixed kernels on fixed addresses,
+# step is recorded and from then on replayed whole. A graph replays fixed kernels on fixed memory,
 # which is why a step looks at all slots of the cache and keeps the lengths on the GPU.
 
 PREFILL_TOKENS = 2**14      # prompt tokens in one forward pass, over all rows
