@@ -47,9 +47,10 @@ def peak_elements(group: MuonShardGroup) -> Tensor:
     """The most numbers of u and O that each rank holds at one time in a step, (ranks,); what
     Newton-Schulz needs comes on top.
 
-    That is at one of three moments of muonclip.parallel_muon_step, of one of the chunks k."""
-    nobody = buffers(group, [])
-    chunks = [nobody] + [buffers(group, chunk) for chunk in group.chunks] + [nobody]
+    That is at one of three moments of muonclip.parallel_muon_step, of one of the chunks k. An empty
+    chunk in front stands for the time before the first, when u(0) is sent."""
+    empty = buffers(group, [])
+    chunks = [empty, empty] + [buffers(group, chunk) for chunk in group.chunks] + [empty]
 
     held = []
     for k in range(1, len(chunks) - 1):
