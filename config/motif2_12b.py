@@ -27,7 +27,6 @@ domains = {                      # shares [ours]: the 2.6B model's, reasoning ri
     "math": ["open-web-math/open-web-math", 0.02, 0.11],
     "reasoning": ["nvidia/OpenMathReasoning?split=cot&text=problem,generated_solution", 0.01, 0.09],
 }
-caps = {"reasoning": 0.10}       # reasoning data rises but stays under 10%
 
 max_tokens = 5_500_000_000_000
 seq_len = [[0, 4096], [4_500_000_000_000, 16384]]  # raised for the annealing of the last 1T
