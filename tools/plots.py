@@ -3,6 +3,7 @@ import math
 import os
 from pathlib import Path
 
+from configurator import UserError
 from pretrain import read_metrics
 
 
@@ -25,8 +26,9 @@ def plot_training(out: Path) -> None:
         # A domain that came or went during the run leaves a gap in its curve.
         losses = [m["val_loss_by_domain"].get(name, math.nan) for m in evaluations]
         top.plot(evaluated, losses, "o-", ms=3, label=f"{name}, held out")
-    # Without parse_math a folder's name may have dollar signs.
-    top.set_title(f"{out}: {steps[-1]['step']:,d} steps", parse_math=False)
+    # A folder may have any name: dollar signs are no formula, and bytes that are no UTF-8 are replaced.
+    name = str(out).encode("utf-8", "replace").decode()
+    top.set_title(f"{name}: {steps[-1]['step']:,d} steps", parse_math=False)
     top.set(ylabel="loss (nats per token)")
     top.legend()
     top.grid(alpha=0.3)
@@ -65,6 +67,8 @@ def plot_scores(scores: list[tuple], names: list[str], path: Path) -> None:
     """Draw scores with their standard errors over the models: bits per byte and, below them, what is
     in per cent. scores: (task, metric, [{"value", "stderr"} of each model]); names: the models'."""
     plt = import_pyplot()
+    if plt is None:
+        raise UserError("--plot needs: pip install matplotlib")
     bits = "bits per byte"
     panels = []
     for unit in (bits, "per cent"):
