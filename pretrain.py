@@ -672,8 +672,8 @@ def reshard(model: Motif) -> None:
 #         state.json                        step, config, skipped steps in a row, the data's
 #                                           fingerprint, and the size of each file
 #
-# There is no more to a run: the data follow from the step, and nothing in a step is random. (Where a
-# file would be larger than SHARD_BYTES, there are several and an index.)
+# There is no more to a run: the data follow from the step, and nothing in a step is random. (Where
+# a file would be larger than SHARD_BYTES, there are several and an index.)
 #
 # Atomic. Everything is written into step_120.tmp and flushed to the disk (fsync). Only then the
 # folder is renamed to step_120, and old checkpoints are removed. A crash before the rename leaves a
@@ -878,9 +878,9 @@ def check_compatible(folder: Path, state: dict, c: Config, curriculum: data.Curr
 
 # ---- validation
 #
-# The loss, in nats per token, depends on the tokenizer: long tokens are harder to predict, and a text
-# has fewer of them. Bits per byte do not: nats / ln 2 / bytes of text. The losses by quarter of the
-# context tell whether a model uses what it has read: they should fall from the first to the last.
+# The loss, in nats per token, depends on the tokenizer: long tokens are harder to predict, and a
+# text has fewer of them. Bits per byte do not: nats / ln 2 / bytes of text. The losses by quarter of
+# the context tell whether a model uses what it has read: they should fall from first to last.
 
 @torch.no_grad()
 def evaluate(model: Motif, held_out: dict[str, tuple], micro_batch_tokens: int,
@@ -1448,8 +1448,8 @@ def friendly_errors(c: TrainConfig, out: Path):
 
 
 def run_main(main) -> None:
-    """Run a script's main(), on one rank or on one of many. A UserError is printed as one line, with
-    exit status 1; any other exception keeps its traceback."""
+    """Run a script's main(), on one rank or on one of many. A UserError is printed as one line,
+    with exit status 1; any other exception keeps its traceback."""
     message = None
     try:
         main()

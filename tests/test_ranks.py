@@ -20,7 +20,7 @@ from model import Motif
 
 ROOT = Path(muonclip.__file__).parent
 
-# A step has 10 rows of 32 tokens: of four ranks two have three rows, and two have two and are padded.
+# A step has 10 rows of 32 tokens. Of four ranks two have three rows; two have two and are padded.
 OPTIONS = dict(
     num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=5,
     num_noise_heads=1, num_key_value_heads=2, head_dim=8, seq_len=32, batch_tokens=320,
@@ -163,8 +163,8 @@ def test_a_checkpoint_moves_between_numbers_of_ranks(folder):
 
 
 def test_sigterm_saves_and_a_lost_rank_ends_all_and_a_restart_goes_on(folder):
-    """One rank gets a SIGTERM: all stop after the same step, and save. Then one is killed by kill -9
-    under torchrun, whose restart goes on: bit by bit the run that nothing happened to."""
+    """One rank gets a SIGTERM: all stop after the same step, and save. Then one is killed by kill
+    -9 under torchrun, whose restart goes on: bit by bit the run that nothing happened to."""
     out = folder / "interrupted"
     stopped = (out / "log.txt").read_text().splitlines()[-1]
     assert stopped.startswith("stopped at step 5;") and f"{out}/step_5" in stopped
@@ -194,7 +194,8 @@ def test_sigterm_saves_and_a_lost_rank_ends_all_and_a_restart_goes_on(folder):
 
 
 def test_each_rank_tells_a_users_mistake_in_one_line(tmp_path):
-    """Rank 0 at once. Another one waits to be ended, which here nobody does, and then tells its own."""
+    """Rank 0 at once. Another one waits to be ended, which nobody does here, and then tells its
+    own."""
     command = [sys.executable, str(ROOT / "pretrain.py"), "--max_step=1"]
     processes = []
     for rank in "01":

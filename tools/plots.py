@@ -26,7 +26,7 @@ def plot_training(out: Path) -> None:
         # A domain that came or went during the run leaves a gap in its curve.
         losses = [m["val_loss_by_domain"].get(name, math.nan) for m in evaluations]
         top.plot(evaluated, losses, "o-", ms=3, label=f"{name}, held out")
-    # A folder may have any name: dollar signs are no formula, and bytes that are no UTF-8 are replaced.
+    # A folder may have any name: with dollar signs, or bytes that are not UTF-8.
     name = str(out).encode("utf-8", "replace").decode()
     top.set_title(f"{name}: {steps[-1]['step']:,d} steps", parse_math=False)
     top.set(ylabel="loss (nats per token)")
@@ -64,8 +64,8 @@ def names_in(metrics: list[dict], key: str) -> list[str]:
 
 
 def plot_scores(scores: list[tuple], names: list[str], path: Path) -> None:
-    """Draw scores with their standard errors over the models: bits per byte and, below them, what is
-    in per cent. scores: (task, metric, [{"value", "stderr"} of each model]); names: the models'."""
+    """Draw scores with their standard errors over the models: bits per byte and, below them, what
+    is in per cent. scores: (task, metric, [{"value", "stderr"} of each model]); names: the models'."""
     plt = import_pyplot()
     if plt is None:
         raise UserError("--plot needs: pip install matplotlib")
