@@ -367,8 +367,8 @@ def init_from(c, out: Path) -> Path:
 
 
 def average(run: Path, k: int) -> Motif:
-    """The mean, in fp32, of the last k checkpoints of a run. Motif-2.6B went on from the mean of its
-    last six every 8B tokens (arXiv 2508.09148)."""
+    """The mean, in fp32, of the last k checkpoints of a run. Motif-2.6B trained on from the mean of
+    its last six every 8B tokens (arXiv 2508.09148)."""
     folders = [run / f"step_{step}" for step in sorted(checkpoint_steps(run))[-k:]]
     if len(folders) < k:
         raise UserError(f"{run} holds {len(folders)} checkpoints, not {k}; keep more of them with "
