@@ -149,8 +149,9 @@ def test_only_noise_lets_the_copies_part(noise_db):
 @pytest.mark.parametrize("changes", [
     {"vocab_size": 30}, {"hidden_size": 30}, {"hidden_size": 10}, {"intermediate_size": 56},
     {"num_noise_heads": 4, "num_attention_heads": 8}, {"num_attention_heads": 9},
-    {"num_attention_heads": 6}, {"num_attention_heads": 14}, {"num_key_value_heads": 2}, {"head_dim": 8}, {"activation": "swiglu"},
-    {"rms_norm_eps": 1e-5}, {"num_hidden_layers": 7}, {"num_hidden_layers": 2}, {"tie_word_embeddings": True},
+    {"num_attention_heads": 6}, {"num_attention_heads": 14}, {"num_key_value_heads": 2},
+    {"head_dim": 8}, {"activation": "swiglu"}, {"rms_norm_eps": 1e-5}, {"num_hidden_layers": 7},
+    {"num_hidden_layers": 2}, {"tie_word_embeddings": True},
     {"head_dim": 8, "vocab_size": 30},
 ])
 def test_a_shape_that_cannot_be_reached_is_refused_with_its_keys(changes):
