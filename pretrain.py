@@ -106,7 +106,6 @@ class Config(TrainConfig, MotifConfig):
     domains: dict = field(default_factory=lambda: {"language": ["builtin:language", 1.0, 1.0]})
                                     # name -> [source, first share, last share]; see data.py
     mixture: list | None = None     # knots [[fraction of the run, {name: share}], ...] instead
-    caps: dict = field(default_factory=dict)  # name -> largest share
     prepare_part: str = "1/1"               # python data.py: prepare part i/n of the data, on n machines
     workers: Count | None = None    # processes that prepare data; None: one per core
 
@@ -119,7 +118,7 @@ def model_config(c: Config) -> MotifConfig:
 def make_curriculum(c: Config) -> data.Curriculum:
     """The run's curriculum. ValueError if it cannot be, or is longer than the model's positions."""
     plan = data.Curriculum(c.domains, batch_tokens=c.batch_tokens, seq_len=c.seq_len, mixture=c.mixture,
-                     max_steps=c.max_steps, max_tokens=c.max_tokens, caps=c.caps)
+                     max_steps=c.max_steps, max_tokens=c.max_tokens)
     if max(plan.seq_len) > c.max_position_embeddings:
         raise UserError(f"seq_len={c.seq_len} is longer than max_position_embeddings="
                          f"{c.max_position_embeddings}; raise that or shorten the sequence")
@@ -274,7 +273,7 @@ class Log:
             with (self.out / name).open("a") as f:
                 f.write(text)
 
-    def sample_prompts(self, text: str) -> None:
+    def sample(self, text: str) -> None:
         self._append("samples.txt", text)
 
     def say(self, text: str) -> None:
@@ -549,7 +548,8 @@ def evaluate(model: Motif, held_out: dict[str, tuple], micro_tokens: int,
         first, own, n = split_rows(len(ids))
         batch = pad_rows([t[first::WORLD] for t in held_out[name]], own, n)
         for part in zip(*(t.split(max(1, micro_tokens // ids.shape[1])) for t in batch)):
-            sums[i] += model(*part, reduction="quarters")
+            losses = model.token_losses(*part).double()
+            sums[i] += torch.stack([q.sum() for q in losses.tensor_split(4, 1)])
         counted = targets >= 0
         tokens[name], size[name] = counted.sum().item(), length[targets[counted]].sum().item()
         quarters += torch.tensor([q.sum().item() for q in counted.tensor_split(4, 1)])
@@ -585,14 +585,14 @@ def layer_stats(model: Motif, optimizer) -> list[dict]:
 
 def sample_prompts(model: Motif, tokenizer, c: Config, encode) -> str:
     """The prompts, continued up to an end of turn or text."""
-    text, ends = "", {tokenizer.encode_single_token(exit_rank) for exit_rank in (data.END, data.TURN_END)}
+    text, ends = "", {tokenizer.special[data.END], tokenizer.special[data.TURN_END]}
     for prompt in c.prompts:
         ids = encode(tokenizer, prompt)
         new = min(c.sample_tokens, c.max_position_embeddings - len(ids))
         start = torch.tensor([ids], device=model.head_weight.device)
         out = model.generate(start, new, temperature=0.8, top_k=50, seed=c.seed)[0].tolist()
         new = [*takewhile(lambda i: i not in ends, out[len(ids):])]
-        text += f"[{prompt}]{data.decode(tokenizer, new)}\n\n"
+        text += f"[{prompt}]{tokenizer.decode(new)}\n\n"
     return text
 
 
@@ -732,7 +732,8 @@ def shard(model: Motif, c: Config, device: torch.device) -> None:
     """FSDP2 on each block, and on embedding and head together. Gradients are summed, as the loss is
     over the tokens of all ranks, in fp32 (with FP8 in bf16, as the report has it); one rank keeps
     its bf16 copies through a step."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
+                                        register_fsdp_forward_method)
     model.compute_dtype = COMPUTE_DTYPE[compute_precision(c, device)]
     low = WORLD > 1 and compute_precision(c, device) == "fp8"
     policy = MixedPrecisionPolicy(model.compute_dtype, torch.bfloat16 if low else torch.float32,
@@ -746,6 +747,7 @@ def shard(model: Motif, c: Config, device: torch.device) -> None:
         if WORLD > 1:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)    # gloo has no other
+    register_fsdp_forward_method(model, "token_losses")
 
 
 def reshard(model: Motif) -> None:
@@ -787,7 +789,7 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
     step = begun = start[1]["step"] if start else 0
     skips = NonFiniteSteps(start[1]["skipped"] if start else 0)
     held_out = {name: [t.to(device) for t in to_tensors(rows)] for name, rows in held_out.items()}
-    length = torch.from_numpy(data.token_bytes(tokenizer)).to(device)
+    length = torch.from_numpy(data.bytes_per_token(tokenizer)).to(device)
     peak, log = peak_flops(device), Log(out, start, c)
     n = sum(p.numel() for p in model.parameters())
     where = f"{device} and {WORLD - 1} more" if WORLD > 1 else device
@@ -857,7 +859,7 @@ def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer,
                 dist.all_reduce(largest, dist.ReduceOp.MAX)
             now, figures = time.perf_counter(), dict(
                 step=step, tokens=plan.tokens[step], loss=loss.item(), lr=lr, grad_norm=norm.item(),
-                max_logit=largest.max().item(), heads_clipped=int(optimizer.clipped or 0),
+                max_logit=largest.max().item(), heads_clipped=int(optimizer.heads_clipped or 0),
                 mixture=dict(zip(plan.names, np.round(plan.shares[step - 1], 4).tolist())))
             speed = (plan.tokens[step] - plan.tokens[timed]) / (now - timer)
             flops = sum(flops_per_token(model.config, plan.context[step - 1])) * speed

@@ -24,7 +24,6 @@ from typing import Literal
 from urllib.parse import parse_qsl
 
 import numpy as np
-import tiktoken
 
 import configurator
 import data
@@ -107,7 +106,7 @@ def stage_of(c: Config) -> dict:
 
 # ---- conversations
 
-def encode_chat(tokenizer: tiktoken.Encoding, messages: list[dict]) -> tuple[list, list]:
+def encode_chat(tokenizer: data.Tokenizer, messages: list[dict]) -> tuple[list, list]:
     """Messages [{"role": ..., "content": ...}, ...] -> ids and targets, equally many: targets[i] is
     the token after ids[i] where that is an assistant's or its end of turn, else -1. The family's
     turn format,
@@ -123,32 +122,32 @@ def encode_chat(tokenizer: tiktoken.Encoding, messages: list[dict]) -> tuple[lis
     return ids, [i if said else -1 for i, said in zip(after, [*learnt[1:], False])]
 
 
-def encode_prompt(tokenizer: tiktoken.Encoding, messages: list[dict]) -> list[int]:
+def encode_prompt(tokenizer: data.Tokenizer, messages: list[dict]) -> list[int]:
     """Ids up to where the assistant's reply to these messages begins."""
     return render_conversation(tokenizer, messages)[0] + begin_turn(tokenizer, "assistant")
 
 
-def render_conversation(tokenizer: tiktoken.Encoding, messages: list[dict]) -> tuple[list, list]:
+def render_conversation(tokenizer: data.Tokenizer, messages: list[dict]) -> tuple[list, list]:
     """Begin of text and turns -> ids, and of each whether an assistant says it."""
     ids, learnt = [special(tokenizer, BEGIN)], [False]
     for m in messages:
         head = begin_turn(tokenizer, m["role"])
-        body = [*tokenizer.encode_ordinary(m["content"]), special(tokenizer, TURN_END)]
+        body = [*tokenizer.encode(m["content"]), special(tokenizer, TURN_END)]
         ids += head + body
         learnt += [False] * len(head) + [m["role"] == "assistant"] * len(body)
     return ids, learnt
 
 
-def begin_turn(tokenizer: tiktoken.Encoding, role: str) -> list[int]:
+def begin_turn(tokenizer: data.Tokenizer, role: str) -> list[int]:
     return [special(tokenizer, TURN), special(tokenizer, ROLES[role]),
-            *tokenizer.encode_ordinary("\n\n")]
+            *tokenizer.encode("\n\n")]
 
 
-def special(tokenizer: tiktoken.Encoding, token: str) -> int:
-    if token not in tokenizer._special_tokens:
+def special(tokenizer: data.Tokenizer, token: str) -> int:
+    if token not in tokenizer.special:
         raise UserError(f"tokenizer {tokenizer.name} lacks the turn format's {token}; load it by "
                          "load_tokenizer, which adds it")
-    return tokenizer._special_tokens[token]
+    return tokenizer.special[token]
 
 
 def check_chat(messages) -> None:
@@ -171,7 +170,7 @@ def check_chat(messages) -> None:
         raise UserError("no turn is the assistant's; drop this conversation")
 
 
-def truncate_to_turn(tokenizer: tiktoken.Encoding, messages: list[dict], T: int):
+def truncate_to_turn(tokenizer: data.Tokenizer, messages: list[dict], T: int):
     """encode_chat of all turns up to an assistant's last one or, where they are more than T tokens,
     up to an earlier one -> ids, targets, whether it was cut; None if not even the first fits."""
     ends = [i for i, m in enumerate(messages, 1) if m["role"] == "assistant"]
@@ -551,7 +550,7 @@ def prepare(table: dict, benchmarks: list, tokenizer, data_dir: str) -> Path:
              for s in [os.stat(f)]]
     code = [Path(module.__file__).read_bytes() for module in (data, sys.modules[__name__])]
     what = (table["data"], T, table["curate"], table["prune"], stats, sys.version, code,
-            data.fingerprint(tokenizer), benchmarks)
+            tokenizer.fingerprint(), benchmarks)
     folder = Path(data_dir) / f"sft-{hashlib.sha256(repr(what).encode()).hexdigest()[:10]}"
     if folder.exists():
         return folder

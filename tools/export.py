@@ -51,7 +51,7 @@ def export_tokenizer(name: str, to: Path) -> None:
     tokenizer is a tokenizer.json also that and the others of TOKENIZER_FILES beside it. The copy
     has those special tokens too that load_tokenizer adds, and puts BEGIN before a text, as training
     did. ValueError if the tokenizer cannot be had."""
-    special = data.load_tokenizer(name)._special_tokens
+    special = data.load_tokenizer(name).special
     write_json(to / "generation_config.json", {
         "bos_token_id": special[data.BEGIN],
         "eos_token_id": [special[data.END], special[data.TURN_END]]})

@@ -12,6 +12,7 @@ import muonclip
 from configurator import UserError, load
 from kernels import LOSS_CHUNK
 from model import Motif, MotifConfig, flops_per_token
+from tools.bench_muon import peak_elements
 from pretrain import PEAK_FLOPS, QUICKSTART, Config, make_curriculum, model_config
 
 USABLE = 76 * 2**30              # bytes of a GPU of 80 GB that are ours
@@ -108,7 +109,7 @@ def memory_of_rank(c: Config, T: int, recompute: int) -> dict[str, float]:
         "backward pass": (gathered + activations + 2 * head + grads
                           + tokens * kept * (recompute > 0)),
         "its end": 2 * ends + (2 + 4) * ends * (shards > 1),
-        "Parallel Muon": 2 * unit.peak().max().item() if c.plan_world_size > 1 else 0}
+        "Parallel Muon": 2 * peak_elements(unit).max().item() if c.plan_world_size > 1 else 0}
 
 
 def memory_table(c: Config, T: int) -> str:
