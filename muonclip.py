@@ -153,7 +153,7 @@ def newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif",
 
     table = COEFFICIENTS[coefficients][:steps]
     if symmetric_products_pay(X):
-        # Below 1.2 m columns X is as small as A, and nothing is saved by leaving it aside.
+        # A nearly square X is about as small as A, and leaving it aside would save nothing.
         wide = X.shape[2] >= 1.2 * X.shape[1]
         X = gram_steps(X, table, span=3 if wide else 1)
     else:
@@ -233,8 +233,8 @@ def gram_steps(X: Tensor, table: list, span: int) -> Tensor:
 
 
 def symmetric_products_pay(X: Tensor) -> bool:
-    """Whether products of which half is computed, in square tiles, are faster for X (E, m, n). With
-    few tiles a GPU is not full, and cuBLAS, which computes all, wins."""
+    """Whether it is faster for X (E, m, n) to compute only half of each symmetric product. The half
+    is made of square tiles. A few tiles do not fill a GPU; then cuBLAS is faster, and computes all."""
     tile_rows = math.ceil(X.shape[1] / kernels.TILE)
     tiles = len(X) * tile_rows * (tile_rows + 1) // 2
     return tiles >= kernels.SYMMETRIC_TILES and kernels.can_use_symmetric_matmul(X)
@@ -248,9 +248,9 @@ compiled = functools.cache(torch.compile)
 
 
 def compile_rowwise(function):
-    """Decorator. View the first two tensors, of one size, as (rows, 1024) where 1024 divides them,
-    and compile the function on a GPU. Only the number of rows then differs from matrix to matrix,
-    so that one kernel serves all, and moves 16 bytes at a time."""
+    """Decorator: view the first two tensors, which have one size, as (rows, 1024) if 1024 divides
+    it, and compile the function on a GPU. Then only the number of rows differs from matrix to
+    matrix, so that one compiled kernel serves all, and can move 16 bytes at a time."""
     def call(first, second, *args):
         width = math.gcd(first.numel(), 1024)
         first = first.view(-1, width)
@@ -264,8 +264,8 @@ def compile_rowwise(function):
 @compile_rowwise
 def add_to_momentum(momentum: Tensor, G: Tensor, mu: Tensor, skip: Tensor | None, nesterov: bool,
                     dtype: torch.dtype) -> Tensor:
-    """momentum = mu * momentum + G, in place -> u in dtype: G + mu * momentum with Nesterov, else the
-    momentum. If skip is true G counts as 0."""
+    """momentum = mu * momentum + G, in place -> u in dtype, which is G + mu * momentum with
+    Nesterov, else the momentum. If skip is true G counts as 0."""
     if skip is not None:
         G = G.masked_fill(skip, 0)
     torch.addcmul(G, momentum, mu, out=momentum)
@@ -397,12 +397,12 @@ class StepScalars(NamedTuple):
 
 
 class MuonClip(torch.optim.Optimizer):
-    """Muon trains muon_params, AdamW trains adamw_params. Only the two lists decide who is where.
+    """Muon trains muon_params, AdamW trains adamw_params; nothing but the two lists decides that.
 
-    muon_params: matrices (m, n), or stacks (..., m, n) whose matrices are orthogonalised one by one.
+    muon_params: matrices (m, n), or stacks (..., m, n), of which each matrix is treated by itself.
     adamw_params: anything. Vectors and scalars get no weight decay.
-    qk: [(q_weight, k_weight), ...], a pair for each layer, for QK-clip with kv_map, head_dim and tau
-        as in qk_clip. tau = 0 switches it off.
+    qk: [(q_weight, k_weight), ...], a pair for each layer, for QK-clip; kv_map, head_dim and tau as
+        in qk_clip. tau = 0 switches it off.
     steps, coefficients, dtype: as in newton_schulz. chunk: as in assign_owners.
 
     The momentum is a sum (M = mu M + G) and not a mean, as its scale does not matter to
@@ -506,7 +506,7 @@ class MuonClip(torch.optim.Optimizer):
         return StepScalars(lr, mu, decay, group["nesterov"], skip)
 
     def add_gradient(self, p: Tensor, now: StepScalars) -> Tensor:
-        """Add p's gradient to its momentum -> u, which is to be orthogonalised, in its dtype."""
+        """Add p's gradient to its momentum -> u, in the dtype in which Newton-Schulz gets it."""
         momentum = self.state[p]["momentum"]
         G = local_gradient(p)
         u = add_to_momentum(momentum, G, now.mu, now.skip, now.nesterov, self.ns_options["dtype"])
@@ -524,6 +524,7 @@ class MuonClip(torch.optim.Optimizer):
         if not params:
             return
 
+        # torch's own AdamW, as a function, which can be given local shards, and skip.
         states = [self.state[p] for p in params]
         beta1, beta2 = group["betas"]
         adamw(
@@ -551,6 +552,7 @@ class MuonClip(torch.optim.Optimizer):
         for (q_weight, k_weight), S in zip(self.qk, max_logits, strict=True):
             gammas.append(qk_clip(q_weight, k_weight, S, self.kv_map, self.head_dim, self.tau))
         self.heads_clipped = (torch.stack(gammas) < 1).sum()
+
 
 def check_params(matrices: list[Tensor], others: list[Tensor]) -> None:
     for p in matrices:
@@ -605,7 +607,7 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 # lies in 8 blocks of 512 rows. AdamW can update a shard by itself, since it treats every number by
 # itself. Muon cannot: the singular values of a block of rows are not those of the matrix. If two
 # blocks have the same rows, each by itself turns them into 512 orthonormal rows, and together they
-# are far from orthonormal; on a random matrix the result is 39% off. So somebody needs the whole
+# are far from orthonormal. (In a test such a result was 39% off.) So somebody needs the whole
 # matrix. The simple way is that every rank gathers every matrix, and all do the same work.
 #
 # The idea (Motif-2, arXiv 2511.07464). Every matrix has one owner. All ranks send the owner their
@@ -613,9 +615,10 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 # of O. So each matrix is orthogonalised once, different ranks do different ones at the same time,
 # and the result is that of one process, bit by bit.
 #
-# The plan. Owners are chosen so that all ranks have equally many FLOPs to do (assign_owners). Since
-# no rank could hold all its matrices at once, a step goes in chunks, of about one matrix for each
-# rank. For each chunk k one all-to-all carries u(k) to the owners and another carries O(k) back.
+# The plan. Owners are chosen so that all ranks have equally many FLOPs to do (assign_owners). A step
+# goes in chunks, of about one large matrix for each rank, so that a rank holds few whole matrices at
+# a time, and one chunk can travel while another is computed. For each chunk k, one all-to-all
+# carries u(k) to the owners and another carries O(k) back.
 #
 # The timeline. The messages travel while the GPUs compute. With 4 ranks and 12 equal matrices:
 #
@@ -655,8 +658,8 @@ def local_shard(p: Tensor) -> Tensor:
 
 
 def local_gradient(p: Tensor) -> Tensor:
-    """Return this rank's part of p's gradient, and zeros if it has none: other ranks may have theirs,
-    and all must take part in the exchange."""
+    """Return this rank's part of p's gradient, or zeros if it has none: other ranks may have theirs
+    and wait for this one in the exchange."""
     if p.grad is None:
         return torch.zeros_like(local_shard(p))
     if is_spread(p) and p.grad.placements != p.placements:
@@ -666,8 +669,8 @@ def local_gradient(p: Tensor) -> Tensor:
 
 
 def shard_dims(t: Tensor) -> tuple[int | None, ...]:
-    """Say for each mesh dimension of a DTensor which tensor dimension is sharded over it, or None if
-    it holds replicas. FSDP2 has (0,), HSDP has (None, 0)."""
+    """Say for each mesh dimension of a DTensor which tensor dimension is sharded over it, or None
+    for replicas. FSDP2 has (0,), HSDP has (None, 0)."""
     from torch.distributed.tensor import Replicate, Shard
     dims = []
     for placement in t.placements:
@@ -680,7 +683,8 @@ def shard_dims(t: Tensor) -> tuple[int | None, ...]:
 
 def local_slices(shape, mesh_sizes, dims, coords) -> tuple[slice, ...]:
     """Return the part of a tensor that the rank at coordinates `coords` of a mesh holds. dims: as
-    shard_dims returns them. The cuts are torch.chunk's: the last parts may be shorter, or empty.
+    shard_dims returns them. The tensor is cut like torch.chunk does it: all parts have one length,
+    except that the last ones may be shorter, or empty.
 
     5 rows on 4 ranks are 2, 2, 1 and 0 rows:
 
@@ -771,8 +775,8 @@ class Transfer:
         self.received = received
 
     def wait(self) -> Tensor:
-        """Return what arrived. Both references are dropped, so that the buffers are freed as soon as
-        the caller is done with them."""
+        """Return what arrived. Both references are dropped, so that the buffers are freed as soon
+        as the caller is done with them."""
         self.work.wait()
         received = self.received
         self.work = None
@@ -847,7 +851,7 @@ class MuonShardGroup:
         self.process_group = process_group
         self.me = me
         self.params = params
-        self.num_copies = self.num_copies.to(params[0].device)
+        self.copies_in_order = self.num_copies[self.order].to(params[0].device)
         self.nothing = torch.empty(0, dtype=dtype, device=params[0].device)
 
         # For each chunk: how much this rank sends to every rank, and receives from every rank.
@@ -985,10 +989,12 @@ def parallel_muon_step(optimizer: MuonClip, group: MuonShardGroup, now: StepScal
         transfer_O = group.send_results(k, matrices)
         del matrices
 
-    rms += apply_results(optimizer, group, k, transfer_O, now)
+    last = len(group.chunks) - 1
+    rms += apply_results(optimizer, group, last, transfer_O, now)
 
-    # Every rank has its shards' part of each RMS. Ranks that hold copies would count it repeatedly.
-    mean_square = torch.stack(rms).square_().div_(group.num_copies[group.order])
+    # Every rank has its shards' part of each RMS. If several ranks hold the same shard, they would
+    # count it several times.
+    mean_square = torch.stack(rms).square_().div_(group.copies_in_order)
     dist.all_reduce(mean_square, group=group.process_group)
     for i, value in zip(group.order, mean_square.sqrt_()):
         optimizer.update_rms[group.params[i]] = value
