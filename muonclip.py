@@ -234,7 +234,7 @@ def gram_steps(X: Tensor, table: list, span: int) -> Tensor:
 
 def symmetric_products_pay(X: Tensor) -> bool:
     """Whether it is faster for X (E, m, n) to compute only half of each symmetric product. The half
-    is made of square tiles. A few tiles do not fill a GPU; then cuBLAS is faster, and computes all."""
+    is made of square tiles. A few tiles do not fill a GPU; then cuBLAS, computing all, is faster."""
     tile_rows = math.ceil(X.shape[1] / kernels.TILE)
     tiles = len(X) * tile_rows * (tile_rows + 1) // 2
     return tiles >= kernels.SYMMETRIC_TILES and kernels.can_use_symmetric_matmul(X)
@@ -615,10 +615,10 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 # of O. So each matrix is orthogonalised once, different ranks do different ones at the same time,
 # and the result is that of one process, bit by bit.
 #
-# The plan. Owners are chosen so that all ranks have equally many FLOPs to do (assign_owners). A step
-# goes in chunks, of about one large matrix for each rank, so that a rank holds few whole matrices at
-# a time, and one chunk can travel while another is computed. For each chunk k, one all-to-all
-# carries u(k) to the owners and another carries O(k) back.
+# The plan. Owners are chosen so that all ranks have equally many FLOPs to do (assign_owners). A
+# step goes in chunks, of about one large matrix for each rank, so that a rank holds few whole
+# matrices at a time, and one chunk can travel while another is computed. For each chunk k, one
+# all-to-all carries u(k) to the owners and another carries O(k) back.
 #
 # The timeline. The messages travel while the GPUs compute. With 4 ranks and 12 equal matrices:
 #

@@ -30,8 +30,8 @@ from pretrain import QUICKSTART, Config, model_config, run_main
 # ---- What a plan needs to know
 
 class Buffers(NamedTuple):
-    """The messages of one chunk: how many numbers of u, and of O, each rank sends and receives. Each
-    is (ranks,), and counts what a rank sends to itself."""
+    """The messages of one chunk: how many numbers of u, and of O, each rank sends and receives.
+    Each is (ranks,), and counts what a rank sends to itself."""
     u_sent: Tensor
     u_received: Tensor          # as many as there are in the matrices that the rank owns
     O_sent: Tensor
