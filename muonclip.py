@@ -234,7 +234,7 @@ def gram_steps(X: Tensor, table: list, span: int) -> Tensor:
 
 def symmetric_products_pay(X: Tensor) -> bool:
     """Whether it is faster for X (E, m, n) to compute only half of each symmetric product. The half
-    is made of square tiles. A few tiles do not fill a GPU; then cuBLAS, computing all, is faster."""
+    is made of square tiles. A few do not fill a GPU; then cuBLAS, which computes all, is faster."""
     tile_rows = math.ceil(X.shape[1] / kernels.TILE)
     tiles = len(X) * tile_rows * (tile_rows + 1) // 2
     return tiles >= kernels.SYMMETRIC_TILES and kernels.can_use_symmetric_matmul(X)
