@@ -44,10 +44,10 @@ from synthetic.texts import LIBRARY_UNITS, PROBLEMS, PROBLEMS_PER_UNIT, library,
 
 # ---- the curriculum
 
-# What a model reads last it remembers best, and early on it learns from anything. So Motif-2
-# (arXiv 2511.07464) changes its data while it trains: it begins with general text in short
-# sequences and small batches, and ends with specialised text in long sequences and large batches.
-# Its mixture of domains is not switched a few times by hand, but reset at every step by a schedule.
+# Motif-2 (arXiv 2511.07464) does not train on one fixed mix of data. It goes gradually from general
+# text to specialised text (mathematics, code, reasoning), and in steps from small batches to large
+# ones and from short sequences to long ones. The mixture of domains is not switched a few times by
+# hand: a schedule sets it anew at every step.
 #
 # Three quantities follow schedules here, each with its own unit:
 #
@@ -60,14 +60,15 @@ from synthetic.texts import LIBRARY_UNITS, PROBLEMS, PROBLEMS_PER_UNIT, library,
 # goes by tokens seen, and warm-up, logging and saving count steps.) With the 12.7B config the 5.5T
 # tokens make 122,191 steps, from 4,096 sequences of 4,096 tokens to 5,120 sequences of 16,384.
 #
-# A share is a fraction of the tokens, and a batch is made of whole sequences. The quick start reads
-# 16 sequences per step, of which mathematics gets 10% at first: 1.6 sequences. To round each step
-# on its own would give 2 of 16, 12.5%, at every step. So the remainder is carried on: a domain's
-# *quota* is the sum of its shares of all steps so far, in tokens, and assign_rows() below gives
-# each domain the sequences that keep it within one sequence of its quota, at every step.
+# A share is a fraction of the tokens, but a batch is made of whole sequences. A step of the quick
+# start reads 16 of them, and mathematics begins with a share of 10%: 1.6 sequences. Rounding each
+# step on its own would give it 2 of 16, 12.5%, at every step. So what rounding leaves over is
+# carried on: a domain's *quota* is the sum of its shares of all steps so far, in tokens, and
+# assign_rows() below keeps what was read of each domain within one sequence of its quota, at every
+# step.
 #
-# All of it is arithmetic on the config, and opens no data: the dry run prints it, and a run that
-# resumes at a step needs nothing but the number of that step.
+# All of this is arithmetic on the config and opens no data. The dry run prints it, and a run that
+# resumes needs no state of it but the number of the step.
 
 
 def parse_schedule(key: str, value) -> list[tuple[int, int]]:
@@ -211,7 +212,7 @@ class Curriculum:
                 first[t] = first[t - 1] + self.taken[t - 1]
         return first
 
-    @property
+    @cached_property
     def last(self) -> np.ndarray:
         """(steps, domains) int64: the sequence after the last one that each step reads."""
         return self.first + self.taken
@@ -251,8 +252,8 @@ class Curriculum:
 def check_domains(domains: dict) -> None:
     for name, domain in domains.items():
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
-            raise UserError(f"domains: the name {name!r} must be letters, digits, '_', '-' and '.', "
-                            "as a folder is named after it")
+            raise UserError(f"domains: the name {name!r} must be letters, digits, '_', '-' and "
+                            "'.', as a folder is named after it")
         is_triple = isinstance(domain, (list, tuple)) and len(domain) == 3
         if not (is_triple and isinstance(domain[0], str) and is_share(domain[1])
                 and is_share(domain[2])):
@@ -284,22 +285,22 @@ def check_mixture(mixture: list, domains: dict) -> None:
                             f"not {shares}")
 
 
-# How the rows of a step are given to the domains: example with three domains whose shares are .5,
-# .3 and .2, steps of 2 sequences, 10 tokens each. (A sequence is *due* as soon as the domain's
-# quota has reached all of it. The deadline of a domain is the step at which its next sequence is.)
+# Which domains get the rows of a step? A sequence is *due* at the first step at which its domain's
+# quota reaches its end. What is due by now is read now. The rows that are left go to domains that
+# are behind their quotas, earliest deadline first: to those whose next sequence is due soonest.
+# Three domains A, B and C with shares .5, .3 and .2, and steps of 2 sequences of 10 tokens:
 #
-#     step  quota (tokens)   read before   due now   one row is left for
-#        0    10   6   4       0   0   0   A         B: 6 of its next 10 tokens; due at step 1
-#                                                    (C: 4 of 10; due only at step 2)
-#        1    20  12   8      10  10   0   A         C: due at step 2 (B: its next is due at step 3)
-#        2    30  18  12      20  10  10   A         B: due at step 3
-#        3    40  24  16      30  20  10   A         C: due at step 4, as B is, and C lags more
-#        4    50  30  20      40  20  20   A B       none
+#     step    quota      read before   due now   the row that is left goes to
+#        0   10  6  4      0  0  0     A         B, due at step 1 (C only at step 2)
+#        1   20 12  8     10 10  0     A         C, due at step 2 (B's next one at step 3)
+#        2   30 18 12     20 10 10     A         B, due at step 3 (C's next one at step 4)
+#        3   40 24 16     30 20 10     A         C, due at step 4 as B is, but further behind
+#        4   50 30 20     40 20 20     A, B
 #
-# After five steps A, B and C have given 5, 3 and 2 sequences, and no domain was ever a whole
-# sequence ahead of its quota or behind it. "Whoever lags most comes first" has no such bound: where
-# shares change fast, several domains may become due at once that did not lag before. This is
-# Tijdeman's chairman assignment problem (1980), which the earliest deadline first solves.
+# After five steps A, B and C have given 5, 3 and 2 sequences, and none was ever a whole sequence
+# ahead of its quota or behind it. To serve whoever is furthest behind would not ensure that: where
+# shares change fast, several domains may be due at once that were hardly behind before. This is
+# the chairman assignment problem (Tijdeman, 1980).
 
 ROUNDING = 1e-6  # of a sequence: a quota is a sum of floats
 
@@ -325,12 +326,11 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int]) -> np.n
     for t in range(steps):
         T = seq_len[t]
 
-        # Whole sequences by which a domain is behind its quota come now.
+        # What is due: the whole sequences by which a domain is behind its quota.
         lag = [(quota[d][t] - read[d]) / T for d in domains]
         take = [max(0, math.floor(lag[d] + ROUNDING)) for d in domains]
 
-        # The rows that are left go to the domains whose next sequences are due soonest. A domain
-        # that is not behind its quota has no claim yet.
+        # The rows that are left, earliest deadline first. A domain that is not behind comes last.
         left = rows[t] - sum(take)
         if left > 0:
             claims = []
@@ -343,8 +343,8 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int]) -> np.n
             for _, _, d in sorted(claims)[:left]:
                 take[d] += 1
 
-        # Rarely there are fewer rows than sequences due, as two domains that are ahead of their
-        # quota take up room that others are due. Those that lag least wait for the next step.
+        # Rarely more is due than there are rows, as other domains are ahead of their quotas: what
+        # is least behind waits for the next step.
         while left < 0:
             claims = [(lag[d] - take[d], d) for d in domains if take[d] > 0]
             take[min(claims)[1]] -= 1
@@ -470,9 +470,9 @@ def feistel_permutation(i: np.ndarray, n: int, key: bytes) -> np.ndarray:
     """A keyed pseudo-random permutation of range(n), evaluated at places i without storing it.
 
     >>> feistel_permutation(np.arange(8), 8, hash_key("epoch 0")).tolist()
-    [0]
+    [6, 3, 2, 5, 0, 1, 4, 7]
     >>> feistel_permutation(np.array([3]), 10**9, hash_key("epoch 1")).tolist()
-    [0]
+    [192577323]
 
     A Feistel network, as ciphers are built: split a number's bits into halves (left, right), then
     six times (left, right) -> (right, left xor f(right)). Whatever f is, that can be undone, so it
@@ -599,8 +599,8 @@ class TokenDataset:
 
 # ---- tokenizers
 
-# The turn format of the Motif family, which sft.py writes conversations in. load_tokenizer gives
-# every tokenizer those of these tokens that it lacks, with ids after its own.
+# The turn format of the Motif family, in which sft.py writes conversations. Every tokenizer gets
+# those of these tokens that it lacks, with ids after its own.
 BEGIN = "<|beginoftext|>"
 END = "<|endoftext|>"
 TURN = "<|startofturn|>"
@@ -610,15 +610,15 @@ SPECIALS = (BEGIN, END, TURN, TURN_END, *ROLES.values())
 
 
 class Tokenizer:
-    """Text <-> ids. load_tokenizer makes one; a subclass for each library does the work.
+    """Text <-> ids. load_tokenizer() makes one; a subclass for each library does the work.
 
         name        what load_tokenizer was given
         n_vocab     the largest id, plus 1
         special     {special token: id}; all of SPECIALS are in it
         begin_id    the id that the tokenizer's own rule puts before a text; None if it puts none
 
-    A special token can be put into a text by its id alone: encode() reads its spelling as plain
-    text, so that no document and no user can forge the end of a turn.
+    Only its id puts a special token into a text: encode() takes its spelling for plain text, so
+    that no document and no user can forge the end of a turn.
 
     >>> byte = load_tokenizer("byte")
     >>> byte.encode("Hé<|endoftext|>")[:6]
@@ -629,11 +629,13 @@ class Tokenizer:
     'Hé<|endoftext|>'
     """
 
-    def __init__(self, name: str, special: dict[str, int], n_vocab: int):
-        """special, n_vocab: of the tokenizer itself, before SPECIALS are added."""
+    def __init__(self, name: str, special: dict[str, int], bytes_of: dict[int, bytes]):
+        """special: the library's own special tokens. bytes_of: id -> the text that it stands for,
+        of all other tokens."""
         self.name = name
         self.special = dict(special)
-        self.n_vocab = n_vocab
+        self.bytes_of = bytes_of
+        self.n_vocab = 1 + max([*bytes_of, *special.values()], default=-1)
         for token in SPECIALS:
             if token not in self.special:
                 self.special[token] = self.n_vocab
@@ -645,12 +647,12 @@ class Tokenizer:
             return self._encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids. An id that no token has, which an untrained model may sample, and bytes
-        that are not UTF-8 give U+FFFD."""
+        """The text of ids. An id that no token has, which an untrained model may sample, gives
+        U+FFFD, as bytes do that are not UTF-8."""
         text = ""
-        run = []  # ordinary tokens, which are decoded together: one letter may be several tokens
+        run = []  # ordinary tokens are decoded together: one letter may be several tokens
         for i in ids:
-            if i not in self.spelling and self._bytes(i) is not None:
+            if i in self.bytes_of:
                 run.append(i)
             else:
                 text += self._decode(run) + self.spelling.get(i, "\ufffd")
@@ -660,14 +662,11 @@ class Tokenizer:
     def token_bytes(self, i: int) -> bytes:
         """The bytes of text that id i stands for: b"" for a special token. An id that no token has
         gives a byte that is not UTF-8, and so U+FFFD once it is decoded."""
-        if i in self.spelling:
-            return b""
-        found = self._bytes(i)
-        return b"\xff" if found is None else found
+        return b"" if i in self.spelling else self.bytes_of.get(i, b"\xff")
 
     def fingerprint(self) -> bytes:
         """32 bytes, which differ between tokenizers that could give different ids."""
-        return hashlib.sha256(self._identity()).digest()
+        return hashlib.sha256(self.identity).digest()
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -675,17 +674,17 @@ class TiktokenTokenizer(Tokenizer):
     a piece are merged, the pair whose merged token has the lowest id first."""
 
     def __init__(self, name: str, pattern: str, ids: dict[bytes, int], special: dict[str, int]):
-        if len(set(ids.values()) - set(special.values())) < len(ids):
+        taken = set(special.values())
+        bytes_of = {i: token for token, i in ids.items() if i not in taken}
+        if len(bytes_of) < len(ids):
             raise UserError(f"tokenizer {name}: two of its tokens have the same id")
-        for i in range(256):
-            if bytes([i]) not in ids:
-                raise UserError(f"tokenizer {name}: the byte {i} has no token")
+        if not all(bytes([i]) in ids for i in range(256)):
+            raise UserError(f"tokenizer {name}: some of the 256 bytes have no token")
 
-        super().__init__(name, special, 1 + max([*ids.values(), *special.values()]))
+        super().__init__(name, special, bytes_of)
         self.begin_id = self.special[BEGIN]
-        self.pattern = pattern
-        self.ids = ids
-        self.bytes_of = {i: token for token, i in ids.items()}
+        tokens = sorted(ids.items(), key=lambda item: item[1])
+        self.identity = repr((pattern, tokens, sorted(self.special.items()))).encode()
         with library_errors(name):
             self.library = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ids,
                                              special_tokens=self.special)
@@ -696,47 +695,47 @@ class TiktokenTokenizer(Tokenizer):
     def _decode(self, ids: list[int]) -> str:
         return b"".join(self.bytes_of[i] for i in ids).decode("utf-8", "replace")
 
-    def _bytes(self, i: int) -> bytes | None:
-        return self.bytes_of.get(i)
-
-    def _identity(self) -> bytes:
-        tokens = sorted(self.ids.items(), key=lambda item: item[1])
-        return repr((self.pattern, tokens, sorted(self.special.items()))).encode()
-
 
 class JsonTokenizer(Tokenizer):
-    """A tokenizer.json, read by Hugging Face's `tokenizers`. Normalizer, added tokens that are not
-    special (Motif's <think>) and model are the library's; its special tokens are plain text."""
+    """A tokenizer.json, read by Hugging Face's `tokenizers`. Its normalizer, its model and its
+    added tokens that are not special (Motif's <think>) do what they do in that library."""
 
     def __init__(self, name: str, file: Path):
         from tokenizers import Tokenizer as Library
         with library_errors(file):
-            content = file.read_bytes()
-            library = Library.from_str(content.decode("utf-8"))
+            self.identity = file.read_bytes()
+            library = Library.from_str(self.identity.decode("utf-8"))
 
-            # A file may ask to cut a text or to fill it up, which is a matter of inference.
+            # A file may ask that texts are cut or padded to one length: no matter of training.
             library.no_truncation()
             library.no_padding()
 
+            # This option means: encode the *spelling* of special tokens, as any other text.
             ids = library.get_vocab(with_added_tokens=True)
             library.add_special_tokens([token for token in SPECIALS if token in ids])
-            library.encode_special_tokens = True  # that is: encode their spelling as text
+            library.encode_special_tokens = True
+
             added = library.get_added_tokens_decoder()
-            marked = library.encode("a")
-            begins = marked.special_tokens_mask[:1] == [1]
+            with_begin = library.encode("a", add_special_tokens=True)
 
         special = {token.content: i for i, token in added.items() if token.special}
-        super().__init__(name, special, 1 + max(ids.values(), default=-1))
-        self.begin_id = marked.ids[0] if begins else None
+        byte_level = "ByteLevel(" in f"{library.pre_tokenizer} {library.decoder}"
+        bytes_of = {}
+        for token, i in ids.items():
+            if i not in added:
+                bytes_of[i] = spelled_bytes(token, byte_level)
+            elif not added[i].special:
+                bytes_of[i] = token.encode("utf-8")
+
+        super().__init__(name, special, bytes_of)
         self.library = library
-        self.added = {i: token.content for i, token in added.items()}
-        self.byte_level = "ByteLevel(" in f"{library.pre_tokenizer} {library.decoder}"
-        self.content = content
+        begins = with_begin.special_tokens_mask[:1] == [1]
+        self.begin_id = with_begin.ids[0] if begins else None
 
     def _encode(self, text: str) -> list[int]:
         try:
             text.encode("utf-8")
-        except UnicodeEncodeError:  # half of a surrogate pair, as JSON can spell it
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return self.library.encode(text, add_special_tokens=False).ids
 
@@ -744,42 +743,35 @@ class JsonTokenizer(Tokenizer):
         with library_errors(self.name):
             return self.library.decode(ids, skip_special_tokens=False)
 
-    def _bytes(self, i: int) -> bytes | None:
-        if i in self.added:
-            return self.added[i].encode("utf-8")
-        token = self.library.id_to_token(i)
-        if token is None:
-            return None
-        if self.byte_level and all(letter in BYTE_OF for letter in token):
-            return bytes(BYTE_OF[letter] for letter in token)
-        if re.fullmatch("<0x[0-9A-F]{2}>", token):  # a byte of a letter that has no token
-            return bytes([int(token[1:-1], 16)])
-        return token.replace("\u2581", " ").encode("utf-8")  # SentencePiece's sign for a space
 
-    def _identity(self) -> bytes:
-        return self.content
+def byte_letters() -> dict[str, int]:
+    """{letter: byte}: how byte-level BPE spells bytes in a tokenizer.json. GPT-2's rule: a visible
+    byte of Latin-1 is its own letter, the others take the letters from U+0100 on.
 
-
-def byte_level_alphabet() -> dict[str, int]:
-    """{letter: byte}: how byte-level BPE spells the bytes of a token in a tokenizer.json. A visible
-    byte of Latin-1 is its own letter; the others take the letters from U+0100 on. From GPT-2.
-
-    >>> alphabet = byte_level_alphabet()
-    >>> bytes(alphabet[letter] for letter in "Ġcaf\u00c3\u00a9").decode("utf-8")
+    >>> bytes(byte_letters()[letter] for letter in "Ġcaf\u00c3\u00a9").decode("utf-8")
     ' café'
     """
-    alphabet = {}
+    letters = {}
     unused = 256
     for byte in range(256):
         if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255:
-            alphabet[chr(byte)] = byte
+            letters[chr(byte)] = byte
         else:
-            alphabet[chr(unused)] = byte
+            letters[chr(unused)] = byte
             unused += 1
-    return alphabet
+    return letters
 
 
-BYTE_OF = byte_level_alphabet()
+BYTE_OF = byte_letters()
+
+
+def spelled_bytes(token: str, byte_level: bool) -> bytes:
+    """The bytes of text that a word of a tokenizer.json's vocabulary stands for."""
+    if byte_level and all(letter in BYTE_OF for letter in token):
+        return bytes(BYTE_OF[letter] for letter in token)
+    if re.fullmatch("<0x[0-9A-F]{2}>", token):  # a byte of a letter that has no token
+        return bytes([int(token[1:-1], 16)])
+    return token.replace("\u2581", " ").encode("utf-8")  # SentencePiece's sign for a space
 
 
 @contextmanager
@@ -824,12 +816,12 @@ def load_tokenizer(name: str) -> Tokenizer:
     if name.endswith(".json") or os.path.isdir(name) or HUB_NAME.fullmatch(name):
         return JsonTokenizer(name, tokenizer_file(name))
 
-    raise UserError(f"tokenizer {name}: it is neither 'byte', a .tiktoken file, a tokenizer.json, "
-                    f"a folder with one, owner/name of the Hub, nor one of {', '.join(known)}")
+    raise UserError(f"tokenizer {name}: it must be 'byte', a .tiktoken file, a tokenizer.json, a "
+                    f"folder with one, owner/name of the Hub, or one of {', '.join(known)}")
 
 
 def tiktoken_ids(file: Path) -> dict[bytes, int]:
-    """{token: id} of a .tiktoken file: lines of the token in base64 and its id."""
+    """{token: id} of a .tiktoken file, whose lines are a token in base64 and its id."""
     ids = {}
     for line in file.read_text(encoding="utf-8").splitlines():
         token, i = line.split()
@@ -838,7 +830,7 @@ def tiktoken_ids(file: Path) -> dict[bytes, int]:
 
 
 def tokenizer_file(name: str) -> Path:
-    """The tokenizer.json that is meant by a file's, a folder's or a Hub repository's name."""
+    """The tokenizer.json of a file's, a folder's or a Hub repository's name."""
     if name.endswith(".json"):
         return Path(name)
 
@@ -860,12 +852,11 @@ def tokenizer_file(name: str) -> Path:
 
 
 def bytes_per_token(tokenizer: Tokenizer) -> np.ndarray:
-    """(n_vocab,) int64: how many bytes of text each id stands for, which bits per byte need. 0 for
-    special tokens and for ids that no token has."""
+    """(n_vocab,) int64: the bytes of text that each id stands for, for bits per byte. 0 for special
+    tokens and for ids that no token has."""
     lengths = np.zeros(tokenizer.n_vocab, dtype=np.int64)
-    for i in range(tokenizer.n_vocab):
-        if i not in tokenizer.spelling:
-            lengths[i] = len(tokenizer._bytes(i) or b"")
+    for i, token in tokenizer.bytes_of.items():
+        lengths[i] = len(token)
     return lengths
 
 
@@ -1109,18 +1100,14 @@ class DomainShards:
         self.domain = domain
         self.source = source
         self.tokenizer = tokenizer.fingerprint()
-        self.most_tokens = math.inf
         what = [source, self.tokenizer.hex(), VAL_EVERY, UNIT_BYTES, PROBLEMS_PER_UNIT]
         place = source.partition("?")[0]
         if place.startswith("builtin:"):
             what.append(sys.version)  # another Python's library has other text
         elif place.endswith(READABLE):
-            local_bytes = 0
             for path in local_files(place):
                 stat = path.stat()
                 what.append((str(path), stat.st_size, stat.st_mtime_ns))
-                local_bytes += stat.st_size
-            self.most_tokens = 10 * local_bytes  # if it is well compressed
         key = hashlib.sha256(repr(what).encode()).hexdigest()[:10]
         self.folder = Path(data_dir) / f"{domain}-{key}"
 
@@ -1242,7 +1229,6 @@ def prepare(domains: dict, tokenizer_name: str, data_dir: str, need: dict[str, i
     begun = time.time()
     for store in todo:
         store.begin(need[store.domain], part)
-    check_disk(todo, tokenizer, Path(data_dir))
     try:
         for store in todo:
             store.folder.mkdir(parents=True, exist_ok=True)
@@ -1262,22 +1248,6 @@ def prepare(domains: dict, tokenizer_name: str, data_dir: str, need: dict[str, i
     done = sum(store.tokens_done for store in todo)
     print(f"prepared {done:,d} tokens in {time.time() - begun:.0f} s")
     return stores
-
-
-def check_disk(todo: list[DomainShards], tokenizer: Tokenizer, data_dir: Path) -> None:
-    """UserError if the disk has no room for the tokens that are missing."""
-    tokens = 0
-    for store in todo:
-        tokens += max(0, min(store.goal, store.most_tokens) - store.tokens_done)
-    size = tokens * (2 if tokenizer.n_vocab <= 2**16 else 4)
-
-    folder = data_dir.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise UserError(f"{data_dir} has {free / 1e9:,.1f} GB free; the data needs "
-                        f"{size / 1e9:,.1f} GB: free some or choose another --data_dir")
 
 
 def prepare_units(todo: list[DomainShards], tokenizer_name: str, workers: int) -> None:
@@ -1300,7 +1270,9 @@ def prepare_units(todo: list[DomainShards], tokenizer_name: str, workers: int) -
                 tokens = future.result()
                 store, unit = running.pop(future)
                 store.unit_done(unit, tokens)
-            print_progress(todo)
+            if sys.stderr.isatty():
+                done = sum(store.tokens_done for store in todo)
+                print(f"\r  {done:,d} tokens", end="\r", file=sys.stderr, flush=True)
 
 
 def furthest_behind(todo: list[DomainShards]) -> DomainShards | None:
@@ -1310,14 +1282,6 @@ def furthest_behind(todo: list[DomainShards]) -> DomainShards | None:
     if not candidates:
         return None
     return min(candidates, key=lambda store: (len(store.running), store.tokens_done / store.goal))
-
-
-def print_progress(todo: list[DomainShards]) -> None:
-    """On a terminal, a line that replaces itself."""
-    if sys.stderr.isatty():
-        done = sum(min(store.tokens_done, store.goal) for store in todo)
-        goal = sum(store.goal for store in todo)
-        print(f"\r  {done / goal:4.0%} of the tokens", end="\r", file=sys.stderr, flush=True)
 
 
 def start_worker() -> None:
