@@ -130,8 +130,9 @@ class Curriculum:
     run's total); shares[t, d] is domain d's share of them. context[t] is the sequence length that
     its FLOPs are counted with. Of domain d the step reads sequences first[t, d] to last[t, d] - 1.
 
-    WARNING: a domain is cut into sequences of one length, so their numbers begin again at 0 where
-    seq_len changes: from there on the run reads the domain's text from its beginning again.
+    WARNING: sequences are numbered per length, so the numbers begin again at 0 where seq_len
+    changes. From there on a run reads text again that it has read before, also if the domain has
+    more text than the run needs. (A later version will read on instead.)
 
     >>> domains = {"web": ["web.txt", 0.9, 0.5], "math": ["math.txt", 0.1, 0.5]}
     >>> c = Curriculum(domains, batch_tokens=[[0, 40], [120, 80]], seq_len=10, max_tokens=400)
@@ -454,11 +455,11 @@ class Shard:
 
 # ---- batches
 
-# The sequences of a domain are read in a random order, another one for each epoch. A shuffled list
-# of them would have to be stored, and saved with every checkpoint: the 12.7B config reads a billion
-# sequences. Instead the order is *computed*: a keyed permutation says which sequence comes at place
-# i. So a batch is a function of (seed, step), whichever rank asks, and the data's whole state in a
-# checkpoint is one integer, the step.
+# The sequences of a domain are read in a random order, another one in each epoch. A shuffled list
+# of them would have to be made and kept, and the 12.7B config reads a billion sequences. Instead
+# the order is *computed*: a keyed permutation says which sequence comes at place i. So a batch is a
+# function of (seed, step) on any number of ranks, and all that a checkpoint has to say about the
+# data is the step.
 
 
 def hash_key(*what) -> bytes:
@@ -474,11 +475,12 @@ def feistel_permutation(i: np.ndarray, n: int, key: bytes) -> np.ndarray:
     >>> feistel_permutation(np.array([3]), 10**9, hash_key("epoch 1")).tolist()
     [192577323]
 
-    A Feistel network, as ciphers are built: split a number's bits into halves (left, right), then
-    six times (left, right) -> (right, left xor f(right)). Whatever f is, that can be undone, so it
-    permutes the numbers of that many bits; f is SplitMix64's mixing of a round's key and `right`.
-    Where the result is not below n, apply the network again ("cycle walking"): that permutes
-    range(n), and takes less than 4 turns on average, as there are less than 4 n such numbers.
+    This is a Feistel network, which ciphers are built from. Split the bits of a number into halves
+    (left, right), then six times: (left, right) -> (right, left xor f(right)). A round can be
+    undone whatever f is, so the network permutes the numbers of that many bits. Here f mixes
+    `right` with the round's key as SplitMix64 does. Where the result is not below n, the network is
+    applied again ("cycle walking"), and so permutes range(n). There are at most 4 n numbers of that
+    many bits, so a place takes at most 4 turns on average.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -489,7 +491,7 @@ def feistel_permutation(i: np.ndarray, n: int, key: bytes) -> np.ndarray:
         left = out[outside] >> half
         right = out[outside] & mask
         for round_key in round_keys:
-            x = (right + round_key) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (right + round_key) * np.uint64(0xBF58476D1CE4E5B9)  # modulo 2^64
             x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             mixed = (x >> np.uint64(31)) & mask
             left, right = right, left ^ mixed
@@ -517,7 +519,7 @@ class Sequences:
 
 
 class TokenDataset:
-    """The batches of a curriculum, read from prepared shards."""
+    """The batches of a curriculum, read from prepared shards (stores: domain -> its shards)."""
 
     def __init__(self, curriculum: Curriculum, stores: dict[str, "DomainShards"], seed: int):
         self.curriculum = curriculum
@@ -540,7 +542,7 @@ class TokenDataset:
                                 "longer text")
 
     def sequences(self, part: str, name: str, T: int) -> Sequences:
-        """part: "train" or "val"."""
+        """The sequences of T tokens of a domain. part: "train" or "val"."""
         key = (part, name, T)
         if key not in self._sequences:
             shards = self.train[name] if part == "train" else self.val[name]
@@ -548,7 +550,7 @@ class TokenDataset:
         return self._sequences[key]
 
     def fingerprint(self) -> str:
-        """Of the shards that the run reads."""
+        """16 hex digits of a hash of all that the run may read."""
         checksums = [shard.checksum for shards in self.train.values() for shard in shards]
         return hashlib.sha256(b"".join(checksums)).hexdigest()[:16]
 
@@ -557,8 +559,11 @@ class TokenDataset:
         return self.curriculum.rows[step] * self.curriculum.seq_len[step]
 
     def rows(self, step: int) -> list[tuple[str, int]]:
-        """(domain, sequence) of each row of the step's global batch. An epoch of a domain reads
-        each of its sequences once."""
+        """(domain, sequence) of each row of the step's global batch.
+
+        Place p of a domain is place p % n of its epoch p // n, where n is how many sequences it
+        has. Each epoch has a permutation of its own, so that it reads each sequence once. The rows
+        of the batch are then shuffled, so that every rank gets a mixture of the domains."""
         T = self.curriculum.seq_len[step]
         rows = []
         for d, name in enumerate(self.curriculum.names):
@@ -599,8 +604,8 @@ class TokenDataset:
 
 # ---- tokenizers
 
-# The turn format of the Motif family, in which sft.py writes conversations. Every tokenizer gets
-# those of these tokens that it lacks, with ids after its own.
+# Special tokens of the Motif family's turn format, in which sft.py writes conversations. A
+# tokenizer that lacks some of them gets them here, with ids after its own.
 BEGIN = "<|beginoftext|>"
 END = "<|endoftext|>"
 TURN = "<|startofturn|>"
@@ -617,8 +622,8 @@ class Tokenizer:
         special     {special token: id}; all of SPECIALS are in it
         begin_id    the id that the tokenizer's own rule puts before a text; None if it puts none
 
-    Only its id puts a special token into a text: encode() takes its spelling for plain text, so
-    that no document and no user can forge the end of a turn.
+    encode() takes the spelling of a special token for plain text, so that no document and no user
+    can forge the end of a turn. Code that means the token itself writes its id.
 
     >>> byte = load_tokenizer("byte")
     >>> byte.encode("Hé<|endoftext|>")[:6]
@@ -630,8 +635,8 @@ class Tokenizer:
     """
 
     def __init__(self, name: str, special: dict[str, int], bytes_of: dict[int, bytes]):
-        """special: the library's own special tokens. bytes_of: id -> the text that it stands for,
-        of all other tokens."""
+        """special: the special tokens that the tokenizer itself has. bytes_of: {id: the text that
+        it stands for} of all its other tokens."""
         self.name = name
         self.special = dict(special)
         self.bytes_of = bytes_of
@@ -647,8 +652,8 @@ class Tokenizer:
             return self._encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids. An id that no token has, which an untrained model may sample, gives
-        U+FFFD, as bytes do that are not UTF-8."""
+        """The text of ids. Bytes that are not UTF-8 give U+FFFD, and so does an id that no token
+        has, which an untrained model may sample."""
         text = ""
         run = []  # ordinary tokens are decoded together: one letter may be several tokens
         for i in ids:
@@ -706,11 +711,11 @@ class JsonTokenizer(Tokenizer):
             self.identity = file.read_bytes()
             library = Library.from_str(self.identity.decode("utf-8"))
 
-            # A file may ask that texts are cut or padded to one length: no matter of training.
+            # A file may say that every text is cut or padded to one length, as for inference.
             library.no_truncation()
             library.no_padding()
 
-            # This option means: encode the *spelling* of special tokens, as any other text.
+            # encode_special_tokens means: encode the spelling of special tokens like other text.
             ids = library.get_vocab(with_added_tokens=True)
             library.add_special_tokens([token for token in SPECIALS if token in ids])
             library.encode_special_tokens = True
@@ -972,7 +977,7 @@ def read_pieces(pieces: list[tuple[Path, int, int]], columns: list[str]):
 
 
 def paragraphs(lines):
-    """Documents of whole paragraphs, of at least 4,096 characters but for the last."""
+    """Documents of whole paragraphs. Each has at least 4,096 characters, except the last one."""
     text = ""
     for line in lines:
         text += line.removeprefix("\ufeff")  # the byte-order mark that some editors write
@@ -983,9 +988,9 @@ def paragraphs(lines):
 
 
 def read_each(source, items, read):
-    """read(item) of each (place, item). Any exception on the way, which opening a file, a library's
-    decompression, its parsing or the Hub may raise, becomes a UserError with the source and the
-    place: some libraries' exceptions cannot even be sent back from another process."""
+    """Yield read(item) of each (place, item). To open, decompress, download and parse may raise
+    exceptions of many libraries, some of which cannot even be sent from one process to another. So
+    each of them becomes a UserError here, with the source and the place."""
     place = "at its beginning"
     try:
         for place, item in items:
@@ -1005,8 +1010,8 @@ def parquet_rows(path: Path):
 
 
 def lines_of(path: Path, start: int, end: int):
-    """(place, line) of each line that begins in bytes start to end of a file; of a compressed file
-    all lines."""
+    """(place, line) of each line that begins in bytes start to end of a file. A compressed file
+    cannot be cut: it gives all its lines."""
     if path.suffix in COMPRESSED:
         start = 0
         end = math.inf
@@ -1028,22 +1033,19 @@ def json_text(columns: list[str], line: bytes) -> str:
 
 
 def get_text(columns: list[str], row: dict) -> str:
-    """The text of a row: its columns with a blank line between them. A null is no text.
+    """The text of a row: its columns, with a blank line between them. A null is an empty text.
 
     >>> get_text(["question", "answer"], {"id": 7, "question": "1 + 1?", "answer": "2"})
     '1 + 1?\\n\\n2'
     """
-    has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-    problem = UserError(f"no text in column {','.join(columns)}; it has {has}: name the right one "
-                        "with ?text=COLUMN")
     if not isinstance(row, dict):
-        raise problem
+        raise UserError(f"a row must be columns with names, not {type(row).__name__}")
     texts = []
     for column in columns:
-        text = row.get(column, problem)
-        if text is not None and not isinstance(text, str):
-            raise problem
-        texts.append(text or "")
+        if column not in row or not isinstance(row[column], str | None):
+            raise UserError(f"no text in column {column}; it has {', '.join(row)}: name the right "
+                            "one with ?text=COLUMN")
+        texts.append(row[column] or "")
     return "\n\n".join(texts)
 
 
@@ -1076,12 +1078,13 @@ def hub_rows(name: str, options: dict, i: int, files: int):
 
 # ---- preparing: sources -> shards
 
-# prepare() gives units to processes until every domain has the tokens that the run needs. A unit's
-# shards are written under a temporary name and renamed when they are whole, the training shard
-# last. So what is there is whole, whenever the work was cut; the next call counts it and goes on
-# after it. A run reads the shortest row of units from unit 0 on, without a gap, that has what it
-# needs: what it reads follows from its config, however many units are prepared, in whichever order
-# and by however many machines.
+# prepare() gives units to processes until every domain has the tokens that the run needs. It can be
+# interrupted at any time: the shards of a unit are written under temporary names and get their
+# names when they are complete, the training shard last. The next call counts the units that it
+# finds and prepares the others.
+#
+# A run reads units 0, 1, ..., up to the first one with which it has the tokens that it needs. So
+# its data follows from its config alone, however many units are prepared, by whatever machines.
 
 VAL_EVERY = 50  # one document in so many is held out for validation
 
@@ -1092,8 +1095,8 @@ class DomainShards:
         train-00000.bin, val-00000.bin, train-00001.bin, ...    a pair for each unit
         manifest.json      the training tokens of units 0, 1, ... and whether those are all units
 
-    The key is made from all that the shards follow from, such as the source and the tokenizer, so
-    that another source never finds old shards.
+    The key is a hash of what decides the shards' content, such as the source and the tokenizer. So
+    a run with another source or tokenizer never finds these shards.
     """
 
     def __init__(self, domain: str, source: str, tokenizer: Tokenizer, data_dir: str):
@@ -1128,7 +1131,7 @@ class DomainShards:
         return self.folder / f"{part}-{unit:05d}.bin"
 
     def has(self, need: int) -> bool:
-        """Whether the units in the manifest have `need` tokens, or all that the source has."""
+        """Whether the units in the manifest have `need` tokens, or are all units of the source."""
         return self.complete or sum(self.tokens) >= need
 
     def shards(self, part: str, need: int) -> list[Shard]:
@@ -1142,11 +1145,11 @@ class DomainShards:
             tokens += unit_tokens
         return found
 
-    # What follows is used while preparing.
+    # The methods below are for prepare().
 
     def begin(self, need: int, part: tuple[int, int]) -> None:
-        """Find out what is to do for `need` tokens. part: (i, n), machine i of n does units i,
-        i + n, i + 2 n, ..."""
+        """List the units to prepare for `need` tokens. part (i, n): only units i, i + n, i + 2 n,
+        ..., as machine i of n."""
         self.units = source_units(self.source)
         self.goal = need / part[1]
         self.queue = list(range(part[0], len(self.units), part[1]))[::-1]  # the next one last
@@ -1155,8 +1158,8 @@ class DomainShards:
         self.scan_done()
 
     def scan_done(self) -> None:
-        """Take the units that are there off the queue, up to the first that is not. Those behind it
-        do not count yet, as a run reads units without a gap."""
+        """Take finished units off the queue and count their tokens, up to the first unit that is
+        not finished. Those after it do not count yet, as a run reads units without a gap."""
         while self.queue and self.path("train", self.queue[-1]).exists():
             shard = Shard(self.path("train", self.queue.pop()), self.tokenizer)
             self.tokens_done += shard.tokens
@@ -1176,8 +1179,8 @@ class DomainShards:
         self.tokens_done += tokens
 
     def clear(self) -> None:
-        """Remove what there is of units that were begun and not ended, and the folder if it is
-        empty."""
+        """Remove the files of units that were started and did not finish, and the folder if it is
+        empty then."""
         for unit in self.running:
             for part in ("train", "val"):
                 Path(f"{self.path(part, unit)}.tmp").unlink(missing_ok=True)
@@ -1187,7 +1190,7 @@ class DomainShards:
             self.folder.rmdir()
 
     def finish(self) -> None:
-        """Write the manifest: the units from 0 on without a gap."""
+        """Write the manifest of the units from 0 on, up to the first one that is not there."""
         for unit in range(len(self.tokens), len(self.units)):
             if not self.path("train", unit).exists():
                 break
@@ -1209,12 +1212,12 @@ class DomainShards:
 
 def prepare(domains: dict, tokenizer_name: str, data_dir: str, need: dict[str, int],
             part: tuple[int, int] = (0, 1), workers: int | None = None) -> dict[str, DomainShards]:
-    """Prepare what is missing of need[name] tokens for each domain, name -> [source, ...] -> {name:
-    its shards}.
+    """Prepare what is missing of need[name] tokens of each domain -> {name: its DomainShards}.
 
-    part (i, n): this is machine i of n that share data_dir, and prepares every n-th unit. When all
-    are done, one more call without part writes the manifests.
-    workers: processes; None: one for each core."""
+    domains: name -> [source, ...].
+    part (i, n): this machine is number i of n that share data_dir, and prepares every n-th unit.
+    When all have ended, one more call without part writes the manifests.
+    workers: number of processes; None: one for each core."""
     tokenizer = load_tokenizer(tokenizer_name)
     stores = {}
     for name, domain in domains.items():
@@ -1276,8 +1279,8 @@ def prepare_units(todo: list[DomainShards], tokenizer_name: str, workers: int) -
 
 
 def furthest_behind(todo: list[DomainShards]) -> DomainShards | None:
-    """The domain whose unit comes next: of those that want more the one with the fewest units
-    running; of these the one with the least of its goal done."""
+    """The domain to prepare a unit of: of those that want more, one with the fewest units running,
+    and among these the one with the smallest part of its goal done."""
     candidates = [store for store in todo if store.wants_more()]
     if not candidates:
         return None
@@ -1285,8 +1288,8 @@ def furthest_behind(todo: list[DomainShards]) -> DomainShards | None:
 
 
 def start_worker() -> None:
-    """Runs first in each process of the pool: Ctrl-C is for its parent to answer, and it ends when
-    its parent has ended, however that ended."""
+    """Set up a process of the pool: it leaves Ctrl-C to its parent, and ends when its parent has
+    ended, even if that was killed."""
     def watch_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -1296,9 +1299,9 @@ def start_worker() -> None:
 
 
 def tokenize_unit(tokenizer_name: str, unit: partial, number: int, train: Path, val: Path) -> int:
-    """Write the two shards of a unit -> its tokens for training. The documents to hold out are
-    counted from the unit's number on, so that a source of many short units has some too, and that
-    it does not matter who prepares which unit."""
+    """Write the two shards of a unit -> its number of training tokens. One document in VAL_EVERY is
+    held out. The count begins at the unit's number, so that units of a few documents do not all
+    hold out their first one."""
     tokenizer = load_tokenizer(tokenizer_name)
     held_out = ShardWriter(val, tokenizer)
     kept = ShardWriter(train, tokenizer)
@@ -1306,6 +1309,6 @@ def tokenize_unit(tokenizer_name: str, unit: partial, number: int, train: Path, 
         writer = held_out if (number + i) % VAL_EVERY == 0 else kept
         writer.add(encode_document(tokenizer, text))
 
-    # The training shard last: where it is there, so is the other one.
+    # The training shard last: a unit counts as finished once that is there.
     held_out.close()
     return kept.close()

@@ -17,8 +17,8 @@ SHORTEST, LONGEST = 40, 500  # characters of an answer
 
 
 def help_chats(n: tuple[int, int] = (10**6, 10**6)):
-    """Up to n[1] conversations that ask what a thing of the standard library is for, and are answered
-    by the first paragraph of its docstring. They come from all over the library, each name once."""
+    """Up to n[1] conversations: somebody asks what a thing of the standard library is for, and the
+    answer is the first paragraph of its docstring. They come from all over the library."""
     asked = set()
     for i in range(16):
         for module, _, tree in modules(i, 16):
@@ -54,9 +54,9 @@ def exchange(question: str, answer: str) -> list[dict]:
 
 # ---- skills
 
-# A skill takes a value to another one: skill(rng, value) -> (what is asked, the work that shows it,
-# the new value). A value is a number, a word, a list of numbers or a date. Its type decides which
-# skills can come next, so that they can be composed to chains of any length, whose answers are
+# A skill turns a value into another one: skill(rng, value) -> (what is asked, the work that shows
+# it, the new value). A value is a number, a word, a list of numbers or a date, and its type decides
+# which skills can come next. So skills can be composed to chains of any length whose answers are
 # known.
 
 WORDS = """apple bridge candle dragon ember forest garden harbor island jacket kettle lantern marble
@@ -285,8 +285,8 @@ def answer_of(reply: str) -> str:
 
 # ---- what sft.py asks for
 
-# The parameters of these generators are ranges, (low, high), as sft.py reads them from a source such
-# as builtin:chains?n=1000&steps=2-4. Of a range that counts something the high end is meant.
+# The arguments of these generators are ranges, (low, high), which sft.py reads from a source such
+# as builtin:chains?n=1000&steps=2-4. Where one number is meant, as for n, it is the high end.
 
 
 def chain_chats(n: tuple[int, int] = (4000, 4000), steps: tuple[int, int] = (2, 4),

@@ -1,7 +1,7 @@
-"""Prepare a run's data ahead of it, and print its curriculum: `python -m tools.prepare config/X.py`.
+"""Prepare a run's data ahead of it and print its curriculum: `python -m tools.prepare config/X.py`.
 
-Several machines that share data_dir may each prepare a part: --prepare_part=1/4 on the first one, to
---prepare_part=4/4 on the fourth. When all have ended, one call without it writes the manifests.
+Several machines that share data_dir may each prepare a part: --prepare_part=1/4 on the first one
+to --prepare_part=4/4 on the fourth. When all have ended, one call without it writes the manifests.
 """
 import re
 import sys
@@ -28,9 +28,9 @@ def main() -> None:
     curriculum = make_curriculum(c)
     stores = prepare(c.domains, c.tokenizer, c.data_dir, curriculum.need(), part, c.workers)
 
-    # What one of several parts has prepared is no whole yet, of which one could say how much it is.
-    is_whole = part[1] == 1
-    print(curriculum.table(stores if is_whole else None))
+    # One part of several does not know how many tokens there are together.
+    is_all = part[1] == 1
+    print(curriculum.table(stores if is_all else None))
 
 
 if __name__ == "__main__":
