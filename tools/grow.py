@@ -244,7 +244,7 @@ class Growth:
 def build_grown(model: Motif, config: MotifConfig, every: int, noise_db: float = 10.0,
                 seed: int = 0) -> Motif:
     """The model grown to a shape that check_growth has passed, with a layer copied after every
-    `every`. Beside the two models only part of one matrix is in memory."""
+    `every`. Beside the two models about one matrix is in memory."""
     with torch.device("meta"):
         larger = Motif(config)
     tensors = dict(grown_tensors(model, larger, every, noise_db, seed))
@@ -261,14 +261,18 @@ def build_grown(model: Motif, config: MotifConfig, every: int, noise_db: float =
 def grown_tensors(model: Motif, larger: Motif, every: int, noise_db: float,
                   seed: int) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every parameter of `larger`, one after the other."""
-    old, new = model.config, larger.config
+    old = model.config
+    new = larger.config
     device = model.head_weight.device
+    generator = None
+    if device.type != "meta":
+        generator = torch.Generator(device).manual_seed(seed)
     growth = Growth(
         config=old,
         width=new.hidden_size // old.hidden_size,
         head_copies=num_signal_heads(new) // num_signal_heads(old),
         noise=10 ** (-noise_db / 20),
-        generator=None if device.type == "meta" else torch.Generator(device).manual_seed(seed))
+        generator=generator)
 
     yield "model.embed_tokens.weight", model.model.embed_tokens.weight.repeat(1, growth.width)
 
