@@ -123,7 +123,7 @@ def measure_ours(name: str, with_fsdp: bool) -> None:
 
 
 def measure_stock(name: str, compiled: bool, wide_values: bool, backend: SDPBackend) -> None:
-    """kernels.ENABLED = False leaves the definitions of model.py; attention and loss are replaced."""
+    """kernels.ENABLED = False leaves model.py's definitions; attention and loss are replaced."""
     def attention(q, k, v, num_noise_heads, doc_start=None, query_slots=None):
         return stock_attention(q, k, v, num_noise_heads, wide_values)
     kernels.ENABLED = False
