@@ -39,8 +39,8 @@ from pretrain import RANK, TrainConfig, all_gather_object, broadcast_object, syn
 # ---- the three stages
 
 # A pre-trained model continues text. Asked "What is 3 + 4?" it may go on with "What is 5 + 6?", as
-# lists of questions are text, too. Supervised fine-tuning (SFT) trains it on conversations, and only
-# on what the assistant says in them: the rest is context, which it need not learn to write.
+# lists of questions are text, too. Supervised fine-tuning (SFT) trains it on conversations, and
+# only on what the assistant says in them: the rest is context, which it need not learn to write.
 #
 #     L = -1/|A|  sum over t in A of  log p(x_t | x_1 ... x_t-1)     A: the assistant's tokens
 #
@@ -59,9 +59,14 @@ from pretrain import RANK, TrainConfig, all_gather_object, broadcast_object, syn
 #       precision             value, by diversity and coherence                   continuation
 #
 # The report gives stage 1 rows of 16,384 tokens, 32M tokens per step, MuonClip with weight decay
-# 0.1, and a cosine to about 0 after 5% warm-up; the others have the same here. Its data are not
-# public. Here each kind has a stand-in that needs no network, and --data gives others. [ours] marks
-# what the report does not state.
+# 0.1, and a cosine to about 0 after 5% warm-up; the other stages have the same here. Its data are
+# not public. synthetic/conversations.py generates stand-ins, and --data gives others:
+#
+#     help      what a module or function of Python's library does, by its docstring
+#     skills    one or two small tasks: "Add 5", "Sort its letters", "Give its day of the week"
+#     chains    tasks that compose several skills, answered step by step
+#
+# [ours] marks what the report does not state.
 
 
 @dataclass
@@ -78,7 +83,7 @@ class Stage:
 # The chains that eval.py asks for. No stage trains on their questions, whatever its data.
 HELD_OUT = {
     "held_chains": ["builtin:chains?n=100&steps=2-4&seed=2", 0.0],
-    "longer_chains": ["builtin:chains?n=100&steps=5-6", 0.0],  # longer than any in the training data
+    "longer_chains": ["builtin:chains?n=100&steps=5-6", 0.0],  # training has 2 to 4 steps
 }
 STAGES = {
     1: Stage(
@@ -113,9 +118,10 @@ class Config(TrainConfig):
     model: str | None = None        # initial weights: the folder of a run, a checkpoint or a model,
                                     # or owner/name of the Hub; None: the stage before this one
     tokenizer: str | None = None    # None: the model's own
-    data: dict | None = None        # name -> [source, weight]; weight 0: evaluation only. A source is
-                                    # "talks/*.jsonl", "owner/name" of the Hub or "builtin:help"
-    decontaminate_against: list = field(default_factory=list)  # .jsonl files or globs of benchmarks:
+    data: dict | None = None        # name -> [source, weight], the weight a share of the tokens, or
+                                    # 0: evaluation only. A source is "talks/*.jsonl", "owner/name"
+                                    # of the Hub, "builtin:help"; see load_conversations
+    decontaminate_against: list = field(default_factory=list)  # .jsonl files of benchmarks, globs:
                                     # drop what shares 13 words in a row with one of their texts
     lr_scale: NonNegative = 1.0     # factor on the stage's learning rate
     epochs: Count | None = None     # an epoch has as many tokens as the data
@@ -162,8 +168,8 @@ def configured_stage(c: Config) -> Stage:
 
 
 def encode_chat(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
-    """A conversation -> ids and targets, lists of one length n. targets[i] is the token that follows
-    ids[i] if the assistant says that token, else -1, which the loss leaves out.
+    """A conversation -> ids and targets, equally many. targets[i] is the token that follows ids[i]
+    if the assistant says that token, else -1, which the loss leaves out.
 
     >>> byte = data.load_tokenizer("byte")
     >>> ids, targets = encode_chat(byte, [{"role": "user", "content": "2+2?"},
@@ -226,7 +232,7 @@ def check_conversation(messages: list[dict]) -> None:
         if re.search("[\ud800-\udfff]", content):
             raise UserError(f"message {number} has half of a surrogate pair; mend or drop it")
         if roles and roles[-1] == message["role"] == "assistant":
-            raise UserError(f"messages {number - 1} and {number} are both the assistant's; join them")
+            raise UserError(f"messages {number - 1} and {number} are the assistant's; join them")
         roles.append(message["role"])
     if "assistant" not in roles:
         raise UserError("no message is the assistant's; drop this conversation")
@@ -248,13 +254,13 @@ def truncate_to_turn(tokenizer: Tokenizer, messages: list[dict],
 
 # ---- packing
 
-# Conversations are short and rows are long: in stage 1 the built-in conversations have 150 tokens on
-# average, a row has 16,384. One conversation to a row would be 99% padding. So we *pack*: fill each
-# row with whole conversations. That is bin packing, which is NP-hard; the rule "longest first, each
+# Conversations are short and rows are long: in stage 1 a built-in conversation has 150 tokens on
+# average, and a row 16,384. One conversation to a row would be 99% padding. So we *pack*: fill each
+# row with whole conversations. That is bin packing, which is NP-hard. The rule "longest first, each
 # where it leaves least room" needs at most about 11/9 of the fewest possible rows (Johnson et al.,
-# 1974), and in practice the short ones fill the gaps: padding is 3% in rows of 512, less in longer.
+# 1974), and in practice short conversations fill the gaps: stage 1 in rows of 512 has 3% padding.
 #
-# Four conversations a, b, c, d of 4, 3, 6, 5 tokens in rows of T = 10 (pack() below):
+# Four conversations a, b, c, d of 4, 3, 6 and 5 tokens, in rows of T = 10 (pack() below):
 #
 #     row 0      c  c  c  c  c  c  a  a  a  a        row 1      d  d  d  d  d  b  b  b  .  .
 #     doc_ids    0  0  0  0  0  0  1  1  1  1        doc_ids    0  0  0  0  0  1  1  1 -1 -1
@@ -355,15 +361,16 @@ def collate(rows: list[list[np.ndarray]], T: int) -> tuple[np.ndarray, np.ndarra
 # and a conversation that lies on the border belongs to the epoch in which its middle falls.
 #
 # An epoch's conversations, of all domains, are packed together. Best fit begins with the longest,
-# so that the first rows have a few long conversations, of one domain perhaps, and the last rows many
-# short ones. Batches must not follow that order: of n batches, each gets one of the first n rows,
-# one of the next n, and so on, drawn by a keyed permutation.
+# so the first rows hold a few long conversations, perhaps all of one domain, and the last rows many
+# short ones. Batches must not follow that order. So rows are dealt to n batches like cards: each
+# batch gets one of the first n rows, one of the next n, and so on; a keyed permutation says which.
+# Eight rows, of which a batch takes at most three, make n = 3 batches:
 #
-#     rows, long to short    0  1  2 | 3  4  5 | 6  7            8 rows, at most 3 in a batch: n = 3
-#     dealt to batch         2  0  1 | 0  1  2 | 1  0            batches {1, 3, 7}, {2, 4, 6}, {0, 5}
+#     rows, long to short    0  1  2 | 3  4  5 | 6  7
+#     dealt to batch         2  0  1 | 0  1  2 | 1  0          batch 0: rows 1, 3, 7
 #
-# All of it follows from the arguments, so a checkpoint's whole state of the data is one integer, the
-# step, and any number of ranks reads the same batches.
+# All of it follows from the arguments. So the whole state of the data in a checkpoint is one
+# integer, the step, and any number of ranks reads the same batches.
 
 REPEATS = 4  # readings of a conversation per epoch, at most [ours]
 
@@ -431,8 +438,8 @@ def epoch_quotas(sizes: dict[str, int], weights: dict[str, float]) -> dict[str, 
 
 @dataclass
 class ChatCurriculum:
-    """What pretrain.train() reads of a dataset's curriculum, as in data.Curriculum. Tokens are those
-    of conversations, without padding."""
+    """What pretrain.train() reads of a dataset's curriculum, as in data.Curriculum. Padding is not
+    counted as tokens."""
     names: list[str]      # domains
     steps: int
     seq_len: list[int]    # [t]: tokens of a row, T
@@ -568,12 +575,12 @@ def held_out_rows(chats: TokenizedChats, tokens: int, T: int):
 # it measures them; all measures and limits are [ours]. A measure is a share from 0 to 1, and reads
 # whole conversations.
 #
-#     stage 2   filter_by_quality   the best by the mean of reasoning density, completeness, structure
-#     stage 3   dedup_and_filter    also drops near-duplicates, the repetitive and the incoherent
-#     any       decontaminate       drops what shares 13 words in a row with a benchmark's text
+#     stages 2, 3   filter_by_quality   keeps what reasons, is complete and has structure
+#     stage 3       dedup_and_filter    drops near-duplicates, the repetitive and the incoherent
+#     on request    decontaminate       drops what shares 13 words in a row with a benchmark
 
-MIN_DISTINCT = 0.5   # a reply of which less is new is repetitive
-MIN_COHERENT = 0.3   # replies of which fewer sentences refer to what came before are incoherent
+MIN_DISTINCT = 0.5   # below it dedup_and_filter calls a conversation repetitive
+MIN_COHERENCE = 0.3  # below it, incoherent
 
 
 def replies(messages: list[dict]) -> list[str]:
@@ -595,8 +602,8 @@ def ngrams(text: str, n: int) -> list[int]:
     return [hash(tuple(found[i:i + n])) for i in range(len(found) - n + 1)]
 
 
-REASONING = re.compile(r"=|\b(so|because|therefore|thus|hence|since|then|if|implies|means|first|next"
-                       r"|finally|step|let|return)\b", re.IGNORECASE)
+REASONING = re.compile(r"=|\b(so|because|therefore|thus|hence|since|then|if|implies|means|first"
+                       r"|next|finally|step|let|return)\b", re.IGNORECASE)
 
 
 def reasoning_density(messages: list[dict]) -> float:
@@ -650,8 +657,8 @@ def quality(messages: list[dict]) -> float:
 
 
 def filter_by_quality(conversations: list, share: float) -> tuple[list, str]:
-    """The given share of conversations, those of highest quality, in their old order -> these, and a
-    line of report."""
+    """Keep a share of the conversations, those of the highest quality, in their old order -> these,
+    and a line for the report."""
     if not conversations:
         return conversations, "there is nothing to choose from"
     scores = [quality(messages) for messages in conversations]
@@ -676,9 +683,9 @@ def distinct_3(messages: list[dict]) -> float:
 
 
 def coherence(messages: list[dict]) -> float:
-    """The share of the assistant's sentences that take up a number or a word of four letters or more
-    from before: in a good reply, sentences are about the same things. Sentences of less than five
-    words, and the first of each message, are not counted.
+    """The share of the assistant's sentences that take up a number, or a word of four letters or
+    more, from anything said before: the sentences of a good reply are about the same things. The
+    first sentence of a message, and those of less than five words, are not counted.
 
     >>> coherence([{"role": "user", "content": "Name a river."},
     ...            {"role": "assistant", "content": "The Seine. This river flows through Paris. "
@@ -698,10 +705,10 @@ def coherence(messages: list[dict]) -> float:
 
 
 def dedup_and_filter(conversations: list, duplicate_share: float) -> tuple[list, str]:
-    """Drop near-duplicates, repetitive and incoherent conversations -> the others, and a line of
-    report. A near-duplicate shares more than duplicate_share of its five-grams with those kept
-    before it: generated tasks often differ in a number only. All five-grams are kept in memory, some
-    60 bytes per word."""
+    """Drop near-duplicates, repetitive and incoherent conversations -> the others, and a line for
+    the report. A near-duplicate shares more than duplicate_share of its five-grams with those kept
+    before it, as generated tasks do that differ in a number only. All five-grams stay in memory,
+    some 60 bytes per word."""
     kept = []
     seen = set()
     dropped = {}  # reason -> conversations
@@ -714,7 +721,7 @@ def dedup_and_filter(conversations: list, duplicate_share: float) -> tuple[list,
             dropped.setdefault("near-duplicate", []).append(messages)
         elif distinct_3(messages) < MIN_DISTINCT:
             dropped.setdefault("repetitive", []).append(messages)
-        elif coherence(messages) < MIN_COHERENT:
+        elif coherence(messages) < MIN_COHERENCE:
             dropped.setdefault("incoherent", []).append(messages)
         else:
             kept.append(messages)
@@ -954,7 +961,8 @@ def preparation_key(stage: Stage, benchmarks: list[str], tokenizer: Tokenizer) -
             files.append((file, stat.st_size, stat.st_mtime_ns))
     # builtin:help reads the docstrings of the Python that runs.
     code = [sys.version]
-    for file in (__file__, data.__file__, synthetic.conversations.__file__, synthetic.texts.__file__):
+    for file in (__file__, data.__file__, synthetic.conversations.__file__,
+                 synthetic.texts.__file__):
         code.append(Path(file).read_bytes())
     what = (stage.data, stage.seq_len, stage.best_share, stage.duplicate_share, benchmarks, files,
             code, tokenizer.fingerprint())
@@ -1029,8 +1037,8 @@ def encode_part(folder: Path, part: str, name: str, conversations: list, tokeniz
                         f"{part}; give more data or raise seq_len")
     TokenizedChats.save(folder / f"{part}-{name}", encoded)
     too_long = len(conversations) - len(encoded)
-    return (f"  {part}: {len(encoded):,d}, of which {truncated:,d} were cut at a turn to {T} tokens; "
-            f"{too_long:,d} dropped, as even the first reply ends beyond")
+    return (f"  {part}: {len(encoded):,d}, of which {truncated:,d} were cut at a turn to fit {T} "
+            f"tokens; {too_long:,d} dropped, as even the first reply ends beyond")
 
 
 # ---- the run
@@ -1154,8 +1162,8 @@ def describe(dataset: PackedChatDataset, stage: Stage) -> str:
     for name, tokens in zip(curriculum.names, spent):
         weight = stage.data[name][1] / total_weight
         times = tokens / dataset.train[name].ends[-1]
-        lines.append(f"{name}: {tokens / sum(spent):.1%} of the tokens for a weight of {weight:.1%}; "
-                     f"each is read {times:.2f} times")
+        lines.append(f"{name}: {tokens / sum(spent):.1%} of the tokens for a weight of "
+                     f"{weight:.1%}; each is read {times:.2f} times")
     lines.append(f"{curriculum.steps:,d} steps, {sum(curriculum.rows):,d} rows; padding "
                  f"{dataset.padding():.2%}")
     return "\n".join(lines)
