@@ -34,7 +34,7 @@ from data import (BEGIN, END, READABLE, ROLES, TURN, TURN_END, VAL_EVERY, Tokeni
                   feistel_permutation, hash_key, lines_of, local_files, open_hub, parquet_rows,
                   read_each)
 from model import MotifConfig, model_folder, read_json, tensor_files
-from pretrain import RANK, TrainConfig, all_gather_object, broadcast_object, sync_errors
+from pretrain import RANK, TrainConfig, all_gather_object
 
 # ---- the three stages
 
@@ -1177,19 +1177,13 @@ def setup(c: Config, out: Path) -> tuple:
     device = pretrain.pick_device(c)
     pretrain.init_distributed(c, device)
 
-    # One rank looks: others might meanwhile see another checkpoint.
-    def find_on_rank_0():
-        return find_start(c, out) if RANK == 0 else None
-
-    checkpoint, origin = broadcast_object(sync_errors(find_on_rank_0))
+    checkpoint, origin = pretrain.rank0_only(find_start, c, out)
     shape = MotifConfig.from_dict(read_json(origin.folder / "config.json"))
     tokenizer = data.load_tokenizer(origin.tokenizer)
     check_sizes(stage, shape, tokenizer, origin.folder)
 
-    def prepare_data():
-        return prepare(stage, c.decontaminate_against, tokenizer, c.data_dir)
-
-    prepared = pretrain.rank0_first(prepare_data)
+    prepared = pretrain.rank0_first(
+        partial(prepare, stage, c.decontaminate_against, tokenizer, c.data_dir))
     dataset, held_out = open_dataset(c, stage, prepared)
     run = to_pretrain_config(c, stage, shape, origin, dataset.curriculum.steps)
     pretrain.check_fp8(run, dataset.curriculum, device)
