@@ -1,4 +1,4 @@
-"""Pre-training: `python pretrain.py config/X.py --key=value` trains a Motif. Over several GPUs it is
+"""Pre-training: `python pretrain.py config/X.py --key=value` trains a Motif. On several GPUs it is
 `torchrun --nproc_per_node=8 pretrain.py config/X.py --key=value`. Without a config file it trains
 the quick start, config/quickstart.py, in a few minutes on a CPU.
 
@@ -61,23 +61,20 @@ class TrainConfig:
     """The knobs that pre-training and fine-tuning share."""
 
     # Folders
-    out_dir: str | None = None      # where all output goes; None: out/<name of the config file>, in
-                                    # sft.py out/sft<stage>
-    data_dir: str = "data"          # where prepared data is kept, for all runs
+    out_dir: str | None = None      # all output; None: out/<name of config file>, or out/sft<stage>
+    data_dir: str = "data"          # prepared data, of all runs
     resume: str = "auto"            # auto: the newest checkpoint in out_dir; no: none; or a path
 
     # Compute
     device: str = "auto"            # cpu, cuda, cuda:1, ...; auto: CUDA where there is a GPU
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # dtype of matrix products; auto:
-                                    # bf16 on CUDA, fp32 on a CPU; fp8: in the blocks' linear
-                                    # layers, and bf16 elsewhere
+                                    # bf16 on CUDA, else fp32; fp8: linear layers of the blocks only
     compile: bool | None = None     # torch.compile the blocks; None: on CUDA only
     micro_batch_tokens: Count = 4096  # tokens in one forward pass of one rank: as memory allows
-    activation_checkpoint_layers: Size = 0  # so many blocks, the first ones, compute their
-                                    # activations again in the backward pass: less memory, more FLOPs
-    dp_replicate: Count = 1         # copies of the model among the ranks (HSDP); each copy is
-                                    # sharded over WORLD_SIZE / dp_replicate ranks
-    timeout_seconds: Count = 600    # seconds that a rank waits for another before the run ends
+    activation_checkpoint_layers: Size = 0  # how many blocks, the first ones, recompute activations
+                                    # in the backward pass: less memory, more FLOPs
+    dp_replicate: Count = 1         # copies of the model among the ranks (HSDP); each is sharded
+    timeout_seconds: Count = 600    # how long a rank waits for another before the run ends
     seed: int = 1337                # of the initial weights and of the order of the data
 
     # Optimizer
@@ -85,20 +82,18 @@ class TrainConfig:
     momentum: Fraction = 0.95       # of Muon [ours: no value is published]
     weight_decay: NonNegative = 0.1  # of matrices and embeddings, per step, times lr
     ns_coefficients: Literal["quintic", "motif", "polar_express"] = "motif"  # of Newton-Schulz
-    qk_clip_threshold: NonNegative = 100.0  # QK-clip keeps attention logits below it [ours: no
-                                    # value is published]; 0: no QK-clip
+    qk_clip_threshold: NonNegative = 100.0  # largest attention logit [ours]; 0: no QK-clip
     grad_clip: NonNegative = 1.0    # largest norm of the whole gradient; 0: no clipping
-    max_nonfinite_steps: Count = 10  # the run ends after so many steps in a row with NaN or inf
+    max_nonfinite_steps: Count = 10  # so many steps in a row with NaN or inf end the run
 
     # Logging, evaluation, checkpoints
     log_every: Count = 10           # steps from one logged line to the next
-    eval_every: Count | None = 100  # steps from one evaluation to the next; also before the first
-                                    # step and after the last; None: never
+    eval_every: Count | None = 100  # steps between evaluations, of which one comes before the first
+                                    # step and one after the last; None: no evaluation
     eval_tokens: Count = 8192       # held-out tokens of each domain
     prompts: list = field(default_factory=lambda: ["The "])  # continued at each evaluation
-    sample_tokens: Size = 100       # tokens that a prompt is continued by
-    save_every: Count | None = 100  # steps from one checkpoint to the next; also after the last
-                                    # step; None: no checkpoints
+    sample_tokens: Size = 100       # tokens that each prompt is continued by
+    save_every: Count | None = 100  # steps between checkpoints, with one at the end; None: no one
     keep_last: Annotated[int, 2] = 2  # checkpoints that are kept: the newest might be damaged
     keep_every: Count | None = None  # checkpoints at multiples of so many steps are kept for ever
     wandb: str | None = None        # name of a Weights & Biases project, to log there too
@@ -111,7 +106,7 @@ class Config(TrainConfig, MotifConfig):
     # What to do
     init: str | None = None         # initial weights: grow:PATH, from a smaller model;
                                     # average:DIR,k, of a run's last k checkpoints; None: random
-    dry_run: bool = False           # print parameters, FLOPs, memory, days; train nothing
+    dry_run: bool = False           # print parameters, FLOPs, memory and days; train nothing
     plan_world_size: Count = 8      # GPUs that --dry_run plans for
     assumed_mfu: Fraction = 0.4     # fraction of an H100's peak FLOP/s that --dry_run plans with
     export: str | None = None       # write the newest checkpoint's model in bf16 into this folder
@@ -119,8 +114,8 @@ class Config(TrainConfig, MotifConfig):
     # Length and batch
     max_steps: Count | None = None  # the run ends after so many optimizer steps, or
     max_tokens: Count | None = None  # after so many tokens, whichever comes first
-    seq_len: Count | list = 256     # tokens per sequence; or a schedule [[tokens seen, length], ...]
-    batch_tokens: Count | list = 4096  # tokens per step over all ranks; or a schedule
+    seq_len: Count | list = 256     # tokens per sequence; or a schedule [[tokens seen, value], ...]
+    batch_tokens: Count | list = 4096  # tokens per step over all ranks; or a schedule likewise
     rope_theta_schedule: list | None = None  # [[tokens seen, RoPE's base], ...]; None: rope_theta
 
     # Learning rate
@@ -136,7 +131,7 @@ class Config(TrainConfig, MotifConfig):
     domains: dict = field(default_factory=lambda: {"language": ["builtin:language", 1.0, 1.0]})
                                     # name -> [source, first share, last share] of the tokens
     mixture: list | None = None     # [[fraction of the run, {name: share}], ...] instead of shares
-    prepare_part: str = "1/1"       # tools.prepare: which part i/n of the data this machine prepares
+    prepare_part: str = "1/1"       # tools.prepare: part i/n of the data, for machine i of n
     workers: Count | None = None    # processes that prepare data; None: one per core
 
 
@@ -453,8 +448,8 @@ def split_micro_batches(batch: tuple, rows: int) -> list[tuple]:
 
 def set_gradient_sync(model: Motif, is_last: bool) -> None:
     """Tell FSDP2 what to do at the end of a micro-batch's backward pass."""
-    # Copies of the model (HSDP) exchange gradients once a step. The ranks of a copy do so after each
-    # micro-batch: none of them could hold the gradients of the whole model.
+    # Copies of the model (HSDP) exchange gradients once a step. The ranks of a copy do so after
+    # each micro-batch: none of them could hold the gradients of the whole model.
     model.set_requires_all_reduce(is_last)
 
     # A rank alone holds all of it anyway: it casts the weights once a step, and hands the gradients
@@ -528,7 +523,7 @@ class NonFiniteSteps:
 # ---- what a training step reads
 
 class Dataset(Protocol):
-    """What `train` trains on: data.TokenDataset, or sft.PackedChatDataset.
+    """What `train` trains on. data.TokenDataset and sft.PackedChatDataset are such.
 
     A batch is a pure function of the step. So a run that resumes reads what it would have read, a
     batch does not depend on the number of ranks, and a checkpoint holds nothing of the data but
@@ -671,28 +666,28 @@ def reshard(model: Motif) -> None:
 # ---- checkpoints
 #
 #     out_dir/step_120/
-#         config.json, model.safetensors      the model in the released layout, in fp32: a folder that
-#                                             Motif.from_pretrained reads, and eval.py, and sft.py
-#         optimizer/state.safetensors         "<parameter>.momentum", "<parameter>.exp_avg", ...
-#         state.json                          step, config, skipped steps in a row, fingerprint of the
-#                                             data, versions, and the size of every file
+#         config.json, model.safetensors    the model in the released layout, in fp32: a folder that
+#                                           Motif.from_pretrained reads, and so sft.py and eval.py
+#         optimizer/state.safetensors       "<parameter>.momentum", "<parameter>.exp_avg", ...
+#         state.json                        step, config, skipped steps in a row, the data's
+#                                           fingerprint, and the size of each file
 #
-# (Large tensors are spread over several files with an index, of at most SHARD_BYTES each.) That is all
-# of a run: the data follow from the step, and nothing in a training step is random.
+# There is no more to a run: the data follow from the step, and nothing in a step is random. (Where a
+# file would be larger than SHARD_BYTES, there are several and an index.)
 #
-# Atomic. All is written into step_120.tmp and flushed to the disk (fsync), and only then the folder is
-# renamed to step_120. A crash before the rename leaves a step_120.tmp, which nobody reads and the next
-# save removes; after it the checkpoint is complete. The newest earlier one is removed last.
+# Atomic. Everything is written into step_120.tmp and flushed to the disk (fsync). Only then the
+# folder is renamed to step_120, and old checkpoints are removed. A crash before the rename leaves a
+# step_120.tmp, which nobody reads and the next save removes.
 #
-# Any number of ranks. Each tensor is whole in one file, however many ranks wrote it, and a rank that
-# loads reads from it the rows of its own shard. So a run may go from 8 GPUs to 64, or to a laptop.
+# From any number of ranks to any other. Each tensor is whole in one file, however many ranks wrote
+# it together, and a rank that loads it reads the rows of its own shard.
 
-SHARD_BYTES = 5 * 10**9          # largest file of a checkpoint; a larger tensor has one of its own
+SHARD_BYTES = 5 * 10**9
 
 
 def save_checkpoint(out: Path, step: int, model: Motif, optimizer, state: dict, c: Config) -> None:
-    """Write out/step_N, all ranks together, then remove old checkpoints. state: what state.json has
-    besides step, config and files."""
+    """Write out/step_N, all ranks together, then remove old checkpoints. `state` goes into
+    state.json, beside step and config."""
     folder = out / f"step_{step}"
     temporary = out / f"step_{step}.tmp"
     try:
@@ -708,6 +703,11 @@ def save_checkpoint(out: Path, step: int, model: Motif, optimizer, state: dict, 
         remove_old_checkpoints(out, step, c)
 
 
+def remove_temporaries(out: Path) -> None:
+    for path in out.glob("step_*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def write_tensors(temporary: Path, model: Motif, optimizer) -> None:
     with safetensors_errors():
         model.save_pretrained(temporary, SHARD_BYTES)
@@ -716,7 +716,7 @@ def write_tensors(temporary: Path, model: Motif, optimizer) -> None:
 
 
 def finish_checkpoint(temporary: Path, folder: Path, state: dict, c: Config) -> None:
-    """Check that all files are there, add state.json, flush, rename."""
+    """Check that all files have arrived, add state.json, flush, rename."""
     try:
         tensor_files(temporary, "model")
         tensor_files(temporary / "optimizer", "state")
@@ -733,22 +733,17 @@ def finish_checkpoint(temporary: Path, folder: Path, state: dict, c: Config) -> 
 
     for path in [*temporary.rglob("*"), temporary]:
         fsync_path(path)
-    # A folder of that name is a damaged one, else the run would have resumed from it.
+    # A folder that has this name is damaged: else the run would have resumed from it.
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     fsync_path(folder.parent)
 
 
 def fsync_path(path: Path) -> None:
-    """Flush a file or folder to the disk."""
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-
-
-def remove_temporaries(out: Path) -> None:
-    for path in out.glob("step_*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_old_checkpoints(out: Path, step: int, c: Config) -> None:
@@ -761,7 +756,7 @@ def remove_old_checkpoints(out: Path, step: int, c: Config) -> None:
 
 @contextmanager
 def safetensors_errors():
-    """safetensors has an exception of its own for what mostly is an OSError, such as a full disk."""
+    """safetensors has an exception of its own for a full disk and the like: make it an OSError."""
     from safetensors import SafetensorError
     try:
         yield
@@ -770,9 +765,9 @@ def safetensors_errors():
 
 
 def optimizer_tensors(model: Motif, optimizer) -> dict[str, Tensor]:
-    """"<parameter>.<state>" -> the tensor itself, not a copy. The state of a sharded parameter is a
-    plain tensor, this rank's shard; it becomes a DTensor here, so that it is saved and loaded as the
-    parameter is."""
+    """"<parameter>.<state>" -> the tensor itself, not a copy. Where FSDP2 shards the parameter, the
+    optimizer's state is a plain tensor, the shard; here it is a DTensor, which is saved and loaded
+    as the parameter is."""
     tensors = {}
     for name, p in model.named_parameters():
         for key, value in optimizer.state[p].items():
@@ -799,20 +794,19 @@ def load_into(tensors: dict[str, Tensor], folder: Path, stem: str) -> None:
     for name, read in iter_checkpoint(folder, stem, shapes):
         t = tensors[name]
         own = local_shard(t)
-        if own.numel() == 0:
-            continue
         slices = ()
         if hasattr(t, "placements"):
             mesh = t.device_mesh
             slices = muonclip.local_slices(t.shape, mesh.shape, muonclip.shard_dims(t),
                                            mesh.get_coordinate())
-        own.copy_(read(*slices))
+        if own.numel() > 0:
+            own.copy_(read(*slices))
 
 
-# Which checkpoint a run starts from. `start` is (folder, its state.json) or None, in all that follows.
+# Which checkpoint a run starts from: `start` is its folder and its state.json, or None.
 
 def checkpoint_steps(out: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, whole or damaged."""
+    """The steps of the checkpoints in a folder, whole or damaged."""
     steps = []
     for path in out.glob("step_*"):
         number = path.name.removeprefix("step_")
@@ -822,7 +816,7 @@ def checkpoint_steps(out: Path) -> list[int]:
 
 
 def read_state(folder: Path) -> dict:
-    """A checkpoint's state.json. UserError unless all files are there in full length."""
+    """A checkpoint's state.json. UserError unless all its files are there, in full length."""
     try:
         state = json.loads((folder / "state.json").read_text())
         for name, size in state["files"].items():
@@ -834,7 +828,7 @@ def read_state(folder: Path) -> dict:
 
 
 def latest_checkpoint(out: Path) -> tuple[Path, dict] | None:
-    """The newest checkpoint in out that is whole, and its state."""
+    """The newest whole checkpoint in out, and its state."""
     for step in sorted(checkpoint_steps(out), reverse=True):
         folder = out / f"step_{step}"
         try:
@@ -845,14 +839,12 @@ def latest_checkpoint(out: Path) -> tuple[Path, dict] | None:
 
 
 def last_good(out: Path) -> str:
-    """For messages."""
     start = latest_checkpoint(out)
     return f"the last good checkpoint is {start[0]}" if start else "there is no checkpoint"
 
 
-def find_checkpoint(c: Config, out: Path) -> tuple[Path, dict] | None:
-    """The checkpoint that `resume` asks for, and its state; None: start at step 0. UserError if the
-    run would then overwrite another one's later steps in out."""
+def find_checkpoint(c: TrainConfig, out: Path) -> tuple[Path, dict] | None:
+    """The checkpoint that `resume` asks for, and its state; None: the run starts at step 0."""
     if c.resume == "auto":
         return latest_checkpoint(out)
 
@@ -862,6 +854,8 @@ def find_checkpoint(c: Config, out: Path) -> tuple[Path, dict] | None:
         folder = Path(c.resume)
         start = (folder, read_state(folder))
         step = start[1]["step"]
+
+    # Two runs must not mix in one folder.
     newest = max(checkpoint_steps(out), default=0)
     if newest > step:
         raise UserError(f"resume={c.resume}, but {out} holds a run up to step {newest}; delete it "
@@ -870,8 +864,7 @@ def find_checkpoint(c: Config, out: Path) -> tuple[Path, dict] | None:
 
 
 def check_compatible(folder: Path, state: dict, c: Config, curriculum: data.Curriculum) -> None:
-    """UserError if the run cannot go on from this checkpoint: it is beyond the end, or has another
-    shape or optimizer."""
+    """UserError if the run cannot go on from this checkpoint."""
     if state["step"] > curriculum.steps:
         raise UserError(f"checkpoint {folder} is beyond the end at step {curriculum.steps}; make "
                         "the run longer or give another --out_dir")
@@ -885,64 +878,58 @@ def check_compatible(folder: Path, state: dict, c: Config, curriculum: data.Curr
 
 # ---- validation
 #
-# Loss is in nats per token, and so depends on the tokenizer: longer tokens are harder to predict, and
-# there are fewer of them. Bits per byte do not: bpb = nats / ln 2 / bytes of text. The loss of each
-# quarter of the context shows whether the model uses what it has read: it should fall from the first
-# to the last.
+# The loss, in nats per token, depends on the tokenizer: long tokens are harder to predict, and a text
+# has fewer of them. Bits per byte do not: nats / ln 2 / bytes of text. The losses by quarter of the
+# context tell whether a model uses what it has read: they should fall from the first to the last.
 
 @torch.no_grad()
 def evaluate(model: Motif, held_out: dict[str, tuple], micro_batch_tokens: int,
              token_bytes: Tensor) -> dict:
-    """Validation loss in nats per token, and bits per byte: overall and by domain, and by quarter of
-    the context unless rows are packed with documents.
+    """Validation loss and bits per byte, overall and by domain; and the loss by quarter of the
+    context, unless several documents are packed into a row.
 
     held_out: domain -> (ids, targets[, doc_ids]), each (R, T), on the device; the ranks share the
-    rows. token_bytes (V,): bytes of text that each token stands for."""
+    rows. token_bytes (V,): how many bytes of text each token stands for."""
     nats = torch.zeros(len(held_out), 4, dtype=torch.float64, device=token_bytes.device)
     for d, batch in enumerate(held_out.values()):
         rows, T = batch[0].shape
         first, own, padded = split_rows(rows)
         batch = pad_rows([t[first::WORLD] for t in batch], own, padded)
         for micro_batch in split_micro_batches(batch, max(1, micro_batch_tokens // T)):
-            losses = model.token_losses(*micro_batch).double()              # (rows, T)
-            nats[d] += sum_quarters(losses)
+            nats[d] += sum_quarters(model.token_losses(*micro_batch).double())
     nats = all_reduce_sum(nats).cpu()                                       # (domains, 4)
 
+    packed = False
     tokens = []
-    size = []
+    text_bytes = []
     quarter_tokens = torch.zeros(4)
     for ids, targets, *doc_ids in held_out.values():
-        counts = targets >= 0
-        tokens.append(counts.sum().item())
-        size.append(token_bytes[targets[counts]].sum().item())
-        quarter_tokens += sum_quarters(counts).cpu()
+        counted = targets >= 0
+        tokens.append(counted.sum().item())
+        text_bytes.append(token_bytes[targets[counted]].sum().item())
+        quarter_tokens += sum_quarters(counted).cpu()
+        packed = packed or bool(doc_ids)
 
     domain_nats = nats.sum(1).tolist()
     result = {"val_loss": sum(domain_nats) / sum(tokens),
-              "val_bpb": sum(domain_nats) / math.log(2) / sum(size)}
-    if not doc_ids:
+              "val_bpb": sum(domain_nats) / math.log(2) / sum(text_bytes)}
+    if not packed:
         result["val_loss_by_quarter"] = (nats.sum(0) / quarter_tokens).tolist()
-    result["val_loss_by_domain"] = {}
-    result["val_bpb_by_domain"] = {}
-    for d, name in enumerate(held_out):
-        result["val_loss_by_domain"][name] = domain_nats[d] / tokens[d]
-        result["val_bpb_by_domain"][name] = domain_nats[d] / math.log(2) / size[d]
+    by_domain = list(zip(held_out, domain_nats, tokens, text_bytes))
+    result["val_loss_by_domain"] = {name: x / n for name, x, n, _ in by_domain}
+    result["val_bpb_by_domain"] = {name: x / math.log(2) / n for name, x, _, n in by_domain}
     return result
 
 
 def sum_quarters(t: Tensor) -> Tensor:
-    """(R, T) -> (4,): the sum of each quarter of the columns.
-
-    >>> sum_quarters(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [0, 0, 0, 0, 1, 1, 1, 1]]))
-    tensor([ 3,  7, 13, 17])
-    """
+    """(R, T) -> (4,), the sum of each quarter of the columns."""
     return torch.stack([quarter.sum() for quarter in t.tensor_split(4, dim=1)])
 
 
 @torch.no_grad()
 def layer_stats(model: Motif, optimizer) -> list[dict]:
-    """Motif's own ideas at work, per layer: lambda, PolyNorm's weights and bias, norm of each query
-    and key head, RMS of the last update of each matrix over lr (Muon aims at 0.2)."""
+    """What Motif's own ideas do, per layer: lambda, PolyNorm's weights and bias, the norms of query
+    and key heads (QK-clip), the RMS of each matrix's last update over lr (Muon: about 0.2)."""
     layers = []
     for block in model.model.layers:
         attention = block.self_attn
@@ -951,17 +938,17 @@ def layer_stats(model: Motif, optimizer) -> list[dict]:
         if attention.noise_heads:
             stats["lambda"] = attention.lambda_().item()
         if polynorm is not None:
-            stats["polynorm"] = [*polynorm.weight.tolist(), *polynorm.bias.tolist()]
+            stats["polynorm"] = polynorm.weight.tolist() + polynorm.bias.tolist()
         stats["q_norm"] = head_norms(attention.q_proj.weight, attention.head_dim)
         stats["k_norm"] = head_norms(attention.k_proj.weight, attention.head_dim)
-        stats["update_rms"] = [optimizer.update_rms[p].item() for p in block.parameters()
-                               if p in optimizer.update_rms]
+        rms = optimizer.update_rms
+        stats["update_rms"] = [rms[p].item() for p in block.parameters() if p in rms]
         layers.append({key: np.round(value, 4).tolist() for key, value in stats.items()})
     return layers
 
 
 def head_norms(weight: Tensor, head_dim: int) -> list[float]:
-    """Frobenius norm of each head's rows of a projection (heads * head_dim, hidden)."""
+    """The Frobenius norm of each head's rows of a projection (heads D, hidden)."""
     if hasattr(weight, "full_tensor"):
         weight = weight.full_tensor()
     heads = weight.unflatten(0, (-1, head_dim))
@@ -969,93 +956,28 @@ def head_norms(weight: Tensor, head_dim: int) -> list[float]:
 
 
 def encode_text_prompt(tokenizer: data.Tokenizer, prompt: str) -> list[int]:
-    """How pre-training reads a prompt: as the beginning of a document."""
+    """How pre-training reads a prompt: as a document that has not ended."""
     return data.encode_document(tokenizer, prompt)[:-1]
 
 
 def sample_prompts(model: Motif, tokenizer: data.Tokenizer, c: Config, encode_prompt) -> str:
-    """Each prompt and the model's continuation, up to an end of text or of a turn."""
-    ends = (tokenizer.special[data.END], tokenizer.special[data.TURN_END])
+    """Each prompt and how the model continues it, up to an end of text or of a turn."""
     text = ""
     for prompt in c.prompts:
         ids = encode_prompt(tokenizer, prompt)
         new_tokens = min(c.sample_tokens, c.max_position_embeddings - len(ids))
         row = torch.tensor([ids], device=model.head_weight.device)
-        row = model.generate(row, new_tokens, temperature=0.8, top_k=50, seed=c.seed)[0].tolist()
-
-        continuation = row[len(ids):]
-        for end in ends:
+        row = model.generate(row, new_tokens, temperature=0.8, top_k=50, seed=c.seed)
+        continuation = row[0, len(ids):].tolist()
+        for end in (tokenizer.special[data.END], tokenizer.special[data.TURN_END]):
             if end in continuation:
                 continuation = continuation[:continuation.index(end)]
         text += f"[{prompt}]{tokenizer.decode(continuation)}\n\n"
     return text
 
 
-# ---- the training loop
-
-def train(c: Config, out: Path, dataset: Dataset, held_out: dict, model: Motif, optimizer,
-          tokenizer: data.Tokenizer, start: tuple | None, encode_prompt=encode_text_prompt) -> None:
-    """Train from `start`, a checkpoint and its state, or from step 0, to the end of the dataset's
-    curriculum. held_out: domain -> rows to evaluate, in the form of a Dataset's batch. encode_prompt:
-    how prompts are read."""
-    curriculum = dataset.curriculum
-    device = model.head_weight.device
-    step = start_step = start[1]["step"] if start else 0
-    nonfinite = NonFiniteSteps(start[1]["skipped"] if start else 0)
-    log = Log(out, start, c)
-    log_start(log, c, dataset, model, optimizer, start)
-    validation = Validation(c, held_out, tokenizer, encode_prompt, device)
-    timer = StepTimer(start_step, optimizer, device)
-    signals = []
-
-    while True:
-        # Evaluate and save where that is due; stop at the end, or if a rank got a signal.
-        finished = step == curriculum.steps
-        stop = any_rank(finished or bool(signals))
-        evaluate_now = step > log.last_evaluation and is_due(step, c.eval_every, finished)
-        save_now = step > start_step and is_due(step, c.save_every, stop)
-        model.config.rope_theta = theta_at(c, curriculum.tokens[step])
-        if evaluate_now or save_now or stop:
-            nonfinite.read(step, c, log)
-        timer.pause()
-        if evaluate_now:
-            evaluate_and_sample(log, validation, model, optimizer, curriculum, step)
-        if save_now:
-            state = {"skipped": nonfinite.in_a_row, "data": dataset.fingerprint()}
-            save_checkpoint(out, step, model, optimizer, state, c)
-        if save_now or stop:
-            draw(out)
-        if stop:
-            break
-        timer.resume()
-
-        # One optimizer step.
-        lr = lr_at(c, curriculum, step)
-        batch = read_batch(dataset, step)
-        micro_batch_rows = max(1, c.micro_batch_tokens // curriculum.seq_len[step])
-        result = train_step(model, optimizer, batch, micro_batch_rows, dataset.num_targets(step),
-                            lr, c)
-        nonfinite.unread.append(result.skipped)
-        if step == start_step:
-            # Not before: there was nothing to save, and a SIGTERM that ends torch.compile's
-            # processes and not this one would leave us waiting for them.
-            signals = install_signal_handlers()
-        step += 1
-
-        if is_due(step, c.log_every, step in (1, curriculum.steps)):
-            nonfinite.read(step, c, log)
-            log_step(log, timer, model, optimizer, curriculum, step, lr, result)
-
-    log_end(log, c, step, finished)
-
-
-def is_due(step: int, every: int | None, anyway: bool) -> bool:
-    """Every so many steps, and anyway at the end; never if `every` is None."""
-    return every is not None and (step % every == 0 or anyway)
-
-
 class Validation:
-    """What every evaluation reads: held-out rows, on the device, and prompts."""
+    """What every evaluation reads: held-out rows, which stay on the device, and prompts."""
 
     def __init__(self, c: Config, held_out: dict, tokenizer: data.Tokenizer, encode_prompt,
                  device: torch.device):
@@ -1067,34 +989,88 @@ class Validation:
         for name, rows in held_out.items():
             self.held_out[name] = tuple(t.to(device) for t in to_tensors(rows))
 
-
-def evaluate_and_sample(log: "Log", validation: Validation, model: Motif, optimizer,
-                        curriculum: data.Curriculum, step: int) -> None:
-    """Evaluate, continue the prompts, and log both."""
-    v = validation
-    # Eager: a new shape would make torch.compile recompile training's graphs with dynamic shapes.
-    with torch.compiler.set_stance("force_eager"):
-        result = evaluate(model, v.held_out, v.c.micro_batch_tokens, v.token_bytes)
-        text = sample_prompts(model, v.tokenizer, v.c, v.encode_prompt)
-    reshard(model)
-
-    log.samples(f"=== step {step}, validation loss {result['val_loss']:.4f}\n{text}")
-    log.metrics(step=step, tokens=curriculum.tokens[step], **result,
-                layers=layer_stats(model, optimizer))
-    log.print(validation_line(step, curriculum.steps, result))
+    def evaluate_and_sample(self, model: Motif) -> tuple[dict, str]:
+        """-> (losses, continued prompts)"""
+        # Eager: one shape more, and torch.compile would make training's graphs dynamic.
+        with torch.compiler.set_stance("force_eager"):
+            result = evaluate(model, self.held_out, self.c.micro_batch_tokens, self.token_bytes)
+            samples = sample_prompts(model, self.tokenizer, self.c, self.encode_prompt)
+        reshard(model)
+        return result, samples
 
 
-def draw(out: Path) -> None:
-    if RANK == 0:
-        from tools.plots import plot_training
-        plot_training(out)
+# ---- the training loop
+
+def train(c: Config, out: Path, dataset: Dataset, held_out: dict, model: Motif, optimizer,
+          tokenizer: data.Tokenizer, start: tuple | None, encode_prompt=encode_text_prompt) -> None:
+    """Train from `start`, a checkpoint's folder and state, or from step 0 (None), to the end of the
+    dataset's curriculum. held_out: domain -> rows to evaluate on, as a Dataset's batch has them.
+    encode_prompt: how prompts are read."""
+    curriculum = dataset.curriculum
+    device = model.head_weight.device
+    start_step = start[1]["step"] if start else 0
+    nonfinite = NonFiniteSteps(start[1]["skipped"] if start else 0)
+    log = Log(out, start_step if start else -1, c)
+    log_start(log, c, dataset, model, optimizer, start)
+    validation = Validation(c, held_out, tokenizer, encode_prompt, device)
+    timer = StepTimer(start_step, optimizer, device)
+    signals = []
+
+    step = start_step
+    while True:
+        finished = step == curriculum.steps
+        stop = any_rank(finished or bool(signals))
+        evaluate_now = step > log.last_evaluation and is_due(step, c.eval_every, finished)
+        save_now = step > start_step and is_due(step, c.save_every, stop)
+        model.config.rope_theta = theta_at(c, curriculum.tokens[step])
+
+        # What is not training: evaluate and save, where that is due; stop.
+        if evaluate_now or save_now or stop:
+            nonfinite.read(step, c, log)
+        timer.pause()
+        if evaluate_now:
+            result, samples = validation.evaluate_and_sample(model)
+            log_evaluation(log, curriculum, step, result, layer_stats(model, optimizer), samples)
+        if save_now:
+            state = {"skipped": nonfinite.in_a_row, "data": dataset.fingerprint()}
+            save_checkpoint(out, step, model, optimizer, state, c)
+        if (save_now or stop) and RANK == 0:
+            from tools.plots import plot_training
+            plot_training(out)
+        if stop:
+            break
+        timer.resume()
+
+        # Training: one step.
+        batch = read_batch(dataset, step)
+        lr = lr_at(c, curriculum, step)
+        micro_batch_rows = max(1, c.micro_batch_tokens // curriculum.seq_len[step])
+        result = train_step(model, optimizer, batch, micro_batch_rows, dataset.num_targets(step),
+                            lr, c)
+        nonfinite.unread.append(result.skipped)
+        if step == start_step:
+            # Not before: there was nothing to save, and a SIGTERM that we outlive but the processes
+            # of torch.compile do not would leave us waiting for them.
+            signals = install_signal_handlers()
+        step += 1
+
+        if is_due(step, c.log_every, step in (1, curriculum.steps)):
+            nonfinite.read(step, c, log)
+            log_step(log, timer, model, optimizer, curriculum, step, lr, result)
+
+    log_end(log, c, step, finished)
+
+
+def is_due(step: int, every: int | None, anyway: bool) -> bool:
+    """At multiples of `every`, and anyway where that is true; never if `every` is None."""
+    return every is not None and (step % every == 0 or anyway)
 
 
 class StepTimer:
-    """Measures the time per step, from one logged line to the next, without what is no training.
+    """The time of a step, averaged from one logged line to the next, less evaluating and saving.
 
     t_log, step_log    when the last line was logged, and after which step
-    t_pause            when evaluating and saving began
+    t_pause            when training was interrupted, to evaluate or to save
     """
 
     def __init__(self, step: int, optimizer, device: torch.device):
@@ -1102,11 +1078,11 @@ class StepTimer:
         self.step_log = step
         self.on_gpu = device.type == "cuda"
         if self.on_gpu:
-            # Events are recorded by the GPU when it gets there: nobody waits.
-            self.optimizer_begin = torch.cuda.Event(enable_timing=True)
-            self.optimizer_end = torch.cuda.Event(enable_timing=True)
-            optimizer.register_step_pre_hook(lambda *_: self.optimizer_begin.record())
-            optimizer.register_step_post_hook(lambda *_: self.optimizer_end.record())
+            # The GPU itself records events, when it gets there.
+            self.begin = torch.cuda.Event(enable_timing=True)
+            self.end = torch.cuda.Event(enable_timing=True)
+            optimizer.register_step_pre_hook(lambda *_: self.begin.record())
+            optimizer.register_step_post_hook(lambda *_: self.end.record())
 
     def pause(self) -> None:
         self.t_pause = time.perf_counter()
@@ -1115,143 +1091,56 @@ class StepTimer:
         self.t_log += time.perf_counter() - self.t_pause
 
     def read(self, model: Motif, curriculum: data.Curriculum, step: int) -> dict:
-        """Speed since the last call. The device must be done with `step`."""
+        """Speed and memory since the last call. The device must be done with the step."""
         now = time.perf_counter()
         seconds = now - self.t_log
         steps = step - self.step_log
-        tokens_per_second = (curriculum.tokens[step] - curriculum.tokens[self.step_log]) / seconds
+        speed = (curriculum.tokens[step] - curriculum.tokens[self.step_log]) / seconds
         self.t_log = now
         self.step_log = step
 
-        forward, backward = flops_per_token(model.config, curriculum.context[step - 1])
+        flops = sum(flops_per_token(model.config, curriculum.context[step - 1])) * speed
         peak = peak_flops(model.head_weight.device)
-        mfu = (forward + backward) * tokens_per_second / peak / WORLD if peak else None
-        figures = {"ms": 1000 * seconds / steps, "tok_per_s": tokens_per_second,
-                   "optimizer_ms": None, "mfu": mfu, "gib": None}
-        if self.on_gpu:
-            figures["optimizer_ms"] = self.optimizer_begin.elapsed_time(self.optimizer_end)
-            figures["gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return figures
+        return {"ms": 1000 * seconds / steps,
+                "tok_per_s": speed,
+                "optimizer_ms": self.begin.elapsed_time(self.end) if self.on_gpu else None,
+                "mfu": flops / peak / WORLD if peak else None,
+                "gib": torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else None}
 
 
+# FLOP/s in bf16, dense, of which MFU (model FLOPs utilization) is a fraction.
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12,
-              "A800": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}  # dense bf16
+              "A800": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The GPU's dense bf16 FLOP/s, which MFU is a share of; None if unknown."""
+    """None for a device that is not in the table."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for key, peak in PEAK_FLOPS.items():
-            if key in name:
-                return peak
+        for name, flops in PEAK_FLOPS.items():
+            if name in torch.cuda.get_device_name(device):
+                return flops
     return None
 
 
 # ---- the log
 
-def log_start(log: "Log", c: Config, dataset: Dataset, model: Motif, optimizer,
-              start: tuple | None) -> None:
-    """What is trained, on what, from where, and what has changed since then."""
-    curriculum = dataset.curriculum
-    device = model.head_weight.device
-    parameters = sum(p.numel() for p in model.parameters())
-    where = f"{device} and {WORLD - 1} more" if WORLD > 1 else device
-    log.print(f"{parameters:,d} parameters on {where} in {compute_precision(c, device)}; "
-              f"{curriculum.steps:,d} steps, {curriculum.tokens[-1]:,d} tokens")
-    log.print(muonclip.describe_routing(model, optimizer))
-    if start is None:
-        return
-
-    folder, state = start
-    log.print(f"resumed from {folder} at step {state['step']}")
-    old = {**state["config"], "data": state["data"]}
-    new = {**asdict(c), "data": dataset.fingerprint()}
-    for key, value in json.loads(json.dumps(new)).items():
-        if key not in ("resume", "out_dir") and old.get(key) != value:
-            log.print(f"changed since then: {key} was {old.get(key)}, is {value}")
-
-
-def log_step(log: "Log", timer: StepTimer, model: Motif, optimizer, curriculum: data.Curriculum,
-             step: int, lr: float, result: StepResult) -> None:
-    """Log the step that was just done, the step-th. The device is done with it."""
-    max_logits = result.max_logits
-    if WORLD > 1:
-        dist.all_reduce(max_logits, dist.ReduceOp.MAX)
-    speed = timer.read(model, curriculum, step)
-    shares = np.round(curriculum.shares[step - 1], 4).tolist()
-    metrics = {
-        "step": step,
-        "tokens": curriculum.tokens[step],
-        "loss": result.loss.item(),
-        "lr": lr,
-        "grad_norm": result.grad_norm.item(),
-        "max_logit": max_logits.max().item(),
-        "heads_clipped": int(optimizer.heads_clipped or 0),
-        "mixture": dict(zip(curriculum.names, shares)),
-        **speed}
-    log.metrics(**metrics)
-    log.print(training_line(curriculum, metrics))
-
-
-def log_end(log: "Log", c: Config, step: int, finished: bool) -> None:
-    out = log.out
-    model = "nothing new to save"
-    if step in checkpoint_steps(out):
-        model = f"model in {out}/step_{step}"
-    samples = f", samples in {out}/samples.txt" if c.eval_every else ""
-    log.print(f"{'finished' if finished else 'stopped'} at step {step}; {model}, curve in "
-              f"{out}/loss.png{samples}")
-
-
-def training_line(curriculum: data.Curriculum, m: dict) -> str:
-    """Metrics of a step as one line; those that this machine cannot measure are left out."""
-    left = int((curriculum.tokens[-1] - m["tokens"]) / m["tok_per_s"])
-    hours = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-    milliseconds = f"{m['ms']:.0f} ms"
-    if m["optimizer_ms"] is not None:
-        milliseconds += f" (optimizer {m['optimizer_ms']:.0f})"
-
-    parts = [f"step {m['step']}/{curriculum.steps}", f"loss {m['loss']:.4f}",
-             f"norm {m['grad_norm']:.2f}", f"lr {m['lr']:.2e}", milliseconds,
-             f"{m['tok_per_s']:,.0f} tok/s",
-             "mfu n/a" if m["mfu"] is None else f"mfu {m['mfu']:.1%}"]
-    if m["gib"] is not None:
-        parts.append(f"{m['gib']:.1f} GiB")
-    parts += [f"eta {hours}", f"logit {m['max_logit']:.1f}", f"clipped {m['heads_clipped']}"]
-    parts.append(" ".join(f"{name} {share:.0%}" for name, share in m["mixture"].items()))
-    return "  ".join(parts)
-
-
-def validation_line(step: int, steps: int, result: dict) -> str:
-    losses = "  ".join(f"{name} {x:.4f}" for name, x in result["val_loss_by_domain"].items())
-    line = (f"step {step}/{steps}  validation loss {result['val_loss']:.4f}  bits per byte "
-            f"{result['val_bpb']:.4f}  ({losses})")
-    if "val_loss_by_quarter" in result:
-        quarters = " ".join(f"{x:.3f}" for x in result["val_loss_by_quarter"])
-        line += f"  by quarter of the context {quarters}"
-    return line
-
-
 class Log:
-    """Console, log.txt, metrics.jsonl and samples.txt, on rank 0; on other ranks it does nothing.
+    """Console, log.txt, metrics.jsonl and samples.txt, on rank 0. A run that resumes continues the
+    files where its checkpoint left them: what later steps wrote is removed, and so is a last line
+    that was cut. step: the checkpoint's, or -1."""
 
-    A run that resumes continues these files where its checkpoint left them: entries of later steps
-    are removed, and so is a last line that was cut."""
-
-    def __init__(self, out: Path, start: tuple | None, c: Config):
+    def __init__(self, out: Path, step: int, c: Config):
         self.out = out
         self.wandb = None
-        step = start[1]["step"] if start else -1
         self.last_evaluation = rank0_only(self._open, step, c)
 
     def _open(self, step: int, c: Config) -> int:
-        """Cut the files after this step -> the step of the last evaluation in them, -1 if none."""
+        """-> the step of the last evaluation that is kept, or -1."""
         kept = [m for m in read_metrics(self.out) if m["step"] <= step]
         replace_text(self.out / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
         samples = self.out / "samples.txt"
         if samples.exists():
-            replace_text(samples, cut_samples(samples.read_text(encoding="utf-8"), step))
+            replace_text(samples, samples_until(step, samples.read_text(encoding="utf-8")))
 
         if c.wandb:
             try:
@@ -1270,14 +1159,15 @@ class Log:
     def samples(self, text: str) -> None:
         self._append("samples.txt", text)
 
-    def metrics(self, **values) -> None:
-        """A line of JSON, which has no NaN and no infinity: null stands for them."""
+    def metrics(self, values: dict) -> None:
+        """One line of JSON. JSON has neither NaN nor infinity: null stands for them."""
+        finite = {}
         for key, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                values[key] = None
-        self._append("metrics.jsonl", json.dumps(values) + "\n")
+            is_finite = not isinstance(value, float) or math.isfinite(value)
+            finite[key] = value if is_finite else None
+        self._append("metrics.jsonl", json.dumps(finite) + "\n")
         if self.wandb:
-            self.wandb.log(values, step=values["step"])
+            self.wandb.log(finite, step=values["step"])
 
     def _append(self, name: str, text: str) -> None:
         if RANK == 0:
@@ -1288,20 +1178,20 @@ class Log:
 def read_metrics(out: Path) -> list[dict]:
     """The lines of metrics.jsonl, up to one that was cut."""
     path = out / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     metrics = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                metrics.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+    for line in lines:
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
     return metrics
 
 
-def cut_samples(text: str, step: int) -> str:
-    """samples.txt up to a step.
+def samples_until(step: int, text: str) -> str:
+    """The samples of steps up to this one.
 
-    >>> cut_samples("=== step 0, ...\\nAh\\n=== step 6, ...\\nOh\\n", step=4)
+    >>> samples_until(4, "=== step 0, ...\\nAh\\n=== step 6, ...\\nOh\\n")
     '=== step 0, ...\\nAh\\n'
     """
     for header in re.finditer(r"^=== step (\d+)", text, re.MULTILINE):
@@ -1311,17 +1201,101 @@ def cut_samples(text: str, step: int) -> str:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file that has its old content or the new one, whatever happens on the way."""
+    """Write a file that holds the old text or the new, whatever happens on the way."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
+def log_start(log: Log, c: Config, dataset: Dataset, model: Motif, optimizer,
+              start: tuple | None) -> None:
+    """What is trained; and on resuming, what has changed since the checkpoint."""
+    curriculum = dataset.curriculum
+    device = model.head_weight.device
+    where = f"{device} and {WORLD - 1} more" if WORLD > 1 else device
+    parameters = sum(p.numel() for p in model.parameters())
+    log.print(f"{parameters:,d} parameters on {where} in {compute_precision(c, device)}; "
+              f"{curriculum.steps:,d} steps, {curriculum.tokens[-1]:,d} tokens")
+    log.print(muonclip.describe_routing(model, optimizer))
+    if start is None:
+        return
+
+    folder, state = start
+    log.print(f"resumed from {folder} at step {state['step']}")
+    old = {**state["config"], "data": state["data"]}
+    new = json.loads(json.dumps({**asdict(c), "data": dataset.fingerprint()}))
+    for key in new:
+        if key not in ("resume", "out_dir") and old.get(key) != new[key]:
+            log.print(f"changed since then: {key} was {old.get(key)}, is {new[key]}")
+
+
+def log_evaluation(log: Log, curriculum: data.Curriculum, step: int, result: dict, layers: list,
+                   samples: str) -> None:
+    tokens = curriculum.tokens[step]
+    log.samples(f"=== step {step}, validation loss {result['val_loss']:.4f}\n{samples}")
+    log.metrics({"step": step, "tokens": tokens, **result, "layers": layers})
+
+    by_domain = "  ".join(f"{name} {x:.4f}" for name, x in result["val_loss_by_domain"].items())
+    line = (f"step {step}/{curriculum.steps}  validation loss {result['val_loss']:.4f}  "
+            f"bits per byte {result['val_bpb']:.4f}  ({by_domain})")
+    if "val_loss_by_quarter" in result:
+        quarters = " ".join(f"{x:.3f}" for x in result["val_loss_by_quarter"])
+        line += f"  by quarter of the context {quarters}"
+    log.print(line)
+
+
+def log_step(log: Log, timer: StepTimer, model: Motif, optimizer, curriculum: data.Curriculum,
+             step: int, lr: float, result: StepResult) -> None:
+    """Log the last step. The device must be done with it."""
+    if WORLD > 1:
+        dist.all_reduce(result.max_logits, dist.ReduceOp.MAX)
+    speed = timer.read(model, curriculum, step)
+    shares = np.round(curriculum.shares[step - 1], 4).tolist()
+    metrics = {
+        "step": step,
+        "tokens": curriculum.tokens[step],
+        "loss": result.loss.item(),
+        "lr": lr,
+        "grad_norm": result.grad_norm.item(),
+        "max_logit": result.max_logits.max().item(),
+        "heads_clipped": int(optimizer.heads_clipped or 0),
+        "mixture": dict(zip(curriculum.names, shares)),
+        **speed}
+    log.metrics(metrics)
+    log.print(training_line(curriculum, metrics))
+
+
+def training_line(curriculum: data.Curriculum, m: dict) -> str:
+    """The metrics of a step, without those that only a GPU has where there is none."""
+    left = int((curriculum.tokens[-1] - m["tokens"]) / m["tok_per_s"])
+    parts = [f"step {m['step']}/{curriculum.steps}", f"loss {m['loss']:.4f}",
+             f"norm {m['grad_norm']:.2f}", f"lr {m['lr']:.2e}", f"{m['ms']:.0f} ms"]
+    if m["optimizer_ms"] is not None:
+        parts[-1] += f" (optimizer {m['optimizer_ms']:.0f})"
+    parts.append(f"{m['tok_per_s']:,.0f} tok/s")
+    parts.append("mfu n/a" if m["mfu"] is None else f"mfu {m['mfu']:.1%}")
+    if m["gib"] is not None:
+        parts.append(f"{m['gib']:.1f} GiB")
+    parts += [f"eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}",
+              f"logit {m['max_logit']:.1f}", f"clipped {m['heads_clipped']}",
+              " ".join(f"{name} {share:.0%}" for name, share in m["mixture"].items())]
+    return "  ".join(parts)
+
+
+def log_end(log: Log, c: Config, step: int, finished: bool) -> None:
+    out = log.out
+    has_checkpoint = step in checkpoint_steps(out)
+    log.print(f"{'finished' if finished else 'stopped'} at step {step}; "
+              f"{f'model in {out}/step_{step}' if has_checkpoint else 'nothing new to save'}, "
+              f"curve in {out}/loss.png"
+              + (f", samples in {out}/samples.txt" if c.eval_every else ""))
+
+
 # ---- setting up a run
 
 def setup(c: Config, out: Path) -> tuple:
-    """Check the config and build what train takes -> (dataset, held_out, model, optimizer, tokenizer,
-    start). What can be checked without data comes first, so that it fails at once."""
+    """Check the config and build what train takes. What needs neither data nor other ranks is
+    checked first, so that it fails at once."""
     curriculum = make_curriculum(c)
     model_config(c).check()
     theta_at(c, 0)
@@ -1349,7 +1323,7 @@ def setup(c: Config, out: Path) -> tuple:
 
 
 def load_data(c: Config, curriculum: data.Curriculum) -> tuple[data.TokenDataset, dict]:
-    """Prepare what is missing, then open it -> (dataset, {domain: held-out rows})."""
+    """Prepare what is missing, and open it -> (training data, {domain: held-out rows})."""
     def prepare():
         return data.prepare(c.domains, c.tokenizer, c.data_dir, curriculum.need(),
                             workers=c.workers)
@@ -1368,8 +1342,8 @@ def load_data(c: Config, curriculum: data.Curriculum) -> tuple[data.TokenDataset
 
 def build_model_and_optimizer(c: Config, device: torch.device, start: tuple | None, init_from,
                               out: Path) -> tuple[Motif, muonclip.MuonClip]:
-    """Model and optimizer with the state of the checkpoint at `start`; else with the weights in the
-    folder that init_from(c, out) returns, which is called on rank 0; else with random ones."""
+    """Model and optimizer as the checkpoint `start` has them; else with the weights in the folder
+    that init_from(c, out) makes, called on rank 0; else with random weights."""
     model = build(c, device)
     optimizer = muonclip.configure_optimizer(
         model, lr=c.lr, optimizer=c.optimizer, momentum=c.momentum, weight_decay=c.weight_decay,
@@ -1383,8 +1357,8 @@ def build_model_and_optimizer(c: Config, device: torch.device, start: tuple | No
     return model, optimizer
 
 
-def pick_device(c: Config) -> torch.device:
-    """The config's device; of several GPUs of a machine each of its ranks takes its own."""
+def pick_device(c: TrainConfig) -> torch.device:
+    """The device that the config names. "cuda" is another GPU for each rank of a machine."""
     name = c.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1392,12 +1366,12 @@ def pick_device(c: Config) -> torch.device:
         name = f"cuda:{LOCAL_RANK}"
     try:
         return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as e:      # no such device, or no CUDA in this PyTorch
+    except (RuntimeError, AssertionError) as e:  # there is no such device
         raise UserError(f"device={c.device}: {str(e).splitlines()[0]}") from None
 
 
 def check_fp8(c: Config, curriculum: data.Curriculum, device: torch.device) -> None:
-    """UserError if precision=fp8 is asked for and a matrix product in the blocks cannot have it."""
+    """UserError if precision=fp8 is asked for, and the GPU or a matrix is not made for it."""
     if compute_precision(c, device) != "fp8":
         return
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
@@ -1410,22 +1384,22 @@ def check_fp8(c: Config, curriculum: data.Curriculum, device: torch.device) -> N
         sizes.update(p.shape)
     for size in sorted(sizes):
         if size % 16:
-            raise UserError(f"precision=fp8 needs widths and seq_len in multiples of 16, not {size}; "
-                            "change it or give --precision=bf16")
+            raise UserError("precision=fp8 needs widths and seq_len in multiples of 16, and one is "
+                            f"{size}; change it, or give --precision=bf16")
 
 
 def check_prompts(c: Config, tokenizer: data.Tokenizer, encode_prompt=encode_text_prompt) -> None:
-    """UserError for a prompt that is not text, or leaves the model no room to continue it."""
+    """UserError for a prompt that is not a text, or leaves no room to continue it."""
     for prompt in c.prompts:
         if not isinstance(prompt, str):
-            raise UserError(f"prompts must be a list of texts; {prompt!r} is not a text")
+            raise UserError(f"prompts must be a list of texts, and {prompt!r} is not a text")
         if len(encode_prompt(tokenizer, prompt)) >= c.max_position_embeddings:
             raise UserError(f"prompt {prompt[:20]!r}... is longer than max_position_embeddings="
                             f"{c.max_position_embeddings}; shorten it")
 
 
 def check_writable(out: Path) -> None:
-    """UserError if out is not a folder, or not one that we may write. Creates nothing."""
+    """UserError unless out is a folder that can be written, or made. Makes nothing."""
     folder = out.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -1436,19 +1410,19 @@ def check_writable(out: Path) -> None:
 # ---- how a run ends
 
 def install_signal_handlers() -> list[float]:
-    """Handle SIGTERM and Ctrl-C -> a list that becomes non-empty when one arrives. A second one,
-    more than a second later, ends the process at once."""
+    """Handle SIGTERM and Ctrl-C -> a list that fills when one arrives. A second one, more than a
+    second later, ends the process at once."""
     times = []
 
     def handler(number, frame):
-        # `timeout` and torchrun send the same signal twice, to us and to our process group.
+        # `timeout` sends one signal to us and one to our process group.
         if times and time.monotonic() - times[0] < 1:
             return
         if times:
             os._exit(128 + number)
         times.append(time.monotonic())
         if RANK == 0:
-            # Not print(), which may be busy just now.
+            # Not print(), in the midst of which the signal may have come.
             os.write(1, b"stopping after this step; once more to stop at once\n")
 
     signal.signal(signal.SIGTERM, handler)
@@ -1458,12 +1432,13 @@ def install_signal_handlers() -> list[float]:
 
 @contextmanager
 def friendly_errors(c: TrainConfig, out: Path):
-    """Turn what the surroundings do to a run (memory, disk, a lost rank) into a UserError. An error
-    in the code keeps its traceback."""
+    """Make a UserError of what the environment does to a run: too little memory, a full disk, a
+    lost rank. Errors of our code keep their traceback."""
     try:
         yield
     except torch.OutOfMemoryError:
-        raise UserError(f"out of memory; halve --micro_batch_tokens={c.micro_batch_tokens}") from None
+        raise UserError(f"out of memory; halve --micro_batch_tokens={c.micro_batch_tokens}, or "
+                        "raise --activation_checkpoint_layers") from None
     except OSError as e:
         raise UserError(f"{e.filename or out}: {one_line(e)}") from None
     except RuntimeError as e:
@@ -1484,7 +1459,6 @@ def run_main(main) -> None:
         message = "interrupted; run the same command to go on"
     except UserError as e:
         message = str(e)
-
     if WORLD > 1:
         exit_rank(message)
     if message:
@@ -1492,14 +1466,14 @@ def run_main(main) -> None:
 
 
 def exit_rank(message: str | None) -> None:
-    """End one of several ranks. Rank 0 prints at once, and torchrun then ends the others. One that is
-    still alive after 3 s has failed alone, and prints its own message. The process group is not
-    destroyed: that would wait for ranks that are gone."""
-    if message and RANK == 0:
+    """End one of several ranks. Rank 0 prints at once, and torchrun then ends the others. A rank
+    that is still alive after 3 s has failed alone, and prints too. The process group is not
+    destroyed, as that would wait for ranks that are gone."""
+    if message:
+        if RANK != 0:
+            time.sleep(3)
+            message = f"rank {RANK}: {message}"
         print(message, file=sys.stderr)
-    elif message:
-        time.sleep(3)
-        print(f"rank {RANK}: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1 if message else 0)
@@ -1515,21 +1489,22 @@ def main() -> None:
     with friendly_errors(c, out):
         if c.dry_run or c.export:
             if RANK == 0:
-                print_plan(c) if c.dry_run else export_checkpoint(c, out)
+                plan_or_export(c, out)
             return
-        dataset, held_out, model, optimizer, tokenizer, start = setup(c, out)
+        parts = setup(c, out)
         if RANK == 0:
             out.mkdir(parents=True, exist_ok=True)
             configurator.save(c, out / "config.json")
-        train(c, out, dataset, held_out, model, optimizer, tokenizer, start)
+        train(c, out, *parts)
 
 
-def print_plan(c: Config) -> None:
-    from tools.plan import dry_run_report
-    print(dry_run_report(c, make_curriculum(c)))
+def plan_or_export(c: Config, out: Path) -> None:
+    """What needs neither data nor other ranks."""
+    if c.dry_run:
+        from tools.plan import dry_run_report
+        print(dry_run_report(c, make_curriculum(c)))
+        return
 
-
-def export_checkpoint(c: Config, out: Path) -> None:
     from tools.export import export
     if c.resume == "auto":
         found = latest_checkpoint(out)
