@@ -15,19 +15,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_ranks import ROOT, metrics, stored
+from safetensors.torch import load_file
 from worlds import world
 
 import data
-import tools.plots
 from configurator import UserError
 from model import Motif, MotifConfig
 from synthetic.conversations import answer_of
 
-# At the end of this file ranks are forked, and a rank must know its number before it imports these.
+# As a script this file forks ranks, each of which must know its number before it imports pretrain.
 if __name__ != "__main__":
     import pretrain
     import sft
+    import tools.plots
 
 TINY = MotifConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=5,
                    num_noise_heads=1, num_key_value_heads=2, head_dim=8)
@@ -59,10 +59,25 @@ def save_initial_model(folder: Path) -> None:
 def run_sft(out: str | Path, **options) -> None:
     """`python sft.py` in this process, without a plot."""
     import sft
-    tools.plots.plot_training = lambda out: None
+    import tools.plots
+    tools.plots.plot_training = print
     options = {**OPTIONS, "out_dir": out, **options}
-    sys.argv = ["sft.py", *(f"--{key}={value}" for key, value in options.items())]
+    sys.argv = ["sft.py"] + [f"--{key}={value}" for key, value in options.items()]
     sft.main()
+
+
+def metrics(out: Path) -> list[dict]:
+    """What a run has logged, without what depends on the machine's speed."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: x for key, x in line.items() if key not in ("ms", "tok_per_s")} for line in lines]
+
+
+def stored(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint: the model and the optimizer's state."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    for name, tensor in load_file(checkpoint / "optimizer" / "state.safetensors").items():
+        tensors[f"optimizer: {name}"] = tensor
+    return tensors
 
 
 # ---- the chat format
@@ -549,7 +564,8 @@ def run_worlds(folder: Path) -> None:
 
 
 def test_four_ranks_are_one(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    root = str(Path(data.__file__).parent)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     done = subprocess.run([sys.executable, __file__, str(tmp_path)], env=environment, text=True,
                           capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
