@@ -58,9 +58,9 @@ from pretrain import RANK, TrainConfig, all_gather_object
 #     3 linguistic            stage 2 without what is redundant or of little      a light
 #       precision             value, by diversity and coherence                   continuation
 #
-# The report gives stage 1 rows of 16,384 tokens, 32M tokens per step, MuonClip with weight decay
-# 0.1, and a cosine to about 0 after 5% warm-up; the other stages have the same here. Its data are
-# not public. synthetic/conversations.py generates stand-ins, and --data gives others:
+# The report gives stage 1 rows of 16,384 tokens, 32M tokens per step (1,953 rows), MuonClip with
+# weight decay 0.1, and a cosine to about 0 after 5% warm-up; the other stages have the same here.
+# Its data are not public. synthetic/conversations.py generates stand-ins, and --data gives others:
 #
 #     help      what a module or function of Python's library does, by its docstring
 #     skills    one or two small tasks: "Add 5", "Sort its letters", "Give its day of the week"
@@ -71,6 +71,7 @@ from pretrain import RANK, TrainConfig, all_gather_object
 
 @dataclass
 class Stage:
+    """What a stage reads, and how fast it learns."""
     data: dict          # name -> [source, weight]: share of the tokens; weight 0: evaluation only
     lr: float           # at its peak
     best_share: float | None = None       # how much of a domain filter_by_quality keeps; None: all
@@ -113,7 +114,7 @@ QUICKSTART = str(Path(__file__).parent / "config" / "sft_quickstart.py")
 
 @dataclass
 class Config(TrainConfig):
-    """A stage of fine-tuning. None: as STAGES has it."""
+    """A stage of fine-tuning. What is None here is as STAGES has it."""
     stage: Literal[1, 2, 3] = 1
     model: str | None = None        # initial weights: the folder of a run, a checkpoint or a model,
                                     # or owner/name of the Hub; None: the stage before this one
@@ -134,7 +135,7 @@ class Config(TrainConfig):
 
 def configured_stage(c: Config) -> Stage:
     """The stage of STAGES with what the config overrides."""
-    stage = replace(STAGES[c.stage])
+    stage = replace(STAGES[c.stage])  # a copy
     stage.lr *= c.lr_scale
     for key in ("data", "epochs", "batch_tokens", "seq_len"):
         if getattr(c, key) is not None:
@@ -555,7 +556,8 @@ class PackedChatDataset:
         return checksum.hexdigest()[:16]
 
 
-def held_out_rows(chats: TokenizedChats, tokens: int, T: int):
+def held_out_rows(chats: TokenizedChats, tokens: int,
+                  T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """About `tokens` tokens of held-out conversations, from all over them and at least one, packed
     -> ids, targets and doc_ids, each (rows, T) int64."""
     n = len(chats)
@@ -600,6 +602,14 @@ def ngrams(text: str, n: int) -> list[int]:
     """A hash of every n words in a row. Python salts it: it is valid within this process only."""
     found = words(text)
     return [hash(tuple(found[i:i + n])) for i in range(len(found) - n + 1)]
+
+
+def conversation_grams(messages: list[dict], n: int) -> set[int]:
+    """All n words in a row within a message, hashed."""
+    grams = set()
+    for message in messages:
+        grams.update(ngrams(message["content"], n))
+    return grams
 
 
 REASONING = re.compile(r"=|\b(so|because|therefore|thus|hence|since|then|if|implies|means|first"
@@ -713,10 +723,7 @@ def dedup_and_filter(conversations: list, duplicate_share: float) -> tuple[list,
     seen = set()
     dropped = {}  # reason -> conversations
     for messages in conversations:
-        grams = set()
-        for message in messages:
-            grams.update(ngrams(message["content"], 5))
-
+        grams = conversation_grams(messages, 5)
         if grams and len(grams & seen) > duplicate_share * len(grams):
             dropped.setdefault("near-duplicate", []).append(messages)
         elif distinct_3(messages) < MIN_DISTINCT:
@@ -739,10 +746,7 @@ def decontaminate(conversations: list, benchmark: set[int]) -> tuple[list, str]:
     reading it the benchmark would measure memory. (13 as in GPT-3's report, arXiv 2005.14165.)"""
     kept = []
     for messages in conversations:
-        grams = set()
-        for message in messages:
-            grams.update(ngrams(message["content"], 13))
-        if grams.isdisjoint(benchmark):
+        if benchmark.isdisjoint(conversation_grams(messages, 13)):
             kept.append(messages)
     dropped = len(conversations) - len(kept)
     return kept, f"{dropped:,d} dropped as they share 13 words in a row with a benchmark"
@@ -811,15 +815,16 @@ def hash_text(text: str) -> int:
 
 
 def train_val_split(conversations: list, held_out: set[int]) -> dict[str, list]:
-    """Split a domain by the hashes of its questions -> {"val": [...], "train": [...]}.
+    """Split a domain -> {"val": [...], "train": [...]}. A question is held out if its hash is below
+    2^64 / 50, or if it is in `held_out`, the hashes of questions that are for evaluation only.
 
-    val     conversations whose first question has a hash below the bound, each cut before the
-            first of the user's later messages that is not such a question
-    train   conversations without any such question, and without one of `held_out`, those of
-            the domains for evaluation only
+    val     conversations whose first question is below 2^64 / 50, each cut before the first of the
+            user's later messages that is not such a question
+    train   conversations in which no question is held out
 
-    Conversations of neither kind are dropped. If no first question is below 2^64 / 50, as in a
-    small domain, the bound is raised to hold out the least."""
+    Conversations of neither kind are dropped: in training they would tell a held-out answer. If a
+    small domain has no first question below 2^64 / 50, the bound is raised to hold out the least.
+    """
     hashes = [question_hashes(messages) for messages in conversations]
     bound = 2**64 // VAL_EVERY
     if hashes:
@@ -837,7 +842,8 @@ def train_val_split(conversations: list, held_out: set[int]) -> dict[str, list]:
 
 
 def cut_at_other_question(messages: list[dict], below: list[int]) -> list[dict]:
-    """The messages before the user's first one, after a reply, whose index is not in `below`."""
+    """The messages up to the first one of the user that comes after a reply and is not in `below`,
+    a list of indices."""
     has_reply = False
     for i, message in enumerate(messages):
         if message["role"] == "user" and has_reply and i not in below:
@@ -1097,7 +1103,7 @@ def find_start(c: Config, out: Path) -> tuple[tuple | None, Origin]:
     began_with = state["config"]["init"]
     try:
         identity = resolve_init_checkpoint(c).identity
-    except UserError:
+    except UserError:  # they are gone
         identity = began_with
     if identity != began_with:
         raise UserError(f"{out} holds a run that began with {began_with}, not with {identity}; "
