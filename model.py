@@ -21,6 +21,7 @@ The letters that this project uses for sizes, with their values in Motif-2-12.7B
     H   query heads, G (r + 1)                 40
     K   key heads                              16
     P   pairs of key heads, K / 2              8     also the number of value heads, 2D wide
+    h   query heads that read one key head     4 (signal) or 1 (noise)
     F   intermediate size of the MLP           16,384   (in code, F is torch.nn.functional)
 
 One row of 4,096 tokens on its way through the 12.7B model, whose residual stream is 4,096 wide:
@@ -221,8 +222,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None =
 # Softmax cannot say "nowhere": every visible token gets some weight, and in a long context the
 # many small weights on irrelevant tokens add up to noise. The Differential Transformer (2410.05258)
 # removes it as a noise-cancelling headphone does. Two maps read the same values, and the second,
-# times a learnt lambda, is subtracted from the first. What both spread on irrelevant tokens cancels;
-# what the first alone attends to stays. Say that one token of three matters:
+# times a learnt lambda, is subtracted from the first. What both spread on irrelevant tokens
+# cancels; what the first alone attends to stays. Say that one token of three matters:
 #
 #     signal map  (0.50, 0.25, 0.25)
 #     noise map   (0.00, 0.50, 0.50)       lambda = 0.5:  signal - lambda noise = (0.50, 0, 0)
@@ -305,8 +306,8 @@ def differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Te
     """scale * RMSNorm(signal - lambda noise), each head by itself.
 
     signal (B, T, G, r, 2D), noise (B, T, G, 1, 2D), lambda_ a scalar, weight (2D,), the same for
-    all heads -> (B, T, G r 2D), what o_proj reads. Computed in fp32. Without the norm, a head whose
-    maps nearly cancel would be heard less than the others."""
+    all heads -> (B, T, G r 2D), what o_proj reads. Computed in fp32. The norm gives every head the
+    same scale: without it, a head whose maps nearly cancel would contribute next to nothing."""
     weight = upcast(weight) * scale
     if kernels.can_fuse_differential_norm(signal):
         return kernels.fused_differential_norm(signal, noise, lambda_, weight, eps).flatten(2)
@@ -316,7 +317,7 @@ def differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Te
 
 
 def lambda_init(layer: Tensor) -> Tensor:
-    """Where layer's lambda starts, in float64: 0.8 - 0.6 exp(-0.3 (layer - 1)).
+    """The value at which a layer's lambda starts, in float64: 0.8 - 0.6 exp(-0.3 (layer - 1)).
 
     The paper counts layers from 1, and its first lambda is 0.2. The released code passes a layer
     number that counts from 0 into the same formula, so the first layer has -0.0099. We keep that:
@@ -330,7 +331,9 @@ def lambda_init(layer: Tensor) -> Tensor:
 
 # ---- the shape of a model
 
-ACTIVATIONS = {"poly_norm": "poly_norm", "swiglu": "silu"}  # our name -> config.json's hidden_act
+# MotifConfig.activation -> hidden_act of config.json
+ACTIVATIONS = {"poly_norm": "poly_norm", "swiglu": "silu"}
+
 # The Hub repository whose Python code transformers and vLLM run for a config.json of ours.
 MODELING_REPO = "Motif-Technologies/Motif-2-12.7B-Base"
 
@@ -399,8 +402,8 @@ class MotifConfig:
 
     @classmethod
     def from_dict(cls, config: dict) -> "MotifConfig":
-        """From a released config.json, whose unknown keys are ignored. UserError if a key is
-        missing, or asks for something that this model does not have."""
+        """From a released config.json. Keys that we do not know are ignored, unless they ask for
+        something that this model does not have."""
         config = dict(config)
         for key, value in {"use_bias": False, "k_ratio": 1, "use_sliding_window": False}.items():
             if config.get(key, value) not in (value, None):
@@ -417,7 +420,8 @@ class MotifConfig:
             is_plain = rope_options.get("rope_type", "default") == "default"
             if not is_plain or rope_options.keys() - {"rope_type", "rope_theta"}:
                 raise UserError(f"config.json has {key}={rope_options}; only plain RoPE is known")
-            config["rope_theta"] = rope_options.get("rope_theta", config.get("rope_theta"))
+            if "rope_theta" in rope_options:
+                config["rope_theta"] = rope_options["rope_theta"]
 
         act = config.get("hidden_act", "poly_norm")
         ours = {theirs: name for name, theirs in ACTIVATIONS.items()}
@@ -805,14 +809,15 @@ def flops_per_token(config: MotifConfig, seq_len: int, causal: bool = True) -> t
 # padded on the right, so each row has its own length and all shapes are those of the batch:
 #
 #     slot                  0      1      2      3
-#     row 0                 The    cat    sat    .            lengths = [3, 1]
-#     row 1                 Hi     .      .      .
+#     row 0                 The    cat    sat    -            lengths = [3, 1]
+#     row 1                 Hi     -      -      -
 #
 # To read "on" in row 0 and "there !" in row 1 is one call of model(ids, cache=cache,
-# row_lengths=[1, 2]), with ids = [on PAD; there !]. They are put behind what is there:
+# row_lengths=n), with n = [1, 2] and the rows [on PAD] and [there !] as ids. The new tokens take
+# the next slots of their rows:
 #
 #     row 0                 The    cat    sat    on           lengths = [4, 3]
-#     row 1                 Hi     there  !      .
+#     row 1                 Hi     there  !      -
 #
 # What lies beyond a row's length (PAD's keys, zeros, an earlier token's) is never seen, because a
 # query sees the slots up to its own position and no further, and the next token overwrites it.
@@ -829,7 +834,8 @@ class KVCache:
     >>> model = Motif(MotifConfig())
     >>> ids = torch.tensor([[1, 2, 3, 4, 5]])
     >>> cache = KVCache(model, batch_size=1, max_length=5)
-    >>> first, rest = model(ids[:, :2], cache=cache), model(ids[:, 2:], cache=cache)
+    >>> first = model(ids[:, :2], cache=cache)
+    >>> rest = model(ids[:, 2:], cache=cache)
     >>> torch.allclose(torch.cat([first, rest], dim=1), model(ids), atol=1e-5)
     True
     """
@@ -857,7 +863,7 @@ class KVCache:
             self.values.append(torch.zeros(value_shape, dtype=dtype, device=weight.device))
 
     def open(self, positions: Tensor, row_lengths: Tensor | None) -> "list[LayerCache]":
-        """What each layer needs to read tokens at these positions (B, T)."""
+        """What each layer needs for a pass over tokens at these positions (B, T)."""
         T = positions.shape[1]
         S = self.keys[0].shape[2]
 
@@ -873,7 +879,8 @@ class KVCache:
             if int((self.lengths + new).max()) > self.max_length:
                 raise ValueError(f"a row would exceed the cache's {self.max_length} tokens")
 
-        # Padding may stand beyond the last slot. It is put there: that slot is nobody's.
+        # The position of a padding token may be beyond the last slot, which no real token uses.
+        # Such tokens are all written there.
         slots = positions.clamp(max=S - 1)
         return [LayerCache(keys, values, slots, visible, was_empty)
                 for keys, values in zip(self.keys, self.values)]
@@ -1000,7 +1007,7 @@ class Decoder:
     def next_tokens(self) -> Tensor:
         """One more token of each row: (B, 1)."""
         if self.remaining == 0:
-            raise ValueError("this Decoder has drawn its max_new_tokens")
+            raise ValueError("max_new_tokens have been drawn; there is no room for more")
         self.remaining -= 1
         if self.new is not None:
             self.logits = self.step(self.new)
@@ -1074,7 +1081,7 @@ def sample_next_token(logits: Tensor, temperature: float, top_k: int | None,
 # another stem. So whatever reads released models reads our checkpoints.
 
 INDEX = ".safetensors.index.json"
-STORED_DTYPES = ("F64", "F32", "F16", "BF16")        # that we load, as safetensors names them
+STORED_DTYPES = ("F64", "F32", "F16", "BF16")        # of weights, in the names of safetensors
 
 
 def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes: int) -> None:
@@ -1093,8 +1100,8 @@ def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes:
         for old in path.glob(f"{stem}[.-]*safetensors*"):
             old.unlink()
 
-    # All is assembled before anything is written: if writing fails on one rank, the others must
-    # not be left waiting for it in full_tensor().
+    # All tensors are assembled before any file is written: if writing fails on one rank, the other
+    # ranks must not be left waiting for it in full_tensor().
     names_of_file = divide_into_files(tensors, stem, shard_bytes)
     mine = {}
     for i, (file, names) in enumerate(names_of_file.items()):
