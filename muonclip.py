@@ -7,14 +7,14 @@ One step of Muon on a matrix, from its gradient:
     O        = newton_schulz(u)                                          (u made orthogonal)
     weight   = weight - lr * (0.2 sqrt(max(m, n)) * O + weight_decay * weight)
 
-The first half is for everybody: why one orthogonalises, Newton-Schulz, the update, QK-clip, the
-optimizer. The second half is Parallel Muon, which takes the same step on many GPUs, where FSDP2 has
-cut the matrices into shards, with the same bits as one process. A newcomer may stop before it.
+The first half is for everybody. The second half is Parallel Muon, which takes the same step on many
+GPUs, where FSDP2 has cut the matrices into shards, bit-identical to one process.
 
 Sources: Muon (Keller Jordan, kellerjordan.github.io/posts/muon), Moonlight (arXiv 2502.16982) for
 the factor 0.2 sqrt(max(m, n)), Kimi K2 (2507.20534) for QK-clip, Motif-2 (2511.07464) for Parallel
 Muon. Letters in this file: G is the matrix to be made orthogonal (a gradient, or u), m x n its
-shape, O the result; H query heads, K key heads, D head_dim.
+shape, O the result, E how many matrices are stacked; X, A, B and Q are the matrices of
+Newton-Schulz; H query heads, K key heads, D head_dim.
 
 `python -m tools.bench_muon` times all of this, and plans Parallel Muon for any number of GPUs.
 """
@@ -38,19 +38,20 @@ import kernels
 # weight far in those and hardly at all in the others, although the rare directions may hold what is
 # left to learn. (Adam rescales each entry of G by itself, and so does not see directions at all.)
 #
-# The idea. Write G = U S V^T, its singular value decomposition, and replace S by ones: O = U V^T is
-# the semi-orthogonal matrix nearest to G, and moves the weight equally far in every direction that
-# G has. It is also steepest descent under the spectral norm: among all steps that change the
-# output W x of no input x by more than |x|, it lowers the loss most, to first order.
+# The idea. Write G = U diag(s) V^T, its singular value decomposition, and replace every s by 1:
+# O = U V^T is the semi-orthogonal matrix nearest to G, and moves the weight equally far in every
+# direction that G has. It is also steepest descent under the spectral norm: among all steps dW with
+# |dW x| <= |x| for every x, -O lowers the loss most, to first order.
 #
-# Newton-Schulz. An SVD is slow on a GPU; matrix products are fast. With A = X X^T, one product
+# Newton-Schulz. An SVD is slow on a GPU; matrix products are fast. Start with X = G / |G|_F, whose
+# singular values are at most 1. With A = X X^T, one step is
 #
-#     (a I + b A + c A A) X   =   U (a S + b S^3 + c S^5) V^T
+#     X  <-  (a I + b A + c A A) X   =   U diag(a s + b s^3 + c s^5) V^T
 #
-# leaves U and V alone and sends every singular value s to p(s) = a s + b s^3 + c s^5. So choose
-# polynomials that, one after the other, bring every s of (0, 1] near 1, start from X = G / |G|_F
-# (whose singular values are at most 1), and never compute a singular value at all. The ones need
-# not be exact: Keller Jordan's polynomial leaves values from 0.7 to 1.2, and trains as well.
+# It leaves U and V alone and sends every singular value s to a polynomial of s. So choose
+# polynomials that, one after the other, bring every s of (0, 1] near 1, and never compute a
+# singular value at all. The values need not be exactly 1: Keller Jordan's polynomial leaves them
+# between 0.7 and 1.2, and trains as well.
 #
 # What it costs. If m <= n, X X^T and the last product take 2 m^2 n FLOPs each, and A A takes 2 m^3.
 # Five steps on the 280 matrices of the 12.7B model take 1.0e15 FLOPs, as many as training it on
@@ -68,7 +69,7 @@ COEFFICIENTS = {
         (3.7418, -5.5913, 2.3037),
         (2.8769, -3.1427, 1.2046),
         (2.8366, -3.0525, 1.2012)],
-    # Polar Express (arXiv 2505.16932): the smallest error of the worst s. Error 0.19.
+    # Polar Express (arXiv 2505.16932): the smallest worst error over all s. This error 0.19.
     "polar_express": [
         (8.156554524902461, -22.48329292557795, 15.878769915207462),
         (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -76,17 +77,17 @@ COEFFICIENTS = {
         (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)]}
 
-# X_0 is divided by this too. The first polynomial of polar_express is made for s <= 1 and climbs
-# steeply there: s = 1.03, left by a norm that was rounded down, would go to 2.24, 5.7, 2575 and on.
-# Dividing by 1.02 keeps s away from that edge. The other two tables tolerate s a little above 1.
+# The start X is divided by this too. The first polynomial of polar_express is made for s <= 1 and
+# climbs steeply there: s = 1.03, left by a norm that was rounded down, would go to 2.24, 5.7, 2575
+# and on. Dividing by 1.02 keeps s away from that edge. The other tables tolerate s just above 1.
 START_MARGIN = {"quintic": 1.0, "motif": 1.0, "polar_express": 1.02}
 
 
 def plain_newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif") -> Tensor:
     """The definition: G (m, n) -> O (m, n), near U V^T. newton_schulz below is the same, faster.
 
-    What the five polynomials do to the singular values 0.01, 0.1, 0.5 and 1, a line for each step.
-    The first three make small values grow, and throw large ones about; the last two settle all:
+    What the five polynomials do to four singular values, a line for each step: the first three
+    make small values grow, and throw large ones about; the last two settle all.
 
     >>> s = torch.tensor([0.01, 0.1, 0.5, 1.0])
     >>> for a, b, c in COEFFICIENTS["motif"]:
@@ -114,16 +115,17 @@ def plain_newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif") 
 
 # ---- Newton-Schulz, fast
 #
-# Precision. u is cast to bf16 first, also on one process: Parallel Muon sends bf16, and one rank
-# and many are to give the same bits. On a GPU the iteration itself runs in fp16. Tensor cores
-# multiply both at the same speed, and fp16 has 3 more bits of mantissa; bf16 has the larger range,
-# which is not needed, since we know how large X is.
+# Precision. u is cast to bf16 first, since Parallel Muon sends bf16; one process does it too, to
+# get the same bits. On a GPU the iteration itself runs in fp16. Tensor cores multiply both at the
+# same speed, and fp16 has 3 more bits of mantissa; bf16 has the larger range, which is not needed,
+# since we know how large X is.
 #
 # Scale. We also know how small X is. |X|_F = 1 means that its entries are about 1 / sqrt(m n),
 # which is 1.2e-4 for 4096 x 16384, and below 6.1e-5 fp16 loses bits (subnormal numbers). So we
 # keep SCALE X instead of X. A power of two changes no bit of the mantissa. 64 is the largest that
-# is safe: SCALE^2 A has entries up to 64^2 * 1.99^2 = 16,000 with polar_express, whose s reaches
-# 1.99; 128 would reach 65,000, and fp16 ends at 65,504.
+# is safe: plain_steps holds SCALE^2 A, whose entries reach 64^2 * 1.99^2 = 16,000 with
+# polar_express, whose s reaches 1.99; 128 would reach 65,000, and fp16 ends at 65,504. (gram_steps
+# holds only SCALE A.)
 #
 # Symmetry. In each step all products but the last are symmetric matrices, so half of each need not
 # be computed. kernels.symmetric_matmul does that where the matrices are large enough to pay.
@@ -134,7 +136,7 @@ SCALE = 64.0
 def newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif",
                   dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Compute plain_newton_schulz of each matrix in G (..., m, n), cast to `dtype` first -> O
-    (..., m, n) in `dtype`. Scale does not matter: 1e30 G and 1e-30 G give the same O; 0 gives 0."""
+    (..., m, n) in `dtype`. 1e30 G and 1e-30 G give the same O; 0 gives 0."""
     if coefficients not in COEFFICIENTS:
         raise ValueError(f"newton_schulz knows the coefficients {', '.join(COEFFICIENTS)}, "
                          f"not {coefficients!r}")
@@ -153,7 +155,7 @@ def newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif",
 
     table = COEFFICIENTS[coefficients][:steps]
     if symmetric_products_pay(X):
-        # A nearly square X is about as small as A, and leaving it aside would save nothing.
+        # A nearly square X is about as small as A, so working on A alone would save nothing.
         wide = X.shape[2] >= 1.2 * X.shape[1]
         X = gram_steps(X, table, span=3 if wide else 1)
     else:
@@ -175,7 +177,7 @@ def normalize(matrices: Tensor, margin: float) -> Tensor:
         largest = torch.linalg.vector_norm(flat, torch.inf, 1, keepdim=True, dtype=torch.float32)
     else:
         working_dtype = flat.dtype
-        largest = flat.abs().amax(1, keepdim=True)      # the same norm; that call is slow on a CPU
+        largest = flat.abs().amax(1, keepdim=True)      # vector_norm is slow on a CPU
 
     largest.clamp_(torch.finfo(flat.dtype).tiny)
     X = torch.empty_like(flat, dtype=working_dtype)
@@ -189,7 +191,7 @@ def normalize(matrices: Tensor, margin: float) -> Tensor:
 
 def plain_steps(X: Tensor, table: list) -> Tensor:
     """Run Newton-Schulz on SCALE X (E, m, n) in three calls a step, since for small matrices the
-    calls are what takes the time. plain_newton_schulz has the same lines without SCALE."""
+    calls are what takes the time."""
     for a, b, c in table:
         A = torch.bmm(X, X.mT)                                              # SCALE^2 A
         B = torch.baddbmm(A, A, A, beta=b / SCALE**2, alpha=c / SCALE**4)   # B
@@ -201,14 +203,14 @@ def gram_steps(X: Tensor, table: list, span: int) -> Tensor:
     """Run Newton-Schulz on SCALE X (E, m, n), `span` steps at a time on A = X X^T alone, which is
     small if X is wide (Gram Newton-Schulz; Dao-AILab, 2026).
 
-    One step turns X into P X, where P = a I + B and B = b A + c A A as above. So it turns A into
-    P A P. Multiply Q = P_3 P_2 P_1 together on (m, m) matrices, and touch the wide X once, X = Q X.
-    A, P and Q are all symmetric, since they are polynomials in one matrix.
+    One step turns X into Z X, where Z = a I + B and B = b A + c A A as above. So it turns A into
+    Z A Z. Multiply Q = Z_3 Z_2 Z_1 together on (m, m) matrices, and touch the wide X once, X = Q X.
+    A, Z and Q are all symmetric, since they are polynomials in one matrix.
 
-    After three steps (span) A is computed from X again. Rounding makes eigenvalues of A that should
-    be 0 a little negative. The exact X X^T has no negative ones, and the polynomials let them grow,
-    by about a^2 = 16 in each step. In fp16 they stay harmless for three steps, in bf16 for two."""
-    # symmetric(X, Y, alpha, D, beta) is alpha X Y^T + beta D.
+    After `span` steps A is computed from X again. Rounding makes eigenvalues of A that should be 0
+    a little negative. The exact X X^T has no negative ones, and the polynomials make them grow, by
+    about a^2 = 16 in each step. In fp16 they stay harmless for three steps, in bf16 for two."""
+    # symmetric(X, Y, alpha, addend, beta) is alpha X Y^T + beta addend.
     symmetric = kernels.symmetric_matmul
     for first in range(0, len(table), span):
         steps = table[first:first + span]
@@ -216,12 +218,12 @@ def gram_steps(X: Tensor, table: list, span: int) -> Tensor:
         for i, (a, b, c) in enumerate(steps):
             B = symmetric(A, A, c / SCALE, A, b)
 
-            # The next step's A = P A P. The last step needs none.
+            # The next step's A = Z A Z. The last step needs none.
             if i + 1 < len(steps):
-                PA = symmetric(B, A, 1 / SCALE, A, a)
-                A = symmetric(PA, B, 1 / SCALE, PA, a)
+                ZA = symmetric(B, A, 1 / SCALE, A, a)
+                A = symmetric(ZA, B, 1 / SCALE, ZA, a)
 
-            # Q = P Q, and at first Q = P. B is not read again, so P may overwrite it.
+            # Q = Z Q, and at first Q = Z. B is not read again, so Z may overwrite it.
             if i == 0:
                 Q = B
                 Q.diagonal(dim1=1, dim2=2).add_(a * SCALE)
@@ -233,8 +235,8 @@ def gram_steps(X: Tensor, table: list, span: int) -> Tensor:
 
 
 def symmetric_products_pay(X: Tensor) -> bool:
-    """Whether it is faster for X (E, m, n) to compute only half of each symmetric product. The half
-    is made of square tiles. A few do not fill a GPU; then cuBLAS, which computes all, is faster."""
+    """Whether it is faster for X (E, m, n) to compute only half of each symmetric product. Too few
+    tiles do not fill a GPU; then cuBLAS, which computes all, is faster."""
     tile_rows = math.ceil(X.shape[1] / kernels.TILE)
     tiles = len(X) * tile_rows * (tile_rows + 1) // 2
     return tiles >= kernels.SYMMETRIC_TILES and kernels.can_use_symmetric_matmul(X)
@@ -248,9 +250,9 @@ compiled = functools.cache(torch.compile)
 
 
 def compile_rowwise(function):
-    """Decorator: view the first two tensors, which have one size, as (rows, 1024) if 1024 divides
-    it, and compile the function on a GPU. Then only the number of rows differs from matrix to
-    matrix, so that one compiled kernel serves all, and can move 16 bytes at a time."""
+    """Decorator: view the first two tensors, which have the same size, as (rows, 1024) if 1024
+    divides it, and compile the function on a GPU. Then only the number of rows differs from matrix
+    to matrix, so that one compiled kernel serves all, and can move 16 bytes at a time."""
     def call(first, second, *args):
         width = math.gcd(first.numel(), 1024)
         first = first.view(-1, width)
@@ -265,7 +267,7 @@ def compile_rowwise(function):
 def add_to_momentum(momentum: Tensor, G: Tensor, mu: Tensor, skip: Tensor | None, nesterov: bool,
                     dtype: torch.dtype) -> Tensor:
     """momentum = mu * momentum + G, in place -> u in dtype, which is G + mu * momentum with
-    Nesterov, else the momentum. If skip is true G counts as 0."""
+    Nesterov, else the momentum. If `skip` is true (see MuonClip.step), G counts as 0."""
     if skip is not None:
         G = G.masked_fill(skip, 0)
     torch.addcmul(G, momentum, mu, out=momentum)
@@ -276,7 +278,8 @@ def add_to_momentum(momentum: Tensor, G: Tensor, mu: Tensor, skip: Tensor | None
 
 @compile_rowwise
 def apply_update(weight: Tensor, O: Tensor, decay: Tensor, rate: Tensor) -> Tensor:
-    """weight = decay * weight - rate * O, in place -> the norms of O's rows."""
+    """weight = decay * weight - rate * O, in place -> the norms of the rows that compile_rowwise
+    made of O; only their total is used."""
     weight.mul_(decay).addcmul_(O, rate, value=-1)
     return torch.linalg.vector_norm(O, dim=1, dtype=weight.dtype)
 
@@ -299,13 +302,14 @@ def update_scale(shape) -> float:
 # ---- QK-clip
 #
 # The problem. A logit q . k contains two projections, so it can grow as fast as the product of the
-# spectral norms of W_q and W_k. Muon makes that more likely than AdamW: all singular values of its
-# update are equal, so the largest directions of a weight get as much in each step as any other.
-# In a large model the logits of some heads pass 1000, their softmax becomes one-hot, and the loss
-# spikes (Kimi K2, arXiv 2507.20534, section 2.1).
+# spectral norms of W_q and W_k. All singular values of Muon's update are equal, so, more than with
+# AdamW, the largest directions of a weight keep growing. In a large model the logits of some heads
+# pass 1000, their softmax becomes one-hot, and the loss spikes (Kimi K2, arXiv 2507.20534, section
+# 2.1).
 #
 # The idea. Let S_h be the largest logit of head h in this step's own forward pass. After the update
-# multiply the weights of q and k so that a logit of S_h > tau becomes tau, and leave other heads:
+# multiply the weights of q and k so that a logit of S_h > tau would become tau, and leave other
+# heads alone:
 #
 #     gamma_h = min(1, tau / S_h)         the factor that head h's logits are to get
 #
@@ -316,16 +320,16 @@ def update_scale(shape) -> float:
 #     s_j = sqrt(min of gamma_h over the heads h that read key head j)        the factor of key j
 #     gamma_h / s_j                                                           the factor of query h
 #
-# and every head's logits get exactly gamma_h. Kimi K2's factors are these if nothing is shared.
+# and every head's logits get exactly gamma_h. Without sharing, these are Kimi K2's factors.
 
 @torch.no_grad()
 def qk_clip(q_weight: Tensor, k_weight: Tensor, max_logits: Tensor, kv_map, head_dim: int,
             tau: float) -> Tensor:
-    """Scale the rows of q_weight (H D, hidden) and k_weight (K D, hidden) in place, so that no
-    head's logits exceed tau -> gamma (H,).
+    """Scale the rows of q_weight (H D, hidden) and k_weight (K D, hidden) in place, to bring the
+    measured maxima of the logits down to tau -> gamma (H,).
 
-    max_logits (H,): S, the largest, not the largest in magnitude. kv_map (H,): the key head that
-    each query head reads. The weights may be sharded, and a shard may end within a head.
+    max_logits (H,): S, the largest, not the largest in magnitude, measured before the update.
+    kv_map (H,): the key head that each query head reads. A shard may end within a head.
 
     Two heads share a key. The first is at 200 and must come down to 100. The second is at 50 and
     must stay, so its q has to grow by what the key has lost:
@@ -338,7 +342,8 @@ def qk_clip(q_weight: Tensor, k_weight: Tensor, max_logits: Tensor, kv_map, head
     >>> torch.tensor([200.0, 50.0]) * (q * k).flatten()
     tensor([100.0000,  50.0000])
 
-    There is no host sync. A logit that is not finite raises RuntimeError, on a GPU later on."""
+    Nothing waits for the GPU. If a logit is not finite, RuntimeError is raised, on a GPU only when
+    the host next synchronises."""
     finite = (max_logits < torch.inf).all()             # false for NaN too
     torch._assert_async(finite, "QK-clip: an attention logit is not finite")
     kv_map = torch.as_tensor(kv_map, device=max_logits.device)
@@ -355,8 +360,8 @@ def qk_clip(q_weight: Tensor, k_weight: Tensor, max_logits: Tensor, kv_map, head
 
 
 def scale_rows(weight: Tensor, factors: Tensor) -> None:
-    """Multiply row i of weight (rows, columns) by factors[i], in place. If the weight is sharded,
-    each rank scales the rows that it holds."""
+    """Multiply row i of weight (rows, columns) by factors[i], in place; each rank of a sharded
+    weight scales the rows that it holds."""
     if hasattr(weight, "placements"):
         mesh = weight.device_mesh
         box = local_slices(weight.shape, mesh.shape, shard_dims(weight), mesh.get_coordinate())
@@ -366,14 +371,14 @@ def scale_rows(weight: Tensor, factors: Tensor) -> None:
 
 # ---- The optimizer
 
-# Small matrices of one shape are orthogonalised together, up to this many numbers (64 MB in bf16).
-# On a GPU most of the time would otherwise go into launching kernels.
+# Small matrices of the same shape are orthogonalised together, up to this many numbers (64 MB in
+# bf16). On a GPU most of the time would otherwise go into launching kernels.
 MAX_BATCHED_NUMEL = 2**25
 
 
 def batches_of_one_shape(params: list[Tensor]) -> list[list[Tensor]]:
-    """Split params into lists whose members have one shape, and MAX_BATCHED_NUMEL numbers in all. A
-    larger matrix is alone in its list."""
+    """Split params into lists of one shape each, of at most MAX_BATCHED_NUMEL numbers (or one
+    larger matrix)."""
     by_shape = {}
     for p in params:
         by_shape.setdefault(p.shape, []).append(p)
@@ -387,8 +392,7 @@ def batches_of_one_shape(params: list[Tensor]) -> list[list[Tensor]]:
 
 
 class StepScalars(NamedTuple):
-    """What all matrices share in one step. These are tensors on the device, where `skip` can change
-    them."""
+    """What all matrices share in one step, on the device, where `skip` can change it."""
     lr: Tensor
     mu: Tensor
     decay: Tensor               # 1 - lr * weight_decay
@@ -397,7 +401,7 @@ class StepScalars(NamedTuple):
 
 
 class MuonClip(torch.optim.Optimizer):
-    """Muon trains muon_params, AdamW trains adamw_params; nothing but the two lists decides that.
+    """Muon trains muon_params, AdamW trains adamw_params.
 
     muon_params: matrices (m, n), or stacks (..., m, n), of which each matrix is treated by itself.
     adamw_params: anything. Vectors and scalars get no weight decay.
@@ -405,16 +409,15 @@ class MuonClip(torch.optim.Optimizer):
         in qk_clip. tau = 0 switches it off.
     steps, coefficients, dtype: as in newton_schulz. chunk: as in assign_owners.
 
-    The momentum is a sum (M = mu M + G) and not a mean, as its scale does not matter to
+    The momentum is a sum (mu * momentum + G) and not a mean, as its scale does not matter to
     Newton-Schulz. Weight decay uses lr, not lr * 0.2 sqrt(max(m, n)). Weights must be fp32, since
     bf16 rounds away any update below 1/512 of the weight.
 
     On many ranks all ranks of a mesh call step() together, with the same `skip`. Parameters that
     are not DTensors belong to each process, and the caller reduces their gradients.
 
-    To be read after a step: update_rms[p], the RMS of a matrix's last update divided by lr, and
-    heads_clipped, how many heads QK-clip scaled. Both are tensors on the device; only reading them
-    waits for it."""
+    After a step, update_rms[p] is the RMS of a matrix's last update divided by lr, and
+    heads_clipped how many heads QK-clip scaled. Only reading these tensors waits for the device."""
 
     def __init__(self, muon_params, adamw_params, *, lr: float, momentum: float = 0.95,
                  nesterov: bool = True, weight_decay: float = 0.1, betas=(0.9, 0.95),
@@ -444,7 +447,6 @@ class MuonClip(torch.optim.Optimizer):
         self.shard_groups = build_shard_groups(matrices, chunk, dtype)
 
         # The state is made now, so that a checkpoint can be read into it before the first step.
-        # local_shard(p) is this rank's part of p: on one process p itself.
         for p in matrices:
             self.state[p] = {"momentum": torch.zeros_like(local_shard(p))}
         for p in others:
@@ -460,8 +462,8 @@ class MuonClip(torch.optim.Optimizer):
         max_logits (layers, H): the largest logit of each head, for QK-clip; the maximum over ranks
         is taken here.
         skip (0-dim bool tensor): if true, nothing changes, whatever gradients and logits hold (NaN,
-        say). This is decided on the device, without a host sync: gradients count as 0, mu as 1, lr
-        as 0, and AdamW takes skip as found_inf, its flag for an overflow under loss scaling."""
+        say). The device decides, without a host sync: gradients count as 0, mu as 1, lr as 0, and
+        AdamW takes skip as found_inf, its flag for an overflow under loss scaling."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -506,15 +508,15 @@ class MuonClip(torch.optim.Optimizer):
         return StepScalars(lr, mu, decay, group["nesterov"], skip)
 
     def add_gradient(self, p: Tensor, now: StepScalars) -> Tensor:
-        """Add p's gradient to its momentum -> u, in the dtype in which Newton-Schulz gets it."""
+        """Add p's gradient to its momentum -> u, in the dtype that Newton-Schulz gets."""
         momentum = self.state[p]["momentum"]
         G = local_gradient(p)
         u = add_to_momentum(momentum, G, now.mu, now.skip, now.nesterov, self.ns_options["dtype"])
         return u.view(momentum.shape)
 
     def apply_result(self, p: Tensor, O: Tensor, now: StepScalars) -> Tensor:
-        """Update this rank's part of p by its part of O -> the RMS of the update over lr, or, for a
-        shard, the root of what the shard adds to the mean square of the whole."""
+        """Update this rank's part of p by its part of O -> the RMS of scaled O, which is that of
+        the update over lr; for a shard, sqrt of its share of the whole's mean square."""
         scale = update_scale(p.shape)
         row_norms = apply_update(local_shard(p), O, now.decay, now.lr * scale)
         return torch.linalg.vector_norm(row_norms) * (scale / p.numel() ** 0.5)
@@ -524,7 +526,7 @@ class MuonClip(torch.optim.Optimizer):
         if not params:
             return
 
-        # torch's own AdamW, as a function, which can be given local shards, and skip.
+        # torch's own AdamW, as a function, which takes local shards and skip.
         states = [self.state[p] for p in params]
         beta1, beta2 = group["betas"]
         adamw(
@@ -542,8 +544,7 @@ class MuonClip(torch.optim.Optimizer):
     def _qk_clip_step(self, max_logits: Tensor) -> None:
         mesh = getattr(self.qk[0][0], "device_mesh", None)
         if mesh is not None and mesh.size() > 1:
-            # Each rank has seen other sequences. NaN becomes inf first, since a maximum over ranks
-            # may drop a NaN.
+            # Each rank has seen other sequences. A maximum over ranks may drop a NaN; inf stays.
             max_logits = torch.where(max_logits < torch.inf, max_logits, torch.inf)
             for process_group in mesh.get_all_groups():
                 dist.all_reduce(max_logits, dist.ReduceOp.MAX, process_group)
@@ -567,8 +568,8 @@ def check_params(matrices: list[Tensor], others: list[Tensor]) -> None:
 
 def configure_optimizer(model, *, lr: float, optimizer: str = "muonclip", **options) -> MuonClip:
     """Make the optimizer of a model.Motif: Muon for the seven matrices of each layer, AdamW for all
-    else, QK-clip on every layer. optimizer="adamw" is there to compare with: AdamW for everything,
-    no QK-clip. options: arguments of MuonClip."""
+    else, QK-clip on every layer. "adamw", to compare with, is AdamW for everything, no QK-clip.
+    options: arguments of MuonClip."""
     if optimizer == "adamw":
         return MuonClip([], model.parameters(), lr=lr, **options)
     if optimizer != "muonclip":
@@ -586,8 +587,7 @@ def configure_optimizer(model, *, lr: float, optimizer: str = "muonclip", **opti
 
 
 def describe_routing(model, optimizer: MuonClip) -> str:
-    """Say in a line for each group of the optimizer which rule and which parameters it has. A
-    parameter that all layers have is named once."""
+    """Say, in a line for each group, its rule and its parameters, without their layers' numbers."""
     place = r"^model\.|layers\.\d+\.|self_attn\.|mlp\.|\.weight$"
     names = {p: re.sub(place, "", name) for name, p in model.named_parameters()}
     lines = []
@@ -606,45 +606,42 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 # The problem. FSDP2 cuts every matrix into shards, one for each GPU: on 8 GPUs a 4096 x 4096 matrix
 # lies in 8 blocks of 512 rows. AdamW can update a shard by itself, since it treats every number by
 # itself. Muon cannot: the singular values of a block of rows are not those of the matrix. If two
-# blocks have the same rows, each by itself turns them into 512 orthonormal rows, and together they
-# are far from orthonormal. (In a test such a result was 39% off.) So somebody needs the whole
-# matrix. The simple way is that every rank gathers every matrix, and all do the same work.
+# blocks have identical rows, each by itself turns them into 512 orthonormal rows, and together they
+# are far from orthonormal. (For a Gaussian 512 x 512 matrix in 8 blocks, the result is 0.53 |O|_F
+# away from O.) The simple way out: every rank gathers every matrix, and all do the same work.
 #
 # The idea (Motif-2, arXiv 2511.07464). Every matrix has one owner. All ranks send the owner their
 # shards of u. The owner puts the matrix together, orthogonalises it, and sends every rank its shard
 # of O. So each matrix is orthogonalised once, different ranks do different ones at the same time,
-# and the result is that of one process, bit by bit.
+# and the result is bit-identical to that of one process.
 #
 # The plan. Owners are chosen so that all ranks have equally many FLOPs to do (assign_owners). A
 # step goes in chunks, of about one large matrix for each rank, so that a rank holds few whole
 # matrices at a time, and one chunk can travel while another is computed. For each chunk k, one
 # all-to-all carries u(k) to the owners and another carries O(k) back.
 #
-# The timeline. The messages travel while the GPUs compute. With 4 ranks and 12 equal matrices:
+# The timeline. The messages travel while the GPUs compute. With 4 ranks and 12 equal matrices there
+# are 3 chunks, of matrices 0 to 3, 4 to 7 and 8 to 11:
 #
-#     rank 0         | Newton-Schulz(0)  | Newton-Schulz(4)  | Newton-Schulz(8)  |
-#     rank 1         | Newton-Schulz(1)  | Newton-Schulz(5)  | Newton-Schulz(9)  |
-#     rank 2         | Newton-Schulz(2)  | Newton-Schulz(6)  | Newton-Schulz(10) |
-#     rank 3         | Newton-Schulz(3)  | Newton-Schulz(7)  | Newton-Schulz(11) |
-#     network   u(0) | u(1)              | O(0), u(2)        | O(1)              | O(2)
+#     rank 0         | NS of matrix 0 | NS of matrix 4 | NS of matrix 8  |
+#     rank 1         | NS of matrix 1 | NS of matrix 5 | NS of matrix 9  |
+#     rank 2         | NS of matrix 2 | NS of matrix 6 | NS of matrix 10 |
+#     rank 3         | NS of matrix 3 | NS of matrix 7 | NS of matrix 11 |
+#     network   u(0) | u(1)           | O(0), u(2)     | O(1)            | O(2)
 #
-# Every rank does the following for each chunk k:
+# What it costs. Let N be the numbers in all matrices, on R ranks, which hold C copies (replicas) of
+# the model, each of R / C shards (FSDP: C = 1; HSDP: more). A rank owns N / R numbers. It receives
 #
-#     wait u(k) | send u(k+1) | Newton-Schulz(k) | wait O(k-1), update | send O(k)
+#     u    of all that it owns, except its own shard          N/R - (N/R) C/R
+#     O    its shard of everything, except what it owns       N C/R - (N/R) C/R
+#     both                                                    (N/R) (1 + C - 2C/R)
 #
-# What it costs. Let P be the numbers in all matrices, on W ranks, which hold R replicas of the
-# model, each of W / R shards (FSDP: R = 1; HSDP: more). A rank owns P / W numbers. It receives
-#
-#     u    of all that it owns, except its own shard          P/W - (P/W) R/W
-#     O    its shard of everything, except what it owns       P R/W - (P/W) R/W
-#     both                                                    (P/W) (1 + R - 2R/W)
-#
-# and sends as much. If every rank gathered everything it would receive P (1 - R/W). For the 12.7B
-# model in bf16 on 8 GPUs (P = 10.9e9, W = 8, R = 1) that is 4.77 GB instead of 19.08, and an eighth
+# and sends as much. If every rank gathered everything it would receive N (1 - C/R). For the 12.7B
+# model in bf16 on 8 GPUs (N = 10.9e9, R = 8, C = 1) that is 4.77 GB instead of 19.08, and an eighth
 # of the FLOPs.
 #
 # HSDP. Each replica could do all of this by itself, but then all replicas would do the same work.
-# So replicas share the owners; R above counts those that do (replicas_per_muon_group). An owner
+# So replicas share the owners; C above counts those that do (replicas_per_muon_group). An owner
 # takes the shards of u from its own replica, which has all of them, and sends O to every rank.
 
 def is_spread(p: Tensor) -> bool:
@@ -658,8 +655,8 @@ def local_shard(p: Tensor) -> Tensor:
 
 
 def local_gradient(p: Tensor) -> Tensor:
-    """Return this rank's part of p's gradient, or zeros if it has none: other ranks may have theirs
-    and wait for this one in the exchange."""
+    """Return this rank's part of p's gradient; zeros if p has none, as other ranks may have theirs
+    and wait for this one."""
     if p.grad is None:
         return torch.zeros_like(local_shard(p))
     if is_spread(p) and p.grad.placements != p.placements:
@@ -683,7 +680,7 @@ def shard_dims(t: Tensor) -> tuple[int | None, ...]:
 
 def local_slices(shape, mesh_sizes, dims, coords) -> tuple[slice, ...]:
     """Return the part of a tensor that the rank at coordinates `coords` of a mesh holds. dims: as
-    shard_dims returns them. The tensor is cut like torch.chunk does it: all parts have one length,
+    shard_dims returns them. The cuts are those of torch.chunk: all parts have the same length,
     except that the last ones may be shorter, or empty.
 
     5 rows on 4 ranks are 2, 2, 1 and 0 rows:
@@ -709,21 +706,21 @@ def local_slices(shape, mesh_sizes, dims, coords) -> tuple[slice, ...]:
 # ---- The plan: who owns what, and when
 
 def newton_schulz_flops(shape, steps: int = 5) -> int:
-    """Count the FLOPs of Newton-Schulz on (..., m, n), where m is the shorter side. Each step takes
-    2 m^2 n for X X^T, 2 m^3 for A A and 2 m^2 n for B X.
+    """Count the FLOPs of Newton-Schulz on (..., m, n).
 
     >>> f"{newton_schulz_flops((4096, 16384)):.2e}"
     '6.18e+12'
     """
     m, n = sorted(shape[-2:])
-    return steps * math.prod(shape[:-2]) * (4 * m * m * n + 2 * m**3)
+    each_step = 4 * m * m * n + 2 * m**3            # X X^T and B X; A A
+    return steps * math.prod(shape[:-2]) * each_step
 
 
 def assign_owners(shapes, ranks: int, chunk: int = 1) -> list[tuple[int, int]]:
     """Choose (chunk, owner) of each matrix by the rule "longest processing time first": take the
     matrices by falling FLOPs, and give each to the rank that has the least to do so far.
 
-    The result is a schedule of what each rank does when. It is cut into windows, each as long as
+    This is a schedule of what each rank does when. It is cut into windows, each as long as
     `chunk` of the largest matrices; the matrices that start in one window are one chunk. So the
     ranks are balanced within each chunk too, where they wait for each other.
 
@@ -748,8 +745,7 @@ def assign_owners(shapes, ranks: int, chunk: int = 1) -> list[tuple[int, int]]:
 
 def replicas_per_muon_group(shapes, ranks: int, replicas: int) -> int:
     """Choose how many replicas share the owners (HSDP): the smallest number that leaves the busiest
-    rank the fewest FLOPs. A larger one only adds traffic, since O goes to every rank. (280 matrices
-    keep about 256 ranks busy.)"""
+    rank the fewest FLOPs. A larger one only adds traffic, since O goes to every rank."""
     if ranks % replicas:
         raise ValueError(f"{ranks} ranks are not {replicas} replicas of the same size")
 
@@ -775,8 +771,7 @@ class Transfer:
         self.received = received
 
     def wait(self) -> Tensor:
-        """Return what arrived. Both references are dropped, so that the buffers are freed as soon
-        as the caller is done with them."""
+        """Return what arrived, and drop both references, to free the buffers early."""
         self.work.wait()
         received = self.received
         self.work = None
@@ -826,8 +821,8 @@ class MuonShardGroup:
             self.slices.append(slices)
             self.recv_counts.append(sizes)
 
-        # A matrix's owner gets u from the ranks of its own replica. These have its coordinate in
-        # every mesh dimension that replicates the matrix.
+        # Rank r sends its shard of matrix i if it is in the owner's replica, that is, if it has the
+        # owner's coordinate in every mesh dimension that replicates the matrix.
         coords = torch.tensor(coords)                                               # [r, d]
         sharded = torch.tensor([[dim is not None for dim in dims] for dims in shard_dims])  # [i, d]
         at_owner = coords[self.owner]                                               # [i, d]
@@ -852,7 +847,7 @@ class MuonShardGroup:
         self.me = me
         self.params = params
         self.copies_in_order = self.num_copies[self.order].to(params[0].device)
-        self.nothing = torch.empty(0, dtype=dtype, device=params[0].device)
+        self.nothing = torch.empty(0, dtype=dtype, device=params[0].device)     # cat([]) would fail
 
         # For each chunk: how much this rank sends to every rank, and receives from every rank.
         self.u_splits = []
@@ -863,7 +858,7 @@ class MuonShardGroup:
             self.O_splits.append((O[me].tolist(), O[:, me].tolist()))
 
     def all_to_all(self, pieces: list[Tensor], splits: tuple[list, list]) -> Transfer:
-        """Start to send flat pieces, which are sorted by the rank that gets them."""
+        """Start to send flat pieces, sorted by the rank that gets them."""
         send_sizes, receive_sizes = splits
         sent = torch.cat([self.nothing, *pieces])
         received = sent.new_empty(sum(receive_sizes))
@@ -872,7 +867,7 @@ class MuonShardGroup:
         return Transfer(work, received)
 
     def send_updates(self, k: int, updates: list[Tensor]) -> Transfer:
-        """Start to send this rank's shards of u to the owners of the matrices of chunk k."""
+        """Start to send this rank's shards of u(k) to the owners."""
         pieces = []
         for i, u in zip(self.chunks[k], updates):
             if self.send_counts[i][self.me]:
@@ -887,7 +882,7 @@ class MuonShardGroup:
             if self.owner[i] == self.me:
                 matrices[i] = received.new_empty(self.shapes[i])
 
-        # What arrived is sorted by sender; what one rank has sent is in the chunk's order.
+        # What arrived is sorted by sender, and within a sender in the order of the chunk.
         position = 0
         for r in range(self.num_ranks):
             for i, matrix in matrices.items():
@@ -899,7 +894,7 @@ class MuonShardGroup:
         return matrices
 
     def send_results(self, k: int, results: dict[int, Tensor]) -> Transfer:
-        """Start to send every rank its shards of this rank's results O."""
+        """Start to send every rank its shards of the O that this rank has computed."""
         pieces = []
         for r in range(self.num_ranks):
             for i, O in results.items():
@@ -933,8 +928,8 @@ def build_shard_groups(matrices: list[Tensor], chunk: int, dtype) -> list[MuonSh
 
 
 def build_shard_group(mesh, params: list[Tensor], chunk: int, dtype) -> MuonShardGroup:
-    """Make the connected group of the DTensors on one mesh. If the first mesh dimension replicates,
-    as in HSDP, the group has the replicas that share owners with this rank's replica."""
+    """Make the connected group of the DTensors on one mesh: with HSDP, of those replicas that share
+    owners with this rank's replica."""
     shapes = [p.shape for p in params]
     dims = [shard_dims(p) for p in params]
 
@@ -963,8 +958,8 @@ def build_shard_group(mesh, params: list[Tensor], chunk: int, dtype) -> MuonShar
 # ---- The step
 
 def parallel_muon_step(optimizer: MuonClip, group: MuonShardGroup, now: StepScalars) -> None:
-    """Take one step of Muon on the matrices of a group, in the order of the timeline above.
-    transfer_u and transfer_O are the messages with u and O that are under way."""
+    """Take one step of Muon on the matrices of a group, in the order of the timeline above. A
+    transfer_u or transfer_O is on its way while this rank computes."""
     rms = []
     transfer_O = None
     transfer_u = send_next_updates(optimizer, group, 0, now)
@@ -992,8 +987,7 @@ def parallel_muon_step(optimizer: MuonClip, group: MuonShardGroup, now: StepScal
     last = len(group.chunks) - 1
     rms += apply_results(optimizer, group, last, transfer_O, now)
 
-    # Every rank has its shards' part of each RMS. If several ranks hold the same shard, they would
-    # count it several times.
+    # Every rank has its shards' part of each RMS; shards that several ranks hold count once.
     mean_square = torch.stack(rms).square_().div_(group.copies_in_order)
     dist.all_reduce(mean_square, group=group.process_group)
     for i, value in zip(group.order, mean_square.sqrt_()):
@@ -1001,7 +995,7 @@ def parallel_muon_step(optimizer: MuonClip, group: MuonShardGroup, now: StepScal
 
 
 def send_next_updates(optimizer: MuonClip, group: MuonShardGroup, k: int, now) -> Transfer:
-    """Add the gradients of chunk k to the momentum, and start to send u to the owners."""
+    """Add the gradients of chunk k to the momentum, and start to send u(k)."""
     updates = [optimizer.add_gradient(group.params[i], now) for i in group.chunks[k]]
     return group.send_updates(k, updates)
 
