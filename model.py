@@ -501,7 +501,6 @@ class Attention(nn.Module):
         self.noise_heads = c.num_noise_heads
         self.kv_heads = c.num_key_value_heads
         self.head_dim = D
-        self.eps = c.attn_rms_norm_eps
 
         # The layer's number, which lambda_init needs, is
         #   - a tensor, because torch.compile would make a graph for each Python int;
@@ -528,7 +527,6 @@ class Attention(nn.Module):
         return lambda_init(self.layer)
 
     def lambda_(self) -> Tensor:
-        """The layer's lambda, a scalar in fp32."""
         first = (upcast(self.lambda_q1) * upcast(self.lambda_k1)).sum().exp()
         second = (upcast(self.lambda_q2) * upcast(self.lambda_k2)).sum().exp()
         return first - second + self.lambda_init().to(first.dtype)
@@ -555,7 +553,7 @@ class Attention(nn.Module):
         signal, noise, max_logits = grouped_differential_attention(
             q, k, v, self.noise_heads, doc_start, query_slots)
         out = differential_norm(signal, noise, self.lambda_(), self.subln.weight,
-                                1 - self.lambda_init(), self.eps)        # (B, T, G r 2D)
+                                1 - self.lambda_init(), self.subln.eps)  # (B, T, G r 2D)
         return self.o_proj(out), max_logits
 
 
@@ -589,7 +587,6 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], doc_start: Tensor | None = None,
                 cache: "LayerCache | None" = None) -> tuple[Tensor, Tensor]:
-        """As Attention.forward."""
         out, max_logits = self.self_attn(self.input_layernorm(x), angles, doc_start, cache)
         x = x + out
         x = x + self.mlp(self.post_attention_layernorm(x))
@@ -663,8 +660,7 @@ class Motif(nn.Module):
         reduction, scale     the loss is scale times the "mean" or "sum" over the targets, in nats
         cache                continue the rows of this KVCache, and add ids to them
         row_lengths (B,)     right-padded rows: only the first row_lengths[b] ids of row b are there
-        last_only            logits of each row's last token alone, (B, 1, V); without meaning for
-                             a row whose row_lengths[b] is 0
+        last_only            logits of each row's last token alone, (B, 1, V), see last_tokens
         """
         x = self.hidden_states(ids, doc_ids, cache, row_lengths)
         if targets is not None:
@@ -728,11 +724,10 @@ class Motif(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, device=None, dtype=None) -> "Motif":
-        """The model in a folder of the released layout, or in a Hub repository "owner/name", which
-        is downloaded once.
+        """The model in a folder of the released layout, or in a Hub repository "owner/name".
 
-        Each tensor keeps the dtype that it is stored in unless one is given, and is read straight
-        to the device. On a CPU it stays in the memory-mapped file until somebody writes to it."""
+        Each tensor keeps its stored dtype unless one is given, and is read straight to the device.
+        On a CPU it stays in the memory-mapped file until somebody writes to it."""
         path = model_folder(path)
         with torch.device("meta"):
             model = cls(MotifConfig.from_dict(read_json(path / "config.json")))
@@ -900,7 +895,7 @@ class KVCache:
         return selected
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Drop all other rows. One layer at a time, so that there are never two whole caches."""
+        """Drop all other rows, layer by layer, so that there are never two whole caches."""
         self.lengths = self.lengths[rows]
         for i in range(len(self.keys)):
             self.keys[i] = self.keys[i][rows]
@@ -1068,15 +1063,13 @@ def sample_next_token(logits: Tensor, temperature: float, top_k: int | None,
 
 # ---- files
 #
-# A released model is a folder:
+# A released model is a folder, and so is a training checkpoint, with the optimizer's tensors under
+# another stem:
 #
 #     config.json                           the shape: MotifConfig.to_dict
 #     model.safetensors                     all tensors by name, if they fit into one file; else
 #     model-00001-of-00011.safetensors ...  several files (11 of at most 5 GB for 12.7B in fp32)
 #     model.safetensors.index.json          {"weight_map": {tensor name: file name}, ...}
-#
-# A training checkpoint is such a folder too, with the optimizer's tensors beside the model's under
-# another stem. So whatever reads released models reads our checkpoints.
 
 INDEX = ".safetensors.index.json"
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")        # of weights, in the names of safetensors
@@ -1121,7 +1114,7 @@ def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes:
 
 
 def divide_into_files(tensors: dict[str, Tensor], stem: str, most: int) -> dict[str, list[str]]:
-    """File name -> the tensors in it, in order, of at most `most` bytes together.
+    """File name -> the names of its tensors, in order, of at most `most` bytes together.
 
     >>> tensors = {"a": torch.zeros(3), "b": torch.zeros(2), "c": torch.zeros(1)}
     >>> divide_into_files(tensors, "model", most=12)
@@ -1216,8 +1209,7 @@ def tensor_files(path: Path, stem: str) -> dict[Path, set | None]:
 
 
 def model_folder(name, patterns=("*.json", "*.safetensors")) -> Path:
-    """The folder of this name, or the files of these patterns of a Hub repository "owner/name".
-    A download that was cut is continued."""
+    """The folder of this name, or the files of these patterns of a Hub repository "owner/name"."""
     path = Path(name)
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         return path
@@ -1231,7 +1223,6 @@ def model_folder(name, patterns=("*.json", "*.safetensors")) -> Path:
 
 
 def read_json(file: Path) -> dict:
-    """The object in a JSON file of a model folder."""
     try:
         found = json.loads(file.read_text())
     except OSError:
