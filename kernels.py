@@ -861,6 +861,14 @@ def output_of_head(signal_ptr, noise_ptr, h, H, R: tl.constexpr, N: tl.constexpr
 
 
 @jit
+def block_pointers(ptr, first_vector, num_heads, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Addresses of a block (ROWS, WIDTH): one head of ROWS tokens of a (B * T, num_heads, WIDTH)
+    tensor. first_vector is token * num_heads + head of the first of its rows."""
+    ptr += first_vector * WIDTH
+    return ptr + (tl.arange(0, ROWS)[:, None] * (num_heads * WIDTH) + tl.arange(0, WIDTH)[None, :])
+
+
+@jit
 def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, noise_ptr, lse_ptr,
                              max_logit_ptr, T, H, qk_scale, R: tl.constexpr, N: tl.constexpr,
                              GP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
@@ -874,11 +882,11 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
     group = h // (R + N)
     pair = group // GP
     is_noise = h % (R + N) // R
+    m0 = block * BM
+    rows = m0 + tl.arange(0, BM)
     k_col = (pair * (1 + N) + is_noise) * D
     v_col = pair * DV
 
-    m0 = block * BM
-    rows = m0 + tl.arange(0, BM)
     Q = q_desc.load([b * T + m0, h * D])
     acc = tl.zeros([BM, DV], tl.float32)
     m_i = tl.full([BM], -1e38, tl.float32)
@@ -904,10 +912,10 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
              tl.max(tl.where(rows < T, m_i, float("-inf")), 0))
 
     out_ptr, num_heads, index = output_of_head(signal_ptr, noise_ptr, h, H, R, N)
-    out_ptr += (tl.cast(b * T + m0, tl.int64) * num_heads + index) * DV
-    offsets = tl.arange(0, BM)[:, None] * (num_heads * DV) + tl.arange(0, DV)[None, :]
+    first_vector = tl.cast(b * T + m0, tl.int64) * num_heads + index
+    out_ptrs = block_pointers(out_ptr, first_vector, num_heads, BM, DV)
     out = (acc / l_i[:, None]).to(signal_ptr.dtype.element_ty)
-    tl.store(out_ptr + offsets, out, (rows < T)[:, None])
+    tl.store(out_ptrs, out, (rows < T)[:, None])
 
 
 # ---- The backward pass of attention
@@ -978,8 +986,8 @@ def attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
     for step in range(0, GP * heads_per_group * num_blocks):
         # a: the head's place among the pair's signal (or noise) heads; h: among all its heads.
         a = step // num_blocks
-        h = a // heads_per_group * (R + N) + IS_NOISE * R + a % heads_per_group
         m0 = lo + step % num_blocks * BM
+        h = a // heads_per_group * (R + N) + IS_NOISE * R + a % heads_per_group
         rows = m0 + tl.arange(0, BM)
         Q = q_desc.load([seq_row + m0, (pair * (GP * (R + N)) + h) * D])
         dO = d_out_desc.load([seq_row + m0, (pair * (GP * heads_per_group) + a) * DV])
@@ -1001,16 +1009,6 @@ def attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
             ds_desc.store([ds_row + tile * TILE + n0 % TILE, m0 % TILE], dS)
             dK = tl.dot(dS, Q, dK)
     return dK, dV
-
-
-@jit
-def store_rows(ptr, block, first_row, num_heads, head, valid, ROWS: tl.constexpr,
-               WIDTH: tl.constexpr):
-    """Writes block (ROWS, WIDTH) to a (B * T, num_heads, WIDTH) tensor, at one head, from first_row
-    on; of the rows only those that are valid."""
-    ptr += (first_row * num_heads + head) * WIDTH
-    offsets = tl.arange(0, ROWS)[:, None] * (num_heads * WIDTH) + tl.arange(0, WIDTH)[None, :]
-    tl.store(ptr + offsets, block.to(ptr.dtype.element_ty), valid[:, None])
 
 
 @jit
@@ -1061,9 +1059,14 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
                                           masked_hi, T, T, qk_scale, IS_NOISE, False, R, N, GP, D,
                                           DV, BM, BN, TILE, NEED_DK, NEED_DV)
         if NEED_DK:
-            store_rows(dk_ptr, dK * sm_scale, first_row, P * (1 + N), key_head, n0 + n < T, BN, D)
+            first_vector = first_row * (P * (1 + N)) + key_head
+            dk_ptrs = block_pointers(dk_ptr, first_vector, P * (1 + N), BN, D)
+            dK = (dK * sm_scale).to(dk_ptr.dtype.element_ty)
+            tl.store(dk_ptrs, dK, (n0 + n < T)[:, None])
     if NEED_DV:
-        store_rows(dv_ptr, dV, first_row, P, pair, n0 + n < T, BN, DV)
+        dv_ptrs = dv_ptr + (first_row * P + pair) * DV
+        dv_ptrs = dv_ptrs + n[:, None] * (P * DV) + tl.arange(0, DV)[None, :]
+        tl.store(dv_ptrs, dV.to(dv_ptr.dtype.element_ty), (n0 + n < T)[:, None])
 
 
 @jit
@@ -1093,8 +1096,11 @@ def attention_dq_kernel(ds_desc, k_desc, doc_start_ptr, dq_ptr, first_pair, T, P
         dQ = tl.dot(dS, k_desc.load([b * T + n0, k_col]), dQ)
 
     rows = tl.arange(0, TILE)
-    store_rows(dq_ptr, dQ * sm_scale, tl.cast(b * T + t * TILE, tl.int64), P * heads_per_pair,
-               pair * heads_per_pair + h, t * TILE + rows < T, TILE, D)
+    first_row = tl.cast(b * T + t * TILE, tl.int64)
+    first_vector = first_row * (P * heads_per_pair) + pair * heads_per_pair + h
+    dq_ptrs = block_pointers(dq_ptr, first_vector, P * heads_per_pair, TILE, D)
+    dQ = (dQ * sm_scale).to(dq_ptr.dtype.element_ty)
+    tl.store(dq_ptrs, dQ, (t * TILE + rows < T)[:, None])
 
 
 @dataclass
