@@ -155,8 +155,8 @@ def make_curriculum(c: Config) -> data.Curriculum:
 #
 # The learning rate follows WSD: warm-up, stable, decay (Motif-2, arXiv 2511.07464). A cosine over
 # the whole run depends on the run's length from its first step on. Here the stable part does not:
-# a checkpoint from it can be trained for as long as one likes, and decayed whenever a finished model
-# is wanted. Most of what a small learning rate gains is gained in the decay.
+# a checkpoint from it can be trained for as long as one likes, and decayed whenever a finished
+# model is wanted. Most of what a small learning rate gains is gained in the decay.
 #
 #     lr            ______________________________
 #                  /                              \_
