@@ -155,8 +155,8 @@ def make_curriculum(c: Config) -> data.Curriculum:
 #
 # The learning rate follows WSD: warm-up, stable, decay (Motif-2, arXiv 2511.07464). A cosine over
 # the whole run depends on the run's length from its first step on. Here the stable part does not:
-# a checkpoint from it can be trained on for as long as one likes, and decayed whenever a finished
-# model is wanted. Most of the loss that a small learning rate gains is gained in the decay.
+# a checkpoint from it can be trained for as long as one likes, and decayed whenever a finished
+# model is wanted. Most of what a small learning rate gains is gained in the decay.
 #
 #     lr            ______________________________
 #                  /                              \_
@@ -288,9 +288,10 @@ def sync_errors(fn, *args):
         result = fn(*args)
     except (OSError, UserError) as e:
         error = e
-    for error in all_gather_object(error):
-        if error is not None:
-            raise error
+
+    for of_rank in all_gather_object(error):
+        if of_rank is not None:
+            raise of_rank
     return result
 
 
@@ -376,8 +377,8 @@ def pad_rows(batch: tuple, own: int, padded: int) -> tuple[Tensor, ...]:
 # and the result is the mean loss and its gradient. To average the ranks' means would be wrong: in
 # fine-tuning only replies are targets, and some ranks have more of them than others.
 #
-# The gradient. Of a matrix each rank holds a shard (FSDP2, below), and FSDP2 sums over the ranks.
-# The gradients of vectors are whole on every rank, and reduce_and_clip sums them.
+# The gradient. Matrices are sharded by FSDP2 (below), which sums their gradients over the ranks and
+# leaves each rank its shard. Vectors are whole on every rank, and reduce_and_clip sums theirs.
 #
 # NaN. A loss or gradient that is not finite must not reach the weights. But if the host read the
 # loss to find out, it would wait for the GPU, and then the GPU for the host, at every step. So the
@@ -452,8 +453,8 @@ def set_gradient_sync(model: Motif, is_last: bool) -> None:
     # each micro-batch: none of them could hold the gradients of the whole model.
     model.set_requires_all_reduce(is_last)
 
-    # A rank alone holds all of it anyway: it casts the weights once a step, and hands the gradients
-    # over when they are complete.
+    # A single rank holds them all anyway. It casts the weights once a step, and not once a
+    # micro-batch, and hands the gradients over when they are complete.
     if WORLD == 1:
         model.set_reshard_after_backward(is_last)
         model.set_requires_gradient_sync(is_last)
@@ -463,10 +464,10 @@ def reduce_and_clip(model: Motif, loss: Tensor, max_norm: float, replicas: int):
     """Sum over the ranks what FSDP2 does not sum, the loss and the gradients of vectors; then scale
     the whole gradient to a norm of at most max_norm (0: leave it) -> (loss, norm before).
 
-    The squared norm of the gradient is a sum over all its numbers. Each rank adds up those of its
-    shards of matrices; summed over the ranks each is there `replicas` times. Those of vectors are
-    the same on all ranks. A matrix with rows (3, 0) and (0, 4), which may be on two ranks, and a
-    vector (0, 12): sqrt(9 + 16 + 144) = 13. To clip to 6.5 is to halve all of it.
+    The squared norm of the gradient is a sum over all its numbers. For matrices each rank adds up
+    its shards; the sum over ranks then has each number `replicas` times. Vectors are the same on
+    all ranks and count once. For example, a matrix with rows (3, 0) and (0, 4), which may be on two
+    ranks, and a vector (0, 12): sqrt(9 + 16 + 144) = 13. Clipping to a norm of 6.5 halves it all.
 
     >>> model = torch.nn.Linear(2, 2)
     >>> model.weight.grad = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
@@ -523,7 +524,7 @@ class NonFiniteSteps:
 # ---- what a training step reads
 
 class Dataset(Protocol):
-    """What `train` trains on. data.TokenDataset and sft.PackedChatDataset are such.
+    """What `train` trains on. data.TokenDataset and sft.PackedChatDataset implement it.
 
     A batch is a pure function of the step. So a run that resumes reads what it would have read, a
     batch does not depend on the number of ranks, and a checkpoint holds nothing of the data but
@@ -625,7 +626,8 @@ def build(c: Config, device: torch.device) -> Motif:
 
 
 def shard(model: Motif, c: Config, device: torch.device) -> None:
-    """Make each block a group of FSDP2's, which is gathered at once, and embedding and head one."""
+    """Give FSDP2 its groups, each of which is gathered and freed at once: every block; and
+    embedding, final norm and head."""
     from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
                                         register_fsdp_forward_method)
     precision = compute_precision(c, device)
@@ -879,8 +881,8 @@ def check_compatible(folder: Path, state: dict, c: Config, curriculum: data.Curr
 # ---- validation
 #
 # The loss, in nats per token, depends on the tokenizer: long tokens are harder to predict, and a
-# text has fewer of them. Bits per byte do not: nats / ln 2 / bytes of text. The losses by quarter of
-# the context tell whether a model uses what it has read: they should fall from first to last.
+# text has fewer of them. Bits per byte do not: nats / ln 2 / bytes of text. The losses by quarter
+# of the context tell whether a model uses what it has read: they should fall from first to last.
 
 @torch.no_grad()
 def evaluate(model: Motif, held_out: dict[str, tuple], micro_batch_tokens: int,
@@ -990,7 +992,7 @@ class Validation:
             self.held_out[name] = tuple(t.to(device) for t in to_tensors(rows))
 
     def evaluate_and_sample(self, model: Motif) -> tuple[dict, str]:
-        """-> (losses, continued prompts)"""
+        """-> (result of evaluate, text of sample_prompts)"""
         # Eager: one shape more, and torch.compile would make training's graphs dynamic.
         with torch.compiler.set_stance("force_eager"):
             result = evaluate(model, self.held_out, self.c.micro_batch_tokens, self.token_bytes)
@@ -1029,8 +1031,8 @@ def train(c: Config, out: Path, dataset: Dataset, held_out: dict, model: Motif, 
             nonfinite.read(step, c, log)
         timer.pause()
         if evaluate_now:
-            result, samples = validation.evaluate_and_sample(model)
-            log_evaluation(log, curriculum, step, result, layer_stats(model, optimizer), samples)
+            losses, samples = validation.evaluate_and_sample(model)
+            log_evaluation(log, curriculum, step, losses, layer_stats(model, optimizer), samples)
         if save_now:
             state = {"skipped": nonfinite.in_a_row, "data": dataset.fingerprint()}
             save_checkpoint(out, step, model, optimizer, state, c)
@@ -1049,8 +1051,8 @@ def train(c: Config, out: Path, dataset: Dataset, held_out: dict, model: Motif, 
                             lr, c)
         nonfinite.unread.append(result.skipped)
         if step == start_step:
-            # Not before: there was nothing to save, and a SIGTERM that we outlive but the processes
-            # of torch.compile do not would leave us waiting for them.
+            # From here on only. Before the first step there is nothing to save; and if we survived
+            # a SIGTERM that ended the worker processes of torch.compile, we would wait for them.
             signals = install_signal_handlers()
         step += 1
 

@@ -205,7 +205,7 @@ def test_each_rank_tells_a_users_mistake_in_one_line(tmp_path):
     for rank, process in enumerate(processes):
         stdout, stderr = process.communicate(timeout=60)
         assert process.returncode == 1 and stdout == ""
-        assert len(stderr.splitlines()) == 1 and "--max_step=1" in stderr
+        assert len(stderr.splitlines()) == 1 and "'max_step'" in stderr
         assert stderr.startswith("rank 1: ") == (rank == 1)
 
 

@@ -65,7 +65,9 @@ def names_in(metrics: list[dict], key: str) -> list[str]:
 
 def plot_scores(scores: list[tuple], names: list[str], path: Path) -> None:
     """Draw scores with their standard errors over the models: bits per byte and, below them, what
-    is in per cent. scores: (task, metric, [{"value", "stderr"} of each model]); names: the models'."""
+    is in per cent.
+
+    scores: (task, metric, [{"value": ..., "stderr": ...} of each model]); names: of the models."""
     plt = import_pyplot()
     if plt is None:
         raise UserError("--plot needs: pip install matplotlib")
