@@ -1,16 +1,14 @@
 """Data: text -> shards of tokens -> a curriculum -> batches.
 
-    load_tokenizer(name)      byte, a tiktoken name, a .tiktoken file, a tokenizer.json or the Hub's
-    prepare(...)              the domains' sources -> shards on disk; parallel, resumable
-    Plan(...)                 step -> sequence length, rows and every domain's share; opens no data
-    Corpus(...).batch(step)   a pure function of (seed, step), whoever reads it and however many do
+A run reads several *domains* (web text, code, maths, ...), each of which has a *source* of text.
 
-Tokens are the one clock: mixture, batch and sequence length are functions of the tokens seen.
-A domain's source is one of
-    builtin:code  builtin:language  builtin:math  builtin:science      at the end of this file
-    books/*.jsonl?text=body    local files: .jsonl, .txt, .parquet, also .gz, .bz2, .xz; a column
-    owner/name?name=CONFIG&split=train&text=column     a dataset of the Hugging Face Hub, streamed
-`python data.py config/X.py` prepares what is missing and prints the plan.
+    prepare(...)                     sources -> shards of tokens on disk; parallel, resumable
+    Curriculum(...)                  step -> sequence length, batch, and each domain's share of it
+    TokenDataset(...).batch(step)    the step's token ids, a pure function of (seed, step)
+
+The file is read from the idea to the machinery: curriculum, shards, batches; then what makes them:
+tokenizers, sources, preparing. `python -m tools.prepare config/X.py` prepares a run's data ahead
+of it and prints its curriculum.
 """
 import base64
 import bz2
@@ -29,11 +27,11 @@ import struct
 import sys
 import threading
 import time
+from bisect import bisect_left
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
-from itertools import takewhile
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -44,172 +42,349 @@ from tiktoken_ext.openai_public import r50k_pat_str as GPT2_PATTERN
 from configurator import UserError, one_line
 from synthetic.texts import LIBRARY_UNITS, PROBLEMS, PROBLEMS_PER_UNIT, library, problems
 
-# The turn format of the Motif family: every tokenizer gets those it lacks, after its own ids.
-BEGIN, END = "<|beginoftext|>", "<|endoftext|>"
-TURN, TURN_END = "<|startofturn|>", "<|endofturn|>"
-ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
-SPECIALS = (BEGIN, END, TURN, TURN_END, *ROLES.values())
+# ---- the curriculum
 
-HEADER = struct.Struct("<8sIIQ32s32s")  # magic, version, bytes per token, tokens, SHA-256 of the
-MAGIC, VERSION = b"nnMotif\0", 1        # tokens, tokenizer fingerprint; the tokens follow
-VAL_EVERY = 50                           # one document in so many is for validation
-UNIT_BYTES = 2**25                      # local text per shard; a shard is the unit of preparing
-MAX_UNITS = 100_000                     # where a generator ends
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-# ---- tokenizers
-
-def load_tokenizer(name: str) -> tiktoken.Encoding:
-    """The tokenizer of that name: "byte" (256 + specials, needs nothing), one of tiktoken's names
-    (downloaded once), a .tiktoken file (split by GPT-2's pattern, which such a file does not
-    state), or of byte-level BPE a tokenizer.json, a folder that has one, or a repository owner/name
-    of the Hugging Face Hub that has one (downloaded once). ValueError if it cannot be had."""
-    specials, known = {}, tiktoken.list_encoding_names()
-    try:
-        if name == "byte":
-            pattern, ranks = r"(?s).{1,64}", {bytes([i]): i for i in range(256)}
-        elif name.endswith(".tiktoken"):
-            pairs = (line.split() for line in Path(name).read_text(encoding="utf-8").splitlines())
-            pattern, ranks = GPT2_PATTERN, {base64.b64decode(t): int(r) for t, r in pairs}
-        elif name in known:
-            made = tiktoken.get_encoding(name)
-            pattern, ranks, specials = made._pat_str, made._mergeable_ranks, made._special_tokens
-        elif name.endswith(".json") or os.path.isdir(name) or HUB_NAME.fullmatch(name):
-            spec = json.loads(tokenizer_file(name).read_text(encoding="utf-8"))
-            pattern, ranks, specials = read_tokenizer_json(spec)
-        else:
-            raise UserError("it is neither 'byte', a .tiktoken file, a tokenizer.json or a folder "
-                             f"with one, owner/name of the Hub, nor one of {', '.join(known)}")
-        if not all(bytes([i]) in ranks for i in range(256)):
-            raise UserError("some of the 256 bytes have no token")
-        if len(set(ranks.values()) - set(specials.values())) < len(ranks):
-            raise UserError("two of its tokens have the same id")
-        size = 1 + max([*ranks.values(), *specials.values()])
-        missing = [token for token in SPECIALS if token not in specials]
-        specials = {**specials, **{token: size + i for i, token in enumerate(missing)}}
-        return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
-                                 special_tokens=specials)
-    except Exception as e:  # also those of downloading and of a file of another form
-        hint = "; --tokenizer=byte needs no network" if name in known else ""
-        raise UserError(f"tokenizer {name}: {one_line(e)}{hint}") from None
+# Motif-2 (arXiv 2511.07464) does not train on one fixed mix of data. It goes gradually from general
+# text to specialised text (mathematics, code, reasoning), and in steps from small batches to large
+# ones and from short sequences to long ones. The mixture of domains is not switched a few times by
+# hand: a schedule sets it anew at every step.
+#
+# Three quantities follow schedules here, each with its own unit:
+#
+#     seq_len, batch_tokens    by tokens seen: [[0, 4096], [4_500_000_000_000, 16384]] trains on
+#                              4,096 tokens per sequence, and on 16,384 from 4.5T tokens on
+#     mixture                  by the fraction of the run's tokens, linear between its points:
+#                              [[0, {"web": 0.9, "math": 0.1}], [1, {"web": 0.5, "math": 0.5}]]
+#
+# (pretrain.py has the others: the decay of the learning rate is a fraction of the run, RoPE's theta
+# goes by tokens seen, and warm-up, logging and saving count steps.) With the 12.7B config the 5.5T
+# tokens make 122,191 steps, from 4,096 sequences of 4,096 tokens to 5,120 sequences of 16,384.
+#
+# A share is a fraction of the tokens, but a batch is made of whole sequences. A step of the quick
+# start reads 16 of them, and mathematics begins with a share of 10%: 1.6 sequences. Rounding each
+# step on its own would give it 2 of 16, 12.5%, at every step. So what rounding leaves over is
+# carried on: a domain's *quota* is the sum of its shares of all steps so far, in tokens, and
+# assign_rows() below keeps what was read of each domain within one sequence of its quota, at every
+# step.
+#
+# All of this is arithmetic on the config and opens no data. The dry run prints it, and a run that
+# resumes needs no state of it but the number of the step.
 
 
-def tokenizer_file(name: str) -> Path:
-    """The file that is meant by a tokenizer.json, a folder or a repository of the Hub. What was
-    downloaded once needs no network again. ValueError if there is none."""
-    if name.endswith(".json"):
-        return Path(name)
-    if os.path.isdir(name):
-        if not os.path.isfile(f"{name}/tokenizer.json"):
-            raise UserError("the folder has no tokenizer.json")
-        return Path(name) / "tokenizer.json"
-    try:
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
-        kept = try_to_load_from_cache(name, "tokenizer.json")   # a path, or a sign that it is not
-        return Path(kept if isinstance(kept, str) else hf_hub_download(name, "tokenizer.json"))
-    except Exception as e:  # of a dozen kinds: no network, no such name, a licence to accept first
-        raise UserError("there is no such folder, and the Hub did not give a tokenizer.json: "
-                         + one_line(e)) from None
+def parse_schedule(key: str, value) -> list[tuple[int, int]]:
+    """A schedule by tokens seen: a number, or [[tokens, number], ...] beginning at 0 tokens. Each
+    number holds from the first step that begins at or after its tokens.
+
+    >>> parse_schedule("seq_len", 256)
+    [(0, 256)]
+    >>> parse_schedule("seq_len", [[0, 128], [350_000, 256]])
+    [(0, 128), (350000, 256)]
+    """
+    pairs = [[0, value]] if type(value) is int else value
+    problem = UserError(f"{key}={value} must be a positive number, or [[0, number], [tokens, "
+                        "number], ...] with rising tokens")
+    if not isinstance(pairs, (list, tuple)) or not pairs:
+        raise problem
+
+    schedule = []
+    for pair in pairs:
+        if not isinstance(pair, (list, tuple)) or [type(x) for x in pair] != [int, int]:
+            raise problem
+        tokens, number = pair
+        rises = tokens > schedule[-1][0] if schedule else tokens == 0
+        if not rises or number <= 0:
+            raise problem
+        schedule.append((tokens, number))
+    return schedule
 
 
-def read_tokenizer_json(spec: dict) -> tuple[str, dict[bytes, int], dict[str, int]]:
-    """A Hugging Face tokenizer.json of byte-level BPE -> split pattern, token bytes -> id, added
-    tokens. The ids of text are those that the `tokenizers` library gives, except that the spelling
-    of an added token stays text here. ValueError names the part that tiktoken cannot express."""
-    model, normalizer = spec["model"], spec.get("normalizer")
-    odd = {k: model[k] for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-           if model.get(k)}
-    if model.get("type", "BPE") != "BPE" or odd:
-        raise UserError(f"byte-level BPE can be read, not {model.get('type', 'BPE')} {odd or ''}")
-    if normalizer:
-        raise UserError(f"its normalizer {normalizer['type']} changes the text; it must be null")
-    pattern = split_pattern(spec.get("pre_tokenizer") or {})
-    # GPT-2's alphabet: printable bytes stand for themselves, the others for 256, 257, ...
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in shown]
-    byte = {b: b for b in shown} | {256 + i: b for i, b in enumerate(others)}
-    specials = {t["content"]: t["id"] for t in spec["added_tokens"]}
-    for t in spec["added_tokens"]:
-        if not t.get("special", True) and t["content"].isspace():
-            raise UserError(f"its added token {t['content']!r} is plain text, which must be BPE's")
-    words = {token: i for token, i in model["vocab"].items() if token not in specials}
-    for odd in {*"".join(words)} - {*map(chr, byte)}:
-        token = next(token for token in words if odd in token)
-        raise UserError(f"its token {token!r} is not written in the letters of byte-level BPE")
-    ranks = {token.translate(byte).encode("latin-1"): i for token, i in words.items()}
-    pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
-    order = [model["vocab"][a + b] for a, b in pairs]
-    if order != sorted(order) or {*order} != {i for t, i in ranks.items() if len(t) > 1}:
-        raise UserError("its merges are not its tokens in the order of their ids, which tiktoken "
-                         "needs")
-    return pattern, ranks, specials
+def value_at(schedule: list[tuple[int, int]], tokens: int) -> int:
+    """The number that a schedule has once so many tokens are seen.
+
+    >>> value_at([(0, 128), (350_000, 256)], 349_999)
+    128
+    """
+    value = schedule[0][1]
+    for start, number in schedule:
+        if start <= tokens:
+            value = number
+    return value
 
 
-def split_pattern(pre: dict) -> str:
-    """The pre-tokenizer of a tokenizer.json -> the regular expression whose matches are its pieces.
-    ValueError for one that is no single expression, or that tiktoken's engine (Rust's) and the
-    library's (Oniguruma) read differently."""
-    steps = pre.get("pretokenizers", [pre])
-    kinds, level = [step.get("type") for step in steps], steps[-1]
-    if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
-        raise UserError("its text must be cut by ByteLevel, or by Split, then ByteLevel, not by "
-                         f"{', then '.join(map(str, kinds))}")
-    options = {"add_prefix_space": level.get("add_prefix_space"),
-               "use_regex": level.get("use_regex", True)}
-    if options != {"add_prefix_space": False, "use_regex": len(steps) == 1}:
-        raise UserError(f"its ByteLevel has {options} behind {kinds[:-1]}, which cannot be read")
-    if len(steps) == 1:
-        return GPT2_PATTERN
-    regex, how = steps[0]["pattern"].get("Regex"), (steps[0]["behavior"], steps[0]["invert"])
-    if regex is None or how not in (("Isolated", False), ("Removed", True)):
-        raise UserError(f"its Split must be Isolated, or Removed and inverted, by a Regex, not "
-                         f"{steps[0]}")
-    bare = re.sub(r"\\.|\[(?:\\.|[^]\\])*\]", "", regex)
-    for odd in re.findall(r"[$^]|\(\?\w*m|\{[\d,]+\}\+", bare) + re.findall(r"\[:\^?\w+:\]", regex):
-        raise UserError(f"its Split has {odd} in {regex}, which two engines read differently")
-    # Isolated keeps what is between the matches, a piece each; tiktoken drops it, as Removed does
-    return f"{regex}|(?:(?!{regex})[\\s\\S])+" if how[0] == "Isolated" else regex
+def is_share(x) -> bool:
+    """Whether x is a number that can be a share: finite and not negative."""
+    return type(x) in (int, float) and 0 <= x < math.inf
 
 
-def fingerprint(tokenizer: tiktoken.Encoding) -> bytes:
-    """32 bytes that differ between tokenizers that could give different ids."""
-    parts = (tokenizer._pat_str, sorted(tokenizer._mergeable_ranks.items(), key=lambda x: x[1]),
-             sorted(tokenizer._special_tokens.items()))
-    return hashlib.sha256(repr(parts).encode()).digest()
+class Curriculum:
+    """What every step reads, from the config alone.
+
+    domains       name -> [source, first share, last share]; shares are fractions of the tokens,
+                  and go linearly from the first to the last over the run
+    mixture       [[fraction of the run, {name: share}], ...]: replaces those shares
+    seq_len       tokens per sequence, and
+    batch_tokens  tokens per step over all ranks: numbers or schedules by tokens seen
+    max_steps, max_tokens    the run ends at whichever comes first
+
+    Step t reads rows[t] sequences of seq_len[t] tokens after tokens[t] tokens (tokens[steps] is the
+    run's total); shares[t, d] is domain d's share of them. context[t] is the sequence length that
+    its FLOPs are counted with. Of domain d the step reads sequences first[t, d] to last[t, d] - 1.
+
+    WARNING: sequences are numbered per length, so the numbers begin again at 0 where seq_len
+    changes. From there on a run reads text again that it has read before, also if the domain has
+    more text than the run needs. (A later version will read on instead.)
+
+    >>> domains = {"web": ["web.txt", 0.9, 0.5], "math": ["math.txt", 0.1, 0.5]}
+    >>> c = Curriculum(domains, batch_tokens=[[0, 40], [120, 80]], seq_len=10, max_tokens=400)
+    >>> c.rows, c.tokens
+    ([4, 4, 4, 8, 8, 8, 8], [0, 40, 80, 120, 200, 280, 360, 440])
+    >>> c.shares.round(2)[[0, 3, 6]].tolist()
+    [[0.9, 0.1], [0.79, 0.21], [0.57, 0.43]]
+    """
+
+    def __init__(self, domains: dict, *, batch_tokens, seq_len, max_steps: int | None = None,
+                 max_tokens: int | None = None, mixture: list | None = None):
+        if not (max_steps or max_tokens):
+            raise UserError("nothing ends the run: set max_steps or max_tokens")
+
+        lengths = parse_schedule("seq_len", seq_len)
+        batches = parse_schedule("batch_tokens", batch_tokens)
+        numbers = [number for _, number in lengths]
+        if numbers != sorted(numbers):
+            raise UserError(f"seq_len={seq_len}: the length may rise, not fall")
+
+        self.names = list(domains)
+        self.seq_len = []
+        self.rows = []
+        self.tokens = [0]
+        last_step = max_steps or math.inf
+        last_token = max_tokens or math.inf
+        while len(self.rows) < last_step and self.tokens[-1] < last_token:
+            seen = self.tokens[-1]
+            T = value_at(lengths, seen)
+            rows = value_at(batches, seen) // T
+            if rows == 0:
+                raise UserError(f"batch_tokens={value_at(batches, seen)} holds no sequence of "
+                                f"seq_len={T}; raise it")
+            self.seq_len.append(T)
+            self.rows.append(rows)
+            self.tokens.append(seen + rows * T)
+
+        self.steps = len(self.rows)
+        self.context = self.seq_len
+        check_domains(domains)
+        if mixture is None:
+            first = {name: domain[1] for name, domain in domains.items()}
+            last = {name: domain[2] for name, domain in domains.items()}
+            mixture = [(0, first), (1, last)]
+        check_mixture(mixture, domains)
+        self.shares = self._interpolate(mixture)
+
+    def _interpolate(self, mixture: list) -> np.ndarray:
+        """(steps, domains): the shares at the beginning of each step."""
+        progress = np.array(self.tokens[:-1]) / self.tokens[-1]
+        places = [place for place, _ in mixture]
+        columns = []
+        for name in self.names:
+            column = [shares.get(name, 0) for _, shares in mixture]
+            columns.append(np.interp(progress, places, column))
+
+        # Shares may miss a sum of 1 by 1e-6, which in a long run would be many sequences.
+        shares = np.stack(columns, axis=1)
+        return shares / shares.sum(axis=1, keepdims=True)
+
+    @property
+    def step_shares(self) -> np.ndarray:
+        """(steps, domains): each domain's share of the tokens of each step, in tokens."""
+        return self.shares * np.diff(self.tokens)[:, None]
+
+    @cached_property
+    def taken(self) -> np.ndarray:
+        """(steps, domains) int64: how many sequences of each domain each step reads."""
+        quotas = self.step_shares.cumsum(axis=0)
+        return assign_rows(quotas, self.seq_len, self.rows)
+
+    @cached_property
+    def first(self) -> np.ndarray:
+        """(steps, domains) int64: the first sequence that each step reads of each domain."""
+        first = np.zeros_like(self.taken)
+        for t in range(1, self.steps):
+            if self.seq_len[t] == self.seq_len[t - 1]:
+                first[t] = first[t - 1] + self.taken[t - 1]
+        return first
+
+    @cached_property
+    def last(self) -> np.ndarray:
+        """(steps, domains) int64: the sequence after the last one that each step reads."""
+        return self.first + self.taken
+
+    def need(self) -> dict[str, int]:
+        """Tokens to prepare of each domain: its quota, 2% more, as the end of a shard does not fill
+        a sequence, and two sequences."""
+        need = {}
+        for name, quota in zip(self.names, self.step_shares.sum(axis=0)):
+            need[name] = int(1.02 * quota) + 2 * max(self.seq_len)
+        return need
+
+    def table(self, stores: dict[str, "DomainShards"] | None = None) -> str:
+        """The mixture at ten points of the run; then per domain the tokens that the run needs and,
+        given its shards, the tokens that there are and how often the run reads them."""
+        width = max(9, *map(len, self.names)) + 1
+        header = "run     step        tokens  length   rows"
+        lines = [header + "".join(f"{name:>{width}s}" for name in self.names)]
+        for i in range(10):
+            t = round(i * (self.steps - 1) / 9)
+            line = (f"{i / 9:4.0%} {t:7,d} {self.tokens[t]:13.4g} {self.seq_len[t]:7,d} "
+                    f"{self.rows[t]:6,d}")
+            lines.append(line + "".join(f"{share:{width}.1%}" for share in self.shares[t]))
+
+        totals = {"needed": self.step_shares.sum(axis=0)}
+        if stores is not None:
+            there = []
+            for name, need in self.need().items():
+                there.append(sum(shard.tokens for shard in stores[name].shards("train", need)))
+            totals["there"] = np.array(there)
+            totals["epochs"] = totals["needed"] / totals["there"]
+        for key, numbers in totals.items():
+            lines.append(f"{key:41s}" + "".join(f"{number:{width}.4g}" for number in numbers))
+        return "\n".join(lines)
 
 
-def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """(n_vocab,) bytes of text that each id stands for, 0 for specials: for bits per byte."""
-    length = np.zeros(tokenizer.n_vocab, dtype=np.int64)
-    for token, i in tokenizer._mergeable_ranks.items():
-        length[i] = len(token)
-    return length
+def check_domains(domains: dict) -> None:
+    for name, domain in domains.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+            raise UserError(f"domains: the name {name!r} must be letters, digits, '_', '-' and "
+                            "'.', as a folder is named after it")
+        is_triple = isinstance(domain, (list, tuple)) and len(domain) == 3
+        if not (is_triple and isinstance(domain[0], str) and is_share(domain[1])
+                and is_share(domain[2])):
+            raise UserError(f"domains: {name!r} must be [source, first share, last share] with "
+                            f"shares that are not negative, not {domain}")
 
 
-def encode_document(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
-    """begin of text, the text's tokens, end of text. A special token's spelling is plain text."""
-    ends = tokenizer._special_tokens
-    return [ends[BEGIN], *tokenizer.encode_ordinary(text), ends[END]]
+def check_mixture(mixture: list, domains: dict) -> None:
+    problem = UserError(f"mixture={mixture} must be [[fraction of the run, {{name: share}}], ...]")
+    if not isinstance(mixture, (list, tuple)) or not mixture:
+        raise problem
+
+    before = 0
+    for point in mixture:
+        if not isinstance(point, (list, tuple)) or len(point) != 2:
+            raise problem
+        place, shares = point
+        if not is_share(place) or not isinstance(shares, dict):
+            raise problem
+        if not before <= place <= 1:
+            raise UserError(f"mixture: {place} must not be less than {before} nor more than 1: the "
+                            "fractions of the run rise")
+        before = place
+
+        known = shares.keys() <= domains.keys() and all(map(is_share, shares.values()))
+        if not known or abs(sum(shares.values()) - 1) > 1e-6:
+            raise UserError(f"domains or mixture: at {place} of the run the shares of "
+                            f"{', '.join(domains)} must not be negative and must sum to 1, "
+                            f"not {shares}")
 
 
-def decode(tokenizer: tiktoken.Encoding, ids: list[int]) -> str:
-    """The text of ids. Ids that no token has, which an untrained model samples, give U+FFFD, as
-    bytes that are not UTF-8 do."""
-    known = {*tokenizer._mergeable_ranks.values(), *tokenizer._special_tokens.values()}
-    parts = [tokenizer.decode_single_token_bytes(i) if i in known else b"\xff" for i in ids]
-    return b"".join(parts).decode("utf-8", "replace")
+# Which domains get the rows of a step? A sequence is *due* at the first step at which its domain's
+# quota reaches its end. What is due by now is read now. The rows that are left go to domains that
+# are behind their quotas, earliest deadline first: to those whose next sequence is due soonest.
+# Three domains A, B and C with shares .5, .3 and .2, and steps of 2 sequences of 10 tokens:
+#
+#     step    quota      read before   due now   the row that is left goes to
+#        0   10  6  4      0  0  0     A         B, due at step 1 (C only at step 2)
+#        1   20 12  8     10 10  0     A         C, due at step 2 (B's next one at step 3)
+#        2   30 18 12     20 10 10     A         B, due at step 3 (C's next one at step 4)
+#        3   40 24 16     30 20 10     A         C, due at step 4 as B is, but further behind
+#        4   50 30 20     40 20 20     A, B
+#
+# After five steps A, B and C have given 5, 3 and 2 sequences, and none was ever a whole sequence
+# ahead of its quota or behind it. To serve whoever is furthest behind would not ensure that: where
+# shares change fast, several domains may be due at once that were hardly behind before. This is
+# the chairman assignment problem (Tijdeman, 1980).
+
+ROUNDING = 1e-6  # of a sequence: a quota is a sum of floats
 
 
-# ---- shards
+def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int]) -> np.ndarray:
+    """How many sequences each step reads of each domain -> (steps, domains) int64.
+
+    quotas: (steps, domains), the tokens that each domain should have given by the end of a step.
+    seq_len, rows: (steps,), a step's sequence length and number of sequences.
+
+    >>> quotas = np.outer([20, 40, 60, 80, 100], [0.5, 0.3, 0.2])
+    >>> assign_rows(quotas, seq_len=[10] * 5, rows=[2] * 5).tolist()
+    [[1, 1, 0], [1, 0, 1], [1, 1, 0], [1, 0, 1], [1, 1, 0]]
+
+    The 12.7B config's 122,191 steps of 8 domains take about 2 seconds.
+    """
+    steps, num_domains = quotas.shape
+    domains = range(num_domains)
+    quota = quotas.T.tolist()  # quota[d][t]: plain lists are faster than arrays of 8 numbers
+    read = [0] * num_domains   # tokens
+    taken = []
+
+    for t in range(steps):
+        T = seq_len[t]
+
+        # What is due: the whole sequences by which a domain is behind its quota.
+        lag = [(quota[d][t] - read[d]) / T for d in domains]
+        take = [max(0, math.floor(lag[d] + ROUNDING)) for d in domains]
+
+        # The rows that are left, earliest deadline first. A domain that is not behind comes last.
+        left = rows[t] - sum(take)
+        if left > 0:
+            claims = []
+            for d in domains:
+                behind = lag[d] - take[d]
+                deadline = steps + 1
+                if behind > ROUNDING:
+                    deadline = bisect_left(quota[d], read[d] + (take[d] + 1) * T)
+                claims.append((deadline, -behind, d))
+            for _, _, d in sorted(claims)[:left]:
+                take[d] += 1
+
+        # Rarely more is due than there are rows, as other domains are ahead of their quotas: what
+        # is least behind waits for the next step.
+        while left < 0:
+            claims = [(lag[d] - take[d], d) for d in domains if take[d] > 0]
+            take[min(claims)[1]] -= 1
+            left += 1
+
+        for d in domains:
+            read[d] += take[d] * T
+        taken.append(take)
+
+    return np.array(taken, dtype=np.int64).reshape(steps, num_domains)
+
+
+# ---- shards: tokens on disk
+
+# A shard is a file of token ids: documents one after the other, each as BEGIN ... END. It is never
+# read whole: it is mapped into memory, and cut into sequences of T tokens wherever they fall, as
+# GPT-2's training text was. Sequence i is tokens i T to i T + T, one more than T, since the last
+# token's target is the first one of the next sequence.
+
+MAGIC = b"nnMotif\0"
+VERSION = 1
+HEADER = struct.Struct("<"     # 88 bytes, little-endian, before the ids:
+                       "8s"    # MAGIC
+                       "I"     # VERSION
+                       "I"     # bytes per id, 2 or 4
+                       "Q"     # number of tokens
+                       "32s"   # SHA-256 of the ids
+                       "32s")  # the tokenizer's fingerprint
+
 
 class ShardWriter:
-    """A shard in the making, under a temporary name until close()."""
+    """Writes a shard, which has a temporary name until close()."""
 
-    def __init__(self, path: Path, tokenizer: tiktoken.Encoding):
-        self.path, self.tokenizer = path, fingerprint(tokenizer)
+    def __init__(self, path: Path, tokenizer: "Tokenizer"):
+        self.path = path
+        self.tokenizer = tokenizer.fingerprint()
         self.dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
-        self.tokens, self.checksum = 0, hashlib.sha256()
+        self.tokens = 0
+        self.checksum = hashlib.sha256()
         self.file = open(f"{path}.tmp", "wb")
         self.file.seek(HEADER.size)
 
@@ -220,7 +395,7 @@ class ShardWriter:
         self.tokens += len(ids)
 
     def close(self) -> int:
-        """Header, fsync, rename -> tokens."""
+        """Write the header and give the shard its name -> its number of tokens."""
         self.file.seek(0)
         self.file.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, self.tokens,
                                     self.checksum.digest(), self.tokenizer))
@@ -232,134 +407,590 @@ class ShardWriter:
 
 
 class Shard:
-    """A shard on disk, mapped. The header and the size are checked at once, the checksum when it is
-    first read. ValueError, naming the file, for one that is foreign, truncated or corrupted."""
+    """A shard on disk. Opening it checks its header and size, reading from it first its checksum:
+    a damaged file is a UserError that names it."""
 
     def __init__(self, path: Path, tokenizer: bytes | None = None):
-        self.path, self.verified = path, False
+        """tokenizer: the fingerprint that the shard must have."""
+        self.path = path
+        self.verified = False
         try:
             with open(path, "rb") as file:
-                size, head = os.fstat(file.fileno()).st_size, file.read(HEADER.size)
+                size = os.fstat(file.fileno()).st_size
+                header = file.read(HEADER.size)
         except OSError as e:
-            raise UserError(f"shard {path}: {one_line(e)}; {self.remedy()}") from None
-        if len(head) < HEADER.size or not head.startswith(MAGIC):
-            raise UserError(f"{path} is not a shard of this project; {self.remedy()}")
-        _, version, itemsize, self.tokens, self.checksum, made_by = HEADER.unpack(head)
+            raise self._damage(one_line(e)) from None
+
+        if len(header) < HEADER.size or not header.startswith(MAGIC):
+            raise self._damage("it is not a shard of this project")
+        _, version, itemsize, self.tokens, self.checksum, made_by = HEADER.unpack(header)
         if version != VERSION or itemsize not in (2, 4):
-            raise UserError(f"{path} has shard version {version}, not {VERSION}; {self.remedy()}")
+            raise self._damage(f"it has version {version}, not {VERSION}")
         if tokenizer not in (None, made_by):
-            raise UserError(f"{path} was made with another tokenizer; {self.remedy()}")
-        if size != HEADER.size + itemsize * self.tokens:
-            raise UserError(f"{path} is truncated: {size} bytes, not "
-                             f"{HEADER.size + itemsize * self.tokens}; {self.remedy()}")
-        shape, dtype = (self.tokens,), f"<u{itemsize}"
-        self.ids = (np.memmap(path, dtype, "r", HEADER.size, shape) if self.tokens
-                    else np.empty(shape, dtype))
+            raise self._damage("it was made with another tokenizer")
+        whole = HEADER.size + itemsize * self.tokens
+        if size != whole:
+            raise self._damage(f"it is truncated: {size} bytes, not {whole}")
 
-    def remedy(self) -> str:
-        return f"delete {self.path.parent} and prepare again"
+        dtype = f"<u{itemsize}"
+        if self.tokens:
+            self.ids = np.memmap(path, dtype, "r", HEADER.size, shape=(self.tokens,))
+        else:
+            self.ids = np.empty(0, dtype)  # an empty file cannot be mapped
 
-    def sequences(self, T: int) -> int:
-        """How many sequences of T tokens and the target after them; neighbours share one token."""
+    def _damage(self, what: str) -> UserError:
+        return UserError(f"shard {self.path}: {what}; delete {self.path.parent} and prepare again")
+
+    def num_sequences(self, T: int) -> int:
         return max(0, self.tokens - 1) // T
 
     def read(self, i: int, T: int) -> np.ndarray:
         """Sequence i: T + 1 ids."""
         if not self.verified:
             if hashlib.sha256(self.ids).digest() != self.checksum:
-                raise UserError(f"{self.path} is corrupted: its checksum differs; {self.remedy()}")
+                raise self._damage("it is corrupted: its checksum differs")
             self.verified = True
         return self.ids[i * T:i * T + T + 1]
 
 
-# ---- sources: a source is cut into units, a unit yields documents
+# ---- batches
+
+# The sequences of a domain are read in a random order, another one in each epoch. A shuffled list
+# of them would have to be made and kept, and the 12.7B config reads a billion sequences. Instead
+# the order is *computed*: a keyed permutation says which sequence comes at place i. So a batch is a
+# function of (seed, step) on any number of ranks, and all that a checkpoint has to say about the
+# data is the step.
+
+
+def hash_key(*what) -> bytes:
+    """48 bytes that depend on `what`: six round keys of a permutation."""
+    return hashlib.blake2b(repr(what).encode(), digest_size=48).digest()
+
+
+def feistel_permutation(i: np.ndarray, n: int, key: bytes) -> np.ndarray:
+    """A keyed pseudo-random permutation of range(n), evaluated at places i without storing it.
+
+    >>> feistel_permutation(np.arange(8), 8, hash_key("epoch 0")).tolist()
+    [6, 3, 2, 5, 0, 1, 4, 7]
+    >>> feistel_permutation(np.array([3]), 10**9, hash_key("epoch 1")).tolist()
+    [192577323]
+
+    This is a Feistel network, which ciphers are built from. Split the bits of a number into halves
+    (left, right), then six times: (left, right) -> (right, left xor f(right)). A round can be
+    undone whatever f is, so the network permutes the numbers of that many bits. Here f mixes
+    `right` with the round's key as SplitMix64 does. Where the result is not below n, the network is
+    applied again ("cycle walking"), and so permutes range(n). There are at most 4 n numbers of that
+    many bits, so a place takes at most 4 turns on average.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    round_keys = np.frombuffer(key, "<u8")
+    out = i.astype(np.uint64)
+    outside = np.ones(len(i), dtype=bool)
+    while outside.any():
+        left = out[outside] >> half
+        right = out[outside] & mask
+        for round_key in round_keys:
+            x = (right + round_key) * np.uint64(0xBF58476D1CE4E5B9)  # modulo 2^64
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            mixed = (x >> np.uint64(31)) & mask
+            left, right = right, left ^ mixed
+        out[outside] = (left << half) | right
+        outside = out >= n
+    return out.astype(np.int64)
+
+
+class Sequences:
+    """The sequences of T tokens in a list of shards, one shard's after the other's."""
+
+    def __init__(self, shards: list[Shard], T: int):
+        self.shards = shards
+        self.T = T
+        self.ends = np.cumsum([shard.num_sequences(T) for shard in shards])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """(T + 1,) ids."""
+        k = int(self.ends.searchsorted(i, side="right"))
+        before = int(self.ends[k - 1]) if k > 0 else 0
+        return self.shards[k].read(i - before, self.T)
+
+
+class TokenDataset:
+    """The batches of a curriculum, read from prepared shards (stores: domain -> its shards)."""
+
+    def __init__(self, curriculum: Curriculum, stores: dict[str, "DomainShards"], seed: int):
+        self.curriculum = curriculum
+        self.seed = seed
+        self.train = {}
+        self.val = {}
+        for name, need in curriculum.need().items():
+            self.train[name] = stores[name].shards("train", need)
+            self.val[name] = stores[name].shards("val", need)
+        self._sequences = {}  # (part, domain, T) -> Sequences
+
+        # The end of a shard that does not fill a sequence is never read.
+        T = max(curriculum.seq_len)
+        for name, shards in self.train.items():
+            there = sum(shard.tokens for shard in shards)
+            filled = T * len(self.sequences("train", name, T))
+            if 2 * filled < there:
+                raise UserError(f"domain {name!r}: of {there:,d} tokens in {len(shards)} shards "
+                                f"only {filled:,d} fill sequences of {T}; lower seq_len or give it "
+                                "longer text")
+
+    def sequences(self, part: str, name: str, T: int) -> Sequences:
+        """The sequences of T tokens of a domain. part: "train" or "val"."""
+        key = (part, name, T)
+        if key not in self._sequences:
+            shards = self.train[name] if part == "train" else self.val[name]
+            self._sequences[key] = Sequences(shards, T)
+        return self._sequences[key]
+
+    def fingerprint(self) -> str:
+        """16 hex digits of a hash of all that the run may read."""
+        checksums = [shard.checksum for shards in self.train.values() for shard in shards]
+        return hashlib.sha256(b"".join(checksums)).hexdigest()[:16]
+
+    def num_targets(self, step: int) -> int:
+        """Targets in the step's global batch."""
+        return self.curriculum.rows[step] * self.curriculum.seq_len[step]
+
+    def rows(self, step: int) -> list[tuple[str, int]]:
+        """(domain, sequence) of each row of the step's global batch.
+
+        Place p of a domain is place p % n of its epoch p // n, where n is how many sequences it
+        has. Each epoch has a permutation of its own, so that it reads each sequence once. The rows
+        of the batch are then shuffled, so that every rank gets a mixture of the domains."""
+        T = self.curriculum.seq_len[step]
+        rows = []
+        for d, name in enumerate(self.curriculum.names):
+            n = len(self.sequences("train", name, T))
+            places = np.arange(self.curriculum.first[step, d], self.curriculum.last[step, d])
+            epochs = places // n
+            for epoch in sorted(set(epochs.tolist())):
+                key = hash_key(self.seed, name, T, epoch)
+                for i in feistel_permutation(places[epochs == epoch] - epoch * n, n, key):
+                    rows.append((name, i))
+
+        key = hash_key(self.seed, "order", step)
+        order = feistel_permutation(np.arange(len(rows)), len(rows), key)
+        return [rows[i] for i in order]
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        """Rows rank, rank + world, rank + 2 world, ... of the step's global batch -> (rows, T + 1)
+        int64: inputs are [:, :-1], targets [:, 1:]."""
+        T = self.curriculum.seq_len[step]
+        rows = self.rows(step)[rank::world]
+        out = np.empty((len(rows), T + 1), dtype=np.int64)
+        for b, (name, i) in enumerate(rows):
+            out[b] = self.sequences("train", name, T)[i]
+        return out
+
+    def validation(self, name: str, tokens: int, T: int) -> np.ndarray:
+        """About `tokens` held-out tokens of a domain -> (rows, T + 1) int64. The rows are spread
+        evenly over what is held out, as its first documents are prefaces."""
+        held_out = self.sequences("val", name, T)
+        there = len(held_out)
+        n = min(there, max(1, tokens // T))
+        if n == 0:
+            raise UserError(f"domain {name!r} holds out no sequence of {T} tokens (one document in "
+                            f"{VAL_EVERY} is held out); lower seq_len or give it more documents")
+        rows = [held_out[i * there // n] for i in range(n)]
+        return np.stack(rows).astype(np.int64)
+
+
+# ---- tokenizers
+
+# Special tokens of the Motif family's turn format, in which sft.py writes conversations. A
+# tokenizer that lacks some of them gets them here, with ids after its own.
+BEGIN = "<|beginoftext|>"
+END = "<|endoftext|>"
+TURN = "<|startofturn|>"
+TURN_END = "<|endofturn|>"
+ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
+SPECIALS = (BEGIN, END, TURN, TURN_END, *ROLES.values())
+
+
+class Tokenizer:
+    """Text <-> ids. load_tokenizer() makes one; a subclass for each library does the work.
+
+        name        what load_tokenizer was given
+        n_vocab     the largest id, plus 1
+        special     {special token: id}; all of SPECIALS are in it
+        begin_id    the id that the tokenizer's own rule puts before a text; None if it puts none
+
+    encode() takes the spelling of a special token for plain text, so that no document and no user
+    can forge the end of a turn. Code that means the token itself writes its id.
+
+    >>> byte = load_tokenizer("byte")
+    >>> byte.encode("Hé<|endoftext|>")[:6]
+    [72, 195, 169, 60, 124, 101]
+    >>> byte.special["<|endoftext|>"], byte.n_vocab
+    (257, 263)
+    >>> byte.decode([72, 195, 169, 257])
+    'Hé<|endoftext|>'
+    """
+
+    def __init__(self, name: str, special: dict[str, int], bytes_of: dict[int, bytes]):
+        """special: the special tokens that the tokenizer itself has. bytes_of: {id: the text that
+        it stands for} of all its other tokens."""
+        self.name = name
+        self.special = dict(special)
+        self.bytes_of = bytes_of
+        self.n_vocab = 1 + max([*bytes_of, *special.values()], default=-1)
+        for token in SPECIALS:
+            if token not in self.special:
+                self.special[token] = self.n_vocab
+                self.n_vocab += 1
+        self.spelling = {i: token for token, i in self.special.items()}
+
+    def encode(self, text: str) -> list[int]:
+        with library_errors(self.name):
+            return self._encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids. Bytes that are not UTF-8 give U+FFFD, and so does an id that no token
+        has, which an untrained model may sample."""
+        text = ""
+        run = []  # ordinary tokens are decoded together: one letter may be several tokens
+        for i in ids:
+            if i in self.bytes_of:
+                run.append(i)
+            else:
+                text += self._decode(run) + self.spelling.get(i, "\ufffd")
+                run = []
+        return text + self._decode(run)
+
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes of text that id i stands for: b"" for a special token. An id that no token has
+        gives a byte that is not UTF-8, and so U+FFFD once it is decoded."""
+        return b"" if i in self.spelling else self.bytes_of.get(i, b"\xff")
+
+    def fingerprint(self) -> bytes:
+        """32 bytes, which differ between tokenizers that could give different ids."""
+        return hashlib.sha256(self.identity).digest()
+
+
+class TiktokenTokenizer(Tokenizer):
+    """Byte-level BPE by tiktoken: a pattern cuts the text into pieces, then pairs of tokens within
+    a piece are merged, the pair whose merged token has the lowest id first."""
+
+    def __init__(self, name: str, pattern: str, ids: dict[bytes, int], special: dict[str, int]):
+        taken = set(special.values())
+        bytes_of = {i: token for token, i in ids.items() if i not in taken}
+        if len(bytes_of) < len(ids):
+            raise UserError(f"tokenizer {name}: two of its tokens have the same id")
+        if not all(bytes([i]) in ids for i in range(256)):
+            raise UserError(f"tokenizer {name}: some of the 256 bytes have no token")
+
+        super().__init__(name, special, bytes_of)
+        self.begin_id = self.special[BEGIN]
+        tokens = sorted(ids.items(), key=lambda item: item[1])
+        self.identity = repr((pattern, tokens, sorted(self.special.items()))).encode()
+        with library_errors(name):
+            self.library = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ids,
+                                             special_tokens=self.special)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.library.encode_ordinary(text)
+
+    def _decode(self, ids: list[int]) -> str:
+        return b"".join(self.bytes_of[i] for i in ids).decode("utf-8", "replace")
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer.json, read by Hugging Face's `tokenizers`. Its normalizer, its model and its
+    added tokens that are not special (Motif's <think>) do what they do in that library."""
+
+    def __init__(self, name: str, file: Path):
+        from tokenizers import Tokenizer as Library
+        with library_errors(file):
+            self.identity = file.read_bytes()
+            library = Library.from_str(self.identity.decode("utf-8"))
+
+            # A file may say that every text is cut or padded to one length, as for inference.
+            library.no_truncation()
+            library.no_padding()
+
+            # encode_special_tokens means: encode the spelling of special tokens like other text.
+            ids = library.get_vocab(with_added_tokens=True)
+            library.add_special_tokens([token for token in SPECIALS if token in ids])
+            library.encode_special_tokens = True
+
+            added = library.get_added_tokens_decoder()
+            with_begin = library.encode("a", add_special_tokens=True)
+
+        special = {token.content: i for i, token in added.items() if token.special}
+        byte_level = "ByteLevel(" in f"{library.pre_tokenizer} {library.decoder}"
+        bytes_of = {}
+        for token, i in ids.items():
+            if i not in added:
+                bytes_of[i] = spelled_bytes(token, byte_level)
+            elif not added[i].special:
+                bytes_of[i] = token.encode("utf-8")
+
+        super().__init__(name, special, bytes_of)
+        self.library = library
+        begins = with_begin.special_tokens_mask[:1] == [1]
+        self.begin_id = with_begin.ids[0] if begins else None
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return self.library.encode(text, add_special_tokens=False).ids
+
+    def _decode(self, ids: list[int]) -> str:
+        with library_errors(self.name):
+            return self.library.decode(ids, skip_special_tokens=False)
+
+
+def byte_letters() -> dict[str, int]:
+    """{letter: byte}: how byte-level BPE spells bytes in a tokenizer.json. GPT-2's rule: a visible
+    byte of Latin-1 is its own letter, the others take the letters from U+0100 on.
+
+    >>> bytes(byte_letters()[letter] for letter in "Ġcaf\u00c3\u00a9").decode("utf-8")
+    ' café'
+    """
+    letters = {}
+    unused = 256
+    for byte in range(256):
+        if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255:
+            letters[chr(byte)] = byte
+        else:
+            letters[chr(unused)] = byte
+            unused += 1
+    return letters
+
+
+BYTE_OF = byte_letters()
+
+
+def spelled_bytes(token: str, byte_level: bool) -> bytes:
+    """The bytes of text that a word of a tokenizer.json's vocabulary stands for."""
+    if byte_level and all(letter in BYTE_OF for letter in token):
+        return bytes(BYTE_OF[letter] for letter in token)
+    if re.fullmatch("<0x[0-9A-F]{2}>", token):  # a byte of a letter that has no token
+        return bytes([int(token[1:-1], 16)])
+    return token.replace("\u2581", " ").encode("utf-8")  # SentencePiece's sign for a space
+
+
+@contextmanager
+def library_errors(name: str | Path):
+    """Whatever a tokenizer library raises within becomes one UserError that names the tokenizer."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, UserError):
+        raise
+    except BaseException as e:  # a panic of Rust code is not an Exception
+        raise UserError(f"tokenizer {name}: {one_line(e)}") from None
+
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of that name, which is one of
+
+        byte                  an id for each byte; needs no file and no network
+        gpt2, o200k_base ...  a name that tiktoken knows; downloaded once
+        some/file.tiktoken    a file of tiktoken's; text is cut by GPT-2's pattern
+        some/tokenizer.json   a file of Hugging Face's, or a folder that has one
+        owner/name            a repository of the Hugging Face Hub that has one; downloaded once
+    """
+    known = tiktoken.list_encoding_names()
+    if name == "byte":
+        ids = {bytes([i]): i for i in range(256)}
+        return TiktokenTokenizer(name, r"(?s).{1,64}", ids, {})
+
+    if name in known:
+        with library_errors(f"{name} (--tokenizer=byte needs no network)"):
+            library = tiktoken.get_encoding(name)
+        return TiktokenTokenizer(name, library._pat_str, library._mergeable_ranks,
+                                 library._special_tokens)
+
+    if name.endswith(".tiktoken"):
+        with library_errors(name):
+            ids = tiktoken_ids(Path(name))
+        return TiktokenTokenizer(name, GPT2_PATTERN, ids, {})
+
+    if name.endswith(".json") or os.path.isdir(name) or HUB_NAME.fullmatch(name):
+        return JsonTokenizer(name, tokenizer_file(name))
+
+    raise UserError(f"tokenizer {name}: it must be 'byte', a .tiktoken file, a tokenizer.json, a "
+                    f"folder with one, owner/name of the Hub, or one of {', '.join(known)}")
+
+
+def tiktoken_ids(file: Path) -> dict[bytes, int]:
+    """{token: id} of a .tiktoken file, whose lines are a token in base64 and its id."""
+    ids = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        token, i = line.split()
+        ids[base64.b64decode(token)] = int(i)
+    return ids
+
+
+def tokenizer_file(name: str) -> Path:
+    """The tokenizer.json of a file's, a folder's or a Hub repository's name."""
+    if name.endswith(".json"):
+        return Path(name)
+
+    if os.path.isdir(name):
+        file = Path(name) / "tokenizer.json"
+        if not file.is_file():
+            raise UserError(f"tokenizer {name}: the folder has no tokenizer.json")
+        return file
+
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    try:
+        kept = try_to_load_from_cache(name, "tokenizer.json")
+        if isinstance(kept, str):  # what was downloaded once needs no network again
+            return Path(kept)
+        return Path(hf_hub_download(name, "tokenizer.json"))
+    except Exception as e:  # of a dozen kinds: no network, no such name, a licence to accept first
+        raise UserError(f"tokenizer {name}: there is no such folder, and the Hub did not give a "
+                        f"tokenizer.json: {one_line(e)}") from None
+
+
+def bytes_per_token(tokenizer: Tokenizer) -> np.ndarray:
+    """(n_vocab,) int64: the bytes of text that each id stands for, for bits per byte. 0 for special
+    tokens and for ids that no token has."""
+    lengths = np.zeros(tokenizer.n_vocab, dtype=np.int64)
+    for i, token in tokenizer.bytes_of.items():
+        lengths[i] = len(token)
+    return lengths
+
+
+def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
+    """BEGIN, the tokens of the text, END."""
+    return [tokenizer.special[BEGIN], *tokenizer.encode(text), tokenizer.special[END]]
+
+
+# ---- sources: where text comes from
+
+# A domain's source is one of
+#
+#     builtin:code  builtin:language  builtin:math  builtin:science     synthetic/texts.py
+#     books/*.jsonl?text=body        local files: .jsonl, .txt (also .gz, .bz2, .xz) and .parquet;
+#                                    text= names the column, or several: text=question,answer
+#     owner/name?name=CONFIG&split=train&text=column      a dataset of the Hugging Face Hub
+#
+# A source is cut into *units*, in a fixed order: a file of a Hub dataset, 32 MB of local text,
+# 1,000 problems. A unit is what one process prepares at a time, and becomes one shard of training
+# text and one of held-out text.
+
+UNIT_BYTES = 2**25   # local text per unit
+MAX_UNITS = 100_000  # of a generator of problems, which has no end of its own
+
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+READABLE = (".jsonl", ".txt", ".parquet", ".jsonl.gz", ".jsonl.bz2", ".jsonl.xz", ".txt.gz",
+            ".txt.bz2", ".txt.xz")
+
 
 def source_units(source: str) -> list[partial]:
-    """A source's units in a fixed order, each a picklable function that yields documents.
-    ValueError for a source that cannot be."""
+    """The units of a source: functions without arguments, each of which yields documents. They are
+    partials, not closures, so that they can be sent to another process."""
     place, _, query = source.partition("?")
-    options, local = dict(parse_qsl(query, keep_blank_values=True)), place.endswith(READABLE)
-    known = [] if place.startswith("builtin:") else ["text"] if local else ["text", "name", "split"]
-    check_options(source, options, known)
+    options = dict(parse_qsl(query, keep_blank_values=True))
     columns = options.get("text", "text").split(",")
+
     if place.startswith("builtin:"):
-        kind = place.removeprefix("builtin:")
-        if kind in PROBLEMS:
-            return [partial(problems, kind, i) for i in range(MAX_UNITS)]
-        if kind not in ("code", "language"):
-            known = ", ".join(("code", "language", *PROBLEMS))
-            raise UserError(f"source {source!r}: builtin are {known}")
-        return [partial(library, kind, i) for i in range(LIBRARY_UNITS)]
-    if local:
+        check_options(source, options, [])
+        return builtin_units(source, place.removeprefix("builtin:"))
+    if place.endswith(READABLE):
+        check_options(source, options, ["text"])
         return local_units(place, columns)
     if place.count("/") == 1 and not os.path.exists(place):
+        check_options(source, options, ["text", "name", "split"])
         return hub_units(place, columns, options)
-    raise UserError(f"source {source!r} is neither builtin:..., files ending in "
-                     f"{', '.join(READABLE[:3])}, nor a dataset owner/name of the Hub")
+    raise UserError(f"source {source!r} must be builtin:..., files that end in .jsonl, .txt or "
+                    ".parquet, or a dataset owner/name of the Hub")
 
 
 def check_options(source: str, options: dict, known: list[str]) -> None:
-    """ValueError for what follows a source's question mark if it is not known or empty."""
+    """UserError for options after a source's question mark that are empty or unknown."""
     for key, value in options.items():
         if key not in known or not value:
-            raise UserError(f"source {source!r}: {key}={value} is none of its options "
-                             f"({'=..., '.join([*known, ''])[:-2] or 'it has none'})")
+            has = ", ".join(f"{name}=..." for name in known) or "none"
+            raise UserError(f"source {source!r}: {key}={value} is not one of its options ({has})")
 
 
-COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-READABLE = (".jsonl", ".txt", ".parquet",
-            *(kind + end for kind in (".jsonl", ".txt") for end in COMPRESSED))
+def builtin_units(source: str, kind: str) -> list[partial]:
+    if kind in PROBLEMS:
+        return [partial(problems, kind, i) for i in range(MAX_UNITS)]
+    if kind in ("code", "language"):
+        return [partial(library, kind, i) for i in range(LIBRARY_UNITS)]
+    known = ", ".join(["code", "language", *PROBLEMS])
+    raise UserError(f"source {source!r}: the built-in ones are {known}")
 
 
 def local_files(pattern: str) -> list[Path]:
-    """The files of a glob, sorted; ValueError if there is none."""
-    files = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
+    """The files that match a glob, sorted."""
+    files = sorted(Path(path) for path in glob.glob(pattern, recursive=True)
+                   if os.path.isfile(path))
     if not files:
         raise UserError(f"no file matches {pattern}; give a path or a glob of existing files")
     return files
 
 
 def local_units(pattern: str, columns: list[str]) -> list[partial]:
-    """Units of UNIT_BYTES or more: large plain files are cut (at line ends), small ones gathered,
-    and what is left at the end joins the last."""
+    """Units of at least UNIT_BYTES: large files are cut, small ones gathered, and what is too
+    little for a unit of its own joins the last one."""
     pieces = []
+    remaining = 0
     for path in local_files(pattern):
-        total = path.stat().st_size
-        n = max(1, total // UNIT_BYTES) if path.suffix in (".jsonl", ".txt") else 1
-        pieces += [(path, i * total // n, (i + 1) * total // n) for i in range(n)]
-    units, size, left = [[]], 0, sum(end - start for _, start, end in pieces)
+        size = path.stat().st_size
+        can_be_cut = path.suffix in (".jsonl", ".txt")
+        count = max(1, size // UNIT_BYTES) if can_be_cut else 1
+        for i in range(count):
+            pieces.append((path, i * size // count, (i + 1) * size // count))
+        remaining += size
+
+    units = [[]]
+    filled = 0
     for path, start, end in pieces:
-        if min(size, left) >= UNIT_BYTES:
+        if filled >= UNIT_BYTES and remaining >= UNIT_BYTES:
             units.append([])
-            size = 0
+            filled = 0
         units[-1].append((path, start, end))
-        size, left = size + end - start, left - (end - start)
+        filled += end - start
+        remaining -= end - start
     return [partial(read_pieces, unit, columns) for unit in units]
 
 
 def read_pieces(pieces: list[tuple[Path, int, int]], columns: list[str]):
-    """The documents of some pieces of files: rows of jsonl and parquet; of txt, whole paragraphs of
-    at least 4,096 characters together."""
+    """The documents in bytes start to end of each file: rows of .jsonl and .parquet files, groups
+    of paragraphs of .txt files."""
     for path, start, end in pieces:
         kind = (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
         if kind == ".parquet":
             yield from read_each(path, parquet_rows(path), partial(get_text, columns))
         elif kind == ".jsonl":
-            yield from read_each(path, lines_of(path, start, end), lambda line: (
-                get_text(columns, json.loads(line)) if line.strip() else ""))
+            yield from read_each(path, lines_of(path, start, end), partial(json_text, columns))
         else:
-            text = ""
-            for line in read_each(path, lines_of(path, start, end), partial(str, encoding="utf-8")):
-                text += line.removeprefix("\ufeff")
-                if len(text) >= 4096 and not line.strip():
-                    yield text
-                    text = ""
+            lines = read_each(path, lines_of(path, start, end), partial(str, encoding="utf-8"))
+            yield from paragraphs(lines)
+
+
+def paragraphs(lines):
+    """Documents of whole paragraphs. Each has at least 4,096 characters, except the last one."""
+    text = ""
+    for line in lines:
+        text += line.removeprefix("\ufeff")  # the byte-order mark that some editors write
+        if len(text) >= 4096 and not line.strip():
             yield text
+            text = ""
+    yield text
 
 
 def read_each(source, items, read):
-    """read(item) of every (place, item). ValueError, with source and place, for whatever goes wrong
-    on the way: some libraries' errors do not even survive the way back from a worker."""
+    """Yield read(item) of each (place, item). To open, decompress, download and parse may raise
+    exceptions of many libraries, some of which cannot even be sent from one process to another. So
+    each of them becomes a UserError here, with the source and the place."""
     place = "at its beginning"
     try:
         for place, item in items:
@@ -369,46 +1000,66 @@ def read_each(source, items, read):
 
 
 def parquet_rows(path: Path):
+    """(place, row) of each row, a dict."""
     import pyarrow.parquet
-    batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024)
-    rows = (row for batch in batches for row in batch.to_pylist())
-    yield from ((f"row {i}", row) for i, row in enumerate(rows))
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+        for row in batch.to_pylist():
+            yield f"row {number}", row
+            number += 1
 
 
 def lines_of(path: Path, start: int, end: int):
-    """(place, line) of the lines that begin in [start, end) of a file; all of a compressed one."""
-    opener = COMPRESSED.get(path.suffix)
-    with (opener or open)(path, "rb") as file:
-        if opener is None and start:
+    """(place, line) of each line that begins in bytes start to end of a file. A compressed file
+    cannot be cut: it gives all its lines."""
+    if path.suffix in COMPRESSED:
+        start = 0
+        end = math.inf
+    opener = COMPRESSED.get(path.suffix, open)
+    with opener(path, "rb") as file:
+        if start > 0:
+            # A line belongs to the piece in which it begins: skip what is left of the one before.
             file.seek(start - 1)
-            start += len(file.readline()) - 1      # a line belongs to the piece in which it begins
+            start += len(file.readline()) - 1
         for line in file:
-            if opener is None and start >= end:
+            if start >= end:
                 return
             yield f"byte {start}", line
             start += len(line)
 
 
+def json_text(columns: list[str], line: bytes) -> str:
+    return get_text(columns, json.loads(line)) if line.strip() else ""
+
+
 def get_text(columns: list[str], row: dict) -> str:
-    """The text of a row: its columns, a blank line between; null is no text. ValueError if one is
-    not there or is not text."""
-    if not isinstance(row, dict) or not all(isinstance(row.get(c, 0), str | None) for c in columns):
-        has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"no text in column {','.join(columns)}; it has {has}: name the right one "
-                         "with ?text=COLUMN")
-    return "\n\n".join(row[c] or "" for c in columns)
+    """The text of a row: its columns, with a blank line between them. A null is an empty text.
+
+    >>> get_text(["question", "answer"], {"id": 7, "question": "1 + 1?", "answer": "2"})
+    '1 + 1?\\n\\n2'
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"a row must be columns with names, not {type(row).__name__}")
+    texts = []
+    for column in columns:
+        if column not in row or not isinstance(row[column], str | None):
+            raise UserError(f"no text in column {column}; it has {', '.join(row)}: name the right "
+                            "one with ?text=COLUMN")
+        texts.append(row[column] or "")
+    return "\n\n".join(texts)
 
 
 def hub_units(name: str, columns: list[str], options: dict) -> list[partial]:
-    """One unit for each file of a Hub dataset. ValueError if it cannot be opened."""
+    """One unit for each file of a Hub dataset."""
     try:
         files = open_hub(name, options).n_shards
-    except Exception as e:  # datasets raises a dozen kinds, all with a message worth one line
+    except Exception as e:  # the library raises a dozen kinds
         raise UserError(f"dataset {name} cannot be opened: {one_line(e)}") from None
     return [partial(read_hub, name, columns, options, i, files) for i in range(files)]
 
 
 def open_hub(name: str, options: dict):
+    """A dataset of the Hub, streamed: what is not read is not downloaded."""
     from datasets import load_dataset
     split = options.get("split", "train")
     return load_dataset(name, options.get("name"), split=split, streaming=True)
@@ -416,445 +1067,248 @@ def open_hub(name: str, options: dict):
 
 def read_hub(name: str, columns: list[str], options: dict, i: int, files: int):
     """The documents of file i."""
-    rows = enumerate(open_hub(name, options).shard(files, i))
-    places = ((f"file {i}, row {j}", row) for j, row in rows)
-    yield from read_each(name, places, partial(get_text, columns))
+    yield from read_each(name, hub_rows(name, options, i, files), partial(get_text, columns))
 
 
-# ---- preparing
+def hub_rows(name: str, options: dict, i: int, files: int):
+    """(place, row) of each row of file i."""
+    for number, row in enumerate(open_hub(name, options).shard(files, i)):
+        yield f"file {i}, row {number}", row
+
+
+# ---- preparing: sources -> shards
+
+# prepare() gives units to processes until every domain has the tokens that the run needs. It can be
+# interrupted at any time: the shards of a unit are written under temporary names and get their
+# names when they are complete, the training shard last. The next call counts the units that it
+# finds and prepares the others.
+#
+# A run reads units 0, 1, ..., up to the first one with which it has the tokens that it needs. So
+# its data follows from its config alone, however many units are prepared, by whatever machines.
+
+VAL_EVERY = 50  # one document in so many is held out for validation
+
 
 class DomainShards:
-    """The shards of one domain: a folder data_dir/<domain>-<key>, the key made of tokenizer and
-    source (of local files their sizes and dates too), so that another source never meets old
-    shards. It holds train-N.bin and val-N.bin for unit N; manifest.json has the tokens of units 0,
-    1, ... and whether those are all."""
+    """The shards of one domain: a folder, data_dir/<domain>-<key>, with
 
-    def __init__(self, domain: str, source: str, tokenizer: tiktoken.Encoding, data_dir: str):
-        self.domain, self.source, self.tokenizer = domain, source, fingerprint(tokenizer)
+        train-00000.bin, val-00000.bin, train-00001.bin, ...    a pair for each unit
+        manifest.json      the training tokens of units 0, 1, ... and whether those are all units
+
+    The key is a hash of what decides the shards' content, such as the source and the tokenizer. So
+    a run with another source or tokenizer never finds these shards.
+    """
+
+    def __init__(self, domain: str, source: str, tokenizer: Tokenizer, data_dir: str):
+        self.domain = domain
+        self.source = source
+        self.tokenizer = tokenizer.fingerprint()
         what = [source, self.tokenizer.hex(), VAL_EVERY, UNIT_BYTES, PROBLEMS_PER_UNIT]
-        place, self.most = source.partition("?")[0], math.inf
+        place = source.partition("?")[0]
         if place.startswith("builtin:"):
-            what.append(sys.version)               # another Python holds other text
+            what.append(sys.version)  # another Python's library has other text
         elif place.endswith(READABLE):
-            stats = ((str(path), path.stat()) for path in local_files(place))
-            what += [(path, s.st_size, s.st_mtime_ns) for path, s in stats]
-            self.most = 10 * sum(size for _, size, _ in what[5:])  # tokens, if well compressed
+            for path in local_files(place):
+                stat = path.stat()
+                what.append((str(path), stat.st_size, stat.st_mtime_ns))
         key = hashlib.sha256(repr(what).encode()).hexdigest()[:10]
         self.folder = Path(data_dir) / f"{domain}-{key}"
-        self.manifest, self.tokens, self.whole = self.folder / "manifest.json", [], False
+
+        self.manifest = self.folder / "manifest.json"
+        self.tokens = []  # of units 0, 1, ...
+        self.complete = False
         if self.manifest.exists():
             try:
                 state = json.loads(self.manifest.read_text())
-                self.tokens, self.whole = state["tokens"], state["whole"]
+                self.tokens = list(state["tokens"])
+                self.complete = bool(state["whole"])
             except (OSError, ValueError, LookupError, TypeError) as e:
-                raise UserError(f"{self.manifest} is damaged: {one_line(e)}; delete it and prepare"
-                                 " again: the shards are kept") from None
+                raise UserError(f"{self.manifest} is damaged: {one_line(e)}; delete it and prepare "
+                                "again: the shards are kept") from None
 
     def path(self, part: str, unit: int) -> Path:
+        """part: "train" or "val"."""
         return self.folder / f"{part}-{unit:05d}.bin"
 
     def has(self, need: int) -> bool:
-        """Whether the units prepared so far hold `need` tokens, or all that the source has."""
-        return self.whole or sum(self.tokens) >= need
+        """Whether the units in the manifest have `need` tokens, or are all units of the source."""
+        return self.complete or sum(self.tokens) >= need
 
-    def open(self, part: tuple[int, int]) -> None:
-        """Look for what is to do: units, queue (numbers of those of this part, the next one last)
-        and made (tokens of those done)."""
-        self.units, self.made = source_units(self.source), 0
-        self.queue = [*range(part[0], len(self.units), part[1])][::-1]
-        self.skip()
+    def shards(self, part: str, need: int) -> list[Shard]:
+        """The shards of the first units that have `need` training tokens together."""
+        found = []
+        tokens = 0
+        for unit, unit_tokens in enumerate(self.tokens):
+            if tokens >= need and found:
+                break
+            found.append(Shard(self.path(part, unit), self.tokenizer))
+            tokens += unit_tokens
+        return found
 
-    def skip(self) -> None:
-        """Take in the units that are there, up to the next to do. Those beyond do not count yet: a
-        run reads units from 0 on without a gap."""
+    # The methods below are for prepare().
+
+    def begin(self, need: int, part: tuple[int, int]) -> None:
+        """List the units to prepare for `need` tokens. part (i, n): only units i, i + n, i + 2 n,
+        ..., as machine i of n."""
+        self.units = source_units(self.source)
+        self.goal = need / part[1]
+        self.queue = list(range(part[0], len(self.units), part[1]))[::-1]  # the next one last
+        self.running = set()
+        self.tokens_done = 0
+        self.scan_done()
+
+    def scan_done(self) -> None:
+        """Take finished units off the queue and count their tokens, up to the first unit that is
+        not finished. Those after it do not count yet, as a run reads units without a gap."""
         while self.queue and self.path("train", self.queue[-1]).exists():
-            self.made += Shard(self.path("train", self.queue.pop()), self.tokenizer).tokens
+            shard = Shard(self.path("train", self.queue.pop()), self.tokenizer)
+            self.tokens_done += shard.tokens
 
-    def clear(self, unit: int) -> None:
-        """Remove what there is of a unit that was cut short."""
-        for part in ("train", "val"):
-            Path(f"{self.path(part, unit)}.tmp").unlink(missing_ok=True)
-        if not self.path("train", unit).exists():
-            self.path("val", unit).unlink(missing_ok=True)
+    def wants_more(self) -> bool:
+        return bool(self.queue) and self.tokens_done < self.goal
 
-    def close(self) -> None:
-        """Take in the shards from unit 0 on without a gap and write the manifest. ValueError, and
-        no folder left, if the source has no text for training."""
-        paths = (self.path("train", i) for i in range(len(self.tokens), len(self.units)))
-        for path in takewhile(Path.exists, paths):
-            self.tokens.append(Shard(path, self.tokenizer).tokens)
-        self.whole = len(self.tokens) == len(self.units)
-        if not sum(self.tokens):
+    def start_next(self) -> int:
+        """Take the next unit off the queue -> its number."""
+        unit = self.queue.pop()
+        self.running.add(unit)
+        self.scan_done()
+        return unit
+
+    def unit_done(self, unit: int, tokens: int) -> None:
+        self.running.remove(unit)
+        self.tokens_done += tokens
+
+    def clear(self) -> None:
+        """Remove the files of units that were started and did not finish, and the folder if it is
+        empty then."""
+        for unit in self.running:
+            for part in ("train", "val"):
+                Path(f"{self.path(part, unit)}.tmp").unlink(missing_ok=True)
+            if not self.path("train", unit).exists():
+                self.path("val", unit).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()
+
+    def finish(self) -> None:
+        """Write the manifest of the units from 0 on, up to the first one that is not there."""
+        for unit in range(len(self.tokens), len(self.units)):
+            if not self.path("train", unit).exists():
+                break
+            self.tokens.append(Shard(self.path("train", unit), self.tokenizer).tokens)
+        self.complete = len(self.tokens) == len(self.units)
+
+        if sum(self.tokens) == 0:
             shutil.rmtree(self.folder)
             raise UserError(f"domain {self.domain!r}: {self.source} has fewer than two documents "
-                             "with text; one is held out for validation")
-        state = {"source": self.source, "tokens": self.tokens, "whole": self.whole}
+                            "with text; one is held out for validation")
+
+        state = {"source": self.source, "tokens": self.tokens, "whole": self.complete}
         with open(f"{self.manifest}.tmp", "w") as file:
             file.write(json.dumps(state) + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{self.manifest}.tmp", self.manifest)
 
-    def shards(self, part: str, need: int) -> list[Shard]:
-        """The first units that hold `need` tokens together: what a run reads follows from its
-        config, however much more is prepared later. ValueError for a shard that is damaged."""
-        enough = range(len(self.tokens))[:np.searchsorted(np.cumsum(self.tokens), need) + 1]
-        return [Shard(self.path(part, i), self.tokenizer) for i in enough]
+
+def prepare(domains: dict, tokenizer_name: str, data_dir: str, need: dict[str, int],
+            part: tuple[int, int] = (0, 1), workers: int | None = None) -> dict[str, DomainShards]:
+    """Prepare what is missing of need[name] tokens of each domain -> {name: its DomainShards}.
+
+    domains: name -> [source, ...].
+    part (i, n): this machine is number i of n that share data_dir, and prepares every n-th unit.
+    When all have ended, one more call without part writes the manifests.
+    workers: number of processes; None: one for each core."""
+    tokenizer = load_tokenizer(tokenizer_name)
+    stores = {}
+    for name, domain in domains.items():
+        stores[name] = DomainShards(name, domain[0], tokenizer, data_dir)
+    todo = [store for name, store in stores.items() if not store.has(need[name])]
+    if not todo:
+        return stores
+
+    workers = workers or os.cpu_count()
+    names = ", ".join(store.domain for store in todo)
+    print(f"preparing {names} in {data_dir}/ on {workers} processes", flush=True)
+    begun = time.time()
+    for store in todo:
+        store.begin(need[store.domain], part)
+    try:
+        for store in todo:
+            store.folder.mkdir(parents=True, exist_ok=True)
+        prepare_units(todo, tokenizer_name, workers)
+        if part[1] == 1:
+            for store in todo:
+                store.finish()
+    except OSError as e:
+        raise UserError(f"{data_dir} cannot be written: {one_line(e)}; free some space or choose "
+                        "another --data_dir") from None
+    except BrokenProcessPool:
+        raise UserError("a process that prepared data was killed, perhaps for lack of memory; "
+                        "try --workers=1") from None
+    finally:
+        for store in todo:
+            store.clear()
+    done = sum(store.tokens_done for store in todo)
+    print(f"prepared {done:,d} tokens in {time.time() - begun:.0f} s")
+    return stores
+
+
+def prepare_units(todo: list[DomainShards], tokenizer_name: str, workers: int) -> None:
+    """Keep `workers` processes busy with units until every domain has its tokens."""
+    running = {}  # future -> (store, unit)
+    with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
+        while True:
+            while len(running) < workers:
+                store = furthest_behind(todo)
+                if store is None:
+                    break
+                unit = store.start_next()
+                future = pool.submit(tokenize_unit, tokenizer_name, store.units[unit], unit,
+                                     store.path("train", unit), store.path("val", unit))
+                running[future] = (store, unit)
+            if not running:
+                break
+
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                tokens = future.result()
+                store, unit = running.pop(future)
+                store.unit_done(unit, tokens)
+            if sys.stderr.isatty():
+                done = sum(store.tokens_done for store in todo)
+                print(f"\r  {done:,d} tokens", end="\r", file=sys.stderr, flush=True)
+
+
+def furthest_behind(todo: list[DomainShards]) -> DomainShards | None:
+    """The domain to prepare a unit of: of those that want more, one with the fewest units running,
+    and among these the one with the smallest part of its goal done."""
+    candidates = [store for store in todo if store.wants_more()]
+    if not candidates:
+        return None
+    return min(candidates, key=lambda store: (len(store.running), store.tokens_done / store.goal))
 
 
 def start_worker() -> None:
-    """Ctrl-C is the parent's to answer; a worker ends with its parent, however that ended."""
-    def watch():
+    """Set up a process of the pool: it leaves Ctrl-C to its parent, and ends when its parent has
+    ended, even if that was killed."""
+    def watch_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch_parent, daemon=True).start()
 
 
 def tokenize_unit(tokenizer_name: str, unit: partial, number: int, train: Path, val: Path) -> int:
-    """Write one unit's two shards -> tokens for training. Every HOLD_OUT-th document is held out,
-    counted from the unit's number, so that who prepares which unit does not matter."""
+    """Write the two shards of a unit -> its number of training tokens. One document in VAL_EVERY is
+    held out. The count begins at the unit's number, so that units of a few documents do not all
+    hold out their first one."""
     tokenizer = load_tokenizer(tokenizer_name)
-    held_out, kept = ShardWriter(val, tokenizer), ShardWriter(train, tokenizer)
+    held_out = ShardWriter(val, tokenizer)
+    kept = ShardWriter(train, tokenizer)
     for i, text in enumerate(filter(str.strip, unit())):
         writer = held_out if (number + i) % VAL_EVERY == 0 else kept
         writer.add(encode_document(tokenizer, text))
+
+    # The training shard last: a unit counts as finished once that is there.
     held_out.close()
-    return kept.close()                            # appears last: a unit is whole or not there
-
-
-def prepare(domains: dict, tokenizer_name: str, data_dir: str, need: dict[str, int],
-            part: tuple[int, int] = (0, 1), workers: int | None = None) -> dict[str, DomainShards]:
-    """Make what is missing of `need` tokens for every domain (name -> (source, ...)) -> stores.
-    Units that are there are kept, so it goes on where it was cut. part (i, n): the i-th of n
-    machines that share data_dir does every n-th unit; a last call without part takes all in.
-    ValueError for a source that is missing, malformed or without text, or a disk too small."""
-    tokenizer, workers = load_tokenizer(tokenizer_name), workers or os.cpu_count()
-    stores = {name: DomainShards(name, d[0], tokenizer, data_dir) for name, d in domains.items()}
-    todo = [store for name, store in stores.items() if not store.has(need[name])]
-    if not todo:
-        return stores
-    for store in todo:
-        store.open(part)
-    share = {store: need[store.domain] / part[1] for store in todo}
-    announce(share, tokenizer, Path(data_dir), workers)
-    begin, running = time.time(), {}               # future -> store, unit
-    try:
-        for store in todo:
-            store.folder.mkdir(parents=True, exist_ok=True)
-        with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
-            while True:
-                while len(running) < workers:      # the domain that is furthest behind comes next
-                    behind = [s for s in todo if s.queue and s.made < share[s]]
-                    if not behind:
-                        break
-                    busy = [s for s, _ in running.values()]
-                    store = min(behind, key=lambda s: (busy.count(s), s.made / share[s]))
-                    i = store.queue.pop()
-                    store.skip()
-                    running[pool.submit(tokenize_unit, tokenizer_name, store.units[i], i,
-                                        store.path("train", i), store.path("val", i))] = store, i
-                if not running:
-                    break
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    running[future][0].made += future.result()
-                    del running[future]
-                done = sum(min(s.made, share[s]) for s in todo) / sum(share.values())
-                left = (time.time() - begin) * (1 / max(done, 1e-3) - 1)
-                progress(f"  {done:4.0%} of the tokens, {left:.0f} s left")
-        progress()
-        if part[1] == 1:
-            for store in todo:
-                store.close()
-    except OSError as e:
-        raise UserError(f"{data_dir} cannot be written: {one_line(e)}; free some space or choose "
-                         "another --data_dir") from None
-    except BrokenProcessPool:
-        raise UserError("a process that prepared data was killed, perhaps for lack of memory; "
-                         "try --workers=1") from None
-    finally:
-        for store, i in running.values():          # nothing stays of what failed
-            store.clear(i)
-        for store in todo:
-            with suppress(OSError):                # not empty
-                store.folder.rmdir()
-    print(f"prepared {sum(s.made for s in todo):,.0f} tokens in {time.time() - begin:.0f} s")
-    return stores
-
-
-def announce(share: dict[DomainShards, float], tokenizer, data_dir: Path, workers: int) -> None:
-    """Say how long and how large it will be, by a sample of each domain. ValueError if the disk is
-    too small."""
-    tokens, seconds = sum(max(0, min(n, s.most) - s.made) for s, n in share.items()), 0.0
-    for store, n in share.items():
-        texts, made = filter(str.strip, store.units[0]()), 0
-        next(texts, None)                          # comes late: files are listed, modules imported
-        begin = time.time()
-        for text in texts:
-            made += len(encode_document(tokenizer, text))
-            if time.time() - begin > 0.2:
-                break
-        seconds += (time.time() - begin) / max(made, 1) * max(0, n - store.made)
-    size = tokens * (2 if tokenizer.n_vocab <= 2**16 else 4)
-    print(f"preparing {', '.join(s.domain for s in share)}: about {tokens:,.0f} tokens, "
-          f"{size / 1e6:,.1f} MB in {data_dir}/, {seconds / workers:.0f} s on {workers} processes")
-    folder = next(f for f in [data_dir, *data_dir.absolute().parents] if f.exists())
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise UserError(f"{data_dir} has {free / 1e9:,.1f} GB free; the data needs "
-                         f"{size / 1e9:,.1f} GB: free some or choose another --data_dir")
-
-
-def progress(text: str = "") -> None:
-    """A line that replaces itself on a terminal, and that is left out elsewhere."""
-    if sys.stderr.isatty():
-        print(f"\r{text:70s}", end="" if text else "\r", file=sys.stderr, flush=True)
-
-
-# ---- the curriculum
-
-class Curriculum:
-    """What every step reads, from the config alone.
-
-    domains: name -> (source, first share, last share), shares as fractions of the tokens. Between
-    first and last the mixture is linear in tokens; `mixture`, a list of [fraction of the run,
-    {name: share}], puts other knots in their place (before the first and after the last it is
-    constant). caps: name -> largest share; what is above goes to the others in proportion.
-    batch_tokens and seq_len: a number, or knots [[tokens seen, number], ...] that hold from the
-    first step after them. The run ends at max_steps or at max_tokens, whichever comes first.
-    ValueError for what cannot be.
-
-    Per step t: seq_len[t], which is the context[t] that FLOPs are counted for, rows[t], tokens[t]
-    seen before it (at the end: in all), shares[t, d]; the batch takes domain d's sequences
-    first[t, d] to last[t, d] - 1, counted from the last change of sequence length."""
-
-    def __init__(self, domains: dict, *, batch_tokens, seq_len, max_steps: int | None = None,
-                 max_tokens: int | None = None, mixture: list | None = None,
-                 caps: dict | None = None):
-        if not (max_steps or max_tokens):
-            raise UserError("nothing ends the run: set max_steps or max_tokens")
-        self.names, lengths = list(domains), parse_schedule("seq_len", seq_len)
-        batches = parse_schedule("batch_tokens", batch_tokens)
-        if any(a[1] > b[1] for a, b in zip(lengths, lengths[1:])):
-            raise UserError(f"seq_len={seq_len}: the length may rise, not fall")
-        self.seq_len, self.rows, self.tokens = [], [], [0]
-        steps, end = max_steps or math.inf, max_tokens or math.inf
-        while len(self.rows) < steps and self.tokens[-1] < end:
-            T, B = (max(knot for knot in kind if knot[0] <= self.tokens[-1])[1]
-                    for kind in (lengths, batches))
-            if B < T:
-                raise UserError(f"batch_tokens={B} holds no sequence of seq_len={T}; raise it")
-            self.seq_len.append(T)
-            self.rows.append(B // T)
-            self.tokens.append(self.tokens[-1] + B // T * T)
-        self.steps, self.context = len(self.rows), self.seq_len
-        self.shares = self._shares(domains, mixture, caps or {})
-
-    def _shares(self, domains: dict, mixture: list | None, caps: dict) -> np.ndarray:
-        """(steps, D)"""
-        for name, domain in domains.items():
-            if not (isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)):
-                raise UserError(f"domain {name!r}: its name must be letters, digits, '_', '-' and "
-                                 "'.', as a folder is named after it")
-            if not (isinstance(domain, (list, tuple)) and len(domain) == 3
-                    and isinstance(domain[0], str) and all(map(is_share, domain[1:]))):
-                raise UserError(f"domain {name!r} must be (source, first share, last share), "
-                                 f"none negative, not {domain}")
-        if mixture is None:
-            mixture = [(p, {n: d[i] for n, d in domains.items()}) for p, i in ((0, 1), (1, 2))]
-        if not (mixture and all(isinstance(k, (list, tuple)) and len(k) == 2 and is_share(k[0])
-                                and isinstance(k[1], dict) for k in mixture)):
-            raise UserError(f"mixture={mixture} must be [[fraction of the run, {{name: share}}], "
-                             "...]")
-        for p, shares in mixture:
-            if not (shares.keys() <= domains.keys() and all(map(is_share, shares.values()))
-                    and abs(sum(shares.values()) - 1) <= 1e-6):
-                raise UserError(f"the shares at {p} of the run must be of {', '.join(domains)}, "
-                                 f"none negative, and sum to 1, not {shares}")
-        places = [p for p, _ in mixture]
-        if places != sorted(places) or places[-1] > 1:
-            raise UserError(f"mixture: the places {places} must rise from 0 to 1")
-        at = np.array(self.tokens[:-1]) / self.tokens[-1]
-        shares = np.stack([np.interp(at, places, [m.get(name, 0) for _, m in mixture])
-                           for name in self.names], axis=1)
-        shares /= shares.sum(1, keepdims=True)     # 1e-6 of a long run are many sequences
-        if not (caps.keys() <= domains.keys() and all(map(is_share, caps.values()))):
-            raise UserError(f"caps={caps} must be {{name: largest share}} of "
-                             f"{', '.join(domains)}")
-        cap = np.array([caps.get(name, 1) for name in self.names])
-        for _ in self.names:                       # spreading may lift another above its cap
-            over = (shares - cap).clip(0).sum(1, keepdims=True)
-            shares = shares.clip(max=cap)
-            room = np.where(shares < cap, shares, 0)
-            shares += over * room / room.sum(1, keepdims=True).clip(1e-12)
-        short = np.abs(shares.sum(1) - 1) > 1e-9
-        if short.any():
-            raise UserError(f"caps={caps} leave too little room at step {short.argmax()}; raise "
-                             "a cap or give another domain a share there")
-        return shares
-
-    @cached_property
-    def _counts(self) -> tuple[np.ndarray, np.ndarray]:
-        """(first, last), each (steps, D). A domain may lead or lag its quota of tokens by less than
-        a sequence. So what lags a whole sequence comes now, and the rest of the batch is, of the
-        domains that do not lead yet, those that would lag a whole sequence soonest: the earliest
-        deadline first. (The largest lag first fails if shares change fast.)"""
-        taken, first = np.zeros((2, self.steps, len(self.names)), dtype=np.int64)
-        quota = (self.shares * np.diff(self.tokens)[:, None]).cumsum(0)
-        columns, seen = list(quota.T.copy()), np.zeros(len(self.names), dtype=np.int64)
-        for t, (T, rows) in enumerate(zip(self.seq_len, self.rows)):
-            lag = (quota[t] - seen) / T
-            take = np.floor(lag + 1e-6).astype(np.int64).clip(0)
-            rest = rows - int(take.sum())
-            if rest > 0:
-                soon = [q.searchsorted(x) for q, x in zip(columns, seen + (take + 1) * T)]
-                soon = np.where(lag - take > 1e-6, soon, self.steps + 1)
-                take[np.lexsort((take - lag, soon))[:rest]] += 1
-            for _ in range(-rest):                 # two lags became whole at once: one may wait
-                take[np.where(take > 0, lag - take, np.inf).argmin()] -= 1
-            taken[t], seen = take, seen + take * T
-            if t and T == self.seq_len[t - 1]:
-                first[t] = first[t - 1] + taken[t - 1]
-        return first, first + taken
-
-    @property
-    def first(self) -> np.ndarray:
-        return self._counts[0]
-
-    @property
-    def last(self) -> np.ndarray:
-        return self._counts[1]
-
-    def need(self) -> dict[str, int]:
-        """Tokens of each domain that one reading takes: its quota, 2% for the shards' ends, and two
-        sequences."""
-        spent = (self.shares * np.diff(self.tokens)[:, None]).sum(0)
-        return {n: int(1.02 * s) + 2 * max(self.seq_len) for n, s in zip(self.names, spent)}
-
-    def table(self, stores: dict[str, DomainShards] | None = None) -> str:
-        """The mixture at ten points of the run; per domain, tokens needed, tokens there, epochs."""
-        width = max(9, *map(len, self.names)) + 1
-        lines = ["run     step        tokens  length   rows"
-                 + "".join(f"{name:>{width}s}" for name in self.names)]
-        for i in range(10):
-            t = round(i * (self.steps - 1) / 9)
-            lines.append(f"{i / 9:4.0%} {t:7,d} {self.tokens[t]:13.4g} {self.seq_len[t]:7,d} "
-                         f"{self.rows[t]:6,d}" + "".join(f"{x:{width}.1%}" for x in self.shares[t]))
-        rows = {"needed": (self.shares * np.diff(self.tokens)[:, None]).sum(0)}
-        if stores is not None:
-            need = self.need()
-            rows["there"] = np.array([sum(s.tokens for s in stores[n].shards("train", need[n]))
-                                      for n in self.names])
-            rows["epochs"] = rows["needed"] / rows["there"]
-        lines += [f"{key:41s}" + "".join(f"{x:{width}.4g}" for x in row)
-                  for key, row in rows.items()]
-        return "\n".join(lines)
-
-
-def is_share(x) -> bool:
-    return type(x) in (int, float) and 0 <= x < math.inf
-
-
-def parse_schedule(key: str, value) -> list[tuple[int, int]]:
-    """A number, or [[tokens, number], ...] from 0 on -> knots. ValueError otherwise."""
-    pairs = [(0, value)] if type(value) is int else value
-    if not (isinstance(pairs, (list, tuple)) and pairs
-            and all(isinstance(p, (list, tuple)) and [*map(type, p)] == [int, int] and p[1] > 0
-                    for p in pairs)
-            and pairs[0][0] == 0 and all(a[0] < b[0] for a, b in zip(pairs, pairs[1:]))):
-        raise UserError(f"{key}={value} must be a positive number, or [[0, number], [tokens, "
-                         "number], ...] with rising tokens")
-    return [tuple(p) for p in pairs]
-
-
-# ---- batches
-
-def hash_key(*what) -> bytes:
-    return hashlib.blake2b(repr(what).encode(), digest_size=48).digest()
-
-
-def feistel_permutation(i: np.ndarray, n: int, key: bytes) -> np.ndarray:
-    """Where a permutation of 0 ... n - 1, chosen by key (48 bytes), takes each of i. Six Feistel
-    rounds on an even number of bits, walked until inside n: nothing is stored, whatever n is."""
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    mask, rounds = (np.uint64(1) << half) - np.uint64(1), np.frombuffer(key, "<u8")
-    out, outside = i.astype(np.uint64), np.ones(len(i), dtype=bool)
-    while outside.any():
-        left, right = out[outside] >> half, out[outside] & mask
-        for k in rounds:
-            x = (right + k) * np.uint64(0xBF58476D1CE4E5B9)    # the mixing of SplitMix64
-            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            left, right = right, left ^ ((x >> np.uint64(31)) & mask)
-        out[outside] = (left << half) | right
-        outside = out >= n
-    return out.astype(np.int64)
-
-
-class TokenDataset:
-    """The batches of a plan over prepared stores. The state is one integer, the step. ValueError
-    for a shard that is damaged and for shards too short for the sequences."""
-
-    def __init__(self, plan: Curriculum, stores: dict[str, DomainShards], seed: int):
-        self.curriculum, self.seed, self.ends, need = plan, seed, {}, plan.need()
-        self.train = {n: stores[n].shards("train", need[n]) for n in plan.names}
-        self.val = {n: stores[n].shards("val", need[n]) for n in plan.names}
-        T = max(plan.seq_len)
-        for name, shards in self.train.items():
-            whole, there = T * sum(s.sequences(T) for s in shards), sum(s.tokens for s in shards)
-            if 2 * whole < there:                  # the ends of shards are never read
-                raise UserError(f"domain {name!r}: of {there:,d} tokens in {len(shards)} shards "
-                                 f"only {whole:,d} fill sequences of {T}; lower seq_len or give it "
-                                 "longer text")
-
-    def fingerprint(self) -> str:
-        """Of the shards that the run reads."""
-        checksums = [s.checksum for shards in self.train.values() for s in shards]
-        return hashlib.sha256(b"".join(checksums)).hexdigest()[:16]
-
-    def num_targets(self, step: int) -> int:
-        """Targets in the step's global batch."""
-        return self.curriculum.rows[step] * self.curriculum.seq_len[step]
-
-    def rows(self, step: int) -> list[tuple[str, int]]:
-        """(domain, sequence) of every row of the global batch. Within an epoch of a domain each of
-        its sequences comes once."""
-        T, rows = self.curriculum.seq_len[step], []
-        for name, a, b in zip(self.curriculum.names, self.curriculum.first[step], self.curriculum.last[step]):
-            n = int(self._ends(self.train[name], T)[-1])
-            for epoch in range(a // n, (b - 1) // n + 1 if b > a else 0):
-                i = np.arange(max(a, epoch * n), min(b, (epoch + 1) * n)) - epoch * n
-                rows += [(name, j) for j in feistel_permutation(i, n, hash_key(self.seed, name, T, epoch))]
-        order = feistel_permutation(np.arange(len(rows)), len(rows), hash_key(self.seed, "order", step))
-        return [rows[i] for i in order]
-
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
-        """Rows rank, rank + world, ... of the step's global batch: (rows, T + 1) int64."""
-        T, rows = self.curriculum.seq_len[step], self.rows(step)[rank::world]
-        out = np.empty((len(rows), T + 1), dtype=np.int64)
-        for row, (name, i) in zip(out, rows):
-            row[:] = self._read(self.train[name], i, T)
-        return out
-
-    def validation(self, name: str, tokens: int, T: int) -> np.ndarray:
-        """`tokens` held-out tokens of a domain, or all, spread evenly over its held-out part (whose
-        first documents are prefaces): (rows, T + 1) int64. ValueError if there is no sequence."""
-        there = int(self._ends(self.val[name], T)[-1])
-        n = min(there, max(1, tokens // T))
-        if n == 0:
-            raise UserError(f"domain {name!r} holds out no sequence of {T} tokens (of every "
-                             f"{VAL_EVERY} documents one); lower seq_len or give it more documents")
-        rows = [self._read(self.val[name], i * there // n, T) for i in range(n)]
-        return np.stack(rows).astype(np.int64)
-
-    def _ends(self, shards: list[Shard], T: int) -> np.ndarray:
-        """How many sequences the first 1, 2, ... shards hold."""
-        key = id(shards), T
-        if key not in self.ends:
-            self.ends[key] = np.cumsum([shard.sequences(T) for shard in shards])
-        return self.ends[key]
-
-    def _read(self, shards: list[Shard], i: int, T: int) -> np.ndarray:
-        ends = self._ends(shards, T)
-        k = int(ends.searchsorted(i, side="right"))
-        return shards[k].read(i - (int(ends[k - 1]) if k else 0), T)
+    return kept.close()

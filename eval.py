@@ -1,14 +1,22 @@
-"""Evaluation: `python eval.py --model=PATH --tasks=mmlu,gsm8k` scores a checkpoint as
-lm-evaluation-harness does, and puts the figures of Motif-2-12.7B's report (arXiv 2511.07464) beside
-its own; `--tasks=chat` talks with it. Without options: the quick start's model and its supervised
-stages side by side, in bits per byte and by the chains of skills that they get right. The tasks are
-first, then what scores them, the sandbox and the run.
+"""Evaluation: the scores of a checkpoint, computed as lm-evaluation-harness 0.4.9.1 computes them.
 
-    out_dir/samples.jsonl   a line per document: prompt, output, verdict; a cut run goes on from it
-    out_dir/results.json    score, standard error and n of every task
+    python eval.py                                   the quick start's model and its fine-tuned stages
+    python eval.py --model=PATH --tasks=mmlu,gsm8k   benchmarks, beside the scores that the report of
+                                                     Motif-2-12.7B states (arXiv 2511.07464)
+    python eval.py --model=PATH --tasks=chat         a conversation in the terminal
+
+A task asks one of three questions:
+
+    multiple choice   which of the given answers does the model find likeliest?
+    generation        is what the model writes right: a number, a chain of skills, a program?
+    bits per byte     how well does the model predict a text?
+
+The file goes from the idea to the machinery: how a choice is scored, what a task is, then a section
+for each of the three questions, then the table of tasks, then the run and the chat. A run leaves
+
+    out_dir/samples.jsonl   one line per question: prompt, output, scores; a run that was cut resumes
+    out_dir/results.json    score, standard error and number of questions of every task
 """
-import synthetic.conversations
-import sft
 import codecs
 import difflib
 import hashlib
@@ -22,201 +30,750 @@ import sys
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
-from itertools import accumulate, chain, count, islice
 from pathlib import Path
-from typing import Callable, Literal
+from typing import Callable, Iterator, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from torch import Tensor
 
 import configurator
 import data
+import sft
 from configurator import Count, NonNegative, Size, UserError, one_line
-from model import Motif, model_folder, read_json
-from pretrain import (COMPUTE_DTYPE, RANK, WORLD, run_main, pick_device, latest_checkpoint, compute_precision, read_state,
-                      replace_text, checkpoint_steps, all_gather_object)
-from sft import HELD_OUT
-from tools.sandbox import run_program, sandbox_gaps
-
-STAGES = ("out/quickstart", "out/sft1", "out/sft2", "out/sft3")
-BPB = [*(f"bpb:builtin:{kind}" for kind in ("language", "code", "math", "science")), "bpb:replies"]
-BUILTIN_DOCS, DOC_LETTERS = 16, 1024  # held out: at most so many of each, and so much of one
-KEY_BYTES = defaultdict(lambda: 2**34, cpu=2**30)  # of keys and values, if nothing is said
-PASS_TOKENS = defaultdict(lambda: 8192, cpu=1024)  # read at once, at most, where rows are scored
-SHARED_TOKENS = 32               # a beginning that rows share is read once if it has so many
+from model import Decoder, KVCache, Motif, model_folder, read_json
+from pretrain import (COMPUTE_DTYPE, RANK, WORLD, all_gather_object, broadcast_object,
+                      checkpoint_steps, compute_precision, latest_checkpoint, pick_device,
+                      read_state, replace_text, run_main)
+from synthetic.conversations import answer_of
 
 
-@dataclass
-class Config:
-    """What is evaluated, and how."""
-    model: str | None = None     # a checkpoint, a run (its newest one) or owner/name of the Hub;
-                                 # None: the newest of each of out/quickstart, sft1, sft2 and sft3
-    tokenizer: str | None = None  # None: the model's own
-    tasks: str = "bpb,chains"    # of those in TASKS, with commas; bpb:SOURCE, bits per byte of
-                                 # a file or another source of data.py (a comma in it: %2C), bpb:
-                                 # of the builtin ones and of right replies to chains; or chat
-    num_fewshot: Size | None = None    # examples before each question; None: as many as the report's
-    limit: Count | None = None   # documents of each task, of mmlu of each subject; None: all
-    chat: bool = False           # ask in the turn format, as fine-tuned models expect
-    run_code: bool = False       # let humaneval and mbpp run the programs that the model writes
-    benchmark_dir: str | None = None  # where TASKS' files are; None: the Hub's data sets
-    out_dir: str | None = None   # None: out/eval/<the model's name>
-    kv_cache_tokens: Count | None = None  # their keys and values are kept at once; None: what 1 GiB
-                                 # (CUDA: 16) holds
-    temperature: NonNegative = 0.0  # of tasks that generate; 0: greedy. Chat has 0.7, see /temp
-    num_samples: Count = 1           # replies to each question, where programs are run: pass@k
-    seed: int = 1234             # of sampling
-    device: str = "auto"         # cpu, cuda, cuda:1, ...; auto: CUDA where there is one
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of products; auto: bf16 on CUDA only
-    compile: bool = True         # generation's step by torch.compile, on CUDA: 10 s, once
-    plot: bool = False           # every checkpoint of the run, a column each, and scores.png
-    prompt: str | None = None    # chat: answer this, and end
+# ---- how a multiple-choice question is scored
+#
+# A base model does not answer questions; it continues texts. So a question is made into a text, the
+# *context*, and each answer into one of its possible *continuations*:
+#
+#     context          "Question: What is the capital of France?\nAnswer:"
+#     continuations    " Rome"    " Lyon"    " Paris, on the Seine"    " Nice"
+#
+# The score of a continuation c = (c_1, ..., c_n) is its log-likelihood, a sum over its tokens:
+#
+#     log p(c | context) = sum_t log p(c_t | context, c_1 ... c_{t-1})
+#
+# Two metrics come from it. acc: the answer with the largest sum is the right one. acc_norm: so is
+# the answer with the largest sum *per character*, for every further token makes a sum smaller, and
+# long answers would lose:
+#
+#     sum                  -6.0      -5.2      -9.5                      -8.0      acc = 0
+#     sum / characters     -1.50     -1.30     -0.50 (the largest)       -2.00     acc_norm = 1
+#
+# Two rules decide as much as the formula, and both are the harness's:
+#
+#   - Tokens begin with their space: " Paris" may be one token. Hence spaces at the end of a context
+#     belong to the continuation. Context and continuation are encoded as one text, and cut where
+#     the context alone would end.
+#   - A text that is too long for the model loses its beginning, never its end.
+
+def choice_scores(sums: list[float], choices: list[str], answer: int) -> dict[str, float]:
+    """acc and acc_norm, each 0 or 1, from the log-likelihood of every choice. The space before a
+    choice is not one of its characters. Of equal choices the first one counts as the likeliest.
+
+    >>> choices = [" Rome", " Lyon", " Paris, on the Seine", " Nice"]
+    >>> choice_scores([-6.0, -5.2, -9.5, -8.0], choices, answer=2)
+    {'acc': 0.0, 'acc_norm': 1.0}
+    """
+    per_character = []
+    for total, choice in zip(sums, choices):
+        per_character.append(total / (len(choice) - 1))
+    return {"acc": float(sums.index(max(sums)) == answer),
+            "acc_norm": float(per_character.index(max(per_character)) == answer)}
 
 
-# what decides what a sample is, beside its document
-SETTINGS = ("tokenizer", "chat", "temperature", "samples", "seed", "precision")
+class PromptEncoder:
+    """A tokenizer, with what the model expects around a text.
+
+    begin       the id that begins every text, in a list; an empty list if there is none
+    end_ids     the ids that end a reply
+
+    >>> text = PromptEncoder(data.load_tokenizer("byte"), begin_id=None)
+    >>> text.encode_pair("A: ", "B")           # the space moves into the continuation
+    ([65, 58], [32, 66])
+    """
+
+    def __init__(self, tokenizer: data.Tokenizer, begin_id: int | None):
+        self.tokenizer = tokenizer
+        self.begin = [] if begin_id is None else [begin_id]
+        self.end_ids = {tokenizer.special[data.END], tokenizer.special[data.TURN_END]}
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The ids of both, by the rules above. There must be something to continue: an empty
+        context becomes BEGIN."""
+        context_ids = self.encode(context.rstrip())
+        continuation_ids = self.encode(context + continuation)[len(context_ids):]
+        begin = self.begin
+        if not begin and not context_ids:
+            begin = [self.tokenizer.special[data.BEGIN]]
+        return begin + context_ids, continuation_ids
+
+    def encode_chat(self, question: str) -> list[int]:
+        """A conversation up to where the reply to this question begins."""
+        return sft.encode_prompt(self.tokenizer, [{"role": "user", "content": question}])
 
 
-# ---- the tasks
+# ---- what a task is
 
 @dataclass
 class Example:
-    """A question: in a prompt `text` stands alone, in an example `target` follows it."""
+    """A question. As a few-shot example it is followed by `target`, as a prompt by nothing."""
     text: str
     target: str = ""
-    choices: list = field(default_factory=list)  # what may follow, of which one does
-    answer: int = 0
-    group: str = ""              # examples are of the same group
-    texts: list | None = None    # winogrande: the same may follow several texts
-    row: dict | None = None      # as it was read
-    begin: str = ""              # what the prompt has before it: the task's head and examples
+    choices: list = field(default_factory=list)   # possible continuations
+    answer: int = 0                               # index of the right one
+    contexts: list | None = None  # winogrande: choice j continues contexts[j] instead of `text`
+    subject: str = ""             # few-shot examples are taken from the same subject
+    fewshot_context: str = ""     # what a prompt has before `text`: description and examples
+    row: dict | None = None       # the data set's row
 
 
 @dataclass(frozen=True)
 class Task:
-    """Where its questions and examples are, and how a reply is judged."""
-    read: Callable               # row -> Doc
-    hub: tuple = ()              # data set, configuration, splits of questions and examples
-    files: tuple = (None, None)  # the same in bench_dir
-    source: Callable | None = None  # or () -> rows of questions, for which no file is needed
-    num_fewshot: int = 0               # the report's
-    reported: dict = field(default_factory=dict)  # metric -> the report's score, in per cent
-    first: bool = False          # the first examples, not any
-    head: str = ""               # what begins a prompt, {} being the group
-    judge: Callable | None = None  # (doc, replies) -> {metric: value}; None: by log-likelihood,
-    program: Callable | None = None  # or (doc, reply) -> a program, which passes or not
-    norm: bool = True            # also acc_norm
-    stops: tuple = ()            # end a reply
-    new_tokens: int = 256
-    keep: Callable = lambda row, which: True  # whether a row is a question (0), an example (1)
-    ask: Callable | None = None  # doc -> what a chat is asked, and how its reply begins
-    chat: bool = False           # always asked in the turn format
+    """Where the questions are, how they are asked, and how an answer is judged."""
+    read: Callable[[dict], Example]
+    kind: Literal["multiple_choice", "generation", "bits_per_byte"] = "multiple_choice"
+
+    # The data set: on the Hub, as files in benchmark_dir, or, without either, rows made by source().
+    hf_name: str | None = None
+    hf_config: str | None = None
+    eval_split: str | None = None
+    fewshot_split: str | None = None
+    eval_file: str | None = None
+    fewshot_file: str | None = None
+    source: Callable | None = None
+    accept: Callable | None = None  # (row, is_fewshot) -> whether the row is used; None: all are
+
+    # The prompt.
+    description: str = ""           # its first line; {} is the subject
+    fewshot: Literal["first", "random"] = "random"    # which examples are put before a question
+    chat_prompt: Callable | None = None  # example -> what the user asks, how the reply begins
+    always_chat: bool = False       # asked in the turn format even without --chat
+
+    # The answer.
+    acc_norm: bool = True           # multiple choice: report acc_norm beside acc
+    until: tuple = ()               # generation: strings that end a reply
+    max_new_tokens: int = 256
+    metric: Callable | None = None  # generation: (example, reply) -> {metric: score}, or
+    program: Callable | None = None  # (example, reply) -> a program, which runs through or does not
+
+    # What Motif-2-12.7B's report states.
+    num_fewshot: int = 0
+    reported: dict = field(default_factory=dict)      # metric -> per cent
 
 
-def choose(text: str, choices: list, answer: int, **more) -> Example:
-    """One of several answers, a space before each."""
-    if not 0 <= answer < len(choices):
-        raise UserError(f"answer {answer} is none of {len(choices)} choices")
-    if not all(choices):
-        raise UserError("a choice is empty")
-    choices = [f" {choice}" for choice in choices]
-    return Example(text, choices[answer], choices, answer, **more)
+# ---- log-likelihoods
+#
+# Most of what the scorer reads, it would read many times: all 5-shot questions of a subject begin
+# with the same examples, and all choices of a question with the same prompt. Attention is causal,
+# so keys and values of a token depend on what comes before it, and on nothing after it. Hence those
+# of a common beginning can be computed once and copied for everything that follows it. Three stages
+# (one letter is a few tokens, "." is padding, [ ] was copied and is not computed again):
+#
+#                                few-shot examples     own prompts    choices
+#     stage 1: one row           eeeeeeeeeeeeeeeee
+#
+#     stage 2: a row for each    [eeeeeeeeeeeeeeee]    pppppppp
+#              question          [eeeeeeeeeeeeeeee]    qqqqq...
+#
+#     stage 3: a row for each    [eeeeeeeeeeeeeeee]    [pppppppp]     aaaaa
+#              question and      [eeeeeeeeeeeeeeee]    [qqqqq]cc      .....
+#              choice            [eeeeeeeeeeeeeeee]    [pppppppp]     b....
+#
+# The last token of a prompt predicts the first token of every choice, so stage 2 gives the
+# log-probabilities of all first tokens and stage 3 only those of the rest: in MMLU, whose choices
+# are the single tokens " A" to " D", there is no stage 3.
+#
+# Cost: 5-shot MMLU has about 600 tokens of examples and 100 of question. Row by row that would be
+# 4 x 700 tokens for a question; here it is 100.
+#
+# Memory: `kv_cache_tokens` bounds how many tokens have their keys and values in memory at once.
+# Half of it is for the prompts of stage 2, half for the copies of stage 3.
+
+GPU_KV_BYTES = 16 * 2**30       # keys and values kept at once, if --kv_cache_tokens is not given
+CPU_KV_BYTES = 2**30
+GPU_BATCH_TOKENS = 8192         # tokens in one forward pass of the scorer
+CPU_BATCH_TOKENS = 512
+MIN_SHARED_PREFIX = 32          # a shorter common beginning does not repay a pass of its own
 
 
-def options(row: dict) -> tuple[list, int]:
-    """Answers and the number of the right one, of the Hub's rows and ours."""
+class LoglikelihoodRequest:
+    """One question, for the scorer.
+
+    pairs               (context ids, continuation ids) of each choice
+    rows[j]             both together; only the last max_length + 1 ids are kept, the last of which
+                        is predicted and not read
+    num_scored[j]       how many ids at the end of row j are scored
+    prompt              the ids that all rows begin with, short of the scored ones
+    group               requests of one group are expected to begin alike
+    """
+
+    def __init__(self, number: int, pairs: list[tuple[list, list]], max_length: int,
+                 group: str = ""):
+        self.number = number
+        self.rows = []
+        self.num_scored = []
+        for context, continuation in pairs:
+            row = (context + continuation)[-(max_length + 1):]
+            self.rows.append(row)
+            self.num_scored.append(min(len(continuation), len(row) - 1))
+
+        length = common_prefix_length(self.rows)
+        for row, n in zip(self.rows, self.num_scored):
+            length = min(length, len(row) - n)
+        self.prompt = self.rows[0][:length]
+
+        # Rows that lost their beginning do not begin as the others of the group do.
+        was_cut = any(len(a) + len(b) > max_length + 1 for a, b in pairs)
+        self.group = "" if was_cut else group
+
+
+def common_prefix_length(rows: list) -> int:
+    """How many items all rows begin with.
+
+    >>> common_prefix_length([[5, 7, 9], [5, 7], [5, 7, 8]])
+    2
+    """
+    for i, column in enumerate(zip(*rows)):
+        if len(set(column)) > 1:
+            return i
+    return min(len(row) for row in rows)
+
+
+def micro_batches(lengths: list[int], max_tokens: int, kv_tokens: float = math.inf,
+                  cached: int = 0) -> Iterator[slice]:
+    """Cut rows of these lengths, longest first, into slices for one forward pass each. A pass has
+    at most max_tokens tokens; of these at most 1/16 of max_tokens are padding; and its rows, each
+    with `cached` tokens before it, have at most kv_tokens. One row is always allowed.
+
+    >>> list(micro_batches([60, 58, 20, 20, 19], max_tokens=128))
+    [slice(0, 2, None), slice(2, 5, None)]
+    """
+    start = 0
+    while start < len(lengths):
+        longest = lengths[start]
+        padding = 0
+        end = start + 1
+        while end < len(lengths):
+            n = end + 1 - start
+            padding += longest - lengths[end]
+            too_long = n * longest > max_tokens or n * (cached + longest) > kv_tokens
+            if too_long or padding > max_tokens / 16:
+                break
+            end += 1
+        yield slice(start, end)
+        start = end
+
+
+def pad_rows(rows: list[list[int]], device: torch.device, fill: int = 0) -> Tensor:
+    """Rows of ids as one tensor (B, longest), padded on the right."""
+    longest = max(len(row) for row in rows)
+    padded = [row + [fill] * (longest - len(row)) for row in rows]
+    return torch.tensor(padded, device=device)
+
+
+def score_rows(model: Motif, rows: list[list[int]], num_scored: list[int],
+               cache: KVCache | None = None) -> list[Tensor]:
+    """Log-probabilities of the last num_scored[b] ids of each row, in one forward pass. fp32 tensors
+    on the CPU. The rows continue those of the cache, if one is given."""
+    device = model.head_weight.device
+    inputs = [row[:-1] for row in rows]
+    targets = []
+    for row, n in zip(rows, num_scored):
+        unscored = len(row) - 1 - n
+        targets.append([-1] * unscored + row[len(row) - n:])
+
+    row_lengths = None
+    if cache is not None:
+        row_lengths = torch.tensor([len(row) for row in inputs], device=device)
+    targets = pad_rows(targets, device, fill=-1)
+    nats = model.token_losses(pad_rows(inputs, device), targets, cache=cache,
+                              row_lengths=row_lengths)
+    return list((-nats[targets >= 0]).cpu().split(num_scored))
+
+
+@torch.no_grad()
+def loglikelihoods(model: Motif, requests: list[LoglikelihoodRequest],
+                   kv_cache_tokens: int) -> Iterator[tuple[LoglikelihoodRequest, list[Tensor]]]:
+    """Yield each request with the log-probabilities of the scored ids of each of its rows."""
+    device = model.head_weight.device
+    batch_tokens = CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
+    batch_tokens = min(batch_tokens, kv_cache_tokens)
+
+    # Where nothing is shared, whole rows are read, without a cache.
+    whole = []
+    groups = defaultdict(list)
+    for request in requests:
+        if len(request.rows) == 1 or not request.prompt:
+            whole.append(request)
+        else:
+            groups[request.group].append(request)
+
+    sizes = {r: len(r.rows) * max(len(row) - 1 for row in r.rows) for r in whole}
+    whole.sort(key=lambda r: -sizes[r])
+    for part in micro_batches([sizes[r] for r in whole], batch_tokens):
+        rows = []
+        num_scored = []
+        for request in whole[part]:
+            rows += request.rows
+            num_scored += request.num_scored
+        scores = score_rows(model, rows, num_scored)
+        for request in whole[part]:
+            n = len(request.rows)
+            yield request, scores[:n]
+            scores = scores[n:]
+
+    for group in groups.values():
+        yield from score_with_shared_prefix(model, group, batch_tokens, kv_cache_tokens // 2)
+
+
+def score_with_shared_prefix(model: Motif, requests: list[LoglikelihoodRequest],
+                             batch_tokens: int, kv_tokens: int):
+    """loglikelihoods() of a group of requests. batch_tokens bounds a forward pass, kv_tokens each
+    of the two caches of a batch."""
+    device = model.head_weight.device
+    requests = sorted(requests, key=lambda r: -len(r.prompt))
+    prompts = [r.prompt for r in requests]
+
+    # Stage 1: read what all prompts begin with once. Each keeps a token of its own for stage 2.
+    shared = min(common_prefix_length(prompts), len(prompts[-1]) - 1)
+    if len(requests) == 1 or shared < MIN_SHARED_PREFIX:
+        shared = 0
+    prefix_cache = KVCache(model, 1, shared)
+    if shared:
+        model(torch.tensor([prompts[0][:shared]], device=device), cache=prefix_cache,
+              last_only=True)
+
+    own_lengths = [len(prompt) - shared for prompt in prompts]
+    for part in micro_batches(own_lengths, batch_tokens, kv_tokens, cached=shared):
+        batch = requests[part]
+        scores = score_batch(model, batch, prefix_cache, shared, batch_tokens, kv_tokens)
+        yield from zip(batch, scores)
+
+
+def score_batch(model: Motif, batch: list[LoglikelihoodRequest], prefix_cache: KVCache,
+                shared: int, batch_tokens: int, kv_tokens: int) -> list[list[Tensor]]:
+    """Stages 2 and 3, for requests whose first `shared` ids are in prefix_cache, the longest prompt
+    first -> for each request the log-probabilities of each of its rows."""
+    device = model.head_weight.device
+    max_length = len(batch[0].prompt)
+
+    # Stage 2: the rest of each prompt. Its last token predicts the first token of every choice.
+    own_ids = [r.prompt[shared:] for r in batch]
+    own_lengths = torch.tensor([len(ids) for ids in own_ids], device=device)
+    cache = prefix_cache.select_rows([0] * len(batch), max_length=max_length)
+    logits = model(pad_rows(own_ids, device), cache=cache, row_lengths=own_lengths,
+                   last_only=True)
+    first_log_p = logits[:, 0].float().log_softmax(-1).cpu()             # (requests, V)
+
+    scores = []
+    remaining = []          # (request, choice, the choice's ids after the prompt), where stage 3 is needed
+    for i, request in enumerate(batch):
+        start = len(request.prompt)
+        scores.append([first_log_p[i, row[start]][None] for row in request.rows])
+        for j, row in enumerate(request.rows):
+            if len(row) > start + 1:
+                remaining.append((i, j, row[start:]))
+
+    # Stage 3: read the rest of each choice behind a copy of its prompt.
+    remaining.sort(key=lambda item: -len(item[2]))
+    lengths = [len(ids) - 1 for _, _, ids in remaining]
+    for part in micro_batches(lengths, batch_tokens, kv_tokens, cached=max_length):
+        of_requests = [i for i, _, _ in remaining[part]]
+        rows = [ids for _, _, ids in remaining[part]]
+        longest_prompt = max(len(batch[i].prompt) for i in of_requests)
+        room = min(longest_prompt + lengths[part.start], model.config.max_position_embeddings)
+        copies = cache.select_rows(of_requests, max_length=room)
+
+        log_p = score_rows(model, rows, lengths[part], cache=copies)
+        for (i, j, _), rest in zip(remaining[part], log_p):
+            scores[i][j] = torch.cat([scores[i][j], rest])
+
+    # Winogrande's contexts differ at their ends: what follows the prompt is not all scored.
+    for request, of_rows in zip(batch, scores):
+        for j, n in enumerate(request.num_scored):
+            of_rows[j] = of_rows[j][-n:]
+    return scores
+
+
+def multiple_choice(task: Task, examples: dict[int, Example], model: Motif, text: PromptEncoder,
+                    c: "Config") -> Iterator[tuple[int, dict]]:
+    """Score questions: {number: example} -> yields (number, record) as they are done."""
+    requests = []
+    for i, example in examples.items():
+        contexts = example.contexts or [example.text] * len(example.choices)
+        pairs = []
+        for context, choice in zip(contexts, example.choices):
+            prompt = example.fewshot_context + context
+            if c.chat:
+                pairs.append((text.encode_chat(prompt), text.encode(choice[1:])))
+            else:
+                pairs.append(text.encode_pair(prompt, choice))
+
+        # Examples that are drawn at random are not common to the questions.
+        group = example.fewshot_context if task.fewshot == "first" else ""
+        requests.append(LoglikelihoodRequest(i, pairs, model.config.max_position_embeddings, group))
+
+    for request, log_p in loglikelihoods(model, requests, c.kv_cache_tokens):
+        example = examples[request.number]
+        sums = [x.sum().item() for x in log_p]
+        scores = choice_scores(sums, example.choices, example.answer)
+        if not task.acc_norm:
+            del scores["acc_norm"]
+        yield request.number, {"prompt": example.fewshot_context + example.text, "output": sums,
+                               "answer": example.answer, **scores}
+
+
+# ---- generation
+
+def generate_replies(model: Motif, text: PromptEncoder, prompts: list[list[int]], until: tuple,
+                     max_new_tokens: int, kv_cache_tokens: int, temperature: float = 0.0,
+                     seeds: list[int] | None = None) -> Iterator[tuple[int, str]]:
+    """Continue prompts, in batches of similar length: yields (index of the prompt, reply) as
+    replies end. A reply ends before the first of the strings `until`, at a token that ends a text,
+    or after max_new_tokens. A prompt that leaves no room for these loses its beginning. A batch
+    draws its tokens with the seed of its first prompt."""
+    device = model.head_weight.device
+    max_length = model.config.max_position_embeddings
+    max_new_tokens = min(max_new_tokens, max_length // 2)
+    prompts = [ids[-(max_length - max_new_tokens):] for ids in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+
+    while order:
+        row_tokens = len(prompts[order[0]]) + max_new_tokens
+        batch_size = max(1, kv_cache_tokens // row_tokens)
+        batch = order[:batch_size]
+        order = order[batch_size:]
+
+        ids = [prompts[i] for i in batch]
+        prompt_lengths = torch.tensor([len(row) for row in ids], device=device)
+        seed = seeds[batch[0]] if seeds else None
+        decoder = Decoder(model, pad_rows(ids, device), max_new_tokens, temperature, seed=seed,
+                          prompt_lengths=prompt_lengths)
+        yield from decode_until_stop(decoder, batch, text, until, max_new_tokens)
+
+
+def decode_until_stop(decoder: Decoder, rows: list[int], text: PromptEncoder, until: tuple,
+                      max_new_tokens: int) -> Iterator[tuple[int, str]]:
+    """The loop of generate_replies. rows: the index of each of the decoder's prompts."""
+    replies = {i: b"" for i in rows}
+    unfinished = set(rows)
+    for _ in range(max_new_tokens):
+        tokens = decoder.next_tokens()[:, 0].tolist()
+        for i, token in zip(rows, tokens):
+            if i not in unfinished:
+                continue
+            replies[i] += text.tokenizer.token_bytes(token)
+            end = find_first(replies[i], until)
+            if end is not None or token in text.end_ids:
+                unfinished.remove(i)
+                yield i, replies[i][:end].decode("utf-8", "replace")
+        if not unfinished:
+            return
+
+        # Once half of the rows have ended, go on without them. Two rows stay at least, because
+        # torch.compile would compile the step anew for a single one.
+        if len(rows) > 2 and len(unfinished) <= len(rows) / 2:
+            keep = sorted(range(len(rows)), key=lambda k: rows[k] not in unfinished)
+            keep = keep[:max(2, len(unfinished))]
+            decoder.keep_rows(keep)
+            rows = [rows[k] for k in keep]
+
+    for i in rows:
+        if i in unfinished:
+            yield i, replies[i].decode("utf-8", "replace")
+
+
+def find_first(reply: bytes, strings: tuple) -> int | None:
+    """Where the first of these strings begins; None if there is none of them.
+
+    >>> find_first(b"one; two. three", (".", ";"))
+    3
+    """
+    places = [reply.find(string.encode()) for string in strings]
+    return min((place for place in places if place >= 0), default=None)
+
+
+def generation(task: Task, examples: dict[int, Example], model: Motif, text: PromptEncoder,
+               c: "Config") -> Iterator[tuple[int, dict]]:
+    """Write replies and judge them: {number: example} -> yields (number, record). Replies are
+    judged in threads while the model writes the next ones; a program has its own process."""
+    num_samples = c.num_samples if task.program else 1
+    use_chat = c.chat or task.always_chat
+    shown = {}           # number -> the prompt as text, for the record
+    prompts = []         # num_samples times the ids of every question
+    numbers = []         # the question of each prompt
+    for i, example in examples.items():
+        shown[i], ids = generation_prompt(task, example, text, use_chat)
+        prompts += [ids] * num_samples
+        numbers += [i] * num_samples
+
+    # Batches differ from run to run. Seeds of their own keep two batches from drawing the same.
+    seeds = []
+    for k, i in enumerate(numbers):
+        seeds.append(random.Random(f"{c.seed} {i} {k}").getrandbits(32))
+
+    # A chat model puts a program between ``` fences, unless chat_prompt opened the fence already.
+    unfence = bool(c.chat and task.program and not task.chat_prompt)
+
+    def judge(i: int, replies: list[str]) -> tuple[int, dict]:
+        judged = [first_fence(reply) for reply in replies] if unfence else replies
+        scores = judge_replies(task, examples[i], judged)
+        return i, {"prompt": shown[i], "output": replies, **scores}
+
+    replies = {i: [] for i in examples}
+    jobs = []
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    with ThreadPoolExecutor(max(1, os.cpu_count() // ranks_here)) as pool:
+        for k, reply in generate_replies(model, text, prompts, task.until, task.max_new_tokens,
+                                         c.kv_cache_tokens, c.temperature, seeds):
+            i = numbers[k]
+            replies[i].append(reply)
+            if len(replies[i]) == num_samples:
+                jobs.append(pool.submit(judge, i, replies[i]))
+            while jobs and jobs[0].done():
+                yield jobs.pop(0).result()
+        for job in jobs:
+            yield job.result()
+
+
+def generation_prompt(task: Task, example: Example, text: PromptEncoder,
+                      use_chat: bool) -> tuple[str, list[int]]:
+    """The prompt of a task that generates, as text and as ids."""
+    question = example.fewshot_context + example.text
+    reply_start = ""
+    if task.chat_prompt:
+        question, reply_start = task.chat_prompt(example)
+    if use_chat:
+        return question + reply_start, text.encode_chat(question) + text.encode(reply_start)
+    if reply_start:
+        question += " " + reply_start
+    return question, text.begin + text.encode(question)
+
+
+def first_fence(reply: str) -> str:
+    """The code in the first ``` fence of a reply; the whole reply if there is no fence.
+
+    >>> first_fence("It is:\\n```python\\nx = 1\\n```\\nand short.")
+    'x = 1\\n'
+    """
+    return re.sub(r"(?s)^.*?```(?:python)?\n(.*?)```.*", r"\1", reply)
+
+
+def judge_replies(task: Task, example: Example, replies: list[str]) -> dict:
+    """The scores of the replies to a question: those of the task's metric or, where the replies are
+    programs, pass@k."""
+    if task.metric:
+        return task.metric(example, replies[0])
+
+    from tools.sandbox import run_program
+    verdicts = [run_program(task.program(example, reply)) for reply in replies]
+    scores = {"verdicts": verdicts}
+    for k in (1, 10, 100):
+        if k <= len(replies):
+            scores[f"pass@{k}"] = pass_at_k(len(replies), verdicts.count("passed"), k)
+    return scores
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The probability that at least one of k programs passes, estimated from n of which c passed:
+    1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, equation 1).
+
+    >>> pass_at_k(n=4, c=2, k=2)          # of 6 pairs one has no program that passes
+    0.8333333333333334
+    """
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+# ---- bits per byte
+#
+# A loss per token depends on the tokenizer: longer tokens are harder to predict, and fewer. Bits
+# per byte do not: the sum of -log2 p over all tokens of a text, divided by the bytes of its UTF-8.
+# 8 is random bytes; 1 is what good models have on English. Since a model predicts better the more
+# it has read, bits and bytes are kept apart by position: tokens 0, 1, 2-3, 4-7, 8-15, ...
+
+def position_bucket(position: int) -> int:
+    """The first position of the bucket that this one is in.
+
+    >>> [position_bucket(i) for i in range(9)]
+    [0, 1, 2, 2, 4, 4, 4, 4, 8]
+    """
+    return 2 ** position.bit_length() // 2
+
+
+def bits_per_byte(task: Task, examples: dict[int, Example], model: Motif, text: PromptEncoder,
+                  c: "Config") -> Iterator[tuple[int, dict]]:
+    """Measure texts: {number: example} -> yields (number, record). A text that is longer than the
+    context is cut into windows, each of which begins anew. An example with a target is a chat: the
+    target is scored, with its end of turn, as the reply to the text."""
+    max_length = model.config.max_position_embeddings
+    requests = []
+    records = {}
+    for i, example in examples.items():
+        records[i] = {"prompt": example.text[:80], "bits": defaultdict(float), "bytes": Counter()}
+        if example.target:
+            reply = text.encode(example.target) + [text.tokenizer.special[data.TURN_END]]
+            pair = (text.encode_chat(example.text), reply)
+            requests.append(LoglikelihoodRequest(i, [pair], max_length))
+            continue
+        begin, ids = text.encode_pair("", example.text)
+        ids = begin + ids
+        for start in range(0, len(ids) - 1, max_length):
+            window = ids[start:start + max_length + 1]
+            requests.append(LoglikelihoodRequest(i, [(window[:1], window[1:])], max_length))
+
+    windows_left = Counter(request.number for request in requests)
+    for request, (log_p,) in loglikelihoods(model, requests, c.kv_cache_tokens):
+        record = records[request.number]
+        scored_ids = request.rows[0][-request.num_scored[0]:]
+        for position, (token, nats) in enumerate(zip(scored_ids, log_p.tolist())):
+            bucket = position_bucket(position)
+            record["bits"][bucket] -= nats / math.log(2)
+            record["bytes"][bucket] += len(text.tokenizer.token_bytes(token))
+        windows_left[request.number] -= 1
+        if windows_left[request.number] == 0:
+            yield request.number, record
+
+
+# ---- the tasks: how their rows are read
+#
+# Every character of a prompt is part of the protocol; scores move by points if one is changed. The
+# Hub's rows and rows of the simpler form {question, choices, answer} are both read.
+
+def choices_and_answer(row: dict) -> tuple[list[str], int]:
+    """The choices of a row and the index of the right one."""
     choices = row["choices"]
     if isinstance(choices, dict):
         return choices["text"], choices["label"].index(row["answerKey"].strip())
     return choices, row["answer"]
 
 
+def choose(text: str, choices: list[str], answer: int, subject: str = "") -> Example:
+    """A question whose choices follow it after a space."""
+    if not 0 <= answer < len(choices):
+        raise UserError(f"answer {answer} must be below {len(choices)}, the number of choices")
+    continuations = [f" {choice}" for choice in choices]
+    return Example(text, continuations[answer], continuations, answer, subject=subject)
+
+
 def read_mmlu(row: dict) -> Example:
-    choices, answer = options(row)
-    lines = [f"{letter}. {choice}" for letter, choice in zip("ABCD", choices, strict=True)]
-    text = "\n".join([row["question"].strip(), *lines, "Answer:"])
-    return choose(text, list("ABCD"), answer, group=row["subject"])
+    choices, answer = choices_and_answer(row)
+    lines = [row["question"].strip()]
+    for letter, choice in zip("ABCD", choices, strict=True):
+        lines.append(f"{letter}. {choice}")
+    lines.append("Answer:")
+    return choose("\n".join(lines), list("ABCD"), answer, row["subject"])
 
 
-def read_hellaswag(row: dict) -> Example:
-    """A row without ctx_a and ctx_b is cut after its last full sentence."""
-    if "ctx_a" in row:
-        a, b = row["ctx_a"], row["ctx_b"]
-    else:
-        cut = re.match(r"(?s)(.*[.!?\])'\"]) +([^.!?]+)$", row["ctx"])
-        a, b = cut.groups() if cut else (row["ctx"], "")
-    def clean(text):
-        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-    text = clean(f"{row['activity_label']}: {a} {b.capitalize()}")
-    return choose(text, [clean(end) for end in row["endings"]], int(row["label"]))
+def read_arc(row: dict) -> Example:
+    choices, answer = choices_and_answer(row)
+    return choose(f"Question: {row['question']}\nAnswer:", choices, answer)
+
+
+def read_openbookqa(row: dict) -> Example:
+    choices, answer = choices_and_answer(row)
+    return choose(row.get("question_stem") or row["question"], choices, answer)
+
+
+def read_piqa(row: dict) -> Example:
+    return choose(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"])
 
 
 def read_siqa(row: dict) -> Example:
     if "context" not in row:
-        return choose(f"Q: {row['question']}\nA:", *options(row))
+        choices, answer = choices_and_answer(row)
+        return choose(f"Q: {row['question']}\nA:", choices, answer)
     choices = [row["answerA"], row["answerB"], row["answerC"]]
     return choose(f"Q: {row['context']} {row['question']}\nA:", choices, int(row["label"]) - 1)
 
 
+def read_hellaswag(row: dict) -> Example:
+    def clean(text: str) -> str:
+        text = text.strip().replace(" [title]", ". ")
+        return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+    if "ctx_a" in row:
+        first, second = row["ctx_a"], row["ctx_b"]
+    else:
+        # Only the whole context is there: it is cut after its last full sentence.
+        parts = re.match(r"(?s)(.*[.!?\])'\"]) +([^.!?]+)$", row["ctx"])
+        first, second = parts.groups() if parts else (row["ctx"], "")
+    text = clean(f"{row['activity_label']}: {first} {second.capitalize()}")
+    return choose(text, [clean(ending) for ending in row["endings"]], int(row["label"]))
+
+
 def read_winogrande(row: dict) -> Example:
+    """The choices fill a gap; what is scored is the text after the gap, behind each of them."""
+    if "option1" in row:
+        choices, answer = [row["option1"], row["option2"]], int(row["answer"]) - 1
+    else:
+        choices, answer = choices_and_answer(row)
     sentence = row.get("sentence") or row["question"]
-    choices, answer = ([row["option1"], row["option2"]], int(row["answer"]) - 1) if (
-        "option1" in row) else options(row)
-    before, after = sentence[:sentence.index("_")], sentence[sentence.index("_") + 1:].strip()
-    texts = [before + choice for choice in choices]
-    return Example(texts[answer], f" {after}", [f" {after}"] * len(texts), answer, texts=texts)
+    gap = sentence.index("_")
+    rest = " " + sentence[gap + 1:].strip()
+    contexts = [sentence[:gap] + choice for choice in choices]
+    return Example(contexts[answer], rest, [rest] * len(contexts), answer, contexts)
+
+
+def read_gsm8k(row: dict) -> Example:
+    return Example(f"Question: {row['question']}\nAnswer:", f" {row['answer']}")
 
 
 def number_in(reply: str, strict: bool) -> str:
-    """GSM8K's answer: the first after ####, or the last number."""
+    """The answer to a GSM8K question: strict is the first number after ####, else the last one.
+
+    >>> number_in("4 * 6 = 24\\n#### 24.", strict=True), number_in("so 1,125 dollars", strict=False)
+    ('24', '1125')
+    """
     pattern = r"#### (\-?[0-9\.\,]+)" if strict else r"-?[$0-9.,]{2,}|-?[0-9]+"
     found = re.findall(pattern, reply) or ["[invalid]"]
     return plain_number(found[0 if strict else -1].strip())
 
 
 def plain_number(text: str) -> str:
-    for noise in ",", r"\$", r"(?s).*#### ", r"\.$":
-        text = re.sub(noise, "", text)
+    for pattern in (",", r"\$", r"(?s).*#### ", r"\.$"):
+        text = re.sub(pattern, "", text)
     return text.lower()
 
 
-def judge_gsm8k(doc: Example, generate_replies: list) -> dict:
-    right = plain_number(doc.row["answer"])
-    return {"strict": float(number_in(generate_replies[0], True) == right),
-            "flexible": float(number_in(generate_replies[0], False) == right)}
+def gsm8k_scores(example: Example, reply: str) -> dict[str, float]:
+    right = plain_number(example.row["answer"])
+    return {"strict": float(number_in(reply, strict=True) == right),
+            "flexible": float(number_in(reply, strict=False) == right)}
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that one of k replies passes, if c of n did: 1 - C(n - c, k) / C(n, k)."""
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
+def read_humaneval(row: dict) -> Example:
+    return Example(row["prompt"], row["canonical_solution"])
 
 
-def judge_code(program: Callable, doc: Example, generate_replies: list) -> dict:
-    verdicts = [run_program(program(doc, reply)) for reply in generate_replies]
-    n, c = len(verdicts), verdicts.count("passed")
-    return {"verdicts": verdicts, **{f"pass@{k}": pass_at_k(n, c, k)
-                                     for k in (1, 10, 100) if k <= n}}
+def humaneval_program(example: Example, reply: str) -> str:
+    row = example.row
+    return "\n".join([row["prompt"] + reply, row["test"], f"check({row['entry_point']})"])
 
 
-def humaneval_program(doc: Example, reply: str) -> str:
-    return "\n".join([doc.row["prompt"] + reply, doc.row["test"],
-                      f"check({doc.row['entry_point']})"])
-
-
-def instruct_program(doc: Example, reply: str) -> str:
-    """The reply goes on within a code fence, which ask has opened: up to that fence's end."""
-    return humaneval_program(doc, "\n" + reply.partition("```")[0])
-
-
-def ask_humaneval(doc: Example) -> tuple[str, str]:
+def humaneval_chat_prompt(example: Example) -> tuple[str, str]:
+    prompt = example.row["prompt"]
     return ("Write a solution to the following problem and make sure that it passes the tests:\n"
-            f"```python\n{doc.row['prompt']}\n```\n",
-            f"Here is the completed function:\n```python\n{doc.row['prompt']}\n")
+            f"```python\n{prompt}\n```\n",
+            f"Here is the completed function:\n```python\n{prompt}\n")
+
+
+def humaneval_instruct_program(example: Example, reply: str) -> str:
+    """The reply goes on inside the fence that humaneval_chat_prompt opened, up to its end."""
+    return humaneval_program(example, "\n" + reply.partition("```")[0])
 
 
 def read_mbpp(row: dict) -> Example:
@@ -226,749 +783,698 @@ def read_mbpp(row: dict) -> Example:
     return Example(text, f"{row['code']}\n[DONE]")
 
 
-def mbpp_program(doc: Example, reply: str) -> str:
-    return "\n".join([reply, doc.row.get("test_setup_code", ""), *doc.row["test_list"]])
+def accept_mbpp(row: dict, is_fewshot: bool) -> bool:
+    """One file has the examples and the questions; the numbers tell them apart."""
+    if is_fewshot:
+        return 2 <= row["task_id"] <= 4
+    return 11 <= row["task_id"] <= 510
 
 
-def read_chain(messages: list) -> Example:
-    ask, reply = (message["content"] for message in messages)
-    return Example(ask, reply)
+def mbpp_program(example: Example, reply: str) -> str:
+    row = example.row
+    return "\n".join([reply, row.get("test_setup_code", ""), *row["test_list"]])
 
 
-def judge_chain(doc: Example, generate_replies: list) -> dict:
-    """Whether the answer is the right one, and the share of lines before the first wrong one."""
-    lines = doc.target.split("\n")
-    return {"acc": float(synthetic.conversations.answer_of(generate_replies[0]) == synthetic.conversations.answer_of(doc.target)),
-            "steps": common([lines, generate_replies[0].split("\n")]) / len(lines)}
+def read_chain(messages: list[dict]) -> Example:
+    """A chain of skills: one question that is solved in several lines (synthetic/conversations)."""
+    question, reply = messages
+    return Example(question["content"], reply["content"])
 
 
-def chains(domain: str, new_tokens: int) -> Task:
-    """Skills composed one after another, never trained on; new_tokens: bytes of the longest."""
-    return Task(read_chain, source=partial(sft.load_conversations, HELD_OUT[domain][0]), judge=judge_chain,
-                new_tokens=new_tokens, chat=True)
+def chain_scores(example: Example, reply: str) -> dict[str, float]:
+    """acc: the answer is the right one. steps: the share of lines before the first wrong one."""
+    right_lines = example.target.split("\n")
+    num_right = common_prefix_length([right_lines, reply.split("\n")])
+    return {"acc": float(answer_of(reply) == answer_of(example.target)),
+            "steps": num_right / len(right_lines)}
 
 
-HUMANEVAL = dict(
-    read=lambda row: Example(row["prompt"], row["canonical_solution"]),
-    hub=("openai/openai_humaneval", None, "test", None), files=("HumanEval.jsonl", None),
-    stops=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), new_tokens=1024)
+# ---- the table of tasks
+
+# Chains of skills that fine-tuning never trains on: as many in a row as it does, or more.
+SHORT_CHAINS = partial(sft.load_conversations, sft.HELD_OUT["held_chains"][0])
+LONG_CHAINS = partial(sft.load_conversations, sft.HELD_OUT["longer_chains"][0])
+CHAINS = Task(read_chain, "generation", source=SHORT_CHAINS, always_chat=True,
+              metric=chain_scores, max_new_tokens=200)
+HUMANEVAL = Task(
+    read_humaneval, "generation", hf_name="openai/openai_humaneval", eval_split="test",
+    eval_file="HumanEval.jsonl", program=humaneval_program, max_new_tokens=1024,
+    until=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), reported={"pass@1": 65.9})
+
 TASKS = {
-    "chains": chains("held_chains", 200),        # as many skills as in training
-    "longer_chains": chains("longer_chains", 300),
+    "chains": CHAINS,
+    "longer_chains": replace(CHAINS, source=LONG_CHAINS, max_new_tokens=300),
     "mmlu": Task(
-        read_mmlu, ("cais/mmlu", "all", "test", "dev"), ("mmlu_test.jsonl", "mmlu_dev.jsonl"),
-        num_fewshot=5, reported={"acc": 78.1}, first=True, norm=False,
-        head="The following are multiple choice questions (with answers) about {}.\n\n"),
+        read_mmlu, hf_name="cais/mmlu", hf_config="all", eval_split="test", fewshot_split="dev",
+        eval_file="mmlu_test.jsonl", fewshot_file="mmlu_dev.jsonl", fewshot="first",
+        description="The following are multiple choice questions (with answers) about {}.\n\n",
+        acc_norm=False, num_fewshot=5, reported={"acc": 78.1}),
     "gsm8k": Task(
-        lambda row: Example(f"Question: {row['question']}\nAnswer:", f" {row['answer']}"),
-        ("openai/gsm8k", "main", "test", "train"), ("gsm8k_test.jsonl", "gsm8k_train.jsonl"),
-        num_fewshot=8, reported={"strict": 94.92}, judge=judge_gsm8k,
-        stops=("Question:", "</s>", "<|im_end|>")),
-    "humaneval": Task(
-        **HUMANEVAL, reported={"pass@1": 65.9}, program=humaneval_program),
-    "humaneval_instruct": Task(
-        **HUMANEVAL, reported={"pass@1": 93.2}, program=instruct_program, ask=ask_humaneval),
+        read_gsm8k, "generation", hf_name="openai/gsm8k", hf_config="main", eval_split="test",
+        fewshot_split="train", eval_file="gsm8k_test.jsonl", fewshot_file="gsm8k_train.jsonl",
+        metric=gsm8k_scores, until=("Question:", "</s>", "<|im_end|>"),
+        num_fewshot=8, reported={"strict": 94.92}),
+    "humaneval": HUMANEVAL,
+    "humaneval_instruct": replace(
+        HUMANEVAL, program=humaneval_instruct_program, chat_prompt=humaneval_chat_prompt,
+        reported={"pass@1": 93.2}),
     "mbpp": Task(
-        read_mbpp, ("google-research-datasets/mbpp", "full", "test", "prompt"),
-        ("mbpp.jsonl", "mbpp.jsonl"), num_fewshot=3, reported={"pass@1": 81.5}, first=True,
-        program=mbpp_program, stops=("[DONE]",),
-        keep=lambda row, which: row["task_id"] in (range(11, 511), range(2, 5))[which]),
+        read_mbpp, "generation", hf_name="google-research-datasets/mbpp", hf_config="full",
+        eval_split="test", fewshot_split="prompt", eval_file="mbpp.jsonl",
+        fewshot_file="mbpp.jsonl", accept=accept_mbpp, fewshot="first", program=mbpp_program,
+        until=("[DONE]",), num_fewshot=3, reported={"pass@1": 81.5}),
     "arc_easy": Task(
-        lambda row: choose(f"Question: {row['question']}\nAnswer:", *options(row)),
-        ("allenai/ai2_arc", "ARC-Easy", "test", "train"),
-        ("arc_easy_test.jsonl", "arc_easy_train.jsonl"), reported={"acc": 84.1}),
+        read_arc, hf_name="allenai/ai2_arc", hf_config="ARC-Easy", eval_split="test",
+        fewshot_split="train", eval_file="arc_easy_test.jsonl",
+        fewshot_file="arc_easy_train.jsonl", reported={"acc": 84.1}),
     "arc_challenge": Task(
-        lambda row: choose(f"Question: {row['question']}\nAnswer:", *options(row)),
-        ("allenai/ai2_arc", "ARC-Challenge", "test", "train"),
-        ("arc_challenge_test.jsonl", "arc_challenge_train.jsonl"), num_fewshot=25,
-        reported={"acc_norm": 69.6}),
+        read_arc, hf_name="allenai/ai2_arc", hf_config="ARC-Challenge", eval_split="test",
+        fewshot_split="train", eval_file="arc_challenge_test.jsonl",
+        fewshot_file="arc_challenge_train.jsonl", num_fewshot=25, reported={"acc_norm": 69.6}),
     "hellaswag": Task(
-        read_hellaswag, ("Rowan/hellaswag", None, "validation", "train"),
-        ("hellaswag_val*.jsonl", "hellaswag_train.jsonl"), num_fewshot=10, reported={"acc_norm": 84.0}),
+        read_hellaswag, hf_name="Rowan/hellaswag", eval_split="validation", fewshot_split="train",
+        eval_file="hellaswag_val*.jsonl", fewshot_file="hellaswag_train.jsonl",
+        num_fewshot=10, reported={"acc_norm": 84.0}),
     "piqa": Task(
-        lambda row: choose(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]],
-                           row["label"]),
-        ("baber/piqa", None, "validation", "train"), ("piqa_val.jsonl", "piqa_train.jsonl"),
-        reported={"acc_norm": 81.6}),
+        read_piqa, hf_name="baber/piqa", eval_split="validation", fewshot_split="train",
+        eval_file="piqa_val.jsonl", fewshot_file="piqa_train.jsonl", reported={"acc_norm": 81.6}),
     "openbookqa": Task(
-        lambda row: choose(row.get("question_stem") or row["question"], *options(row)),
-        ("allenai/openbookqa", "main", "test", "train"),
-        ("openbookqa_test.jsonl", "openbookqa_train.jsonl")),
+        read_openbookqa, hf_name="allenai/openbookqa", hf_config="main", eval_split="test",
+        fewshot_split="train", eval_file="openbookqa_test.jsonl",
+        fewshot_file="openbookqa_train.jsonl"),
     "siqa": Task(
-        read_siqa, ("allenai/social_i_qa", None, "validation", "train"),
-        ("siqa_val.jsonl", "siqa_train.jsonl"), reported={"acc": 53.8}, norm=False),
+        read_siqa, hf_name="allenai/social_i_qa", eval_split="validation", fewshot_split="train",
+        eval_file="siqa_val.jsonl", fewshot_file="siqa_train.jsonl", acc_norm=False,
+        reported={"acc": 53.8}),
     "winogrande": Task(
-        read_winogrande, ("allenai/winogrande", "winogrande_xl", "validation", "train"),
-        ("winogrande_val.jsonl", "winogrande_train.jsonl"), num_fewshot=5, reported={"acc": 79.6},
-        norm=False),
+        read_winogrande, hf_name="allenai/winogrande", hf_config="winogrande_xl",
+        eval_split="validation", fewshot_split="train", eval_file="winogrande_val.jsonl",
+        fewshot_file="winogrande_train.jsonl", acc_norm=False, num_fewshot=5,
+        reported={"acc": 79.6}),
 }
 
 
-# ---- documents and prompts
+# ---- the run: what is measured
 
-def rows_of(task: Task, which: int, bench_dir: str | None):
-    """(place, row) of the questions (which = 0) or the examples (1). ValueError, one line, for what
-    is missing or no JSON."""
-    if task.source:
-        yield from enumerate(task.source())
-        return
-    (name, configuration, split), file = (*task.hub[:2], task.hub[2 + which]), task.files[which]
-    if bench_dir is None:
-        try:
-            from datasets import load_dataset
-            rows = load_dataset(name, configuration, split=split)
-        except Exception as e:   # of a dozen kinds, all with a message worth one line
-            raise UserError(f"dataset {name}: {one_line(e)}; or put {file} into a folder and "
-                             "give --benchmark_dir") from None
-        yield from ((f"{name}, {split} row {i}", row) for i, row in enumerate(rows))
-        return
-    found = sorted(Path(bench_dir).glob(file))
-    if not found:
-        raise UserError(f"{Path(bench_dir) / file} is missing: it has on each line a JSON object, "
-                         f"a row of {name}, {split}; put it there"
-                         + (", or give --num_fewshot=0" if which else ""))
-    if len(found) > 1:
-        raise UserError(f"{', '.join(map(str, found))} may each be meant; keep one of them there")
-    lines = found[0].read_text(encoding="utf-8").rstrip("\n").split("\n")
-    for i, line in enumerate(lines, 1):
-        try:
-            yield f"{found[0]}:{i}", json.loads(line)
-        except ValueError as e:
-            raise UserError(f"{found[0]}:{i}: not JSON: {e}") from None
+STAGES = ("out/quickstart", "out/sft1", "out/sft2", "out/sft3")
+BPB_TASKS = ["bpb:builtin:language", "bpb:builtin:code", "bpb:builtin:math",
+             "bpb:builtin:science", "bpb:replies"]
+BUILTIN_DOCS = 16               # held-out documents of a builtin source
+BUILTIN_DOC_CHARS = 1024        # of each, its beginning
 
 
-def docs_of(task: Task, which: int, bench_dir: str | None) -> list[Example]:
-    """The documents of rows_of, in their order. ValueError, with its place, for a row of another
-    form."""
-    docs = []
-    for place, row in rows_of(task, which, bench_dir):
-        try:
-            if task.keep(row, which):
-                docs.append(task.read(row))
-                docs[-1].row = row
-                if task.program:                         # is there what it needs?
-                    task.program(docs[-1], "")
-        except KeyError as e:
-            raise UserError(f"{place}: no {e}; the row has {', '.join(row)}") from None
-        except (ValueError, TypeError, IndexError, AttributeError) as e:
-            raise UserError(f"{place}: {one_line(e)}") from None
-    return docs
+@dataclass
+class Config:
+    """What is evaluated, and how."""
+    model: str | None = None      # a checkpoint, a run (its newest checkpoint) or owner/name of the
+                                  # Hub; None: the newest of each of out/quickstart, sft1, sft2, sft3
+    tokenizer: str | None = None  # None: the model's own
+    tasks: str = "bpb,chains"     # names in TASKS, separated by commas; bpb:SOURCE, bits per byte of
+                                  # a file or another source of data.py (a comma in it: %2C); bpb,
+                                  # those of the builtin sources and of replies to chains; or chat
+    num_fewshot: Size | None = None   # examples before each question; None: as many as the report
+    limit: Count | None = None    # questions per task, for mmlu per subject; None: all
+    chat: bool = False            # ask in the turn format, as fine-tuned models expect
+    run_code: bool = False        # let humaneval and mbpp run the programs that the model writes
+    benchmark_dir: str | None = None  # folder with the tasks' files; None: the Hub's data sets
+    out_dir: str | None = None    # None: out/eval/<the model's name>
+    kv_cache_tokens: Count | None = None  # tokens whose keys and values are in memory at once; None:
+                                  # as many as fit in 16 GiB (on the CPU in 1 GiB)
+    temperature: NonNegative = 0.0  # for generation tasks; 0: greedy. Chat begins with 0.7
+    num_samples: Count = 1        # replies to each question whose replies are programs, for pass@k
+    seed: int = 1234              # for sampling
+    device: str = "auto"          # cpu, cuda, cuda:1, ...; auto: CUDA where there is one
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # dtype of matmuls; auto: bf16 on CUDA
+    compile: bool = True          # compile the generation step, on CUDA; takes 10 s once
+    plot: bool = False            # measure every checkpoint of the run and draw scores.png
+    prompt: str | None = None     # chat: answer this, and exit
 
 
-def chosen(docs: list[Example], limit: int | None) -> list[int]:
-    """The numbers of the first `limit` documents of each group."""
-    seen = defaultdict(count)
-    return [i for i, doc in enumerate(docs) if limit is None or next(seen[doc.group]) < limit]
+# The settings that, besides the question, decide what a sample is. Samples of others are not kept.
+SAMPLE_SETTINGS = ("tokenizer", "chat", "temperature", "num_samples", "seed", "precision")
 
 
-def questions_of(name: str, task: Task, c: Config) -> tuple[list[Example], int]:
-    """A task's documents and how many examples are before each. They begin with the task's head and
-    the examples, drawn for all documents in order, so that they depend neither on ranks nor on what
-    is done already; one more is drawn where questions are a validation split, lest one be its own
-    example (lm-eval 0.4.9.1, samplers.py). ValueError for too few of them, or no documents."""
-    shots = task.num_fewshot if c.num_fewshot is None or task.source else c.num_fewshot
-    draw = shots and shots + (task.hub[2] == "validation")
-    docs, pool, rng = docs_of(task, 0, c.benchmark_dir), defaultdict(list), random.Random(1234)
-    if not docs:
-        raise UserError(f"{name} has no documents; give it a file that has some")
-    if shots and task.files[1] is None:
-        raise UserError(f"shots={shots}, but {name} has no examples; give --num_fewshot=0")
-    for doc in docs_of(task, 1, c.benchmark_dir) if shots else ():
-        pool[doc.group].append(doc)
-    for doc in docs:
-        there = pool[doc.group]
-        if len(there) < draw:
-            raise UserError(f"shots={shots}, but {task.files[1]} has {len(there)} examples"
-                             f"{f' of {doc.group}' if doc.group else ''}; lower --num_fewshot: {draw} "
-                             "are drawn")
-        drawn = there[:draw] if task.first else rng.sample(there, draw)
-        doc.begin = task.head.format(doc.group.replace("_", " ")) + "".join(
-            f"{x.text}{x.target}\n\n" for x in [x for x in drawn if x.row != doc.row][:shots])
-    return docs, shots
+def select_tasks(c: Config) -> dict[str, Task]:
+    """The tasks that c.tasks names."""
+    if c.num_samples > 1 and c.temperature == 0:
+        raise UserError(f"num_samples={c.num_samples} would all be the same at temperature 0; give "
+                        "--temperature=0.8")
+    names = []
+    for name in c.tasks.split(","):
+        names += BPB_TASKS if name == "bpb" else [name]
 
-
-class PromptEncoder:
-    """A tokenizer with the rules of a model: its first token, the tokens that end a reply.
-
-    encode(text)         ids of text alone
-    pair(a, b)           ids of a, and of b behind it, cut where a alone would end
-    ask(question)        ids of a conversation up to where the reply begins"""
-
-    def __init__(self, tokenizer, first: int | None):
-        self.tokenizer, self.specials = tokenizer, tokenizer._special_tokens
-        self.first = [] if first is None else [first]
-        self.ends = {self.specials[data.END], self.specials[data.TURN_END]}
-        self.bytes = defaultdict(lambda: b"\xff", dict.fromkeys(range(tokenizer.n_vocab), b""))
-        for token, i in tokenizer._mergeable_ranks.items():
-            self.bytes[i] = token
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode_ordinary(text)
-
-    def pair(self, context: str, continuation: str) -> tuple[list, list]:
-        """Spaces at a context's end go to the continuation, since tokens begin with them. An empty
-        context becomes BEGIN."""
-        start, whole = self.encode(context.rstrip()), self.encode(context + continuation)
-        first = self.first or ([] if start else [self.specials[data.BEGIN]])
-        return first + start, whole[len(start):]
-
-    def ask(self, question: str) -> list[int]:
-        return sft.encode_prompt(self.tokenizer, [{"role": "user", "content": question}])
-
-
-# ---- log-likelihood
-
-def common(rows: list) -> int:
-    """How many tokens all rows begin with."""
-    return next((i for i, tokens in enumerate(zip(*rows)) if len({*tokens}) > 1),
-                min(map(len, rows)))
-
-
-class LoglikelihoodRequest:
-    """The sequences of one document, from (context, continuation) of each choice, of `longest` + 1
-    tokens the last. Of each row the last `count` tokens are scored; all begin with the same
-    `prefix` tokens, which is less than all of a row but the scored ones."""
-
-    def __init__(self, doc: int, pairs: list[tuple[list, list]], longest: int, group: str = ""):
-        self.doc, self.group = doc, group
-        self.rows = [(a + b)[-(longest + 1):] for a, b in pairs]
-        self.counts = [min(len(b), len(row) - 1) for (_, b), row in zip(pairs, self.rows)]
-        self.prefix = min(common(self.rows),
-                          *(len(row) - n for row, n in zip(self.rows, self.counts)))
-        self.length = max(map(len, self.rows))
-
-
-def parts(sizes: list[int], tokens: int, before: int = 0, keys: float = math.inf):
-    """Slices of rows, the largest first, for a pass each: so many that they have at most `tokens`,
-    a sixteenth of which may be padding, and `keys`, with `before` more in each row; or one."""
-    a = 0
-    while a < len(sizes):
-        own = sizes[a]
-        n = max(1, min(tokens // own, keys // (own + before)))
-        padding = accumulate(own - size for size in sizes[a:a + n])
-        b = a + sum(x <= tokens / 16 for x in padding)
-        yield slice(a, b)
-        a = b
-
-
-def batches(requests: list[LoglikelihoodRequest], keys: int, longest: int):
-    """Those of one group together, in it those of the longest prefix first; the prefixes are no
-    more than so many keys, padding included, or those of one request."""
-    batch, rest = [], 0
-    for r in sorted(requests, key=lambda r: (r.group, -r.prefix, -r.length, r.doc)):
-        rest = max(rest, r.length - r.prefix)
-        if batch and (batch[0].prefix * (len(batch) + 1) > keys or r.group != batch[0].group
-                      or batch[0].prefix + rest > longest + 1):
-            yield batch
-            batch, rest = [], r.length - r.prefix
-        batch.append(r)
-    if batch:
-        yield batch
-
-
-@torch.no_grad()
-def loglikelihoods(model: Motif, requests: list[LoglikelihoodRequest], batch_tokens: int):
-    """Yield each request and the log-probabilities, in fp32 on the CPU, of the scored tokens of
-    each of its rows. PASS_TOKENS are read at once, with the keys and values of sixteen times as
-    many kept: padding is less where the rows of a pass are chosen among more."""
-    tokens = min(batch_tokens, PASS_TOKENS[model.head_weight.device.type])
-    keys = min(batch_tokens // 2, 16 * tokens)           # and in a pass as many copies again
-    alone = sorted((r for r in requests if len(r.rows) == 1 or r.prefix == 0),
-                   key=lambda r: (1 - r.length) * len(r.rows))
-    for s in parts([(r.length - 1) * len(r.rows) for r in alone], tokens):
-        rows, counts = ([x for r in alone[s] for x in getattr(r, of)] for of in ("rows", "counts"))
-        found = iter(log_probs(model, rows, counts))
-        yield from ((r, [*islice(found, len(r.rows))]) for r in alone[s])
-    together = [r for r in requests if len(r.rows) > 1 and r.prefix]
-    for batch in batches(together, keys, model.config.max_position_embeddings):
-        yield from zip(batch, score_with_shared_prefix(model, batch, tokens, keys))
-
-
-def score_with_shared_prefix(model: Motif, batch: list[LoglikelihoodRequest], tokens: int, keys: int) -> list[list[torch.Tensor]]:
-    """See scored: of requests whose rows begin with the same, the longest prefix first; at most so
-    many tokens, and keys, in a pass.
-
-    The tokens that all rows of a request share are read once, aligned on the right; behind a copy
-    of their keys and values each row writes its own, the longest first. What is common to the
-    whole batch, such as examples, is read in one row and copied: its keys are the same wherever a
-    row begins."""
-    device, P = model.head_weight.device, batch[0].prefix
-    prefixes = [r.rows[0][:r.prefix] for r in batch]
-    padding = torch.tensor([P - len(ids) for ids in prefixes], device=device)
-    cache = model.new_cache(len(batch), P)
-    shared = min(common(prefixes), batch[-1].prefix - 1)
-    shared = shared if len(batch) > 1 and shared >= SHARED_TOKENS else 0
-    if shared:
-        once = model.new_cache(1, shared)
-        model(torch.tensor([prefixes[0][:shared]], device=device), cache=once, last=1)
-        columns = (torch.arange(P, device=device) - padding[:, None]).clamp(0, shared - 1)
-        for pair, source in zip(cache, once):
-            for to, t in zip(pair, source):
-                to.copy_(t[0][:, columns].transpose(0, 1))
-    found = []                           # log-probabilities of each row's tokens of its own
-    for s in parts([r.prefix - shared for r in batch], tokens):
-        out = P - batch[s.start].prefix                  # columns that none of these rows has
-        own = [tuple(t[s, :, out:] for t in pair) for pair in cache]
-        ids = padded(prefixes[s], device, left=True)[:, shared:]
-        logits = model(ids, cache=own, start=shared, padding=padding[s] - out, last=1)
-        for log_p, r in zip(logits[:, 0].float().log_softmax(-1), batch[s]):
-            found.append([*log_p[[row[r.prefix] for row in r.rows], None].cpu()])
-    rests = sorted(((i, j, row[r.prefix:]) for i, r in enumerate(batch)
-                    for j, row in enumerate(r.rows) if len(row) > r.prefix + 1),
-                   key=lambda rest: -len(rest[2]))
-    sizes = [len(rest) - 1 for *_, rest in rests]
-    for s in parts(sizes, tokens, P, keys):
-        numbers, _, rows = zip(*rests[s])
-        out, of = min(P - batch[i].prefix for i in numbers), torch.tensor(numbers, device=device)
-        own = [tuple(F.pad(t[of, :, out:], (0, 0, 0, sizes[s.start])) for t in pair)
-               for pair in cache]
-        log_p = log_probs(model, rows, sizes[s], cache=own, start=P - out,
-                          padding=padding[of] - out)
-        for (i, j, _), x in zip(rests[s], log_p):
-            found[i][j] = torch.cat([found[i][j], x])
-    return [[x[-n:] for x, n in zip(rows, r.counts)] for rows, r in zip(found, batch)]
-
-
-def log_probs(model: Motif, rows: list, counts: list, **cached) -> list[torch.Tensor]:
-    """Of the last `count` tokens of each row, fewer than it has, in one pass."""
-    device = model.head_weight.device
-    ids, targets = padded([row[:-1] for row in rows], device), padded(
-        [[-1] * (len(row) - 1 - n) + row[-n:] for row, n in zip(rows, counts)], device, fill=-1)
-    nats = model(ids, targets, reduction="none", **cached)
-    return (-nats[targets >= 0]).cpu().split([*counts])
-
-
-def padded(rows: list, device: torch.device, left: bool = False, fill: int = 0) -> torch.Tensor:
-    """Rows of ids (B, longest), with `fill` behind them or, on the left, before them."""
-    n = max(map(len, rows))
-    fills = [[fill] * (n - len(row)) for row in rows]
-    return torch.tensor([z + row if left else row + z for row, z in zip(rows, fills)],
-                        device=device)
-
-
-# ---- generation
-
-def generate_replies(model: Motif, text: PromptEncoder, prompts: list[list], stops: tuple, new_tokens: int,
-            batch_tokens: int, temperature: float = 0.0, seeds: list | None = None):
-    """Yield (number of the prompt, reply) as replies end, at a token that ends one, before the
-    earliest of the stop strings, or after new_tokens. Of a prompt that leaves no room for so many
-    the last tokens are kept. A batch is drawn with its first prompt's seed."""
-    longest, device = model.config.max_position_embeddings, model.head_weight.device
-    new_tokens = min(new_tokens, longest // 2)
-    prompts = {i: ids[-(longest - new_tokens):] for i, ids in enumerate(prompts)}
-    order = sorted(prompts, key=lambda i: -len(prompts[i]))
-    while order:
-        P = len(prompts[order[0]])
-        n = max(1, batch_tokens // (P + new_tokens))
-        rows, order = order[:n], order[n:]
-        padding = torch.tensor([P - len(prompts[i]) for i in rows], device=device)
-        ids = padded([prompts[i] for i in rows], device, left=True)
-        yield from finished(model.stream(ids, new_tokens, temperature, padding=padding,
-                                         seed=seeds and seeds[rows[0]]), rows, text, stops)
-
-
-def finished(stream, rows: list, text: PromptEncoder, stops: tuple):
-    """See replies. Once half of the rows have ended, the others go on without them; one alone has
-    another for company, as torch.compile would make a graph of its own for a single row."""
-    said, left, go_on = {i: b"" for i in rows}, {*rows}, None
-    with suppress(StopIteration):
-        while left:
-            for i, token in zip(rows, stream.send(go_on)[:, 0].tolist()):
-                if i in left:
-                    said[i] += text.bytes[token]
-                    cuts = [k for k in (said[i].find(s.encode()) for s in stops) if k >= 0]
-                    if cuts or token in text.ends:
-                        left.remove(i)
-                        yield i, said[i][:min(cuts, default=None)].decode("utf-8", "replace")
-            go_on = None
-            if 2 < len(rows) >= 2 * len(left):
-                load_previous = sorted(range(len(rows)), key=lambda k: rows[k] not in left)
-                load_previous = load_previous[:max(2, len(left))]
-                rows, go_on = [rows[k] for k in load_previous], torch.tensor(load_previous)
-    yield from ((i, said[i].decode("utf-8", "replace")) for i in rows if i in left)
-
-
-# ---- three ways to measure documents, by number: each yields (number, record)
-
-def multiple_choice(task: Task, docs: dict[int, Example], model: Motif, text: PromptEncoder, c: Config):
-    """The likeliest answer, the first of equals, by its log-probability alone (acc) and per
-    character of the answer (acc_norm)."""
-    longest, requests = model.config.max_position_embeddings, []
-    for i, doc in docs.items():
-        contexts = [doc.begin + own for own in doc.texts or [doc.text] * len(doc.choices)]
-        pairs = [(text.ask(context), text.encode(choice[1:])) if c.chat
-                 else text.pair(context, choice) for context, choice in zip(contexts, doc.choices)]
-        requests.append(LoglikelihoodRequest(i, pairs, longest, doc.begin if task.first else ""))
-    for r, found in loglikelihoods(model, requests, c.kv_cache_tokens):
-        doc, sums = docs[r.doc], [x.sum().item() for x in found]
-        norms = [s / (len(choice) - 1) for s, choice in zip(sums, doc.choices)]
-        scores = {"acc": float(sums.index(max(sums)) == doc.answer)}
-        if task.norm:
-            scores["acc_norm"] = float(norms.index(max(norms)) == doc.answer)
-        yield r.doc, {"prompt": doc.begin + doc.text, "output": sums, "answer": doc.answer,
-                      **scores}
-
-
-def generation(task: Task, docs: dict[int, Example], model: Motif, text: PromptEncoder, c: Config):
-    """What the model writes, judged while it writes on: a program has a process of its own."""
-    chat, asked, prompts, samples = c.chat or task.chat, {}, [], c.num_samples if task.program else 1
-    for i, doc in docs.items():
-        content, reply = task.ask(doc) if task.ask else (doc.begin + doc.text, "")
-        asked[i] = content + (f" {reply}" if reply and not chat else reply)
-        prompts += [text.ask(content) + text.encode(reply) if chat
-                    else text.first + text.encode(asked[i])] * samples
-    numbers, said = [i for i in docs for _ in range(samples)], defaultdict(list)
-    seeds = [random.Random(f"{c.seed} {i} {k}").getrandbits(32) for k, i in enumerate(numbers)]
-    judge = task.judge or partial(judge_code, task.program)
-    fenced = c.chat and task.program and not task.ask    # the first whole fence; ask has begun one
-    def record(i):
-        judged = [re.sub(r"(?s)^.*?```(?:python)?\n(.*?)```.*", r"\1", reply) if fenced else reply
-                  for reply in said[i]]
-        return i, {"prompt": asked[i], "output": said[i], **judge(docs[i], judged)}
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))    # ranks of this machine
-    with ThreadPoolExecutor(max(1, os.cpu_count() // here)) as pool:
-        jobs = []
-        for k, reply in generate_replies(model, text, prompts, task.stops, task.new_tokens, c.kv_cache_tokens,
-                                c.temperature, seeds):
-            said[numbers[k]].append(reply)
-            if len(said[numbers[k]]) == samples:
-                jobs.append(pool.submit(record, numbers[k]))
-            while jobs and jobs[0].done():
-                yield jobs.pop(0).result()
-        yield from (job.result() for job in jobs)
-
-
-def bits_per_byte(task: Task, docs: dict[int, Example], model: Motif, text: PromptEncoder, c: Config):
-    """Bits and bytes of a document by position: in the windows of max_position_embeddings tokens
-    that it is cut into, from 1, 2, 4, ... tokens on; where there is a target, of that as a reply,
-    with its end of turn."""
-    longest, requests, found = model.config.max_position_embeddings, [], {}
-    for i, doc in docs.items():
-        found[i] = {"prompt": doc.text[:80], "bits": defaultdict(float), "bytes": Counter()}
-        if doc.target:
-            reply = text.encode(doc.target) + [text.specials[data.TURN_END]]
-            requests.append(LoglikelihoodRequest(i, [(text.ask(doc.text), reply)], longest))
-            continue
-        ids = sum(text.pair("", doc.text), [])
-        for start in range(0, len(ids) - 1, longest):
-            window = ids[start:start + longest + 1]
-            requests.append(LoglikelihoodRequest(i, [(window[:1], window[1:])], longest))
-    left = Counter(r.doc for r in requests)
-    for r, (log_p,) in loglikelihoods(model, requests, c.kv_cache_tokens):
-        for at, (token, x) in enumerate(zip(r.rows[0][-r.counts[0]:], log_p.tolist())):
-            bin = 2 ** at.bit_length() // 2
-            found[r.doc]["bits"][bin] -= x / math.log(2)
-            found[r.doc]["bytes"][bin] += len(text.bytes[token])
-        left[r.doc] -= 1
-        if left[r.doc] == 0:
-            yield r.doc, found[r.doc]
-
-
-# ---- the run
-
-def texts_of(source: str, limit: int | None) -> list[str]:
-    """The first documents of a source of data.py; of a builtin one the beginning of the first that
-    is held out of each unit."""
-    units = data.source_units(source)
-    texts = (filter(str.strip, unit()) for unit in units)
-    if not source.startswith("builtin:"):
-        return [*islice(chain.from_iterable(texts), limit)]
-    held_out = (next(islice(unit, -number % data.VAL_EVERY, None), "")
-                for number, unit in enumerate(islice(texts, BUILTIN_DOCS)))
-    return [text[:DOC_LETTERS] for text in held_out if text][:limit]
-
-
-def tasks_of(c: Config) -> dict[str, Task]:
-    """Those asked for. ValueError for one that is unknown or may not run."""
     tasks = {}
-    if c.num_samples > 1 and not c.temperature:
-        raise UserError(f"samples={c.num_samples} are all the same at temperature 0; give "
-                         "--temperature=0.8")
-    for name in (own for name in c.tasks.split(",") for own in (BPB if name == "bpb" else [name])):
+    for name in names:
         if name == "chat":
-            raise UserError("chat is none of several tasks; give --tasks=chat alone")
+            raise UserError("tasks=chat cannot be combined with others; give --tasks=chat alone")
         if name == "bpb:replies":
-            tasks[name] = chains("held_chains", 0)
+            tasks[name] = replace(CHAINS, kind="bits_per_byte")
         elif name.startswith("bpb:"):
-            tasks[name] = Task(Example, source=partial(texts_of, name[4:], c.limit))
-        elif name not in TASKS:
-            near = difflib.get_close_matches(name, [*TASKS, "bpb", "chat"], n=1, cutoff=0.0)
-            raise UserError(f"unknown task {name!r}; did you mean {near[0]!r}? Known: "
-                             f"{', '.join(TASKS)}, bpb, bpb:SOURCE, chat")
-        elif TASKS[name].program and not c.run_code:
-            raise UserError(f"{name} runs programs that the model writes, in a sandbox; give "
-                             "--run_code to allow that")
-        else:
+            source = partial(read_texts, name.removeprefix("bpb:"), c.limit)
+            tasks[name] = Task(Example, "bits_per_byte", source=source)
+        elif name in TASKS:
             tasks[name] = TASKS[name]
+        else:
+            known = [*TASKS, "bpb", "bpb:SOURCE", "chat"]
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise UserError(f"unknown task {name!r}; did you mean {near[0]!r}? Known: "
+                            f"{', '.join(known)}")
+        if tasks[name].program and not c.run_code:
+            raise UserError(f"{name} runs programs that the model writes, in a sandbox; give "
+                            "--run_code to allow that")
     return tasks
 
 
+def read_texts(source: str, limit: int | None) -> list[str]:
+    """The first documents of a source of data.py. From builtin sources, on which the quick start
+    trains, the first held-out document of each unit is taken."""
+    units = data.source_units(source)
+    texts = []
+    if source.startswith("builtin:"):
+        for number, unit in enumerate(units[:BUILTIN_DOCS]):
+            text = first_held_out(unit, number)
+            if text:
+                texts.append(text[:BUILTIN_DOC_CHARS])
+        return texts[:limit]
+
+    for unit in units:
+        for text in filter(str.strip, unit()):
+            if len(texts) == limit:
+                return texts
+            texts.append(text)
+    return texts
+
+
+def first_held_out(unit: Callable, number: int) -> str | None:
+    """The first document of unit `number` that data.py holds out."""
+    for i, text in enumerate(filter(str.strip, unit()), start=number):
+        if i % data.VAL_EVERY == 0:
+            return text
+    return None
+
+
+def read_rows(task: Task, is_fewshot: bool, benchmark_dir: str | None) -> Iterator[tuple[str, dict]]:
+    """Yield (place, row) of the questions or of the few-shot examples of a task."""
+    if task.source:
+        for i, row in enumerate(task.source()):
+            yield f"row {i}", row
+        return
+
+    split = task.fewshot_split if is_fewshot else task.eval_split
+    file = task.fewshot_file if is_fewshot else task.eval_file
+    if benchmark_dir is None:
+        try:
+            from datasets import load_dataset
+            rows = load_dataset(task.hf_name, task.hf_config, split=split)
+        except Exception as e:  # the library raises many kinds
+            raise UserError(f"dataset {task.hf_name}: {one_line(e)}; or put {file} into a folder "
+                            "and give --benchmark_dir") from None
+        for i, row in enumerate(rows):
+            yield f"{task.hf_name}, {split} row {i}", row
+        return
+
+    paths = sorted(Path(benchmark_dir).glob(file))
+    if len(paths) != 1:
+        raise UserError(f"{len(paths)} files match {Path(benchmark_dir) / file}; put one there, "
+                        f"with a JSON object on each line, a row of {task.hf_name}, {split}")
+    lines = paths[0].read_text(encoding="utf-8").rstrip("\n").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise UserError(f"{paths[0]}:{number}: not JSON: {e}; correct the line") from None
+        yield f"{paths[0]}:{number}", row
+
+
+def read_examples(task: Task, is_fewshot: bool, benchmark_dir: str | None) -> list[Example]:
+    """The questions or the few-shot examples of a task, in the order of the data set."""
+    examples = []
+    for place, row in read_rows(task, is_fewshot, benchmark_dir):
+        try:
+            if task.accept and not task.accept(row, is_fewshot):
+                continue
+            example = task.read(row)
+            example.row = row
+            if task.program:
+                task.program(example, reply="")      # so that a bad row is noticed now
+        except KeyError as e:
+            raise UserError(f"{place}: there is no {e}; the row has {', '.join(row)}") from None
+        except UserError as e:
+            raise UserError(f"{place}: {e}") from None
+        except Exception as e:
+            e.add_note(f"while reading {place}")
+            raise
+        examples.append(example)
+    return examples
+
+
+def questions_of(name: str, task: Task, c: Config) -> tuple[list[Example], int]:
+    """A task's questions, each with its fewshot_context, and the number of examples in that."""
+    num_fewshot = task.num_fewshot
+    if c.num_fewshot is not None and not task.source:
+        num_fewshot = c.num_fewshot
+    if num_fewshot and task.fewshot_file is None:
+        raise UserError(f"num_fewshot={num_fewshot}, but {name} has no examples; give "
+                        "--num_fewshot=0")
+
+    questions = read_examples(task, False, c.benchmark_dir)
+    if not questions:
+        raise UserError(f"{name} has no questions; give it a file that has some")
+    pool = read_examples(task, True, c.benchmark_dir) if num_fewshot else []
+    add_fewshot_contexts(task, questions, pool, num_fewshot)
+    return questions, num_fewshot
+
+
+def add_fewshot_contexts(task: Task, questions: list[Example], pool: list[Example],
+                         num_fewshot: int) -> None:
+    """Put the description and num_fewshot examples of the pool before each question. They are drawn
+    for all questions in order, so that they depend neither on the ranks nor on what is measured
+    already. Where the questions are a validation split, the harness draws one more, and drops the
+    question itself if it is among them (0.4.9.1, samplers.py)."""
+    by_subject = defaultdict(list)
+    for example in pool:
+        by_subject[example.subject].append(example)
+
+    num_drawn = num_fewshot
+    if num_fewshot and task.eval_split == "validation":
+        num_drawn += 1
+    rng = random.Random(1234)
+    for question in questions:
+        candidates = by_subject[question.subject]
+        if len(candidates) < num_drawn:
+            of_subject = f" of {question.subject}" if question.subject else ""
+            raise UserError(f"num_fewshot={num_fewshot}, but {task.fewshot_file} has "
+                            f"{len(candidates)} examples{of_subject}, and {num_drawn} are drawn; "
+                            "give a smaller --num_fewshot")
+        drawn = candidates[:num_drawn]
+        if task.fewshot == "random":
+            drawn = rng.sample(candidates, num_drawn)
+        drawn = [example for example in drawn if example.row != question.row][:num_fewshot]
+
+        question.fewshot_context = task.description.format(question.subject.replace("_", " "))
+        for example in drawn:
+            question.fewshot_context += f"{example.text}{example.target}\n\n"
+
+
+def limit_per_subject(questions: list[Example], limit: int | None) -> list[int]:
+    """The indices of the first `limit` questions of each subject."""
+    seen = Counter()
+    chosen = []
+    for i, question in enumerate(questions):
+        seen[question.subject] += 1
+        if limit is None or seen[question.subject] <= limit:
+            chosen.append(i)
+    return chosen
+
+
+# ---- the run: samples and results
+
 def load_previous(out: Path, settings: dict) -> tuple[dict, dict]:
-    """What runs with the same settings left in out: records by (task, number), and results."""
+    """What an earlier run with the same settings left in out: its records, {(task, number): record},
+    and its results, {task: result}."""
     out.mkdir(parents=True, exist_ok=True)
-    file, results, found = out / "samples.jsonl", out / "results.json", {}
-    before = read_json(results) if file.exists() and results.exists() else {}
-    if settings.items() <= before.items():
-        for line in file.read_text().split("\n"):
-            with suppress(ValueError):                   # a line that was cut
+    samples = out / "samples.jsonl"
+    earlier = {}
+    if samples.exists() and (out / "results.json").exists():
+        earlier = read_json(out / "results.json")
+
+    records = {}
+    if settings.items() <= earlier.items():
+        for line in samples.read_text().split("\n"):
+            try:
                 record = json.loads(line)
-                found[record["task"], record["doc"]] = record
-    elif before:
-        print(f"{out}: another model or other settings before; beginning anew")
-        before = {}
-    save(out, settings, found, before.get("tasks", {}))
-    return found, before.get("tasks", {})
+            except json.JSONDecodeError:     # the empty last line, or one that was cut
+                continue
+            records[record["task"], record["doc"]] = record
+    elif earlier:
+        print(f"{out}: another model or other settings before; its samples are dropped")
+        earlier = {}
+    results = earlier.get("tasks", {})
+    save_results(out, settings, records, results)
+    return records, results
 
 
-def save(out: Path, settings: dict, records: dict, results: dict) -> None:
-    """The two files of a run, records in order."""
-    lines = (json.dumps(records[key]) + "\n" for key in sorted(records))
+def save_results(out: Path, settings: dict, records: dict, results: dict) -> None:
+    lines = [json.dumps(records[key]) + "\n" for key in sorted(records)]
     replace_text(out / "samples.jsonl", "".join(lines))
-    replace_text(out / "results.json", json.dumps({**settings, "tasks": results}, indent=1) + "\n")
+    text = json.dumps({**settings, "tasks": results}, indent=1)
+    replace_text(out / "results.json", text + "\n")
 
 
-def progress(name: str, total: int, items):
-    """The items; every five seconds a line: how many are done, how fast, how long it will yet
-    take."""
-    begun = said = time.monotonic()
-    for n, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if RANK == 0 and (now - said > 5 or n == total):
-            speed, said = n / max(now - begun, 1e-9), now
-            print(f"{name}  {n:,d}/{total:,d} documents  {speed:,.1f}/s  eta "
-                  f"{timedelta(seconds=int((total - n) / speed))}", flush=True)
-
-
-def evaluate(folder: Path, tasks: dict, out: Path, c: Config, device: torch.device) -> dict:
-    """All tasks on one model -> its results, also in out/results.json beside those of earlier runs.
-    A kept record stands if its document is the same. Each rank has every WORLD-th of the others,
-    and all append to the one file of samples."""
+def evaluate_model(folder: Path, tasks: dict[str, tuple], out: Path, c: Config,
+                   device: torch.device) -> dict:
+    """Measure one model: tasks {name: (task, questions, num_fewshot)} -> {name: result}. Results of
+    other tasks that out has from before stay in its results.json."""
     model, text = open_model(folder, c, device)
     if c.kv_cache_tokens is None:
-        token = sum(t.nbytes for pair in model.new_cache(1, 1) for t in pair)
-        c = replace(c, batch_tokens=max(1, KEY_BYTES[device.type] // token))
-    settings = {"model": str(folder),
-                "stamp": max(f.stat().st_mtime_ns for f in folder.glob("*.safetensors")),
-                **{key: getattr(c, key) for key in SETTINGS}}
-    (records, before), results = all_gather_object(load_previous(out, settings) if RANK == 0 else None)[0], {}
-    for name, (task, docs, shots) in tasks.items():
-        numbers = chosen(docs, c.limit)
-        marks = {i: hashlib.sha256(repr(docs[i]).encode()).hexdigest()[:16] for i in numbers}
-        same = {i for i in numbers if records.get((name, i), {}).get("hash") == marks[i]}
-        todo = [i for i in numbers if i not in same][RANK::WORLD]
-        measure = bits_per_byte if name.startswith("bpb:") else (
-            generation if task.judge or task.program else multiple_choice)
-        found, new = measure(task, {i: docs[i] for i in todo}, model, text, c), {}
-        with (out / "samples.jsonl").open("ab", buffering=0) as file:   # a record, one write
-            for i, record in progress(name, len(todo), found):
-                new[name, i] = {"task": name, "doc": i, "hash": marks[i], **record}
-                file.write(json.dumps(new[name, i]).encode() + b"\n")
-        for of_rank in all_gather_object(new):
-            records.update(of_rank)
-        results[name] = {
-            metric: {**found, "shots": shots, "reported": task.reported.get(metric),
-                     "report_shots": task.num_fewshot}
-            for metric, found in result_of([records[name, i] for i in numbers]).items()}
+        c = replace(c, kv_cache_tokens=default_kv_cache_tokens(model, device))
+
+    changed = max(file.stat().st_mtime_ns for file in folder.glob("*.safetensors"))
+    settings = {"model": str(folder), "stamp": changed}
+    for key in SAMPLE_SETTINGS:
+        settings[key] = getattr(c, key)
+    previous = load_previous(out, settings) if RANK == 0 else None
+    records, earlier_results = broadcast_object(previous)
+
+    results = {}
+    for name, (task, questions, num_fewshot) in tasks.items():
+        # A compiled step pays only where many steps follow.
+        model.compile_steps = c.compile and device.type == "cuda" and task.kind == "generation"
+        numbers = limit_per_subject(questions, c.limit)
+        measure_task(name, task, questions, numbers, records, out, model, text, c)
+        results[name] = {}
+        for metric, score in summarize([records[name, i] for i in numbers]).items():
+            results[name][metric] = {
+                **score, "shots": num_fewshot, "reported": task.reported.get(metric),
+                "report_shots": task.num_fewshot}
     if RANK == 0:
-        save(out, settings, records, {**before, **results})
+        save_results(out, settings, records, {**earlier_results, **results})
     return results
 
 
-def ratio(values: list, sizes: list) -> dict:
-    """The sum of values over that of sizes, and its standard error."""
-    n, value = len(values), sum(values) / sum(sizes)
-    error = statistics.stdev(v - value * s for v, s in zip(values, sizes)) / n**0.5 if (
-        n > 1) else math.nan
-    return {"value": value, "stderr": error / statistics.fmean(sizes), "n": n}
+def measure_task(name: str, task: Task, questions: list[Example], numbers: list[int], records: dict,
+                 out: Path, model: Motif, text: PromptEncoder, c: Config) -> None:
+    """Add to records those of the questions `numbers` that are not there yet. An earlier record
+    counts if it was made from the same question. Each rank measures every WORLD-th of the others,
+    and all ranks append to the one samples.jsonl."""
+    hashes = {}
+    missing = []
+    for i in numbers:
+        hashes[i] = hashlib.sha256(repr(questions[i]).encode()).hexdigest()[:16]
+        if records.get((name, i), {}).get("hash") != hashes[i]:
+            missing.append(i)
+    mine = {i: questions[i] for i in missing[RANK::WORLD]}
+
+    measures = {"multiple_choice": multiple_choice, "generation": generation,
+                "bits_per_byte": bits_per_byte}
+    measured = measures[task.kind](task, mine, model, text, c)
+    new = {}
+    # Unbuffered, so that a record is one write, and ranks do not write into each other's lines.
+    with (out / "samples.jsonl").open("ab", buffering=0) as file:
+        for i, record in with_progress(name, len(mine), measured):
+            new[name, i] = {"task": name, "doc": i, "hash": hashes[i], **record}
+            file.write(json.dumps(new[name, i]).encode() + b"\n")
+    for records_of_rank in all_gather_object(new):
+        records.update(records_of_rank)
 
 
-def result_of(records: list[dict]) -> dict:
-    """Metric -> value, standard error and n, in per cent but bits per byte."""
-    if "bits" not in records[0]:
-        return {metric: ratio([100 * r[metric] for r in records], [1] * len(records))
-                for metric, value in records[0].items() if isinstance(value, float)}
-    sums = {key: Counter() for key in ("bits", "bytes")}
-    for r in records:
-        for key in sums:
-            sums[key].update({int(at): x for at, x in r[key].items()})
-    of = ratio(*([sum(r[key].values()) for r in records] for key in ("bits", "bytes")))
-    return {"bits per byte": {**of, "by_position": {
-        at: x / sums["bytes"][at] for at, x in sorted(sums["bits"].items()) if sums["bytes"][at]}}}
+def with_progress(name: str, total: int, items: Iterator) -> Iterator:
+    """Pass the items on; print every five seconds how many are done and how long the rest takes."""
+    start = time.monotonic()
+    last_print = start
+    for n, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if RANK == 0 and (now - last_print > 5 or n == total):
+            last_print = now
+            per_second = n / max(now - start, 1e-9)
+            eta = timedelta(seconds=int((total - n) / per_second))
+            print(f"{name}  {n:,d}/{total:,d} documents  {per_second:,.1f}/s  eta {eta}", flush=True)
 
 
-def scores_of(results: dict[str, dict]) -> list[tuple]:
-    """(task, metric, the result of each model)"""
-    return [(name, metric, [of[name][metric] for of in results.values()])
-            for name, found in [*results.values()][-1].items() for metric in found]
+def ratio_of_sums(values: list[float], sizes: list[float]) -> dict:
+    """sum(values) / sum(sizes) with its standard error: the deviations are those of each value from
+    ratio * size. With sizes of 1 these are the mean, and s / sqrt(n).
+
+    >>> ratio_of_sums([1, 0, 1, 1], [1, 1, 1, 1])
+    {'value': 0.75, 'stderr': 0.25, 'n': 4}
+    """
+    n = len(values)
+    ratio = sum(values) / sum(sizes)
+    stderr = math.nan
+    if n > 1:
+        deviations = [value - ratio * size for value, size in zip(values, sizes)]
+        stderr = statistics.stdev(deviations) / n**0.5 / statistics.fmean(sizes)
+    return {"value": ratio, "stderr": stderr, "n": n}
 
 
-def table(results: dict[str, dict]) -> str:
-    """A column for each model, with standard errors, then the report's figure, which is of
-    Motif-2-12.7B with the shots in brackets."""
-    lines = [f"{'task':21s} {'shots':>5s} {'metric':13s} {'n':>6s}"
-             + "".join(f"{name:>17s}" for name in results) + f"{'reported':>12s}"]
-    for name, metric, columns in scores_of(results):
-        r = columns[-1]
-        told = "-" if r["reported"] is None else f"{r['reported']:.2f} ({r['report_shots']})"
-        lines.append(f"{name:21s} {r['shots']:5d} {metric:13s} {r['n']:6,d}" + "".join(
-            f"{x['value']:9.3f} ±{x['stderr']:6.3f}" for x in columns) + f"{told:>12s}")
-        if "by_position" in r and len(results) == 1:
-            lines.append(" " * 27 + "from token " + "  ".join(
-                f"{at}: {x:.2f}" for at, x in r["by_position"].items()))
+def summarize(records: list[dict]) -> dict[str, dict]:
+    """{metric: value, standard error, n} over a task's records; in per cent, except bits per byte."""
+    if "bits" in records[0]:
+        return {"bits per byte": summarize_bits(records)}
+    scores = {}
+    for metric, value in records[0].items():
+        if isinstance(value, float):
+            values = [100 * record[metric] for record in records]
+            scores[metric] = ratio_of_sums(values, [1] * len(values))
+    return scores
+
+
+def summarize_bits(records: list[dict]) -> dict:
+    bits = Counter()         # by position
+    num_bytes = Counter()
+    for record in records:
+        for position, x in record["bits"].items():
+            bits[int(position)] += x          # a record that was read back has text for keys
+        for position, x in record["bytes"].items():
+            num_bytes[int(position)] += x
+
+    score = ratio_of_sums([sum(record["bits"].values()) for record in records],
+                          [sum(record["bytes"].values()) for record in records])
+    score["by_position"] = {}
+    for position in sorted(bits):
+        if num_bytes[position]:
+            score["by_position"][position] = bits[position] / num_bytes[position]
+    return score
+
+
+def scores_by_metric(results: dict[str, dict]) -> list[tuple[str, str, list[dict]]]:
+    """Results {model: {task: {metric: score}}} -> (task, metric, the score of each model)."""
+    rows = []
+    of_any_model = next(iter(results.values()))
+    for task, metrics in of_any_model.items():
+        for metric in metrics:
+            rows.append((task, metric, [of_model[task][metric] for of_model in results.values()]))
+    return rows
+
+
+def format_table(results: dict[str, dict]) -> str:
+    """A row for each metric, with a column of scores and standard errors for each model. The last
+    column is what the report states of Motif-2-12.7B, with the number of examples in brackets."""
+    header = f"{'task':21s} {'shots':>5s} {'metric':13s} {'n':>6s}"
+    for name in results:
+        header += f"{name:>17s}"
+    lines = [header + f"{'reported':>12s}"]
+
+    for task, metric, scores in scores_by_metric(results):
+        last = scores[-1]
+        line = f"{task:21s} {last['shots']:5d} {metric:13s} {last['n']:6,d}"
+        for score in scores:
+            line += f"{score['value']:9.3f} ±{score['stderr']:6.3f}"
+        reported = "-"
+        if last["reported"] is not None:
+            reported = f"{last['reported']:.2f} ({last['report_shots']})"
+        lines.append(line + f"{reported:>12s}")
+
+        if "by_position" in last and len(results) == 1:
+            columns = [f"{at}: {x:.2f}" for at, x in last["by_position"].items()]
+            lines.append(" " * 27 + "from token " + "  ".join(columns))
     return "\n".join(lines)
 
 
-# ---- the model
+# ---- the run: the model
 
-def models_of(c: Config) -> dict[str, Path]:
-    """The checkpoints that are meant, by what the table calls them. ValueError if there is none."""
+def find_models(c: Config) -> dict[str, Path]:
+    """{name in the table: folder} of the checkpoints to measure."""
     if c.model is None:
-        starts = {Path(run).name: latest_checkpoint(Path(run)) for run in STAGES}
-        found = {name: start[0] for name, start in starts.items() if start}
+        found = {}
+        for stage in STAGES:
+            checkpoint = latest_checkpoint(Path(stage))
+            if checkpoint:
+                found[Path(stage).name] = checkpoint[0]
         if not found:
-            raise UserError(f"none of {', '.join(STAGES)} holds a checkpoint; run `python "
-                             "pretrain.py`, or give --model=PATH")
+            raise UserError(f"there is no checkpoint in {', '.join(STAGES)}; run `python "
+                            "pretrain.py`, or give --model=PATH")
         return found
+
     folder = model_folder(c.model)
     if not folder.is_dir():
         raise UserError(f"model={c.model} is neither a folder nor owner/name of the Hub")
-    steps, whole = sorted(checkpoint_steps(folder)), {}
-    for name in (f"step_{step}" for step in steps):
+    complete = {}
+    for step in sorted(checkpoint_steps(folder)):
+        checkpoint = folder / f"step_{step}"
         try:
-            read_state(folder / name)
-            whole[name] = folder / name
-        except ValueError as e:
+            read_state(checkpoint)
+        except UserError as e:
             print(f"{e}; passing it over")
-    if not (whole or [*folder.glob("*.safetensors")]):
-        raise UserError(f"model={c.model} holds no whole checkpoint")
-    return whole if c.plot and whole else {"measured": [folder, *whole.values()][-1]}
+            continue
+        complete[checkpoint.name] = checkpoint
+
+    if complete and c.plot:
+        return complete
+    if complete:
+        return {"measured": list(complete.values())[-1]}
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"model={c.model} holds no complete checkpoint")
+    return {"measured": folder}
 
 
 def open_model(folder: Path, c: Config, device: torch.device) -> tuple[Motif, PromptEncoder]:
-    """Matrices in the precision asked for, vectors as they are stored, which is fp32 where we
-    trained them. The first token is the tokenizer's own business: a tokenizer.json says whether it
-    adds one, and pretrain.py begins every document with BEGIN."""
-    trained = (folder / "state.json").exists()
-    own = read_state(folder)["config"]["tokenizer"] if trained else str(folder)
-    if not trained and not c.tokenizer and not (folder / "tokenizer.json").exists():
+    """The model, and the encoder of its prompts. Matrices get the compute dtype; vectors, such as
+    norms, become fp32, as in training."""
+    # Training here begins every document with BEGIN. What others trained has its tokenizer's rule.
+    trained_here = (folder / "state.json").exists()
+    own_tokenizer = str(folder)
+    if trained_here:
+        own_tokenizer = read_state(folder)["config"]["tokenizer"]
+    elif not c.tokenizer and not (folder / "tokenizer.json").exists():
         raise UserError(f"{folder} has no tokenizer.json; give --tokenizer")
-    name = c.tokenizer or own
-    tokenizer = data.load_tokenizer(name)
-    first = tokenizer._special_tokens[data.BEGIN]
-    if not trained and not name.endswith(".tiktoken") and (
-            "/" in name or name.endswith(".json") or os.path.isdir(name)):
-        first = first_token(read_json(data.tokenizer_file(name)), tokenizer)
+    tokenizer = data.load_tokenizer(c.tokenizer or own_tokenizer)
+    begin_id = tokenizer.special[data.BEGIN] if trained_here else tokenizer.begin_id
+
     model = Motif.from_pretrained(folder, device).requires_grad_(False)
     if tokenizer.n_vocab > model.config.vocab_size:
-        raise UserError(f"tokenizer {name} has {tokenizer.n_vocab} tokens, more than the model's "
-                         f"vocab_size={model.config.vocab_size}; give the model's own --tokenizer")
-    model.compile_steps = c.compile and device.type == "cuda"
+        raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens, more than the "
+                        f"model's vocab_size={model.config.vocab_size}; give the model's own "
+                        "--tokenizer")
     for p in model.parameters():
         p.data = p.data.to(COMPUTE_DTYPE[c.precision] if p.ndim > 1 else torch.float32)
+
     if RANK == 0:
-        begin = "no token" if first is None else tokenizer.decode([first])
         n = sum(p.numel() for p in model.parameters())
-        print(f"{folder}: {n:,d} parameters on {device} in {c.precision}, tokenizer {name}; "
-              f"{begin} before each text", flush=True)
-    return model, PromptEncoder(tokenizer, first)
+        begin = "no token" if begin_id is None else tokenizer.decode([begin_id])
+        print(f"{folder}: {n:,d} parameters on {device} in {c.precision}, tokenizer "
+              f"{tokenizer.name}; {begin} before each text", flush=True)
+    return model, PromptEncoder(tokenizer, begin_id)
 
 
-def first_token(spec: dict, tokenizer) -> int | None:
-    """What a tokenizer.json puts before a text: its post-processor says so, if any does."""
-    post = spec.get("post_processor") or {}
-    for step in post.get("processors", [post]):
-        begin = [*step.get("single", []), {}][0].get("SpecialToken")
-        if begin and begin["id"] not in tokenizer._special_tokens:
-            raise UserError(f"{tokenizer.name} begins texts with {begin['id']}, no added token; "
-                             "add it to added_tokens")
-        if begin:
-            return tokenizer._special_tokens[begin["id"]]
-    return None
+def default_kv_cache_tokens(model: Motif, device: torch.device) -> int:
+    """How many tokens' keys and values fit in CPU_KV_BYTES or GPU_KV_BYTES."""
+    cache = KVCache(model, batch_size=1, max_length=1)
+    num_slots = cache.keys[0].shape[2]
+    bytes_per_slot = sum(t.nbytes for t in cache.keys + cache.values) // num_slots
+    total = CPU_KV_BYTES if device.type == "cpu" else GPU_KV_BYTES
+    return max(1, total // bytes_per_slot)
+
+
+def run(c: Config) -> None:
+    """Chat, or measure all tasks on all models and print the table."""
+    device = pick_device(c)
+    models = find_models(c)
+    c.precision = compute_precision(c, device)
+    if c.prompt is not None or c.tasks == "chat":
+        if WORLD > 1:
+            raise UserError("a chat needs one process; start it without torchrun")
+        newest = list(models.values())[-1]
+        model, text = open_model(newest, c, device)
+        model.compile_steps = c.compile and device.type == "cuda"
+        if c.prompt is None:
+            chat(model, text, c)
+        else:
+            question = [{"role": "user", "content": c.prompt}]
+            print_reply(question, model, text, c.temperature, c.seed)
+        return
+
+    tasks = {}
+    for name, task in select_tasks(c).items():
+        tasks[name] = (task, *questions_of(name, task, c))
+    if RANK == 0 and any(task.program for task, *_ in tasks.values()):
+        from tools.sandbox import sandbox_gaps
+        gaps = sandbox_gaps()
+        if gaps:
+            print(f"warning: on this system the sandbox does not prevent: {gaps}", flush=True)
+
+    results = {}
+    top = Path(c.out_dir or "out/eval")
+    for name, folder in models.items():
+        out = top
+        if len(models) > 1 or not c.out_dir:
+            out = top / re.sub("[^A-Za-z0-9_.]+", "-", str(folder)).strip("-")
+        results[name] = evaluate_model(folder, tasks, out, c, device)
+    if RANK == 0:
+        print(f"\n{format_table(results)}\nsamples and results in {top}", flush=True)
+        if c.plot:
+            from tools.plots import plot_scores
+            plot_scores(scores_by_metric(results), list(results), top / "scores.png")
 
 
 # ---- chat
 
-def reply_to(messages: list[dict], model: Motif, text: PromptEncoder, temperature: float, seed: int) -> str:
-    """Print a reply as it comes -> it. Ctrl-C ends it. The oldest exchanges are left out where they
-    do not fit."""
-    longest = model.config.max_position_embeddings
-    room = min(1024, longest // 2)
-    asked = [i for i, m in enumerate(messages) if m["role"] == "user"]
-    for i in asked:
-        ids = sft.encode_prompt(text.tokenizer, messages[:asked[0]] + messages[i:])
-        if len(ids) <= longest - room:
-            break
-    ids = torch.tensor([ids[-(longest - room):]], device=model.head_weight.device)
-    said, decoder = "", codecs.getincrementaldecoder("utf-8")("replace")
-    try:
-        for token in model.stream(ids, room, temperature, top_k=50, seed=seed):
-            if token.item() in text.ends:
-                break
-            piece = decoder.decode(text.bytes[token.item()])
-            print(piece, end="", flush=True)
-            said += piece
-    except KeyboardInterrupt:
-        pass
-    print(flush=True)
-    return said
+CHAT_TEMPERATURE = 0.7
+CHAT_TOP_K = 50
+MAX_REPLY_TOKENS = 1024
 
 
 def chat(model: Motif, text: PromptEncoder, c: Config) -> None:
     """A conversation in the terminal."""
-    system, messages, temperature = [], [], c.temperature or 0.7
     print("/reset forgets, /system TEXT instructs, /temp X, /quit; Ctrl-C stops a reply")
-    for turn in range(sys.maxsize):
+    system = []
+    messages = []
+    temperature = c.temperature or CHAT_TEMPERATURE
+    turn = 0
+    while True:
         try:
             line = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
-            return print()
+            print()
+            return
         command, _, rest = line.partition(" ")
         if command == "/quit":
             return
-        if command == "/reset":
+        elif command == "/reset":
             messages = []
         elif command == "/system":
-            system, messages = [{"role": "system", "content": rest}] if rest else [], []
+            system = [{"role": "system", "content": rest}] if rest else []
+            messages = []
         elif command == "/temp":
-            try:
-                temperature = max(0.0, configurator.coerce(float, float(rest)))
-            except ValueError:
-                print(f"/temp needs a number, as in /temp 0.7, not {rest!r}")
+            temperature = parse_temperature(rest, temperature)
         elif command.startswith("/"):
             print(f"{command} is unknown; there are /reset, /system, /temp and /quit")
         elif line:
             messages.append({"role": "user", "content": line})
-            said = reply_to(system + messages, model, text, temperature, c.seed + turn)
-            messages.append({"role": "assistant", "content": said})
+            reply = print_reply(system + messages, model, text, temperature, c.seed + turn)
+            messages.append({"role": "assistant", "content": reply})
+        turn += 1
 
 
-def run(c: Config) -> None:
-    """Chat, a reply, or the table of all tasks on all models."""
-    device, models = pick_device(c), models_of(c)
-    c.precision = compute_precision(c, device)
-    if c.prompt is not None or c.tasks == "chat":
-        if WORLD > 1:
-            raise UserError("a chat is for one process; start it without torchrun")
-        model, text = open_model([*models.values()][-1], c, device)
-        if c.prompt is None:
-            return chat(model, text, c)
-        reply_to([{"role": "user", "content": c.prompt}], model, text, c.temperature, c.seed)
-        return
-    tasks = {name: (task, *questions_of(name, task, c)) for name, task in tasks_of(c).items()}
-    results, top = {}, Path(c.out_dir or "out/eval")
-    gaps = RANK == 0 and any(task.program for task, *_ in tasks.values()) and sandbox_gaps()
-    if gaps:
-        print(f"warning: this system does not keep from programs: {gaps}", flush=True)
-    for name, folder in models.items():
-        own = re.sub("[^A-Za-z0-9_.]+", "-", str(folder)).strip("-")
-        out = top if c.out_dir and len(models) == 1 else top / own
-        results[name] = evaluate(folder, tasks, out, c, device)
-    if RANK == 0:
-        print(f"\n{table(results)}\nsamples and results in {top}", flush=True)
-        if c.plot:
-            from tools.plots import plot_scores
-            plot_scores(scores_of(results), [*results], top / "scores.png")
+def parse_temperature(text: str, current: float) -> float:
+    try:
+        temperature = float(text)
+    except ValueError:
+        temperature = math.nan
+    if math.isfinite(temperature):
+        return max(0.0, temperature)
+    print(f"/temp needs a number, as in /temp 0.7, not {text!r}")
+    return current
+
+
+def print_reply(messages: list[dict], model: Motif, text: PromptEncoder, temperature: float,
+                seed: int) -> str:
+    """Print a reply while it is generated, and return it. Ctrl-C ends it."""
+    max_length = model.config.max_position_embeddings
+    max_new_tokens = min(MAX_REPLY_TOKENS, max_length // 2)
+    prompt = fit_conversation(messages, text, max_length - max_new_tokens)
+    prompt = torch.tensor([prompt], device=model.head_weight.device)
+
+    reply = ""
+    # A letter may be several tokens: its first bytes wait in utf8 for the rest.
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    try:
+        decoder = Decoder(model, prompt, max_new_tokens, temperature, CHAT_TOP_K, seed)
+        for _ in range(max_new_tokens):
+            token = decoder.next_tokens().item()
+            if token in text.end_ids:
+                break
+            piece = utf8.decode(text.tokenizer.token_bytes(token))
+            print(piece, end="", flush=True)
+            reply += piece
+    except KeyboardInterrupt:
+        pass
+    print(flush=True)
+    return reply
+
+
+def fit_conversation(messages: list[dict], text: PromptEncoder, max_tokens: int) -> list[int]:
+    """The ids of a conversation. Where they are too many, the oldest exchanges are left out, then
+    the beginning of the last question; what the system says stays as long as possible."""
+    questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    system = messages[:questions[0]]
+    ids = []
+    for start in questions:
+        ids = sft.encode_prompt(text.tokenizer, system + messages[start:])
+        if len(ids) <= max_tokens:
+            break
+    return ids[-max_tokens:]
 
 
 def main() -> None:

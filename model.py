@@ -1,19 +1,58 @@
-"""Motif-2: a decoder with grouped differential attention and PolyNorm (arXiv 2511.07464).
+"""Motif-2, the model (arXiv 2511.07464): a decoder with two ideas of its own.
 
-    block:      x = x + attention(norm(x))        x = x + mlp(norm(x))
-    attention:  subtract a noise softmax from each signal softmax, normalise per head
-    mlp:        down( polynorm(gate(x)) * up(x) )
+In outline a Motif is a Llama: RMSNorm, rotary positions, residual blocks, no biases. A block is
 
-Module and parameter names are those of the released checkpoints, so that a state dict is one.
-`python model.py config/motif2_12b.py` prints parameters, FLOPs and memory without allocating any.
+    x = x + attention(norm(x))
+    x = x + mlp(norm(x))
+
+It differs in two places. Its attention subtracts a second attention map, the noise, from the first
+(grouped differential attention, below), and its MLP has a learnt polynomial, PolyNorm, where Llama
+has SiLU. Both are defined here in plain PyTorch; kernels.py computes the same faster on a GPU.
+
+The letters that this project uses for sizes, with their values in Motif-2-12.7B:
+
+    B   rows of a batch
+    T   tokens of a row                        4,096 at first, later 16,384
+    S   keys given to attention                T, or the visible slots of a KV cache
+    V   vocabulary                             219,520
+    D   head_dim                               128
+    G   noise heads; each leads one group      8
+    r   signal heads in a group                4
+    H   query heads, G (r + 1)                 40
+    K   key heads                              16
+    P   pairs of key heads, K / 2              8     also the number of value heads
+    Dv  width of a value                       256, 2D; without noise heads D
+    h   query heads that read one key head     G r / P = 4 signal, G / P = 1 noise; else H / K
+    F   intermediate size of the MLP           16,384   (in code, F is torch.nn.functional)
+
+One row of 4,096 tokens on its way through the 12.7B model, whose residual stream is 4,096 wide:
+
+    ids                                        (1, 4096)
+    x = embed_tokens(ids)                      (1, 4096, 4096)
+    q = rope(q_proj(norm(x)))                  (1, 4096, 40, 128)      B, T, H, D
+    k = rope(k_proj(norm(x)))                  (1, 4096, 16, 128)      B, T, K, D
+    v = v_proj(norm(x))                        (1, 4096, 8, 256)       B, T, P, 2D
+    signal                                     (1, 4096, 8, 4, 256)    B, T, G, r, 2D
+    noise                                      (1, 4096, 8, 1, 256)    B, T, G, 1, 2D
+    y = norm(signal - lambda noise)            (1, 4096, 8192)         B, T, G r 2D
+    x = x + o_proj(y)                          (1, 4096, 4096)
+    gate, up = gate_proj(norm(x)), ...         (1, 4096, 16384)        B, T, F
+    x = x + down_proj(polynorm(gate) * up)     (1, 4096, 4096)         ... and so on, 40 blocks
+    logits = lm_head(norm(x))                  (1, 4096, 219520)       B, T, V
+
+The same model written with loops over single heads and tokens, in float64, is tests/reference.py:
+read it where a formula here seems too terse.
 """
+import copy
 import functools
 import json
+import math
 import os
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,17 +63,283 @@ import kernels
 from configurator import UserError
 from kernels import upcast
 
-ACTIVATIONS = {"poly_norm": "poly_norm", "swiglu": "silu"}  # ours -> hidden_act of config.json
-LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
-INDEX = ".safetensors.index.json"                           # which file holds which tensor
-FLOATS = ("F64", "F32", "F16", "BF16")                      # of weights, as safetensors names them
-CODE = "Motif-Technologies/Motif-2-12.7B-Base"              # of the Hub: transformers' modules
-PREFILL_TOKENS = 2**14                                      # of prompts, in one forward pass
+# ---- normalisation and positions
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, in fp32."""
+    return F.rms_norm(upcast(x), x.shape[-1:], upcast(weight), eps).to(x.dtype)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angles position * theta^(-2i/D), i = 0 .. D/2 - 1.
+
+    positions (B, T) -> two tensors (B, T, 1, D/2) in fp32, which fit any number of heads.
+    """
+    i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angle = positions[:, :, None, None].float() * theta ** (-i / head_dim)
+    return angle.cos(), angle.sin()
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding: x (B, T, heads, D), angles of its positions -> the shape of x.
+
+    Each head's D features are D/2 points in a plane, and point i turns by angle i. The product of a
+    turned query and a turned key then depends on the distance of their positions only. Feature i
+    is paired with feature i + D/2 (not with i + 1). With D = 2 there is one point, which turns by
+    one radian per position:
+
+    >>> cos, sin = rotary_angles(torch.tensor([[1]]), head_dim=2, theta=10_000.0)
+    >>> rope(torch.tensor([1.0, 0.0]).view(1, 1, 1, 2), cos, sin).flatten()
+    tensor([0.5403, 0.8415])
+    """
+    a, b = upcast(x).chunk(2, dim=-1)
+    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return turned.to(x.dtype)
+
+
+# ---- PolyNorm: a polynomial as activation (PolyCom, arXiv 2411.03884)
+#
+# SiLU bends its input once, in a fixed way. PolyNorm is a cubic polynomial whose coefficients each
+# layer learns, so that a neuron can form squares and cubes of its input, that is, products of up to
+# three features. A bare cube is useless in a deep network: an activation of 30 becomes 27,000. So
+# each power is divided by its own root mean square over the F features of the token:
+#
+#     y = w3 n(x^3) + w2 n(x^2) + w1 n(x) + b        n(z) = z / rms(z)
+#
+# It costs four scalars a layer, stored as weight = (w3, w2, w1) and bias = b, and three means over
+# the features. If it is fused, as in kernels.py, it moves no more memory than SiLU.
+#
+# kernels.py computes the gradient in closed form. With s_m = 1 / rms(x^m) for the powers m = 1, 2,
+# 3, the derivative d s_m / d x_j is -s_m^3 m x_j^(2m-1) / F. So, with e = dL/dy,
+#
+#     dL/dx_j = sum over m of  w_m m s_m x_j^(m-1) (e_j - s_m^2 x_j^m mean(e x^m))
+
+
+def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
+    """weight[0] n(x^3) + weight[1] n(x^2) + weight[2] n(x) + bias, each n with root mean square 1.
+
+    x (..., F), weight (3,), bias (1,) -> (..., F), computed in fp32. The powers of
+    x = (1, -2, 0.5, -0.25) have root mean squares 4.03 (cube), 2.07 and 1.15, so its first feature
+    becomes 0.4 / 4.03 + 0.3 / 2.07 + 0.3 / 1.15 + 0.05 = 0.555:
+
+    >>> x = torch.tensor([1.0, -2.0, 0.5, -0.25])
+    >>> poly_norm(x, torch.tensor([0.4, 0.3, 0.3]), torch.tensor([0.05]))
+    tensor([ 0.5548, -0.6834,  0.2289, -0.0076])
+    """
+    x32 = upcast(x)
+    cubic, square, linear = upcast(weight)
+
+    y = cubic * divide_by_rms(x32**3, eps)
+    y = y + square * divide_by_rms(x32**2, eps)
+    y = y + linear * divide_by_rms(x32, eps)
+    return (y + upcast(bias)).to(x.dtype)
+
+
+def divide_by_rms(z: Tensor, eps: float) -> Tensor:
+    return z / (z.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+# ---- attention: which tokens a query may see
+
+
+def document_starts(doc_ids: Tensor) -> Tensor:
+    """Where each token's document begins: (B, T) -> (B, T) int32.
+
+    Short documents are packed into one row, end to end; every run of equal ids is a document. A
+    token sees its own document alone, and its position counts from the document's first token:
+
+    >>> doc_ids = torch.tensor([[5, 5, 7, 7, 7]])
+    >>> doc_start = document_starts(doc_ids)
+    >>> doc_start.tolist()
+    [[0, 0, 2, 2, 2]]
+    >>> (torch.arange(5) - doc_start).tolist()                  # positions
+    [[0, 1, 0, 1, 2]]
+    """
+    column = torch.arange(doc_ids.shape[1], device=doc_ids.device)
+    begins = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
+    return (column * begins).cummax(dim=1).values.int()
+
+
+def visibility_mask(T: int, S: int, doc_start: Tensor | None, query_slots: Tensor | None,
+                    like: Tensor) -> Tensor:
+    """What is added to logits (B, K, h, T, S): 0 where a query may see a key, else -inf.
+
+    A query sees the keys doc_start to query_slots, both (B, T) and both inclusive. Without
+    query_slots the T queries are the last T of the S keys."""
+    key = torch.arange(S, device=like.device)
+    own = key[S - T:] if query_slots is None else query_slots
+    masked = key > own[..., None]
+    if doc_start is not None:
+        masked = masked | (key < doc_start[..., None])
+    if masked.ndim == 3:                        # (B, T, S): rows differ
+        masked = masked[:, None, None]
+    return torch.zeros_like(masked, dtype=like.dtype).masked_fill_(masked, -torch.inf)
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None,
+                      query_slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt D, causal) v, where h query heads read each key head.
+
+    q (B, T, K, h, D)       below, grouped differential attention calls this once for each of its
+    k (B, S, K, D)          two maps, with the P signal keys and then with the P noise keys: what
+    v (B, S, K, Dv)         is called K here is then P
+    doc_start (B, T)        int32, see document_starts; for S = T only
+    query_slots (B, T)      which key is the query's own, where a KV cache holds the keys
+
+    -> out (B, T, K, h, Dv), and the largest visible logit of each query head (K, h) for QK-clip.
+    The softmax is in fp32. Both products, and so the logits, are in the dtype of q, as in the
+    fused kernel."""
+    B, T, K, h, D = q.shape
+    S = k.shape[1]
+
+    # The h query heads of a key head become rows of one matrix product.
+    q = (q * D**-0.5).permute(0, 2, 3, 1, 4).flatten(2, 3)              # (B, K, hT, D)
+    logits = upcast(q @ k.permute(0, 2, 3, 1)).unflatten(2, (h, T))     # (B, K, h, T, S)
+    logits = logits.add_(visibility_mask(T, S, doc_start, query_slots, like=logits))
+    max_logits = logits.detach().amax(dim=(0, 3, 4))                    # (K, h)
+
+    weights = logits.softmax(-1).to(v.dtype).flatten(2, 3)              # (B, K, hT, S)
+    out = (weights @ v.transpose(1, 2)).unflatten(2, (h, T))            # (B, K, h, T, Dv)
+    return out.permute(0, 3, 1, 2, 4), max_logits
+
+
+# ---- grouped differential attention (arXiv 2510.06949), the idea of Motif-2's attention
+#
+# Softmax cannot say "nowhere": every visible token gets some weight, and in a long context the
+# many small weights on irrelevant tokens add up to noise. The Differential Transformer (2410.05258)
+# removes it as a noise-cancelling headphone does. Two maps read the same values, and the second,
+# times a learnt lambda, is subtracted from the first. What both spread on irrelevant tokens
+# cancels; what the first alone attends to stays. Say that one token of three matters:
+#
+#     signal map  (0.50, 0.25, 0.25)
+#     noise map   (0.00, 0.50, 0.50)       lambda = 0.5:  signal - lambda noise = (0.50, 0, 0)
+#
+# The Differential Transformer gives every head a noise map of its own, so half of the query heads
+# carry noise. But the noise is much the same for all of them. So here r signal heads form a group
+# with one noise head (section 3 of 2510.06949; r = 4 in the 12.7B model), and for signal head
+# c = 1 .. r of a group
+#
+#     out_c = (softmax(q_c k1^T / sqrt D) - lambda softmax(q_noise k2^T / sqrt D)) v
+#     y_c   = (1 - lambda_init) RMSNorm(out_c)                          each head by itself
+#
+# where lambda_init is the value at which the layer's lambda starts.
+#
+# Keys come in pairs, k1 for signal and k2 for noise. A pair's two value heads lie side by side
+# and both maps read them as one, 2D wide. One group, g = 0 .. 7 in 12.7B, where P = G:
+#
+#     query heads     5g      5g+1    5g+2    5g+3         5g+4
+#                     signal  signal  signal  signal       noise
+#                        \       \      /       /             |
+#     key heads            2g (the pair's signal key)      2g+1 (its noise key)
+#                                   |                         |
+#     maps               4 of softmax(q k1^T)              1 of softmax(q k2^T)
+#                                    \                      /
+#     values               heads 2g and 2g+1, side by side: 2D = 256 wide
+#                                   |                         |
+#     out                4 signal heads of 256  - lambda  1 noise head of 256
+#
+# Where there are fewer pairs than groups, G / P neighbouring groups share one. MotifConfig.kv_map
+# lists who reads which key. Two special cases: r = 1 is the Differential Transformer, and
+# num_noise_heads = 0 switches to plain grouped-query attention, to compare with.
+#
+# The cost against plain grouped-query attention with the same 32 signal heads: 40 query heads (with
+# r = 1 they would be 64), values of 256 numbers and not 128 for o_proj, so 71.3M parameters in a
+# layer's attention and not 50.3M. The KV cache is the same.
+
+
+def grouped_differential_attention(
+        q: Tensor, k: Tensor, v: Tensor, num_noise_heads: int, doc_start: Tensor | None = None,
+        query_slots: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The first half of the formula: softmax times values for both maps, not yet subtracted.
+    differential_norm, below, is the second half.
+
+    q (B, T, H, D)          group after group: r signal heads, then the noise head
+    k (B, S, 2P, D)         pair after pair: signal key, noise key
+    v (B, S, P, 2D)
+    doc_start, query_slots  as in softmax_attention
+
+    -> signal (B, T, G, r, 2D), noise (B, T, G, 1, 2D), the largest visible logit of each query
+    head (H,).
+
+    >>> q, k, v = torch.randn(1, 6, 10, 4), torch.randn(1, 6, 4, 4), torch.randn(1, 6, 2, 8)
+    >>> signal, noise, max_logits = grouped_differential_attention(q, k, v, num_noise_heads=2)
+    >>> signal.shape, noise.shape
+    (torch.Size([1, 6, 2, 4, 8]), torch.Size([1, 6, 2, 1, 8]))
+    """
+    if query_slots is None and kernels.can_fuse_attention(q, k, v):
+        return kernels.fused_attention(q, k, v, doc_start, num_noise_heads)
+    B, T, H, D = q.shape
+    G = num_noise_heads
+    P = k.shape[2] // 2
+    r = H // G - 1
+
+    q_signal, q_noise = q.unflatten(2, (G, r + 1)).split([r, 1], dim=3)  # (B, T, G, r or 1, D)
+    k_signal, k_noise = k.unflatten(2, (P, 2)).unbind(dim=3)             # (B, S, P, D)
+
+    # The G / P groups of a pair stand next to each other, so that cutting the heads, group after
+    # group, into P equal parts puts all h that read one key head together: (B, T, P, h, D).
+    q_signal = q_signal.reshape(B, T, P, -1, D)
+    q_noise = q_noise.reshape(B, T, P, -1, D)
+    signal, signal_max = softmax_attention(q_signal, k_signal, v, doc_start, query_slots)
+    noise, noise_max = softmax_attention(q_noise, k_noise, v, doc_start, query_slots)
+
+    # The order of the heads is still group after group: (P, h) becomes (G, r) and (G, 1).
+    signal = signal.reshape(B, T, G, r, 2 * D)
+    noise = noise.reshape(B, T, G, 1, 2 * D)
+    max_logits = torch.cat([signal_max.view(G, r), noise_max.view(G, 1)], dim=1)
+    return signal, noise, max_logits.flatten()
+
+
+def differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Tensor,
+                      scale: Tensor | float, eps: float) -> Tensor:
+    """scale * RMSNorm(signal - lambda noise), each head by itself, in fp32.
+
+    signal (B, T, G, r, 2D), noise (B, T, G, 1, 2D), lambda_ a scalar, weight (2D,), the same for
+    all heads -> (B, T, G r 2D), what o_proj reads. The norm gives every head the same scale:
+    without it, a head whose maps nearly cancel would contribute next to nothing."""
+    weight = upcast(weight) * scale
+    if kernels.can_fuse_differential_norm(signal):
+        return kernels.fused_differential_norm(signal, noise, lambda_, weight, eps).flatten(2)
+    difference = upcast(signal) - lambda_ * upcast(noise)
+    y = F.rms_norm(difference, difference.shape[-1:], weight, eps)
+    return y.to(signal.dtype).flatten(2)
+
+
+def lambda_init(layer: Tensor) -> Tensor:
+    """The value at which a layer's lambda starts, in float64: 0.8 - 0.6 exp(-0.3 (layer - 1)).
+
+    The paper counts layers from 1, and its first lambda is 0.2. The released code passes a layer
+    number that counts from 0 into the same formula. So the first layer starts with -0.0099: it adds
+    one hundredth of the noise. We keep that, because the checkpoints were trained with it.
+
+    >>> [round(lambda_init(torch.tensor(layer)).item(), 4) for layer in (0, 1, 2, 39)]
+    [-0.0099, 0.2, 0.3555, 0.8]
+    """
+    return 0.8 - 0.6 * (-0.3 * (layer - 1).double()).exp()
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None,
+                     query_slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Plain grouped-query attention, to compare with. Arguments as in softmax_attention."""
+    if query_slots is None and kernels.can_fuse_attention(q, k, v):
+        out, _, max_logits = kernels.fused_attention(q.flatten(2, 3), k, v, doc_start, 0)
+        return out, max_logits.view(q.shape[2:4])
+    return softmax_attention(q, k, v, doc_start, query_slots)
+
+
+# ---- the shape of a model
+
+# MotifConfig.activation -> hidden_act of config.json
+ACTIVATIONS = {"poly_norm": "poly_norm", "swiglu": "silu"}
+
+# The Hub repository whose Python code transformers and vLLM run for a config.json of ours.
+MODELING_REPO = "Motif-Technologies/Motif-2-12.7B-Base"
 
 
 @dataclass
 class MotifConfig:
-    """The shape of a model, in the names of the released config.json."""
+    """The shape of a model. Fields are named as in the released config.json."""
     vocab_size: Annotated[int, 1] = 272           # rows of the embedding; at least the tokenizer's
     hidden_size: Annotated[int, 1] = 256          # width of the residual stream
     intermediate_size: Annotated[int, 1] = 768    # width of the MLP
@@ -50,57 +355,78 @@ class MotifConfig:
     max_position_embeddings: Annotated[int, 1] = 4096  # longest sequence
     tie_word_embeddings: bool = False                # the head is the embedding
 
-    def check(self) -> None:
-        """ValueError if a size is below the least that its type states, or the heads do not divide
-        into groups and pairs (arXiv 2510.06949, section 3)."""
+    @property
+    def kv_map(self) -> list[int]:
+        """The key head that each query head reads.
+
+        >>> heads = {"num_attention_heads": 40, "num_key_value_heads": 16, "num_noise_heads": 8}
+        >>> MotifConfig(**heads).kv_map[:10]     # two groups: four signal heads, one noise head
+        [0, 0, 0, 0, 1, 2, 2, 2, 2, 3]
+        """
         H, K, G = self.num_attention_heads, self.num_key_value_heads, self.num_noise_heads
-        for f in fields(MotifConfig):
-            least, n = getattr(f.type, "__metadata__", (None,))[0], getattr(self, f.name)
-            if least is not None and not (isinstance(n, (int, float)) and n >= least):
-                raise UserError(f"{f.name} must be at least {least}, not {n!r}")
+        if G == 0:
+            return [head // (H // K) for head in range(H)]
+        heads_per_group = H // G
+        groups_per_pair = G // (K // 2)
+        keys = []
+        for head in range(H):
+            group = head // heads_per_group
+            pair = group // groups_per_pair
+            is_noise = head % heads_per_group == heads_per_group - 1
+            keys.append(2 * pair + is_noise)
+        return keys
+
+    def check(self) -> None:
+        """UserError for a size below the bound in its type, or heads that do not divide."""
+        for field in fields(MotifConfig):
+            value = getattr(self, field.name)
+            bound = getattr(field.type, "__metadata__", None)
+            is_number = isinstance(value, (int, float))
+            if bound is not None and not (is_number and value >= bound[0]):
+                raise UserError(f"{field.name} must be at least {bound[0]}, not {value!r}")
+
+        H, K, G = self.num_attention_heads, self.num_key_value_heads, self.num_noise_heads
         if self.head_dim % 2:
             raise UserError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
         if G == 0 and H % K:
             raise UserError(f"num_attention_heads={H} must be a multiple of "
-                             f"num_key_value_heads={K}")
+                            f"num_key_value_heads={K}")
         if G and (H % G or H == G):
             raise UserError(f"num_attention_heads={H} must be num_noise_heads={G} groups of at "
-                             "least one signal head and one noise head")
+                            "least one signal head and one noise head")
         if G and (K % 2 or G % (K // 2)):
             raise UserError(f"num_key_value_heads={K} must be pairs that divide "
-                             f"num_noise_heads={G}")
-
-    @property
-    def kv_map(self) -> list[int]:
-        """Key head that each query head reads. In a group of r signal heads and one noise head the
-        signal heads read the first key of their pair, the noise head the second."""
-        H, K, G = self.num_attention_heads, self.num_key_value_heads, self.num_noise_heads
-        if G == 0:
-            return [h // (H // K) for h in range(H)]
-        size = H // G                                # r + 1
-        pair = [(h // size) // (2 * G // K) for h in range(H)]
-        return [2 * pair[h] + (h % size == size - 1) for h in range(H)]
+                            f"num_noise_heads={G}")
 
     @classmethod
     def from_dict(cls, config: dict) -> "MotifConfig":
-        """From a released config.json; unknown keys are ignored. Motif-2.6B states no
-        num_noise_heads: half of its heads are noise. ValueError for a missing key or a part that we
-        do not have."""
+        """From a released config.json. Keys that we do not know are ignored."""
         config = dict(config)
-        for key, value in (("use_bias", False), ("k_ratio", 1), ("use_sliding_window", False),
-                           ("rope_scaling", None), ("rope_parameters", None)):
-            if config.get(key) not in (value, None):
+        for key, value in {"use_bias": False, "k_ratio": 1, "use_sliding_window": False}.items():
+            if config.get(key, value) not in (value, None):
                 raise UserError(f"config.json has {key}={config[key]}; only {value} is supported")
-        act = config.get("hidden_act", "poly_norm")
-        names = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
-        if act not in names:
-            raise UserError(f"config.json has hidden_act={act!r}; known: {', '.join(names)}")
-        config["activation"] = names[act]
-        shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                 "num_attention_heads", "num_key_value_heads")
-        missing = [key for key in shape if key not in config]
+        required = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                    "num_attention_heads", "num_key_value_heads"]
+        missing = [key for key in required if key not in config]
         if missing:
             raise UserError(f"config.json lacks {', '.join(missing)}")
+
+        # transformers 5 writes rope_theta into rope_parameters.
+        for key in "rope_scaling", "rope_parameters":
+            rope_options = config.get(key) or {}
+            is_plain = rope_options.get("rope_type", "default") == "default"
+            if not is_plain or rope_options.keys() - {"rope_type", "rope_theta"}:
+                raise UserError(f"config.json has {key}={rope_options}; only plain RoPE is known")
+            if "rope_theta" in rope_options:
+                config["rope_theta"] = rope_options["rope_theta"]
+
+        act = config.get("hidden_act", "poly_norm")
+        ours = {theirs: name for name, theirs in ACTIVATIONS.items()}
+        if act not in ours:
+            raise UserError(f"config.json has hidden_act={act!r}; known: {', '.join(ours)}")
+        config["activation"] = ours[act]
+
+        # Motif-2.6B states neither num_noise_heads nor head_dim; half of its heads are noise heads.
         heads = config["num_attention_heads"]
         if config.get("num_noise_heads") is None:
             config["num_noise_heads"] = heads // 2
@@ -109,227 +435,146 @@ class MotifConfig:
         return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
 
     def to_dict(self) -> dict:
-        """The released config.json. auto_map: where transformers and vLLM find the model's code."""
-        shape = {f.name: getattr(self, f.name) for f in fields(MotifConfig)}
-        act = ACTIVATIONS[shape.pop("activation")]
-        return {"architectures": ["MotifForCausalLM"], "model_type": "motif", **shape,
-                "hidden_act": act, "k_ratio": 1, "use_bias": False,
-                "auto_map": {"AutoConfig": f"{CODE}--configuration_motif.MotifConfig",
-                             "AutoModelForCausalLM": f"{CODE}--modeling_motif.MotifForCausalLM"}}
+        """The released config.json."""
+        config = {field.name: getattr(self, field.name) for field in fields(MotifConfig)}
+        config["hidden_act"] = ACTIVATIONS[config.pop("activation")]
+        code = {"AutoConfig": f"{MODELING_REPO}--configuration_motif.MotifConfig",
+                "AutoModelForCausalLM": f"{MODELING_REPO}--modeling_motif.MotifForCausalLM"}
+        return {"architectures": ["MotifForCausalLM"], "model_type": "motif", **config,
+                "k_ratio": 1, "use_bias": False, "auto_map": code}
 
 
-# ---- definitions
+# ---- the transformer. Modules and parameters are named as in the released checkpoints, so that a
+# state dict of ours is a state dict of theirs.
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension: (..., n), (n,) -> (..., n).
-    No +1 on the weight; fp32 inside."""
-    return F.rms_norm(upcast(x), x.shape[-1:], upcast(weight), eps).to(x.dtype)
+LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 
-
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, half-rotation form: feature i turns with feature i + D/2 by one angle.
-    x (B, T, heads, D), cos and sin (B or 1, T, 1, D/2) in fp32 -> x's shape; fp32 inside."""
-    a, b = upcast(x).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-
-
-def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
-    """w0 n(x^3) + w1 n(x^2) + w2 n(x) + b, n(z) = z / sqrt(mean(z^2) + eps); fp32 inside."""
-    x32 = upcast(x)
-    powers = [z / (z.square().mean(-1, keepdim=True) + eps).sqrt() for z in (x32**3, x32**2, x32)]
-    return (sum(w * z for w, z in zip(upcast(weight), powers)) + upcast(bias)).to(x.dtype)
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None):
-    """See causal_attention. Softmax in fp32; the products, logits among them, in q's dtype."""
-    T, h, D, S = q.shape[1], q.shape[3], q.shape[4], k.shape[1]
-    masked = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
-    if starts is not None:
-        before = torch.arange(S, device=q.device) < starts[:, :, None]   # (B, T, S)
-        masked = (masked | before)[:, None, None]
-    q = (q * D**-0.5).permute(0, 2, 3, 1, 4).flatten(2, 3)               # (B, K, hT, D)
-    logits = upcast(q @ k.permute(0, 2, 3, 1)).unflatten(2, (h, T))      # (B, K, h, T, S)
-    mask = torch.zeros_like(masked, dtype=logits.dtype).masked_fill_(masked, -torch.inf)
-    logits = logits.add_(mask)
-    largest = logits.detach().amax(dim=(0, 3, 4))
-    p = logits.softmax(-1).to(v.dtype).flatten(2, 3)                     # (B, K, hT, S)
-    out = (p @ v.transpose(1, 2)).unflatten(2, (h, T))                   # (B, K, h, T, Dv)
-    return out.permute(0, 3, 1, 2, 4), largest
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None):
-    """softmax(q k^T / sqrt D, causal) v, every key head serving h query heads.
-
-    q (B, T, K, h, D), k (B, S, K, D), v (B, S, K, Dv) -> out (B, T, K, h, Dv), largest visible
-    logit (K, h). Query t stands at position S - T + t, so that cached keys may come first.
-    starts (B, T) int32, for S = T only: where each token's document begins, a run of tokens that
-    sees itself alone."""
-    if kernels.can_fuse_attention(q, k, v):
-        out, _, largest = kernels.fused_attention(q.flatten(2, 3), k, v, starts, 0)
-        return out, largest.view(q.shape[2:4])
-    return plain_attention(q, k, v, starts)
-
-
-def grouped_differential_attention(q: Tensor, k: Tensor, v: Tensor, num_noise_heads: int,
-                                   starts: Tensor | None = None):
-    """The two softmaxes of grouped differential attention (arXiv 2510.06949), before lambda.
-
-    G noise heads, r signal heads for each, P pairs of key heads (P divides G):
-    q (B, T, G(r+1), D), each group its r signal heads and then its noise head; k (B, S, 2P, D), key
-    heads (signal, noise) by pair; v (B, S, P, 2D), the value heads of a pair side by side.
-        signal = softmax(q1 k1^T / sqrt D) v    noise = softmax(q2 k2^T / sqrt D) v
-    starts: see causal_attention.
-    -> signal (B, T, G, r, 2D), noise (B, T, G, 1, 2D), largest logit per query head (G(r+1),)."""
-    if kernels.can_fuse_attention(q, k, v):
-        return kernels.fused_attention(q, k, v, starts, num_noise_heads)
-    B, T, H, D = q.shape
-    G, P = num_noise_heads, k.shape[2] // 2
-    q = q.unflatten(2, (G, H // G))                                      # (B, T, G, r+1, D)
-    k = k.unflatten(2, (P, 2))                                           # (B, S, P, 2, D)
-    outs, largest = [], []
-    for q_i, k_i in (q[:, :, :, :-1], k[:, :, :, 0]), (q[:, :, :, -1:], k[:, :, :, 1]):
-        shared = q_i.reshape(B, T, P, -1, D)                             # all heads of one pair
-        out, top = plain_attention(shared, k_i, v, starts)
-        outs.append(out.reshape(B, T, G, -1, 2 * D))
-        largest.append(top.view(G, -1))
-    return *outs, torch.cat(largest, dim=1).flatten()
-
-
-def differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Tensor,
-                      scale: Tensor | float, eps: float) -> Tensor:
-    """RMSNorm(signal - lambda noise) * scale, each head by itself: signal (B, T, G, r, 2D), noise
-    (B, T, G, 1, 2D), lambda_ a scalar, weight (2D,) -> (B, T, G r 2D); fp32 inside."""
-    weight = upcast(weight) * scale
-    if kernels.can_fuse_differential_norm(signal):
-        return kernels.fused_differential_norm(signal, noise, lambda_, weight, eps).flatten(2)
-    u = upcast(signal) - lambda_ * upcast(noise)
-    y = F.rms_norm(u, u.shape[-1:], weight, eps)
-    return y.to(signal.dtype).flatten(2)
-
-
-# ---- the transformer
 
 class Linear(nn.Linear):
-    """x W^T, or with fp8 set, as pretrain.py does, kernels.linear_fp8."""
+    """x W^T. pretrain.py sets fp8 on the matrices that it multiplies in 8 bits."""
     fp8 = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear_fp8(x, self.weight) if self.fp8 else super().forward(x)
+        if self.fp8:
+            return kernels.linear_fp8(x, self.weight)
+        return super().forward(x)
 
 
 class RMSNorm(nn.Module):
-    """See rms_norm."""
-
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2i/D): positions (B, T) -> two of (B, T, 1, D/2), fp32."""
-    i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angle = positions[:, :, None, None].float() * theta ** (-i / head_dim)
-    return angle.cos(), angle.sin()
+class PolyNorm(nn.Module):
+    """PolyNorm(x) * up, the inside of the MLP."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(3))     # cubic, square, linear
+        self.bias = nn.Parameter(torch.empty(1))
+        self.eps = eps
+
+    def forward(self, x: Tensor, up: Tensor) -> Tensor:
+        if kernels.ENABLED:
+            return kernels.poly_norm_mul(x, up, self.weight, self.bias, self.eps)
+        return poly_norm(x, self.weight, self.bias, self.eps) * up
 
 
 class Attention(nn.Module):
-    """Grouped differential attention (arXiv 2510.06949), layer i counted from 0:
+    """Grouped differential attention, or with num_noise_heads = 0 plain grouped-query attention.
 
-        lambda_init = 0.8 - 0.6 exp(-0.3 (i - 1))
-        lambda = exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) + lambda_init     fp32
-        out = Wo RMSNorm_2D(softmax(q1 k1^T) v - lambda softmax(q2 k2^T) v) (1 - lambda_init)
-
-    num_noise_heads = 0 is plain grouped-query attention: no lambda, no norm, values of D."""
+    lambda is one scalar a layer, exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) +
+    lambda_init, with four learnt vectors of D (2410.05258, section 2.1). With the initial weights
+    the two exponentials are near 1 and differ by about 0.16, so that lambda starts around
+    lambda_init and can move both ways. The factor 1 - lambda_init is from the same section: a row
+    of the difference map sums to 1 - lambda, the norm would hide that, and with the factor the
+    gradients have the size that they have in a plain transformer."""
 
     def __init__(self, config: MotifConfig, layer: int):
         super().__init__()
         c, D = config, config.head_dim
-        self.noise_heads, self.eps = c.num_noise_heads, c.attn_rms_norm_eps
-        self.kv_heads, self.head_dim = c.num_key_value_heads, D
-        self.values = (self.kv_heads // 2, 2 * D) if c.num_noise_heads else (self.kv_heads, D)
-        # a tensor, since torch.compile would make a graph for each layer's number; of an integer,
-        # which no .to(dtype) rounds; on the CPU until .to(device), also where weights are on meta
+        self.noise_heads = c.num_noise_heads
+        self.kv_heads = c.num_key_value_heads
+        self.head_dim = D
+
+        # The layer's number, which lambda_init needs, is
+        #   - a tensor, because torch.compile would make a graph for each Python int;
+        #   - of integers, because model.bfloat16() rounds floats;
+        #   - on the CPU until .to(device), because from_pretrained builds the model on the meta
+        #     device, where nothing has a value, and no file stores this one.
         self.register_buffer("layer", torch.tensor(layer, device="cpu"), persistent=False)
+
         signal_heads = c.num_attention_heads - c.num_noise_heads
-        width = signal_heads * (2 * D if c.num_noise_heads else D)
+        self.values = (self.kv_heads, D)               # value heads, and their width Dv
+        if self.noise_heads:
+            self.values = (self.kv_heads // 2, 2 * D)
         self.q_proj = Linear(c.hidden_size, c.num_attention_heads * D, bias=False)
-        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * D, bias=False)
-        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * D, bias=False)
-        self.o_proj = Linear(width, c.hidden_size, bias=False)
-        if c.num_noise_heads:
+        self.k_proj = Linear(c.hidden_size, self.kv_heads * D, bias=False)
+        self.v_proj = Linear(c.hidden_size, self.kv_heads * D, bias=False)
+        self.o_proj = Linear(signal_heads * self.values[1], c.hidden_size, bias=False)
+        if self.noise_heads:
             for name in LAMBDAS:
                 self.register_parameter(name, nn.Parameter(torch.empty(D)))
+            # Of this module only the weight is used: differential_norm has the norm itself.
             self.subln = RMSNorm(2 * D, c.attn_rms_norm_eps)
 
     def lambda_init(self) -> Tensor:
-        """A scalar in float64."""
-        return 0.8 - 0.6 * (-0.3 * (self.layer - 1).double()).exp()
+        return lambda_init(self.layer)
 
     def lambda_(self) -> Tensor:
-        """The layer's one lambda, a scalar in fp32."""
         first = (upcast(self.lambda_q1) * upcast(self.lambda_k1)).sum().exp()
         second = (upcast(self.lambda_q2) * upcast(self.lambda_k2)).sum().exp()
         return first - second + self.lambda_init().to(first.dtype)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], starts: Tensor | None = None,
-                cache: tuple[Tensor, Tensor] | None = None, start: int | Tensor = 0):
-        """x (B, T, hidden) -> the same, largest visible logit (query heads,). starts: see kernels.
-        cache: this layer's part of new_cache, of which the first `start` positions are filled; the
-        new ones are written behind them. Where start is (B,), T is 1 and position p of the cache
-        stands at length - 1 - p, as turned makes it: so the keys that a row sees are the last ones,
-        whatever its length, and no shape depends on that."""
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], doc_start: Tensor | None = None,
+                cache: "LayerCache | None" = None) -> tuple[Tensor, Tensor]:
+        """x (B, T, hidden) -> the same, and the largest visible logit of each query head (H,)."""
         B, T, _ = x.shape
-        q = rope(self.q_proj(x).view(B, T, -1, self.head_dim), *angles)
-        k = rope(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim), *angles)
-        v = self.v_proj(x).view(B, T, *self.values)
-        if isinstance(start, Tensor):
-            rows = torch.arange(B, device=x.device)
-            for kept, new in zip(cache, (k, v)):
-                kept[rows, :, kept.shape[2] - 1 - start] = new[:, 0]
-            k, v = (kept.transpose(1, 2) for kept in cache)
-        elif cache is not None:
-            for kept, new in zip(cache, (k, v)):
-                kept[:, :, start:start + T] = new.transpose(1, 2)
-            k, v = (kept[:, :, :start + T].transpose(1, 2) for kept in cache)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)                 # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)      # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, *self.values)                      # (B, T, P, Dv)
+        q = rope(q, *angles)
+        k = rope(k, *angles)
+
+        query_slots = None
+        if cache is not None:
+            k, v, query_slots = cache.append(k, v)                       # T becomes S
+
         if self.noise_heads == 0:
-            q = q.unflatten(2, (self.kv_heads, -1))                      # (B, T, K, H / K, D)
-            out, largest = causal_attention(q, k, v, starts)
-            return self.o_proj(out.flatten(2)), largest.flatten()
-        signal, noise, largest = grouped_differential_attention(
-            q, k, v, self.noise_heads, starts)
+            q = q.unflatten(2, (self.kv_heads, -1))                      # (B, T, K, h, D)
+            out, max_logits = causal_attention(q, k, v, doc_start, query_slots)
+            return self.o_proj(out.flatten(2)), max_logits.flatten()
+
+        signal, noise, max_logits = grouped_differential_attention(
+            q, k, v, self.noise_heads, doc_start, query_slots)
         out = differential_norm(signal, noise, self.lambda_(), self.subln.weight,
-                                        1 - self.lambda_init(), self.eps)
-        return self.o_proj(out), largest
-
-
-class PolyNorm(nn.Module):
-    """The scalars of kernels.poly_norm_mul: weights (cubic, square, linear) and one bias."""
-
-    def __init__(self, eps: float):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.empty(3)), nn.Parameter(torch.empty(1))
-        self.eps = eps
-
-    def forward(self, x: Tensor, up: Tensor) -> Tensor:
-        return kernels.poly_norm_mul(x, up, self.weight, self.bias, self.eps)
+                                1 - self.lambda_init(), self.subln.eps)  # (B, T, G r 2D)
+        return self.o_proj(out), max_logits
 
 
 class MLP(nn.Module):
-    """down( act(gate(x)) * up(x) ), act = PolyNorm (arXiv 2411.03884) or, to compare, SiLU."""
+    """down(PolyNorm(gate(x)) * up(x)), or to compare SwiGLU: down(SiLU(gate(x)) * up(x))."""
 
     def __init__(self, config: MotifConfig):
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = PolyNorm(config.rms_norm_eps) if config.activation == "poly_norm" else None
+        self.act_fn = None
+        if config.activation == "poly_norm":
+            self.act_fn = PolyNorm(config.rms_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(F.silu(gate) * up if self.act_fn is None else self.act_fn(gate, up))
+        gate = self.gate_proj(x)
+        up = self.up_proj(x)
+        if self.act_fn is None:
+            return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(self.act_fn(gate, up))
 
 
 class Block(nn.Module):
@@ -340,44 +585,41 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, angles, starts=None, cache=None, start: int | Tensor = 0):
-        """See Attention.forward."""
-        out, largest = self.self_attn(self.input_layernorm(x), angles, starts, cache, start)
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], doc_start: Tensor | None = None,
+                cache: "LayerCache | None" = None) -> tuple[Tensor, Tensor]:
+        out, max_logits = self.self_attn(self.input_layernorm(x), angles, doc_start, cache)
         x = x + out
-        return x + self.mlp(self.post_attention_layernorm(x)), largest
-
-
-@functools.cache
-def compiled_block():
-    """Block.forward by torch.compile: one graph for all layers and any number of rows and keys."""
-    return torch.compile(Block.forward, dynamic=True)
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x, max_logits
 
 
 class Motif(nn.Module):
-    """Motif(config): a model of that shape with fresh weights, drawn from torch's global generator.
-    ValueError if the shape is impossible.
+    """Motif(config): the model with fresh weights, drawn from torch's global generator.
 
-    max_logits (layers, query heads): largest attention logits of the last forward, for QK-clip.
-    compute_dtype: of the activations, where FSDP2 casts the weights; None: that of the weights.
-    compile_steps: whether blocks that read one token of each row do so by torch.compile."""
+    max_logits      (layers, H): largest attention logits of the last forward pass, for QK-clip
+    compute_dtype   dtype of the activations where FSDP2 casts the weights; None: the weights' own
+    compile_steps   whether torch.compile runs the blocks when one token of each row is generated
+    """
 
     def __init__(self, config: MotifConfig):
         super().__init__()
         config.check()
-        self.config, self.compute_dtype, self.compile_steps = config, None, False
+        self.config = config
+        self.compute_dtype = None
+        self.compile_steps = False
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
-            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+        })
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Normal(0, 0.02) for matrices and embeddings [ours: unpublished], lambda vectors Normal(0,
-        0.1), norms 1, PolyNorm (1/3, 1/3, 1/3) and bias 0. Also what to_empty() took: the number of
-        each layer."""
+        """The standard deviation 0.02 is our choice: the report does not say. The layer numbers
+        are set again because to_empty() leaves them uninitialised."""
         for i, block in enumerate(self.model.layers):
             block.self_attn.layer.fill_(i)
         for module in self.modules():
@@ -394,191 +636,141 @@ class Motif(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        tied = self.config.tie_word_embeddings
-        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+        """What turns the stream into logits (V, hidden)."""
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.weight
+        return self.lm_head.weight
 
     def matrices(self) -> dict[str, nn.Parameter]:
-        """name -> the seven matrices of each layer: what Muon trains; AdamW takes the rest."""
+        """Name -> parameter of the seven matrices of each layer: what Muon trains."""
         found = {}
-        for i, block in enumerate(self.model.layers):
-            for part, names in ("self_attn", "qkvo"), ("mlp", ("gate", "up", "down")):
-                for name in names:
-                    weight = getattr(getattr(block, part), f"{name}_proj").weight
-                    found[f"model.layers.{i}.{part}.{name}_proj.weight"] = weight
+        for name, p in self.named_parameters():
+            if name.startswith("model.layers.") and name.endswith("_proj.weight"):
+                found[name] = p
         return found
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, documents: Tensor | None = None,
-                reduction: str = "mean", scale: float = 1.0, cache: list | None = None,
-                start: int | Tensor = 0, padding: Tensor | None = None,
-                last: int | None = None) -> Tensor:
-        """ids (B, T) -> logits (B, T, V), or of the last `last` tokens alone, or with targets (B,
-        T) -> their cross entropy in nats, -1 ignored, scale times the "mean" or "sum", or the sums
-        of the four "quarters" of T, or "none": each token's own (B, T), 0 where ignored, without
-        gradients. documents (B, T): each run of equal numbers is a document that sees itself alone,
-        positions from 0. padding (B,): so many columns at the left of a row, cached ones included,
-        are no tokens. cache and start: see Attention.forward.
-        ValueError for no tokens and for more positions than max_position_embeddings."""
-        T, longest, starts = ids.shape[1], self.config.max_position_embeddings, None
-        if isinstance(start, Tensor):
-            positions = start[:, None]
-            starts = cache[0][0].shape[2] - 1 - positions
-        elif ids.numel() == 0 or start + T > longest:
-            raise UserError(f"ids of shape {tuple(ids.shape)} from position {start}: there must "
-                             f"be tokens, and at most max_position_embeddings={longest}")
-        else:
-            positions = torch.arange(start, start + T, device=ids.device)[None]
-        if documents is not None:
-            begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-            starts = (positions * begins).cummax(1).values.int()         # of each token's document
-            positions = positions - starts
-        elif padding is not None:
-            starts = torch.minimum(positions, padding[:, None]).int()    # padding sees itself alone
-            positions = positions - starts
-        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        x, largest = self.model.embed_tokens(ids), []
-        compiled = self.compile_steps and isinstance(start, Tensor)
-        run = compiled_block() if compiled else Block.__call__
-        for i, block in enumerate(self.model.layers):
-            x, top = run(block, x, angles, starts, None if cache is None else cache[i], start)
-            largest.append(top)
-        self.max_logits = torch.stack(largest)
-        x = self.model.norm(x if last is None else x[:, -last:])
-        if targets is None:
-            return F.linear(x, self.head_weight)
-        def loss(x, targets, reduction):
+    def forward(self, ids: Tensor, targets: Tensor | None = None, doc_ids: Tensor | None = None, *,
+                reduction: str = "mean", scale: float = 1.0, cache: "KVCache | None" = None,
+                row_lengths: Tensor | None = None, last_only: bool = False) -> Tensor:
+        """Logits (B, T, V), or with targets the loss, an fp32 scalar.
+
+        ids (B, T)           token ids
+        targets (B, T)       the token that follows each of them; negative: no loss there
+        doc_ids (B, T)       packed documents, see document_starts
+        reduction, scale     the loss is scale times the "mean" or "sum" over the targets, in nats
+        cache                continue the rows of this KVCache, and add ids to them
+        row_lengths (B,)     right-padded rows: only the first row_lengths[b] ids of row b are there
+        last_only            logits of each row's last token alone, (B, 1, V), see last_tokens
+        """
+        x = self.hidden_states(ids, doc_ids, cache, row_lengths)
+        if targets is not None:
             return kernels.linear_cross_entropy(x.flatten(0, 1), self.head_weight,
                                                 targets.flatten(), reduction, scale)
-        if reduction == "quarters":
-            parts = zip(x.tensor_split(4, 1), targets.tensor_split(4, 1))
-            return torch.stack([loss(*part, "sum") for part in parts])
-        out = loss(x, targets, reduction)
-        return out.view(targets.shape) if reduction == "none" else out
+        if last_only:
+            x = last_tokens(x, row_lengths)
+        return F.linear(x, self.head_weight)
+
+    @torch.no_grad()
+    def token_losses(self, ids: Tensor, targets: Tensor, doc_ids: Tensor | None = None, *,
+                     cache: "KVCache | None" = None, row_lengths: Tensor | None = None) -> Tensor:
+        """The cross entropy of each target in nats, (B, T) in fp32: 0 where target < 0."""
+        x = self.hidden_states(ids, doc_ids, cache, row_lengths)
+        losses = kernels.token_losses(x.flatten(0, 1), self.head_weight, targets.flatten())
+        return losses.view(targets.shape)
+
+    def hidden_states(self, ids: Tensor, doc_ids: Tensor | None, cache: "KVCache | None",
+                      row_lengths: Tensor | None) -> Tensor:
+        """All blocks and the final norm: ids (B, T) -> (B, T, hidden). Sets max_logits."""
+        c = self.config
+        T = ids.shape[1]
+        if ids.numel() == 0 or (cache is None and T > c.max_position_embeddings):
+            raise UserError(f"ids have the shape {tuple(ids.shape)}; there must be tokens, and at "
+                            f"most max_position_embeddings={c.max_position_embeddings} in a row")
+        if cache is not None and doc_ids is not None:
+            raise ValueError("each row of a cache is one document: give no doc_ids")
+
+        positions = torch.arange(T, device=ids.device)[None]             # (1, T)
+        doc_start = None
+        layer_caches = [None] * c.num_hidden_layers
+        if doc_ids is not None:
+            doc_start = document_starts(doc_ids)
+            positions = positions - doc_start                            # (B, T)
+        if cache is not None:
+            positions = positions + cache.lengths[:, None]               # (B, T)
+            layer_caches = cache.open(positions, row_lengths)
+
+        compiled = self.compile_steps and cache is not None and T == 1
+        angles = rotary_angles(positions, c.head_dim, c.rope_theta)
+        x = self.model.embed_tokens(ids)
+        max_logits = []
+        for block, layer_cache in zip(self.model.layers, layer_caches):
+            if compiled:
+                x, block_max = compiled_block()(block, x, angles, doc_start, layer_cache)
+            else:
+                x, block_max = block(x, angles, doc_start, layer_cache)
+            max_logits.append(block_max)
+
+        self.max_logits = torch.stack(max_logits)
+        if cache is not None:
+            cache.lengths += T if row_lengths is None else row_lengths
+        return self.model.norm(x)
 
     def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
                  top_k: int | None = None, seed: int | None = None) -> Tensor:
-        """Continue ids (B, T), T >= 1, by max_new_tokens -> (B, T + max_new_tokens): see stream."""
-        return torch.cat([ids, *self.stream(ids, max_new_tokens, temperature, top_k, seed)], 1)
-
-    @torch.no_grad()
-    def stream(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
-               top_k: int | None = None, seed: int | None = None, padding: Tensor | None = None):
-        """Yield the next token (B, 1) of each row of ids (B, T), T >= 1, max_new_tokens times.
-        temperature 0 is greedy; top_k keeps the k likeliest tokens; a seed makes it repeatable;
-        padding: see forward. Whoever sends indices of rows goes on with those alone. Keys and
-        values are cached: 2 x kv_heads x head_dim numbers per token and layer."""
-        c, (B, T) = self.config, ids.shape
-        if T == 0 or max_new_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
-            raise UserError("generate needs a token to begin with, max_new_tokens >= 0, "
-                             "temperature >= 0 and top_k >= 1")
-        if T + max_new_tokens - 1 > c.max_position_embeddings:    # the last token is not read again
-            raise UserError(f"{T} + {max_new_tokens} tokens, but max_position_embeddings is "
-                             f"{c.max_position_embeddings}")
-        if max_new_tokens == 0:
-            return
-        generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
-        cache = self.new_cache(B, T + max_new_tokens)
-        width = max(1, PREFILL_TOKENS // B)
-        for a in range(0, T, width):
-            logits = self(ids[:, a:a + width], cache=cache, start=a, padding=padding, last=1)
-        padding = ids.new_zeros(B) if padding is None else padding
-        cache, position, step = turned(cache, padding), T - padding, None
-        for i in range(max_new_tokens):
-            if i:
-                step = step or self.decoder(cache, new, position)
-                logits, position = step(new, position), position + 1
-            new = sample_next_token(upcast(logits[:, -1]), temperature, top_k, generator)
-            rows = yield new
-            if rows is not None:
-                new, position, step = new[rows], position[rows], None
-                cache = [tuple(t[rows] for t in cache.pop(0)) for _ in self.model.layers]
-
-    def new_cache(self, rows: int, length: int) -> list[tuple[Tensor, Tensor]]:
-        """Room for the keys (rows, K, length, D) and values of each layer: heads before positions,
-        so that products read them as they lie."""
-        weight = self.model.layers[0].self_attn.k_proj.weight
-        def room(heads, width):
-            return torch.zeros(rows, heads, length, width, device=weight.device,
-                               dtype=self.compute_dtype or weight.dtype)
-        c = self.config
-        return [(room(c.num_key_value_heads, c.head_dim), room(*block.self_attn.values))
-                for block in self.model.layers]
-
-    def decoder(self, cache: list, new: Tensor, position: Tensor):
-        """A function from tokens (B, 1) and their positions (B,) to logits (B, 1, V), over a cache
-        as turned makes it: on a GPU, and without FSDP2, a CUDA graph of the whole pass, which has
-        hundreds of small kernels. To warm up writes what the first step will."""
-        if not new.is_cuda or self.compute_dtype is not None:
-            return lambda new, position: self(new, cache=cache, start=position)
-        new, position = new.clone(), position.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self(new, cache=cache, start=position)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self(new, cache=cache, start=position)
-
-        def step(now, at):
-            new.copy_(now)
-            position.copy_(at)
-            graph.replay()
-            return logits
-        return step
+        """Continue ids (B, T) by max_new_tokens -> (B, T + max_new_tokens); see Decoder."""
+        decoder = Decoder(self, ids, max_new_tokens, temperature, top_k, seed)
+        new = [decoder.next_tokens() for _ in range(max_new_tokens)]
+        return torch.cat([ids, *new], dim=1)
 
     @classmethod
     def from_pretrained(cls, path, device=None, dtype=None) -> "Motif":
-        """A model from a folder in the released layout, config.json and model.safetensors, or
-        shards with an index, or from a repository owner/name of the Hugging Face Hub, which is
-        downloaded once. Each tensor keeps its stored dtype unless one is given, and is read
-        straight to the device; on the CPU it stays in the mapped file until it is written to.
-        ValueError, one line, as stored_tensors says."""
-        path, found = model_folder(path), {}
-        config = MotifConfig.from_dict(read_json(path / "config.json"))
+        """The model in a folder of the released layout, or in a Hub repository "owner/name".
+
+        Each tensor keeps its stored dtype unless one is given, and is read straight to the device.
+        On a CPU it stays in the memory-mapped file until somebody writes to it."""
+        path = model_folder(path)
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(MotifConfig.from_dict(read_json(path / "config.json")))
         shapes = {name: p.shape for name, p in model.state_dict().items()}
-        for name, get in iter_checkpoint(path, "model", shapes, device):
-            found[name] = get().to(dtype)
-        model.load_state_dict(found, assign=True)
+        tensors = {}
+        for name, read in iter_checkpoint(path, "model", shapes, device):
+            tensors[name] = read().to(dtype)
+        model.load_state_dict(tensors, assign=True)
         return model.to(device or "cpu").requires_grad_()
 
     def save_pretrained(self, path, shard_bytes: int = 5 * 10**9) -> None:
-        """Write config.json and the tensors, in the model's own dtype, in the released layout, as
-        save_tensors does. If this fails, the folder has no config.json."""
-        path, first = Path(path), not dist.is_initialized() or dist.get_rank() == 0
-        if first:
+        """Write the released layout, in the model's own dtypes. All ranks of FSDP2 call it.
+
+        config.json is the last file of rank 0. The folder is whole once all ranks have returned."""
+        path = Path(path)
+        is_first_rank = not dist.is_initialized() or dist.get_rank() == 0
+        if is_first_rank:
             (path / "config.json").unlink(missing_ok=True)
         save_tensors(path, "model", self.state_dict(), shard_bytes)
-        if first:
-            write_json(path / "config.json", self.config.to_dict() | {
-                "torch_dtype": str(self.head_weight.dtype).removeprefix("torch.")})
+        if is_first_rank:
+            dtype = str(self.head_weight.dtype).removeprefix("torch.")
+            write_json(path / "config.json", self.config.to_dict() | {"torch_dtype": dtype})
 
 
-def sample_next_token(logits: Tensor, temperature: float, top_k: int | None, generator) -> Tensor:
-    """logits (B, V) -> a token of each row (B, 1): see Motif.stream."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+@functools.cache
+def compiled_block() -> Callable:
+    """Block.forward under torch.compile. The block is its first argument, so that all layers share
+    one graph. It fits any number of rows but one: PyTorch treats a size of 1 as a constant."""
+    return torch.compile(Block.forward, dynamic=True)
 
 
-def turned(cache: list, padding: Tensor) -> list:
-    """A cache with its positions in reverse and the padding of each row gone, as Attention.forward
-    reads it one token at a time. Takes the old one's layers away, one after the other."""
-    length, rows = cache[0][0].shape[2], torch.arange(len(padding), device=padding.device)[:, None]
-    columns = torch.arange(length - 1, -1, -1, device=padding.device) + padding[:, None]
-    columns.clamp_(max=length - 1)
-    return [tuple(t[rows, :, columns].transpose(1, 2).contiguous() for t in cache.pop(0))
-            for _ in range(len(cache))]
+def last_tokens(x: Tensor, row_lengths: Tensor | None) -> Tensor:
+    """The last token of each right-padded row: (B, T, hidden) -> (B, 1, hidden). A row of no tokens
+    gives a vector without meaning, which Decoder.prefill discards."""
+    if row_lengths is None:
+        return x[:, -1:]
+    rows = torch.arange(len(x), device=x.device)
+    return x[rows, row_lengths - 1][:, None]
 
 
 def init_normal_(p: Tensor, std: float) -> None:
-    """Normal(0, std) in place. FSDP2's shards are cut from the whole, so that they do not depend on
-    the number of ranks."""
+    """Fill p from Normal(0, std). What FSDP2 shards is drawn whole and then cut, so that the
+    weights do not depend on the number of ranks."""
     if hasattr(p, "placements"):
         from torch.distributed.tensor import distribute_tensor
         whole = torch.empty(p.shape, dtype=p.dtype, device=p.device).normal_(0, std)
@@ -587,109 +779,450 @@ def init_normal_(p: Tensor, std: float) -> None:
         p.normal_(0, std)
 
 
-# ---- files of tensors
+def flops_per_token(config: MotifConfig, seq_len: int, causal: bool = True) -> tuple[int, int]:
+    """(forward, backward) FLOPs per token of a sequence of seq_len tokens.
+
+    Forward: two for each weight of each matrix, and for each query head and visible key 2D for the
+    logit and 2 Dv for the value. Backward: twice that, as each product has two gradients; nothing
+    is recomputed. causal=False counts masked keys too."""
+    c = config
+    value_dim = 2 * c.head_dim if c.num_noise_heads else c.head_dim
+    o_width = (c.num_attention_heads - c.num_noise_heads) * value_dim
+    qkv_width = c.head_dim * (c.num_attention_heads + 2 * c.num_key_value_heads)
+    weights = c.hidden_size * (qkv_width + o_width + 3 * c.intermediate_size)
+    visible_keys = (seq_len + 1) / 2 if causal else seq_len
+    attention = c.num_attention_heads * visible_keys * 2 * (c.head_dim + value_dim)
+    head = 2 * c.hidden_size * c.vocab_size
+    forward = int(c.num_hidden_layers * (2 * weights + attention) + head)
+    return forward, 2 * forward
+
+
+# ---- the KV cache
+#
+# A token's keys and values depend on the tokens before it alone, so generation computes them once
+# and keeps them. Slot i of a row holds the token at position i. Rows are filled from the left and
+# padded on the right (_ below). Each row has its own length, and the tensors stay rectangular:
+#
+#     slot                  0      1      2      3
+#     row 0                 The    cat    sat    _            lengths = [3, 1]
+#     row 1                 Hi     _      _      _
+#
+# To add "on" to row 0 and "there !" to row 1 is one call of model(ids, cache=cache, row_lengths=n),
+# where n = [1, 2] and the rows of ids are [on _] and [there !]:
+#
+#     row 0                 The    cat    sat    on           lengths = [4, 3]
+#     row 1                 Hi     there  !      _
+#
+# What lies beyond a row's length (a padding token's keys, zeros, an earlier token's) is never seen,
+# because a query sees the slots up to its own position and no further, and the next token
+# overwrites it.
+#
+# The 12.7B model keeps 2 x 16 heads x 128 numbers per token and layer: 320 KiB a token in bf16.
+
+
+class KVCache:
+    """Keys and values of batch_size rows of at most max_length tokens.
+
+    keys[layer] (B, K, slots, D), values[layer] (B, P, slots, Dv), lengths (B,) int64: how many
+    tokens each row has. slots is at least max_length + 1, see slots_for.
+
+    >>> model = Motif(MotifConfig())
+    >>> ids = torch.tensor([[1, 2, 3, 4, 5]])
+    >>> cache = KVCache(model, batch_size=1, max_length=5)
+    >>> first = model(ids[:, :2], cache=cache)
+    >>> rest = model(ids[:, 2:], cache=cache)
+    >>> torch.allclose(torch.cat([first, rest], dim=1), model(ids), atol=1e-5)
+    True
+    """
+
+    def __init__(self, model: Motif, batch_size: int, max_length: int):
+        c = model.config
+        if max_length > c.max_position_embeddings:
+            raise UserError(f"prompt and new tokens need {max_length} positions, but "
+                            f"max_position_embeddings={c.max_position_embeddings}; shorten them")
+        weight = model.model.layers[0].self_attn.k_proj.weight
+        dtype = model.compute_dtype or weight.dtype
+        slots = slots_for(max_length)
+        self.max_length = max_length
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+
+        # Zeros, not empty: unseen slots get a weight of 0, but 0 times NaN would be NaN. Heads
+        # come before slots, so that the matrix products read the cache as it lies.
+        self.keys = []
+        self.values = []
+        for block in model.model.layers:
+            key_shape = (batch_size, c.num_key_value_heads, slots, c.head_dim)
+            value_heads, value_dim = block.self_attn.values
+            value_shape = (batch_size, value_heads, slots, value_dim)
+            self.keys.append(torch.zeros(key_shape, dtype=dtype, device=weight.device))
+            self.values.append(torch.zeros(value_shape, dtype=dtype, device=weight.device))
+
+    def open(self, positions: Tensor, row_lengths: Tensor | None) -> "list[LayerCache]":
+        """What each layer needs for a pass over tokens at these positions (B, T)."""
+        T = positions.shape[1]
+        num_slots = self.keys[0].shape[2]
+
+        # A step, T = 1, uses all slots, however few are full. So its shapes are fixed and the host
+        # need not ask the GPU for the lengths, both of which a CUDA graph demands.
+        was_empty = False
+        visible = num_slots
+        if T > 1:
+            longest = int(self.lengths.max())
+            was_empty = longest == 0
+            visible = min(longest + T, num_slots)
+            new = T if row_lengths is None else row_lengths
+            if int((self.lengths + new).max()) > self.max_length:
+                raise ValueError(f"a row would exceed the cache's {self.max_length} tokens")
+
+        # Padding whose position is beyond the last slot goes into that slot: it is a spare one.
+        slots = positions.clamp(max=num_slots - 1)
+        return [LayerCache(keys, values, slots, visible, was_empty)
+                for keys, values in zip(self.keys, self.values)]
+
+    def select_rows(self, rows: Tensor | list[int], max_length: int | None = None) -> "KVCache":
+        """A new cache with copies of these rows, which may repeat, and room for max_length tokens
+        (None: as before)."""
+        rows = torch.as_tensor(rows, device=self.lengths.device)
+        selected = copy.copy(self)
+        selected.lengths = self.lengths[rows]
+        if max_length is not None:
+            if int(selected.lengths.max()) > max_length:
+                raise ValueError(f"a row has more than {max_length} tokens")
+            selected.max_length = max_length
+        more = slots_for(selected.max_length) - self.keys[0].shape[2]    # negative: cut off
+        selected.keys = [F.pad(keys[rows], (0, 0, 0, more)) for keys in self.keys]
+        selected.values = [F.pad(values[rows], (0, 0, 0, more)) for values in self.values]
+        return selected
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drop all other rows, layer by layer, so that there are never two whole caches."""
+        self.lengths = self.lengths[rows]
+        for i in range(len(self.keys)):
+            self.keys[i] = self.keys[i][rows]
+            self.values[i] = self.values[i][rows]
+
+
+def slots_for(max_length: int) -> int:
+    """One slot more than tokens, for padding, and a multiple of 8, for aligned products."""
+    return math.ceil((max_length + 1) / 8) * 8
+
+
+class LayerCache(NamedTuple):
+    """One layer of a KVCache during one forward pass."""
+    keys: Tensor            # (B, K, num_slots, D)
+    values: Tensor          # (B, P, num_slots, Dv)
+    slots: Tensor           # (B, T): where the new tokens go
+    visible: int            # S: the new tokens look at the first so many slots
+    was_empty: bool         # there was nothing before them
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store the keys (B, T, K, D) and values (B, T, P, Dv) of the new tokens -> the keys and
+        values that they look at, (B, S, K, D) and (B, S, P, Dv), and each query's slot (B, T).
+
+        In an empty cache they look at each other, as in training, and need no slots: causal
+        attention of T queries over T keys, which kernels.py may fuse."""
+        # Indices on both sides of a slice: the indexed dimensions come first, (B, T, K, D).
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]        # (B, 1)
+        self.keys[rows, :, self.slots] = k
+        self.values[rows, :, self.slots] = v
+        if self.was_empty:
+            return k, v, None
+        keys = self.keys[:, :, :self.visible].transpose(1, 2)
+        values = self.values[:, :, :self.visible].transpose(1, 2)
+        return keys, values, self.slots
+
+
+# ---- generation
+#
+# First the model processes the prompts, many tokens in a pass. Then each step processes one token
+# of each row and draws the next. A step multiplies every weight with only B vectors, so it need not
+# take longer than the GPU's memory takes to deliver the weights, 8 ms for 25 GB at 3.3 TB/s. But
+# Python and the launching of hundreds of small kernels do take longer; hence the CUDA graph: one
+# step is recorded and from then on replayed whole. A graph replays fixed kernels on fixed memory,
+# which is why a step looks at all slots of the cache and keeps the lengths on the GPU.
+
+PREFILL_TOKENS = 2**14      # prompt tokens in one forward pass, over all rows
+
+
+class Decoder:
+    """Draws one token after another for a batch of prompts.
+
+    ids (B, T)             prompts, padded on the right
+    max_new_tokens         how often next_tokens can be called
+    temperature            0 is greedy
+    top_k                  draw from the top_k likeliest tokens; None: from all
+    seed                   makes the draws repeatable; None: torch's global generator
+    prompt_lengths (B,)    tokens of each prompt; None: all T
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Motif, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
+                 top_k: int | None = None, seed: int | None = None,
+                 prompt_lengths: Tensor | None = None):
+        B, T = ids.shape
+        if T == 0 or max_new_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
+            raise UserError("generate needs a token to begin with, max_new_tokens >= 0, "
+                            "temperature >= 0 and top_k >= 1")
+        self.model = model
+        self.remaining = max_new_tokens
+        self.temperature = temperature
+        self.top_k = top_k
+        self.generator = None
+        if seed is not None:
+            self.generator = torch.Generator(ids.device).manual_seed(seed)
+
+        max_length = T + max(0, max_new_tokens - 1)       # the last new token is drawn only
+        self.cache = KVCache(model, B, max_length)
+        self.graph = None            # the CUDA graph of a step, recorded at the first one
+        self.new = None              # the tokens drawn last, (B, 1), which are not yet in the cache
+        self.logits = self.prefill(ids, prompt_lengths)                  # (B, 1, V)
+
+    def prefill(self, ids: Tensor, prompt_lengths: Tensor | None) -> Tensor:
+        """Process the prompts -> logits after the last token of each, (B, 1, V)."""
+        B, T = ids.shape
+        if prompt_lengths is None:
+            prompt_lengths = torch.full((B,), T, device=ids.device)
+        width = max(1, PREFILL_TOKENS // B)
+        logits = None
+        for start in range(0, T, width):
+            piece = ids[:, start:start + width]
+            n = (prompt_lengths - start).clamp(0, piece.shape[1])        # (B,) tokens in the piece
+            new_logits = self.model(piece, cache=self.cache, row_lengths=n, last_only=True)
+            if logits is None:
+                logits = new_logits
+            else:
+                # A prompt that ended in an earlier piece keeps its logits from there.
+                logits = torch.where((n > 0)[:, None, None], new_logits, logits)
+        return logits
+
+    @torch.no_grad()
+    def next_tokens(self) -> Tensor:
+        """One more token of each row: (B, 1)."""
+        if self.remaining == 0:
+            raise ValueError("max_new_tokens have been drawn; there is no room for more")
+        self.remaining -= 1
+        if self.new is not None:
+            self.logits = self.step(self.new)
+        self.new = sample_next_token(upcast(self.logits[:, -1]), self.temperature, self.top_k,
+                                     self.generator)
+        return self.new
+
+    def keep_rows(self, rows: Tensor | list[int]) -> None:
+        """Go on with these rows alone, because the others have ended."""
+        rows = torch.as_tensor(rows, device=self.logits.device)
+        self.graph = None            # it has the shapes of all rows
+        self.logits = self.logits[rows]
+        self.cache.keep_rows(rows)
+        if self.new is not None:
+            self.new = self.new[rows]
+
+    def step(self, new: Tensor) -> Tensor:
+        """Process one token of each row (B, 1) -> logits of the next, (B, 1, V)."""
+        # FSDP2, which has a compute_dtype, gathers weights as it goes: no graph can hold that.
+        if not new.is_cuda or self.model.compute_dtype is not None:
+            return self.model(new, cache=self.cache)
+        if self.graph is None:
+            self.record_graph(new)
+        self.graph_input.copy_(new)
+        self.graph.replay()
+        return self.graph_logits
+
+    def record_graph(self, new: Tensor) -> None:
+        """Record a step from graph_input to graph_logits."""
+        self.graph_input = new.clone()
+        lengths = self.cache.lengths.clone()
+
+        # Libraries allocate at their first calls, which must happen before the recording, on a
+        # stream of their own. These calls write only slots that the first real step overwrites.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.model(self.graph_input, cache=self.cache)
+                self.cache.lengths.copy_(lengths)
+        torch.cuda.current_stream().wait_stream(stream)
+
+        # Recording executes nothing, so the lengths are still those from before the step.
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.graph_logits = self.model(self.graph_input, cache=self.cache)
+
+
+def sample_next_token(logits: Tensor, temperature: float, top_k: int | None,
+                      generator: torch.Generator | None) -> Tensor:
+    """Draw from softmax(logits / temperature) of each row: (B, V) -> (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None:
+        most = min(top_k, logits.shape[1])
+        least = logits.topk(most).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probabilities = (logits / temperature).softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator)
+
+
+# ---- files
+#
+# A released model is a folder, and so is a training checkpoint, with the optimizer's tensors under
+# another stem:
+#
+#     config.json                           the shape: MotifConfig.to_dict
+#     model.safetensors                     all tensors by name, if they fit into one file; else
+#     model-00001-of-00011.safetensors ...  several files (11 of at most 5 GB for 12.7B in fp32)
+#     model.safetensors.index.json          {"weight_map": {tensor name: file name}, ...}
+
+INDEX = ".safetensors.index.json"
+STORED_DTYPES = ("F64", "F32", "F16", "BF16")        # of weights, in the names of safetensors
+
 
 def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes: int) -> None:
-    """Write name -> tensor to path/<stem>.safetensors or, over shard_bytes, to several files and an
-    index. What FSDP2 shards is put together: all ranks call this, each writes some of the files,
-    and once all are through the folder is whole. Where nothing is sharded, who calls writes all."""
+    """Write name -> tensor to path/<stem>.safetensors, or to several files of at most shard_bytes
+    and an index.
+
+    If FSDP2 shards some of them, all ranks call this. They assemble each tensor together, and each
+    rank writes some of the files."""
     from safetensors.torch import save_file
-    sharded = any(hasattr(t, "full_tensor") for t in tensors.values())
-    rank, world = (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
+    rank, world = 0, 1
+    if any(hasattr(t, "full_tensor") for t in tensors.values()):
+        rank, world = dist.get_rank(), dist.get_world_size()
     path.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        for old in path.glob(f"{stem}[.-]*safetensors*"):     # other readers would take them too
+        # Other programs read every safetensors file of a folder, old ones too.
+        for old in path.glob(f"{stem}[.-]*safetensors*"):
             old.unlink()
-    files, size, total = [[]], 0, 0
-    for name, t in tensors.items():
-        nbytes = t.numel() * t.element_size()
-        if files[-1] and size + nbytes > shard_bytes:
-            files, size = [*files, []], 0
-        files[-1].append(name)
-        size, total = size + nbytes, total + nbytes
-    file_names = [f"{stem}.safetensors"] if len(files) == 1 else [
-        f"{stem}-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    mine = {}                        # file -> its tensors; all gather before any writes, lest one
-    for i, names in enumerate(files):                    # that fails leaves the others waiting
+
+    # All tensors are assembled before any file is written: if writing fails on one rank, the other
+    # ranks must not be left waiting for it in full_tensor().
+    names_of_file = divide_into_files(tensors, stem, shard_bytes)
+    mine = {}
+    for i, (file, names) in enumerate(names_of_file.items()):
         for name in names:
             t = tensors[name]
-            t = (t.full_tensor() if hasattr(t, "full_tensor") else t).contiguous()
+            t = t.full_tensor() if hasattr(t, "full_tensor") else t
             if i % world == rank:
-                mine.setdefault(file_names[i], {})[name] = t.cpu() if world > 1 else t
+                t = t.contiguous()
+                mine.setdefault(file, {})[name] = t.cpu() if world > 1 else t
+
     for file, shard in mine.items():
         save_file(shard, path / f"{file}.tmp", metadata={"format": "pt"})
         os.replace(path / f"{file}.tmp", path / file)
-    if rank == 0 and len(files) > 1:
-        write_json(path / (stem + INDEX), {"metadata": {"total_size": total}, "weight_map": {
-            name: file for file, names in zip(file_names, files) for name in names}})
+    if rank == 0 and len(names_of_file) > 1:
+        weight_map = {name: file for file, names in names_of_file.items() for name in names}
+        total_size = sum(t.numel() * t.element_size() for t in tensors.values())
+        write_json(path / (stem + INDEX),
+                   {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
-def iter_checkpoint(path: Path, stem: str, shapes: dict[str, tuple], device=None):
-    """What save_tensors wrote, if it has just these names and shapes: name and a function for each,
-    which until the next one comes reads the tensor or, given slices, that part of it alone.
-    ValueError, one line, for a file missing or broken and a tensor missing, extra, misshapen, not
-    of FLOATS or not where the index says."""
-    from safetensors import SafetensorError, safe_open
-    stored, problems, files = {}, [], tensor_files(path, stem)
-    for file, indexed in files.items():
-        try:
-            with safe_open(file, "pt") as f:
-                parts = {name: f.get_slice(name) for name in f.keys()
-                         if not name.endswith("rotary_emb.inv_freq")}
-        except (OSError, SafetensorError) as e:
-            raise UserError(f"{file}: cannot be read: {e}") from None
-        for name, part in parts.items():
-            stored[name], kind = tuple(part.get_shape()), part.get_dtype()
-            if kind not in FLOATS:
-                problems.append(f"{name} is of {kind}, not {', '.join(FLOATS)}")
-            if indexed is not None and name not in indexed:
-                problems.append(f"{name} is in {file.name}, not where the index says")
-    problems += [f"missing {n}" for n in shapes if n not in stored]
-    problems += [f"extra {n}" for n in stored if n not in shapes]
-    problems += [f"{n} is {stored[n]}, not {tuple(shape)}" for n, shape in shapes.items()
-                 if stored.get(n, shape) != tuple(shape)]
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise UserError(f"{path}: tensors do not fit: {'; '.join(problems[:4])}{more}")
-    for file in files:                           # one at a time, as a mapped one takes memory
+def divide_into_files(tensors: dict[str, Tensor], stem: str, most: int) -> dict[str, list[str]]:
+    """File name -> the names of its tensors, in order, of at most `most` bytes together.
+
+    >>> tensors = {"a": torch.zeros(3), "b": torch.zeros(2), "c": torch.zeros(1)}
+    >>> divide_into_files(tensors, "model", most=12)
+    {'model-00001-of-00002.safetensors': ['a'], 'model-00002-of-00002.safetensors': ['b', 'c']}
+    """
+    files = [[]]
+    size = 0
+    for name, t in tensors.items():
+        nbytes = t.numel() * t.element_size()
+        if files[-1] and size + nbytes > most:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += nbytes
+    if len(files) == 1:
+        return {f"{stem}.safetensors": files[0]}
+    total = len(files)
+    return {f"{stem}-{i:05d}-of-{total:05d}.safetensors": names
+            for i, names in enumerate(files, 1)}
+
+
+def iter_checkpoint(path: Path, stem: str, shapes: dict[str, tuple],
+                    device=None) -> Iterator[tuple[str, Callable]]:
+    """Yield (name, read) of each tensor that save_tensors wrote: read() loads the tensor,
+    read(*slices) a part of it. Call read before advancing.
+
+    shapes: the tensors that there must be, all of them and no others. UserError, before anything is
+    yielded, if they are not there."""
+    from safetensors import safe_open
+    files = tensor_files(path, stem)
+    check_stored_tensors(path, files, shapes)
+    for file in files:                # one at a time: a mapped file takes memory
         with safe_open(file, "pt", device=str(device or "cpu")) as f:
             for name in f.keys():
                 if name in shapes:
-                    yield name, lambda *box: f.get_slice(name)[box] if box else f.get_tensor(name)
+                    yield name, functools.partial(read_tensor, f, name)
 
 
-def model_folder(name, patterns=("*.json", "*.safetensors")) -> Path:
-    """A folder, or a repository owner/name of the Hub: its files of these patterns downloaded, with
-    progress, going on where a download was cut. ValueError if that fails."""
-    path = Path(name)
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        return path
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
-    except Exception as e:   # of a dozen kinds: no network, no such name, a licence to accept first
-        raise UserError(f"{name}: there is no such folder, and the Hub did not give it: "
-                         f"{type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
+def read_tensor(f, name: str, *slices: slice) -> Tensor:
+    if slices:
+        return f.get_slice(name)[slices]
+    return f.get_tensor(name)
+
+
+def check_stored_tensors(path: Path, files: dict[Path, set | None], shapes: dict) -> None:
+    """UserError unless the files hold just these tensors, each in the file that the index says."""
+    from safetensors import SafetensorError, safe_open
+    stored = {}
+    problems = []
+    for file, indexed in files.items():
+        try:
+            with safe_open(file, "pt") as f:
+                parts = {name: f.get_slice(name) for name in f.keys()}
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"{file}: cannot be read: {e}") from None
+        for name, part in parts.items():
+            if name.endswith("rotary_emb.inv_freq"):      # in some releases; follows from theta
+                continue
+            stored[name] = tuple(part.get_shape())
+            if part.get_dtype() not in STORED_DTYPES:
+                problems.append(f"{name} is of {part.get_dtype()}, not {', '.join(STORED_DTYPES)}")
+            if indexed is not None and name not in indexed:
+                problems.append(f"{name} is in {file.name}, not where the index says")
+
+    for name, shape in shapes.items():
+        if name not in stored:
+            problems.append(f"missing {name}")
+        elif stored[name] != tuple(shape):
+            problems.append(f"{name} is {stored[name]}, not {tuple(shape)}")
+    problems += [f"extra {name}" for name in stored if name not in shapes]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(f"{path}: tensors do not fit: {'; '.join(problems[:4])}{more}")
 
 
 def tensor_files(path: Path, stem: str) -> dict[Path, set | None]:
-    """The safetensors files of that name in a folder, each with the tensors that the index places
-    there, None without an index. ValueError if a file is missing or the index is none."""
-    names, index = {f"{stem}.safetensors": None}, path / (stem + INDEX)
+    """The safetensors files of this stem, each with the tensors that the index puts there; None
+    where there is no index, but one file."""
+    index = path / (stem + INDEX)
+    names = {f"{stem}.safetensors": None}
     if index.exists():
-        names, places = {}, read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
             raise UserError(f"{index}: its weight_map must give each tensor's file")
-        for tensor, name in places.items():
-            names.setdefault(name, set()).add(tensor)
+        names = {}
+        for tensor, file in weight_map.items():
+            names.setdefault(str(file), set()).add(tensor)
     for name in names:
         if not (path / name).exists():
             raise UserError(f"{path}: {name} is missing")
     return {path / name: names[name] for name in sorted(names)}
 
 
+def model_folder(name, patterns=("*.json", "*.safetensors")) -> Path:
+    """The folder of this name, or the files of these patterns of a Hub repository "owner/name"."""
+    path = Path(name)
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        return path
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
+    except Exception as e:   # a dozen kinds: no network, no such name, a licence to accept first
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"{name}: there is no such folder, and the Hub did not give it: "
+                        f"{type(e).__name__}: {reason}") from None
+
+
 def read_json(file: Path) -> dict:
-    """The object in a JSON file of a model folder; ValueError, one line, if there is none."""
     try:
         found = json.loads(file.read_text())
     except OSError:
@@ -702,20 +1235,6 @@ def read_json(file: Path) -> dict:
 
 
 def write_json(file: Path, value: dict) -> None:
-    file.with_suffix(".tmp").write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(file.with_suffix(".tmp"), file)
-
-
-def flops_per_token(config: MotifConfig, seq_len: int, causal: bool = True) -> tuple[int, int]:
-    """(forward, backward) FLOPs per token of a sequence: 2 per weight of every product, and per
-    visible key and query head 2D for the logit and 2 Dv for the value. Backward twice that: the
-    least that the model needs, nothing recomputed. causal=False counts masked keys too."""
-    c = config
-    values = 2 * c.head_dim if c.num_noise_heads else c.head_dim
-    width = (c.num_attention_heads - c.num_noise_heads) * values
-    qkv = c.head_dim * (c.num_attention_heads + 2 * c.num_key_value_heads)
-    linear = c.hidden_size * (qkv + width + 3 * c.intermediate_size)
-    keys = (seq_len + 1) / 2 if causal else seq_len
-    attention = c.num_attention_heads * keys * 2 * (c.head_dim + values)
-    forward = int(c.num_hidden_layers * (2 * linear + attention) + 2 * c.hidden_size * c.vocab_size)
-    return forward, 2 * forward
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, file)

@@ -1,112 +1,160 @@
-"""Motif-2 in float64 from its equations, a slow oracle. T tokens, H hidden, F FFN, V vocabulary,
-D head_dim, G noise heads (one a group), r signal heads a group, P pairs of KV heads."""
+"""Motif-2 from its equations, in float64: one sequence, one token and one head at a time.
 
+This is the oracle that the tests compare model.py with, and the plainest account of the model in
+this project. It has no batches, no masks and no caches: a token cannot see later tokens because a
+loop stops before them. It is far too slow to use.
+
+The letters are those of model.py: T tokens, V vocabulary, D head_dim, H query heads, G groups of r
+signal heads and one noise head, P pairs of key heads, F intermediate size. Tensors have the names
+and shapes of a released checkpoint, and config is its config.json.
+"""
 import math
 
 import numpy as np
 
 
-def poly_norm(x, weight, bias, eps=1e-6):
-    """w0 n(x^3) + w1 n(x^2) + w2 n(x) + b, with n(z) = z / sqrt(mean(z^2) + eps), last axis."""
-    x, weight = np.asarray(x, np.float64), np.asarray(weight, np.float64)  # (..., F), (3,)
-    total = np.full(x.shape, np.asarray(bias, np.float64).item())  # (..., F)
-    for w, z in zip(weight, (x**3, x**2, x), strict=True):  # z (..., F)
-        total += w * z / np.sqrt((z * z).mean(-1, keepdims=True) + eps)
-    return total
+def motif_logits(tensors: dict, config: dict, ids) -> np.ndarray:
+    """Logits of ids (B, T), whose positions count from 0: (B, T, V)."""
+    return np.array([forward(tensors, config, sequence)[0] for sequence in np.asarray(ids)])
 
 
-def cross_entropy(logits, targets):
-    """Mean of log(sum_v exp(l_v)) - l_target, in nats, over targets != -1; nan if none."""
-    rows = np.asarray(logits, np.float64).reshape(-1, np.shape(logits)[-1])  # (N, V)
-    kept = [p for p in zip(rows, np.ravel(targets), strict=True) if p[1] != -1]
-    nats = [z.max() + math.log(np.exp(z - z.max()).sum()) - z[y] for z, y in kept]
-    return sum(nats) / len(nats) if nats else math.nan
+def max_logits(tensors: dict, config: dict, ids) -> np.ndarray:
+    """The largest q . k / sqrt(D) that a token of ids (B, T) sees: (layers, H)."""
+    return np.max([forward(tensors, config, sequence)[1] for sequence in np.asarray(ids)], axis=0)
 
 
-def _rms(x, weight, eps):
-    """One vector: x_i w_i / sqrt(mean(x^2) + eps)."""
-    return x * weight / math.sqrt(sum(x * x) / len(x) + eps)
+# ---- the model
 
-
-def _rotate(x, t, theta):
-    """RoPE, half form: (x_i, x_{i+D/2}) is a complex number, turned by t theta^(-2i/D) radians."""
-    half = len(x) // 2
-    z = (x[:half] + 1j * x[half:]) * np.exp(1j * t * theta ** (-np.arange(half) / half))  # (D/2,)
-    return np.concatenate([z.real, z.imag])  # (D,)
-
-
-def _attention(x, w, i, config):
-    """x (T, H), already normed -> (T, H), and the largest causal logit of each query head.
-
-    a_h(t, s) = softmax over s <= t of q_h(t).k(s) / sqrt(D)
-    u_gc(t)   = sum_s (a_gc(t, s) - lambda a_gr(t, s)) [v_2p(s), v_2p+1(s)],  p the group's pair
-    y_gc(t)   = rmsnorm(u_gc(t)) (1 - lambda_init), c < r;  out(t) = Wo [y_00, y_01, ...]
-    lambda    = exp(lq1.lk1) - exp(lq2.lk2) + lambda_init;  lambda_init = 0.8 - 0.6 exp(-0.3 (i-1))
-    """
-    heads, T = config["num_attention_heads"], len(x)
-    D = config.get("head_dim") or config["hidden_size"] // heads
-    G = config.get("num_noise_heads") or heads // 2
-    P, r = config["num_key_value_heads"] // 2, heads // G - 1
-    assert heads == G * (r + 1) and r >= 1 and G % P == 0 and D % 2 == 0
-    wq, wk, wv, wo = (w(f"self_attn.{n}_proj.weight") for n in "qkvo")
-    assert len(wq) == heads * D and len(wk) == len(wv) == 2 * P * D and wo.shape[1] == G * r * 2 * D
-    plain = lambda m, h, t: m[h * D : (h + 1) * D] @ x[t]  # noqa: E731  head h at token t: (D,)
-    turned = lambda m, h, t: _rotate(plain(m, h, t), t, config["rope_theta"])  # noqa: E731
-    q = [[turned(wq, h, t) for t in range(T)] for h in range(heads)]  # G(r+1) heads of (T, D)
-    k = [[turned(wk, h, t) for t in range(T)] for h in range(2 * P)]  # even: signal, odd: noise
-    v = [[plain(wv, h, t) for t in range(T)] for h in range(2 * P)]
-    lq1, lk1, lq2, lk2 = (w(f"self_attn.lambda_{n}") for n in ("q1", "k1", "q2", "k2"))  # (D,)
-    lambda_init = 0.8 - 0.6 * math.exp(-0.3 * (i - 1))
-    lam = math.exp(lq1 @ lk1) - math.exp(lq2 @ lk2) + lambda_init
-    norm_weight, norm_eps = w("self_attn.subln.weight"), config.get("attn_rms_norm_eps", 1e-5)
-    largest, out = np.full(heads, -np.inf), []
-    for t in range(T):
-        features = []  # G * r vectors of 2D, by group, then by signal head
-        for g in range(G):
-            pair, rows = g // (G // P), []  # rows: r + 1 distributions over s <= t
-            for c in range(r + 1):  # the group's signal heads, then its noise head (c == r)
-                h, key = g * (r + 1) + c, k[2 * pair + (c == r)]
-                logits = np.array([q[h][t] @ key[s] / D**0.5 for s in range(t + 1)])  # (t+1,)
-                largest[h] = max(largest[h], logits.max())
-                rows.append(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())
-            for c in range(r):
-                u = np.zeros(2 * D)
-                for s in range(t + 1):  # the values of the pair's two heads, side by side: (2D,)
-                    u += (rows[c][s] - lam * rows[r][s]) * np.r_[v[2 * pair][s], v[2 * pair + 1][s]]
-                features.append(_rms(u, norm_weight, norm_eps) * (1 - lambda_init))
-        out.append(wo @ np.concatenate(features))  # (G r 2D,) -> (H,)
-    return np.stack(out), largest
-
-
-def _forward(tensors, config, ids):
-    """x = E[id]; per layer x += attn(norm x), x += mlp(norm x); logits = head . norm(x)."""
+def forward(tensors: dict, config: dict, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """ids (T,) -> logits (T, V), largest attention logits (layers, H)."""
     assert config.get("hidden_act", "poly_norm") == "poly_norm" and not config.get("use_bias")
     tensors = {name: np.asarray(tensor, np.float64) for name, tensor in tensors.items()}
-    embedding, eps = tensors["model.embed_tokens.weight"], config.get("rms_norm_eps", 1e-6)
-    head = embedding if config.get("tie_word_embeddings") else tensors["lm_head.weight"]  # (V, H)
-    layers, logits = config["num_hidden_layers"], []
-    largest = np.full((layers, config["num_attention_heads"]), -np.inf)
-    for sequence in np.asarray(ids):
-        x = embedding[sequence]  # (T, H)
-        for i in range(layers):
-            w = lambda name, i=i: tensors[f"model.layers.{i}.{name}"]  # noqa: E731
-            normed = [_rms(row, w("input_layernorm.weight"), eps) for row in x]  # (T, H)
-            attended, peak = _attention(normed, w, i, config)  # (T, H), (heads,)
-            x, largest[i] = x + attended, np.maximum(largest[i], peak)
-            gate, up, down = (w(f"mlp.{n}_proj.weight") for n in ("gate", "up", "down"))
-            for t in range(len(x)):
-                y = _rms(x[t], w("post_attention_layernorm.weight"), eps)  # (H,)
-                act = poly_norm(gate @ y, w("mlp.act_fn.weight"), w("mlp.act_fn.bias"))  # (F,)
-                x[t] += down @ (act * (up @ y))  # (H,)
-        logits.append([head @ _rms(row, tensors["model.norm.weight"], eps) for row in x])  # (T, V)
-    return np.array(logits), largest
+    eps = config.get("rms_norm_eps", 1e-6)
+    embedding = tensors["model.embed_tokens.weight"]                     # (V, hidden)
+    head = embedding if config.get("tie_word_embeddings") else tensors["lm_head.weight"]
+
+    x = embedding[ids]                                                   # (T, hidden)
+    largest = []
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        weights = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
+                   if name.startswith(prefix)}
+
+        normed = rms_norm(x, weights["input_layernorm.weight"], eps)
+        out, largest_of_layer = attention(normed, weights, layer, config)
+        x = x + out
+        largest.append(largest_of_layer)
+
+        normed = rms_norm(x, weights["post_attention_layernorm.weight"], eps)
+        x = x + mlp(normed, weights)
+
+    logits = rms_norm(x, tensors["model.norm.weight"], eps) @ head.T
+    return logits, np.array(largest)
 
 
-def motif_logits(tensors: dict[str, np.ndarray], config: dict, ids: np.ndarray) -> np.ndarray:
-    """Logits (B, T, V) of a released-layout checkpoint; ids (B, T); positions count from 0."""
-    return _forward(tensors, config, ids)[0]
+def mlp(x: np.ndarray, weights: dict) -> np.ndarray:
+    """down(polynorm(gate(x)) * up(x)): (T, hidden) -> (T, hidden)."""
+    gate = x @ weights["mlp.gate_proj.weight"].T                         # (T, F)
+    up = x @ weights["mlp.up_proj.weight"].T
+    activation = poly_norm(gate, weights["mlp.act_fn.weight"], weights["mlp.act_fn.bias"])
+    return (activation * up) @ weights["mlp.down_proj.weight"].T
 
 
-def max_logits(tensors: dict[str, np.ndarray], config: dict, ids: np.ndarray) -> np.ndarray:
-    """(layers, query heads): max over batch and s <= t of q_h(t).k(s) / sqrt(D), stored order."""
-    return _forward(tensors, config, ids)[1]
+def attention(x: np.ndarray, weights: dict, layer: int,
+              config: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Grouped differential attention: x (T, hidden), already normed -> (T, hidden), largest (H,).
+
+    Signal head c of group g, at token t, with the values of its pair side by side:
+        out = sum over s <= t of (signal_map(s) - lambda noise_map(s)) v(s)           (2D,)
+        y   = rms_norm(out) (1 - lambda_init)
+    """
+    H = config["num_attention_heads"]
+    D = config.get("head_dim") or config["hidden_size"] // H
+    G = config.get("num_noise_heads") or H // 2
+    P = config["num_key_value_heads"] // 2
+    r = H // G - 1
+
+    q = split_heads(x @ weights["self_attn.q_proj.weight"].T, D)         # H heads of (T, D)
+    k = split_heads(x @ weights["self_attn.k_proj.weight"].T, D)         # 2P heads of (T, D)
+    v = split_heads(x @ weights["self_attn.v_proj.weight"].T, 2 * D)     # P heads of (T, 2D)
+    assert len(q) == H == G * (r + 1) and len(k) == 2 * P and len(v) == P
+    q = [rope(head, config["rope_theta"]) for head in q]
+    k = [rope(head, config["rope_theta"]) for head in k]
+
+    lambda_init = 0.8 - 0.6 * math.exp(-0.3 * (layer - 1))               # layer counts from 0
+    first = math.exp(weights["self_attn.lambda_q1"] @ weights["self_attn.lambda_k1"])
+    second = math.exp(weights["self_attn.lambda_q2"] @ weights["self_attn.lambda_k2"])
+    lambda_ = first - second + lambda_init
+    norm_weight = weights["self_attn.subln.weight"]
+    norm_eps = config.get("attn_rms_norm_eps", 1e-5)
+
+    largest = np.full(H, -np.inf)
+    rows = []
+    for t in range(len(x)):
+        heads = []                                     # G r vectors of 2D: group after group
+        for g in range(G):
+            pair = g // (G // P)
+            k_signal, k_noise = k[2 * pair], k[2 * pair + 1]
+            noise_head = g * (r + 1) + r               # the last head of its group
+            noise_logits = k_noise[:t + 1] @ q[noise_head][t] / math.sqrt(D)          # (t + 1,)
+            largest[noise_head] = max(largest[noise_head], noise_logits.max())
+
+            for signal_head in range(g * (r + 1), noise_head):
+                logits = k_signal[:t + 1] @ q[signal_head][t] / math.sqrt(D)          # (t + 1,)
+                largest[signal_head] = max(largest[signal_head], logits.max())
+
+                difference = softmax(logits) - lambda_ * softmax(noise_logits)
+                out = difference @ v[pair][:t + 1]                                    # (2D,)
+                heads.append(rms_norm(out, norm_weight, norm_eps) * (1 - lambda_init))
+        rows.append(np.concatenate(heads))                                            # (G r 2D,)
+    return np.stack(rows) @ weights["self_attn.o_proj.weight"].T, largest
+
+
+# ---- its parts
+
+def split_heads(x: np.ndarray, width: int) -> list[np.ndarray]:
+    """(T, heads width) -> a list of (T, width)."""
+    return np.split(x, x.shape[1] // width, axis=1)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    p = np.exp(logits - logits.max())
+    return p / p.sum()
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis."""
+    mean_square = (x * x).mean(axis=-1, keepdims=True)
+    return weight * x / np.sqrt(mean_square + eps)
+
+
+def rope(x: np.ndarray, theta: float) -> np.ndarray:
+    """Turn the complex numbers x_i + 1j x_{i + D/2} of token t by t theta^(-2i/D): x (T, D)."""
+    half = x.shape[1] // 2
+    z = x[:, :half] + 1j * x[:, half:]                                   # (T, D/2)
+    t = np.arange(len(x))[:, None]
+    frequency = theta ** (-np.arange(half) / half)
+    z = z * np.exp(1j * t * frequency)
+    return np.concatenate([z.real, z.imag], axis=1)
+
+
+def poly_norm(x, weight, bias, eps: float = 1e-6) -> np.ndarray:
+    """w0 n(x^3) + w1 n(x^2) + w2 n(x) + b, n(z) = z / sqrt(mean(z^2) + eps), over the last axis."""
+    x = np.asarray(x, np.float64)
+    cubic, square, linear = np.asarray(weight, np.float64)
+    no_weight = np.ones(x.shape[-1])
+    y = cubic * rms_norm(x**3, no_weight, eps)
+    y = y + square * rms_norm(x**2, no_weight, eps)
+    y = y + linear * rms_norm(x, no_weight, eps)
+    return y + np.asarray(bias, np.float64).item()
+
+
+def cross_entropy(logits, targets) -> float:
+    """The mean of -log softmax(logits)[target], in nats, over the targets that are not -1."""
+    logits = np.asarray(logits, np.float64)
+    logits = logits.reshape(-1, logits.shape[-1])                        # (B T, V)
+    nats = []
+    for row, target in zip(logits, np.ravel(targets), strict=True):
+        if target != -1:
+            nats.append(-math.log(softmax(row)[target]))
+    return sum(nats) / len(nats)

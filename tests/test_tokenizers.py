@@ -1,19 +1,19 @@
-"""Tokenizers: by their definition, id for id as the `tokenizers` library has them, and what a bad
-one is told. `python tests/test_tokenizers.py` makes the fixture, with that library (0.23.3)."""
+"""Tokenizers: their ids are those of `tokenizers` and of tiktoken, special tokens stay text, and a
+tokenizer that cannot be read is one line."""
 import base64
 import json
-import re
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-import regex
+import tiktoken
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-import data
-from data import load_tokenizer, prepare
-from test_data import BYTE, room, tiktoken_file  # noqa: F401  room: every test has an empty folder
+from configurator import UserError
+from data import (BEGIN, BYTE_OF, END, GPT2_PATTERN, SPECIALS, bytes_per_token, encode_document,
+                  load_tokenizer)
 
-FIXTURE = Path(__file__).parent / "tokenizers.json"
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
                   r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 SCRIPTS = """\
@@ -29,194 +29,252 @@ Die Mühle größer als das Schloß, „süß“ – naïve façade, œuvre, ¿m
 방앗간에 불이 켜져 있다. 밀가루 세 자루!
 😀 👩‍👩‍👧 🇰🇷 👍🏽 ❤️ ✍🏿 ☃\u200b\ufeff\u00a0\u3000\u2003|\x00\x0b\x0c\x85\u2028  \n \n
 \n\t\t   x  !!!!! ---- =====
-<think>a spelling is text</think> don’t e\u0301 \ud7b0 \U0010ffff 'S'sS 'T\u017f ' re\r\r
+don’t e\u0301 \ud7b0 \U0010ffff 'S'sS 'T\u017f ' re\r\r
  aaaaaaaaa  
 """
 
 
-def forms() -> dict[str, tuple[dict, list[int]]]:
-    """Form -> a tokenizer.json and the ids that the library gives for SCRIPTS."""
-    fixture = json.loads(FIXTURE.read_text(encoding="utf-8"))
-    return {form: (in_form(form, fixture["files"]), ids) for form, ids in fixture["ids"].items()}
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
-def in_form(form: str, files: dict[str, dict]) -> dict:
-    """A form of one of two tokenizers: as trained, or with another pre-tokenizer or merges."""
-    spec = json.loads(json.dumps(files["gpt2" if form == "gpt2" else "llama3"]))
-    if form == "gpt2":
-        return spec
-    split, model = spec["pre_tokenizer"]["pretokenizers"][0], spec["model"]
-    if "gaps" in form:                                   # a pattern that does not take all text
-        split["pattern"]["Regex"] = r"\p{L}{1,9}|\p{N}{1,3}"
-    if "removed" in form:
-        split.update(behavior="Removed", invert=True)
-    if form == "every merge":                            # as files made from tiktoken's state them
-        words = [t for t in model["vocab"] if t not in data.SPECIALS]
-        model["merges"] = [f"{t[:k]} {t[k:]}" for t in words for k in range(1, len(t))
-                           if {t[:k], t[k:]} <= model["vocab"].keys()]
-    return spec
+def byte_level(pattern: str | None = None, special: tuple = (END,)) -> tokenizers.Tokenizer:
+    """Byte-level BPE trained on SCRIPTS; text is cut by GPT-2's pattern or by another."""
+    library = tokenizers.Tokenizer(models.BPE())
+    library.decoder = decoders.ByteLevel()
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if pattern:
+        library.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    library.train_from_iterator([SCRIPTS], trainers.BpeTrainer(
+        vocab_size=600, special_tokens=list(special), show_progress=False,
+        initial_alphabet=alphabet))
+    return library
 
 
-FORMS = "gpt2", "llama3", "llama3 removed", "every merge", "gaps", "gaps removed"
+def sentencepiece() -> tokenizers.Tokenizer:
+    """BPE over letters as Llama 2's file has it: spaces become U+2581, rare letters bytes."""
+    library = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"),
+                                               normalizers.Replace(" ", "\u2581")])
+    library.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0)])
+    spelled_bytes = [f"<0x{i:02X}>" for i in range(256)]
+    library.train_from_iterator([SCRIPTS[:900]], trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<unk>", "<s>", "</s>", *spelled_bytes],
+        show_progress=False))
+    spec = json.loads(library.to_str())
+    spec["added_tokens"] = spec["added_tokens"][:3]  # a spelled byte is no special token
+    return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
 
-MERGES = [(b"t", b"h"), (b"th", b"e"), (b" ", b"the"), (b"a", b"n"), (b"an", b"d"), (b" ", b"and"),
-          (b"1", b"2"), (b"\xc3", b"\xa9"), (b"e", b"n"), (b"\n", b"\n")]
-IDS = {t: i for i, t in enumerate([*(bytes([255 - b]) for b in range(256)),
-                                   *(a + b for a, b in MERGES)])}
-TEXT = "the then and  the\n\n\nand12 3123 caf\u00e9 <|endoftext|> \U0001f600\x00 the's ' the"
-LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-SPLIT = {"type": "Split", "pattern": {"Regex": r"\p{N}{1,2}|\s+|[^\s\p{N}]+"}, "invert": False,
-         "behavior": "Isolated"}
+def lower_case() -> tokenizers.Tokenizer:
+    """A normalizer that changes the text, and an added token that is not special."""
+    library = byte_level(special=SPECIALS[:4])
+    library.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    library.add_tokens(["<think>"])
+    return library
 
 
-def sequence(*steps):
-    return {"type": "Sequence", "pretokenizers": [*steps, {**LEVEL, "use_regex": False}]}
+LIBRARIES = {"gpt2": byte_level, "llama3": lambda: byte_level(LLAMA3_PATTERN, SPECIALS[:4]),
+             "sentencepiece": sentencepiece, "lower case": lower_case}
 
 
-def tokenizer_json(pre_tokenizer=LEVEL, normalizer=None, end=266, added=(), **model):
-    others = iter(range(256, 512))  # GPT-2's letters for bytes, as its encoder.py has them
-    letters = [chr(b if 33 <= b < 127 or 161 <= b < 173 or 174 <= b else next(others))
-               for b in range(256)]
-    shown = {token: "".join(letters[b] for b in token) for token in IDS}
-    model = {"type": "BPE", "vocab": {shown[token]: i for token, i in IDS.items()},
-             "merges": [f"{shown[a]} {shown[b]}" for a, b in MERGES], **model}
-    Path("tokenizer.json").write_text(json.dumps({
-        "model": model, "pre_tokenizer": pre_tokenizer, "normalizer": normalizer,
-        "added_tokens": [{"id": end, "content": data.END, **dict(added)}]}))
-    return load_tokenizer("tokenizer.json")
+def write_tiktoken(path: str, library: tokenizers.Tokenizer) -> dict[bytes, int]:
+    """The .tiktoken file of a byte-level BPE -> {token: id}."""
+    ids = {}
+    for token, i in library.get_vocab(with_added_tokens=False).items():
+        if token != END:
+            ids[bytes(BYTE_OF[letter] for letter in token)] = i
+    lines = [f"{base64.b64encode(token).decode()} {i}\n" for token, i in ids.items()]
+    Path(path).write_text("".join(lines))
+    return ids
 
 
-def naive_bpe(pattern, text):
-    """Ids by the definition: within every piece, always the earliest merge first."""
-    for piece in regex.findall(pattern, text):
-        parts = [bytes([b]) for b in piece.encode()]
-        while pairs := [pair for pair in zip(parts, parts[1:]) if pair in MERGES]:
-            i = [*zip(parts, parts[1:])].index(min(pairs, key=MERGES.index))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        yield from (IDS[part] for part in parts)
-
-
-def test_tokenizers_follow_the_definition_and_keep_every_text():
-    tiktoken_file("gpt2.tiktoken", IDS)
-    for tokenizer, expected in (
-            (BYTE, TEXT.encode()), (load_tokenizer("gpt2.tiktoken"), data.GPT2_PATTERN),
-            (tokenizer_json(), data.GPT2_PATTERN), (tokenizer_json(end=300), data.GPT2_PATTERN),
-            (tokenizer_json(sequence(SPLIT)), SPLIT["pattern"]["Regex"])):
-        begin, *ids, end = data.encode_document(tokenizer, TEXT)
-        assert ids == [*(naive_bpe(expected, TEXT) if isinstance(expected, str) else expected)]
-        specials, n = tokenizer._special_tokens, tokenizer.n_vocab
-        assert {*data.SPECIALS} <= {*specials} and (begin, end) == (specials[data.BEGIN],
-                                                                   specials[data.END])
-        assert len({*ids, *specials.values()}) == len({*ids}) + len(specials)
-        assert len(data.token_bytes(tokenizer)) == n
-        assert data.token_bytes(tokenizer)[[*ids, *specials.values()]].sum() == len(TEXT.encode())
-        assert data.decode(tokenizer, ids) == TEXT
-        assert data.decode(tokenizer, [n, end, 10**6, *ids[-1:]])[:15] == f"\ufffd{data.END}\ufffd"
-        lone = data.encode_document(tokenizer, "a\ud800b")[1:-1]
-        assert data.decode(tokenizer, lone) == "a\ufffdb"
-    assert data.decode(tokenizer_json(end=300), [290, 300]) == f"\ufffd{data.END}"
-    prints = [data.fingerprint(t) for t in (BYTE, tokenizer_json(), tokenizer_json(end=300),
-                                            tokenizer_json(sequence(SPLIT)), tokenizer_json())]
-    assert len({*prints}) == 4 and prints[1] == prints[4]
-
-
-@pytest.mark.parametrize("name, content, message", [
-    ("none.json", None, "FileNotFoundError: No such file"),
-    (".", None, "the folder has no tokenizer.json"),
-    ("gpt-2", None, "it is neither 'byte', a .tiktoken"), ("x.json", b"{", "JSONDecodeError: "),
-    ("x.json", b"[]", "TypeError: "), ("x.json", b"{}", "KeyError: 'model'"),
-    ("x.tiktoken", b"", "some of the 256 bytes have no token"),
-    ("x.tiktoken", b"YQ==", "not enough values to unpack"), ("x.tiktoken", b"Y 1", "Error: "),
-    ("x.tiktoken", b"".join(base64.b64encode(bytes([i])) + b" 7\n" for i in range(256)),
-     "two of its tokens have the same id")])
-def test_a_bad_tokenizer_is_one_line(name, content, message):
-    if content is not None:
-        Path(name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"^tokenizer {name}: [^\n]*{re.escape(message)}[^\n]*$"):
-        prepare({"a": ("x.txt", 1, 1)}, name, "d", {"a": 1})
-    assert not Path("d").exists()
-
-
-@pytest.mark.parametrize("changes, message", [
-    *(({"pre_tokenizer": pre}, word) for pre, word in (
-        ({"type": "Metaspace"}, "not by Metaspace"), (None, "not by None"),
-        (sequence(), "'use_regex': False"), (sequence(SPLIT, SPLIT), "by Split, then Split, then"),
-        (sequence({"type": "Digits"}), "by Digits, then ByteLevel"),
-        ({**LEVEL, "add_prefix_space": True}, "add_prefix_space': True"),
-        ({**LEVEL, "use_regex": False}, "use_regex': False"),
-        (sequence({**SPLIT, "behavior": "Removed"}), "Removed and inverted.*'invert': False"),
-        (sequence({**SPLIT, "invert": True}), "'invert': True"),
-        (sequence({**SPLIT, "pattern": {"String": " "}}), "by a Regex, not .*'String': ' '"),
-        *((sequence({**SPLIT, "pattern": {"Regex": odd}}), f"its Split has {re.escape(part)} in ")
-          for odd, part in ((r"\s+$|\S", "$"), (r"(?m:.)", "(?m"), (r"a{1,3}+", "{1,3}+"),
-                            (r"[^[:alpha:]]", "[:alpha:]"))),
-        (sequence({**SPLIT, "pattern": {"Regex": "("}}), "Parsing error"))),
-    ({"normalizer": {"type": "NFC"}}, "its normalizer NFC"), ({"type": "Unigram"}, "not Unigram"),
-    ({"end_of_word_suffix": "</w>"}, "</w>"), ({"vocab": {"a": 0}}, "KeyError: 'th'"),
-    ({"vocab": {"\u4e2d": 0}}, "its token '\u4e2d' is not written in the letters"),
-    ({"added": {"content": "\t", "special": False}}, r"its added token '\\t' is plain text"),
-    ({"merges": []}, "its merges are not its tokens in the order of their ids")])
-def test_a_tokenizer_json_of_another_kind_is_refused_by_name(changes, message):
-    with pytest.raises(ValueError, match=f"^tokenizer tokenizer.json: .*{message}"):
-        tokenizer_json(**changes)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_ids_are_those_of_the_tokenizers_library(form):
-    spec, expected = forms()[form]
+@pytest.mark.parametrize("kind", LIBRARIES)
+def test_a_tokenizer_json_gives_the_ids_of_the_tokenizers_library(kind):
+    library = LIBRARIES[kind]()
     Path("folder").mkdir()
-    Path("folder/tokenizer.json").write_text(json.dumps(spec))
+    library.save("folder/tokenizer.json")
     tokenizer = load_tokenizer("folder")
-    assert tokenizer.encode_ordinary(SCRIPTS) == expected
-    assert (data.decode(tokenizer, expected) == SCRIPTS) == (form != "gaps removed")
-    specials = tokenizer._special_tokens
-    assert {t["content"]: t["id"] for t in spec["added_tokens"]}.items() <= specials.items()
-    new = [specials[token] for token in data.SPECIALS if token not in spec["model"]["vocab"]]
-    first = max(t["id"] for t in [*spec["added_tokens"], {"id": len(spec["model"]["vocab"]) - 1}])
-    assert new == [*range(first + 1, first + 1 + len(new))] and len(new) == (6 if form == "gpt2"
-                                                                            else 3)
+    text = SCRIPTS + "<think>" * (kind == "lower case")
+    ids = tokenizer.encode(text)
+    assert ids == library.encode(text, add_special_tokens=False).ids
+    assert ids and max(ids) < library.get_vocab_size()
+    if kind == "lower case":
+        assert ids[-1] == library.token_to_id("<think>")
+        assert tokenizer.decode(ids) == library.normalizer.normalize_str(text)
+    else:
+        assert tokenizer.decode(ids) == text
+    spelled = b"".join(tokenizer.token_bytes(i) for i in ids).decode("utf-8")
+    assert spelled.removeprefix(" " * (kind == "sentencepiece")) == tokenizer.decode(ids)
+    assert bytes_per_token(tokenizer)[ids].sum() == len(spelled.encode("utf-8"))
+
+
+def test_tiktoken_and_the_tokenizers_library_agree():
+    library = byte_level()
+    library.save("tokenizer.json")
+    ids = write_tiktoken("t.tiktoken", library)
+    reference = tiktoken.Encoding("reference", pat_str=GPT2_PATTERN, mergeable_ranks=ids,
+                                  special_tokens={END: 0})
+    by_tiktoken = load_tokenizer("t.tiktoken")
+    by_tokenizers = load_tokenizer("tokenizer.json")
+    expected = reference.encode_ordinary(SCRIPTS)
+    assert by_tiktoken.encode(SCRIPTS) == by_tokenizers.encode(SCRIPTS) == expected
+    for i in expected:
+        assert by_tiktoken.token_bytes(i) == by_tokenizers.token_bytes(i) != b""
+
+
+def test_byte_is_the_bytes_of_the_text():
+    tokenizer = load_tokenizer("byte")
+    ids = tokenizer.encode(SCRIPTS)
+    assert ids == list(SCRIPTS.encode("utf-8"))
+    assert tokenizer.n_vocab == 256 + len(SPECIALS)
+    assert tokenizer.begin_id == tokenizer.special[BEGIN] == 256
+    assert bytes_per_token(tokenizer).tolist() == [1] * 256 + [0] * len(SPECIALS)
+
+
+def every_kind() -> list:
+    """Each kind of tokenizer, loaded."""
+    loaded = [load_tokenizer("byte")]
+    write_tiktoken("t.tiktoken", byte_level())
+    loaded.append(load_tokenizer("t.tiktoken"))
+    for kind, make in LIBRARIES.items():
+        make().save(f"{kind}.json")
+        loaded.append(load_tokenizer(f"{kind}.json"))
+    return loaded
+
+
+def test_special_tokens_have_ids_of_their_own_and_their_spelling_is_text():
+    for tokenizer in every_kind():
+        special = tokenizer.special
+        assert set(SPECIALS) <= set(special)
+        assert len(set(special.values())) == len(special)
+        assert max(special.values()) < tokenizer.n_vocab
+        text = "say " + " ".join(special)
+        ids = tokenizer.encode(text)
+        assert not set(ids) & set(special.values()) and tokenizer.decode(ids) == text
+        begin, *body, end = encode_document(tokenizer, text)
+        assert (begin, body, end) == (special[BEGIN], ids, special[END])
+        assert tokenizer.decode([begin, *ids, end]) == BEGIN + text + END
+        assert not any(tokenizer.token_bytes(i) for i in special.values())
+        assert bytes_per_token(tokenizer)[list(special.values())].sum() == 0
+
+
+def test_special_tokens_that_a_tokenizer_lacks_come_after_its_own():
+    for kind in ("gpt2", "llama3", "sentencepiece"):
+        library = LIBRARIES[kind]()
+        library.save("tokenizer.json")
+        tokenizer = load_tokenizer("tokenizer.json")
+        lacking = [token for token in SPECIALS if library.token_to_id(token) is None]
+        n = library.get_vocab_size()
+        assert [tokenizer.special[token] for token in lacking] == list(range(n, n + len(lacking)))
+        for token in set(SPECIALS) - set(lacking):
+            assert tokenizer.special[token] == library.token_to_id(token)
+        assert tokenizer.n_vocab == n + len(lacking)
+
+
+def test_a_turn_token_that_the_file_has_as_plain_text_is_special():
+    library = byte_level()
+    library.add_tokens(["<|user|>", "<|endofturn|>"])
+    library.save("tokenizer.json")
+    tokenizer = load_tokenizer("tokenizer.json")
+    assert tokenizer.special["<|endofturn|>"] == library.token_to_id("<|endofturn|>")
+    assert not set(tokenizer.encode("a<|endofturn|><|user|>")) & set(tokenizer.special.values())
+
+
+def test_the_file_says_whether_a_text_begins_with_a_token():
+    library = byte_level(special=SPECIALS)
+    begin, end = library.token_to_id(BEGIN), library.token_to_id(END)
+    for template, expected in (("$A", None), (f"{BEGIN} $A", begin), (f"$A {END}", None),
+                               (f"{BEGIN} $A {END}", begin)):
+        library.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[(BEGIN, begin), (END, end)])
+        library.save("tokenizer.json")
+        tokenizer = load_tokenizer("tokenizer.json")
+        assert tokenizer.begin_id == expected
+        assert not {begin, end} & set(tokenizer.encode(SCRIPTS))
+
+
+def test_no_text_is_cut_or_filled_up():
+    library = byte_level()
+    expected = library.encode(SCRIPTS).ids
+    library.enable_truncation(8)
+    library.enable_padding(length=10_000)
+    library.save("tokenizer.json")
+    assert load_tokenizer("tokenizer.json").encode(SCRIPTS) == expected
+
+
+def test_what_is_not_text_gives_the_replacement_character():
+    for tokenizer in every_kind():
+        lone = tokenizer.decode(tokenizer.encode("a\ud800b"))
+        assert lone == "a\ufffdb"
+        beyond = tokenizer.n_vocab
+        end = tokenizer.special[END]
+        assert tokenizer.decode([beyond, end, 10**6]) == f"\ufffd{END}\ufffd"
+        assert tokenizer.token_bytes(beyond).decode("utf-8", "replace") == "\ufffd"
+    byte = load_tokenizer("byte")
+    assert byte.decode([0xC3]) + byte.decode([0xC3, 0xA9]) == "\ufffdé"
+
+
+def test_fingerprints_tell_tokenizers_apart():
+    prints = [tokenizer.fingerprint() for tokenizer in every_kind()]
+    assert len(set(prints)) == len(prints)
+    assert [tokenizer.fingerprint() for tokenizer in every_kind()] == prints
+    assert {len(fingerprint) for fingerprint in prints} == {32}
 
 
 def test_a_hub_name_is_its_tokenizer_json_downloaded_once(monkeypatch):
-    kept, asked = {}, []
+    byte_level().save("downloaded.json")
+    kept = {}
+    asked = []
 
     def download(name, file):
         asked.append((name, file))
         if name == "no/one":
             raise OSError("404\nnot found")
-        Path("kept.json").write_text(json.dumps(forms()["gpt2"][0]))
-        return kept.setdefault(name, "kept.json")
+        kept[name] = "downloaded.json"
+        return kept[name]
+
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, _: kept.get(name))
+    expected = byte_level().encode(SCRIPTS).ids
     for _ in range(2):
-        assert load_tokenizer("Some-Org/Model.2").encode_ordinary(SCRIPTS) == forms()["gpt2"][1]
+        assert load_tokenizer("Some-Org/Model.2").encode(SCRIPTS) == expected
     assert asked == [("Some-Org/Model.2", "tokenizer.json")]
-    with pytest.raises(ValueError, match="^tokenizer no/one: there is no such folder, and the Hub "
-                                         "did not .*: OSError: 404 not found$"):
-        load_tokenizer("no/one")
+    refused("no/one", "404 not found")
 
 
-def make_fixture() -> None:
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-    files, ids = {}, {}
-    for name, special in ("gpt2", [data.END]), ("llama3", data.SPECIALS[:4]):
-        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name == "gpt2")
-        tokenizer = Tokenizer(models.BPE(ignore_merges=name == "llama3"))
-        tokenizer.pre_tokenizer = level if name == "gpt2" else pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"), level])
-        tokenizer.train_from_iterator([SCRIPTS], trainers.BpeTrainer(
-            vocab_size=600, special_tokens=[*special], show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-        files[name] = json.loads(tokenizer.to_str())
-    for form in FORMS:
-        tokenizer = Tokenizer.from_str(json.dumps(in_form(form, files)))
-        ids[form] = tokenizer.encode(SCRIPTS, add_special_tokens=False).ids
-    parts = [f'"{key}": {{\n' + ",\n".join(
-        f'"{k}": {json.dumps(v, ensure_ascii=False)}' for k, v in group.items()) + "}"
-        for key, group in (("files", files), ("ids", ids))]
-    FIXTURE.write_text("{" + ",\n".join(parts) + "}\n", encoding="utf-8")
+def refused(name, *words):
+    with pytest.raises(UserError) as error:
+        load_tokenizer(name).encode("text")
+    said = str(error.value)
+    assert "\n" not in said and all(word in said for word in (name, *words)), said
 
 
-if __name__ == "__main__":
-    make_fixture()
+@pytest.mark.parametrize("name, content", [
+    ("none.json", None), ("none.tiktoken", None), (".", None), ("gpt-2", None), ("x.json", b"{"),
+    ("x.json", b"\xff"), ("x.json", b"{}"), ("x.tiktoken", b""), ("x.tiktoken", b"YQ=="),
+    ("x.tiktoken", b"".join(base64.b64encode(bytes([i])) + b" 7\n" for i in range(256)))])
+def test_a_tokenizer_that_cannot_be_read_is_named_in_one_line(name, content):
+    if content is not None:
+        Path(name).write_bytes(content)
+    refused(name)
+
+
+def test_a_panic_of_the_library_is_one_line():
+    spec = json.loads(byte_level().to_str())
+    spec["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    Path("panics.json").write_text(json.dumps(spec))
+    refused("panics.json", "PanicException")
+
+
+def test_a_text_that_the_library_cannot_encode_is_one_line():
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
+    spec = {"version": "1.0", "added_tokens": [], "model": model}
+    Path("words.json").write_text(json.dumps(spec))
+    refused("words.json", "[UNK]")
