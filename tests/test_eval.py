@@ -1,9 +1,7 @@
-"""Evaluation: prompts, log-likelihoods and verdicts are those of lm-evaluation-harness 0.4.9.1,
-which the tests do not need: eval.json holds rows made up in the form of each task's data set, and
-what that program gives on them with the tiny model below (its own task files, byte tokens, begin of
-text first): hashes of prompts, sums, scores, and what its filters find in replies."""
-import tools.sandbox
-import sft
+"""Evaluation. Prompts, log-likelihoods and verdicts are those of lm-evaluation-harness 0.4.9.1, which
+the tests do not need: eval.json holds rows made up in the form of each task's data set, and what
+that program gives on them with the tiny model below (its own task files, byte tokens, begin of text
+first): hashes of prompts, sums, scores, and what its filters find in replies."""
 import hashlib
 import json
 import math
@@ -15,42 +13,49 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 import data
 import eval as evaluation
+import model as model_module
 import pretrain
-from eval import TASKS, Config, LoglikelihoodRequest, PromptEncoder, generate_replies, run_program, loglikelihoods
-from model import Motif, MotifConfig
+import sft
+from eval import TASKS, Config, Example, LoglikelihoodRequest, PromptEncoder, Task
+from model import KVCache, Motif, MotifConfig
+from tools.sandbox import in_sandbox, run_program, sandbox_gaps
 
 FIXTURE = json.loads((Path(__file__).parent / "eval.json").read_text())
-CHOICES = [name for name, task in FIXTURE.items() if "sums" in task]
+MAX_LENGTH = 512
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory):
-    """The fixture's rows where --benchmark_dir finds them."""
-    folder = tmp_path_factory.mktemp("bench")
-    for name, task in FIXTURE.items():
-        questions, examples = TASKS[name].files
-        files = {questions.replace("*", ""): task["rows"], examples: task["pool"]}
+def benchmark_dir(tmp_path_factory):
+    """The fixture's rows, where --benchmark_dir finds them."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    for name, fixture in FIXTURE.items():
+        task = TASKS[name]
+        write_rows(folder / task.eval_file.replace("*", ""), fixture["rows"])
         if name == "mbpp":
-            files = {questions: task["rows"] + task["pool"]}
-        for file, rows in files.items():
-            if file:
-                (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_rows(folder / task.eval_file, fixture["rows"] + fixture["pool"])
+        elif task.fewshot_file:
+            write_rows(folder / task.fewshot_file, fixture["pool"])
     return folder
 
 
+def write_rows(file, rows):
+    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """The folder of a model of some contrast."""
-    folder = tmp_path_factory.mktemp("tiny")
+def model_dir(tmp_path_factory):
+    """The folder of a tiny model whose predictions differ clearly."""
+    folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     model = Motif(MotifConfig(
         vocab_size=272, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=5, num_noise_heads=1, num_key_value_heads=2, head_dim=8,
-        max_position_embeddings=512))
+        max_position_embeddings=MAX_LENGTH))
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:
@@ -59,17 +64,30 @@ def tiny(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def model(model_dir):
+    return Motif.from_pretrained(model_dir).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def text():
+    tokenizer = data.load_tokenizer("byte")
+    return PromptEncoder(tokenizer, tokenizer.begin_id)
+
+
 @pytest.fixture
-def run(tmp_path, monkeypatch, tiny, bench, capsys):
-    """run(key=value, ...) runs the script in an empty folder -> what it printed and its records."""
+def run(tmp_path, monkeypatch, model_dir, benchmark_dir, capsys):
+    """run(key=value, ...) runs the script in an empty folder -> what it printed, and its records."""
     monkeypatch.chdir(tmp_path)
+
     def call(**options):
-        options = {"model": tiny, "tokenizer": "byte", "benchmark_dir": bench, "out_dir": "o",
-                   "device": "cpu", **options}
-        argv = [f"--{k}={v}" for k, v in options.items() if v is not None]
+        options = {"model": model_dir, "tokenizer": "byte", "benchmark_dir": benchmark_dir,
+                   "out_dir": "o", "device": "cpu", **options}
+        argv = [f"--{key}={value}" for key, value in options.items() if value is not None]
         monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
-        evaluation.main()
-        return capsys.readouterr().out, records("o") if options["out_dir"] else None
+        pretrain.run_main(evaluation.main)
+        found = records(options["out_dir"]) if options["out_dir"] else None
+        return capsys.readouterr().out, found
     return call
 
 
@@ -77,248 +95,366 @@ def records(out):
     return [json.loads(line) for line in (Path(out) / "samples.jsonl").read_text().splitlines()]
 
 
-def of_prompt(text):
+def results(out):
+    return json.loads((Path(out) / "results.json").read_text())["tasks"]
+
+
+def short_hash(text):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def replace_replies(monkeypatch, replies):
+    """Let the model write these replies; returns the list of the prompts that it gets."""
+    prompts_seen = []
+
+    def generate_replies(model, text, prompts, *options):
+        prompts_seen.extend(prompts)
+        return list(enumerate(replies))
+    monkeypatch.setattr(evaluation, "generate_replies", generate_replies)
+    return prompts_seen
 
 
 # ---- as lm-evaluation-harness has it
 
-@pytest.mark.parametrize("name", CHOICES)
-def test_prompts_sums_and_scores_are_the_harness_s(run, name):
+@pytest.mark.parametrize("name", [name for name, task in FIXTURE.items() if "sums" in task])
+def test_prompts_sums_and_scores_are_those_of_the_harness(run, name):
     expected = FIXTURE[name]
-    _, found = run(tasks=name, shots=expected["shots"])
-    assert [of_prompt(r["prompt"]) for r in found] == expected["prompts"]
-    for r, sums, scores in zip(found, expected["sums"], expected["scores"], strict=True):
-        assert r["output"] == pytest.approx(sums, abs=1e-3) and scores.items() <= r.items()
-    results = json.loads(Path("o/results.json").read_text())["tasks"][name]
+    _, found = run(tasks=name, num_fewshot=expected["shots"])
+    assert [short_hash(record["prompt"]) for record in found] == expected["prompts"]
+    for record, sums, scores in zip(found, expected["sums"], expected["scores"], strict=True):
+        assert record["output"] == pytest.approx(sums, abs=1e-3)
+        assert scores.items() <= record.items()
+        assert ("acc_norm" in scores) == ("acc_norm" in record)
+
     values = [100 * scores["acc"] for scores in expected["scores"]]
-    mean = sum(values) / len(values)
-    error = (sum((x - mean)**2 for x in values) / (len(values) - 1) / len(values))**0.5
-    assert results["acc"]["value"] == pytest.approx(mean) and results["acc"]["n"] == len(values)
-    assert results["acc"]["stderr"] == pytest.approx(error)
+    n = len(values)
+    mean = sum(values) / n
+    variance = sum((x - mean)**2 for x in values) / (n - 1)
+    acc = results("o")[name]["acc"]
+    assert (acc["value"], acc["n"]) == (pytest.approx(mean), n)
+    assert acc["stderr"] == pytest.approx((variance / n)**0.5)
 
 
-RIGHT = {"gsm8k": lambda row: row["answer"], "mbpp": lambda row: row["code"],
-         "humaneval": lambda row: row["canonical_solution"],
-         "humaneval_instruct": lambda row: row["canonical_solution"] + "```\nIt is short."}
+RIGHT_REPLY = {
+    "gsm8k": lambda row: row["answer"],
+    "mbpp": lambda row: row["code"],
+    "humaneval": lambda row: row["canonical_solution"],
+    "humaneval_instruct": lambda row: row["canonical_solution"] + "```\nIt is short."}
 
 
-@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("name", RIGHT_REPLY)
 @pytest.mark.parametrize("right", [True, False])
 def test_prompts_of_generation_and_verdicts_on_right_and_empty_replies(
         run, monkeypatch, name, right):
-    expected, metric = FIXTURE[name], "strict" if name == "gsm8k" else "pass@1"
-    monkeypatch.setattr(evaluation, "replies", lambda model, text, prompts, *options: (
-        (i, RIGHT[name](row) if right else "") for i, row in enumerate(expected["rows"])))
-    _, found = run(tasks=name, shots=expected["shots"], run_code=True)
-    assert [of_prompt(r["prompt"]) for r in found] == expected["prompts"]
-    assert [r[metric] for r in found] == [float(right)] * len(found)
+    expected = FIXTURE[name]
+    metric = "strict" if name == "gsm8k" else "pass@1"
+    replies = [RIGHT_REPLY[name](row) if right else "" for row in expected["rows"]]
+    replace_replies(monkeypatch, replies)
+    _, found = run(tasks=name, num_fewshot=expected["shots"], run_code=True)
+    assert [short_hash(record["prompt"]) for record in found] == expected["prompts"]
+    assert [record[metric] for record in found] == [float(right)] * len(found)
 
 
-def test_gsm8k_s_answers_are_those_that_the_harness_extracts():
+def test_a_chat_model_s_program_is_taken_out_of_its_fence(run, monkeypatch):
+    rows = FIXTURE["mbpp"]["rows"]
+    replies = [f"Here:\n```python\n{row['code']}\n```\nDone." for row in rows]
+    replace_replies(monkeypatch, replies)
+    _, found = run(tasks="mbpp", run_code=True, chat=True)
+    assert [record["pass@1"] for record in found] == [1.0] * len(rows)
+
+
+def test_the_numbers_found_in_gsm8k_replies_are_those_of_the_harness():
     for r in FIXTURE["gsm8k"]["replies"]:
-        assert evaluation.number_in(r["reply"], True) == r["strict"], r
-        assert evaluation.number_in(r["reply"], False) == r["flexible"], r
+        assert evaluation.number_in(r["reply"], strict=True) == r["strict"], r
+        assert evaluation.number_in(r["reply"], strict=False) == r["flexible"], r
 
 
-@pytest.mark.parametrize("name, steps", [("chains", {2, 3, 4}), ("longer_chains", {5, 6})])
-def test_chains_are_asked_in_turns_and_their_answers_compared(run, text, monkeypatch, name, steps):
-    """Right replies, those whose last step is wrong, and those that end before the answer."""
-    talks, asked = list(sft.load_conversations(evaluation.HELD_OUT[
-        {"chains": "held_chains"}.get(name, name)][0])), []
-    def reply(i):
-        lines = talks[i][1]["content"].split("\n")
-        return "\n".join([lines, [*lines[:-2], "?", lines[-1] + "."], lines[:-1]][i % 3])
-    monkeypatch.setattr(evaluation, "replies", lambda model, text, prompts, *options: (
-        asked.extend(prompts), [(i, reply(i)) for i in range(len(prompts))])[1])
+@pytest.mark.parametrize("name, domain, lengths", [
+    ("chains", "held_chains", {2, 3, 4}), ("longer_chains", "longer_chains", {5, 6})])
+def test_chains_are_asked_in_turns_and_their_answers_compared(
+        run, text, monkeypatch, name, domain, lengths):
+    chains = list(sft.load_conversations(sft.HELD_OUT[domain][0]))[:30]
+    right = [chain[1]["content"].split("\n") for chain in chains]
+    assert {len(lines) - 1 for lines in right} == lengths
+
+    # In turn: the right reply, one whose last step is wrong, and one that ends before the answer.
+    replies = []
+    steps = []
+    for i, lines in enumerate(right):
+        variants = [lines, [*lines[:-2], "?", lines[-1] + "."], lines[:-1]]
+        replies.append("\n".join(variants[i % 3]))
+        steps.append(1 - [0, 2, 1][i % 3] / len(lines))
+    prompts = replace_replies(monkeypatch, replies)
     printed, found = run(tasks=name, limit=30, benchmark_dir=None)
-    assert asked == [sft.encode_prompt(text.tokenizer, talk[:1]) for talk in talks[:30]]
-    n = [len(talk[1]["content"].split("\n")) for talk in talks[:30]]
-    assert {k - 1 for k in n} == steps
-    assert [r["acc"] for r in found] == [1.0, 0.0, 0.0] * 10
-    assert [r["steps"] for r in found] == pytest.approx(
-        [1 - (0, 2 / k, 1 / k)[i % 3] for i, k in enumerate(n)])
-    results = json.loads(Path("o/results.json").read_text())["tasks"][name]
-    assert results["acc"]["value"] == pytest.approx(100 / 3) and results["acc"]["n"] == 30
+
+    assert prompts == [sft.encode_prompt(text.tokenizer, chain[:1]) for chain in chains]
+    assert [record["acc"] for record in found] == [1.0, 0.0, 0.0] * 10
+    assert [record["steps"] for record in found] == pytest.approx(steps)
+    assert results("o")[name]["acc"]["value"] == pytest.approx(100 / 3)
     assert re.search(rf"^{name} +0 +acc +30 +33.333 ± 8.754 +-$", printed, re.M)
 
 
-def test_chains_of_a_model_are_greedy_and_the_same_again(run):
-    options = dict(tasks="chains", limit=1, benchmark_dir=None)
-    _, first = run(**options, out_dir="o")
-    Path("o/samples.jsonl").unlink()
-    assert run(**options)[1] == first and all(len(r["output"]) == 1 for r in first)
+def test_rows_of_the_local_form_are_read_like_those_of_the_hub():
+    arc = FIXTURE["arc_easy"]["rows"][1]
+    local = {"question": arc["question"], "choices": arc["choices"]["text"], "answer": 0}
+    assert TASKS["arc_easy"].read(local) == TASKS["arc_easy"].read(arc)
 
+    siqa = FIXTURE["siqa"]["rows"][1]
+    local = {"question": f"{siqa['context']} {siqa['question']}",
+             "choices": [siqa["answerA"], siqa["answerB"], siqa["answerC"]],
+             "answer": int(siqa["label"]) - 1}
+    assert TASKS["siqa"].read(local) == TASKS["siqa"].read(siqa)
 
-def test_local_rows_are_the_hub_s():
-    arc, mine = FIXTURE["arc_easy"]["rows"][1], {}
-    mine = {"question": arc["question"], "choices": arc["choices"]["text"], "answer": 0}
-    assert TASKS["arc_easy"].read(mine) == TASKS["arc_easy"].read(arc)
-    for name in "siqa", "winogrande":
-        row = FIXTURE[name]["rows"][1]
-        mine = {"question": row.get("sentence") or f"{row['context']} {row['question']}",
-                "choices": [v for k, v in row.items() if re.match("option|answer.", k)],
-                "answer": int(row.get("label", row.get("answer"))) - 1}
-        assert TASKS[name].read(mine) == TASKS[name].read(row)
+    winogrande = FIXTURE["winogrande"]["rows"][1]
+    local = {"question": winogrande["sentence"],
+             "choices": [winogrande["option1"], winogrande["option2"]],
+             "answer": int(winogrande["answer"]) - 1}
+    assert TASKS["winogrande"].read(local) == TASKS["winogrande"].read(winogrande)
+
     for row in FIXTURE["hellaswag"]["rows"]:
-        mine = {k: v for k, v in row.items() if k not in ("ctx_a", "ctx_b")}
-        assert TASKS["hellaswag"].read(mine) == TASKS["hellaswag"].read(row)
+        local = {key: value for key, value in row.items() if key not in ("ctx_a", "ctx_b")}
+        assert TASKS["hellaswag"].read(local) == TASKS["hellaswag"].read(row)
 
 
-# ---- the scorer and the generator, against passes of whole sequences
-
-@pytest.fixture(scope="module")
-def model(tiny):
-    return Motif.from_pretrained(tiny).requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def text():
-    tokenizer = data.load_tokenizer("byte")
-    return PromptEncoder(tokenizer, tokenizer._special_tokens[data.BEGIN])
-
+# ---- the scorer, against one pass over each whole sequence
 
 @torch.no_grad()
-def plain(model, context, continuation):
-    """log p of a continuation from one pass over the last tokens that the model can read."""
-    ids = (context + continuation)[-model.config.max_position_embeddings - 1:]
-    log_p = model(torch.tensor([ids[:-1]])).log_softmax(-1)[0]
+def plain_loglikelihood(model, context, continuation):
+    ids = (context + continuation)[-(MAX_LENGTH + 1):]
     n = min(len(continuation), len(ids) - 1)
-    return log_p[-n:].gather(1, torch.tensor(ids[-n:])[:, None]).sum().item()
+    log_p = model(torch.tensor([ids[:-1]])).log_softmax(-1)[0]
+    scored = torch.tensor(ids[-n:])
+    return log_p[-n:].gather(1, scored[:, None]).sum().item()
 
 
-def test_scores_in_batches_are_those_of_one_sequence_each(model, monkeypatch):
-    """Contexts of many lengths, some too long for the model, with and without common beginnings of
-    group and document; choices of many lengths."""
-    rng, pairs, requests = torch.Generator().manual_seed(1), [], []
+def random_questions():
+    """(pairs, group) of questions with contexts of many lengths, some too long for the model, with
+    and without beginnings common to the group; choices of many lengths."""
+    rng = torch.Generator().manual_seed(1)
+
     def draw(n):
         return torch.randint(256, (n,), generator=rng).tolist()
+
     begins = {"a": draw(90), "b": draw(200), "": []}
+    questions = []
     for i in range(24):
-        group = ("a", "b", "")[i % 3]
-        context = begins[group] + draw((5, 40, 90, 300)[i % 4] if i != 7 else 511)
-        pairs.append([(context, draw(1 if i % 5 == 0 else 3 + 7 * j)) for j in range(2 + i % 3)])
-        requests.append(LoglikelihoodRequest(i, pairs[-1], 512, group))
-    pairs.append([(draw(9), draw(600))])                 # longer than the model by itself
-    requests.append(LoglikelihoodRequest(24, pairs[-1], 512))
-    expected = [[plain(model, *pair) for pair in own] for own in pairs]
-    kept, new_cache = [], model.new_cache
-    monkeypatch.setattr(model, "new_cache", lambda rows, length: (
-        kept.append((rows, length)), new_cache(rows, length))[1], raising=False)
-    for batch_tokens in 1, 2048, 10**5:
-        kept.clear()
-        seen = {r.doc: found for r, found in loglikelihoods(model, requests, batch_tokens)}
-        assert len(seen) == 25
-        assert all(rows == 1 or rows * length <= batch_tokens / 2 for rows, length in kept)
-        assert (max(kept)[0] > 3) == (batch_tokens > 1)
-        for i, own in enumerate(expected):
-            sums = [found.sum().item() for found in seen[i]]
-            assert sums == pytest.approx(own, abs=1e-3)
+        group = ["a", "b", ""][i % 3]
+        own_length = 511 if i == 7 else [5, 40, 90, 300][i % 4]
+        context = begins[group] + draw(own_length)
+        pairs = []
+        for j in range(2 + i % 3):
+            pairs.append((context, draw(1 if i % 5 == 0 else 3 + 7 * j)))
+        questions.append((pairs, group))
+    questions.append(([(draw(9), draw(600))], ""))           # by itself longer than the model
+    questions.append(([([1, 2], [3]), ([4, 2], [3])], ""))   # contexts that share nothing
+    return questions
 
 
-def test_spaces_at_the_end_of_a_context_belong_to_the_continuation(text):
-    assert text.pair("a  ", "b") == (text.first + [97], [32, 32, 98])
-    assert text.pair("", " b") == (text.first, [32, 98])
-    gpt = PromptEncoder(data.load_tokenizer("byte"), None)
-    assert gpt.pair("a", "b") == ([97], [98])
-    assert gpt.pair("", "b") == ([gpt.specials[data.BEGIN]], [98])
-    assert gpt.pair(" ", "b") == ([gpt.specials[data.BEGIN]], [32, 98])
+@pytest.mark.parametrize("kv_cache_tokens", [1, 2048, 10**5])
+def test_scores_in_batches_are_those_of_one_sequence_at_a_time(model, monkeypatch, kv_cache_tokens):
+    questions = random_questions()
+    requests = [LoglikelihoodRequest(i, pairs, MAX_LENGTH, group)
+                for i, (pairs, group) in enumerate(questions)]
+
+    sizes = []
+    select_rows = KVCache.select_rows
+
+    def noted(cache, rows, max_length=None):
+        sizes.append((len(rows), max_length))
+        return select_rows(cache, rows, max_length)
+    monkeypatch.setattr(KVCache, "select_rows", noted)
+
+    found = dict(evaluation.loglikelihoods(model, requests, kv_cache_tokens))
+    assert len(found) == len(requests)
+    for request, (pairs, _) in zip(requests, questions):
+        sums = [log_p.sum().item() for log_p in found[request]]
+        assert sums == pytest.approx([plain_loglikelihood(model, *pair) for pair in pairs],
+                                     abs=1e-3)
+
+    # A cache of more than one row keeps to half of the budget.
+    for n, length in sizes:
+        assert n == 1 or n * length <= kv_cache_tokens / 2
+    assert (max(sizes)[0] > 3) == (kv_cache_tokens > 1)
 
 
-def test_a_tokenizer_json_says_whether_it_begins_a_text():
-    tokenizer = data.load_tokenizer("byte")
-    template = {"type": "TemplateProcessing", "single": [
-        {"SpecialToken": {"id": data.BEGIN, "type_id": 0}}, {"Sequence": {"id": "A"}}]}
-    begin = tokenizer._special_tokens[data.BEGIN]
-    assert evaluation.first_token({"post_processor": template}, tokenizer) == begin
-    both = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}
-    assert evaluation.first_token({"post_processor": both}, tokenizer) == begin
-    for none in None, {"type": "ByteLevel"}, {"type": "TemplateProcessing", "single": []}:
-        assert evaluation.first_token({"post_processor": none}, tokenizer) is None
-    template["single"][0]["SpecialToken"]["id"] = "<s>"
-    with pytest.raises(ValueError, match="begins texts with <s>, no added token"):
-        evaluation.first_token({"post_processor": template}, tokenizer)
+def test_what_prompts_share_is_read_once(model, monkeypatch):
+    """40 questions behind the same 300 ids, each with two choices of two ids."""
+    tokens_read = []
+    forward = Motif.hidden_states
+
+    def counted(model, ids, *options):
+        tokens_read.append(ids.numel())
+        return forward(model, ids, *options)
+    monkeypatch.setattr(Motif, "hidden_states", counted)
+
+    shared = list(range(150)) * 2
+    requests = []
+    for i in range(40):
+        context = shared + [200 + i, 7, 7, 7]
+        requests.append(LoglikelihoodRequest(i, [(context, [1, 2]), (context, [3, 4])],
+                                             MAX_LENGTH, "examples"))
+    dict(evaluation.loglikelihoods(model, requests, 10**5))
+    assert sum(tokens_read) == 300 + 40 * 4 + 40 * 2
 
 
-def test_replies_are_those_of_greedy_passes_without_a_cache(model, text):
-    """Prompts of unequal length, in batches, cut at stop strings, which fall within replies."""
-    prompts = [list(b"The quick brown fox"[:n]) for n in (1, 4, 9, 19)] + [list(b"zq" * 300)]
-    stops = {}
-    expected = []
-    for ids in prompts:
-        ids = ids[-(512 - 24):]
-        start = len(ids)
-        with torch.no_grad():
-            for _ in range(24):
-                ids = ids + [model(torch.tensor([ids]))[0, -1].argmax().item()]
-        expected.append(ids[start:])
-    whole = [cut_at(said, text, ()) for said in expected]
-    assert dict(generate_replies(model, text, prompts, (), 24, 2048)) == dict(enumerate(whole))
-    stops = [w[k:k + 1] for w, k in zip(whole, (3, 9, 20)) if len(w) > k and w[k] != "\ufffd"]
-    assert stops
-    cut = [cut_at(said, text, stops) for said in expected]
-    assert cut != whole
-    assert dict(generate_replies(model, text, prompts, tuple(stops), 24, 2048)) == dict(enumerate(cut))
+def test_an_empty_context_becomes_begin(text):
+    assert text.encode_pair("a  ", "b") == ([*text.begin, 97], [32, 32, 98])
+    assert text.encode_pair("", " b") == (text.begin, [32, 98])
+    no_begin = PromptEncoder(text.tokenizer, begin_id=None)
+    assert no_begin.encode_pair("a", "b") == ([97], [98])
+    assert no_begin.encode_pair("", "b") == (text.begin, [98])
+    assert no_begin.encode_pair(" ", "b") == (text.begin, [32, 98])
+
+
+def test_the_tokenizer_begins_a_text_unless_the_model_was_trained_here(model_dir, tmp_path):
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": True}
+    spec = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+            "normalizer": None, "post_processor": None, "decoder": byte_level,
+            "pre_tokenizer": byte_level,
+            "model": {"type": "BPE", "merges": [],
+                      "vocab": {letter: i for i, letter in enumerate(letters)}}}
+    folder = tmp_path / "step_1"
+    shutil.copytree(model_dir, folder)
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+
+    c = Config(precision="fp32")
+    cpu = torch.device("cpu")
+    assert evaluation.open_model(folder, c, cpu)[1].begin == []
+
+    state = {"files": {}, "config": {"tokenizer": str(folder)}}
+    (folder / "state.json").write_text(json.dumps(state))
+    text = evaluation.open_model(folder, c, cpu)[1]
+    assert text.begin == [text.tokenizer.special[data.BEGIN]]
 
 
 def test_bits_of_replies_are_the_loss_of_fine_tuning(model, text):
-    docs = {i: evaluation.read_chain(talk) for i, talk in enumerate(
-        sft.load_conversations("builtin:chains?n=3&steps=2"))}
-    found = dict(evaluation.bits_per_byte(None, docs, model, text, Config(batch_tokens=600)))
-    for i, talk in enumerate(sft.load_conversations("builtin:chains?n=3&steps=2")):
-        ids, targets = (torch.tensor([x]) for x in sft.encode_chat(text.tokenizer, talk))
-        nats = model(ids, targets, reduction="sum").item()
+    chains = list(sft.load_conversations("builtin:chains?n=3&steps=2"))
+    examples = {i: evaluation.read_chain(chain) for i, chain in enumerate(chains)}
+    c = Config(kv_cache_tokens=600)
+    found = dict(evaluation.bits_per_byte(None, examples, model, text, c))
+    for i, chain in enumerate(chains):
+        ids, targets = sft.encode_chat(text.tokenizer, chain)
+        nats = model(torch.tensor([ids]), torch.tensor([targets]), reduction="sum").item()
         assert sum(found[i]["bits"].values()) == pytest.approx(nats / math.log(2), rel=1e-5)
-        assert sum(found[i]["bytes"].values()) == len(talk[1]["content"])
-
-
-def test_every_batch_and_every_question_has_noise_of_its_own(model, text):
-    """One question in many batches, then the same by itself, as another rank has it."""
-    docs = {i: evaluation.Example("The fox", row={}) for i in range(12)}
-    task = evaluation.Task(None, judge=lambda doc, generate_replies: {}, new_tokens=24)
-    c = Config(batch_tokens=4 * (len(text.ask("The fox")) + 24), temperature=1.0, chat=True)
-    def sampled(docs):
-        return {i: r["output"][0]
-                for i, r in evaluation.generation(task, docs, model, text, c)}
-    said = sampled(docs)
-    assert len({*said.values()}) == 12 and sampled(docs) == said
-    assert sampled({5: docs[5]})[5] not in said.values()
-
-
-def cut_at(ids, text, stops):
-    ids = ids[:next((i for i, t in enumerate(ids) if t in text.ends), None)]
-    said = b"".join(text.bytes[i] if i < len(text.bytes) else b"\xff" for i in ids)
-    cuts = [k for k in (said.find(stop.encode()) for stop in stops) if k >= 0]
-    return said[:min(cuts, default=None)].decode("utf-8", "replace")
-
-
-def test_stop_strings_are_found_across_tokens_and_ended_rows_are_left_out(text):
-    alive, counts = [0, 1, 2, 3], []
-
-    def stream():
-        for column in zip(b"one\n\ntwo", b"Question", b"no\n\nmore", b"so zz it"):
-            counts.append(len(alive))
-            rows = yield torch.tensor(column)[alive, None]
-            if rows is not None:
-                alive[:] = [alive[k] for k in rows]
-    assert dict(evaluation.finished(stream(), [5, 6, 7, 8], text, ("\n\n", "zz"))) == {
-        5: "one", 6: "Question", 7: "no", 8: "so "}
-    assert counts == [4, 4, 4, 4, 4, 2, 2, 2] and alive[0] == 1
+        assert sum(found[i]["bytes"].values()) == len(chain[1]["content"])
 
 
 def test_bits_per_byte_are_those_of_whole_windows(run, model, text):
-    Path("own.txt").write_text("Ships sail.\n" * 90)
-    printed, (r,) = run(tasks="bpb:own.txt")
-    ids, total = text.first + list(b"Ships sail.\n" * 90), 0.0
-    for start in 0, 512, 1024:
-        total -= plain(model, ids[start:start + 1], ids[start + 1:start + 513])
-    assert sum(r["bytes"].values()) == 1080 and "bits per byte" in printed
-    assert sum(r["bits"].values()) == pytest.approx(total / math.log(2), rel=1e-5)
-    first = -plain(model, ids[:1], ids[1:2]) - plain(model, ids[512:513], ids[513:514]) - plain(
-        model, ids[1024:1025], ids[1025:1026])
-    assert r["bits"]["0"] == pytest.approx(first / math.log(2), rel=1e-4)
-    assert r["bytes"] == {"0": 3, "1": 3, "2": 6, "4": 12, "8": 24, "16": 48, "32": 88, "64": 128,
-                          "128": 256, "256": 512}
+    content = "Ships sail.\n" * 90
+    Path("own.txt").write_text(content)
+    printed, (record,) = run(tasks="bpb:own.txt")
+    ids = text.begin + list(content.encode())
+
+    total = 0.0
+    of_first_tokens = 0.0
+    for start in (0, 512, 1024):
+        window = ids[start:start + 513]
+        total -= plain_loglikelihood(model, window[:1], window[1:])
+        of_first_tokens -= plain_loglikelihood(model, window[:1], window[1:2])
+    assert "bits per byte" in printed
+    assert sum(record["bits"].values()) == pytest.approx(total / math.log(2), rel=1e-5)
+    assert record["bits"]["0"] == pytest.approx(of_first_tokens / math.log(2), rel=1e-4)
+    assert record["bytes"] == {"0": 3, "1": 3, "2": 6, "4": 12, "8": 24, "16": 48, "32": 88,
+                               "64": 128, "128": 256, "256": 512}
+
+
+# ---- generation, against greedy passes without a cache
+
+@torch.no_grad()
+def plain_greedy(model, prompt, max_new_tokens):
+    ids = prompt[-(MAX_LENGTH - max_new_tokens):]
+    new = []
+    for _ in range(max_new_tokens):
+        logits = model(torch.tensor([ids + new]))
+        new.append(logits[0, -1].argmax().item())
+    return new
+
+
+def cut_reply(ids, text, until=()):
+    """The reply that these ids are: up to a token that ends it, and to the first stop string."""
+    reply = b""
+    for i in ids:
+        if i in text.end_ids:
+            break
+        reply += text.tokenizer.token_bytes(i)
+    for stop in until:
+        reply = reply.partition(stop.encode())[0]
+    return reply.decode("utf-8", "replace")
+
+
+def test_replies_of_a_batch_are_those_of_one_prompt_at_a_time(model, text):
+    prompts = [list(b"The quick brown fox"[:n]) for n in (1, 4, 9, 19)] + [list(b"zq" * 300)]
+    new_ids = [plain_greedy(model, prompt, 24) for prompt in prompts]
+    whole = [cut_reply(ids, text) for ids in new_ids]
+    found = dict(evaluation.generate_replies(model, text, prompts, (), 24, 2048))
+    assert found == dict(enumerate(whole))
+
+    # Letters that fall within the replies, as strings to stop at.
+    until = []
+    for reply, k in zip(whole, (3, 9, 20)):
+        if len(reply) > k and reply[k] != "\ufffd":
+            until.append(reply[k])
+    cut = [cut_reply(ids, text, until) for ids in new_ids]
+    assert cut != whole
+    found = dict(evaluation.generate_replies(model, text, prompts, tuple(until), 24, 2048))
+    assert found == dict(enumerate(cut))
+
+
+def test_a_run_generates_greedily_unless_a_temperature_is_given(run, model, text):
+    chain = next(iter(sft.load_conversations(sft.HELD_OUT["held_chains"][0])))
+    prompt = sft.encode_prompt(text.tokenizer, chain[:1])
+    greedy = cut_reply(plain_greedy(model, prompt, 200), text)
+    assert len(greedy) > 5
+    options = {"tasks": "chains", "limit": 1, "benchmark_dir": None}
+    assert run(**options)[1][0]["output"] == [greedy]
+    assert run(**options, temperature=1.0)[1][0]["output"] != [greedy]
+
+
+def test_every_batch_and_every_question_has_noise_of_its_own(model, text):
+    """The same question in many batches, then once by itself, as another rank may have it."""
+    question = Example("The fox", row={})
+    task = Task(None, "generation", metric=lambda example, reply: {}, max_new_tokens=24)
+    rows_per_batch = 4
+    c = Config(kv_cache_tokens=rows_per_batch * (len(text.encode_chat("The fox")) + 24),
+               temperature=1.0, chat=True)
+
+    def sampled(examples):
+        found = evaluation.generation(task, examples, model, text, c)
+        return {i: record["output"][0] for i, record in found}
+
+    examples = {i: question for i in range(12)}
+    replies = sampled(examples)
+    assert len(set(replies.values())) == 12
+    assert sampled(examples) == replies
+    assert sampled({5: question})[5] not in replies.values()
+
+
+class ScriptedDecoder:
+    """Says these texts, a byte of each row at a time, and notes how many rows there were."""
+
+    def __init__(self, *replies):
+        self.columns = zip(*replies)
+        self.rows = list(range(len(replies)))
+        self.num_rows = []
+
+    def next_tokens(self):
+        self.num_rows.append(len(self.rows))
+        column = next(self.columns)
+        return torch.tensor([[column[row]] for row in self.rows])
+
+    def keep_rows(self, rows):
+        self.rows = [self.rows[k] for k in rows]
+
+
+def test_rows_that_have_ended_are_left_out(text):
+    """Also: a string to stop at is found across tokens, and two rows stay to the end."""
+    decoder = ScriptedDecoder(b"one\n\ntwo", b"Question", b"no\n\nmore", b"so zz it")
+    found = evaluation.decode_until_stop(decoder, [5, 6, 7, 8], text, ("\n\n", "zz"), 8)
+    assert dict(found) == {5: "one", 6: "Question", 7: "no", 8: "so "}
+    assert decoder.num_rows == [4, 4, 4, 4, 4, 2, 2, 2]
+    assert decoder.rows[0] == 1
 
 
 # ---- the sandbox
@@ -344,16 +480,17 @@ PROGRAMS = {
 def test_sandbox(name, tmp_path):
     code, verdict = PROGRAMS[name]
     outside = tmp_path / "outside"
-    if name == "outside" and tools.sandbox.sandbox_gaps():
+    if name == "outside" and sandbox_gaps():
         pytest.skip("this system cannot confine writing")
-    found = run_program(code.replace("{outside!r}", repr(str(outside))), 2.0)
+    found = run_program(code.replace("{outside!r}", repr(str(outside))), timeout=2.0)
     assert re.match(verdict, found), found
-    assert not outside.exists() and not processes_with("time.sleep(987)")
-    assert not processes_with("in_child()")
+    assert not outside.exists()
+    assert not processes_with("time.sleep(987)")
+    assert not processes_with("sandbox_main()")
 
 
 def processes_with(words):
-    """Those whose command line has the words, zombies aside."""
+    """The processes whose command line has these words."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -364,102 +501,124 @@ def processes_with(words):
     return found
 
 
-def test_no_network_where_it_can_be_unshared():
-    if tools.sandbox.in_sandbox("", 10.0)[1][:1] != "1":
-        pytest.skip("this system does not unshare the network")
+def test_programs_have_no_network():
+    if in_sandbox("", 10.0)[1][:1] != "1":
+        pytest.skip("this system has no network namespaces for users")
     with socket.create_server(("127.0.0.1", 0)) as server:
         code = f"import socket\nsocket.create_connection({server.getsockname()}, 1)"
         assert run_program(code).startswith("failed: OSError")
 
 
-def test_pass_at_k():
-    assert evaluation.pass_at_k(10, 3, 1) == pytest.approx(0.3)
-    assert evaluation.pass_at_k(4, 2, 2) == pytest.approx(1 - 1 / 6)
-    assert evaluation.pass_at_k(3, 2, 2) == 1.0
-
-
 # ---- the run
 
-def test_a_cut_run_goes_on_and_other_settings_begin_anew(run, monkeypatch):
-    _, whole = run(tasks="arc_easy,piqa", shots=1)
+@pytest.fixture
+def requests_scored(monkeypatch):
+    """A list to which every request is added that the model scores."""
+    scored = []
+    loglikelihoods = evaluation.loglikelihoods
+
+    def noted(model, requests, kv_cache_tokens):
+        scored.extend(requests)
+        return loglikelihoods(model, requests, kv_cache_tokens)
+    monkeypatch.setattr(evaluation, "loglikelihoods", noted)
+    return scored
+
+
+def test_a_run_that_was_cut_resumes(run, requests_scored):
+    _, straight = run(tasks="arc_easy,piqa", num_fewshot=1)
     samples = Path("o/samples.jsonl")
     lines = samples.read_text().splitlines(True)
     samples.write_text("".join(lines[:2]) + lines[2][:30])
-    measured = []
-    monkeypatch.setattr(evaluation, "scored", lambda model, requests, batch_tokens: (
-        measured.extend(requests), loglikelihoods(model, requests, batch_tokens))[1])
-    _, again = run(tasks="arc_easy,piqa", shots=1)
-    assert len(measured) == len(whole) - 2
-    for a, b in zip(again, whole, strict=True):          # other batches, hence other last digits
-        assert a.pop("output") == pytest.approx(b.pop("output"), rel=1e-5) and a == b
-    _, other = run(tasks="arc_easy", shots=0)            # other documents, the same settings
-    assert len(other) == len(whole) and len(measured) == len(whole) + 1
-    assert [r["hash"] for r in other[3:]] == [r["hash"] for r in whole[3:]]
-    assert not {r["hash"] for r in other[:3]} & {r["hash"] for r in whole}
-    results = json.loads(Path("o/results.json").read_text())["tasks"]
-    assert {name: r["acc"]["shots"] for name, r in results.items()} == {"arc_easy": 0, "piqa": 1}
-    _, other = run(tasks="arc_easy", chat=True)
-    assert len(other) == 3 and len(measured) == len(whole) + 4
+    requests_scored.clear()
+
+    _, resumed = run(tasks="arc_easy,piqa", num_fewshot=1)
+    assert len(requests_scored) == len(straight) - 2
+    for a, b in zip(resumed, straight, strict=True):
+        assert a.pop("output") == pytest.approx(b.pop("output"), rel=1e-5)   # another batch
+        assert a == b
+
+
+def test_other_prompts_and_other_settings_are_measured_anew(run, requests_scored):
+    _, one_shot = run(tasks="arc_easy,piqa", num_fewshot=1)
+    requests_scored.clear()
+    _, zero_shot = run(tasks="arc_easy", num_fewshot=0)
+    assert len(requests_scored) == 3
+    assert [r["hash"] for r in zero_shot[3:]] == [r["hash"] for r in one_shot[3:]]    # piqa's
+    assert not {r["hash"] for r in zero_shot[:3]} & {r["hash"] for r in one_shot}
+    shots = {name: result["acc"]["shots"] for name, result in results("o").items()}
+    assert shots == {"arc_easy": 0, "piqa": 1}
+
+    requests_scored.clear()
+    _, as_chat = run(tasks="arc_easy", chat=True)
+    assert len(as_chat) == len(requests_scored) == 3
 
 
 def test_a_document_that_has_changed_is_measured_again(run):
-    rows = [{"text": "Ships sail."}, {"text": "Cranes fly."}]
-    def measured():
-        Path("own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return run(tasks="bpb:own.jsonl")[1]
-    first = measured()
-    rows[1]["text"] = "Cranes swim."
-    second = measured()
-    assert second[0] == first[0] and second[1]["prompt"] == "Cranes swim."
+    write_rows("own.jsonl", [{"text": "Ships sail."}, {"text": "Cranes fly."}])
+    _, first = run(tasks="bpb:own.jsonl")
+    write_rows("own.jsonl", [{"text": "Ships sail."}, {"text": "Cranes swim."}])
+    _, second = run(tasks="bpb:own.jsonl")
+    assert second[0] == first[0]
+    assert second[1]["prompt"] == "Cranes swim."
     assert sum(second[1]["bytes"].values()) == len("Cranes swim.")
 
 
-def test_stages_stand_side_by_side_and_are_measured_once(run, tiny, monkeypatch):
+def test_stages_stand_side_by_side_and_are_measured_once(
+        run, model_dir, requests_scored, monkeypatch):
     monkeypatch.setattr(evaluation, "BUILTIN_DOCS", 1)
-    for name in "quickstart/step_2", "quickstart/step_4", "sft1/step_3":
-        shutil.copytree(tiny, Path("out", name))
-        Path("out", name, "state.json").write_text('{"files": {}, "config": {"tokenizer": "byte"}}')
-    Path("out/quickstart/step_6").mkdir()                # torn: passed over
-    alone = dict(model=None, tokenizer=None, benchmark_dir=None, limit=1)
-    printed, _ = run(**alone, out_dir=None)
+    for name in ("quickstart/step_2", "quickstart/step_4", "sft1/step_3"):
+        folder = Path("out", name)
+        shutil.copytree(model_dir, folder)
+        (folder / "state.json").write_text('{"files": {}, "config": {"tokenizer": "byte"}}')
+    Path("out/quickstart/step_6").mkdir()                # incomplete, hence passed over
+
+    options = {"model": None, "tokenizer": None, "benchmark_dir": None, "limit": 1,
+               "out_dir": None}
+    printed, _ = run(**options)
     assert re.search(r"^task .* quickstart +sft1 +reported$", printed, re.M)
     rows = re.findall(r"^(\S+) .* ([\d.]+) ± +nan +([\d.]+) ± +nan +-$", printed, re.M)
-    assert [name for name, *_ in rows] == [*evaluation.BPB, "chains", "chains"]
+    assert [name for name, _, _ in rows] == [*evaluation.BPB_TASKS, "chains", "chains"]
     assert all(a == b for _, a, b in rows)
-    monkeypatch.setattr(evaluation, "scored", lambda *options: ())
-    monkeypatch.setattr(evaluation, "replies", lambda *options: ())
-    again, _ = run(**alone, out_dir=None)
+
+    requests_scored.clear()
+    again, _ = run(**options)
+    assert not requests_scored
     assert again[again.index("\ntask"):] == printed[printed.index("\ntask"):]
-    monkeypatch.setattr(evaluation, "scored", loglikelihoods)
-    printed, _ = run(**{**alone, "model": "out/quickstart"}, out_dir=None, tasks="bpb", plot=True)
+
+    options["model"] = "out/quickstart"
+    printed, _ = run(**options, tasks="bpb", plot=True)
     assert re.search(r"^task .* step_2 +step_4 +reported$", printed, re.M)
     assert Path("out/eval/scores.png").exists()
 
 
 def test_a_limited_run_goes_on_without_the_limit(run):
     expected = FIXTURE["mmlu"]
-    groups = [row["subject"] for row in expected["rows"]]
-    _, few = run(tasks="mmlu", shots=expected["shots"], limit=1)
-    assert [r["doc"] for r in few] == sorted(groups.index(group) for group in {*groups})
-    _, all_ = run(tasks="mmlu", shots=expected["shots"])
-    assert [of_prompt(r["prompt"]) for r in all_] == expected["prompts"]
-    assert [r for r in all_ if r["doc"] in [f["doc"] for f in few]] == few and len(few) < len(all_)
+    subjects = [row["subject"] for row in expected["rows"]]
+    _, few = run(tasks="mmlu", num_fewshot=expected["shots"], limit=1)
+    first_of_each = sorted(subjects.index(subject) for subject in set(subjects))
+    assert [record["doc"] for record in few] == first_of_each
+    _, everything = run(tasks="mmlu", num_fewshot=expected["shots"])
+    assert [short_hash(record["prompt"]) for record in everything] == expected["prompts"]
+    assert [everything[i] for i in first_of_each] == few
 
 
-def as_rank(rank: int, port: int) -> None:
+def as_rank(rank, port):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
                       MASTER_PORT=str(port))
-    for module in evaluation, pretrain:
-        module.RANK, module.WORLD = rank, 2
+    for module in (evaluation, pretrain):
+        module.RANK = rank
+        module.WORLD = 2
     torch.set_num_threads(1)
     pretrain.run_main(evaluation.main)
 
 
-def test_ranks_share_the_documents_and_the_scores_stay(run, monkeypatch):
-    _, one = run(tasks="arc_challenge,mmlu", shots=2)
+def test_scores_do_not_depend_on_the_number_of_ranks(run, monkeypatch):
+    _, one = run(tasks="arc_challenge,mmlu", num_fewshot=2)
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
-    monkeypatch.setattr(sys, "argv", [w.replace("dir=o", "dir=two") for w in sys.argv])
+    argv = [word.replace("out_dir=o", "out_dir=two") for word in sys.argv]
+    monkeypatch.setattr(sys, "argv", argv)
+
     context = torch.multiprocessing.get_context("fork")
     ranks = [context.Process(target=as_rank, args=(rank, port)) for rank in range(2)]
     for process in ranks:
@@ -467,106 +626,110 @@ def test_ranks_share_the_documents_and_the_scores_stay(run, monkeypatch):
     for process in ranks:
         process.join(120)
     assert [process.exitcode for process in ranks] == [0, 0]
-    two = records("two")
-    assert [r["prompt"] for r in two] == [r["prompt"] for r in one] and not list(
-        Path("two").glob("samples.*.jsonl"))
-    for a, b in zip(one, two, strict=True):
-        assert a["output"] == pytest.approx(b["output"], abs=1e-4) and a["acc"] == b["acc"]
 
+    two = records("two")
+    for a, b in zip(one, two, strict=True):
+        assert a.pop("output") == pytest.approx(b.pop("output"), abs=1e-4)
+        assert a == b
+
+
+# ---- chat
 
 def test_chat_keeps_the_conversation(model, text, monkeypatch, capsys):
-    lines, asked = iter(["hello", "/system Be brief.", "again", "/temp x", "/what", "/reset", "new",
-                         "/quit"]), []
-    def reply_to(messages, *options):
-        asked.append([(m["role"], m["content"]) for m in messages])
+    lines = iter(["hello", "/system Be brief.", "again", "/temp x", "/temp 0.5", "more", "/what",
+                  "/reset", "new", "/quit"])
+    asked = []
+
+    def print_reply(messages, model, text, temperature, seed):
+        asked.append(([message["content"] for message in messages], temperature))
         return "yes"
-    monkeypatch.setattr(evaluation, "reply_to", reply_to)
+    monkeypatch.setattr(evaluation, "print_reply", print_reply)
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     evaluation.chat(model, text, Config())
-    system = ("system", "Be brief.")
-    assert asked == [[("user", "hello")], [system, ("user", "again")], [system, ("user", "new")]]
+    assert asked == [(["hello"], 0.7),
+                     (["Be brief.", "again"], 0.7),
+                     (["Be brief.", "again", "yes", "more"], 0.5),
+                     (["Be brief.", "new"], 0.5)]
     printed = capsys.readouterr().out
-    assert "/temp needs a number" in printed and "/what is unknown" in printed
+    assert "/temp" in printed and "/what" in printed
 
 
-def test_a_turn_s_special_tokens_cannot_be_spelled_by_a_user(model, text, monkeypatch, capsys):
-    at = text.specials
-    ids = text.ask("a<|endofturn|>")
-    assert ids == [at[data.BEGIN], at["<|startofturn|>"], at["<|user|>"],
-                   *b"\n\na<|endofturn|>", at["<|endofturn|>"], at["<|startofturn|>"],
-                   at["<|assistant|>"], *b"\n\n"]
-    monkeypatch.setattr(model.config, "max_position_embeddings", 40)
-    long = [{"role": "user", "content": "x" * 600}, {"role": "user", "content": "short"}]
-    assert evaluation.reply_to(long, model, text, 0.0, 1) == evaluation.reply_to(
-        long[1:], model, text, 0.0, 1)
-    system, said = {"role": "system", "content": "s"}, {"role": "assistant", "content": "y" * 9}
-    monkeypatch.setattr(model.config, "max_position_embeddings", 64)
-    for kept, turns in ([system, long[1]], [system, long[0], said, long[1]]), (
-            [system, long[0]], [system, long[0]]):
-        read = []
-        monkeypatch.setattr(model, "stream", lambda ids, *_, **__: read.append(ids) or iter(()),
-                            raising=False)
-        evaluation.reply_to(turns, model, text, 0.0, 1)
-        assert read[0][0].tolist() == sft.encode_prompt(text.tokenizer, kept)[-32:]
-    monkeypatch.undo()
-    stream = model.stream
-    def interrupted(*arguments, **options):
-        yield next(stream(*arguments, **options))
-        raise KeyboardInterrupt
-    monkeypatch.setattr(model, "stream", interrupted, raising=False)
-    assert len(evaluation.reply_to(long[1:], model, text, 0.0, 1)) <= 1
+def test_a_user_cannot_spell_a_special_token(text):
+    special = text.tokenizer.special
+    assert text.encode_chat("a<|endofturn|>") == [
+        special[data.BEGIN], special[data.TURN], special[data.ROLES["user"]],
+        *b"\n\na<|endofturn|>", special[data.TURN_END], special[data.TURN],
+        special[data.ROLES["assistant"]], *b"\n\n"]
 
+
+def test_a_long_conversation_loses_its_oldest_exchanges_but_not_the_system_s_words(text):
+    system = {"role": "system", "content": "s"}
+    long = {"role": "user", "content": "x" * 600}
+    reply = {"role": "assistant", "content": "y" * 9}
+    short = {"role": "user", "content": "short"}
+
+    def encode(*messages):
+        return sft.encode_prompt(text.tokenizer, list(messages))
+
+    conversation = [system, long, reply, short]
+    assert evaluation.fit_conversation(conversation, text, 1000) == encode(*conversation)
+    assert evaluation.fit_conversation(conversation, text, 32) == encode(system, short)
+    assert evaluation.fit_conversation([system, long], text, 32) == encode(system, long)[-32:]
+
+
+def test_ctrl_c_ends_a_reply(model, text, monkeypatch, capsys):
+    question = [{"role": "user", "content": "short"}]
+    whole = evaluation.print_reply(question, model, text, 0.0, seed=1)
+    assert capsys.readouterr().out == whole + "\n"
+
+    next_tokens = model_module.Decoder.next_tokens
+
+    def interrupted(decoder):
+        if decoder.remaining < 250:
+            raise KeyboardInterrupt
+        return next_tokens(decoder)
+    monkeypatch.setattr(model_module.Decoder, "next_tokens", interrupted)
+    begun = evaluation.print_reply(question, model, text, 0.0, seed=1)
+    assert whole.startswith(begun) and 0 < len(begun) < len(whole)
+
+
+# ---- mistakes
 
 @pytest.mark.parametrize("options, words", [
-    (dict(tasks="arc_esay"), "unknown task 'arc_esay'; did you mean 'arc_easy'?"),
-    (dict(tasks="humaneval"), "--run_code"),
-    (dict(tasks="arc_easy", benchmark_dir="none"), r"none/arc_easy_test.jsonl is missing: .*put it"),
-    (dict(tasks="arc_easy", shots=5), "shots=5, but arc_easy_train.jsonl has 4 examples; lower"),
-    (dict(tasks="humaneval", shots=1, run_code=True), "has no examples; give --num_fewshot=0"),
-    (dict(tasks="arc_easy", tokenizer="gpt2.json"), "tokenizer gpt2.json"),
-    (dict(tasks="arc_easy", tokenizer=None), "has no tokenizer.json; give --tokenizer"),
-    (dict(model="nowhere"), "model=nowhere is neither a folder nor"),
-    (dict(model=None), "none of out/quickstart, .* holds a checkpoint; run `python pretrain.py`"),
-    (dict(tasks="bpb:none.txt"), "no file matches none.txt"),
-    (dict(tasks="bpb:empty.txt"), "bpb:empty.txt has no documents"),
-    (dict(tasks="chat,mmlu"), "chat is none of several tasks"),
-    (dict(tasks="humaneval", run_code=True, samples=10), "samples=10 are all the same at temp"),
-    (dict(tasks="arc_easy", out_dir="empty.txt"), "empty.txt: FileExistsError"),
-    (dict(tasks="piqa,openbookqa", shots=3), "shots=3, but piqa_train.jsonl has 3 .*: 4 are drawn"),
-    (dict(tasks="arc_easy,humaneval,bpb:none.txt", run_code=True), "no file matches none.txt"),
+    ({"tasks": "arc_esay"}, "arc_esay.*arc_easy"),
+    ({"tasks": "chat,mmlu"}, "--tasks=chat"),
+    ({"tasks": "humaneval"}, "--run_code"),
+    ({"tasks": "humaneval", "run_code": True, "num_samples": 10}, "num_samples.*--temperature"),
+    ({"tasks": "arc_easy", "benchmark_dir": "none"}, "none/arc_easy_test.jsonl"),
+    ({"tasks": "piqa,openbookqa", "num_fewshot": 3}, "piqa_train.jsonl.*--num_fewshot"),
+    ({"tasks": "arc_easy,bpb:none.txt"}, "none.txt"),
+    ({"tasks": "arc_easy", "tokenizer": None}, "tokenizer.json.*--tokenizer"),
+    ({"model": "nowhere"}, "model=nowhere"),
+    ({"model": None}, "out/quickstart.*--model"),
 ])
-def test_wrong_input_is_told_in_one_line(run, monkeypatch, options, words):
-    Path("empty.txt").touch()
-    monkeypatch.setattr(evaluation, "scored", None)          # nothing is scored before
+def test_a_mistake_is_one_line_and_nothing_is_scored_before(run, monkeypatch, options, words):
+    monkeypatch.setattr(evaluation, "loglikelihoods", None)
     with pytest.raises(SystemExit, match=words) as e:
         run(**options)
-    assert "\n" not in str(e.value) and not Path("o").exists()
+    assert "\n" not in str(e.value)
+    assert not Path("o").exists()
 
 
 @pytest.mark.parametrize("row, words", [
-    ("{", "1: not JSON"), ('{"question": "x"}', "1: no 'choices'; the row has question"),
-    ('{"question": "x", "choices": ["a", "b"], "answer": 2}', "1: answer 2 is none of 2 choices"),
-    ('{"question": "x", "choices": ["a", ""], "answer": 0}', "1: a choice is empty"),
-    ('{"question": "x", "choices": 3, "answer": 2}', "1: TypeError")])
+    ("{", "arc_easy_test.jsonl:2"),
+    ('{"question": "x"}', "arc_easy_test.jsonl:2.*choices"),
+    ('{"question": "x", "choices": ["a", "b"], "answer": 2}', "arc_easy_test.jsonl:2"),
+])
 def test_a_malformed_row_is_named_by_file_and_line(run, row, words):
     Path("b").mkdir()
-    Path("b/arc_easy_test.jsonl").write_text(row + "\n")
-    with pytest.raises(SystemExit, match=f"b/arc_easy_test.jsonl:{words}"):
+    first = json.dumps(FIXTURE["arc_easy"]["rows"][0])
+    Path("b/arc_easy_test.jsonl").write_text(f"{first}\n{row}\n")
+    with pytest.raises(SystemExit, match=words) as e:
         run(tasks="arc_easy", benchmark_dir="b")
+    assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("name, change, words", [
-    ("humaneval", {"test": None}, "HumanEval.jsonl:1: TypeError"),
-    ("mbpp", {"test_setup_code": None}, "mbpp.jsonl:1: TypeError")])
-def test_a_row_of_which_no_program_can_be_made(run, name, change, words):
-    Path("b").mkdir()
-    row = {**FIXTURE[name]["rows"][0], **change}
-    Path("b", TASKS[name].files[0]).write_text(json.dumps(row) + "\n")
-    with pytest.raises(SystemExit, match=words):
-        run(tasks=name, benchmark_dir="b", run_code=True)
-
-
-def test_a_tokenizer_larger_than_the_model(run, tiny):
+def test_a_tokenizer_must_not_be_larger_than_the_model(run):
     Motif(MotifConfig(vocab_size=200)).save_pretrained("small")
-    with pytest.raises(SystemExit, match="has 263 tokens, more than the model's vocab_size=200"):
+    with pytest.raises(SystemExit, match="263.*vocab_size=200.*--tokenizer"):
         run(model="small", tasks="arc_easy")

@@ -1,4 +1,18 @@
-"""A sandbox for programs that a model wrote: see run_program."""
+"""A sandbox for programs that a model wrote: run_program(code) says whether one runs to its end.
+
+Such a program is not hostile, but it may do anything by mistake: delete files, fork without end,
+wait for ever. What the sandbox does about it:
+
+    the network                           cut off, by a network namespace
+    files outside its temporary folder    cannot be written, created or removed, by Landlock
+    memory, files, processes, CPU time    limited, by setrlimit
+    time, and processes left behind       the whole process group is killed after `timeout` seconds,
+                                          and a process namespace takes along who left the group
+
+What it does not prevent: reading files of this user; chmod and the like on them; a program that
+looks for the nonce in its own memory and so fakes a pass. Kernels before 5.13 have no Landlock, and
+containers often forbid namespaces: sandbox_gaps() says what is missing here.
+"""
 import inspect
 import json
 import math
@@ -9,87 +23,128 @@ import subprocess
 import sys
 import tempfile
 
+LIMITS = {
+    "RLIMIT_AS": 768 * 2**20,     # bytes of address space
+    "RLIMIT_FSIZE": 2**24,        # bytes of a file
+    "RLIMIT_NOFILE": 64,          # open files
+    "RLIMIT_NPROC": 16,           # processes
+    "RLIMIT_CORE": 0,             # no core dump
+}
+
 
 def sandbox_main() -> None:
-    """What the sandbox's process does; its source is all that it gets. It gives up what it can: the
-    network, other processes, and every folder but its own for writing (unshare, Landlock); then a
-    grandchild takes its limits and runs the program."""
+    """What the sandbox's process does. `python -I` gets the source of this function and nothing
+    else; hence the imports and constants within. Input: code, nonce and limits, as JSON. Output:
+    three digits, 1 for each protection that works, a line end, what the program prints, the nonce."""
     import ctypes
     import json
     import os
     import resource
     import struct
     import sys
-    told, libc = json.load(sys.stdin), ctypes.CDLL(None)
-    if os.getuid() == 0:                 # root's processes cannot be counted, another's can
+
+    # From linux/sched.h, linux/prctl.h, linux/landlock.h and the table of system calls.
+    CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWPID = 0x10000000, 0x40000000, 0x20000000
+    PR_SET_NO_NEW_PRIVS = 38
+    LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
+    LANDLOCK_CREATE_RULESET_VERSION = LANDLOCK_RULE_PATH_BENEATH = 1
+    ACCESS_WRITE_FILE = 1 << 1
+    ACCESS_REMOVE_AND_MAKE = 0b111111111 << 4      # REMOVE_DIR to MAKE_SYM: all kinds of files
+    ACCESS_TRUNCATE = 1 << 14                      # known from version 3 on
+    libc = ctypes.CDLL(None)
+    job = json.load(sys.stdin)
+
+    # The limit on processes does not hold for root, so root becomes nobody.
+    if os.getuid() == 0:
         os.setresuid(65534, 0, 0)
-    alone = libc.unshare(0x10000000 | 0x40000000 | 0x20000000) == 0  # user, network, processes
-    cuts = libc.syscall(444, None, 0, 1) >= 3         # Landlock's version knows of truncate
-    writing = 0x1FF2 | cuts << 14        # write, remove and make, of every kind
-    rules = libc.syscall(444, struct.pack("Q", writing), 8, 0)
-    here = os.open(".", os.O_PATH)
-    confined = rules >= 0 and libc.syscall(445, rules, 1, struct.pack("<Qi", writing, here), 0) == 0
-    confined = confined and libc.prctl(38, 1, 0, 0, 0) == 0 and libc.syscall(446, rules, 0) == 0
-    os.write(1, f"{alone:d}{confined:d}{cuts:d}\n".encode())
-    for last in False, True:             # the first process of a namespace takes the others along
-        pid = os.fork()
-        if pid:
-            os.waitpid(pid, 0)
+
+    # Namespaces without network devices and without other processes. They take a root, which
+    # everybody is in a user namespace of their own.
+    isolated = libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWPID) == 0
+
+    # Landlock: of all folders only this one may be written. It takes away what a rule set handles
+    # and none of its rules allows. NO_NEW_PRIVS, so that no setuid program gets it back.
+    version = libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
+    truncate = ACCESS_TRUNCATE if version >= 3 else 0
+    access = ACCESS_WRITE_FILE | ACCESS_REMOVE_AND_MAKE | truncate
+    rules = libc.syscall(LANDLOCK_CREATE_RULESET, struct.pack("Q", access), 8, 0)
+    here = struct.pack("<Qi", access, os.open(".", os.O_PATH))
+    confined = (rules >= 0
+                and libc.syscall(LANDLOCK_ADD_RULE, rules, LANDLOCK_RULE_PATH_BENEATH, here, 0) == 0
+                and libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+                and libc.syscall(LANDLOCK_RESTRICT_SELF, rules, 0) == 0)
+    os.write(1, f"{isolated:d}{confined:d}{version >= 3:d}\n".encode())
+
+    # The first child is process 1 of the namespace: when it ends, the kernel kills all others in
+    # there. Its own child runs the program.
+    for _ in range(2):
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
             os._exit(0)
-    for name, limit in told["limits"].items():
+
+    for name, limit in job["limits"].items():
         resource.setrlimit(getattr(resource, name), (limit, limit))
-    exec(compile(told["code"], "program", "exec"), {"__name__": "program"})
+    exec(compile(job["code"], "program", "exec"), {"__name__": "program"})
+
+    # Only here, at the end, is the nonce printed. sys.exit(0) does not come here.
     sys.stdout.flush()
-    os.write(1, told["nonce"].encode())
+    os.write(1, job["nonce"].encode())
     os._exit(0)
 
 
-LIMITS = {"RLIMIT_AS": 768 * 2**20, "RLIMIT_FSIZE": 2**24, "RLIMIT_NOFILE": 64, "RLIMIT_NPROC": 16,
-          "RLIMIT_CORE": 0}
-
-
 def run_program(code: str, timeout: float = 3.0) -> str:
-    """Run Python source -> "passed", "timed out" or "failed: <its last line>". It runs as `python
-    -I` in an empty environment and a temporary folder, in a session of its own, with limits on
-    time, memory, output, files and processes; in the end all that it began is killed. It has passed
-    if it came to its end: what is printed then is random; an exit code says nothing. One that looks
-    for that in its process can fake its end, and none is kept from chmod of this user's files."""
+    """Run Python source in the sandbox -> "passed", "timed out" or "failed: <its last line>".
+
+    Passed means that it came to its end, where a random nonce is printed. An exit status would
+    prove nothing: a program can call sys.exit(0) before its tests."""
     return in_sandbox(code, timeout)[0]
 
 
 def in_sandbox(code: str, timeout: float) -> tuple[str, str]:
-    """See run_program; also what the child gave up: "111", the three of sandbox_gaps."""
+    """run_program's verdict, and the three digits that sandbox_main prints."""
     nonce = secrets.token_hex(16)
     limits = {**LIMITS, "RLIMIT_CPU": math.ceil(timeout) + 1}
-    told = json.dumps({"code": code, "nonce": nonce, "limits": limits})
+    job = json.dumps({"code": code, "nonce": nonce, "limits": limits})
     script = f"{inspect.getsource(sandbox_main)}\nsandbox_main()"
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, \
-            tempfile.TemporaryFile() as out:
+
+    with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+          tempfile.TemporaryFile() as output):
+        # The output goes to a file, whose size is limited; a pipe would fill our memory.
         child = subprocess.Popen([sys.executable, "-I", "-c", script], stdin=subprocess.PIPE,
-                                 stdout=out, stderr=out, cwd=folder, env={}, text=True,
+                                 stdout=output, stderr=output, cwd=folder, env={}, text=True,
                                  start_new_session=True)
-        late = False
+        timed_out = False
         try:
-            child.communicate(told, timeout)
+            child.communicate(job, timeout)
         except subprocess.TimeoutExpired:
-            late = True
+            timed_out = True
         finally:
-            try:
-                os.killpg(child.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            child.wait()
-        out.seek(0)
-        said = out.read().decode("utf-8", "replace")
-    if said.endswith(nonce) and not late:
-        return "passed", said[:3]
-    lines = said[4:].strip().splitlines() or ["it ended before its tests did"]
-    return "timed out" if late else f"failed: {lines[-1][:200]}", said[:3]
+            kill_group(child)
+        output.seek(0)
+        printed = output.read().decode("utf-8", "replace")
+
+    digits = printed[:3]
+    if timed_out:
+        return "timed out", digits
+    if printed.endswith(nonce):
+        return "passed", digits
+    lines = printed[4:].strip().splitlines() or ["it ended before its tests did"]
+    return f"failed: {lines[-1][:200]}", digits
+
+
+def kill_group(child: subprocess.Popen) -> None:
+    """End all processes of the child's group."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    child.wait()
 
 
 def sandbox_gaps() -> str:
-    """What this system does not keep from programs, empty if nothing."""
-    gave_up = in_sandbox("", 10.0)[1]
-    gaps = ("the network, and processes that leave their group", "writing to files of this user",
-            "truncating files of this user")
-    return ", ".join(gap for gap, kept in zip(gaps, gave_up.ljust(3, "0")) if kept != "1")
+    """What this system does not prevent, empty if nothing."""
+    digits = in_sandbox("", timeout=10.0)[1].ljust(3, "0")
+    protections = ("network connections and processes that leave their group",
+                   "writing to files of this user", "truncating files of this user")
+    return ", ".join(what for what, digit in zip(protections, digits) if digit != "1")
