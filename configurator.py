@@ -1,186 +1,225 @@
-"""Configuration: typed defaults, then a config file, then --key=value; one checked instance.
+"""Configuration: typed defaults, then a config file, then the command line.
 
-    c = load(Config, sys.argv[1:])      Config: a dataclass, a default and a comment for each key
-    c.lr, c.came_from["lr"]             0.001, "config/tiny.py:7" (or "default" or "command line")
-    save(c, "out/config.json")
+A script states its knobs in a dataclass. The type is a check, the comment is the help text:
 
-File and command line follow the same rules: an unknown key, a wrong type, a value out of bounds or
-a key set twice ends the program with one line that says where, what and what to do.
-`python configurator.py config/X.py --key=value` prints the merged config as save writes it.
+    @dataclass
+    class Config:
+        lr: NonNegative = 1e-3       # peak learning rate
+        seq_len: Count | list = 256  # tokens per sequence
+
+    c = load(Config, sys.argv[1:])   # python train.py config/small.py --lr=5e-4
+    c.lr                             # 0.0005
+    c.came_from["lr"]                # "command line", "config/small.py:7" or "default"
+
+A config file holds lines `key = expression`, in Python; an option is `--key=value`. Both obey the
+same rules: an unknown key, a wrong type, a value out of bounds or a key that is set twice is a
+UserError of one line, which names the place and the key. `--help` prints every key with its type,
+default and comment, and then each value that was set, with the place.
 """
 import ast
 import difflib
 import inspect
 import json
+import math
 import os
 import re
-import tokenize
-from contextlib import suppress
-from dataclasses import asdict, fields
-from math import inf
+from dataclasses import asdict
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+# A type with bounds, both included: Annotated[type, least] or Annotated[type, least, most].
+Count = Annotated[int, 1]
+Size = Annotated[int, 0]
+NonNegative = Annotated[float, 0]
+Fraction = Annotated[float, 0, 1]
+
+# Keys that had another name in the first edition: old -> new.
+RENAMED_KEYS = {
+    "micro_tokens": "micro_batch_tokens",
+    "recompute": "activation_checkpoint_layers",
+    "tau": "qk_clip_threshold",
+    "coefficients": "ns_coefficients",
+    "replicas": "dp_replicate",
+    "timeout": "timeout_seconds",
+    "theta": "rope_theta_schedule",
+    "world": "plan_world_size",
+    "mfu": "assumed_mfu",
+    "part": "prepare_part",
+    "max_skipped": "max_nonfinite_steps",
+    "shots": "num_fewshot",
+    "samples": "num_samples",
+    "bench_dir": "benchmark_dir",
+    "batch_tokens": "kv_cache_tokens",  # in eval.py; training still has batch_tokens
+    "benchmarks": "decontaminate_against",
+}
+
+
 class UserError(ValueError):
-    """A mistake of the user, not of the code. Its text is one line: what happened; what to do. The
-    scripts print that line and exit with status 1; any other exception keeps its traceback."""
+    """A mistake of the user, not of the code. Its text is one line: what happened; what to do.
+    The scripts print that line and exit with status 1. Other exceptions keep their traceback."""
 
 
 def one_line(e: Exception) -> str:
-    """The text of any exception on one line, with the exception's type in front unless it is a
-    plain ValueError or a UserError, whose texts are written for users."""
+    """The text of any exception on one line. The exception's type stands in front, unless it is a
+    ValueError or UserError, whose texts are written for users."""
     text = " ".join(str(getattr(e, "strerror", None) or e).split())[:300]
-    return text if type(e) in (ValueError, UserError) else f"{type(e).__name__}: {text}"
-
-
-Count = Annotated[int, 1]            # the metadata are the bounds, both included: at least 1
-Size = Annotated[int, 0]
-NonNegative = Annotated[float, 0]
-Fraction = Annotated[float, 0, 1]    # at least 0, at most 1
+    if type(e) in (ValueError, UserError):
+        return text
+    return f"{type(e).__name__}: {text}"
 
 
 def load(Config: type, argv: list[str], default_file: str | None = None) -> Any:
-    """A Config of its defaults, then the file in argv (or default_file), then argv's options. Its
-    attribute came_from, which is no field, says where each value is from; --help prints that and
-    exits. SystemExit with one line for whatever is wrong."""
-    owner, types = Path(inspect.getfile(Config)).name, get_type_hints(Config, include_extras=True)
-    hints = {field.name: types[field.name] for field in fields(Config)}
+    """Build a Config: its defaults, overridden by a config file, overridden by the command line.
+
+    argv: at most one config file (else default_file, if that is given) and any --key=value.
+    The result's attribute came_from, which is no field, maps each key to where its value was set.
+    With --help in argv the config is printed instead, and the program ends.
+    """
+    script = Path(inspect.getfile(Config)).name
+    types = get_type_hints(Config, include_extras=True)
     file, options = split_argv(argv, default_file)
-    script, settings = read_file(file) if file else (owner, [])
-    if script not in (owner, None):
-        raise UserError(f"{file} belongs to {script}, not to {owner}")
-    settings = [("default", key, value, coerce) for key, value in vars(Config()).items()] + settings
-    settings += [(option, option[2:].split("=")[0], option, parse) for option in options]
-    values, came_from = {}, {}
-    for place, key, value, read in settings:
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "--help lists all keys"
-            raise UserError(f"{place}: unknown key {key!r}; {hint}")
-        try:
-            values[key] = read(hints[key], value)
-        except (TypeError, ValueError, OverflowError) as e:
-            raise UserError(f"{place}: {key} {e}") from None
-        came_from[key] = "command line" if read is parse else place
-    config = Config(**values)
-    config.came_from = came_from
+    config = Config()
+    config.came_from = {}
+
+    for key, value in vars(Config()).items():
+        set_key(config, key, types, value, "default")
+
+    if file:
+        for line, key, value in read_file(file, script):
+            set_key(config, key, types, value, f"{file}:{line}")
+
+    for option in options:
+        key, equals, text = option[2:].partition("=")
+        check_key(key, types, "command line")
+        value = parse(types[key], text) if equals else True
+        set_key(config, key, types, value, "command line")
+
     if "--help" in argv or "-h" in argv:
-        print(f"usage: python {owner} [config/X.py] [--key=value ...]" + describe(config, hints))
+        print(f"usage: python {script} [config/X.py] [--key=value ...]\n\n{describe(config)}")
         raise SystemExit
     return config
 
 
 def save(config: Any, path: str | Path) -> None:
-    """The config as JSON, under a temporary name until it is whole."""
-    Path(f"{path}.tmp").write_text(json.dumps(asdict(config), indent=1) + "\n")
-    os.replace(f"{path}.tmp", path)
+    """Write the config as JSON. The file appears under its name only when it is complete."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(asdict(config), indent=1) + "\n")
+    os.replace(temporary, path)
 
 
-def split_argv(argv: list[str], default_file: str | None = None) -> tuple[str | None, list[str]]:
-    """argv -> the config file, if there is one, and the options as written, without --help.
-    SystemExit for a second file, a word that is no file, a single dash or a key twice."""
-    files = [word for word in argv if not word.startswith("-")]
-    options = [word for word in argv if word.startswith("-") and word not in ("-h", "--help")]
-    if len(files) > 1:
-        raise UserError(f"{' '.join(files)}: at most one config file; options are --key=value")
-    file = files[0] if files else default_file
-    if file and not os.path.isfile(file):
-        near = f"config/{Path(file).stem}.py"
-        hint = f"did you mean {near}?" if os.path.isfile(near) else "options are --key=value"
-        raise UserError(f"{file} is not a file; {hint}")
-    keys = [option.split("=")[0] for option in options]
-    for i, key in enumerate(keys):
-        if not key.startswith("--"):
-            raise UserError(f"{options[i]}: options have two dashes, as in --key=value")
-        if key in keys[:i]:
-            raise UserError(f"{options[i]}: {key} is set twice; remove one")
-    return file, options
+def describe(config: Any) -> str:
+    """The text of --help: the dataclasses as their source has them, which shows every key with its
+    type, default and comment; below them each value that was set, and where."""
+    lines = []
+    for cls in reversed(type(config).__mro__[:-1]):
+        # The fields end where the methods begin.
+        lines.append(re.split(r"\n\n    (?:def |@)", inspect.getsource(cls))[0].rstrip() + "\n")
+    for key, place in config.came_from.items():
+        if place != "default":
+            lines.append(f"{key} = {getattr(config, key)!r}  # {place}")
+    return "\n".join(lines)
 
 
-def read_file(file: str) -> tuple[str | None, list[tuple]]:
-    """A config file -> the script that its first line names, as in `# pretrain.py: a small model`,
-    and settings (place, key, value, coerce). Each is `key = expression`, which may use builtins and
-    the keys above it. SystemExit for any other statement, a key twice or an exception."""
+# ---- one key and its value
+
+def check_key(key: str, types: dict[str, Any], place: str) -> None:
+    """UserError, with the most likely correction, unless the key is one of those in types."""
+    if key in types:
+        return
+    hint = "--help lists all keys"
+    similar = difflib.get_close_matches(key, types, n=1)
+    if similar:
+        hint = f"did you mean {similar[0]!r}?"
+    if RENAMED_KEYS.get(key) in types:
+        hint = f"it is now called {RENAMED_KEYS[key]!r}"
+    raise UserError(f"{place}: unknown key {key!r}; {hint}")
+
+
+def set_key(config: Any, key: str, types: dict[str, Any], value: Any, place: str) -> None:
+    """Check key and value, then set the key and note the place that it came from."""
+    check_key(key, types, place)
     try:
-        text = Path(file).read_text(encoding="utf-8")
-        tree = ast.parse(text)
-    except (OSError, ValueError, SyntaxError) as e:
-        raise UserError(f"{file}:{getattr(e, 'lineno', 1)}: {getattr(e, 'msg', e)}") from None
-    names, settings = {}, []
-    for node in tree.body[ast.get_docstring(tree) is not None:]:
-        place = f"{file}:{node.lineno}"
-        if not isinstance(node, ast.Assign) or [*map(type, node.targets)] != [ast.Name]:
-            raise UserError(f"{place}: a config file holds only lines like key = value")
-        key = node.targets[0].id
-        if key in names:
-            raise UserError(f"{place}: {key} is set twice; remove one")
-        try:
-            names[key] = eval(compile(ast.Expression(node.value), file, "eval"), names)
-        except Exception as e:
-            raise UserError(f"{place}: {type(e).__name__}: {e}") from None
-        settings.append((place, key, names[key], coerce))
-    script = re.match(r"# *(\w+\.py)\b", text)
-    return script and script[1], settings
-
-
-def parse(hint: Any, option: str) -> Any:
-    """The value of `--key=text`: a Python literal, true or false where the type admits that, else
-    the text; True for a bare `--key`. Errors are those of coerce, and SystemExit for no value."""
-    key, equals, text = option.partition("=")
-    if not equals and bool in (hint, *get_args(hint)):
-        return True
-    if not equals:
-        raise UserError(f"{key} needs a value: {key}=...")
-    value = {"true": True, "false": False}.get(text, text)
-    with suppress(Exception):  # literal_eval raises five kinds: all say that it is plain text
-        literal = ast.literal_eval(text)
-        value = text if isinstance(literal, str) else literal
-    try:
-        return coerce(hint, value)
-    except TypeError:
-        with suppress(TypeError):
-            return coerce(hint, text)
-        raise
+        value = coerce(types[key], value)
+    except UserError as e:
+        raise UserError(f"{place}: {key} {e}") from None
+    setattr(config, key, value)
+    config.came_from[key] = place
 
 
 def coerce(hint: Any, value: Any) -> Any:
-    """value as the type has it: where they must be, an int is made a float and a tuple a list. Else
-    TypeError or, if only its size is wrong, ValueError: "must be ..., not ..."."""
-    kind, args = get_origin(hint) or hint, get_args(hint)
+    """Return the value if it fits the type, else raise a UserError "must be ..., not ...". An int
+    becomes a float and a tuple a list where the type asks for that; nothing else is converted.
+
+    >>> coerce(float, 3)
+    3.0
+    >>> coerce(Count | list, (1, 2))
+    [1, 2]
+    >>> coerce(Fraction, 1.5)
+    Traceback (most recent call last):
+    configurator.UserError: must be 0 <= float <= 1, not 1.5
+    """
+    kind = get_origin(hint)
     if kind is Annotated:
-        value, (low, high) = coerce(args[0], value), (*args[1:], inf)[:2]
-        if not low <= value <= high:
-            bound = f"least {low}" if value < low else f"most {high}"
-            raise ValueError(f"must be at {bound}, not {short(value)}")
-        return value
-    if kind is Literal:
-        if value not in args or type(value) not in map(type, args):
-            raise TypeError(f"must be one of {', '.join(map(repr, args))}, not {short(value)}")
-        return value
-    if kind in (Union, UnionType):
-        for member in args:
-            with suppress(TypeError):
+        low, high = bounds(hint)
+        value = coerce(get_args(hint)[0], value)
+        if low <= value <= high:
+            return value
+
+    elif kind is Literal:
+        for choice in get_args(hint):
+            # 1 == 1.0 == True in Python: only the types tell them apart.
+            if value == choice and type(value) is type(choice):
+                return value
+
+    elif kind in (Union, UnionType):
+        for member in get_args(hint):
+            try:
                 return coerce(member, value)
-    elif (kind, type(value)) in ((float, int), (list, tuple)):
-        value = kind(value)
-    if type(value) is not kind:
-        raise TypeError(f"must be {show(hint)}, not {type(value).__name__} ({short(value)})")
+            except UserError:
+                continue
+
+    else:
+        if hint is float and type(value) is int:
+            value = float(value)
+        if hint is list and type(value) is tuple:
+            value = list(value)
+        if type(value) is hint and is_json(value):
+            return value
+
+    raise UserError(f"must be {show(hint)}, not {short(value)}")
+
+
+def bounds(hint: Any) -> tuple[float, float]:
+    """The least and the largest value of an Annotated type."""
+    low, high = (*hint.__metadata__, math.inf)[:2]
+    return low, high
+
+
+def is_json(value: Any) -> bool:
+    """Can save() write the value? Not if nan, inf or, say, a set is anywhere inside."""
     try:
-        json.dumps(value, allow_nan=False)  # what save can write, inside lists and dictionaries too
+        json.dumps(value, allow_nan=False)
+        return True
     except (TypeError, ValueError):
-        raise ValueError(f"must be finite and plain as JSON is, not {short(value)}") from None
-    return value
+        return False
 
 
 def show(hint: Any) -> str:
-    """A type as users write it: int >= 1 | list | None."""
-    kind, args = get_origin(hint), get_args(hint)
+    """A type as a user reads it.
+
+    >>> show(Count | list | None)
+    'int >= 1 | list | None'
+    """
+    kind = get_origin(hint)
     if kind is Annotated:
-        name, low, *high = show(args[0]), *args[1:]
-        return f"{low} <= {name} <= {high[0]}" if high else f"{name} >= {low}"
-    if kind in (Union, UnionType, Literal):
-        return " | ".join(map(repr if kind is Literal else show, args))
+        name = show(get_args(hint)[0])
+        low, high = bounds(hint)
+        return f"{name} >= {low}" if high == math.inf else f"{low} <= {name} <= {high}"
+    if kind is Literal:
+        return " | ".join(repr(choice) for choice in get_args(hint))
+    if kind in (Union, UnionType):
+        return " | ".join(show(member) for member in get_args(hint))
     return "None" if hint is type(None) else hint.__name__
 
 
@@ -190,28 +229,91 @@ def short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def comments(cls: type) -> dict[str, str]:
-    """Field -> its end-of-line comment and the comment lines below it that are indented deeper."""
-    notes, key, lines = {}, "", iter(inspect.getsource(cls).splitlines(True))
-    for token in tokenize.generate_tokens(lambda: next(lines)):
-        if token.start[1] == 4 and token.type == tokenize.NAME:
-            key = token.string
-        elif token.start[1] > 4 and token.type == tokenize.COMMENT:
-            notes[key] = (notes.get(key, "") + " " + token.string.lstrip("# ")).lstrip()
-    return notes
+# ---- the command line
+
+def split_argv(argv: list[str], default_file: str | None = None) -> tuple[str | None, list[str]]:
+    """argv -> the config file or None, and the options as they were written, without --help."""
+    files = []
+    options = []
+    for word in argv:
+        if not word.startswith("-"):
+            files.append(word)
+        elif word not in ("-h", "--help"):
+            options.append(word)
+
+    if len(files) > 1:
+        raise UserError(f"{' '.join(files)}: at most one config file; options are --key=value")
+    file = files[0] if files else default_file
+    if file and not os.path.isfile(file):
+        similar = f"config/{Path(file).stem}.py"
+        hint = f"did you mean {similar}?" if os.path.isfile(similar) else "options are --key=value"
+        raise UserError(f"{file} is not a file; {hint}")
+
+    seen = set()
+    for option in options:
+        key = option.split("=")[0]
+        if not key.startswith("--"):
+            raise UserError(f"{option}: options have two dashes, as in --key=value")
+        if key in seen:
+            raise UserError(f"{option}: {key} is set twice; remove one")
+        seen.add(key)
+    return file, options
 
 
-def describe(config: Any, hints: dict[str, Any]) -> str:
-    """What --help says: each key under the class that defines it, with value, type, comment, where
-    the value came from and, if that is not the default, the default."""
-    Config, default, text = type(config), type(config)(), ""
-    # The base classes come last and win: a key that a subclass overrides stays where it began.
-    home = {key: cls for cls in Config.__mro__ for key in inspect.get_annotations(cls)}
-    for cls in reversed(Config.__mro__[:-1]):
-        notes = comments(cls)
-        text += f"\n\n{cls.__name__}: {cls.__doc__.splitlines()[0]}"
-        for key in (key for key in hints if home[key] is cls):
-            setting, source = f"{key} = {short(getattr(config, key))}", config.came_from[key]
-            source += "" if source == "default" else f"; default {short(getattr(default, key))}"
-            text += f"\n  {setting:40}  {show(hints[key]):16}  {notes.get(key, '')} ({source})"
-    return text
+def parse(hint: Any, text: str) -> Any:
+    """What the text of --key=text stands for: a Python literal where the type takes that, else the
+    text itself. Quotes are part of the text, since the shell has already removed its own.
+
+    >>> parse(float, "1e-3"), parse(bool, "true"), parse(str | None, "None"), parse(str, "None")
+    (0.001, True, None, 'None')
+    """
+    literal = {"true": True, "false": False}.get(text, text)
+    try:
+        literal = ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        pass  # The text is no Python literal.
+
+    if isinstance(literal, str):
+        return text
+    try:
+        return coerce(hint, literal)
+    except UserError:
+        return text
+
+
+# ---- config files
+
+def read_file(file: str, script: str) -> list[tuple[int, str, Any]]:
+    """Run a config file -> (line number, key, value) of each of its lines `key = expression`.
+
+    An expression may use Python's builtins and the keys above it: `batch_tokens = 4 * seq_len`. The
+    first line may name the script that the file is for, as in `# pretrain.py: a small model`.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        statements = ast.parse(text).body
+    except SyntaxError as e:
+        raise UserError(f"{file}:{e.lineno}: {e.msg}") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{file}: {one_line(e)}") from None
+
+    owner = re.match(r"# *(\w+\.py)\b", text)
+    if owner and owner[1] != script:
+        raise UserError(f"{file} belongs to {owner[1]}, not to {script}")
+
+    settings = []
+    values = {}
+    for statement in statements:
+        place = f"{file}:{statement.lineno}"
+        targets = getattr(statement, "targets", [])
+        if not isinstance(statement, ast.Assign) or [type(t) for t in targets] != [ast.Name]:
+            raise UserError(f"{place}: a config file holds only lines like key = value")
+        key = targets[0].id
+        if key in values:
+            raise UserError(f"{place}: {key} is set twice; remove one")
+        try:
+            values[key] = eval(compile(ast.Expression(statement.value), file, "eval"), values)
+        except Exception as e:
+            raise UserError(f"{place}: {key}: {type(e).__name__}: {e}") from None
+        settings.append((statement.lineno, key, values[key]))
+    return settings

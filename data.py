@@ -44,10 +44,10 @@ from synthetic.texts import LIBRARY_UNITS, PROBLEMS, PROBLEMS_PER_UNIT, library,
 
 # ---- the curriculum
 
-# What a model reads last it remembers best, and early on it learns from anything. So Motif-2
-# (arXiv 2511.07464) changes its data while it trains: it begins with general text in short
-# sequences and small batches, and ends with specialised text in long sequences and large batches.
-# Its mixture of domains is not switched a few times by hand, but reset at every step by a schedule.
+# Motif-2 (arXiv 2511.07464) does not train on one fixed mix of data. It goes gradually from general
+# text to specialised text (mathematics, code, reasoning), and in steps from small batches to large
+# ones and from short sequences to long ones. The mixture of domains is not switched a few times by
+# hand: a schedule sets it anew at every step.
 #
 # Three quantities follow schedules here, each with its own unit:
 #
@@ -60,14 +60,15 @@ from synthetic.texts import LIBRARY_UNITS, PROBLEMS, PROBLEMS_PER_UNIT, library,
 # goes by tokens seen, and warm-up, logging and saving count steps.) With the 12.7B config the 5.5T
 # tokens make 122,191 steps, from 4,096 sequences of 4,096 tokens to 5,120 sequences of 16,384.
 #
-# A share is a fraction of the tokens, and a batch is made of whole sequences. The quick start reads
-# 16 sequences per step, of which mathematics gets 10% at first: 1.6 sequences. To round each step
-# on its own would give 2 of 16, 12.5%, at every step. So the remainder is carried on: a domain's
-# *quota* is the sum of its shares of all steps so far, in tokens, and assign_rows() below gives
-# each domain the sequences that keep it within one sequence of its quota, at every step.
+# A share is a fraction of the tokens, but a batch is made of whole sequences. A step of the quick
+# start reads 16 of them, and mathematics begins with a share of 10%: 1.6 sequences. Rounding each
+# step on its own would give it 2 of 16, 12.5%, at every step. So what rounding leaves over is
+# carried on: a domain's *quota* is the sum of its shares of all steps so far, in tokens, and
+# assign_rows() below keeps what was read of each domain within one sequence of its quota, at every
+# step.
 #
-# All of it is arithmetic on the config, and opens no data: the dry run prints it, and a run that
-# resumes at a step needs nothing but the number of that step.
+# All of this is arithmetic on the config and opens no data. The dry run prints it, and a run that
+# resumes needs no state of it but the number of the step.
 
 
 def parse_schedule(key: str, value) -> list[tuple[int, int]]:
@@ -129,8 +130,9 @@ class Curriculum:
     run's total); shares[t, d] is domain d's share of them. context[t] is the sequence length that
     its FLOPs are counted with. Of domain d the step reads sequences first[t, d] to last[t, d] - 1.
 
-    WARNING: a domain is cut into sequences of one length, so their numbers begin again at 0 where
-    seq_len changes: from there on the run reads the domain's text from its beginning again.
+    WARNING: sequences are numbered per length, so the numbers begin again at 0 where seq_len
+    changes. From there on a run reads text again that it has read before, also if the domain has
+    more text than the run needs. (A later version will read on instead.)
 
     >>> domains = {"web": ["web.txt", 0.9, 0.5], "math": ["math.txt", 0.1, 0.5]}
     >>> c = Curriculum(domains, batch_tokens=[[0, 40], [120, 80]], seq_len=10, max_tokens=400)
@@ -211,7 +213,7 @@ class Curriculum:
                 first[t] = first[t - 1] + self.taken[t - 1]
         return first
 
-    @property
+    @cached_property
     def last(self) -> np.ndarray:
         """(steps, domains) int64: the sequence after the last one that each step reads."""
         return self.first + self.taken
@@ -251,8 +253,8 @@ class Curriculum:
 def check_domains(domains: dict) -> None:
     for name, domain in domains.items():
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
-            raise UserError(f"domains: the name {name!r} must be letters, digits, '_', '-' and '.', "
-                            "as a folder is named after it")
+            raise UserError(f"domains: the name {name!r} must be letters, digits, '_', '-' and "
+                            "'.', as a folder is named after it")
         is_triple = isinstance(domain, (list, tuple)) and len(domain) == 3
         if not (is_triple and isinstance(domain[0], str) and is_share(domain[1])
                 and is_share(domain[2])):
@@ -284,22 +286,22 @@ def check_mixture(mixture: list, domains: dict) -> None:
                             f"not {shares}")
 
 
-# How the rows of a step are given to the domains: example with three domains whose shares are .5,
-# .3 and .2, steps of 2 sequences, 10 tokens each. (A sequence is *due* as soon as the domain's
-# quota has reached all of it. The deadline of a domain is the step at which its next sequence is.)
+# Which domains get the rows of a step? A sequence is *due* at the first step at which its domain's
+# quota reaches its end. What is due by now is read now. The rows that are left go to domains that
+# are behind their quotas, earliest deadline first: to those whose next sequence is due soonest.
+# Three domains A, B and C with shares .5, .3 and .2, and steps of 2 sequences of 10 tokens:
 #
-#     step  quota (tokens)   read before   due now   one row is left for
-#        0    10   6   4       0   0   0   A         B: 6 of its next 10 tokens; due at step 1
-#                                                    (C: 4 of 10; due only at step 2)
-#        1    20  12   8      10  10   0   A         C: due at step 2 (B: its next is due at step 3)
-#        2    30  18  12      20  10  10   A         B: due at step 3
-#        3    40  24  16      30  20  10   A         C: due at step 4, as B is, and C lags more
-#        4    50  30  20      40  20  20   A B       none
+#     step    quota      read before   due now   the row that is left goes to
+#        0   10  6  4      0  0  0     A         B, due at step 1 (C only at step 2)
+#        1   20 12  8     10 10  0     A         C, due at step 2 (B's next one at step 3)
+#        2   30 18 12     20 10 10     A         B, due at step 3 (C's next one at step 4)
+#        3   40 24 16     30 20 10     A         C, due at step 4 as B is, but further behind
+#        4   50 30 20     40 20 20     A, B
 #
-# After five steps A, B and C have given 5, 3 and 2 sequences, and no domain was ever a whole
-# sequence ahead of its quota or behind it. "Whoever lags most comes first" has no such bound: where
-# shares change fast, several domains may become due at once that did not lag before. This is
-# Tijdeman's chairman assignment problem (1980), which the earliest deadline first solves.
+# After five steps A, B and C have given 5, 3 and 2 sequences, and none was ever a whole sequence
+# ahead of its quota or behind it. To serve whoever is furthest behind would not ensure that: where
+# shares change fast, several domains may be due at once that were hardly behind before. This is
+# the chairman assignment problem (Tijdeman, 1980).
 
 ROUNDING = 1e-6  # of a sequence: a quota is a sum of floats
 
@@ -325,12 +327,11 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int]) -> np.n
     for t in range(steps):
         T = seq_len[t]
 
-        # Whole sequences by which a domain is behind its quota come now.
+        # What is due: the whole sequences by which a domain is behind its quota.
         lag = [(quota[d][t] - read[d]) / T for d in domains]
         take = [max(0, math.floor(lag[d] + ROUNDING)) for d in domains]
 
-        # The rows that are left go to the domains whose next sequences are due soonest. A domain
-        # that is not behind its quota has no claim yet.
+        # The rows that are left, earliest deadline first. A domain that is not behind comes last.
         left = rows[t] - sum(take)
         if left > 0:
             claims = []
@@ -343,8 +344,8 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int]) -> np.n
             for _, _, d in sorted(claims)[:left]:
                 take[d] += 1
 
-        # Rarely there are fewer rows than sequences due, as two domains that are ahead of their
-        # quota take up room that others are due. Those that lag least wait for the next step.
+        # Rarely more is due than there are rows, as other domains are ahead of their quotas: what
+        # is least behind waits for the next step.
         while left < 0:
             claims = [(lag[d] - take[d], d) for d in domains if take[d] > 0]
             take[min(claims)[1]] -= 1
@@ -454,11 +455,11 @@ class Shard:
 
 # ---- batches
 
-# The sequences of a domain are read in a random order, another one for each epoch. A shuffled list
-# of them would have to be stored, and saved with every checkpoint: the 12.7B config reads a billion
-# sequences. Instead the order is *computed*: a keyed permutation says which sequence comes at place
-# i. So a batch is a function of (seed, step), whichever rank asks, and the data's whole state in a
-# checkpoint is one integer, the step.
+# The sequences of a domain are read in a random order, another one in each epoch. A shuffled list
+# of them would have to be made and kept, and the 12.7B config reads a billion sequences. Instead
+# the order is *computed*: a keyed permutation says which sequence comes at place i. So a batch is a
+# function of (seed, step) on any number of ranks, and all that a checkpoint has to say about the
+# data is the step.
 
 
 def hash_key(*what) -> bytes:
@@ -470,15 +471,16 @@ def feistel_permutation(i: np.ndarray, n: int, key: bytes) -> np.ndarray:
     """A keyed pseudo-random permutation of range(n), evaluated at places i without storing it.
 
     >>> feistel_permutation(np.arange(8), 8, hash_key("epoch 0")).tolist()
-    [0]
+    [6, 3, 2, 5, 0, 1, 4, 7]
     >>> feistel_permutation(np.array([3]), 10**9, hash_key("epoch 1")).tolist()
-    [0]
+    [192577323]
 
-    A Feistel network, as ciphers are built: split a number's bits into halves (left, right), then
-    six times (left, right) -> (right, left xor f(right)). Whatever f is, that can be undone, so it
-    permutes the numbers of that many bits; f is SplitMix64's mixing of a round's key and `right`.
-    Where the result is not below n, apply the network again ("cycle walking"): that permutes
-    range(n), and takes less than 4 turns on average, as there are less than 4 n such numbers.
+    This is a Feistel network, which ciphers are built from. Split the bits of a number into halves
+    (left, right), then six times: (left, right) -> (right, left xor f(right)). A round can be
+    undone whatever f is, so the network permutes the numbers of that many bits. Here f mixes
+    `right` with the round's key as SplitMix64 does. Where the result is not below n, the network is
+    applied again ("cycle walking"), and so permutes range(n). There are at most 4 n numbers of that
+    many bits, so a place takes at most 4 turns on average.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -489,7 +491,7 @@ def feistel_permutation(i: np.ndarray, n: int, key: bytes) -> np.ndarray:
         left = out[outside] >> half
         right = out[outside] & mask
         for round_key in round_keys:
-            x = (right + round_key) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (right + round_key) * np.uint64(0xBF58476D1CE4E5B9)  # modulo 2^64
             x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             mixed = (x >> np.uint64(31)) & mask
             left, right = right, left ^ mixed
@@ -517,7 +519,7 @@ class Sequences:
 
 
 class TokenDataset:
-    """The batches of a curriculum, read from prepared shards."""
+    """The batches of a curriculum, read from prepared shards (stores: domain -> its shards)."""
 
     def __init__(self, curriculum: Curriculum, stores: dict[str, "DomainShards"], seed: int):
         self.curriculum = curriculum
@@ -540,7 +542,7 @@ class TokenDataset:
                                 "longer text")
 
     def sequences(self, part: str, name: str, T: int) -> Sequences:
-        """part: "train" or "val"."""
+        """The sequences of T tokens of a domain. part: "train" or "val"."""
         key = (part, name, T)
         if key not in self._sequences:
             shards = self.train[name] if part == "train" else self.val[name]
@@ -548,7 +550,7 @@ class TokenDataset:
         return self._sequences[key]
 
     def fingerprint(self) -> str:
-        """Of the shards that the run reads."""
+        """16 hex digits of a hash of all that the run may read."""
         checksums = [shard.checksum for shards in self.train.values() for shard in shards]
         return hashlib.sha256(b"".join(checksums)).hexdigest()[:16]
 
@@ -557,8 +559,11 @@ class TokenDataset:
         return self.curriculum.rows[step] * self.curriculum.seq_len[step]
 
     def rows(self, step: int) -> list[tuple[str, int]]:
-        """(domain, sequence) of each row of the step's global batch. An epoch of a domain reads
-        each of its sequences once."""
+        """(domain, sequence) of each row of the step's global batch.
+
+        Place p of a domain is place p % n of its epoch p // n, where n is how many sequences it
+        has. Each epoch has a permutation of its own, so that it reads each sequence once. The rows
+        of the batch are then shuffled, so that every rank gets a mixture of the domains."""
         T = self.curriculum.seq_len[step]
         rows = []
         for d, name in enumerate(self.curriculum.names):
@@ -599,8 +604,8 @@ class TokenDataset:
 
 # ---- tokenizers
 
-# The turn format of the Motif family, which sft.py writes conversations in. load_tokenizer gives
-# every tokenizer those of these tokens that it lacks, with ids after its own.
+# Special tokens of the Motif family's turn format, in which sft.py writes conversations. A
+# tokenizer that lacks some of them gets them here, with ids after its own.
 BEGIN = "<|beginoftext|>"
 END = "<|endoftext|>"
 TURN = "<|startofturn|>"
@@ -610,15 +615,15 @@ SPECIALS = (BEGIN, END, TURN, TURN_END, *ROLES.values())
 
 
 class Tokenizer:
-    """Text <-> ids. load_tokenizer makes one; a subclass for each library does the work.
+    """Text <-> ids. load_tokenizer() makes one; a subclass for each library does the work.
 
         name        what load_tokenizer was given
         n_vocab     the largest id, plus 1
         special     {special token: id}; all of SPECIALS are in it
         begin_id    the id that the tokenizer's own rule puts before a text; None if it puts none
 
-    A special token can be put into a text by its id alone: encode() reads its spelling as plain
-    text, so that no document and no user can forge the end of a turn.
+    encode() takes the spelling of a special token for plain text, so that no document and no user
+    can forge the end of a turn. Code that means the token itself writes its id.
 
     >>> byte = load_tokenizer("byte")
     >>> byte.encode("Hé<|endoftext|>")[:6]
@@ -629,11 +634,13 @@ class Tokenizer:
     'Hé<|endoftext|>'
     """
 
-    def __init__(self, name: str, special: dict[str, int], n_vocab: int):
-        """special, n_vocab: of the tokenizer itself, before SPECIALS are added."""
+    def __init__(self, name: str, special: dict[str, int], bytes_of: dict[int, bytes]):
+        """special: the special tokens that the tokenizer itself has. bytes_of: {id: the text that
+        it stands for} of all its other tokens."""
         self.name = name
         self.special = dict(special)
-        self.n_vocab = n_vocab
+        self.bytes_of = bytes_of
+        self.n_vocab = 1 + max([*bytes_of, *special.values()], default=-1)
         for token in SPECIALS:
             if token not in self.special:
                 self.special[token] = self.n_vocab
@@ -645,12 +652,12 @@ class Tokenizer:
             return self._encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids. An id that no token has, which an untrained model may sample, and bytes
-        that are not UTF-8 give U+FFFD."""
+        """The text of ids. Bytes that are not UTF-8 give U+FFFD, and so does an id that no token
+        has, which an untrained model may sample."""
         text = ""
-        run = []  # ordinary tokens, which are decoded together: one letter may be several tokens
+        run = []  # ordinary tokens are decoded together: one letter may be several tokens
         for i in ids:
-            if i not in self.spelling and self._bytes(i) is not None:
+            if i in self.bytes_of:
                 run.append(i)
             else:
                 text += self._decode(run) + self.spelling.get(i, "\ufffd")
@@ -660,14 +667,11 @@ class Tokenizer:
     def token_bytes(self, i: int) -> bytes:
         """The bytes of text that id i stands for: b"" for a special token. An id that no token has
         gives a byte that is not UTF-8, and so U+FFFD once it is decoded."""
-        if i in self.spelling:
-            return b""
-        found = self._bytes(i)
-        return b"\xff" if found is None else found
+        return b"" if i in self.spelling else self.bytes_of.get(i, b"\xff")
 
     def fingerprint(self) -> bytes:
         """32 bytes, which differ between tokenizers that could give different ids."""
-        return hashlib.sha256(self._identity()).digest()
+        return hashlib.sha256(self.identity).digest()
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -675,17 +679,17 @@ class TiktokenTokenizer(Tokenizer):
     a piece are merged, the pair whose merged token has the lowest id first."""
 
     def __init__(self, name: str, pattern: str, ids: dict[bytes, int], special: dict[str, int]):
-        if len(set(ids.values()) - set(special.values())) < len(ids):
+        taken = set(special.values())
+        bytes_of = {i: token for token, i in ids.items() if i not in taken}
+        if len(bytes_of) < len(ids):
             raise UserError(f"tokenizer {name}: two of its tokens have the same id")
-        for i in range(256):
-            if bytes([i]) not in ids:
-                raise UserError(f"tokenizer {name}: the byte {i} has no token")
+        if not all(bytes([i]) in ids for i in range(256)):
+            raise UserError(f"tokenizer {name}: some of the 256 bytes have no token")
 
-        super().__init__(name, special, 1 + max([*ids.values(), *special.values()]))
+        super().__init__(name, special, bytes_of)
         self.begin_id = self.special[BEGIN]
-        self.pattern = pattern
-        self.ids = ids
-        self.bytes_of = {i: token for token, i in ids.items()}
+        tokens = sorted(ids.items(), key=lambda item: item[1])
+        self.identity = repr((pattern, tokens, sorted(self.special.items()))).encode()
         with library_errors(name):
             self.library = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ids,
                                              special_tokens=self.special)
@@ -696,47 +700,47 @@ class TiktokenTokenizer(Tokenizer):
     def _decode(self, ids: list[int]) -> str:
         return b"".join(self.bytes_of[i] for i in ids).decode("utf-8", "replace")
 
-    def _bytes(self, i: int) -> bytes | None:
-        return self.bytes_of.get(i)
-
-    def _identity(self) -> bytes:
-        tokens = sorted(self.ids.items(), key=lambda item: item[1])
-        return repr((self.pattern, tokens, sorted(self.special.items()))).encode()
-
 
 class JsonTokenizer(Tokenizer):
-    """A tokenizer.json, read by Hugging Face's `tokenizers`. Normalizer, added tokens that are not
-    special (Motif's <think>) and model are the library's; its special tokens are plain text."""
+    """A tokenizer.json, read by Hugging Face's `tokenizers`. Its normalizer, its model and its
+    added tokens that are not special (Motif's <think>) do what they do in that library."""
 
     def __init__(self, name: str, file: Path):
         from tokenizers import Tokenizer as Library
         with library_errors(file):
-            content = file.read_bytes()
-            library = Library.from_str(content.decode("utf-8"))
+            self.identity = file.read_bytes()
+            library = Library.from_str(self.identity.decode("utf-8"))
 
-            # A file may ask to cut a text or to fill it up, which is a matter of inference.
+            # A file may say that every text is cut or padded to one length, as for inference.
             library.no_truncation()
             library.no_padding()
 
+            # encode_special_tokens means: encode the spelling of special tokens like other text.
             ids = library.get_vocab(with_added_tokens=True)
             library.add_special_tokens([token for token in SPECIALS if token in ids])
-            library.encode_special_tokens = True  # that is: encode their spelling as text
+            library.encode_special_tokens = True
+
             added = library.get_added_tokens_decoder()
-            marked = library.encode("a")
-            begins = marked.special_tokens_mask[:1] == [1]
+            with_begin = library.encode("a", add_special_tokens=True)
 
         special = {token.content: i for i, token in added.items() if token.special}
-        super().__init__(name, special, 1 + max(ids.values(), default=-1))
-        self.begin_id = marked.ids[0] if begins else None
+        byte_level = "ByteLevel(" in f"{library.pre_tokenizer} {library.decoder}"
+        bytes_of = {}
+        for token, i in ids.items():
+            if i not in added:
+                bytes_of[i] = spelled_bytes(token, byte_level)
+            elif not added[i].special:
+                bytes_of[i] = token.encode("utf-8")
+
+        super().__init__(name, special, bytes_of)
         self.library = library
-        self.added = {i: token.content for i, token in added.items()}
-        self.byte_level = "ByteLevel(" in f"{library.pre_tokenizer} {library.decoder}"
-        self.content = content
+        begins = with_begin.special_tokens_mask[:1] == [1]
+        self.begin_id = with_begin.ids[0] if begins else None
 
     def _encode(self, text: str) -> list[int]:
         try:
             text.encode("utf-8")
-        except UnicodeEncodeError:  # half of a surrogate pair, as JSON can spell it
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return self.library.encode(text, add_special_tokens=False).ids
 
@@ -744,42 +748,35 @@ class JsonTokenizer(Tokenizer):
         with library_errors(self.name):
             return self.library.decode(ids, skip_special_tokens=False)
 
-    def _bytes(self, i: int) -> bytes | None:
-        if i in self.added:
-            return self.added[i].encode("utf-8")
-        token = self.library.id_to_token(i)
-        if token is None:
-            return None
-        if self.byte_level and all(letter in BYTE_OF for letter in token):
-            return bytes(BYTE_OF[letter] for letter in token)
-        if re.fullmatch("<0x[0-9A-F]{2}>", token):  # a byte of a letter that has no token
-            return bytes([int(token[1:-1], 16)])
-        return token.replace("\u2581", " ").encode("utf-8")  # SentencePiece's sign for a space
 
-    def _identity(self) -> bytes:
-        return self.content
+def byte_letters() -> dict[str, int]:
+    """{letter: byte}: how byte-level BPE spells bytes in a tokenizer.json. GPT-2's rule: a visible
+    byte of Latin-1 is its own letter, the others take the letters from U+0100 on.
 
-
-def byte_level_alphabet() -> dict[str, int]:
-    """{letter: byte}: how byte-level BPE spells the bytes of a token in a tokenizer.json. A visible
-    byte of Latin-1 is its own letter; the others take the letters from U+0100 on. From GPT-2.
-
-    >>> alphabet = byte_level_alphabet()
-    >>> bytes(alphabet[letter] for letter in "Ġcaf\u00c3\u00a9").decode("utf-8")
+    >>> bytes(byte_letters()[letter] for letter in "Ġcaf\u00c3\u00a9").decode("utf-8")
     ' café'
     """
-    alphabet = {}
+    letters = {}
     unused = 256
     for byte in range(256):
         if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255:
-            alphabet[chr(byte)] = byte
+            letters[chr(byte)] = byte
         else:
-            alphabet[chr(unused)] = byte
+            letters[chr(unused)] = byte
             unused += 1
-    return alphabet
+    return letters
 
 
-BYTE_OF = byte_level_alphabet()
+BYTE_OF = byte_letters()
+
+
+def spelled_bytes(token: str, byte_level: bool) -> bytes:
+    """The bytes of text that a word of a tokenizer.json's vocabulary stands for."""
+    if byte_level and all(letter in BYTE_OF for letter in token):
+        return bytes(BYTE_OF[letter] for letter in token)
+    if re.fullmatch("<0x[0-9A-F]{2}>", token):  # a byte of a letter that has no token
+        return bytes([int(token[1:-1], 16)])
+    return token.replace("\u2581", " ").encode("utf-8")  # SentencePiece's sign for a space
 
 
 @contextmanager
@@ -824,12 +821,12 @@ def load_tokenizer(name: str) -> Tokenizer:
     if name.endswith(".json") or os.path.isdir(name) or HUB_NAME.fullmatch(name):
         return JsonTokenizer(name, tokenizer_file(name))
 
-    raise UserError(f"tokenizer {name}: it is neither 'byte', a .tiktoken file, a tokenizer.json, "
-                    f"a folder with one, owner/name of the Hub, nor one of {', '.join(known)}")
+    raise UserError(f"tokenizer {name}: it must be 'byte', a .tiktoken file, a tokenizer.json, a "
+                    f"folder with one, owner/name of the Hub, or one of {', '.join(known)}")
 
 
 def tiktoken_ids(file: Path) -> dict[bytes, int]:
-    """{token: id} of a .tiktoken file: lines of the token in base64 and its id."""
+    """{token: id} of a .tiktoken file, whose lines are a token in base64 and its id."""
     ids = {}
     for line in file.read_text(encoding="utf-8").splitlines():
         token, i = line.split()
@@ -838,7 +835,7 @@ def tiktoken_ids(file: Path) -> dict[bytes, int]:
 
 
 def tokenizer_file(name: str) -> Path:
-    """The tokenizer.json that is meant by a file's, a folder's or a Hub repository's name."""
+    """The tokenizer.json of a file's, a folder's or a Hub repository's name."""
     if name.endswith(".json"):
         return Path(name)
 
@@ -860,12 +857,11 @@ def tokenizer_file(name: str) -> Path:
 
 
 def bytes_per_token(tokenizer: Tokenizer) -> np.ndarray:
-    """(n_vocab,) int64: how many bytes of text each id stands for, which bits per byte need. 0 for
-    special tokens and for ids that no token has."""
+    """(n_vocab,) int64: the bytes of text that each id stands for, for bits per byte. 0 for special
+    tokens and for ids that no token has."""
     lengths = np.zeros(tokenizer.n_vocab, dtype=np.int64)
-    for i in range(tokenizer.n_vocab):
-        if i not in tokenizer.spelling:
-            lengths[i] = len(tokenizer._bytes(i) or b"")
+    for i, token in tokenizer.bytes_of.items():
+        lengths[i] = len(token)
     return lengths
 
 
@@ -981,7 +977,7 @@ def read_pieces(pieces: list[tuple[Path, int, int]], columns: list[str]):
 
 
 def paragraphs(lines):
-    """Documents of whole paragraphs, of at least 4,096 characters but for the last."""
+    """Documents of whole paragraphs. Each has at least 4,096 characters, except the last one."""
     text = ""
     for line in lines:
         text += line.removeprefix("\ufeff")  # the byte-order mark that some editors write
@@ -992,9 +988,9 @@ def paragraphs(lines):
 
 
 def read_each(source, items, read):
-    """read(item) of each (place, item). Any exception on the way, which opening a file, a library's
-    decompression, its parsing or the Hub may raise, becomes a UserError with the source and the
-    place: some libraries' exceptions cannot even be sent back from another process."""
+    """Yield read(item) of each (place, item). To open, decompress, download and parse may raise
+    exceptions of many libraries, some of which cannot even be sent from one process to another. So
+    each of them becomes a UserError here, with the source and the place."""
     place = "at its beginning"
     try:
         for place, item in items:
@@ -1014,8 +1010,8 @@ def parquet_rows(path: Path):
 
 
 def lines_of(path: Path, start: int, end: int):
-    """(place, line) of each line that begins in bytes start to end of a file; of a compressed file
-    all lines."""
+    """(place, line) of each line that begins in bytes start to end of a file. A compressed file
+    cannot be cut: it gives all its lines."""
     if path.suffix in COMPRESSED:
         start = 0
         end = math.inf
@@ -1037,22 +1033,19 @@ def json_text(columns: list[str], line: bytes) -> str:
 
 
 def get_text(columns: list[str], row: dict) -> str:
-    """The text of a row: its columns with a blank line between them. A null is no text.
+    """The text of a row: its columns, with a blank line between them. A null is an empty text.
 
     >>> get_text(["question", "answer"], {"id": 7, "question": "1 + 1?", "answer": "2"})
     '1 + 1?\\n\\n2'
     """
-    has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-    problem = UserError(f"no text in column {','.join(columns)}; it has {has}: name the right one "
-                        "with ?text=COLUMN")
     if not isinstance(row, dict):
-        raise problem
+        raise UserError(f"a row must be columns with names, not {type(row).__name__}")
     texts = []
     for column in columns:
-        text = row.get(column, problem)
-        if text is not None and not isinstance(text, str):
-            raise problem
-        texts.append(text or "")
+        if column not in row or not isinstance(row[column], str | None):
+            raise UserError(f"no text in column {column}; it has {', '.join(row)}: name the right "
+                            "one with ?text=COLUMN")
+        texts.append(row[column] or "")
     return "\n\n".join(texts)
 
 
@@ -1085,12 +1078,13 @@ def hub_rows(name: str, options: dict, i: int, files: int):
 
 # ---- preparing: sources -> shards
 
-# prepare() gives units to processes until every domain has the tokens that the run needs. A unit's
-# shards are written under a temporary name and renamed when they are whole, the training shard
-# last. So what is there is whole, whenever the work was cut; the next call counts it and goes on
-# after it. A run reads the shortest row of units from unit 0 on, without a gap, that has what it
-# needs: what it reads follows from its config, however many units are prepared, in whichever order
-# and by however many machines.
+# prepare() gives units to processes until every domain has the tokens that the run needs. It can be
+# interrupted at any time: the shards of a unit are written under temporary names and get their
+# names when they are complete, the training shard last. The next call counts the units that it
+# finds and prepares the others.
+#
+# A run reads units 0, 1, ..., up to the first one with which it has the tokens that it needs. So
+# its data follows from its config alone, however many units are prepared, by whatever machines.
 
 VAL_EVERY = 50  # one document in so many is held out for validation
 
@@ -1101,26 +1095,22 @@ class DomainShards:
         train-00000.bin, val-00000.bin, train-00001.bin, ...    a pair for each unit
         manifest.json      the training tokens of units 0, 1, ... and whether those are all units
 
-    The key is made from all that the shards follow from, such as the source and the tokenizer, so
-    that another source never finds old shards.
+    The key is a hash of what decides the shards' content, such as the source and the tokenizer. So
+    a run with another source or tokenizer never finds these shards.
     """
 
     def __init__(self, domain: str, source: str, tokenizer: Tokenizer, data_dir: str):
         self.domain = domain
         self.source = source
         self.tokenizer = tokenizer.fingerprint()
-        self.most_tokens = math.inf
         what = [source, self.tokenizer.hex(), VAL_EVERY, UNIT_BYTES, PROBLEMS_PER_UNIT]
         place = source.partition("?")[0]
         if place.startswith("builtin:"):
             what.append(sys.version)  # another Python's library has other text
         elif place.endswith(READABLE):
-            local_bytes = 0
             for path in local_files(place):
                 stat = path.stat()
                 what.append((str(path), stat.st_size, stat.st_mtime_ns))
-                local_bytes += stat.st_size
-            self.most_tokens = 10 * local_bytes  # if it is well compressed
         key = hashlib.sha256(repr(what).encode()).hexdigest()[:10]
         self.folder = Path(data_dir) / f"{domain}-{key}"
 
@@ -1141,7 +1131,7 @@ class DomainShards:
         return self.folder / f"{part}-{unit:05d}.bin"
 
     def has(self, need: int) -> bool:
-        """Whether the units in the manifest have `need` tokens, or all that the source has."""
+        """Whether the units in the manifest have `need` tokens, or are all units of the source."""
         return self.complete or sum(self.tokens) >= need
 
     def shards(self, part: str, need: int) -> list[Shard]:
@@ -1155,11 +1145,11 @@ class DomainShards:
             tokens += unit_tokens
         return found
 
-    # What follows is used while preparing.
+    # The methods below are for prepare().
 
     def begin(self, need: int, part: tuple[int, int]) -> None:
-        """Find out what is to do for `need` tokens. part: (i, n), machine i of n does units i,
-        i + n, i + 2 n, ..."""
+        """List the units to prepare for `need` tokens. part (i, n): only units i, i + n, i + 2 n,
+        ..., as machine i of n."""
         self.units = source_units(self.source)
         self.goal = need / part[1]
         self.queue = list(range(part[0], len(self.units), part[1]))[::-1]  # the next one last
@@ -1168,8 +1158,8 @@ class DomainShards:
         self.scan_done()
 
     def scan_done(self) -> None:
-        """Take the units that are there off the queue, up to the first that is not. Those behind it
-        do not count yet, as a run reads units without a gap."""
+        """Take finished units off the queue and count their tokens, up to the first unit that is
+        not finished. Those after it do not count yet, as a run reads units without a gap."""
         while self.queue and self.path("train", self.queue[-1]).exists():
             shard = Shard(self.path("train", self.queue.pop()), self.tokenizer)
             self.tokens_done += shard.tokens
@@ -1189,8 +1179,8 @@ class DomainShards:
         self.tokens_done += tokens
 
     def clear(self) -> None:
-        """Remove what there is of units that were begun and not ended, and the folder if it is
-        empty."""
+        """Remove the files of units that were started and did not finish, and the folder if it is
+        empty then."""
         for unit in self.running:
             for part in ("train", "val"):
                 Path(f"{self.path(part, unit)}.tmp").unlink(missing_ok=True)
@@ -1200,7 +1190,7 @@ class DomainShards:
             self.folder.rmdir()
 
     def finish(self) -> None:
-        """Write the manifest: the units from 0 on without a gap."""
+        """Write the manifest of the units from 0 on, up to the first one that is not there."""
         for unit in range(len(self.tokens), len(self.units)):
             if not self.path("train", unit).exists():
                 break
@@ -1222,12 +1212,12 @@ class DomainShards:
 
 def prepare(domains: dict, tokenizer_name: str, data_dir: str, need: dict[str, int],
             part: tuple[int, int] = (0, 1), workers: int | None = None) -> dict[str, DomainShards]:
-    """Prepare what is missing of need[name] tokens for each domain, name -> [source, ...] -> {name:
-    its shards}.
+    """Prepare what is missing of need[name] tokens of each domain -> {name: its DomainShards}.
 
-    part (i, n): this is machine i of n that share data_dir, and prepares every n-th unit. When all
-    are done, one more call without part writes the manifests.
-    workers: processes; None: one for each core."""
+    domains: name -> [source, ...].
+    part (i, n): this machine is number i of n that share data_dir, and prepares every n-th unit.
+    When all have ended, one more call without part writes the manifests.
+    workers: number of processes; None: one for each core."""
     tokenizer = load_tokenizer(tokenizer_name)
     stores = {}
     for name, domain in domains.items():
@@ -1242,7 +1232,6 @@ def prepare(domains: dict, tokenizer_name: str, data_dir: str, need: dict[str, i
     begun = time.time()
     for store in todo:
         store.begin(need[store.domain], part)
-    check_disk(todo, tokenizer, Path(data_dir))
     try:
         for store in todo:
             store.folder.mkdir(parents=True, exist_ok=True)
@@ -1262,22 +1251,6 @@ def prepare(domains: dict, tokenizer_name: str, data_dir: str, need: dict[str, i
     done = sum(store.tokens_done for store in todo)
     print(f"prepared {done:,d} tokens in {time.time() - begun:.0f} s")
     return stores
-
-
-def check_disk(todo: list[DomainShards], tokenizer: Tokenizer, data_dir: Path) -> None:
-    """UserError if the disk has no room for the tokens that are missing."""
-    tokens = 0
-    for store in todo:
-        tokens += max(0, min(store.goal, store.most_tokens) - store.tokens_done)
-    size = tokens * (2 if tokenizer.n_vocab <= 2**16 else 4)
-
-    folder = data_dir.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise UserError(f"{data_dir} has {free / 1e9:,.1f} GB free; the data needs "
-                        f"{size / 1e9:,.1f} GB: free some or choose another --data_dir")
 
 
 def prepare_units(todo: list[DomainShards], tokenizer_name: str, workers: int) -> None:
@@ -1300,29 +1273,23 @@ def prepare_units(todo: list[DomainShards], tokenizer_name: str, workers: int) -
                 tokens = future.result()
                 store, unit = running.pop(future)
                 store.unit_done(unit, tokens)
-            print_progress(todo)
+            if sys.stderr.isatty():
+                done = sum(store.tokens_done for store in todo)
+                print(f"\r  {done:,d} tokens", end="\r", file=sys.stderr, flush=True)
 
 
 def furthest_behind(todo: list[DomainShards]) -> DomainShards | None:
-    """The domain whose unit comes next: of those that want more the one with the fewest units
-    running; of these the one with the least of its goal done."""
+    """The domain to prepare a unit of: of those that want more, one with the fewest units running,
+    and among these the one with the smallest part of its goal done."""
     candidates = [store for store in todo if store.wants_more()]
     if not candidates:
         return None
     return min(candidates, key=lambda store: (len(store.running), store.tokens_done / store.goal))
 
 
-def print_progress(todo: list[DomainShards]) -> None:
-    """On a terminal, a line that replaces itself."""
-    if sys.stderr.isatty():
-        done = sum(min(store.tokens_done, store.goal) for store in todo)
-        goal = sum(store.goal for store in todo)
-        print(f"\r  {done / goal:4.0%} of the tokens", end="\r", file=sys.stderr, flush=True)
-
-
 def start_worker() -> None:
-    """Runs first in each process of the pool: Ctrl-C is for its parent to answer, and it ends when
-    its parent has ended, however that ended."""
+    """Set up a process of the pool: it leaves Ctrl-C to its parent, and ends when its parent has
+    ended, even if that was killed."""
     def watch_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -1332,9 +1299,9 @@ def start_worker() -> None:
 
 
 def tokenize_unit(tokenizer_name: str, unit: partial, number: int, train: Path, val: Path) -> int:
-    """Write the two shards of a unit -> its tokens for training. The documents to hold out are
-    counted from the unit's number on, so that a source of many short units has some too, and that
-    it does not matter who prepares which unit."""
+    """Write the two shards of a unit -> its number of training tokens. One document in VAL_EVERY is
+    held out. The count begins at the unit's number, so that units of a few documents do not all
+    hold out their first one."""
     tokenizer = load_tokenizer(tokenizer_name)
     held_out = ShardWriter(val, tokenizer)
     kept = ShardWriter(train, tokenizer)
@@ -1342,6 +1309,6 @@ def tokenize_unit(tokenizer_name: str, unit: partial, number: int, train: Path, 
         writer = held_out if (number + i) % VAL_EVERY == 0 else kept
         writer.add(encode_document(tokenizer, text))
 
-    # The training shard last: where it is there, so is the other one.
+    # The training shard last: a unit counts as finished once that is there.
     held_out.close()
     return kept.close()

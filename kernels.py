@@ -1,24 +1,30 @@
-"""Fused operations of Motif-2: Triton kernels, each beside its plain PyTorch twin, which is exact,
-runs everywhere and is what the kernel is tested against. model.py and muonclip.py call the
-functions named here and know nothing of what is below.
+"""Triton kernels: what model.py and muonclip.py define in plain PyTorch, computed faster on a GPU.
 
-    rms_norm, rope                   left to torch.compile, which fuses them with their neighbours
-    poly_norm, poly_norm_mul         PolyNorm, and its product with the up projection
-    causal_attention, grouped_differential_attention    with the largest logit per head
-    differential_norm                signal - lambda x noise, per-head norm, scale
-    linear_cross_entropy             loss over a large vocabulary, a few rows at a time
-    symmetric                        products of Newton-Schulz, half of them computed
-    linear_fp8                       a linear layer in FP8, scaled by row
+Read this file last. Nothing in it changes what the model computes; each function equals a plain
+definition, against which tests/test_kernels.py checks it:
 
-"fp32 inside" means: computed in fp32 (float64 stays float64), returned in the input's dtype. The
-kernels use no floating-point atomics: two runs give the same bits.
+    here                      equals                                          what it saves
+    poly_norm_mul             model.poly_norm(x) * up                         memory traffic
+    fused_differential_norm   model.differential_norm                         memory traffic
+    linear_cross_entropy      F.cross_entropy(x @ weight.T, targets)          the N x V logits
+    fused_attention           model.grouped_differential_attention            the T x T logits
+    symmetric_matmul          torch.baddbmm, where the product is symmetric   half of the FLOPs
+    linear_fp8                F.linear, up to the rounding of FP8             half of the time
 
-`python kernels.py [--json]` checks every kernel against float64, then times it on a GPU; on a CPU
-it checks through Triton's interpreter and times nothing.
+The order is from simple to hard: kernels that go over rows, then kernels that multiply matrices.
+RMSNorm and rotary embeddings have no kernel: torch.compile fuses them well enough by itself.
+
+Three rules hold for all of them. They compute in fp32, whatever the dtype of their inputs, and
+round once, at the end. They add up in a fixed order, without floating-point atomics, so two runs
+give the same bits. And they are custom operators of PyTorch, which torch.compile takes as they are.
+
+Letters for sizes are model.py's: B, T, V, D, G, r, H, K, P, F. `n` is the length of a row.
 """
 import functools
 import math
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -26,112 +32,229 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-if __name__ == "__main__" and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")     # read by triton.jit
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on a CPU: slow, but a check
-ENABLED = True            # False: the plain twins everywhere, to compare with
 try:
     import triton
     import triton.language as tl
     from triton import jit
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:                                    # the plain twins need none of it
-    triton, jit, tl = None, lambda f: f, SimpleNamespace(constexpr=None)
+except ImportError:
+    # Without Triton the plain forms below do everything; the kernels only have to be defined.
+    triton = None
+    tl = SimpleNamespace(constexpr=None)
 
-LOSS_CHUNK = 4096       # rows of logits alive at once in linear_cross_entropy
-CACHE_BLOCK = 2**18     # elements that plain PolyNorm works on at once: 1 MiB of fp32, an L2 cache
-TILE = 128              # side of a square tile: of attention's queries, of dS, its gradient at the
-                        # logits, and of symmetric's products
-DS_BYTES = 3 * 2**30    # of dS at once, and at least a pair of heads: two pairs at 16,384 tokens
-LN2 = math.log(2)
+    def jit(function: Callable) -> Callable:
+        return function
+
+ENABLED = True    # False: plain PyTorch everywhere, to compare with
+# Triton's interpreter runs kernels on a CPU. It is slow, but it checks them. Triton reads the
+# variable when a kernel is defined, so it must be set before this file is imported.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+TILE = 128                # side of the square tiles of attention and of symmetric_matmul
+LOSS_CHUNK = 4096         # rows whose logits exist at one time in linear_cross_entropy
+CACHE_BLOCK = 2**18       # elements per block of PolyNorm on a CPU: 1 MiB of fp32 fits an L2 cache
+DS_BYTES = 3 * 2**30      # memory for dS, see the backward pass of attention
+SYMMETRIC_TILES = 264     # with fewer tiles cuBLAS, which computes all of them, is faster
 
 
 def upcast(t: Tensor) -> Tensor:
-    """t in fp32, or in float64 where it is that already."""
+    """t in fp32; a float64 tensor stays float64."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether the Triton form takes x; else the plain twin does."""
-    return ENABLED and triton is not None and (x.is_cuda or INTERPRET) and x.dtype != torch.float64
+    """Whether a kernel, and not plain PyTorch, works on x."""
+    if not ENABLED or triton is None or x.dtype == torch.float64:
+        return False
+    return x.is_cuda or INTERPRET
 
 
 def is_hopper(device: torch.device) -> bool:
-    """Whether it has TMA and wgmma."""
+    """Whether the GPU has TMA, Hopper's engine that copies tiles between global and shared memory."""
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
-def custom_op(shapes, changes=()):
-    """Makes a function that calls kernels one operator of torch, motif::its_name, which
-    torch.compile passes through whole; shapes(...) returns its outputs with nothing in them,
-    changes names the arguments that it writes to."""
-    def register(function):
+def custom_op(fake: Callable, mutates_args: tuple[str, ...] = ()) -> Callable:
+    """Decorator: registers a function that launches kernels as the custom operator motif::<name>.
+
+    torch.compile cannot look into a Triton launch, so it puts the operator into its graph as one
+    node. To know the shapes that come out it calls `fake` with the same arguments: a function that
+    returns outputs of the right shape and dtype, and computes nothing. mutates_args names the
+    arguments that the function writes to.
+    """
+    def register(function: Callable) -> Callable:
         if triton is None:
             return function
 
         @functools.wraps(function)
-        def there(first, *rest):                        # Triton launches on the current device
+        def on_its_device(first, *rest):
+            # Triton launches on the current device, which need not be the tensors'.
             with torch.cuda.device_of(first):
                 return function(first, *rest)
-        made = torch.library.custom_op(f"motif::{function.__name__}", there, mutates_args=changes)
-        made.register_fake(shapes)
-        return made
+
+        op = torch.library.custom_op(f"motif::{function.__name__}", on_its_device,
+                                     mutates_args=mutates_args)
+        op.register_fake(fake)
+        return op
+
     return register
 
 
-def resident(x: Tensor, count: int) -> int:
-    """How many programs a grid that stays has: `count` for each multiprocessor of x's GPU."""
-    sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    return count * sms
+# ---- How a Triton kernel is read
+#
+# PyTorch runs `y = x * x; z = y.sum(-1)` as two kernels, and each reads and writes GPU memory. Such
+# operations spend their time on that traffic, not on arithmetic. A kernel of our own reads x once,
+# does everything in registers and writes the result.
+#
+# A kernel is a function that runs many times at once. kernel[grid](arguments) starts one *program*
+# for each point of the grid, as if it were the body of nested loops over the grid, in no particular
+# order. tl.program_id(0) tells a program where in the first loop it is.
+#
+# A program computes on *blocks*, small tensors in registers:
+#
+#     x_ptr                        a tensor argument: the address of its first element
+#     tl.arange(0, BLOCK_SIZE)     the block 0, 1, ..., BLOCK_SIZE - 1, which is a power of two
+#     x_ptr + offsets              a block of addresses
+#     tl.load(addresses, mask, other)    reads them. Where mask is False nothing is read, and the
+#                                  element is `other`: that is how a block may stick out of a row
+#     tl.store(addresses, block, mask)   writes them
+#     tl.sum(z), tl.dot(a, b, c)   the sum of a block; a @ b + c on the tensor cores
+#
+# Names in capitals that are marked tl.constexpr are known when the kernel is compiled: an `if` on
+# one of them costs nothing, and each combination of them is a kernel of its own. At the launch,
+# num_warps says how many warps (of 32 threads) share a program, and num_stages how many steps
+# ahead a loop loads. A @jit function that a kernel calls is inlined into it.
+#
+# The simplest kernel here multiplies a tensor by a number, in place. Program p takes the elements
+# p * BLOCK_SIZE to (p + 1) * BLOCK_SIZE - 1. Offsets are int64 where a tensor may have over 2^31
+# elements.
+
+@jit
+def scale_kernel(x_ptr, factor_ptr, n, BLOCK_SIZE: tl.constexpr):
+    factor = tl.load(factor_ptr).to(tl.float32)
+    # The usual factor is 1, and then x is neither read nor written.
+    if factor != 1:
+        offsets = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+        mask = offsets < n
+        x = tl.load(x_ptr + offsets, mask=mask).to(tl.float32)
+        tl.store(x_ptr + offsets, (x * factor).to(x_ptr.dtype.element_ty), mask=mask)
 
 
-# ---- PolyNorm
-
-def plain_poly_norm_forward(x, up, weight, bias, eps):
-    (w0, w1, w2), b = upcast(weight), upcast(bias)
-    out, r = torch.empty_like(x), x.new_empty(len(x), 3, dtype=w0.dtype)
-    for x_, up_, out_, r_ in row_blocks(x, up, out, r):
-        x_ = upcast(x_)
-        x2 = x_ * x_
-        for power, r_p in zip((x_, x2, x2 * x_), r_.unbind(-1)):
-            square = torch.linalg.vector_norm(power, dim=-1).square() / x.shape[-1]
-            r_p.copy_((square + eps).rsqrt())
-        r1, r2, r3 = r_.split(1, dim=-1)
-        y = horner(x_, b, w2 * r1, w1 * r2, w0 * r3)
-        out_.copy_(y if up is None else y.mul_(up_))
-    return out, r
+def fake_scale_(x, factor):
+    return None
 
 
-def plain_poly_norm_backward(d, x, up, weight, bias, r):
-    (w0, w1, w2), b, n = upcast(weight), upcast(bias), x.shape[-1]
-    dx, d_up = torch.empty_like(x), torch.empty_like(x[:0] if up is None else x)
-    sums = r.new_zeros(4)                                              # of dw0, dw1, dw2, db
-    for x_, up_, d_, dx_, d_up_, r_ in row_blocks(x, up, d, dx, d_up, r):
-        x_, g, (r1, r2, r3) = upcast(x_), upcast(d_), r_.split(1, dim=-1)  # g = dL/dy
+@custom_op(fake_scale_, mutates_args=("x",))
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """x *= factor, for a contiguous x and a factor that is a scalar on x's device."""
+    if not use_triton(x):
+        x.mul_(factor)
+    elif x.numel() > 0:
+        grid = (triton.cdiv(x.numel(), 8192),)
+        scale_kernel[grid](x, factor, x.numel(), BLOCK_SIZE=8192, num_warps=8)
+
+
+# ---- PolyNorm (arXiv 2411.03884): model.poly_norm(x) * up
+#
+# The activation of Motif-2's MLP, for a row x of n numbers (12.7B: n = F = 16,384):
+#
+#     y = w1 r1 x + w2 r2 x^2 + w3 r3 x^3 + b,      r_p = 1 / sqrt(mean(x^2p) + eps)
+#
+# The weight tensor holds (w3, w2, w1) in this order, the cubic first. Here a subscript is always
+# the power of x that it goes with.
+#
+# Its gradient in closed form. Let g = dL/dy. An x_j acts on y_j directly, and on every y_i of the
+# row through the r_p, since d r_p / d x_j = -p r_p^3 x_j^(2p-1) / n. The sum of both is
+#
+#     dx_j = sum over p of  w_p p r_p x_j^(p-1) (g_j - r_p^2 x_j^p mean(g x^p))
+#
+# That is the whole derivation. With s_p = r_p sum(g x^p) and k_p = p w_p r_p^2 s_p / n it reads
+#
+#     dx = g (w1 r1 + x (2 w2 r2 + x 3 w3 r3)) - x (k1 + x^2 (k2 + x^2 k3))
+#     dw_p = sum of s_p over all rows,     db = sum of g over all rows
+#
+# Why by hand: autograd would keep a dozen tensors as large as x for the backward pass. In this form
+# x, up and three numbers per row are enough, and y is computed again. And polynomials are evaluated
+# by Horner's rule, c0 + x (c1 + x (c2 + ...)), which never forms x^5: at |x| = 3e5, where gates of
+# large models do get, powers of that size would cost digits.
+
+def poly_norm_forward_plain(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor,
+                            eps: float) -> tuple[Tensor, Tensor]:
+    """x and up (rows, n) -> out = polynorm(x) * up, and (r1, r2, r3) of each row (rows, 3)."""
+    w3, w2, w1 = upcast(weight)
+    b = upcast(bias)
+    out = torch.empty_like(x)
+    inv_rms = x.new_empty(x.shape[0], 3, dtype=w1.dtype)
+
+    for rows in row_blocks(x):
+        z = upcast(x[rows])
+        z2 = z * z
+        inv_rms[rows, 0] = inverse_rms(z, eps)
+        inv_rms[rows, 1] = inverse_rms(z2, eps)
+        inv_rms[rows, 2] = inverse_rms(z2 * z, eps)
+
+        r1, r2, r3 = inv_rms[rows].split(1, dim=-1)
+        y = horner(z, b, w1 * r1, w2 * r2, w3 * r3)
+        out[rows] = y if up is None else y * up[rows]
+    return out, inv_rms
+
+
+def poly_norm_backward_plain(d_out: Tensor, x: Tensor, up: Tensor | None, weight: Tensor,
+                             bias: Tensor, inv_rms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dx, d_up (no rows if up is None), and the four sums (dw3, dw2, dw1, db)."""
+    w3, w2, w1 = upcast(weight)
+    b = upcast(bias)
+    n = x.shape[-1]
+    dx = torch.empty_like(x)
+    d_up = torch.empty_like(x[:0] if up is None else x)
+    sums = inv_rms.new_zeros(4)
+
+    for rows in row_blocks(x):
+        z = upcast(x[rows])
+        g = upcast(d_out[rows])
+        r1, r2, r3 = inv_rms[rows].split(1, dim=-1)
         if up is not None:
-            d_up_.copy_(horner(x_, b, w2 * r1, w1 * r2, w0 * r3).mul_(g))
-            g = g * up_
-        gx, x2 = g * x_, x_ * x_
-        s1 = r1 * gx.sum(-1, keepdim=True)
-        s2 = r2 * torch.linalg.vecdot(g, x2).unsqueeze(-1)
-        s3 = r3 * torch.linalg.vecdot(gx, x2).unsqueeze(-1)
-        k1, k2, k3 = w2 * r1**2 * s1 / n, 2 * w1 * r2**2 * s2 / n, 3 * w0 * r3**2 * s3 / n
-        slope = horner(x_, w2 * r1, 2 * w1 * r2, 3 * w0 * r3).mul_(g)
-        dx_.copy_(slope.addcmul_(x_, horner(x2, k1, k2, k3), value=-1))
+            y = horner(z, b, w1 * r1, w2 * r2, w3 * r3)
+            d_up[rows] = g * y
+            g = g * up[rows]
+
+        gz = g * z
+        z2 = z * z
+        s1 = r1 * gz.sum(-1, keepdim=True)
+        s2 = r2 * torch.linalg.vecdot(g, z2).unsqueeze(-1)
+        s3 = r3 * torch.linalg.vecdot(gz, z2).unsqueeze(-1)
+        k1 = w1 * r1**2 * s1 / n
+        k2 = 2 * w2 * r2**2 * s2 / n
+        k3 = 3 * w3 * r3**2 * s3 / n
+
+        slope = horner(z, w1 * r1, 2 * w2 * r2, 3 * w3 * r3)
+        # g * slope - z * (k1 + z2 * (k2 + z2 * k3)), in one pass over them.
+        dx[rows] = torch.addcmul(g * slope, z, horner(z2, k1, k2, k3), value=-1)
         sums += torch.stack([s3.sum(), s2.sum(), s1.sum(), g.sum()])
     return dx, d_up, sums
 
 
-def row_blocks(*tensors: Tensor | None):
-    """The same rows of every (R, ...) tensor, CACHE_BLOCK elements of the first at a time."""
-    rows = max(1, CACHE_BLOCK // tensors[0].shape[-1])
-    for i in range(0, len(tensors[0]), rows):
-        yield [None if t is None else t[i:i + rows] for t in tensors]
+def row_blocks(x: Tensor) -> list[slice]:
+    """Slices of x's rows, CACHE_BLOCK elements each, so that a block stays in the CPU's cache."""
+    step = max(1, CACHE_BLOCK // x.shape[-1])
+    return [slice(i, i + step) for i in range(0, x.shape[0], step)]
+
+
+def inverse_rms(z: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(z^2) + eps) of each row: (rows, n) -> (rows,)."""
+    mean_square = torch.linalg.vector_norm(z, dim=-1).square() / z.shape[-1]
+    return (mean_square + eps).rsqrt()
 
 
 def horner(x: Tensor, *c: Tensor) -> Tensor:
-    """c[0] + x (c[1] + x (...)): no power of x is formed, so that |x| = 3e5 keeps its precision. In
-    place, as two rows of coefficients in one addcmul take a path that is three times slower."""
+    """The polynomial c[0] + x (c[1] + x (c[2] + ...)).
+
+    In place, since x is large: a new tensor at every step would be slower, and one addcmul per step
+    three times slower, as it has no fast path for coefficients that differ from row to row.
+
+    >>> horner(torch.tensor([2.0, 10.0]), torch.tensor(5.0), torch.tensor(1.0), torch.tensor(3.0))
+    tensor([ 19., 315.])
+    """
     y = x * c[-1]
     for coefficient in reversed(c[1:-1]):
         y = y.add_(coefficient).mul_(x)
@@ -139,718 +262,1102 @@ def horner(x: Tensor, *c: Tensor) -> Tensor:
 
 
 @jit
-def poly_norm_forward_kernel(x, up, weight, bias, out, r, n, x_stride, up_stride, eps,
-                             GATED: tl.constexpr, BLOCK: tl.constexpr):
-    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    z = tl.load(x + row * x_stride + i, mask=i < n, other=0).to(tl.float32)
-    z2 = z * z
-    r1 = tl.rsqrt(tl.sum(z2) / n + eps)
-    r2 = tl.rsqrt(tl.sum(z2 * z2) / n + eps)
-    r3 = tl.rsqrt(tl.sum(z2 * z2 * z2) / n + eps)
-    c1 = tl.load(weight + 2).to(tl.float32) * r1
-    c2 = tl.load(weight + 1).to(tl.float32) * r2
-    c3 = tl.load(weight).to(tl.float32) * r3
-    y = z * (c1 + z * (c2 + z * c3)) + tl.load(bias).to(tl.float32)
-    if GATED:
-        y *= tl.load(up + row * up_stride + i, mask=i < n, other=0).to(tl.float32)
-    tl.store(out + row * n + i, y.to(out.dtype.element_ty), mask=i < n)
-    tl.store(r + row * 3, r1)
-    tl.store(r + row * 3 + 1, r2)
-    tl.store(r + row * 3 + 2, r3)
+def poly_norm_coefficients(weight_ptr, r1, r2, r3):
+    """c_p = w_p r_p, the coefficients of x, x^2 and x^3."""
+    c1 = tl.load(weight_ptr + 2).to(tl.float32) * r1
+    c2 = tl.load(weight_ptr + 1).to(tl.float32) * r2
+    c3 = tl.load(weight_ptr).to(tl.float32) * r3
+    return c1, c2, c3
 
 
 @jit
-def poly_norm_backward_kernel(d, x, up, weight, bias, r, dx, d_up, sums, n, d_stride, x_stride,
-                              up_stride, GATED: tl.constexpr, BLOCK: tl.constexpr):
-    """Two passes over a row, the second from the caches; d_up is written in the first, so that
-    both read and write. Sums of g x^p are kept lane by lane: one reduction per row."""
+def poly_norm_forward_kernel(x_ptr, up_ptr, weight_ptr, bias_ptr, out_ptr, inv_rms_ptr, n,
+                             x_row_stride, up_row_stride, eps, GATED: tl.constexpr,
+                             BLOCK_SIZE: tl.constexpr):
+    """One program: one row, all of it in registers. GATED: multiply by up."""
     row = tl.program_id(0).to(tl.int64)
-    r1, r2, r3 = tl.load(r + row * 3), tl.load(r + row * 3 + 1), tl.load(r + row * 3 + 2)
-    c1 = tl.load(weight + 2).to(tl.float32) * r1
-    c2 = tl.load(weight + 1).to(tl.float32) * r2
-    c3 = tl.load(weight).to(tl.float32) * r3
-    b = tl.load(bias).to(tl.float32)
-    g0 = tl.zeros((BLOCK,), tl.float32)
+    i = tl.arange(0, BLOCK_SIZE)
+    mask = i < n
+    x = tl.load(x_ptr + row * x_row_stride + i, mask=mask, other=0).to(tl.float32)
+
+    x2 = x * x
+    r1 = tl.rsqrt(tl.sum(x2) / n + eps)
+    r2 = tl.rsqrt(tl.sum(x2 * x2) / n + eps)
+    r3 = tl.rsqrt(tl.sum(x2 * x2 * x2) / n + eps)
+    c1, c2, c3 = poly_norm_coefficients(weight_ptr, r1, r2, r3)
+    y = x * (c1 + x * (c2 + x * c3)) + tl.load(bias_ptr).to(tl.float32)
+    if GATED:
+        y *= tl.load(up_ptr + row * up_row_stride + i, mask=mask, other=0).to(tl.float32)
+
+    tl.store(out_ptr + row * n + i, y.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(inv_rms_ptr + row * 3, r1)
+    tl.store(inv_rms_ptr + row * 3 + 1, r2)
+    tl.store(inv_rms_ptr + row * 3 + 2, r3)
+
+
+@jit
+def load_row(ptr, row_offset, i, n, EVICTION: tl.constexpr):
+    return tl.load(ptr + row_offset + i, i < n, 0, eviction_policy=EVICTION)
+
+
+@jit
+def poly_norm_backward_kernel(d_out_ptr, x_ptr, up_ptr, weight_ptr, bias_ptr, inv_rms_ptr, dx_ptr,
+                              d_up_ptr, sums_ptr, n, d_out_row_stride, x_row_stride, up_row_stride,
+                              GATED: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """One program: one row, in two passes, as x, up, d_out and the results of a whole row are too
+    much for the registers. The first pass makes the sums and writes d_up, the second writes dx."""
+    row = tl.program_id(0).to(tl.int64)
+    r1 = tl.load(inv_rms_ptr + row * 3)
+    r2 = tl.load(inv_rms_ptr + row * 3 + 1)
+    r3 = tl.load(inv_rms_ptr + row * 3 + 2)
+    c1, c2, c3 = poly_norm_coefficients(weight_ptr, r1, r2, r3)
+    b = tl.load(bias_ptr).to(tl.float32)
+
+    # Partial sums of g x^p, one per lane of the block, so that a pass ends in a single reduction.
+    g0 = tl.zeros((BLOCK_SIZE,), tl.float32)
     g1, g2, g3 = g0, g0, g0
-    for start in range(0, n, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        z = tl.load(x + row * x_stride + i, i < n, 0, eviction_policy="evict_last").to(tl.float32)
-        g = tl.load(d + row * d_stride + i, i < n, 0, eviction_policy="evict_last").to(tl.float32)
+    for start in range(0, n, BLOCK_SIZE):
+        i = start + tl.arange(0, BLOCK_SIZE)
+        # evict_last asks the L2 cache to keep this row for the second pass.
+        x = load_row(x_ptr, row * x_row_stride, i, n, "evict_last").to(tl.float32)
+        g = load_row(d_out_ptr, row * d_out_row_stride, i, n, "evict_last").to(tl.float32)
         if GATED:
-            u = tl.load(up + row * up_stride + i, i < n, 0, eviction_policy="evict_last")
-            y = z * (c1 + z * (c2 + z * c3)) + b
-            tl.store(d_up + row * n + i, (g * y).to(d_up.dtype.element_ty), i < n,
+            up = load_row(up_ptr, row * up_row_stride, i, n, "evict_last")
+            y = x * (c1 + x * (c2 + x * c3)) + b
+            tl.store(d_up_ptr + row * n + i, (g * y).to(d_up_ptr.dtype.element_ty), i < n,
                      eviction_policy="evict_first")
-            g *= u.to(tl.float32)
+            g *= up.to(tl.float32)
         g0 += g
-        g *= z
+        g *= x
         g1 += g
-        g *= z
+        g *= x
         g2 += g
-        g3 += g * z
-    s1, s2, s3 = r1 * tl.sum(g1), r2 * tl.sum(g2), r3 * tl.sum(g3)
-    k1, k2, k3 = c1 * r1 * s1 / n, 2 * c2 * r2 * s2 / n, 3 * c3 * r3 * s3 / n
-    for start in range(0, n, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        z = tl.load(x + row * x_stride + i, i < n, 0, eviction_policy="evict_first").to(tl.float32)
-        g = tl.load(d + row * d_stride + i, i < n, 0, eviction_policy="evict_first").to(tl.float32)
+        g3 += g * x
+
+    s1 = r1 * tl.sum(g1)
+    s2 = r2 * tl.sum(g2)
+    s3 = r3 * tl.sum(g3)
+    k1 = c1 * r1 * s1 / n
+    k2 = 2 * c2 * r2 * s2 / n
+    k3 = 3 * c3 * r3 * s3 / n
+    # The second pass: dx = g (c1 + x (2 c2 + x 3 c3)) - x (k1 + x^2 (k2 + x^2 k3)).
+    for start in range(0, n, BLOCK_SIZE):
+        i = start + tl.arange(0, BLOCK_SIZE)
+        x = load_row(x_ptr, row * x_row_stride, i, n, "evict_first").to(tl.float32)
+        g = load_row(d_out_ptr, row * d_out_row_stride, i, n, "evict_first").to(tl.float32)
         if GATED:
-            u = tl.load(up + row * up_stride + i, i < n, 0, eviction_policy="evict_first")
-            g *= u.to(tl.float32)
-        z2 = z * z
-        slope = g * (c1 + z * (2 * c2 + z * (3 * c3))) - z * (k1 + z2 * (k2 + z2 * k3))
-        tl.store(dx + row * n + i, slope.to(dx.dtype.element_ty), i < n,
+            g *= load_row(up_ptr, row * up_row_stride, i, n, "evict_first").to(tl.float32)
+        x2 = x * x
+        dx = g * (c1 + x * (2 * c2 + x * (3 * c3))) - x * (k1 + x2 * (k2 + x2 * k3))
+        tl.store(dx_ptr + row * n + i, dx.to(dx_ptr.dtype.element_ty), i < n,
                  eviction_policy="evict_first")
-    rows = tl.num_programs(0)                       # sums (4, rows): each added up in one stretch
-    tl.store(sums + row, s3)
-    tl.store(sums + rows + row, s2)
-    tl.store(sums + 2 * rows + row, s1)
-    tl.store(sums + 3 * rows + row, tl.sum(g0))
+
+    # sums is (4, rows), so that PyTorch then adds up four contiguous rows.
+    num_rows = tl.num_programs(0)
+    tl.store(sums_ptr + row, s3)
+    tl.store(sums_ptr + num_rows + row, s2)
+    tl.store(sums_ptr + 2 * num_rows + row, s1)
+    tl.store(sums_ptr + 3 * num_rows + row, tl.sum(g0))
 
 
-@custom_op(lambda x, up, weight, bias, eps: (x.new_empty(x.shape), row_numbers(x, 3)))
+def fake_poly_norm_forward(x, up, weight, bias, eps):
+    return x.new_empty(x.shape), empty_per_row(x, 3)
+
+
+@custom_op(fake_poly_norm_forward)
 def poly_norm_forward(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor,
                       eps: float) -> tuple[Tensor, Tensor]:
-    (rows, n), gated = x.shape, up is not None
-    out, r = x.new_empty(x.shape), row_numbers(x, 3)
-    if rows:
-        block = triton.next_power_of_2(n)
-        poly_norm_forward_kernel[(rows,)](
-            x, up, weight, bias, out, r, n, x.stride(0), up.stride(0) if gated else 0, eps,
-            GATED=gated, BLOCK=block, num_warps=min(max(block // 2048, 4), 16))
-    return out, r
+    """poly_norm_forward_plain by a kernel."""
+    num_rows, n = x.shape
+    out = x.new_empty(x.shape)
+    inv_rms = empty_per_row(x, 3)
+    if num_rows > 0:
+        block_size = triton.next_power_of_2(n)
+        up_row_stride = 0 if up is None else up.stride(0)
+        poly_norm_forward_kernel[(num_rows,)](
+            x, up, weight, bias, out, inv_rms, n, x.stride(0), up_row_stride, eps,
+            GATED=up is not None, BLOCK_SIZE=block_size,
+            num_warps=min(max(block_size // 2048, 4), 16))
+    return out, inv_rms
 
 
-@custom_op(lambda d, x, up, weight, bias, r: (torch.empty_like(x), torch.empty_like(
-    x[:0] if up is None else x), r.new_empty(4)))
-def poly_norm_backward(d: Tensor, x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor,
-                       r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    (rows, n), gated = x.shape, up is not None
-    dx, d_up = torch.empty_like(x), torch.empty_like(x if gated else x[:0])
-    sums = r.new_empty(4, rows)
-    if rows:
-        block = 4096 if n > 2048 else min(triton.next_power_of_2(n), 1024)
-        poly_norm_backward_kernel[(rows,)](
-            d, x, up, weight, bias, r, dx, d_up, sums, n, d.stride(0), x.stride(0),
-            up.stride(0) if gated else 0, GATED=gated, BLOCK=block, num_warps=max(block // 512, 4))
+def fake_poly_norm_backward(d_out, x, up, weight, bias, inv_rms):
+    d_up = torch.empty_like(x[:0] if up is None else x)
+    return torch.empty_like(x), d_up, inv_rms.new_empty(4)
+
+
+@custom_op(fake_poly_norm_backward)
+def poly_norm_backward(d_out: Tensor, x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor,
+                       inv_rms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """poly_norm_backward_plain by a kernel."""
+    num_rows, n = x.shape
+    dx = torch.empty_like(x)
+    d_up = torch.empty_like(x[:0] if up is None else x)
+    sums = inv_rms.new_empty(4, num_rows)
+    if num_rows > 0:
+        block_size = 4096 if n > 2048 else min(triton.next_power_of_2(n), 1024)
+        up_row_stride = 0 if up is None else up.stride(0)
+        poly_norm_backward_kernel[(num_rows,)](
+            d_out, x, up, weight, bias, inv_rms, dx, d_up, sums, n, d_out.stride(0), x.stride(0),
+            up_row_stride, GATED=up is not None, BLOCK_SIZE=block_size,
+            num_warps=max(block_size // 512, 4))
     return dx, d_up, sums.sum(1)
 
 
-def row_numbers(x: Tensor, count: int) -> Tensor:
-    """Room for `count` fp32 numbers per row of x. (len(x) would be a number to torch.compile.)"""
+def empty_per_row(x: Tensor, count: int) -> Tensor:
+    """Uninitialised fp32 tensor (rows of x, count). x.shape[0] and not len(x): with len(),
+    torch.compile would compile again for every number of rows."""
     return x.new_empty(x.shape[0], count, dtype=torch.float32)
 
 
+def contiguous_last_dim(t: Tensor) -> Tensor:
+    """t, copied if its last dimension is strided. Row kernels accept any stride between rows."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
 class PolyNormMul(torch.autograd.Function):
-    """out = polynorm(x) * up over rows (R, n), with the closed-form gradient of poly_norm_mul.
-    Saves x, up and three numbers a row, and recomputes the rest."""
+    """out = polynorm(x) * up for x and up (rows, n); up may be None."""
 
     @staticmethod
     def forward(ctx, x, up, weight, bias, eps):
-        forward = poly_norm_forward if use_triton(x) else plain_poly_norm_forward
-        out, r = forward(x, up, weight, bias, eps)
-        ctx.save_for_backward(x, up, weight, bias, r)
+        forward = poly_norm_forward if use_triton(x) else poly_norm_forward_plain
+        out, inv_rms = forward(x, up, weight, bias, eps)
+        ctx.save_for_backward(x, up, weight, bias, inv_rms)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d):
-        x, up, weight, bias, r = ctx.saved_tensors
-        backward = poly_norm_backward if use_triton(x) else plain_poly_norm_backward
-        dx, d_up, sums = backward(last_dense(d), x, up, weight, bias, r)
-        d_up = None if up is None else d_up
+    def backward(ctx, d_out):
+        x, up, weight, bias, inv_rms = ctx.saved_tensors
+        backward = poly_norm_backward if use_triton(x) else poly_norm_backward_plain
+        dx, d_up, sums = backward(contiguous_last_dim(d_out), x, up, weight, bias, inv_rms)
+        if up is None:
+            d_up = None
         return dx, d_up, sums[:3].to(weight.dtype), sums[3:].to(bias.dtype), None
 
 
-def last_dense(t: Tensor) -> Tensor:
-    """t, copied if its last dimension is strided: what the row kernels read."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 def poly_norm_mul(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """PolyNorm(x) * up: x, up (..., n), weight (3,) = cubic, square, linear, bias (1,) -> (..., n).
+    """PolyNorm(x) * up, or PolyNorm(x) where up is None.
 
-        r_p = 1 / sqrt(mean(x^2p) + eps)       y = x (w2 r1 + x (w1 r2 + x w0 r3)) + b
-        g = dL/dy, s_p = r_p sum(g x^p), k1 = w2 r1^2 s1/n, k2 = 2 w1 r2^2 s2/n, k3 = 3 w0 r3^2 s3/n
-        dx = g (w2 r1 + x (2 w1 r2 + x 3 w0 r3)) - x (k1 + x^2 (k2 + x^2 k3))
-        dw0, dw1, dw2, db = sums over the rows of s3, s2, s1, g
+    x and up (..., n), weight (3,): cubic, square, linear, bias (1,) -> (..., n) in x's dtype. On a
+    CPU too the closed-form gradient is several times faster than autograd through the definition.
 
-    fp32 inside. Source: PolyCom (arXiv 2411.03884)."""
-    rows = [t if t is None else last_dense(t.reshape(-1, x.shape[-1])) for t in (x, up)]
-    return PolyNormMul.apply(*rows, last_dense(weight), bias, eps).view(x.shape)
+    >>> x, weight = torch.tensor([1, -2, 0.5, -0.25]), torch.tensor([0.4, 0.3, 0.3])
+    >>> poly_norm_mul(x, None, weight, torch.tensor([0.05]), eps=1e-6)
+    tensor([ 0.5548, -0.6834,  0.2289, -0.0076])
+    """
+    n = x.shape[-1]
+    x_rows = contiguous_last_dim(x.reshape(-1, n))
+    up_rows = None if up is None else contiguous_last_dim(up.reshape(-1, n))
+    out = PolyNormMul.apply(x_rows, up_rows, contiguous_last_dim(weight), bias, eps)
+    return out.view(x.shape)
 
 
-def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
-    """poly_norm_mul without the product."""
-    return poly_norm_mul(x, None, weight, bias, eps)
-
-
-# ---- attention
-# The fused form. q's H = P GP (R + N) heads are P pairs of GP groups of R signal heads and N (0 or
-# 1) noise heads. Pair p's values are value head p, its signal keys key head (1 + N) p, its noise
-# keys the next. q, k and v are read as matrices (B T, heads D) through TMA descriptors.
-# p = exp2(c q k^T - lse) with c = log2(e) / sqrt(D): log-sum-exps are in base 2. lse and delta are
-# (B H, T rounded up to TILE); beyond T lse is inf, so that p is 0 there, and delta 0. (But a NaN
-# at the beginning of one sequence reaches the sequence before it, through 0 x NaN.)
+# ---- Differential norm: model.differential_norm, RMSNorm(signal - lambda noise) of every head
 #
-# The backward pass keeps dS between the kernel of dK and that of dQ: five products, where
-# recomputing it in both takes seven, and no atomics. It is transposed: a tile has TILE rows of keys
-# by TILE columns of queries. Tile (t, s), queries t, keys s <= t, is number t (t + 1) / 2 + s of
-# its head.
+# The r signal heads of a group subtract the same noise head (12.7B: G = 8 groups, r = 4, rows of
+# 2D = 256). So one program takes whole groups and reads their noise once. It lays them out as a
+# block (GROUPS, R, W), with r and 2D rounded up to powers of two, R and W.
+#
+# With z = signal - lambda noise, normed = z inv_rms and y = normed weight the gradients are
+#
+#     d_normed = dy weight
+#     dz = inv_rms (d_normed - normed mean(d_normed normed))           the derivative of RMSNorm
+#     d_signal = dz,   d_noise = -lambda (sum of dz over the r heads)
+#     d_weight = sum of dy normed,   d_lambda = -sum of dz noise       over all rows
 
 @jit
-def attend_sweep(Q, acc, most, total, k, v, row, k_col, v_col, m, begin, lo, hi, c,
-                 MASKED: tl.constexpr, BN: tl.constexpr):
-    """Online softmax of the query rows m over the keys lo to hi."""
-    for n0 in range(lo, hi, BN):
-        s = tl.dot(Q, k.load([row + n0, k_col]).T)
-        if MASKED:
-            n = (n0 + tl.arange(0, BN))[None, :]
-            s = tl.where((n <= m[:, None]) & (n >= begin[:, None]), s, float("-inf"))
-        new = tl.maximum(most, tl.max(s, 1) * c)
-        p = tl.exp2(s * c - new[:, None])
-        shrink = tl.exp2(most - new)
-        total = total * shrink + tl.sum(p, 1)
-        V = v.load([row + n0, v_col])
-        acc = tl.dot(p.to(V.dtype), V, acc * shrink[:, None])
-        most = new
-    return acc, most, total
-
-
-@jit
-def attend(q, k, v, starts, signal, noise, lse, top, T, H, c, R: tl.constexpr, N: tl.constexpr,
-           GP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
-           BN: tl.constexpr):
-    """One block of query rows of one head; the longest blocks come first."""
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    bh = tl.program_id(1)
-    b, h = bh // H, bh % H
-    group, i = h // (R + N), h % (R + N)
-    pair, part = group // GP, i // R                     # part: 0 signal, 1 noise
-    m0 = block * BM
-    m = m0 + tl.arange(0, BM)
-    k_col, v_col = (pair * (1 + N) + part) * D, pair * DV
-    Q = q.load([b * T + m0, h * D])
-    acc = tl.zeros([BM, DV], tl.float32)
-    most = tl.full([BM], -1e38, tl.float32)
-    total = tl.zeros([BM], tl.float32)
-    begin = tl.zeros([BM], tl.int32)
-    hi = tl.minimum(m0 + BM, T)
-    if starts is None:
-        lo = m0 // BN * BN
-        acc, most, total = attend_sweep(Q, acc, most, total, k, v, b * T, k_col, v_col, m,
-                                        begin, 0, lo, c, False, BN)
-    else:
-        lo = tl.load(starts + b * T + m0) // BN * BN
-        begin = tl.load(starts + b * T + m, m < T, 0)
-    acc, most, total = attend_sweep(Q, acc, most, total, k, v, b * T, k_col, v_col, m, begin,
-                                    lo, hi, c, True, BN)
-    L = tl.where(m < T, most + tl.log2(total), float("inf"))
-    tl.store(lse + tl.cast(bh, tl.int64) * (tl.num_programs(0) * BM) + m, L)
-    tl.store(top + bh * tl.num_programs(0) + block,
-             tl.max(tl.where(m < T, most, float("-inf")), 0))
-    heads = H // (R + N)
-    if part == 0:
-        out, heads, index = signal, heads * R, group * R + i
-    else:
-        out, heads, index = noise, heads, group
-    out += (tl.cast(b * T + m0, tl.int64) * heads + index) * DV
-    at = tl.arange(0, BM)[:, None] * (heads * DV) + tl.arange(0, DV)[None, :]
-    tl.store(out + at, (acc / total[:, None]).to(signal.dtype.element_ty), (m < T)[:, None])
-
-
-@jit
-def attend_delta(signal, noise, d_signal, d_noise, delta, T, H, R: tl.constexpr,
-                 N: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr):
-    """delta = sum of out * d_out over each row: (B, H, T)."""
-    bh, m = tl.program_id(1), tl.program_id(0) * BM + tl.arange(0, BM)
-    b, h = tl.cast(bh // H, tl.int64), bh % H
-    group, i = h // (R + N), h % (R + N)
-    heads = H // (R + N)
-    if i // R == 0:
-        out, d_out, heads, index = signal, d_signal, heads * R, group * R + i
-    else:
-        out, d_out, heads, index = noise, d_noise, heads, group
-    at = ((b * T + m)[:, None] * heads + index) * DV + tl.arange(0, DV)[None, :]
-    x = tl.load(out + at, (m < T)[:, None], 0.).to(tl.float32)
-    d = tl.load(d_out + at, (m < T)[:, None], 0.).to(tl.float32)
-    tl.store(delta + tl.cast(bh, tl.int64) * (tl.num_programs(0) * BM) + m, tl.sum(x * d, 1))
-
-
-@jit
-def attend_keys_sweep(K, V, dK, dV, q, d_out, lse, delta, ds, ds_row, row, head, pair, n0, end,
-                      lo, hi, T, c, PART: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr,
-                      N: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-                      BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
-                      KEYS: tl.constexpr, VALUES: tl.constexpr):
-    """dK and dV of one block of keys from the query rows lo to hi of all heads of a part."""
-    per: tl.constexpr = 1 if PART else R                  # heads of this part in a group
-    blocks = (hi - lo + BM - 1) // BM
-    tiles = (T + TILE - 1) // TILE
-    tiles = tiles * (tiles + 1) // 2
-    for step in range(0, GP * per * blocks):
-        a, m0 = step // blocks, lo + step % blocks * BM
-        h = a // per * (R + N) + PART * R + a % per       # within the pair
-        m = m0 + tl.arange(0, BM)
-        Q = q.load([row + m0, (pair * (GP * (R + N)) + h) * D])
-        dO = d_out.load([row + m0, (pair * (GP * per) + a) * DV])
-        L = lse.load([head + h, m0]).reshape(BM)          # inf beyond T
-        p = tl.exp2(tl.dot(K, Q.T) * c - L[None, :])      # transposed: (BN, BM)
-        if MASKED:
-            n = (n0 + tl.arange(0, BN))[:, None]
-            p = tl.where((n <= m[None, :]) & (m[None, :] < end[:, None]), p, 0.)
-        if VALUES:
-            dV = tl.dot(p.to(dO.dtype), dO, dV)
-        if KEYS:
-            gap = tl.dot(V, dO.T) - delta.load([head + h, m0]).reshape(1, BM)
-            dS = (p * gap).to(Q.dtype)
-            t = m0 // TILE
-            tile = h * tiles + t * (t + 1) // 2 + n0 // TILE
-            ds.store([ds_row + tile * TILE + n0 % TILE, m0 % TILE], dS)
-            dK = tl.dot(dS, Q, dK)
-    return dK, dV
-
-
-@jit
-def attend_keys(q, k, v, ends, d_signal, d_noise, lse, delta, dk, dv, ds, first, T, P,
-                c, scale, R: tl.constexpr, N: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
-                DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
-                KEYS: tl.constexpr, VALUES: tl.constexpr):
-    """One block of keys of one pair: its dK (signal and noise), its dV, its columns of dS."""
-    at = tl.program_id(1)                                 # a pair of a row of the batch
-    b, pair = (first + at) // P, (first + at) % P
-    n0 = tl.program_id(0) * BN
-    n = tl.arange(0, BN)
-    heads: tl.constexpr = GP * (R + N)
-    head = (b * P + pair) * heads
-    tiles = (T + TILE - 1) // TILE
-    ds_row = at * heads * (tiles * (tiles + 1) // 2) * TILE
-    lo = n0 // TILE * TILE            # from the tile's corner, also where every query comes before
-                                      # these keys: attend_queries reads whole tiles, zeros too
-    if ends is None:
-        middle = tl.minimum(lo + TILE, T)
-        end = tl.full([BN], 2**31 - 1, tl.int32)
-    else:                                                 # of the run that each key is in
-        end = tl.load(ends + b * T + n0 + n, n0 + n < T, 0)
-        middle = tl.minimum((tl.max(end, 0) + TILE - 1) // TILE * TILE, T)
-    V = v.load([b * T + n0, pair * DV]) if KEYS else 0
-    dV = tl.zeros([BN, DV], tl.float32) if VALUES else 0
-    out_row = tl.cast(b * T + n0, tl.int64)
-    for PART in tl.static_range(1 + N):
-        key_head = pair * (1 + N) + PART
-        K = k.load([b * T + n0, key_head * D])
-        dK = tl.zeros([BN, D], tl.float32) if KEYS else 0
-        d_out = d_noise if PART else d_signal
-        dK, dV = attend_keys_sweep(K, V, dK, dV, q, d_out, lse, delta, ds, ds_row, b * T,
-                                   head, pair, n0, end, lo, middle, T, c, PART, True, R, N, GP,
-                                   D, DV, BM, BN, TILE, KEYS, VALUES)
-        if ends is None:
-            dK, dV = attend_keys_sweep(K, V, dK, dV, q, d_out, lse, delta, ds, ds_row, b * T,
-                                       head, pair, n0, end, middle, T, T, c, PART, False, R, N,
-                                       GP, D, DV, BM, BN, TILE, KEYS, VALUES)
-        if KEYS:
-            to = dk + (out_row * (P * (1 + N)) + key_head) * D
-            to += n[:, None] * (P * (1 + N) * D) + tl.arange(0, D)[None, :]
-            tl.store(to, (dK * scale).to(dk.dtype.element_ty), (n0 + n < T)[:, None])
-    if VALUES:
-        to = dv + (out_row * P + pair) * DV + n[:, None] * (P * DV) + tl.arange(0, DV)[None, :]
-        tl.store(to, dV.to(dv.dtype.element_ty), (n0 + n < T)[:, None])
-
-
-@jit
-def attend_queries(ds, k, starts, dq, first, T, P, scale, R: tl.constexpr, N: tl.constexpr,
-                   GP: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr):
-    """dQ = dS K / sqrt(D): one row of tiles of one head."""
-    heads: tl.constexpr = GP * (R + N)
-    t, at = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    b, pair, h = (first + at // heads) // P, (first + at // heads) % P, at % heads
-    k_col = (pair * (1 + N) + h % (R + N) // R) * D
-    tiles = (T + TILE - 1) // TILE
-    ds_row = (at * (tiles * (tiles + 1) // 2) + t * (t + 1) // 2) * TILE
-    lo = 0                     # Every BN keys from lo on hold one whose document reaches row t TILE
-    if starts is not None:     # or beyond: attend_keys, whose blocks BN divides, has written them.
-        lo = tl.load(starts + b * T + t * TILE) // BN * BN
-    acc = tl.zeros([TILE, D], tl.float32)
-    for n0 in range(lo, tl.minimum(t * TILE + TILE, T), BN):
-        acc = tl.dot(ds.load([ds_row + n0, 0]).T, k.load([b * T + n0, k_col]), acc)
-    rows = tl.arange(0, TILE)
-    to = dq + (tl.cast(b * T + t * TILE, tl.int64) * (P * heads) + pair * heads + h) * D
-    to += rows[:, None] * (P * heads * D) + tl.arange(0, D)[None, :]
-    tl.store(to, (acc * scale).to(dq.dtype.element_ty), (t * TILE + rows < T)[:, None])
-
-
-def attention_shape(q: Tensor, k: Tensor, noise_heads: int) -> dict:
-    """The kernels' R, N and GP of q (B, T, H, D) and k (B, T, K, D)."""
-    N, groups = min(noise_heads, 1), noise_heads or k.shape[2]
-    return dict(R=q.shape[2] // groups - N, N=N, GP=groups * (1 + N) // k.shape[2], D=q.shape[3])
-
-
-def matrix(x: Tensor) -> Tensor:
-    """(B, T, ...) -> (B T, all), a view where x allows it; rows begin at multiples of 16 bytes."""
-    x = x.reshape(x.shape[0] * x.shape[1], -1)
-    aligned = x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == x.data_ptr() % 16 == 0
-    return x if aligned else x.clone(memory_format=torch.contiguous_format)
-
-
-def tma(x: Tensor, *block: int):
-    return TensorDescriptor.from_tensor(x, list(block))
-
-
-def attention_outputs(q, k, v, starts, noise_heads):
-    (B, T, H), N = q.shape[:3], min(noise_heads, 1)
-    P, DV = v.shape[2:]
-    groups = noise_heads or P
-    signal, noise = (q.new_empty(B, T, groups, n, DV) for n in (H // groups - N, N))
-    lse, largest = (q.new_empty(shape, dtype=torch.float32)
-                    for shape in ((B * H, -(-T // TILE) * TILE), (H,)))
-    return signal, noise, lse, largest
-
-
-@custom_op(attention_outputs)
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None,
-                      noise_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> signal, noise, log-sum-exps (B H, T) in base 2, largest logit of each head (H,)."""
-    (B, T, H, D), shape = q.shape, attention_shape(q, k, noise_heads)
-    signal, noise, lse, _ = attention_outputs(q, k, v, starts, noise_heads)
-    DV, blocks = signal.shape[-1], lse.shape[1] // TILE
-    BN, stages = (128, 2) if DV > D else (64, 3)
-    top = q.new_empty(B, H, blocks, dtype=torch.float32)
-    attend[blocks, B * H](
-        tma(matrix(q), TILE, D), tma(matrix(k), BN, D), tma(matrix(v), BN, DV), starts, signal,
-        noise, lse, top, T, H, D**-0.5 / LN2, **shape, DV=DV, BM=TILE, BN=BN, num_warps=8,
-        num_stages=stages)
-    return signal, noise, lse, top.amax((0, 2)) * LN2
-
-
-@custom_op(lambda d_signal, d_noise, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)))
-def attention_backward(d_signal: Tensor, d_noise: Tensor, q: Tensor, k: Tensor, v: Tensor,
-                       starts: Tensor | None, noise_heads: int, signal: Tensor, noise: Tensor,
-                       lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    (B, T, H, D), shape = q.shape, attention_shape(q, k, noise_heads)
-    DV, blocks = signal.shape[-1], lse.shape[1] // TILE
-    P = k.shape[2] // (1 + shape["N"])
-    d_signal, d_noise = d_signal.contiguous(), d_noise.contiguous()
-    delta = torch.empty_like(lse)
-    attend_delta[lse.shape[1] // 16, B * H](
-        signal, noise, d_signal, d_noise, delta, T, H, R=shape["R"], N=shape["N"], DV=DV, BM=16,
-        num_warps=4)
-    ends = None
-    if starts is not None:                                   # of the document that a token is in
-        order = torch.arange(T, device=q.device, dtype=torch.int32).expand(B, T).contiguous()
-        ends = torch.searchsorted(starts, order, right=True, out_int32=True)
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    q, k, v = matrix(q), matrix(k), matrix(v)
-    rows = H // P * blocks * (blocks + 1) // 2 * TILE        # of dS, for one pair
-    pairs = min(B * P, max(1, DS_BYTES // (rows * TILE * q.element_size())))
-    ds = q.new_empty(pairs * rows, TILE)
-    # dK and dV in one launch where both fit the registers: BM, BN, warps, stages
-    launches = {(True, True): (64, 64, 4, 2)} if D + DV <= 192 else {
-        (False, True): (64, 128, 8, 3), (True, False): (64, 128, 8, 2)}
-    for (keys, values), (BM, BN, warps, stages) in launches.items():
-        together = pairs if keys else B * P
-        d_outs = [tma(matrix(d), BM, DV) for d in (d_signal, d_noise if shape["N"] else d_signal)]
-        for first in range(0, B * P, together):
-            n = min(together, B * P - first)
-            attend_keys[triton.cdiv(T, BN), n](
-                tma(q, BM, D), tma(k, BN, D), tma(v, BN, DV), ends, *d_outs, tma(lse, 1, BM),
-                tma(delta, 1, BM), dk, dv, tma(ds, BN, BM), first, T, P, D**-0.5 / LN2, D**-0.5,
-                **shape, DV=DV, BM=BM, BN=BN, TILE=TILE, KEYS=keys, VALUES=values,
-                num_warps=warps, num_stages=stages)
-            if keys:
-                attend_queries[blocks, n * (H // P)](
-                    tma(ds, 64, TILE), tma(k, 64, D), starts, dq, first, T, P, D**-0.5, **shape,
-                    BN=64, TILE=TILE, num_warps=4, num_stages=3)
-    return dq, dk, dv
-
-
-class FusedAttention(torch.autograd.Function):
-    """Signal, noise and largest logits; see grouped_differential_attention."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, starts, noise_heads):
-        starts = None if starts is None else starts.int().contiguous()
-        signal, noise, lse, largest = attention_forward(q, k, v, starts, noise_heads)
-        ctx.noise_heads = noise_heads
-        ctx.save_for_backward(q, k, v, starts, signal, noise, lse)
-        ctx.mark_non_differentiable(largest)
-        return signal, noise, largest
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_signal, d_noise, _):
-        q, k, v, starts, *outputs = ctx.saved_tensors
-        return *attention_backward(d_signal, d_noise, q, k, v, starts, ctx.noise_heads,
-                                   *outputs), None, None
-
-
-def can_fuse_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """The kernels want Hopper's TMA, half precision, heads of 16 to 128, and no cached keys."""
-    hopper = INTERPRET or q.is_cuda and is_hopper(q.device)
-    return (use_triton(q) and hopper and (INTERPRET or q.dtype != torch.float32)
-            and q.dtype == k.dtype == v.dtype and q.shape[1] == k.shape[1]
-            and v.shape[-1] in (q.shape[-1], 2 * q.shape[-1]) and q.shape[-1] in (16, 32, 64, 128))
-
-
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, num_noise_heads: int):
-    """q (B, T, H, D), k (B, T, K, D), v (B, T, P, Dv) -> signal (B, T, G, r, Dv), noise (B, T, G, 1
-    or 0, Dv), largest logit of each query head (H,). num_noise_heads 0: plain attention."""
-    return FusedAttention.apply(q, k, v, starts, num_noise_heads)
-
-
-@jit
-def differential_norm_forward_kernel(signal, noise, lambda_, weight, out, groups, r, width, eps,
-                                     GROUPS: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
-    """A program takes GROUPS noise heads and the r signal heads of each: (GROUPS, R, W)."""
+def differential_norm_forward_kernel(signal_ptr, noise_ptr, lambda_ptr, weight_ptr, out_ptr,
+                                     num_groups, r, width, eps, GROUPS: tl.constexpr,
+                                     R: tl.constexpr, W: tl.constexpr):
+    """One program: GROUPS groups, each one noise head and its r signal heads."""
     g = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None, None]
-    h, i = tl.arange(0, R)[None, :, None], tl.arange(0, W)[None, None, :]
-    one, at = (g < groups) & (i < width), (g * r + h) * width + i
-    gamma = tl.load(weight + i, mask=i < width, other=0).to(tl.float32)
-    z = tl.load(signal + at, mask=one & (h < r), other=0).to(tl.float32)
-    o = tl.load(noise + g * width + i, mask=one, other=0).to(tl.float32)
-    z -= tl.load(lambda_).to(tl.float32) * o
-    z *= tl.rsqrt(tl.sum(z * z, 2, keep_dims=True) / width + eps) * gamma
-    tl.store(out + at, z.to(out.dtype.element_ty), mask=one & (h < r))
+    h = tl.arange(0, R)[None, :, None]
+    i = tl.arange(0, W)[None, None, :]
+    noise_mask = (g < num_groups) & (i < width)
+    offsets = (g * r + h) * width + i
+
+    weight = tl.load(weight_ptr + i, mask=i < width, other=0).to(tl.float32)
+    z = tl.load(signal_ptr + offsets, mask=noise_mask & (h < r), other=0).to(tl.float32)
+    noise = tl.load(noise_ptr + g * width + i, mask=noise_mask, other=0).to(tl.float32)
+    z -= tl.load(lambda_ptr).to(tl.float32) * noise
+    z *= tl.rsqrt(tl.sum(z * z, 2, keep_dims=True) / width + eps) * weight
+    tl.store(out_ptr + offsets, z.to(out_ptr.dtype.element_ty), mask=noise_mask & (h < r))
 
 
 @jit
-def differential_norm_backward_kernel(d, signal, noise, lambda_, weight, d_signal, d_noise, sums,
-                                      groups, r, width, eps, GROUPS: tl.constexpr,
-                                      R: tl.constexpr, W: tl.constexpr):
-    """Programs that stay, each taking every so many'th GROUPS. With n = z / rms(z), z = signal -
-    lambda noise:  dn = d gamma,  dz = (dn - n mean(dn n)) / rms,  sums of d n and of -dz noise,
-    which are kept lane by lane: no thread waits for another in the loop."""
-    h, i = tl.arange(0, R)[None, :, None], tl.arange(0, W)[None, None, :]
-    l = tl.load(lambda_).to(tl.float32)
-    gamma = tl.load(weight + i, mask=i < width, other=0).to(tl.float32)
-    d_gamma = tl.zeros((GROUPS, 1, W), tl.float32)
+def differential_norm_backward_kernel(dy_ptr, signal_ptr, noise_ptr, lambda_ptr, weight_ptr,
+                                      d_signal_ptr, d_noise_ptr, sums_ptr, num_groups, r, width,
+                                      eps, GROUPS: tl.constexpr, R: tl.constexpr,
+                                      W: tl.constexpr):
+    """A persistent kernel: a few programs per multiprocessor, each striding over the groups, so
+    that there are few partial sums of d_weight and d_lambda to add up afterwards. They are kept per
+    lane: no thread waits for another inside the loop."""
+    h = tl.arange(0, R)[None, :, None]
+    i = tl.arange(0, W)[None, None, :]
+    lambda_ = tl.load(lambda_ptr).to(tl.float32)
+    weight = tl.load(weight_ptr + i, mask=i < width, other=0).to(tl.float32)
+    d_weight = tl.zeros((GROUPS, 1, W), tl.float32)
     d_lambda = tl.zeros((GROUPS, 1, W), tl.float32)
-    for first in range(tl.program_id(0).to(tl.int64) * GROUPS, groups, tl.num_programs(0) * GROUPS):
-        g = first + tl.arange(0, GROUPS)[:, None, None]
-        one, at = (g < groups) & (i < width), (g * r + h) * width + i
-        o = tl.load(noise + g * width + i, mask=one, other=0).to(tl.float32)
-        z = tl.load(signal + at, mask=one & (h < r), other=0).to(tl.float32) - l * o
-        dn = tl.load(d + at, mask=one & (h < r), other=0).to(tl.float32)
-        rms = tl.rsqrt(tl.sum(z * z, 2, keep_dims=True) / width + eps)
-        z *= rms
-        d_gamma += tl.sum(dn * z, 1, keep_dims=True)
-        dn *= gamma
-        dz = rms * (dn - z * (tl.sum(dn * z, 2, keep_dims=True) / width))
-        tl.store(d_signal + at, dz.to(d_signal.dtype.element_ty), mask=one & (h < r))
+
+    first_group = tl.program_id(0).to(tl.int64) * GROUPS
+    for start in range(first_group, num_groups, tl.num_programs(0) * GROUPS):
+        g = start + tl.arange(0, GROUPS)[:, None, None]
+        noise_mask = (g < num_groups) & (i < width)
+        offsets = (g * r + h) * width + i
+        noise = tl.load(noise_ptr + g * width + i, mask=noise_mask, other=0).to(tl.float32)
+        signal = tl.load(signal_ptr + offsets, mask=noise_mask & (h < r), other=0).to(tl.float32)
+        z = signal - lambda_ * noise
+        dy = tl.load(dy_ptr + offsets, mask=noise_mask & (h < r), other=0).to(tl.float32)
+
+        inv_rms = tl.rsqrt(tl.sum(z * z, 2, keep_dims=True) / width + eps)
+        normed = z * inv_rms
+        d_weight += tl.sum(dy * normed, 1, keep_dims=True)
+        d_normed = dy * weight
+        dz = inv_rms * (d_normed - normed * (tl.sum(d_normed * normed, 2, keep_dims=True) / width))
+        tl.store(d_signal_ptr + offsets, dz.to(d_signal_ptr.dtype.element_ty),
+                 mask=noise_mask & (h < r))
+
+        # Lanes r to R hold no head and must not count.
         dz = tl.sum(tl.where(h < r, dz, 0.0), 1, keep_dims=True)
-        tl.store(d_noise + g * width + i, (-l * dz).to(d_noise.dtype.element_ty), mask=one)
-        d_lambda -= dz * o
-    at = sums + tl.program_id(0) * 2 * width + i
-    tl.store(at, tl.sum(d_gamma, 0, keep_dims=True), mask=i < width)
-    tl.store(at + width, tl.sum(d_lambda, 0, keep_dims=True), mask=i < width)
+        d_noise = (-lambda_ * dz).to(d_noise_ptr.dtype.element_ty)
+        tl.store(d_noise_ptr + g * width + i, d_noise, mask=noise_mask)
+        d_lambda -= dz * noise
+
+    sums_ptr = sums_ptr + tl.program_id(0) * 2 * width + i
+    tl.store(sums_ptr, tl.sum(d_weight, 0, keep_dims=True), mask=i < width)
+    tl.store(sums_ptr + width, tl.sum(d_lambda, 0, keep_dims=True), mask=i < width)
 
 
-@custom_op(lambda signal, noise, lambda_, weight, eps: torch.empty_like(signal))
+def fake_differential_norm_forward(signal, noise, lambda_, weight, eps):
+    return torch.empty_like(signal)
+
+
+@custom_op(fake_differential_norm_forward)
 def differential_norm_forward(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Tensor,
                               eps: float) -> Tensor:
-    out, (r, width), groups = torch.empty_like(signal), signal.shape[-2:], noise[..., 0].numel()
-    if groups:
-        differential_norm_forward_kernel[triton.cdiv(groups, 4),](
-            signal, noise, lambda_, weight, out, groups, r, width, eps, GROUPS=4,
+    """All inputs contiguous; see fused_differential_norm."""
+    r, width = signal.shape[-2:]
+    out = torch.empty_like(signal)
+    num_groups = noise[..., 0].numel()
+    if num_groups > 0:
+        differential_norm_forward_kernel[(triton.cdiv(num_groups, 4),)](
+            signal, noise, lambda_, weight, out, num_groups, r, width, eps, GROUPS=4,
             R=triton.next_power_of_2(r), W=triton.next_power_of_2(width), num_warps=2)
     return out
 
 
-@custom_op(lambda d, signal, noise, lambda_, weight, eps: tuple(
-    torch.empty_like(t) for t in (signal, noise, lambda_, weight)))
-def differential_norm_backward(d: Tensor, signal: Tensor, noise: Tensor, lambda_: Tensor,
+def fake_differential_norm_backward(dy, signal, noise, lambda_, weight, eps):
+    return tuple(torch.empty_like(t) for t in (signal, noise, lambda_, weight))
+
+
+@custom_op(fake_differential_norm_backward)
+def differential_norm_backward(dy: Tensor, signal: Tensor, noise: Tensor, lambda_: Tensor,
                                weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (r, width), groups = signal.shape[-2:], noise[..., 0].numel()
-    d_signal, d_noise = torch.empty_like(signal), torch.empty_like(noise)
-    sums = signal.new_zeros(resident(signal, 4), 2, width, dtype=torch.float32)
-    if groups:
-        differential_norm_backward_kernel[len(sums),](
-            d, signal, noise, lambda_, weight, d_signal, d_noise, sums, groups, r, width, eps,
+    """-> the gradients of signal, noise, lambda_ and weight."""
+    r, width = signal.shape[-2:]
+    num_groups = noise[..., 0].numel()
+    d_signal = torch.empty_like(signal)
+    d_noise = torch.empty_like(noise)
+    num_programs = persistent_grid(signal, 4)
+    sums = signal.new_zeros(num_programs, 2, width, dtype=torch.float32)
+    if num_groups > 0:
+        differential_norm_backward_kernel[(num_programs,)](
+            dy, signal, noise, lambda_, weight, d_signal, d_noise, sums, num_groups, r, width, eps,
             GROUPS=4, R=triton.next_power_of_2(r), W=triton.next_power_of_2(width), num_warps=4)
     d_weight, d_lambda = sums.sum(0)
     return d_signal, d_noise, d_lambda.sum().to(lambda_.dtype), d_weight.to(weight.dtype)
 
 
+def persistent_grid(x: Tensor, programs_per_sm: int) -> int:
+    """Grid size of a persistent kernel: programs per multiprocessor (SM) of x's GPU, times SMs."""
+    if not x.is_cuda:
+        return programs_per_sm
+    return programs_per_sm * torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
 class DifferentialNorm(torch.autograd.Function):
-    """RMSNorm(signal - lambda noise) of contiguous tensors; saves its inputs alone."""
+    """Saves its inputs alone and computes the norm again in the backward pass."""
 
     @staticmethod
-    def forward(ctx, *inputs):
-        *tensors, ctx.eps = inputs
-        ctx.save_for_backward(*tensors)
-        return differential_norm_forward(*inputs)
+    def forward(ctx, signal, noise, lambda_, weight, eps):
+        ctx.save_for_backward(signal, noise, lambda_, weight)
+        ctx.eps = eps
+        return differential_norm_forward(signal, noise, lambda_, weight, eps)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d):
-        return *differential_norm_backward(d.contiguous(), *ctx.saved_tensors, ctx.eps), None
+    def backward(ctx, dy):
+        grads = differential_norm_backward(dy.contiguous(), *ctx.saved_tensors, ctx.eps)
+        return *grads, None
 
 
 def can_fuse_differential_norm(signal: Tensor) -> bool:
-    return use_triton(signal) and signal.shape[-1] <= 1024       # a row is one warp's
+    """Whether the kernel takes it: a program holds whole rows in its registers."""
+    return use_triton(signal) and signal.shape[-1] <= 1024
 
 
 def fused_differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Tensor,
                             eps: float) -> Tensor:
-    """RMSNorm(signal - lambda noise), each head by itself: signal (B, T, G, r, 2D), noise (B, T, G,
-    1, 2D), weight (2D,) in fp32 -> (B, T, G, r, 2D)."""
-    dense = [t.contiguous() for t in (signal, noise, lambda_, weight)]
-    return DifferentialNorm.apply(*dense, eps)
+    """weight * RMSNorm(signal - lambda_ * noise), each head by itself: signal (B, T, G, r, 2D),
+    noise (B, T, G, 1, 2D), lambda_ a scalar, weight (2D,) in fp32 -> (B, T, G, r, 2D)."""
+    return DifferentialNorm.apply(signal.contiguous(), noise.contiguous(), lambda_.contiguous(),
+                                  weight.contiguous(), eps)
 
 
-# ---- loss
+# ---- Linear cross entropy: F.cross_entropy(x @ weight.T, targets)
+#
+# The vocabulary is the widest dimension of the model. In Motif-2-12.7B the logits of 8,192 tokens
+# are 8192 x 219520: 3.4 GiB in bf16, twice that in fp32, and autograd wants them two or three times.
+#
+# So they never exist all at once. We take LOSS_CHUNK tokens, compute their logits (cuBLAS), turn
+# these *in place* into their gradient
+#
+#     dlogits = scale (softmax(logits) - onehot(target))                            (chunk, V)
+#
+# and multiply that on at once, dx = dlogits weight and dweight += dlogits^T x, before the next chunk
+# reuses the memory. So the forward pass already makes both gradients, and the backward pass only
+# multiplies them by the gradient of the loss, which is 1 in training. The price: one backward pass
+# only (autograd refuses a second, as scale_ has changed what was saved).
+#
+# `scale` belongs inside. Had the caller divided the loss by the number of tokens instead, the
+# gradients would first be rounded to bf16 and then multiplied and rounded again.
 
 @jit
-def cross_entropy_kernel(logits, targets, losses, scale, V, GRADIENT: tl.constexpr,
-                         BLOCK: tl.constexpr):
-    """Loss of one row of logits, in nats; 0 for a negative target, NaN for one that is no word.
-    GRADIENT: then the row becomes (softmax - onehot) scale. Largest value and sum are kept lane by
-    lane: one reduction per row. In place: a thread must be the only one to read what it
-    overwrites, hence at least as many numbers in BLOCK as there are threads."""
+def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, scale_ptr, V, GRADIENT: tl.constexpr,
+                         BLOCK_SIZE: tl.constexpr):
+    """One program: the loss of one token, logsumexp(logits) - logits[target], in nats.
+
+    A negative target is ignored: its loss is 0. A target >= V gives NaN. With GRADIENT the logits
+    are then overwritten by (softmax - onehot) * scale. For that BLOCK_SIZE must be at least the
+    number of threads: else Triton gives one element to several threads, and one of them may read
+    what another has already overwritten.
+    """
     row = tl.program_id(0).to(tl.int64)
-    logits += row * V
-    target = tl.load(targets + row)
-    kept = target >= 0
-    own = tl.load(logits + target, mask=kept & (target < V), other=float("nan")).to(tl.float32)
-    top, total = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        z = tl.load(logits + i, mask=i < V, other=-float("inf")).to(tl.float32)
-        higher = tl.maximum(top, z)
-        total = total * tl.exp(top - higher) + tl.exp(z - higher)
-        top = higher
-    most = tl.max(top)
-    lse = most + tl.log(tl.sum(total * tl.exp(top - most)))
-    tl.store(losses + row, tl.where(kept, lse - own, 0.0))
+    logits_ptr += row * V
+    target = tl.load(targets_ptr + row)
+    is_real = target >= 0
+    target_logit = tl.load(logits_ptr + target, mask=is_real & (target < V),
+                           other=float("nan")).to(tl.float32)
+
+    # logsumexp in one pass: each lane keeps its largest logit so far, and the sum of exp(logit -
+    # largest), which shrinks when a larger one comes. One reduction at the end joins the lanes.
+    lane_max = tl.full((BLOCK_SIZE,), -1e30, tl.float32)
+    lane_sum = tl.zeros((BLOCK_SIZE,), tl.float32)
+    for start in range(0, V, BLOCK_SIZE):
+        i = start + tl.arange(0, BLOCK_SIZE)
+        logits = tl.load(logits_ptr + i, mask=i < V, other=-float("inf")).to(tl.float32)
+        new_max = tl.maximum(lane_max, logits)
+        lane_sum = lane_sum * tl.exp(lane_max - new_max) + tl.exp(logits - new_max)
+        lane_max = new_max
+    row_max = tl.max(lane_max)
+    lse = row_max + tl.log(tl.sum(lane_sum * tl.exp(lane_max - row_max)))
+    tl.store(losses_ptr + row, tl.where(is_real, lse - target_logit, 0.0))
+
     if GRADIENT:
-        tl.debug_barrier()                         # own is read before any thread overwrites it
-        factor = tl.where(kept, tl.load(scale), 0.0)
-        for start in range(0, V, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            p = tl.exp(tl.load(logits + i, mask=i < V, other=0).to(tl.float32) - lse)
-            p = tl.where(kept, (p - tl.where(i == target, 1.0, 0.0)) * factor, 0.0)
-            tl.store(logits + i, p.to(logits.dtype.element_ty), mask=i < V)
+        # Every thread must have read target_logit before any thread overwrites it.
+        tl.debug_barrier()
+        factor = tl.where(is_real, tl.load(scale_ptr), 0.0)
+        for start in range(0, V, BLOCK_SIZE):
+            i = start + tl.arange(0, BLOCK_SIZE)
+            p = tl.exp(tl.load(logits_ptr + i, mask=i < V, other=0).to(tl.float32) - lse)
+            dlogits = (p - tl.where(i == target, 1.0, 0.0)) * factor
+            dlogits = tl.where(is_real, dlogits, 0.0)
+            tl.store(logits_ptr + i, dlogits.to(logits_ptr.dtype.element_ty), mask=i < V)
 
 
-def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor, gradient: bool) -> Tensor:
-    """The rows' losses; with gradient the logits become (softmax - onehot) scale."""
+def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor | None,
+                   gradient: bool) -> Tensor:
+    """The losses of logits (rows, V) -> (rows,) in fp32, unscaled. If gradient, the logits become
+    (softmax - onehot) * scale."""
+    num_rows, V = logits.shape
     if use_triton(logits):
-        losses = logits.new_empty(len(logits), dtype=torch.float32)
-        cross_entropy_kernel[(len(logits),)](
-            logits, targets, losses, scale, logits.shape[1], GRADIENT=gradient,
-            BLOCK=min(max(triton.next_power_of_2(logits.shape[1]), 512), 4096), num_warps=8)
+        losses = logits.new_empty(num_rows, dtype=torch.float32)
+        block_size = min(max(triton.next_power_of_2(V), 512), 4096)
+        cross_entropy_kernel[(num_rows,)](logits, targets, losses, scale, V, GRADIENT=gradient,
+                                          BLOCK_SIZE=block_size, num_warps=8)
         return losses
-    z, t, kept = upcast(logits), targets.clamp(min=0)[:, None], (targets >= 0)[:, None]
+
+    z = upcast(logits)
+    index = targets.clamp(min=0)[:, None]
+    is_real = (targets >= 0)[:, None]
     lse = z.logsumexp(-1, keepdim=True)
-    losses = ((lse - z.gather(1, t)) * kept)[:, 0]
+    losses = ((lse - z.gather(1, index)) * is_real)[:, 0]
     if gradient:
-        z = z.sub_(lse).exp_().mul_(kept)
-        logits.copy_(z.scatter_add_(1, t, -kept.to(z.dtype)).mul_(scale))
+        # In place: fp32 logits, which z then is itself, are the largest tensor of a step.
+        softmax = z.sub_(lse).exp_().mul_(is_real)
+        dlogits = softmax.scatter_add_(1, index, -is_real.to(z.dtype)).mul_(scale)
+        logits.copy_(dlogits)
     return losses
 
 
-@custom_op(lambda x, weight, targets, scale, needs_dx, needs_dw: (
-    upcast(x.new_empty(())), torch.empty_like(x if needs_dx else x[:0]),
-    torch.empty_like(weight if needs_dw else weight[:0])))
+def fake_linear_cross_entropy_forward(x, weight, targets, scale, needs_dx, needs_dw):
+    dx = torch.empty_like(x if needs_dx else x[:0])
+    dw = torch.empty_like(weight if needs_dw else weight[:0])
+    return upcast(x.new_empty(())), dx, dw
+
+
+@custom_op(fake_linear_cross_entropy_forward)
 def linear_cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor,
                                  needs_dx: bool, needs_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """-> the sum of the losses, unscaled, and the scaled gradients (no rows if not needed)."""
+    num_rows = x.shape[0]
     total = upcast(x.new_zeros(()))
     dx = torch.empty_like(x if needs_dx else x[:0])
-    dw = (torch.empty_like if len(x) else torch.zeros_like)(weight if needs_dw else weight[:0])
-    for i in range(0, len(x), LOSS_CHUNK):
-        rows, t = x[i:i + LOSS_CHUNK], targets[i:i + LOSS_CHUNK]
-        logits = rows @ weight.T                                         # (chunk, V)
-        total += cross_entropy_(logits, t, scale, needs_dx or needs_dw).sum()
+    dw = torch.empty_like(weight if needs_dw else weight[:0])
+    if num_rows == 0:
+        dw.zero_()
+
+    for i in range(0, num_rows, LOSS_CHUNK):
+        x_chunk = x[i:i + LOSS_CHUNK]
+        targets_chunk = targets[i:i + LOSS_CHUNK]
+        logits = x_chunk @ weight.T
+        losses = cross_entropy_(logits, targets_chunk, scale, gradient=needs_dx or needs_dw)
+        total += losses.sum()
+
+        # If a gradient is needed, (softmax - onehot) * scale has overwritten the logits.
+        dlogits = logits
         if needs_dx:
-            torch.mm(logits, weight, out=dx[i:i + LOSS_CHUNK])
+            torch.mm(dlogits, weight, out=dx[i:i + LOSS_CHUNK])
         if needs_dw:
-            dw.addmm_(logits.T, rows, beta=min(i, 1))   # the first one's overwrites what is there
-        del logits                                      # before the next chunk's are made
+            # beta = 0 for the first chunk, which initialises dw.
+            dw.addmm_(dlogits.T, x_chunk, beta=0 if i == 0 else 1)
+        # Free this chunk's memory before the next chunk's logits are made.
+        del logits, dlogits
     return total, dx, dw
 
 
-@jit
-def scale_kernel(x, factor, n, BLOCK: tl.constexpr):
-    by = tl.load(factor).to(tl.float32)
-    if by != 1:                                     # else nothing is read or written
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        z = tl.load(x + i, mask=i < n).to(tl.float32) * by
-        tl.store(x + i, z.to(x.dtype.element_ty), mask=i < n)
-
-
-@custom_op(lambda x, factor: None, changes=("x",))
-def scale_(x: Tensor, factor: Tensor) -> None:
-    """x = x factor in place, of a contiguous x and a scalar: free where the factor is 1."""
-    if not use_triton(x):
-        x.mul_(factor)
-    elif x.numel():
-        scale_kernel[triton.cdiv(x.numel(), 8192),](x, factor, x.numel(), BLOCK=8192, num_warps=8)
-
-
 class LinearCrossEntropy(torch.autograd.Function):
-    """scale times the sum of cross entropies of x @ weight^T, with both gradients made in the
-    forward pass, chunk by chunk, while the chunk's logits exist. The backward pass hands them on,
-    so that there can be but one: autograd refuses a second (unless a hook keeps what is saved)."""
+    """scale * (sum of the losses). Backward returns the gradients that forward has made."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, scale, differentiate):
-        needs = [differentiate and need for need in ctx.needs_input_grad[:2]]
-        total, *gradients = linear_cross_entropy_forward(x, weight, targets, scale, *needs)
-        ctx.save_for_backward(*gradients)
+    def forward(ctx, x, weight, targets, scale, grad_enabled):
+        needs_dx = grad_enabled and ctx.needs_input_grad[0]
+        needs_dw = grad_enabled and ctx.needs_input_grad[1]
+        total, dx, dw = linear_cross_entropy_forward(x, weight, targets, scale, needs_dx, needs_dw)
+        ctx.save_for_backward(dx, dw)
         return total * scale
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d):
-        gradients = ctx.saved_tensors
-        for g in gradients:
-            scale_(g, d)
-        needed = zip(gradients, ctx.needs_input_grad)
-        return *(g if needs else None for g, needs in needed), None, None, None
-
-
-@torch.no_grad()
-def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """linear_cross_entropy's losses by row, of those alone that have a target."""
-    losses, kept = upcast(x.new_zeros(len(x))), (targets >= 0).nonzero()[:, 0]
-    for rows in kept.split(LOSS_CHUNK):
-        logits = x[rows] @ weight.T
-        losses[rows] = cross_entropy_(logits, targets[rows], losses, False)
-    return losses
+    def backward(ctx, d_loss):
+        dx, dw = ctx.saved_tensors
+        scale_(dx, d_loss)
+        scale_(dw, d_loss)
+        needs_dx, needs_dw = ctx.needs_input_grad[:2]
+        return dx if needs_dx else None, dw if needs_dw else None, None, None, None
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean",
                          scale: float = 1.0) -> Tensor:
-    """Cross entropy in nats of the logits x @ weight^T without ever holding them all.
+    """scale times the cross entropy, in nats, of the logits x @ weight.T, which are never all there.
 
-    x (N, n), weight (V, n), targets (N,) with negative ones ignored -> fp32 scalar, scale times the
-    "sum" or the "mean" over the targets kept (0 if none is). A factor given here, and not applied
-    to the loss, keeps bf16 gradients from being rounded twice. Not for autocast. "none": (N,), 0
-    where a target is ignored, without gradients. ValueError for another reduction."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
-    if reduction == "none":
-        return token_losses(x, weight, targets) * scale
-    factor = upcast(x.new_full((), scale, dtype=torch.promote_types(x.dtype, torch.float32)))
+    x (N, n), weight (V, n), targets (N,), negative where a token does not count -> fp32 scalar: the
+    "sum" over the tokens that count, or their "mean" (0 if there is none). Not for autocast.
+
+    Zero logits over 4 words have a loss of ln 4, and the second token does not count:
+
+    >>> x, weight = torch.zeros(2, 3), torch.ones(4, 3)
+    >>> linear_cross_entropy(x, weight, torch.tensor([1, -1]))
+    tensor(1.3863)
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
+    scale = upcast(x.new_full((), scale, dtype=torch.promote_types(x.dtype, torch.float32)))
     if reduction == "mean":
-        factor = factor / (targets >= 0).sum().clamp(min=1)
-    return LinearCrossEntropy.apply(x, weight, targets.contiguous(), factor,
+        scale = scale / (targets >= 0).sum().clamp(min=1)
+    return LinearCrossEntropy.apply(x, weight, targets.contiguous(), scale,
                                     torch.is_grad_enabled())
 
 
-# ---- products of Newton-Schulz
+@torch.no_grad()
+def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The cross entropy of each token, without gradient: x (N, n), weight (V, n), targets (N,) ->
+    (N,) in fp32, in nats, 0 where the target is negative. Only the others' logits are computed."""
+    losses = upcast(x.new_zeros(x.shape[0]))
+    real_rows = (targets >= 0).nonzero()[:, 0]
+    for rows in real_rows.split(LOSS_CHUNK):
+        logits = x[rows] @ weight.T
+        losses[rows] = cross_entropy_(logits, targets[rows], scale=None, gradient=False)
+    return losses
 
-SYMMETRIC_TILES = 264   # tiles of half a product under which cuBLAS, computing all, is faster
+
+# ---- Attention: model.causal_attention and model.grouped_differential_attention
+#
+# The logits of one layer of Motif-2-12.7B at T = 4,096 are 40 heads x 4096 x 4096: 2.5 GiB in fp32,
+# at 16,384 tokens sixteen times as many. FlashAttention (2205.14135) does not write them to memory:
+# it makes them block by block in registers, and uses each block at once. What is special here is
+# that the value heads are twice as wide as the keys (2D), that signal and noise heads are computed
+# by one launch, and that it returns the largest logit of each head, which QK-clip wants.
+#
+# Who reads what. Query heads are numbered pair by pair, group by group, noise head last:
+#
+#     q head index h = (pair * GP + group) * (R + N) + i          12.7B: 8 pairs, GP = 1, R = 4, N = 1
+#     i < R    a signal head: reads key head 2 * pair             h = 0 .. 3 read key head 0
+#     i == R   the noise head: reads key head 2 * pair + 1        h = 4 reads key head 1
+#     both read value head `pair`, which is DV = 2D wide          h = 5 .. 8 read key head 2, ...
+#
+# GP is the number of groups that share a pair of key heads, R is r, and N is 1. For plain
+# grouped-query attention N is 0: then a "pair" is one key head, and a group is the R query heads
+# that read it. q, k and v are seen as matrices of B * T rows, q with H * D columns and so on. So the
+# data of sequence b begin at row b * T, and those of head h at column h * D. TMA copies blocks of
+# them: desc.load([row, column]).
+#
+# One program computes BM query rows of one head. It walks over the keys, BN at a time. With the
+# largest logit of a row still unknown it keeps, as in FlashAttention, for each row
+#
+#     m_i    the largest logit so far
+#     l_i    the sum of exp(logit - m_i) so far
+#     acc    the sum of exp(logit - m_i) * value so far
+#
+# A new block first raises m_i; what was summed before is then too large by the same factor, so l_i
+# and acc are multiplied by alpha = exp(m_old - m_i). At the end out = acc / l_i, and m_i is the
+# largest logit of the row, for free. By hand, with powers of 2: logits 1, 3 in the first block, 4 in
+# the second. After the first m_i = 3, l_i = 2^-2 + 2^0 = 1.25. The second raises m_i to 4, so
+# alpha = 2^-1 and l_i = 1.25 * 0.5 + 2^0 = 1.625, which is 2^(1-4) + 2^(3-4) + 2^(4-4).
+#
+# Powers of 2 are what the GPU has an instruction for, so logits are scaled by qk_scale =
+# log2(e) / sqrt(D), and exp2 is applied. Saved for the backward pass is only lse = m_i + log2(l_i)
+# of each row, from which p = exp2(q.k * qk_scale - lse) can be had again.
+#
+# Documents. Rows may be packed with several: a query then sees the keys doc_start[t], ..., t. Blocks
+# of keys before the first row's document are skipped.
+#
+# KNOWN LIMITATION: a block at the end of sequence b sticks out into sequence b + 1. What it reads
+# there is multiplied by 0, and 0 * NaN is NaN: a NaN at the beginning of sequence b + 1 reaches the
+# outputs and gradients at the end of sequence b.
+
+@jit
+def attention_forward_sweep(Q, acc, m_i, l_i, k_desc, v_desc, seq_row, k_col, v_col, rows,
+                            doc_start, lo, hi, qk_scale, MASKED: tl.constexpr, BN: tl.constexpr):
+    """The online softmax of the query rows Q (BM, D) over the keys lo to hi."""
+    for n0 in range(lo, hi, BN):
+        logits = tl.dot(Q, k_desc.load([seq_row + n0, k_col]).T)
+        if MASKED:
+            keys = (n0 + tl.arange(0, BN))[None, :]
+            visible = (keys <= rows[:, None]) & (keys >= doc_start[:, None])
+            logits = tl.where(visible, logits, float("-inf"))
+
+        m_new = tl.maximum(m_i, tl.max(logits, 1) * qk_scale)
+        p = tl.exp2(logits * qk_scale - m_new[:, None])
+        alpha = tl.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        V = v_desc.load([seq_row + n0, v_col])
+        acc = tl.dot(p.to(V.dtype), V, acc * alpha[:, None])
+        m_i = m_new
+    return acc, m_i, l_i
 
 
 @jit
-def lower_tile(t, rows):
-    """Tile t of the lower triangle, in bands of eight rows walked column by column, so that
-    the tiles at work at one time share their operands in L2."""
-    i = ((tl.sqrt(8.0 * t + 5.0) - 1.0) * 0.5).to(tl.int32)    # 1 is exact; 5 allows for rounding
+def output_of_head(signal_ptr, noise_ptr, h, H, R: tl.constexpr, N: tl.constexpr):
+    """The tensor that query head h writes, how many heads it has, and h's place among them."""
+    group = h // (R + N)
+    i = h % (R + N)
+    num_heads = H // (R + N)
+    if i // R == 0:
+        out_ptr, num_heads, index = signal_ptr, num_heads * R, group * R + i
+    else:
+        out_ptr, num_heads, index = noise_ptr, num_heads, group
+    return out_ptr, num_heads, index
+
+
+@jit
+def block_pointers(ptr, first_vector, num_heads, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Addresses of a block (ROWS, WIDTH): one head of ROWS tokens of a (B * T, num_heads, WIDTH)
+    tensor. first_vector is token * num_heads + head of the first of its rows."""
+    ptr += first_vector * WIDTH
+    return ptr + (tl.arange(0, ROWS)[:, None] * (num_heads * WIDTH) + tl.arange(0, WIDTH)[None, :])
+
+
+@jit
+def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, noise_ptr, lse_ptr,
+                             max_logit_ptr, T, H, qk_scale, R: tl.constexpr, N: tl.constexpr,
+                             GP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
+                             BN: tl.constexpr):
+    """One program: BM query rows of one head. The grid is (blocks of rows, B * H)."""
+    # The last rows see the most keys. They come first, so that no long program is left at the end.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    bh = tl.program_id(1)
+    b = bh // H
+    h = bh % H
+    group = h // (R + N)
+    pair = group // GP
+    is_noise = h % (R + N) // R
+    m0 = block * BM
+    rows = m0 + tl.arange(0, BM)
+    k_col = (pair * (1 + N) + is_noise) * D
+    v_col = pair * DV
+
+    Q = q_desc.load([b * T + m0, h * D])
+    acc = tl.zeros([BM, DV], tl.float32)
+    m_i = tl.full([BM], -1e38, tl.float32)
+    l_i = tl.zeros([BM], tl.float32)
+    doc_start = tl.zeros([BM], tl.int32)
+    hi = tl.minimum(m0 + BM, T)
+    if doc_start_ptr is None:
+        # Every row of this block sees all keys before m0: no mask is needed up to there.
+        lo = m0 // BN * BN
+        acc, m_i, l_i = attention_forward_sweep(Q, acc, m_i, l_i, k_desc, v_desc, b * T, k_col,
+                                                v_col, rows, doc_start, 0, lo, qk_scale, False, BN)
+    else:
+        # Documents lie one after the other: none of the later rows looks further back than the first.
+        lo = tl.load(doc_start_ptr + b * T + m0) // BN * BN
+        doc_start = tl.load(doc_start_ptr + b * T + rows, rows < T, 0)
+    acc, m_i, l_i = attention_forward_sweep(Q, acc, m_i, l_i, k_desc, v_desc, b * T, k_col, v_col,
+                                            rows, doc_start, lo, hi, qk_scale, True, BN)
+
+    # Rows beyond T get lse = inf, so that the backward pass finds p = exp2(... - inf) = 0 there.
+    lse = tl.where(rows < T, m_i + tl.log2(l_i), float("inf"))
+    tl.store(lse_ptr + tl.cast(bh, tl.int64) * (tl.num_programs(0) * BM) + rows, lse)
+    tl.store(max_logit_ptr + bh * tl.num_programs(0) + block,
+             tl.max(tl.where(rows < T, m_i, float("-inf")), 0))
+
+    out_ptr, num_heads, index = output_of_head(signal_ptr, noise_ptr, h, H, R, N)
+    first_vector = tl.cast(b * T + m0, tl.int64) * num_heads + index
+    out_ptrs = block_pointers(out_ptr, first_vector, num_heads, BM, DV)
+    out = (acc / l_i[:, None]).to(signal_ptr.dtype.element_ty)
+    tl.store(out_ptrs, out, (rows < T)[:, None])
+
+
+# ---- The backward pass of attention
+#
+# For one head, with S = Q K^T / sqrt(D), P = softmax(S) and O = P V, and dO the gradient of O:
+#
+#     dV = P^T dO
+#     dP = dO V^T
+#     dS = P * (dP - delta),      delta = rowsum(P * dP) = rowsum(O * dO)      one number per row
+#     dQ = dS K / sqrt(D)
+#     dK = dS^T Q / sqrt(D)
+#
+# dS is the derivative of the softmax: p_i = exp(s_i) / sum exp(s_j) gives dp_i / ds_j =
+# p_i ((i == j) - p_j). That delta is also rowsum(O * dO) follows from O = P V, and needs no T x T
+# matrix. A key head collects dK from all query heads that read it, a value head dV from R + N of
+# them in each group.
+#
+# dK and dV want a program per block of keys, which goes over the queries; dQ wants the opposite.
+# FlashAttention-2 lets both recompute S and dP (seven products of matrices), or lets the first add
+# to dQ with atomics (five, but in random order, so no two runs agree to the bit). Here the first
+# kernel writes dS to memory in bf16 and the second reads it: five products, and no atomics.
+#
+# dS of one pair of key heads at T = 16,384 is 1.3 GiB, so only the pairs that fit DS_BYTES are done
+# at one time (at least one). Its lower triangle is cut into tiles of TILE x TILE. Tile (t, s) has the
+# queries of tile row t and the keys of tile column s <= t, and is number t (t + 1) / 2 + s of its head:
+#
+#                     keys s = 0     1     2     3
+#     queries t = 0            0
+#             t = 1            1     2
+#             t = 2            3     4     5
+#             t = 3            6     7     8     9
+#
+# A tile is stored transposed, TILE rows of keys by TILE columns of queries. The tiles lie one below
+# the other in a matrix of TILE columns, so a tile row is a matrix (all its keys, TILE queries).
+
+@jit
+def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, delta_ptr, T, H,
+                           R: tl.constexpr, N: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr):
+    """delta = rowsum(O * dO), for BM rows of one head."""
+    bh = tl.program_id(1)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    b = tl.cast(bh // H, tl.int64)
+    h = bh % H
+    out_ptr, num_heads, index = output_of_head(signal_ptr, noise_ptr, h, H, R, N)
+    d_out_ptr, num_heads, index = output_of_head(d_signal_ptr, d_noise_ptr, h, H, R, N)
+
+    offsets = ((b * T + rows)[:, None] * num_heads + index) * DV + tl.arange(0, DV)[None, :]
+    out = tl.load(out_ptr + offsets, (rows < T)[:, None], 0.).to(tl.float32)
+    d_out = tl.load(d_out_ptr + offsets, (rows < T)[:, None], 0.).to(tl.float32)
+    tl.store(delta_ptr + tl.cast(bh, tl.int64) * (tl.num_programs(0) * BM) + rows,
+             tl.sum(out * d_out, 1))
+
+
+@jit
+def attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc, ds_desc, ds_row,
+                         seq_row, first_head, pair, n0, doc_end, lo, hi, T, qk_scale,
+                         IS_NOISE: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr,
+                         N: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+                         BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
+                         NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
+    """What the query rows lo to hi add to dK and dV of the keys K (BN, D). One loop goes over all
+    heads of the pair that are signal heads, or noise heads if IS_NOISE, and over their rows. The
+    products are transposed: P^T and dS^T are (BN, BM), keys by queries."""
+    heads_per_group: tl.constexpr = 1 if IS_NOISE else R
+    num_blocks = (hi - lo + BM - 1) // BM
+    tile_rows = (T + TILE - 1) // TILE
+    tiles_per_head = tile_rows * (tile_rows + 1) // 2
+    for step in range(0, GP * heads_per_group * num_blocks):
+        # a: the head's place among the pair's signal (or noise) heads; h: among all its heads.
+        a = step // num_blocks
+        m0 = lo + step % num_blocks * BM
+        h = a // heads_per_group * (R + N) + IS_NOISE * R + a % heads_per_group
+        rows = m0 + tl.arange(0, BM)
+        Q = q_desc.load([seq_row + m0, (pair * (GP * (R + N)) + h) * D])
+        dO = d_out_desc.load([seq_row + m0, (pair * (GP * heads_per_group) + a) * DV])
+        lse = lse_desc.load([first_head + h, m0]).reshape(BM)
+
+        p = tl.exp2(tl.dot(K, Q.T) * qk_scale - lse[None, :])
+        if MASKED:
+            keys = (n0 + tl.arange(0, BN))[:, None]
+            visible = (keys <= rows[None, :]) & (rows[None, :] < doc_end[:, None])
+            p = tl.where(visible, p, 0.)
+        if NEED_DV:
+            dV = tl.dot(p.to(dO.dtype), dO, dV)
+        if NEED_DK:
+            dP = tl.dot(V, dO.T)
+            delta = delta_desc.load([first_head + h, m0]).reshape(1, BM)
+            dS = (p * (dP - delta)).to(Q.dtype)
+            t = m0 // TILE
+            tile = h * tiles_per_head + t * (t + 1) // 2 + n0 // TILE
+            ds_desc.store([ds_row + tile * TILE + n0 % TILE, m0 % TILE], dS)
+            dK = tl.dot(dS, Q, dK)
+    return dK, dV
+
+
+@jit
+def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_noise_desc, lse_desc,
+                          delta_desc, dk_ptr, dv_ptr, ds_desc, first_pair, T, P, qk_scale, sm_scale,
+                          R: tl.constexpr, N: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
+                          DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
+                          NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
+    """One program: BN keys of one pair: dK of its signal and its noise key head, dV, and their part
+    of dS. The grid is (blocks of keys, pairs); pairs of all sequences are counted in one row."""
+    pair_in_ds = tl.program_id(1)
+    b = (first_pair + pair_in_ds) // P
+    pair = (first_pair + pair_in_ds) % P
+    n0 = tl.program_id(0) * BN
+    n = tl.arange(0, BN)
+    heads_per_pair: tl.constexpr = GP * (R + N)
+    first_head = (b * P + pair) * heads_per_pair
+    tile_rows = (T + TILE - 1) // TILE
+    ds_row = pair_in_ds * heads_per_pair * (tile_rows * (tile_rows + 1) // 2) * TILE
+
+    # Start at the tile's first row, although those queries may precede the keys: their dS is 0, but
+    # it must be written, since attention_dq_kernel loads whole tiles.
+    lo = n0 // TILE * TILE
+    if doc_end_ptr is None:
+        masked_hi = tl.minimum(lo + TILE, T)
+        doc_end = tl.full([BN], 2**31 - 1, tl.int32)
+    else:
+        # No query beyond the end of the last key's document sees any of these keys.
+        doc_end = tl.load(doc_end_ptr + b * T + n0 + n, n0 + n < T, 0)
+        masked_hi = tl.minimum((tl.max(doc_end, 0) + TILE - 1) // TILE * TILE, T)
+
+    V = v_desc.load([b * T + n0, pair * DV]) if NEED_DK else 0
+    dV = tl.zeros([BN, DV], tl.float32) if NEED_DV else 0
+    first_row = tl.cast(b * T + n0, tl.int64)
+    for IS_NOISE in tl.static_range(1 + N):
+        key_head = pair * (1 + N) + IS_NOISE
+        K = k_desc.load([b * T + n0, key_head * D])
+        dK = tl.zeros([BN, D], tl.float32) if NEED_DK else 0
+        d_out_desc = d_noise_desc if IS_NOISE else d_signal_desc
+        dK, dV = attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
+                                      ds_desc, ds_row, b * T, first_head, pair, n0, doc_end, lo,
+                                      masked_hi, T, qk_scale, IS_NOISE, True, R, N, GP, D, DV, BM,
+                                      BN, TILE, NEED_DK, NEED_DV)
+        if doc_end_ptr is None:
+            # All later queries see all of these keys.
+            dK, dV = attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
+                                          ds_desc, ds_row, b * T, first_head, pair, n0, doc_end,
+                                          masked_hi, T, T, qk_scale, IS_NOISE, False, R, N, GP, D,
+                                          DV, BM, BN, TILE, NEED_DK, NEED_DV)
+        if NEED_DK:
+            first_vector = first_row * (P * (1 + N)) + key_head
+            dk_ptrs = block_pointers(dk_ptr, first_vector, P * (1 + N), BN, D)
+            dK = (dK * sm_scale).to(dk_ptr.dtype.element_ty)
+            tl.store(dk_ptrs, dK, (n0 + n < T)[:, None])
+    if NEED_DV:
+        dv_ptrs = dv_ptr + (first_row * P + pair) * DV
+        dv_ptrs = dv_ptrs + n[:, None] * (P * DV) + tl.arange(0, DV)[None, :]
+        tl.store(dv_ptrs, dV.to(dv_ptr.dtype.element_ty), (n0 + n < T)[:, None])
+
+
+@jit
+def attention_dq_kernel(ds_desc, k_desc, doc_start_ptr, dq_ptr, first_pair, T, P, sm_scale,
+                        R: tl.constexpr, N: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
+                        BN: tl.constexpr, TILE: tl.constexpr):
+    """One program: dQ = dS K / sqrt(D) for one tile row t of one head. The grid is (tile rows,
+    heads of the pairs whose dS is there)."""
+    heads_per_pair: tl.constexpr = GP * (R + N)
+    t = tl.num_programs(0) - 1 - tl.program_id(0)
+    head_in_ds = tl.program_id(1)
+    b = (first_pair + head_in_ds // heads_per_pair) // P
+    pair = (first_pair + head_in_ds // heads_per_pair) % P
+    h = head_in_ds % heads_per_pair
+    k_col = (pair * (1 + N) + h % (R + N) // R) * D
+    tile_rows = (T + TILE - 1) // TILE
+    ds_row = (head_in_ds * (tile_rows * (tile_rows + 1) // 2) + t * (t + 1) // 2) * TILE
+
+    # With documents, start at the key block in which the document of this tile's first row begins;
+    # attention_dkdv_kernel has written dS for it and for every later block.
+    lo = 0
+    if doc_start_ptr is not None:
+        lo = tl.load(doc_start_ptr + b * T + t * TILE) // BN * BN
+    dQ = tl.zeros([TILE, D], tl.float32)
+    for n0 in range(lo, tl.minimum(t * TILE + TILE, T), BN):
+        dS = ds_desc.load([ds_row + n0, 0]).T
+        dQ = tl.dot(dS, k_desc.load([b * T + n0, k_col]), dQ)
+
+    rows = tl.arange(0, TILE)
+    first_row = tl.cast(b * T + t * TILE, tl.int64)
+    first_vector = first_row * (P * heads_per_pair) + pair * heads_per_pair + h
+    dq_ptrs = block_pointers(dq_ptr, first_vector, P * heads_per_pair, TILE, D)
+    dQ = (dQ * sm_scale).to(dq_ptr.dtype.element_ty)
+    tl.store(dq_ptrs, dQ, (t * TILE + rows < T)[:, None])
+
+
+@dataclass
+class AttentionShape:
+    """Sizes of one call. DV is the width of a value head; R, N and GP are explained above."""
+    B: int
+    T: int
+    H: int
+    D: int
+    P: int
+    DV: int
+    G: int
+    R: int
+    N: int
+    GP: int
+
+    @classmethod
+    def of(cls, q: Tensor, v: Tensor, num_noise_heads: int) -> "AttentionShape":
+        B, T, H, D = q.shape
+        P, DV = v.shape[2:]
+        N = 1 if num_noise_heads else 0
+        G = num_noise_heads or P
+        return cls(B, T, H, D, P, DV, G, R=H // G - N, N=N, GP=G // P)
+
+    @property
+    def heads(self) -> dict[str, int]:
+        """The constants that every attention kernel takes."""
+        return {"R": self.R, "N": self.N, "GP": self.GP}
+
+    @property
+    def tile_rows(self) -> int:
+        return -(-self.T // TILE)
+
+    @property
+    def sm_scale(self) -> float:
+        """What logits are multiplied by."""
+        return self.D**-0.5
+
+    @property
+    def qk_scale(self) -> float:
+        """The same for logits in base 2."""
+        return self.D**-0.5 / math.log(2)
+
+
+def flatten_batch_for_tma(x: Tensor) -> Tensor:
+    """(B, T, heads, D) -> (B * T, heads * D). TMA needs contiguous rows that begin at multiples of
+    16 bytes; a copy is made only if they do not."""
+    x = x.reshape(x.shape[0] * x.shape[1], -1)
+    row_bytes = x.stride(0) * x.element_size()
+    aligned = x.data_ptr() % 16 == 0 and row_bytes % 16 == 0
+    if x.stride(1) == 1 and aligned:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def tma(x: Tensor, *block: int):
+    """A descriptor of x, through which a kernel loads and stores blocks of this shape."""
+    return TensorDescriptor.from_tensor(x, list(block))
+
+
+def empty_attention_outputs(q, k, v, doc_start, num_noise_heads):
+    """signal, noise, lse (B * H, T rounded up to whole tiles) and the largest logits (H,)."""
+    s = AttentionShape.of(q, v, num_noise_heads)
+    signal = q.new_empty(s.B, s.T, s.G, s.R, s.DV)
+    noise = q.new_empty(s.B, s.T, s.G, s.N, s.DV)
+    lse = q.new_empty(s.B * s.H, s.tile_rows * TILE, dtype=torch.float32)
+    max_logits = q.new_empty(s.H, dtype=torch.float32)
+    return signal, noise, lse, max_logits
+
+
+@custom_op(empty_attention_outputs)
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
+                      num_noise_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> signal, noise, lse in base 2, the largest logit of each head (H,)."""
+    s = AttentionShape.of(q, v, num_noise_heads)
+    signal, noise, lse, _ = empty_attention_outputs(q, k, v, doc_start, num_noise_heads)
+    max_logit = q.new_empty(s.B, s.H, s.tile_rows, dtype=torch.float32)   # of each block of rows
+    BN, num_stages = (128, 2) if s.DV > s.D else (64, 3)
+    attention_forward_kernel[s.tile_rows, s.B * s.H](
+        tma(flatten_batch_for_tma(q), TILE, s.D), tma(flatten_batch_for_tma(k), BN, s.D),
+        tma(flatten_batch_for_tma(v), BN, s.DV), doc_start, signal, noise, lse, max_logit, s.T, s.H,
+        s.qk_scale, **s.heads, D=s.D, DV=s.DV, BM=TILE, BN=BN, num_warps=8, num_stages=num_stages)
+    return signal, noise, lse, max_logit.amax((0, 2)) * math.log(2)
+
+
+# How attention_dkdv_kernel is launched. Where both accumulators, dK (BN, D) and dV (BN, DV) in fp32,
+# fit the registers, one pass makes both. Where they do not, at D = 128 with values of 256, dV has a
+# pass of its own: P is computed twice, and blocks of keys may be twice as large.
+ONE_PASS = dict(BM=64, BN=64, NEED_DK=True, NEED_DV=True, num_warps=4, num_stages=2)
+DV_PASS = dict(BM=64, BN=128, NEED_DK=False, NEED_DV=True, num_warps=8, num_stages=3)
+DK_PASS = dict(BM=64, BN=128, NEED_DK=True, NEED_DV=False, num_warps=8, num_stages=2)
+
+
+def fake_attention_backward(d_signal, d_noise, q, k, v, doc_start, num_noise_heads, signal, noise,
+                            lse):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@custom_op(fake_attention_backward)
+def attention_backward(d_signal: Tensor, d_noise: Tensor, q: Tensor, k: Tensor, v: Tensor,
+                       doc_start: Tensor | None, num_noise_heads: int, signal: Tensor,
+                       noise: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dq, dk, dv."""
+    s = AttentionShape.of(q, v, num_noise_heads)
+    d_signal = d_signal.contiguous()
+    d_noise = d_noise.contiguous()
+    delta = torch.empty_like(lse)
+    attention_delta_kernel[lse.shape[1] // 16, s.B * s.H](
+        signal, noise, d_signal, d_noise, delta, s.T, s.H, R=s.R, N=s.N, DV=s.DV, BM=16,
+        num_warps=4)
+
+    dq = q.new_empty(q.shape)
+    dk = k.new_empty(k.shape)
+    dv = v.new_empty(v.shape)
+    q = flatten_batch_for_tma(q)
+    k = flatten_batch_for_tma(k)
+    v = flatten_batch_for_tma(v)
+    # A descriptor cannot describe the empty tensor that d_noise is without noise heads.
+    d_noise = flatten_batch_for_tma(d_noise if s.N else d_signal)
+    d_signal = flatten_batch_for_tma(d_signal)
+    doc_end = None if doc_start is None else document_ends(doc_start)
+
+    heads_per_pair = s.H // s.P
+    ds_rows = heads_per_pair * s.tile_rows * (s.tile_rows + 1) // 2 * TILE        # of one pair
+    pairs_at_once = max(1, DS_BYTES // (ds_rows * TILE * q.element_size()))
+    pairs_at_once = min(s.B * s.P, pairs_at_once)
+    ds = q.new_empty(pairs_at_once * ds_rows, TILE)
+
+    def launch_dkdv(first_pair, num_pairs, BM, BN, **options):
+        attention_dkdv_kernel[triton.cdiv(s.T, BN), num_pairs](
+            tma(q, BM, s.D), tma(k, BN, s.D), tma(v, BN, s.DV), doc_end, tma(d_signal, BM, s.DV),
+            tma(d_noise, BM, s.DV), tma(lse, 1, BM), tma(delta, 1, BM), dk, dv, tma(ds, BN, BM),
+            first_pair, s.T, s.P, s.qk_scale, s.sm_scale, **s.heads, D=s.D, DV=s.DV, BM=BM, BN=BN,
+            TILE=TILE, **options)
+
+    one_pass = s.D + s.DV <= 192
+    if not one_pass:
+        launch_dkdv(0, s.B * s.P, **DV_PASS)
+    for first_pair in range(0, s.B * s.P, pairs_at_once):
+        num_pairs = min(pairs_at_once, s.B * s.P - first_pair)
+        launch_dkdv(first_pair, num_pairs, **(ONE_PASS if one_pass else DK_PASS))
+        attention_dq_kernel[s.tile_rows, num_pairs * heads_per_pair](
+            tma(ds, 64, TILE), tma(k, 64, s.D), doc_start, dq, first_pair, s.T, s.P, s.sm_scale,
+            **s.heads, D=s.D, BN=64, TILE=TILE, num_warps=4, num_stages=3)
+    return dq, dk, dv
+
+
+def document_ends(doc_start: Tensor) -> Tensor:
+    """Where each token's document ends, from where it begins: both (B, T) int32.
+
+    >>> document_ends(torch.tensor([[0, 0, 2, 2, 2]], dtype=torch.int32))
+    tensor([[2, 2, 5, 5, 5]], dtype=torch.int32)
+    """
+    B, T = doc_start.shape
+    positions = torch.arange(T, device=doc_start.device, dtype=torch.int32)
+    # The first position whose document begins after this one.
+    return torch.searchsorted(doc_start, positions.expand(B, T).contiguous(), right=True,
+                              out_int32=True)
+
+
+class FusedAttention(torch.autograd.Function):
+    """See fused_attention."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, doc_start, num_noise_heads):
+        if doc_start is not None:
+            doc_start = doc_start.int().contiguous()
+        signal, noise, lse, max_logits = attention_forward(q, k, v, doc_start, num_noise_heads)
+        ctx.num_noise_heads = num_noise_heads
+        ctx.save_for_backward(q, k, v, doc_start, signal, noise, lse)
+        ctx.mark_non_differentiable(max_logits)
+        return signal, noise, max_logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_signal, d_noise, _):
+        q, k, v, doc_start, signal, noise, lse = ctx.saved_tensors
+        grads = attention_backward(d_signal, d_noise, q, k, v, doc_start, ctx.num_noise_heads,
+                                   signal, noise, lse)
+        return *grads, None, None
+
+
+def can_fuse_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernels take these inputs: on a Hopper GPU (for TMA), in fp16 or bf16, with as
+    many queries as keys, heads of 16 to 128, and values as wide as the keys or twice as wide."""
+    if not use_triton(q):
+        return False
+    if not INTERPRET and (q.dtype == torch.float32 or not is_hopper(q.device)):
+        return False
+    D, DV = q.shape[-1], v.shape[-1]
+    same_dtype = q.dtype == k.dtype == v.dtype
+    return same_dtype and q.shape[1] == k.shape[1] and D in (16, 32, 64, 128) and DV in (D, 2 * D)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
+                    num_noise_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The two softmaxes of grouped differential attention, each times the values.
+
+    q (B, T, H, D), k (B, T, K, D), v (B, T, P, Dv), doc_start (B, T) or None -> signal (B, T, G, r,
+    Dv), noise (B, T, G, 1, Dv), the largest visible logit of each query head (H,). With
+    num_noise_heads = 0 it is plain grouped-query attention: P = K, signal (B, T, K, H / K, Dv), and
+    noise has no heads."""
+    return FusedAttention.apply(q, k, v, doc_start, num_noise_heads)
+
+
+# ---- Symmetric products, for Newton-Schulz (muonclip.py)
+#
+# Newton-Schulz multiplies matrices whose product is known to be symmetric: X X^T, and products of
+# polynomials in X X^T, which commute. So it is enough to compute the tiles on and below the diagonal,
+# and to write each one twice, the second time transposed. BLAS calls this syrk. That is half of the
+# FLOPs: for a 4096 x 16384 matrix 0.27 instead of 0.55 TFLOP a product.
+#
+# lower_tile tells a program which tile is its own. Row by row would be the natural numbering, t =
+# i (i + 1) / 2 + j. But the programs that run at one time should share rows of X and Y, which then
+# come from the L2 cache. So the tile rows are taken in bands of eight, and a band is walked column by
+# column; its last columns, which form a triangle, row by row. lower_tile_numbers draws it.
+
+def lower_tile_numbers(num_rows: int, band: int = 8) -> list[list[int]]:
+    """The number of each tile of the lower triangle, as lower_tile has them, row by row.
+
+    With bands of two rows, 3 to 6 walk column by column and 7 to 9 are the triangle at the end:
+
+    >>> for row in lower_tile_numbers(num_rows=4, band=2):
+    ...     print(row)
+    [0]
+    [1, 2]
+    [3, 5, 7]
+    [4, 6, 8, 9]
+    """
+    numbers = [[] for _ in range(num_rows)]
+    t = 0
+    for top in range(0, num_rows, band):
+        rows = range(top, min(top + band, num_rows))
+        for _ in range(top):              # the columns before the triangle
+            for i in rows:
+                numbers[i].append(t)
+                t += 1
+        for i in rows:                    # the triangle
+            for _ in range(top, i + 1):
+                numbers[i].append(t)
+                t += 1
+    return numbers
+
+
+@jit
+def lower_tile(t, num_rows):
+    """Row and column of tile number t: the inverse of lower_tile_numbers, with bands of eight.
+
+    Solving t = i (i + 1) / 2 gives i = (sqrt(8 t + 1) - 1) / 2, rounded down. With 5 in place of 1
+    the result is the same for whole numbers, and a square root that is rounded down does no harm.
+    """
+    i = ((tl.sqrt(8.0 * t + 5.0) - 1.0) * 0.5).to(tl.int32)
     top = i // 8 * 8
-    height = min(rows - top, 8)
-    t -= top * (top + 1) // 2
-    v = t - top * height                       # < 0: left of the band's triangle at its end
+    height = min(num_rows - top, 8)
+    t -= top * (top + 1) // 2             # the number within the band
+    v = t - top * height                  # the number within the triangle; < 0: left of it
     q = ((tl.sqrt(8.0 * tl.maximum(v, 0) + 5.0) - 1.0) * 0.5).to(tl.int32)
     i = tl.where(v < 0, t % height, q)
     j = tl.where(v < 0, t // height, top + v - q * (q + 1) // 2)
@@ -858,149 +1365,227 @@ def lower_tile(t, rows):
 
 
 @jit
-def symmetric_kernel(X, Y, D, C, m, k, alpha, beta, ADD: tl.constexpr, ROWS: tl.constexpr,
-                     BLOCK: tl.constexpr, DEPTH: tl.constexpr):
-    """A tile on or below the diagonal of C = alpha X Y^T + beta D, and its mirror. All four are
-    tensor descriptors: X, Y (E, m, k), or if not ROWS (E, k, m); D, C (E, m, m)."""
+def symmetric_kernel(X_desc, Y_desc, D_desc, C_desc, m, k, alpha, beta, ADD: tl.constexpr,
+                     ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_SIZE_K: tl.constexpr):
+    """One program: one tile of C = alpha X Y^T + beta D on or below the diagonal, and its mirror
+    image. The grid is (tiles, E). X and Y (E, m, k) have contiguous rows if ROWS; else they come as
+    their transposes (E, k, m). ADD: there is a D."""
     e = tl.program_id(1)
-    i, j = lower_tile(tl.program_id(0), tl.cdiv(m, BLOCK))
-    i, j = i * BLOCK, j * BLOCK
-    c = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for z in range(0, k, DEPTH):
+    tile_i, tile_j = lower_tile(tl.program_id(0), tl.cdiv(m, BLOCK_SIZE))
+    i = tile_i * BLOCK_SIZE
+    j = tile_j * BLOCK_SIZE
+
+    acc = tl.zeros((BLOCK_SIZE, BLOCK_SIZE), tl.float32)
+    for z in range(0, k, BLOCK_SIZE_K):
         if ROWS:
-            x = X.load([e, i, z]).reshape(BLOCK, DEPTH)
-            y = Y.load([e, j, z]).reshape(BLOCK, DEPTH).T
+            x = X_desc.load([e, i, z]).reshape(BLOCK_SIZE, BLOCK_SIZE_K)
+            yT = Y_desc.load([e, j, z]).reshape(BLOCK_SIZE, BLOCK_SIZE_K).T
         else:
-            x = X.load([e, z, i]).reshape(DEPTH, BLOCK).T
-            y = Y.load([e, z, j]).reshape(DEPTH, BLOCK)
-        c = tl.dot(x, y, c, input_precision="ieee")
-    c *= alpha
+            x = X_desc.load([e, z, i]).reshape(BLOCK_SIZE_K, BLOCK_SIZE).T
+            yT = Y_desc.load([e, z, j]).reshape(BLOCK_SIZE_K, BLOCK_SIZE)
+        acc = tl.dot(x, yT, acc, input_precision="ieee")
+    acc *= alpha
     if ADD:
-        c += beta * D.load([e, i, j]).reshape(BLOCK, BLOCK).to(tl.float32)
-    out = c.to(C.dtype)
-    C.store([e, i, j], out.reshape(1, BLOCK, BLOCK))
+        acc += beta * D_desc.load([e, i, j]).reshape(BLOCK_SIZE, BLOCK_SIZE).to(tl.float32)
+
+    tile = acc.to(C_desc.dtype)
+    C_desc.store([e, i, j], tile.reshape(1, BLOCK_SIZE, BLOCK_SIZE))
     if i != j:
-        C.store([e, j, i], out.T.reshape(1, BLOCK, BLOCK))
+        C_desc.store([e, j, i], tile.T.reshape(1, BLOCK_SIZE, BLOCK_SIZE))
 
 
 def symmetric_matmul(X: Tensor, Y: Tensor, alpha: float, D: Tensor | None = None,
-              beta: float = 0.0) -> Tensor:
-    """C = alpha X Y^T + beta D, known to be symmetric: X Y^T is X X^T, or the product of symmetric
-    matrices that commute. X, Y (E, m, k), rows or columns contiguous, D (E, m, m) -> C (E, m, m).
-    On Hopper, in half precision, half of C is computed and written twice; fp32 inside. No operator
-    of torch: the optimizer is not compiled, and an operator's call takes as long as the product."""
-    (E, m, k), rows = X.shape, -(-X.shape[1] // TILE)
-    tiles = rows * (rows + 1) // 2
-    dense = can_use_symmetric_matmul(X, Y, *([] if D is None else [D])) and X.stride(2) == Y.stride(2)
-    if not dense or E * tiles < SYMMETRIC_TILES and not INTERPRET:
-        D, beta = (X.new_empty(()), 0) if D is None else (D, beta)
+                     beta: float = 0.0) -> Tensor:
+    """C = alpha X Y^T + beta D, where the caller knows that C is symmetric.
+
+    X and Y (E, m, k), D (E, m, m) or None -> C (E, m, m): E products at once. Computed by the kernel
+    where it can and where that is faster, else by torch.baddbmm. Not a custom operator: the optimizer
+    is not compiled, and to dispatch one would take as long as a small product.
+
+    >>> X = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
+    >>> symmetric_matmul(X, X, alpha=1.0)
+    tensor([[[ 5., 11.],
+             [11., 25.]]])
+    """
+    E, m, k = X.shape
+    tile_rows = -(-m // TILE)
+    tiles = tile_rows * (tile_rows + 1) // 2
+    others = [Y] if D is None else [Y, D]
+    fits = can_use_symmetric_matmul(X, *others) and X.stride(2) == Y.stride(2)
+    pays = E * tiles >= SYMMETRIC_TILES or INTERPRET
+    if not fits or not pays:
+        if D is None:
+            return torch.baddbmm(X.new_empty(()), X, Y.mT, beta=0, alpha=alpha)
         return torch.baddbmm(D, X, Y.mT, beta=beta, alpha=alpha)
-    C, by_rows, depth = X.new_empty(E, m, m), X.stride(2) == 1, 64
-    x, y = (tma(t, 1, TILE, depth) if by_rows else tma(t.mT, 1, depth, TILE) for t in (X, Y))
-    d, c = (tma(t, 1, TILE, TILE) for t in (C if D is None else D, C))
+
+    C = X.new_empty(E, m, m)
+    by_rows = X.stride(2) == 1
+    if by_rows:
+        X_desc = tma(X, 1, TILE, 64)
+        Y_desc = tma(Y, 1, TILE, 64)
+    else:
+        X_desc = tma(X.mT, 1, 64, TILE)
+        Y_desc = tma(Y.mT, 1, 64, TILE)
+    D_desc = tma(C if D is None else D, 1, TILE, TILE)
+    C_desc = tma(C, 1, TILE, TILE)
     with torch.cuda.device_of(X):
-        symmetric_kernel[tiles, E](x, y, d, c, m, k, alpha, beta, ADD=D is not None, ROWS=by_rows,
-                                   BLOCK=TILE, DEPTH=depth, num_warps=4, num_stages=3)
+        symmetric_kernel[tiles, E](X_desc, Y_desc, D_desc, C_desc, m, k, alpha, beta,
+                                   ADD=D is not None, ROWS=by_rows, BLOCK_SIZE=TILE,
+                                   BLOCK_SIZE_K=64, num_warps=4, num_stages=3)
     return C
 
 
 def can_use_symmetric_matmul(X: Tensor, *others: Tensor) -> bool:
-    """Whether tensor descriptors can describe them: half precision, one dimension contiguous, the
-    others in steps of 16 bytes; X by rows or columns, the last of the others, if a D, by rows."""
-    if not use_triton(X) or X.is_cuda and not is_hopper(X.device):
+    """Whether the kernel takes X, and then Y and D: fp16 or bf16 on a Hopper GPU, and aligned as TMA
+    wants it. X and Y may have contiguous rows or columns, D must have contiguous rows."""
+    if not use_triton(X):
         return False
-    known = X.dtype != torch.bfloat16 if INTERPRET else X.dtype.itemsize == 2  # interpreter's fault
+    if X.is_cuda and not is_hopper(X.device):
+        return False
+    if INTERPRET:
+        dtype_ok = X.dtype != torch.bfloat16    # Triton's interpreter multiplies bf16 wrongly
+    else:
+        dtype_ok = X.dtype.itemsize == 2
+    D_ok = len(others) < 2 or others[1].stride(2) == 1
+    return dtype_ok and D_ok and all(fits_tma(t) for t in (X, *others))
 
-    def fits(t):
-        steps = [n * t.dtype.itemsize % 16 for n in (*t.shape[1:], *t.stride()) if n != 1]
-        return 1 in t.stride()[1:] and not any(steps) and t.data_ptr() % 16 == 0
-    by_rows = len(others) < 2 or others[1].stride(2) == 1
-    return known and by_rows and all(fits(t) for t in (X, *others))
+
+def fits_tma(t: Tensor) -> bool:
+    """TMA needs one contiguous dimension, and all other steps, and the start, at 16 bytes."""
+    steps = [size * t.dtype.itemsize for size in (*t.shape[1:], *t.stride()) if size != 1]
+    aligned = all(step % 16 == 0 for step in steps) and t.data_ptr() % 16 == 0
+    return aligned and 1 in t.stride()[1:]
 
 
-# ---- FP8
+# ---- FP8: a linear layer whose products have 8-bit inputs
+#
+# Hopper's tensor cores multiply FP8 twice as fast as bf16. The format used here, E4M3, has a sign, 4
+# bits of exponent and 3 of mantissa. Its largest number is 448, its smallest 2^-9, and there are 8
+# numbers from one power of 2 to the next: rounding changes a number by up to 1/16 of its size. As
+# that range is small, x is divided by a scale first, so that its largest |x| becomes 448:
+#
+#     s = max|x| / 448,      q = round(x / s) in FP8,      x is about s q
+#
+# One scale for a whole tensor would let one outlier push everything else towards 0. So each row
+# has a scale of its own. This works as long as a row is what the product sums over, since then the
+# scales can be pulled out of the sum: sum over k of (s_i q_ik)(t_j p_jk) = s_i t_j sum of q_ik p_jk.
+# Training a linear layer takes three products, and each sums over another dimension:
+#
+#     y  = x W^T         sums over inputs:   x scaled by token,    W by output
+#     dx = dy W          sums over outputs:  dy scaled by token,   W by input
+#     dW = dy^T x        sums over tokens:   dy scaled by output,  x by input
+#
+# Each of x, W and dy is used twice, in two directions, so it is quantised twice: q of the rows of x,
+# and qt of the rows of x^T. For 12.7B and 8,192 tokens, x of a down_proj is (8192, 16384), W (4096,
+# 16384). What is saved for the backward pass are the transposes in FP8, half of the bf16 bytes.
+#
+# Gradients are in E4M3 as well. E5M2 has more range, which they do not need with a scale per row,
+# and half the precision. Sums are in fp32 (use_fast_accum=False): the fast accumulation of Hopper
+# saves a tenth of the time, and was 24% off over 16,384 products of one sign.
 
-FP8 = torch.float8_e4m3fn   # 4 bits of exponent, 3 of mantissa, largest number 448, no infinity
-TINY = 1e-30                # least |x| that a scale is made for, so that rows of zeros stay zeros
+FP8 = torch.float8_e4m3fn
+TINY = 1e-30      # max|x| counts as at least this, so that a row of zeros stays zeros
+
+
+def quantize_rows(x: Tensor) -> list[Tensor]:
+    """Plain form: x (M, N) -> q (M, N) in FP8, s (M,) in fp32, with x about s[:, None] * q.
+
+    The largest number, 6, becomes 448. 0.1 / s is 7.467; its neighbours in FP8 are 7 and 7.5:
+
+    >>> q, s = quantize_rows(torch.tensor([[0.1, -3.0, 6.0]]))
+    >>> q.float()
+    tensor([[   7.5000, -224.0000,  448.0000]])
+    >>> s[:, None] * q.float()
+    tensor([[ 0.1004, -3.0000,  6.0000]])
+    """
+    s = x.float().abs().amax(1).clamp(min=TINY) * (1 / 448)
+    q = (x.float() * s.reciprocal()[:, None]).clamp(-448, 448).to(FP8)
+    return [q, s]
 
 
 @jit
-def largest_kernel(x, rows, columns, M, N, COLUMNS: tl.constexpr, BM: tl.constexpr,
-                   BN: tl.constexpr):
-    """Largest |x| of each row (M,) and column (N,), as the bits of fp32, which order as
-    non-negative floats do, NaN on top: whatever the order of the atomics, one result."""
+def absmax_kernel(x_ptr, row_max_ptr, column_max_ptr, M, N, COLUMNS: tl.constexpr,
+                  BM: tl.constexpr, BN: tl.constexpr):
+    """One program: a (BM, BN) tile of x (M, N), whose max|x| goes into those of its rows and, if
+    COLUMNS, columns. They are kept as the bits of an fp32 number, read as int32: for numbers >= 0
+    bits order as the numbers do (NaN is the largest), so an integer atomic_max does it, and its
+    result does not depend on who comes first."""
     i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     j = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
-    t = tl.load(x + i[:, None] * N + j, mask=(i[:, None] < M) & (j < N), other=0)
-    bits = tl.abs(t.to(tl.float32)).to(tl.int32, bitcast=True)
-    tl.atomic_max(rows + i, tl.max(bits, 1), mask=i < M, sem="relaxed")
+    x = tl.load(x_ptr + i[:, None] * N + j, mask=(i[:, None] < M) & (j < N), other=0)
+    bits = tl.abs(x.to(tl.float32)).to(tl.int32, bitcast=True)
+    tl.atomic_max(row_max_ptr + i, tl.max(bits, 1), mask=i < M, sem="relaxed")
     if COLUMNS:
-        tl.atomic_max(columns + j, tl.max(bits, 0), mask=j < N, sem="relaxed")
+        tl.atomic_max(column_max_ptr + j, tl.max(bits, 0), mask=j < N, sem="relaxed")
 
 
 @jit
-def scale_of(largest, kept):
-    """scale = largest / 448 and its inverse, of vectors whose bits are given."""
-    a = tl.load(largest, mask=kept, other=0).to(tl.float32, bitcast=True)
-    s = tl.where(a < 1e-30, 1e-30, a) * (1 / 448)     # TINY; NaN is not below it and remains
+def load_scale(absmax_ptr, mask):
+    """From the bits of max|x|: s = max|x| / 448, and 1 / s."""
+    absmax = tl.load(absmax_ptr, mask=mask, other=0).to(tl.float32, bitcast=True)
+    # 1e-30 is TINY. A NaN is not below it and stays.
+    s = tl.where(absmax < 1e-30, 1e-30, absmax) * (1 / 448)
     return s, tl.div_rn(tl.full(s.shape, 1, tl.float32), s)
 
 
 @jit
-def quantize_kernel(x, rows, columns, q, s, qt, st, M, N, COLUMNS: tl.constexpr,
-                    BM: tl.constexpr, BN: tl.constexpr):
-    """q (M, N) = x / s by row, s (M,); qt (N, M) = x^T / st by row, st (N,)."""
+def quantize_kernel(x_ptr, row_max_ptr, column_max_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, M, N,
+                    COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """One program: a (BM, BN) tile of q (M, N) and, if COLUMNS, of qt (N, M)."""
     i = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
     j = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    t = tl.load(x + i[:, None] * N + j, mask=(i[:, None] < M) & (j < N), other=0)
-    scale, inverse = scale_of(rows + i, i < M)
-    tl.store(s + i, scale, mask=i < M)                # by all tiles of the row, the same
-    y = (t.to(tl.float32) * inverse[:, None]).to(q.dtype.element_ty)
-    tl.store(q + i[:, None] * N + j, y, mask=(i[:, None] < M) & (j < N))
+    mask = (i[:, None] < M) & (j < N)
+    x = tl.load(x_ptr + i[:, None] * N + j, mask=mask, other=0)
+    s, inverse = load_scale(row_max_ptr + i, i < M)
+    # All tiles of a row write the same scale.
+    tl.store(s_ptr + i, s, mask=i < M)
+    q = (x.to(tl.float32) * inverse[:, None]).to(q_ptr.dtype.element_ty)
+    tl.store(q_ptr + i[:, None] * N + j, q, mask=mask)
     if COLUMNS:
-        scale, inverse = scale_of(columns + j, j < N)
-        tl.store(st + j, scale, mask=j < N)
-        y = (tl.trans(t).to(tl.float32) * inverse[:, None]).to(qt.dtype.element_ty)
-        tl.store(qt + j[:, None] * M + i, y, mask=(j[:, None] < N) & (i < M))
+        st, inverse = load_scale(column_max_ptr + j, j < N)
+        tl.store(st_ptr + j, st, mask=j < N)
+        qt = (tl.trans(x).to(tl.float32) * inverse[:, None]).to(qt_ptr.dtype.element_ty)
+        tl.store(qt_ptr + j[:, None] * M + i, qt, mask=(j[:, None] < N) & (i < M))
 
 
-def quantize_rows_reference(x: Tensor) -> list[Tensor]:
-    """The plain twin for one of the two directions: x (M, N) -> q (M, N), s (M,)."""
-    s = x.float().abs().amax(1).clamp(min=TINY) * (1 / 448)
-    return [(x.float() * s.reciprocal()[:, None]).clamp(-448, 448).to(FP8), s]
+def fake_quantize_fp8(x, columns):
+    M, N = x.shape
+    rows = [x.new_empty(M, N, dtype=FP8), x.new_empty(M, dtype=torch.float32)]
+    if not columns:
+        return rows
+    return rows + [x.new_empty(N, M, dtype=FP8), x.new_empty(N, dtype=torch.float32)]
 
 
-def quantized_shapes(x, columns):
-    (M, N), fp32 = x.shape, torch.float32
-    made = [x.new_empty(M, N, dtype=FP8), x.new_empty(M, dtype=fp32)]
-    return made + [x.new_empty(N, M, dtype=FP8), x.new_empty(N, dtype=fp32)] if columns else made
-
-
-@custom_op(quantized_shapes)
+@custom_op(fake_quantize_fp8)
 def quantize_fp8(x: Tensor, columns: bool) -> list[Tensor]:
-    """x (M, N) in FP8 with a scale s = max|x| / 448 per row, and with `columns` the same of x^T:
-    q (M, N), s (M,) with x = s q; qt (N, M), st (N,) with x^T = st qt. Two reads of x for both.
+    """quantize_rows of x and, if columns, of x^T too: q (M, N), s (M,), qt (N, M), st (N,).
 
-    A NaN or an infinity makes its row of q (and of qt) NaN in the product; zeros stay zeros.
-    Repeated calls on one x, as by q_proj, k_proj and v_proj, are one call under torch.compile."""
+    A NaN or infinity makes its whole row NaN in the product. q_proj, k_proj and v_proj quantise the
+    same x: torch.compile merges the three calls into one."""
+    x = x.contiguous()
     if not use_triton(x):
-        x = x.contiguous()
-        return quantize_rows_reference(x) + (quantize_rows_reference(x.T.contiguous()) if columns else [])
-    (M, N), x, cdiv = x.shape, x.contiguous(), triton.cdiv
-    rows, in_columns = x.new_zeros(M + N, dtype=torch.int32).split([M, N])
-    dtype = torch.float32 if INTERPRET else FP8       # the interpreter's own rounding is wrong
-    q, s, qt, st = (x.new_empty(shape, dtype=t) for shape, t in (
-        ((M, N), dtype), (M, torch.float32), ((N, M), dtype), (N, torch.float32)))
-    largest_kernel[cdiv(M, 128), cdiv(N, 64)](x, rows, in_columns, M, N, COLUMNS=columns, BM=128,
-                                              BN=64, num_warps=4)
-    quantize_kernel[cdiv(N, 128), cdiv(M, 64)](x, rows, in_columns, q, s, qt, st, M, N,
-                                               COLUMNS=columns, BM=64, BN=128, num_warps=8)
-    return [q.to(FP8), s, qt.to(FP8), st][:4 if columns else 2]
+        if columns:
+            return quantize_rows(x) + quantize_rows(x.T.contiguous())
+        return quantize_rows(x)
+
+    M, N = x.shape
+    absmax = x.new_zeros(M + N, dtype=torch.int32)
+    row_max, column_max = absmax.split([M, N])
+    # Triton's interpreter rounds to FP8 wrongly: there PyTorch does it.
+    dtype = torch.float32 if INTERPRET else FP8
+    q = x.new_empty(M, N, dtype=dtype)
+    s = x.new_empty(M, dtype=torch.float32)
+    qt = x.new_empty(N, M, dtype=dtype)
+    st = x.new_empty(N, dtype=torch.float32)
+    absmax_kernel[triton.cdiv(M, 128), triton.cdiv(N, 64)](
+        x, row_max, column_max, M, N, COLUMNS=columns, BM=128, BN=64, num_warps=4)
+    quantize_kernel[triton.cdiv(N, 128), triton.cdiv(M, 64)](
+        x, row_max, column_max, q, s, qt, st, M, N, COLUMNS=columns, BM=64, BN=128, num_warps=8)
+    return [q.to(FP8), s, qt.to(FP8), st] if columns else [q.to(FP8), s]
 
 
 def scaled_mm(a: Tensor, sa: Tensor, b: Tensor, sb: Tensor) -> Tensor:
-    """(sa a) (sb b)^T in bf16: FP8 a (m, k), b (n, k) with scales (m,), (n,) -> (m, n). The fast
-    accumulation is a tenth faster, and 24% off over 16,384 products of one sign."""
+    """(sa a) (sb b)^T in bf16: a (m, k) and b (n, k) in FP8, scales (m,) and (n,) -> (m, n)."""
     if a.is_cuda:
         return torch._scaled_mm(a, b.T, scale_a=sa[:, None], scale_b=sb[None],
                                 out_dtype=torch.bfloat16, use_fast_accum=False)
@@ -1008,34 +1593,32 @@ def scaled_mm(a: Tensor, sa: Tensor, b: Tensor, sb: Tensor) -> Tensor:
 
 
 class LinearFP8(torch.autograd.Function):
-    """See linear_fp8. For the backward pass it saves the FP8 transposes, a byte an element."""
+    """See linear_fp8."""
 
     @staticmethod
-    def forward(ctx, x, weight, columns):
-        xq, xs, *xt = quantize_fp8(x, columns)
-        wq, ws, *wt = quantize_fp8(weight, columns)
-        ctx.save_for_backward(*xt, *wt)
+    def forward(ctx, x, weight, grad_enabled):
+        # Only the backward pass needs the transposes.
+        xq, xs, *x_transposed = quantize_fp8(x, grad_enabled)
+        wq, ws, *w_transposed = quantize_fp8(weight, grad_enabled)
+        ctx.save_for_backward(*x_transposed, *w_transposed)
         return scaled_mm(xq, xs, wq, ws)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d):
-        xt, xts, wt, wts = ctx.saved_tensors
-        dq, ds, dt, dts = quantize_fp8(d, True)
-        return scaled_mm(dq, ds, wt, wts), scaled_mm(dt, dts, xt, xts), None
+    def backward(ctx, dy):
+        xqt, xst, wqt, wst = ctx.saved_tensors
+        dyq, dys, dyqt, dyst = quantize_fp8(dy, True)
+        dx = scaled_mm(dyq, dys, wqt, wst)
+        dw = scaled_mm(dyqt, dyst, xqt, xst)
+        return dx, dw, None
 
 
 def linear_fp8(x: Tensor, weight: Tensor) -> Tensor:
-    """y = x W^T in bf16 from FP8 products, as are both gradients: x (..., K), W (N, K) -> (..., N).
-
-        y = x W^T        x scaled by token, W by output
-        dx = dy W        dy scaled by token, W by input
-        dW = dy^T x      dy scaled by output, x by input
-
-    E4M3 for gradients too: a scale for each row leaves them few powers of two to span, and E5M2
-    would double the rounding error. Sizes that are no multiples of 16 take a plain bf16 product."""
+    """F.linear(x, weight) in bf16 with all three products in FP8: x (..., K), weight (N, K) ->
+    (..., N). FP8 products need sizes that are multiples of 16; others are computed in bf16."""
     rows = x.reshape(-1, x.shape[-1])
-    if rows.numel() == 0 or any(n % 16 for n in (*rows.shape, *weight.shape)):
+    sizes = (*rows.shape, *weight.shape)
+    if rows.numel() == 0 or any(size % 16 for size in sizes):
         return F.linear(x.bfloat16(), weight.bfloat16())
     y = LinearFP8.apply(rows, weight, torch.is_grad_enabled())
     return y.view(*x.shape[:-1], -1)

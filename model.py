@@ -13,14 +13,16 @@ The letters that this project uses for sizes, with their values in Motif-2-12.7B
 
     B   rows of a batch
     T   tokens of a row                        4,096 at first, later 16,384
-    S   keys that a query may look at          T, or the slots of a KV cache
+    S   keys given to attention                T, or the visible slots of a KV cache
     V   vocabulary                             219,520
     D   head_dim                               128
     G   noise heads; each leads one group      8
     r   signal heads in a group                4
     H   query heads, G (r + 1)                 40
     K   key heads                              16
-    P   pairs of key heads, K / 2              8     also the number of value heads, 2D wide
+    P   pairs of key heads, K / 2              8     also the number of value heads
+    Dv  width of a value                       256, 2D; without noise heads D
+    h   query heads that read one key head     G r / P = 4 signal, G / P = 1 noise; else H / K
     F   intermediate size of the MLP           16,384   (in code, F is torch.nn.functional)
 
 One row of 4,096 tokens on its way through the 12.7B model, whose residual stream is 4,096 wide:
@@ -38,9 +40,8 @@ One row of 4,096 tokens on its way through the 12.7B model, whose residual strea
     x = x + down_proj(polynorm(gate) * up)     (1, 4096, 4096)         ... and so on, 40 blocks
     logits = lm_head(norm(x))                  (1, 4096, 219520)       B, T, V
 
-The file goes from ideas to machinery: the definitions, the modules that use them, generation with
-a KV cache, files. The same model written with loops over single heads and tokens, in float64, is
-tests/reference.py: read it where a formula here seems too terse.
+The same model written with loops over single heads and tokens, in float64, is tests/reference.py:
+read it where a formula here seems too terse.
 """
 import copy
 import functools
@@ -66,10 +67,7 @@ from kernels import upcast
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension: (..., n), (n,) -> (..., n).
-
-    The mean is taken in fp32. The weight multiplies as it is: it starts at 1, not at 0 with a +1.
-    """
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, in fp32."""
     return F.rms_norm(upcast(x), x.shape[-1:], upcast(weight), eps).to(x.dtype)
 
 
@@ -86,11 +84,10 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding: x (B, T, heads, D), angles of its positions -> the shape of x.
 
-    Each head's D features are D/2 points in a plane, and point i turns by angle i. A query turned
-    by its position times a key turned by its own depends on the distance of the two positions only.
-    This is the half-rotation form: feature i is paired with feature i + D/2 (not with i + 1).
-
-    With D = 2 there is one point, which turns by one radian per position:
+    Each head's D features are D/2 points in a plane, and point i turns by angle i. The product of a
+    turned query and a turned key then depends on the distance of their positions only. Feature i
+    is paired with feature i + D/2 (not with i + 1). With D = 2 there is one point, which turns by
+    one radian per position:
 
     >>> cos, sin = rotary_angles(torch.tensor([[1]]), head_dim=2, theta=10_000.0)
     >>> rope(torch.tensor([1.0, 0.0]).view(1, 1, 1, 2), cos, sin).flatten()
@@ -110,13 +107,13 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 #
 #     y = w3 n(x^3) + w2 n(x^2) + w1 n(x) + b        n(z) = z / rms(z)
 #
-# It costs four scalars a layer, stored as weight = (w3, w2, w1) and bias = b; three means over the
-# features; and no more traffic than SiLU if it is fused, which is why kernels.py has it.
+# It costs four scalars a layer, stored as weight = (w3, w2, w1) and bias = b, and three means over
+# the features. If it is fused, as in kernels.py, it moves no more memory than SiLU.
 #
-# The gradient, which kernels.py computes in closed form, follows from two lines. With r_p =
-# 1 / rms(x^p) and n features, d r_p / d x_j = -r_p^3 p x_j^(2p-1) / n. So, g being dL/dy,
+# kernels.py computes the gradient in closed form. With s_m = 1 / rms(x^m) for the powers m = 1, 2,
+# 3, the derivative d s_m / d x_j is -s_m^3 m x_j^(2m-1) / F. So, with e = dL/dy,
 #
-#     dL/dx_j = sum over p of  w_p p r_p x_j^(p-1) (g_j - r_p^2 x_j^p mean(g x^p))
+#     dL/dx_j = sum over m of  w_m m s_m x_j^(m-1) (e_j - s_m^2 x_j^m mean(e x^m))
 
 
 def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
@@ -149,8 +146,8 @@ def divide_by_rms(z: Tensor, eps: float) -> Tensor:
 def document_starts(doc_ids: Tensor) -> Tensor:
     """Where each token's document begins: (B, T) -> (B, T) int32.
 
-    Short documents are packed into one row, end to end. A token must see its own document alone,
-    and counts its position from the document's first token. Every run of equal ids is a document:
+    Short documents are packed into one row, end to end; every run of equal ids is a document. A
+    token sees its own document alone, and its position counts from the document's first token:
 
     >>> doc_ids = torch.tensor([[5, 5, 7, 7, 7]])
     >>> doc_start = document_starts(doc_ids)
@@ -168,8 +165,8 @@ def visibility_mask(T: int, S: int, doc_start: Tensor | None, query_slots: Tenso
                     like: Tensor) -> Tensor:
     """What is added to logits (B, K, h, T, S): 0 where a query may see a key, else -inf.
 
-    A query sees the keys from its document's first, doc_start (B, T), to its own, query_slots
-    (B, T). Without query_slots the T queries are the last T of the S keys."""
+    A query sees the keys doc_start to query_slots, both (B, T) and both inclusive. Without
+    query_slots the T queries are the last T of the S keys."""
     key = torch.arange(S, device=like.device)
     own = key[S - T:] if query_slots is None else query_slots
     masked = key > own[..., None]
@@ -182,9 +179,17 @@ def visibility_mask(T: int, S: int, doc_start: Tensor | None, query_slots: Tenso
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None,
                       query_slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt D) v where each key head serves h query heads; see causal_attention.
+    """softmax(q k^T / sqrt D, causal) v, where h query heads read each key head.
 
-    The softmax is in fp32. Both products, and so the logits, are in the dtype of q, as on a GPU."""
+    q (B, T, K, h, D)       below, grouped differential attention calls this once for each of its
+    k (B, S, K, D)          two maps, with the P signal keys and then with the P noise keys: what
+    v (B, S, K, Dv)         is called K here is then P
+    doc_start (B, T)        int32, see document_starts; for S = T only
+    query_slots (B, T)      which key is the query's own, where a KV cache holds the keys
+
+    -> out (B, T, K, h, Dv), and the largest visible logit of each query head (K, h) for QK-clip.
+    The softmax is in fp32. Both products, and so the logits, are in the dtype of q, as in the
+    fused kernel."""
     B, T, K, h, D = q.shape
     S = k.shape[1]
 
@@ -194,26 +199,9 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None 
     logits = logits.add_(visibility_mask(T, S, doc_start, query_slots, like=logits))
     max_logits = logits.detach().amax(dim=(0, 3, 4))                    # (K, h)
 
-    p = logits.softmax(-1).to(v.dtype).flatten(2, 3)                    # (B, K, hT, S)
-    out = (p @ v.transpose(1, 2)).unflatten(2, (h, T))                  # (B, K, h, T, Dv)
+    weights = logits.softmax(-1).to(v.dtype).flatten(2, 3)              # (B, K, hT, S)
+    out = (weights @ v.transpose(1, 2)).unflatten(2, (h, T))            # (B, K, h, T, Dv)
     return out.permute(0, 3, 1, 2, 4), max_logits
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None,
-                     query_slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Plain grouped-query attention, to compare with: softmax(q k^T / sqrt D, causal) v.
-
-    q (B, T, K, h, D)       h query heads read each key head
-    k (B, S, K, D), v (B, S, K, Dv)
-    doc_start (B, T)        int32, see document_starts; for S = T only
-    query_slots (B, T)      which key is the query's own, where a KV cache holds the keys
-
-    -> out (B, T, K, h, Dv), and the largest visible logit of each query head (K, h) for QK-clip.
-    """
-    if query_slots is None and kernels.can_fuse_attention(q, k, v):
-        out, _, max_logits = kernels.fused_attention(q.flatten(2, 3), k, v, doc_start, 0)
-        return out, max_logits.view(q.shape[2:4])
-    return softmax_attention(q, k, v, doc_start, query_slots)
 
 
 # ---- grouped differential attention (arXiv 2510.06949), the idea of Motif-2's attention
@@ -221,8 +209,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None =
 # Softmax cannot say "nowhere": every visible token gets some weight, and in a long context the
 # many small weights on irrelevant tokens add up to noise. The Differential Transformer (2410.05258)
 # removes it as a noise-cancelling headphone does. Two maps read the same values, and the second,
-# times a learnt lambda, is subtracted from the first. What both spread on irrelevant tokens cancels;
-# what the first alone attends to stays. Say that one token of three matters:
+# times a learnt lambda, is subtracted from the first. What both spread on irrelevant tokens
+# cancels; what the first alone attends to stays. Say that one token of three matters:
 #
 #     signal map  (0.50, 0.25, 0.25)
 #     noise map   (0.00, 0.50, 0.50)       lambda = 0.5:  signal - lambda noise = (0.50, 0, 0)
@@ -234,6 +222,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None =
 #
 #     out_c = (softmax(q_c k1^T / sqrt D) - lambda softmax(q_noise k2^T / sqrt D)) v
 #     y_c   = (1 - lambda_init) RMSNorm(out_c)                          each head by itself
+#
+# where lambda_init is the value at which the layer's lambda starts.
 #
 # Keys come in pairs, k1 for signal and k2 for noise. A pair's two value heads lie side by side
 # and both maps read them as one, 2D wide. One group, g = 0 .. 7 in 12.7B, where P = G:
@@ -253,22 +243,21 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None =
 # lists who reads which key. Two special cases: r = 1 is the Differential Transformer, and
 # num_noise_heads = 0 switches to plain grouped-query attention, to compare with.
 #
-# What it costs, against grouped-query attention with as many signal heads (32) and KV heads (16):
-# q_proj grows by the 8 noise heads, o_proj reads 256 numbers a head and not 128, and one layer's
-# attention has 71.3M parameters where there were 50.3M, of 272.6M in the layer. The KV cache is
-# the same, 2 x 16 x 128 numbers per token and layer. A noise head for every signal head (r = 1)
-# would need 64 query heads instead of 40.
+# The cost against plain grouped-query attention with the same 32 signal heads: 40 query heads (with
+# r = 1 they would be 64), values of 256 numbers and not 128 for o_proj, so 71.3M parameters in a
+# layer's attention and not 50.3M. The KV cache is the same.
 
 
 def grouped_differential_attention(
         q: Tensor, k: Tensor, v: Tensor, num_noise_heads: int, doc_start: Tensor | None = None,
         query_slots: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The two softmaxes, each times the values; differential_norm then subtracts.
+    """The first half of the formula: softmax times values for both maps, not yet subtracted.
+    differential_norm, below, is the second half.
 
     q (B, T, H, D)          group after group: r signal heads, then the noise head
     k (B, S, 2P, D)         pair after pair: signal key, noise key
     v (B, S, P, 2D)
-    doc_start, query_slots  as in causal_attention
+    doc_start, query_slots  as in softmax_attention
 
     -> signal (B, T, G, r, 2D), noise (B, T, G, 1, 2D), the largest visible logit of each query
     head (H,).
@@ -288,12 +277,14 @@ def grouped_differential_attention(
     q_signal, q_noise = q.unflatten(2, (G, r + 1)).split([r, 1], dim=3)  # (B, T, G, r or 1, D)
     k_signal, k_noise = k.unflatten(2, (P, 2)).unbind(dim=3)             # (B, S, P, D)
 
-    # All heads that read one key head stand together: (B, T, P, h, D).
+    # The G / P groups of a pair stand next to each other, so that cutting the heads, group after
+    # group, into P equal parts puts all h that read one key head together: (B, T, P, h, D).
     q_signal = q_signal.reshape(B, T, P, -1, D)
     q_noise = q_noise.reshape(B, T, P, -1, D)
     signal, signal_max = softmax_attention(q_signal, k_signal, v, doc_start, query_slots)
     noise, noise_max = softmax_attention(q_noise, k_noise, v, doc_start, query_slots)
 
+    # The order of the heads is still group after group: (P, h) becomes (G, r) and (G, 1).
     signal = signal.reshape(B, T, G, r, 2 * D)
     noise = noise.reshape(B, T, G, 1, 2 * D)
     max_logits = torch.cat([signal_max.view(G, r), noise_max.view(G, 1)], dim=1)
@@ -302,11 +293,11 @@ def grouped_differential_attention(
 
 def differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Tensor,
                       scale: Tensor | float, eps: float) -> Tensor:
-    """scale * RMSNorm(signal - lambda noise), each head by itself.
+    """scale * RMSNorm(signal - lambda noise), each head by itself, in fp32.
 
     signal (B, T, G, r, 2D), noise (B, T, G, 1, 2D), lambda_ a scalar, weight (2D,), the same for
-    all heads -> (B, T, G r 2D), what o_proj reads. Computed in fp32. Without the norm, a head whose
-    maps nearly cancel would be heard less than the others."""
+    all heads -> (B, T, G r 2D), what o_proj reads. The norm gives every head the same scale:
+    without it, a head whose maps nearly cancel would contribute next to nothing."""
     weight = upcast(weight) * scale
     if kernels.can_fuse_differential_norm(signal):
         return kernels.fused_differential_norm(signal, noise, lambda_, weight, eps).flatten(2)
@@ -316,11 +307,11 @@ def differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Te
 
 
 def lambda_init(layer: Tensor) -> Tensor:
-    """Where layer's lambda starts, in float64: 0.8 - 0.6 exp(-0.3 (layer - 1)).
+    """The value at which a layer's lambda starts, in float64: 0.8 - 0.6 exp(-0.3 (layer - 1)).
 
     The paper counts layers from 1, and its first lambda is 0.2. The released code passes a layer
-    number that counts from 0 into the same formula, so the first layer has -0.0099. We keep that:
-    the checkpoints were trained with it.
+    number that counts from 0 into the same formula. So the first layer starts with -0.0099: it adds
+    one hundredth of the noise. We keep that, because the checkpoints were trained with it.
 
     >>> [round(lambda_init(torch.tensor(layer)).item(), 4) for layer in (0, 1, 2, 39)]
     [-0.0099, 0.2, 0.3555, 0.8]
@@ -328,9 +319,20 @@ def lambda_init(layer: Tensor) -> Tensor:
     return 0.8 - 0.6 * (-0.3 * (layer - 1).double()).exp()
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None,
+                     query_slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Plain grouped-query attention, to compare with. Arguments as in softmax_attention."""
+    if query_slots is None and kernels.can_fuse_attention(q, k, v):
+        out, _, max_logits = kernels.fused_attention(q.flatten(2, 3), k, v, doc_start, 0)
+        return out, max_logits.view(q.shape[2:4])
+    return softmax_attention(q, k, v, doc_start, query_slots)
+
+
 # ---- the shape of a model
 
-ACTIVATIONS = {"poly_norm": "poly_norm", "swiglu": "silu"}  # our name -> config.json's hidden_act
+# MotifConfig.activation -> hidden_act of config.json
+ACTIVATIONS = {"poly_norm": "poly_norm", "swiglu": "silu"}
+
 # The Hub repository whose Python code transformers and vLLM run for a config.json of ours.
 MODELING_REPO = "Motif-Technologies/Motif-2-12.7B-Base"
 
@@ -375,8 +377,7 @@ class MotifConfig:
         return keys
 
     def check(self) -> None:
-        """UserError for a size below the bound in its type, and for heads that do not divide into
-        groups and pairs (2510.06949, section 3)."""
+        """UserError for a size below the bound in its type, or heads that do not divide."""
         for field in fields(MotifConfig):
             value = getattr(self, field.name)
             bound = getattr(field.type, "__metadata__", None)
@@ -399,8 +400,7 @@ class MotifConfig:
 
     @classmethod
     def from_dict(cls, config: dict) -> "MotifConfig":
-        """From a released config.json, whose unknown keys are ignored. UserError if a key is
-        missing, or asks for something that this model does not have."""
+        """From a released config.json. Keys that we do not know are ignored."""
         config = dict(config)
         for key, value in {"use_bias": False, "k_ratio": 1, "use_sliding_window": False}.items():
             if config.get(key, value) not in (value, None):
@@ -417,7 +417,8 @@ class MotifConfig:
             is_plain = rope_options.get("rope_type", "default") == "default"
             if not is_plain or rope_options.keys() - {"rope_type", "rope_theta"}:
                 raise UserError(f"config.json has {key}={rope_options}; only plain RoPE is known")
-            config["rope_theta"] = rope_options.get("rope_theta", config.get("rope_theta"))
+            if "rope_theta" in rope_options:
+                config["rope_theta"] = rope_options["rope_theta"]
 
         act = config.get("hidden_act", "poly_norm")
         ours = {theirs: name for name, theirs in ACTIVATIONS.items()}
@@ -425,7 +426,7 @@ class MotifConfig:
             raise UserError(f"config.json has hidden_act={act!r}; known: {', '.join(ours)}")
         config["activation"] = ours[act]
 
-        # Motif-2.6B states neither: half of its heads are noise heads.
+        # Motif-2.6B states neither num_noise_heads nor head_dim; half of its heads are noise heads.
         heads = config["num_attention_heads"]
         if config.get("num_noise_heads") is None:
             config["num_noise_heads"] = heads // 2
@@ -488,10 +489,11 @@ class Attention(nn.Module):
     """Grouped differential attention, or with num_noise_heads = 0 plain grouped-query attention.
 
     lambda is one scalar a layer, exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) +
-    lambda_init, with four learnt vectors of D (2410.05258, section 2.1). The two exponentials
-    nearly cancel at first, so that lambda starts close to lambda_init and can move both ways. The
-    factor 1 - lambda_init after the norm keeps the size of the output, and so of the gradients,
-    what it is in a plain transformer."""
+    lambda_init, with four learnt vectors of D (2410.05258, section 2.1). With the initial weights
+    the two exponentials are near 1 and differ by about 0.16, so that lambda starts around
+    lambda_init and can move both ways. The factor 1 - lambda_init is from the same section: a row
+    of the difference map sums to 1 - lambda, the norm would hide that, and with the factor the
+    gradients have the size that they have in a plain transformer."""
 
     def __init__(self, config: MotifConfig, layer: int):
         super().__init__()
@@ -499,15 +501,16 @@ class Attention(nn.Module):
         self.noise_heads = c.num_noise_heads
         self.kv_heads = c.num_key_value_heads
         self.head_dim = D
-        self.eps = c.attn_rms_norm_eps
 
-        # The layer's number is a tensor: torch.compile would make a graph for each Python int. It
-        # is an integer, so that model.bfloat16() cannot round it, and on the CPU until .to(device),
-        # so that it has a value in models whose weights are on the meta device.
+        # The layer's number, which lambda_init needs, is
+        #   - a tensor, because torch.compile would make a graph for each Python int;
+        #   - of integers, because model.bfloat16() rounds floats;
+        #   - on the CPU until .to(device), because from_pretrained builds the model on the meta
+        #     device, where nothing has a value, and no file stores this one.
         self.register_buffer("layer", torch.tensor(layer, device="cpu"), persistent=False)
 
         signal_heads = c.num_attention_heads - c.num_noise_heads
-        self.values = (self.kv_heads, D)               # value heads, and how wide they are
+        self.values = (self.kv_heads, D)               # value heads, and their width Dv
         if self.noise_heads:
             self.values = (self.kv_heads // 2, 2 * D)
         self.q_proj = Linear(c.hidden_size, c.num_attention_heads * D, bias=False)
@@ -517,13 +520,13 @@ class Attention(nn.Module):
         if self.noise_heads:
             for name in LAMBDAS:
                 self.register_parameter(name, nn.Parameter(torch.empty(D)))
+            # Of this module only the weight is used: differential_norm has the norm itself.
             self.subln = RMSNorm(2 * D, c.attn_rms_norm_eps)
 
     def lambda_init(self) -> Tensor:
         return lambda_init(self.layer)
 
     def lambda_(self) -> Tensor:
-        """The layer's lambda, a scalar in fp32."""
         first = (upcast(self.lambda_q1) * upcast(self.lambda_k1)).sum().exp()
         second = (upcast(self.lambda_q2) * upcast(self.lambda_k2)).sum().exp()
         return first - second + self.lambda_init().to(first.dtype)
@@ -534,7 +537,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)                 # (B, T, H, D)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)      # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, *self.values)                      # (B, T, P, 2D)
+        v = self.v_proj(x).view(B, T, *self.values)                      # (B, T, P, Dv)
         q = rope(q, *angles)
         k = rope(k, *angles)
 
@@ -550,7 +553,7 @@ class Attention(nn.Module):
         signal, noise, max_logits = grouped_differential_attention(
             q, k, v, self.noise_heads, doc_start, query_slots)
         out = differential_norm(signal, noise, self.lambda_(), self.subln.weight,
-                                1 - self.lambda_init(), self.eps)        # (B, T, G r 2D)
+                                1 - self.lambda_init(), self.subln.eps)  # (B, T, G r 2D)
         return self.o_proj(out), max_logits
 
 
@@ -584,7 +587,6 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], doc_start: Tensor | None = None,
                 cache: "LayerCache | None" = None) -> tuple[Tensor, Tensor]:
-        """As Attention.forward."""
         out, max_logits = self.self_attn(self.input_layernorm(x), angles, doc_start, cache)
         x = x + out
         x = x + self.mlp(self.post_attention_layernorm(x))
@@ -616,9 +618,8 @@ class Motif(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Matrices and embeddings ~ Normal(0, 0.02) [our choice: the report does not say], lambda
-        vectors ~ Normal(0, 0.1), norms 1, PolyNorm weights 1/3 each and bias 0. Also restores the
-        layer numbers, which to_empty() leaves uninitialised."""
+        """The standard deviation 0.02 is our choice: the report does not say. The layer numbers
+        are set again because to_empty() leaves them uninitialised."""
         for i, block in enumerate(self.model.layers):
             block.self_attn.layer.fill_(i)
         for module in self.modules():
@@ -659,7 +660,7 @@ class Motif(nn.Module):
         reduction, scale     the loss is scale times the "mean" or "sum" over the targets, in nats
         cache                continue the rows of this KVCache, and add ids to them
         row_lengths (B,)     right-padded rows: only the first row_lengths[b] ids of row b are there
-        last_only            logits of each row's last token alone, (B, 1, V)
+        last_only            logits of each row's last token alone, (B, 1, V), see last_tokens
         """
         x = self.hidden_states(ids, doc_ids, cache, row_lengths)
         if targets is not None:
@@ -672,8 +673,7 @@ class Motif(nn.Module):
     @torch.no_grad()
     def token_losses(self, ids: Tensor, targets: Tensor, doc_ids: Tensor | None = None, *,
                      cache: "KVCache | None" = None, row_lengths: Tensor | None = None) -> Tensor:
-        """The cross entropy of each target in nats, (B, T) in fp32: 0 where target < 0, and without
-        a gradient. Arguments are those of forward."""
+        """The cross entropy of each target in nats, (B, T) in fp32: 0 where target < 0."""
         x = self.hidden_states(ids, doc_ids, cache, row_lengths)
         losses = kernels.token_losses(x.flatten(0, 1), self.head_weight, targets.flatten())
         return losses.view(targets.shape)
@@ -724,11 +724,10 @@ class Motif(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, device=None, dtype=None) -> "Motif":
-        """The model in a folder of the released layout, or in a Hub repository "owner/name", which
-        is downloaded once.
+        """The model in a folder of the released layout, or in a Hub repository "owner/name".
 
-        Each tensor keeps the dtype that it is stored in unless one is given, and is read straight
-        to the device. On a CPU it stays in the memory-mapped file until somebody writes to it."""
+        Each tensor keeps its stored dtype unless one is given, and is read straight to the device.
+        On a CPU it stays in the memory-mapped file until somebody writes to it."""
         path = model_folder(path)
         with torch.device("meta"):
             model = cls(MotifConfig.from_dict(read_json(path / "config.json")))
@@ -742,7 +741,7 @@ class Motif(nn.Module):
     def save_pretrained(self, path, shard_bytes: int = 5 * 10**9) -> None:
         """Write the released layout, in the model's own dtypes. All ranks of FSDP2 call it.
 
-        config.json comes last: a folder that has one is whole."""
+        config.json is the last file of rank 0. The folder is whole once all ranks have returned."""
         path = Path(path)
         is_first_rank = not dist.is_initialized() or dist.get_rank() == 0
         if is_first_rank:
@@ -755,14 +754,14 @@ class Motif(nn.Module):
 
 @functools.cache
 def compiled_block() -> Callable:
-    """Block.forward under torch.compile, called with the block as its first argument, so that all
-    layers share one graph, which any number of rows and slots fits. (PyTorch treats a size of 1 as
-    a constant: a batch of one row has a graph of its own.)"""
+    """Block.forward under torch.compile. The block is its first argument, so that all layers share
+    one graph. It fits any number of rows but one: PyTorch treats a size of 1 as a constant."""
     return torch.compile(Block.forward, dynamic=True)
 
 
 def last_tokens(x: Tensor, row_lengths: Tensor | None) -> Tensor:
-    """The last token of each right-padded row: (B, T, hidden) -> (B, 1, hidden)."""
+    """The last token of each right-padded row: (B, T, hidden) -> (B, 1, hidden). A row of no tokens
+    gives a vector without meaning, which Decoder.prefill discards."""
     if row_lengths is None:
         return x[:, -1:]
     rows = torch.arange(len(x), device=x.device)
@@ -784,8 +783,8 @@ def flops_per_token(config: MotifConfig, seq_len: int, causal: bool = True) -> t
     """(forward, backward) FLOPs per token of a sequence of seq_len tokens.
 
     Forward: two for each weight of each matrix, and for each query head and visible key 2D for the
-    logit and 2 Dv for the value. Backward: twice that, as each product has two gradients. This is
-    the least that the model needs: nothing is recomputed. causal=False counts masked keys too."""
+    logit and 2 Dv for the value. Backward: twice that, as each product has two gradients; nothing
+    is recomputed. causal=False counts masked keys too."""
     c = config
     value_dim = 2 * c.head_dim if c.num_noise_heads else c.head_dim
     o_width = (c.num_attention_heads - c.num_noise_heads) * value_dim
@@ -801,21 +800,22 @@ def flops_per_token(config: MotifConfig, seq_len: int, causal: bool = True) -> t
 # ---- the KV cache
 #
 # A token's keys and values depend on the tokens before it alone, so generation computes them once
-# and keeps them. Slot p of a row holds the token at position p. Rows are filled from the left and
-# padded on the right, so each row has its own length and all shapes are those of the batch:
+# and keeps them. Slot i of a row holds the token at position i. Rows are filled from the left and
+# padded on the right (_ below). Each row has its own length, and the tensors stay rectangular:
 #
 #     slot                  0      1      2      3
-#     row 0                 The    cat    sat    .            lengths = [3, 1]
-#     row 1                 Hi     .      .      .
+#     row 0                 The    cat    sat    _            lengths = [3, 1]
+#     row 1                 Hi     _      _      _
 #
-# To read "on" in row 0 and "there !" in row 1 is one call of model(ids, cache=cache,
-# row_lengths=[1, 2]), with ids = [on PAD; there !]. They are put behind what is there:
+# To add "on" to row 0 and "there !" to row 1 is one call of model(ids, cache=cache, row_lengths=n),
+# where n = [1, 2] and the rows of ids are [on _] and [there !]:
 #
 #     row 0                 The    cat    sat    on           lengths = [4, 3]
-#     row 1                 Hi     there  !      .
+#     row 1                 Hi     there  !      _
 #
-# What lies beyond a row's length (PAD's keys, zeros, an earlier token's) is never seen, because a
-# query sees the slots up to its own position and no further, and the next token overwrites it.
+# What lies beyond a row's length (a padding token's keys, zeros, an earlier token's) is never seen,
+# because a query sees the slots up to its own position and no further, and the next token
+# overwrites it.
 #
 # The 12.7B model keeps 2 x 16 heads x 128 numbers per token and layer: 320 KiB a token in bf16.
 
@@ -823,13 +823,14 @@ def flops_per_token(config: MotifConfig, seq_len: int, causal: bool = True) -> t
 class KVCache:
     """Keys and values of batch_size rows of at most max_length tokens.
 
-    keys[layer] (B, K, S, D), values[layer] (B, P, S, 2D), lengths (B,) int64: tokens in each row.
-    S is at least max_length + 1.
+    keys[layer] (B, K, slots, D), values[layer] (B, P, slots, Dv), lengths (B,) int64: how many
+    tokens each row has. slots is at least max_length + 1, see slots_for.
 
     >>> model = Motif(MotifConfig())
     >>> ids = torch.tensor([[1, 2, 3, 4, 5]])
     >>> cache = KVCache(model, batch_size=1, max_length=5)
-    >>> first, rest = model(ids[:, :2], cache=cache), model(ids[:, 2:], cache=cache)
+    >>> first = model(ids[:, :2], cache=cache)
+    >>> rest = model(ids[:, 2:], cache=cache)
     >>> torch.allclose(torch.cat([first, rest], dim=1), model(ids), atol=1e-5)
     True
     """
@@ -837,7 +838,7 @@ class KVCache:
     def __init__(self, model: Motif, batch_size: int, max_length: int):
         c = model.config
         if max_length > c.max_position_embeddings:
-            raise UserError(f"a KV cache for rows of {max_length} tokens, but "
+            raise UserError(f"prompt and new tokens need {max_length} positions, but "
                             f"max_position_embeddings={c.max_position_embeddings}; shorten them")
         weight = model.model.layers[0].self_attn.k_proj.weight
         dtype = model.compute_dtype or weight.dtype
@@ -857,30 +858,30 @@ class KVCache:
             self.values.append(torch.zeros(value_shape, dtype=dtype, device=weight.device))
 
     def open(self, positions: Tensor, row_lengths: Tensor | None) -> "list[LayerCache]":
-        """What each layer needs to read tokens at these positions (B, T)."""
+        """What each layer needs for a pass over tokens at these positions (B, T)."""
         T = positions.shape[1]
-        S = self.keys[0].shape[2]
+        num_slots = self.keys[0].shape[2]
 
-        # One token of each row looks at all S slots: no shape depends on how full the cache is, and
-        # the host need not wait for the GPU to learn it, so that a CUDA graph can hold the step.
+        # A step, T = 1, uses all slots, however few are full. So its shapes are fixed and the host
+        # need not ask the GPU for the lengths, both of which a CUDA graph demands.
         was_empty = False
-        visible = S
+        visible = num_slots
         if T > 1:
             longest = int(self.lengths.max())
             was_empty = longest == 0
-            visible = min(longest + T, S)
+            visible = min(longest + T, num_slots)
             new = T if row_lengths is None else row_lengths
             if int((self.lengths + new).max()) > self.max_length:
                 raise ValueError(f"a row would exceed the cache's {self.max_length} tokens")
 
-        # Padding may stand beyond the last slot. It is put there: that slot is nobody's.
-        slots = positions.clamp(max=S - 1)
+        # Padding whose position is beyond the last slot goes into that slot: it is a spare one.
+        slots = positions.clamp(max=num_slots - 1)
         return [LayerCache(keys, values, slots, visible, was_empty)
                 for keys, values in zip(self.keys, self.values)]
 
     def select_rows(self, rows: Tensor | list[int], max_length: int | None = None) -> "KVCache":
-        """A new cache with copies of these rows, which may repeat, and with room for max_length
-        tokens (None: as before)."""
+        """A new cache with copies of these rows, which may repeat, and room for max_length tokens
+        (None: as before)."""
         rows = torch.as_tensor(rows, device=self.lengths.device)
         selected = copy.copy(self)
         selected.lengths = self.lengths[rows]
@@ -894,7 +895,7 @@ class KVCache:
         return selected
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Drop all other rows. One layer at a time, so that there are never two whole caches."""
+        """Drop all other rows, layer by layer, so that there are never two whole caches."""
         self.lengths = self.lengths[rows]
         for i in range(len(self.keys)):
             self.keys[i] = self.keys[i][rows]
@@ -908,19 +909,20 @@ def slots_for(max_length: int) -> int:
 
 class LayerCache(NamedTuple):
     """One layer of a KVCache during one forward pass."""
-    keys: Tensor            # (B, K, S, D)
-    values: Tensor          # (B, P, S, 2D)
+    keys: Tensor            # (B, K, num_slots, D)
+    values: Tensor          # (B, P, num_slots, Dv)
     slots: Tensor           # (B, T): where the new tokens go
-    visible: int            # the new tokens look at the first so many slots
+    visible: int            # S: the new tokens look at the first so many slots
     was_empty: bool         # there was nothing before them
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store the keys (B, T, K, D) and values (B, T, P, 2D) of the new tokens -> the keys and
-        values that they look at, (B, S, K, D) and (B, S, P, 2D), and each query's slot (B, T).
+        """Store the keys (B, T, K, D) and values (B, T, P, Dv) of the new tokens -> the keys and
+        values that they look at, (B, S, K, D) and (B, S, P, Dv), and each query's slot (B, T).
 
         In an empty cache they look at each other, as in training, and need no slots: causal
         attention of T queries over T keys, which kernels.py may fuse."""
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        # Indices on both sides of a slice: the indexed dimensions come first, (B, T, K, D).
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]        # (B, 1)
         self.keys[rows, :, self.slots] = k
         self.values[rows, :, self.slots] = v
         if self.was_empty:
@@ -932,10 +934,10 @@ class LayerCache(NamedTuple):
 
 # ---- generation
 #
-# First the prompts are read, many tokens in a pass. Then each step reads one token of each row and
-# draws the next. A step multiplies every weight with only B vectors, so it takes the time that the
-# GPU's memory needs to deliver the weights, 8 ms for 25 GB at 3.3 TB/s, as long as Python and
-# the launching of hundreds of small kernels do not take longer. They do; hence the CUDA graph: one
+# First the model processes the prompts, many tokens in a pass. Then each step processes one token
+# of each row and draws the next. A step multiplies every weight with only B vectors, so it need not
+# take longer than the GPU's memory takes to deliver the weights, 8 ms for 25 GB at 3.3 TB/s. But
+# Python and the launching of hundreds of small kernels do take longer; hence the CUDA graph: one
 # step is recorded and from then on replayed whole. A graph replays fixed kernels on fixed memory,
 # which is why a step looks at all slots of the cache and keeps the lengths on the GPU.
 
@@ -961,10 +963,6 @@ class Decoder:
         if T == 0 or max_new_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
             raise UserError("generate needs a token to begin with, max_new_tokens >= 0, "
                             "temperature >= 0 and top_k >= 1")
-        max_length = T + max(0, max_new_tokens - 1)       # the last new token is not read
-        if max_length > model.config.max_position_embeddings:
-            raise UserError(f"{T} + {max_new_tokens} tokens, but max_position_embeddings is "
-                            f"{model.config.max_position_embeddings}; give a shorter prompt")
         self.model = model
         self.remaining = max_new_tokens
         self.temperature = temperature
@@ -973,13 +971,14 @@ class Decoder:
         if seed is not None:
             self.generator = torch.Generator(ids.device).manual_seed(seed)
 
+        max_length = T + max(0, max_new_tokens - 1)       # the last new token is drawn only
         self.cache = KVCache(model, B, max_length)
         self.graph = None            # the CUDA graph of a step, recorded at the first one
         self.new = None              # the tokens drawn last, (B, 1), which are not yet in the cache
         self.logits = self.prefill(ids, prompt_lengths)                  # (B, 1, V)
 
     def prefill(self, ids: Tensor, prompt_lengths: Tensor | None) -> Tensor:
-        """Read the prompts into the cache -> logits after the last token of each, (B, 1, V)."""
+        """Process the prompts -> logits after the last token of each, (B, 1, V)."""
         B, T = ids.shape
         if prompt_lengths is None:
             prompt_lengths = torch.full((B,), T, device=ids.device)
@@ -992,7 +991,7 @@ class Decoder:
             if logits is None:
                 logits = new_logits
             else:
-                # A prompt that ended in an earlier piece has its logits from there.
+                # A prompt that ended in an earlier piece keeps its logits from there.
                 logits = torch.where((n > 0)[:, None, None], new_logits, logits)
         return logits
 
@@ -1000,7 +999,7 @@ class Decoder:
     def next_tokens(self) -> Tensor:
         """One more token of each row: (B, 1)."""
         if self.remaining == 0:
-            raise ValueError("this Decoder has drawn its max_new_tokens")
+            raise ValueError("max_new_tokens have been drawn; there is no room for more")
         self.remaining -= 1
         if self.new is not None:
             self.logits = self.step(self.new)
@@ -1018,7 +1017,7 @@ class Decoder:
             self.new = self.new[rows]
 
     def step(self, new: Tensor) -> Tensor:
-        """Read one token of each row (B, 1) -> logits of the next, (B, 1, V)."""
+        """Process one token of each row (B, 1) -> logits of the next, (B, 1, V)."""
         # FSDP2, which has a compute_dtype, gathers weights as it goes: no graph can hold that.
         if not new.is_cuda or self.model.compute_dtype is not None:
             return self.model(new, cache=self.cache)
@@ -1029,7 +1028,7 @@ class Decoder:
         return self.graph_logits
 
     def record_graph(self, new: Tensor) -> None:
-        """Record a step that reads graph_input and leaves its result in graph_logits."""
+        """Record a step from graph_input to graph_logits."""
         self.graph_input = new.clone()
         lengths = self.cache.lengths.clone()
 
@@ -1043,6 +1042,7 @@ class Decoder:
                 self.cache.lengths.copy_(lengths)
         torch.cuda.current_stream().wait_stream(stream)
 
+        # Recording executes nothing, so the lengths are still those from before the step.
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.graph_logits = self.model(self.graph_input, cache=self.cache)
@@ -1054,35 +1054,33 @@ def sample_next_token(logits: Tensor, temperature: float, top_k: int | None,
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     if top_k is not None:
-        k = min(top_k, logits.shape[1])
-        least = logits.topk(k).values[:, -1:]
+        most = min(top_k, logits.shape[1])
+        least = logits.topk(most).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    p = (logits / temperature).softmax(-1)
-    return torch.multinomial(p, 1, generator=generator)
+    probabilities = (logits / temperature).softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator)
 
 
 # ---- files
 #
-# A released model is a folder:
+# A released model is a folder, and so is a training checkpoint, with the optimizer's tensors under
+# another stem:
 #
 #     config.json                           the shape: MotifConfig.to_dict
 #     model.safetensors                     all tensors by name, if they fit into one file; else
 #     model-00001-of-00011.safetensors ...  several files (11 of at most 5 GB for 12.7B in fp32)
 #     model.safetensors.index.json          {"weight_map": {tensor name: file name}, ...}
-#
-# A training checkpoint is such a folder too, with the optimizer's tensors beside the model's under
-# another stem. So whatever reads released models reads our checkpoints.
 
 INDEX = ".safetensors.index.json"
-STORED_DTYPES = ("F64", "F32", "F16", "BF16")        # that we load, as safetensors names them
+STORED_DTYPES = ("F64", "F32", "F16", "BF16")        # of weights, in the names of safetensors
 
 
 def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes: int) -> None:
     """Write name -> tensor to path/<stem>.safetensors, or to several files of at most shard_bytes
     and an index.
 
-    If FSDP2 shards some of them, all ranks call this: they assemble each tensor together, and the
-    files are written by different ranks. Otherwise the caller writes everything itself."""
+    If FSDP2 shards some of them, all ranks call this. They assemble each tensor together, and each
+    rank writes some of the files."""
     from safetensors.torch import save_file
     rank, world = 0, 1
     if any(hasattr(t, "full_tensor") for t in tensors.values()):
@@ -1093,8 +1091,8 @@ def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes:
         for old in path.glob(f"{stem}[.-]*safetensors*"):
             old.unlink()
 
-    # All is assembled before anything is written: if writing fails on one rank, the others must
-    # not be left waiting for it in full_tensor().
+    # All tensors are assembled before any file is written: if writing fails on one rank, the other
+    # ranks must not be left waiting for it in full_tensor().
     names_of_file = divide_into_files(tensors, stem, shard_bytes)
     mine = {}
     for i, (file, names) in enumerate(names_of_file.items()):
@@ -1116,7 +1114,7 @@ def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes:
 
 
 def divide_into_files(tensors: dict[str, Tensor], stem: str, most: int) -> dict[str, list[str]]:
-    """File name -> the tensors in it, in order, of at most `most` bytes together.
+    """File name -> the names of its tensors, in order, of at most `most` bytes together.
 
     >>> tensors = {"a": torch.zeros(3), "b": torch.zeros(2), "c": torch.zeros(1)}
     >>> divide_into_files(tensors, "model", most=12)
@@ -1133,8 +1131,9 @@ def divide_into_files(tensors: dict[str, Tensor], stem: str, most: int) -> dict[
         size += nbytes
     if len(files) == 1:
         return {f"{stem}.safetensors": files[0]}
-    n = len(files)
-    return {f"{stem}-{i:05d}-of-{n:05d}.safetensors": names for i, names in enumerate(files, 1)}
+    total = len(files)
+    return {f"{stem}-{i:05d}-of-{total:05d}.safetensors": names
+            for i, names in enumerate(files, 1)}
 
 
 def iter_checkpoint(path: Path, stem: str, shapes: dict[str, tuple],
@@ -1142,8 +1141,8 @@ def iter_checkpoint(path: Path, stem: str, shapes: dict[str, tuple],
     """Yield (name, read) of each tensor that save_tensors wrote: read() loads the tensor,
     read(*slices) a part of it. Call read before advancing.
 
-    shapes: the tensors that there must be, all of them and no others. A file that is missing or
-    damaged, or a tensor that does not fit, is a UserError before anything is yielded."""
+    shapes: the tensors that there must be, all of them and no others. UserError, before anything is
+    yielded, if they are not there."""
     from safetensors import safe_open
     files = tensor_files(path, stem)
     check_stored_tensors(path, files, shapes)
@@ -1210,8 +1209,7 @@ def tensor_files(path: Path, stem: str) -> dict[Path, set | None]:
 
 
 def model_folder(name, patterns=("*.json", "*.safetensors")) -> Path:
-    """The folder of this name, or the files of these patterns of a Hub repository "owner/name".
-    A download that was cut is continued."""
+    """The folder of this name, or the files of these patterns of a Hub repository "owner/name"."""
     path = Path(name)
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         return path
@@ -1225,7 +1223,6 @@ def model_folder(name, patterns=("*.json", "*.safetensors")) -> Path:
 
 
 def read_json(file: Path) -> dict:
-    """The object in a JSON file of a model folder."""
     try:
         found = json.loads(file.read_text())
     except OSError:

@@ -7,14 +7,14 @@ One step of Muon on a matrix, from its gradient:
     O        = newton_schulz(u)                                          (u made orthogonal)
     weight   = weight - lr * (0.2 sqrt(max(m, n)) * O + weight_decay * weight)
 
-First half, for everybody: why one orthogonalises, Newton-Schulz, the update, QK-clip, the optimizer.
-Second half, for many GPUs: Parallel Muon, which does the same step, bit by bit, where FSDP2 has cut
-the matrices into shards. A newcomer stops where it begins.
+The first half is for everybody. The second half is Parallel Muon, which takes the same step on many
+GPUs, where FSDP2 has cut the matrices into shards, bit-identical to one process.
 
 Sources: Muon (Keller Jordan, kellerjordan.github.io/posts/muon), Moonlight (arXiv 2502.16982) for
 the factor 0.2 sqrt(max(m, n)), Kimi K2 (2507.20534) for QK-clip, Motif-2 (2511.07464) for Parallel
-Muon. Letters: G a gradient or whatever else is to be made orthogonal, m x n its shape; H query
-heads, K key heads, D head_dim.
+Muon. Letters in this file: G is the matrix to be made orthogonal (a gradient, or u), m x n its
+shape, O the result, E how many matrices are stacked; X, A, B and Q are the matrices of
+Newton-Schulz; H query heads, K key heads, D head_dim.
 
 `python -m tools.bench_muon` times all of this, and plans Parallel Muon for any number of GPUs.
 """
@@ -38,28 +38,29 @@ import kernels
 # weight far in those and hardly at all in the others, although the rare directions may hold what is
 # left to learn. (Adam rescales each entry of G by itself, and so does not see directions at all.)
 #
-# The idea. Write G = U S V^T, its singular value decomposition, and replace S by ones: O = U V^T is
-# the semi-orthogonal matrix nearest to G, and moves the weight equally far in every direction that
-# G has. It is also the steepest descent under the spectral norm: of all steps that change no
-# output W x by more than |x|, it is the one that lowers the loss most, to first order.
+# The idea. Write G = U diag(s) V^T, its singular value decomposition, and replace every s by 1:
+# O = U V^T is the semi-orthogonal matrix nearest to G, and moves the weight equally far in every
+# direction that G has. It is also steepest descent under the spectral norm: among all steps dW with
+# |dW x| <= |x| for every x, -O lowers the loss most, to first order.
 #
-# Newton-Schulz. An SVD is slow on a GPU; matrix products are fast. With A = X X^T, one product
+# Newton-Schulz. An SVD is slow on a GPU; matrix products are fast. Start with X = G / |G|_F, whose
+# singular values are at most 1. With A = X X^T, one step is
 #
-#     (a I + b A + c A A) X   =   U (a S + b S^3 + c S^5) V^T
+#     X  <-  (a I + b A + c A A) X   =   U diag(a s + b s^3 + c s^5) V^T
 #
-# leaves U and V alone and sends every singular value s to p(s) = a s + b s^3 + c s^5. So choose
-# polynomials that, one after the other, bring every s of (0, 1] near 1, start from X = G / |G|_F
-# (whose singular values are at most 1), and never compute a singular value at all. It need not be
-# exact: a step between 0.98 and 1.15 in each direction trains as well as one of 1.
+# It leaves U and V alone and sends every singular value s to a polynomial of s. So choose
+# polynomials that, one after the other, bring every s of (0, 1] near 1, and never compute a
+# singular value at all. The values need not be exactly 1: Keller Jordan's polynomial leaves them
+# between 0.7 and 1.2, and trains as well.
 #
-# What it costs. For m <= n, X X^T and the last product take 2 m^2 n FLOPs each, A A takes 2 m^3:
-# for five steps on the 280 matrices of the 12.7B model 1.0e15, as much as training it on some
-# 13,000 tokens, while a step trains on millions.
+# What it costs. If m <= n, X X^T and the last product take 2 m^2 n FLOPs each, and A A takes 2 m^3.
+# Five steps on the 280 matrices of the 12.7B model take 1.0e15 FLOPs, as many as training it on
+# 13,000 tokens; one optimizer step trains on millions of tokens.
 
-# (a, b, c) of the five polynomials. The error is |O O^T - I|_F / sqrt(m), of a Gaussian matrix
-# 512 x 2048.
+# (a, b, c) of the five polynomials. "Error" is |O O^T - I|_F / sqrt(m) of a Gaussian 512 x 2048
+# matrix.
 COEFFICIENTS = {
-    # Keller Jordan's: one polynomial five times, steep at 0, never settles. Error 0.27.
+    # Keller Jordan's: one polynomial five times, steep at 0, which never settles. Error 0.27.
     "quintic": 5 * [(3.4445, -4.7750, 2.0315)],
     # Motif's public optimizer: steep first, careful last. Error 0.03.
     "motif": [
@@ -68,7 +69,7 @@ COEFFICIENTS = {
         (3.7418, -5.5913, 2.3037),
         (2.8769, -3.1427, 1.2046),
         (2.8366, -3.0525, 1.2012)],
-    # Polar Express (arXiv 2505.16932): best for the worst s, so also for very small ones. Error 0.19.
+    # Polar Express (arXiv 2505.16932): the smallest worst error over all s. This error 0.19.
     "polar_express": [
         (8.156554524902461, -22.48329292557795, 15.878769915207462),
         (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -76,17 +77,17 @@ COEFFICIENTS = {
         (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)]}
 
-# Divides X_0 further, so that no singular value starts above 1 / 1.02. The first polynomial of
-# polar_express is steep at 1, where it is 1.55, and is made for s <= 1 alone: s = 1.03, by a norm
-# rounded down, would go to 2.24, 5.7, 2575. The other two tables bear such an s.
+# The start X is divided by this too. The first polynomial of polar_express is made for s <= 1 and
+# climbs steeply there: s = 1.03, left by a norm that was rounded down, would go to 2.24, 5.7, 2575
+# and on. Dividing by 1.02 keeps s away from that edge. The other tables tolerate s just above 1.
 START_MARGIN = {"quintic": 1.0, "motif": 1.0, "polar_express": 1.02}
 
 
 def plain_newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif") -> Tensor:
     """The definition: G (m, n) -> O (m, n), near U V^T. newton_schulz below is the same, faster.
 
-    What the five polynomials do to the singular values 0.01, 0.1, 0.5 and 1, step by step. The
-    small ones must grow first, and the large ones wait for them in a band around 1:
+    What the five polynomials do to four singular values, a line for each step: the first three
+    make small values grow, and throw large ones about; the last two settle all.
 
     >>> s = torch.tensor([0.01, 0.1, 0.5, 1.0])
     >>> for a, b, c in COEFFICIENTS["motif"]:
@@ -114,30 +115,28 @@ def plain_newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif") 
 
 # ---- Newton-Schulz, fast
 #
-# Precision. The momentum is cast to bf16 first, whatever the number of ranks: Parallel Muon sends
-# it so, and one rank and many are to give the same bits. On a GPU the iteration itself then runs
-# in fp16: tensor cores take both at one speed, and fp16 has 3 more bits of mantissa. bf16's larger
-# range is not needed, since we know how large X is.
+# Precision. u is cast to bf16 first, since Parallel Muon sends bf16; one process does it too, to
+# get the same bits. On a GPU the iteration itself runs in fp16. Tensor cores multiply both at the
+# same speed, and fp16 has 3 more bits of mantissa; bf16 has the larger range, which is not needed,
+# since we know how large X is.
 #
-# Scale. We know how small it is, too: |X|_F = 1 means entries of about 1 / sqrt(m n), for
-# 4096 x 16384 that is 1.2e-4, and below 6.1e-5 fp16 loses bits (subnormal numbers). So X is kept
-# times SCALE. The products then are A times SCALE^2, which is largest under polar_express, whose s
-# reaches 1.99: 64^2 * 1.99^2 = 16,225 where fp16 ends at 65,504. SCALE = 128 would reach 64,900. A
-# power of two changes no bit of the mantissa.
+# Scale. We also know how small X is. |X|_F = 1 means that its entries are about 1 / sqrt(m n),
+# which is 1.2e-4 for 4096 x 16384, and below 6.1e-5 fp16 loses bits (subnormal numbers). So we
+# keep SCALE X instead of X. A power of two changes no bit of the mantissa. 64 is the largest that
+# is safe: plain_steps holds SCALE^2 A, whose entries reach 64^2 * 1.99^2 = 16,000 with
+# polar_express, whose s reaches 1.99; 128 would reach 65,000, and fp16 ends at 65,504. (gram_steps
+# holds only SCALE A.)
 #
-# Symmetry. All products but the last of a step are symmetric matrices, so that half of each need
-# not be computed: kernels.symmetric_matmul does that, where the matrices are large enough to pay.
+# Symmetry. In each step all products but the last are symmetric matrices, so half of each need not
+# be computed. kernels.symmetric_matmul does that where the matrices are large enough to pay.
 
 SCALE = 64.0
 
 
 def newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif",
                   dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """plain_newton_schulz of each matrix of G (..., m, n) -> O (..., m, n) in `dtype`, to which G
-    is cast first.
-
-    The scale of G does not matter: 1e30 G and 1e-30 G give the same O, and 0 gives 0. G is left as
-    it is."""
+    """Compute plain_newton_schulz of each matrix in G (..., m, n), cast to `dtype` first -> O
+    (..., m, n) in `dtype`. 1e30 G and 1e-30 G give the same O; 0 gives 0."""
     if coefficients not in COEFFICIENTS:
         raise ValueError(f"newton_schulz knows the coefficients {', '.join(COEFFICIENTS)}, "
                          f"not {coefficients!r}")
@@ -156,7 +155,7 @@ def newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif",
 
     table = COEFFICIENTS[coefficients][:steps]
     if symmetric_products_pay(X):
-        # Below 1.2 m columns X is as small as A, and nothing is saved by leaving it aside.
+        # A nearly square X is about as small as A, so working on A alone would save nothing.
         wide = X.shape[2] >= 1.2 * X.shape[1]
         X = gram_steps(X, table, span=3 if wide else 1)
     else:
@@ -167,18 +166,18 @@ def newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif",
 
 
 def normalize(matrices: Tensor, margin: float) -> Tensor:
-    """matrices (E, m, n) -> SCALE / margin * each / its Frobenius norm, of the same shape: on a GPU
-    fp16 for bf16, else the dtype that it was.
+    """Scale each matrix of (E, m, n) to the Frobenius norm SCALE / margin -> (E, m, n), in fp16 for
+    bf16 on a GPU, else in its own dtype.
 
-    Each is divided by its largest entry before the norm is taken, as the sum of the squares of 1e30
-    is beyond fp32, and that of 1e-30 is 0."""
+    Each is first divided by its largest entry: the square of 1e30 overflows fp32, and the square of
+    1e-30 is 0."""
     flat = matrices.flatten(1)
     if flat.is_cuda and flat.dtype == torch.bfloat16:
         working_dtype = torch.float16
         largest = torch.linalg.vector_norm(flat, torch.inf, 1, keepdim=True, dtype=torch.float32)
     else:
         working_dtype = flat.dtype
-        largest = flat.abs().amax(1, keepdim=True)      # the same norm; that call is slow on a CPU
+        largest = flat.abs().amax(1, keepdim=True)      # vector_norm is slow on a CPU
 
     largest.clamp_(torch.finfo(flat.dtype).tiny)
     X = torch.empty_like(flat, dtype=working_dtype)
@@ -191,8 +190,8 @@ def normalize(matrices: Tensor, margin: float) -> Tensor:
 
 
 def plain_steps(X: Tensor, table: list) -> Tensor:
-    """Newton-Schulz of X (E, m, n), kept times SCALE, in three calls a step: for small matrices the
-    time goes into calls. See plain_newton_schulz for the lines without SCALE."""
+    """Run Newton-Schulz on SCALE X (E, m, n) in three calls a step, since for small matrices the
+    calls are what takes the time."""
     for a, b, c in table:
         A = torch.bmm(X, X.mT)                                              # SCALE^2 A
         B = torch.baddbmm(A, A, A, beta=b / SCALE**2, alpha=c / SCALE**4)   # B
@@ -201,30 +200,30 @@ def plain_steps(X: Tensor, table: list) -> Tensor:
 
 
 def gram_steps(X: Tensor, table: list, span: int) -> Tensor:
-    """Newton-Schulz of X (E, m, n), kept times SCALE, `span` steps at a time on A = X X^T alone,
-    which is small where X is wide (Gram Newton-Schulz; Dao-AILab, 2026).
+    """Run Newton-Schulz on SCALE X (E, m, n), `span` steps at a time on A = X X^T alone, which is
+    small if X is wide (Gram Newton-Schulz; Dao-AILab, 2026).
 
-    One step turns X into P X, with P = a I + B and B = b A + c A A as above, and so turns A into
-    P A P. Collect Q = P_3 P_2 P_1 on (m, m) matrices, and touch the wide X once: X = Q X. All of
-    these are symmetric, as they are polynomials in one A.
+    One step turns X into Z X, where Z = a I + B and B = b A + c A A as above. So it turns A into
+    Z A Z. Multiply Q = Z_3 Z_2 Z_1 together on (m, m) matrices, and touch the wide X once, X = Q X.
+    A, Z and Q are all symmetric, since they are polynomials in one matrix.
 
-    After `span` steps A is computed from X again. Rounding gives A eigenvalues a little below 0
-    where they should be 0, and each step multiplies those by about a^2 = 16, while the true A = X X^T
-    has none. In fp16 they stay harmless for three steps, in bf16 only for two. The restart removes
-    them."""
-    symmetric = kernels.symmetric_matmul            # symmetric(X, Y, alpha, D, beta): alpha X Y^T + beta D
+    After `span` steps A is computed from X again. Rounding makes eigenvalues of A that should be 0
+    a little negative. The exact X X^T has no negative ones, and the polynomials make them grow, by
+    about a^2 = 16 in each step. In fp16 they stay harmless for three steps, in bf16 for two."""
+    # symmetric(X, Y, alpha, addend, beta) is alpha X Y^T + beta addend.
+    symmetric = kernels.symmetric_matmul
     for first in range(0, len(table), span):
         steps = table[first:first + span]
         A = symmetric(X, X, 1 / SCALE)              # A, B and Q are kept times SCALE too
         for i, (a, b, c) in enumerate(steps):
             B = symmetric(A, A, c / SCALE, A, b)
 
-            # The next step's A = P A P. The last step needs none.
+            # The next step's A = Z A Z. The last step needs none.
             if i + 1 < len(steps):
-                PA = symmetric(B, A, 1 / SCALE, A, a)
-                A = symmetric(PA, B, 1 / SCALE, PA, a)
+                ZA = symmetric(B, A, 1 / SCALE, A, a)
+                A = symmetric(ZA, B, 1 / SCALE, ZA, a)
 
-            # Q = P Q, which is P itself at first. B is not read again, so Q may take its place.
+            # Q = Z Q, and at first Q = Z. B is not read again, so Z may overwrite it.
             if i == 0:
                 Q = B
                 Q.diagonal(dim1=1, dim2=2).add_(a * SCALE)
@@ -236,8 +235,8 @@ def gram_steps(X: Tensor, table: list, span: int) -> Tensor:
 
 
 def symmetric_products_pay(X: Tensor) -> bool:
-    """Whether half products of X (E, m, n) fill the GPU: they are computed in square tiles, and if
-    there are few of them cuBLAS, which computes all, is faster."""
+    """Whether it is faster for X (E, m, n) to compute only half of each symmetric product. Too few
+    tiles do not fill a GPU; then cuBLAS, which computes all, is faster."""
     tile_rows = math.ceil(X.shape[1] / kernels.TILE)
     tiles = len(X) * tile_rows * (tile_rows + 1) // 2
     return tiles >= kernels.SYMMETRIC_TILES and kernels.can_use_symmetric_matmul(X)
@@ -245,15 +244,15 @@ def symmetric_products_pay(X: Tensor) -> bool:
 
 # ---- The update
 #
-# Both calls below pass once over memory: their operations are fused by torch.compile on a GPU.
+# On a GPU torch.compile fuses each of the two functions here into one pass over memory.
 
 compiled = functools.cache(torch.compile)
 
 
 def compile_rowwise(function):
-    """Decorator. View the first two tensors, of one size, as (rows, 1024) where 1024 divides them,
-    and compile the function on a GPU. Only the number of rows then differs from matrix to matrix,
-    so that one kernel serves all, and moves 16 bytes at a time."""
+    """Decorator: view the first two tensors, which have the same size, as (rows, 1024) if 1024
+    divides it, and compile the function on a GPU. Then only the number of rows differs from matrix
+    to matrix, so that one compiled kernel serves all, and can move 16 bytes at a time."""
     def call(first, second, *args):
         width = math.gcd(first.numel(), 1024)
         first = first.view(-1, width)
@@ -267,8 +266,8 @@ def compile_rowwise(function):
 @compile_rowwise
 def add_to_momentum(momentum: Tensor, G: Tensor, mu: Tensor, skip: Tensor | None, nesterov: bool,
                     dtype: torch.dtype) -> Tensor:
-    """momentum = mu * momentum + G in place -> u = G + mu * momentum, or without Nesterov the
-    momentum, in dtype. Where skip is true G counts as 0."""
+    """momentum = mu * momentum + G, in place -> u in dtype, which is G + mu * momentum with
+    Nesterov, else the momentum. If `skip` is true (see MuonClip.step), G counts as 0."""
     if skip is not None:
         G = G.masked_fill(skip, 0)
     torch.addcmul(G, momentum, mu, out=momentum)
@@ -279,17 +278,19 @@ def add_to_momentum(momentum: Tensor, G: Tensor, mu: Tensor, skip: Tensor | None
 
 @compile_rowwise
 def apply_update(weight: Tensor, O: Tensor, decay: Tensor, rate: Tensor) -> Tensor:
-    """weight = decay * weight - rate * O in place -> the norms of O's rows."""
+    """weight = decay * weight - rate * O, in place -> the norms of the rows that compile_rowwise
+    made of O; only their total is used."""
     weight.mul_(decay).addcmul_(O, rate, value=-1)
     return torch.linalg.vector_norm(O, dim=1, dtype=weight.dtype)
 
 
 def update_scale(shape) -> float:
-    """0.2 sqrt(max(m, n)), which gives O the size of AdamW's update, so that both share one learning
-    rate and one weight decay (Moonlight, arXiv 2502.16982, section 2.2).
+    """Return 0.2 sqrt(max(m, n)), which makes O as large as AdamW's update, so that both share one
+    learning rate and one weight decay (Moonlight, arXiv 2502.16982, section 2.2).
 
-    O (m, n) with m <= n has m orthonormal rows, hence |O|_F^2 = m, and the root mean square of its
-    entries is sqrt(m / (m n)) = 1 / sqrt(max(m, n)). AdamW's update has 0.2 to 0.4.
+    If m <= n, O has m orthonormal rows, so |O|_F^2 = m, and the root mean square (RMS) of its m n
+    entries is sqrt(m / (m n)) = 1 / sqrt(max(m, n)). The RMS of AdamW's update is usually 0.2 to
+    0.4, so O is multiplied by 0.2 sqrt(max(m, n)).
 
     >>> O = torch.eye(4, 16)
     >>> round(O.square().mean().sqrt().item(), 3), update_scale(O.shape)
@@ -300,32 +301,38 @@ def update_scale(shape) -> float:
 
 # ---- QK-clip
 #
-# The problem. A logit q . k is a product of two projections, so it grows with the product of the
-# spectral norms of W_q and W_k. Muon's update has every singular value equal: it adds to the
-# largest singular directions in each step as much as anywhere, and nothing in the loss pulls back.
-# At scale some heads' logits pass 1000, their softmax becomes one-hot, and the loss spikes.
+# The problem. A logit q . k contains two projections, so it can grow as fast as the product of the
+# spectral norms of W_q and W_k. All singular values of Muon's update are equal, so, more than with
+# AdamW, the largest directions of a weight keep growing. In a large model the logits of some heads
+# pass 1000, their softmax becomes one-hot, and the loss spikes (Kimi K2, arXiv 2507.20534, section
+# 2.1).
 #
-# The idea. Let S_h be the largest logit of head h that this step's own forward saw. After the
-# update, where S_h > tau, shrink the weights so that the logit becomes tau (Kimi K2, arXiv
-# 2507.20534, section 2.1). The model keeps its form, and heads below tau are not touched:
+# The idea. Let S_h be the largest logit of head h in this step's own forward pass. After the update
+# multiply the weights of q and k so that a logit of S_h > tau would become tau, and leave other
+# heads alone:
 #
-#     gamma_h = min(1, tau / S_h)         head h's logits are to be multiplied by this
+#     gamma_h = min(1, tau / S_h)         the factor that head h's logits are to get
 #
-# Where each head has a key of its own, q and k take sqrt(gamma_h) each. Here heads share keys (GQA;
-# in Motif-2 the four signal heads of a group do), and a head below tau must not suffer for its
-# neighbour. So key head j takes what its strictest reader needs, s_j = sqrt(min gamma_h over its
-# readers), and each q makes up for the rest, gamma_h / s_j, by growing if it must.
+# If each head has a key of its own, q and k each get sqrt(gamma_h). But here heads share keys: in
+# the 12.7B model 40 query heads read 16 key heads, and the 4 signal heads of a group share one. A
+# head below tau must not change because its neighbour is above. So
+#
+#     s_j = sqrt(min of gamma_h over the heads h that read key head j)        the factor of key j
+#     gamma_h / s_j                                                           the factor of query h
+#
+# and every head's logits get exactly gamma_h. Without sharing, these are Kimi K2's factors.
 
 @torch.no_grad()
 def qk_clip(q_weight: Tensor, k_weight: Tensor, max_logits: Tensor, kv_map, head_dim: int,
             tau: float) -> Tensor:
-    """Scale the rows of q and k in place so that no head's logits exceed tau.
+    """Scale the rows of q_weight (H D, hidden) and k_weight (K D, hidden) in place, to bring the
+    measured maxima of the logits down to tau -> gamma (H,).
 
-    q_weight (H D, hidden), k_weight (K D, hidden), which may be sharded, even within a head;
-    max_logits (H,): S, signed; kv_map (H,): the key head that each query head reads -> gamma (H,).
+    max_logits (H,): S, the largest, not the largest in magnitude, measured before the update.
+    kv_map (H,): the key head that each query head reads. A shard may end within a head.
 
-    Two heads share a key. The first is at 200 and must be halved, the second is at 50 and must stay:
-    its q grows by what the key has lost.
+    Two heads share a key. The first is at 200 and must come down to 100. The second is at 50 and
+    must stay, so its q has to grow by what the key has lost:
 
     >>> q, k = torch.ones(2, 1), torch.ones(1, 1)
     >>> qk_clip(q, k, torch.tensor([200.0, 50.0]), kv_map=[0, 0], head_dim=1, tau=100.0)
@@ -335,7 +342,8 @@ def qk_clip(q_weight: Tensor, k_weight: Tensor, max_logits: Tensor, kv_map, head
     >>> torch.tensor([200.0, 50.0]) * (q * k).flatten()
     tensor([100.0000,  50.0000])
 
-    Needs no host sync. A logit that is not finite raises RuntimeError, on a GPU at the next sync."""
+    Nothing waits for the GPU. If a logit is not finite, RuntimeError is raised, on a GPU only when
+    the host next synchronises."""
     finite = (max_logits < torch.inf).all()             # false for NaN too
     torch._assert_async(finite, "QK-clip: an attention logit is not finite")
     kv_map = torch.as_tensor(kv_map, device=max_logits.device)
@@ -352,8 +360,8 @@ def qk_clip(q_weight: Tensor, k_weight: Tensor, max_logits: Tensor, kv_map, head
 
 
 def scale_rows(weight: Tensor, factors: Tensor) -> None:
-    """Multiply row i of weight (rows, columns) by factors[i] in place. Of a sharded weight each
-    rank scales the rows that it holds."""
+    """Multiply row i of weight (rows, columns) by factors[i], in place; each rank of a sharded
+    weight scales the rows that it holds."""
     if hasattr(weight, "placements"):
         mesh = weight.device_mesh
         box = local_slices(weight.shape, mesh.shape, shard_dims(weight), mesh.get_coordinate())
@@ -363,14 +371,14 @@ def scale_rows(weight: Tensor, factors: Tensor) -> None:
 
 # ---- The optimizer
 
-# Small matrices of one shape are orthogonalised together, up to so many numbers at once (64 MB in
-# bf16): on a GPU the launches of their kernels would be most of the time.
+# Small matrices of the same shape are orthogonalised together, up to this many numbers (64 MB in
+# bf16). On a GPU most of the time would otherwise go into launching kernels.
 MAX_BATCHED_NUMEL = 2**25
 
 
 def batches_of_one_shape(params: list[Tensor]) -> list[list[Tensor]]:
-    """Split params into lists of one shape and of at most MAX_BATCHED_NUMEL numbers; a larger
-    matrix is alone."""
+    """Split params into lists of one shape each, of at most MAX_BATCHED_NUMEL numbers (or one
+    larger matrix)."""
     by_shape = {}
     for p in params:
         by_shape.setdefault(p.shape, []).append(p)
@@ -384,8 +392,7 @@ def batches_of_one_shape(params: list[Tensor]) -> list[list[Tensor]]:
 
 
 class StepScalars(NamedTuple):
-    """What all matrices of a step have in common. Tensors on the device, so that `skip` can change
-    them there."""
+    """What all matrices share in one step, on the device, where `skip` can change it."""
     lr: Tensor
     mu: Tensor
     decay: Tensor               # 1 - lr * weight_decay
@@ -394,24 +401,23 @@ class StepScalars(NamedTuple):
 
 
 class MuonClip(torch.optim.Optimizer):
-    """Muon for muon_params, AdamW for adamw_params: the two lists decide, and nothing else.
+    """Muon trains muon_params, AdamW trains adamw_params.
 
-    muon_params: matrices (m, n), or stacks (..., m, n) that are orthogonalised one by one.
-    adamw_params: anything. Embeddings and head are decayed, vectors and scalars are not.
-    qk: [(q_weight, k_weight), ...] of the layers, for QK-clip, with kv_map, head_dim and tau as in
-        qk_clip; step() then takes max_logits (layers, H). tau 0: no QK-clip.
-    steps, coefficients, dtype: newton_schulz's.
-    chunk: Parallel Muon's; see assign_owners.
+    muon_params: matrices (m, n), or stacks (..., m, n), of which each matrix is treated by itself.
+    adamw_params: anything. Vectors and scalars get no weight decay.
+    qk: [(q_weight, k_weight), ...], a pair for each layer, for QK-clip; kv_map, head_dim and tau as
+        in qk_clip. tau = 0 switches it off.
+    steps, coefficients, dtype: as in newton_schulz. chunk: as in assign_owners.
 
-    Momentum is a sum (M = mu M + G) and not a mean; Newton-Schulz does not care about its scale.
-    Weight decay uses lr itself, not lr * 0.2 sqrt(max(m, n)). Weights must be fp32: bf16 weights
-    round away any update below 1/512 of the weight.
+    The momentum is a sum (mu * momentum + G) and not a mean, as its scale does not matter to
+    Newton-Schulz. Weight decay uses lr, not lr * 0.2 sqrt(max(m, n)). Weights must be fp32, since
+    bf16 rounds away any update below 1/512 of the weight.
 
-    Over many ranks all ranks of a mesh step together, with the same `skip`. Their max_logits are
-    reduced here. Plain tensors are each process's own: the caller reduces their gradients.
+    On many ranks all ranks of a mesh call step() together, with the same `skip`. Parameters that
+    are not DTensors belong to each process, and the caller reduces their gradients.
 
-    Results to read: update_rms[p], the RMS of a matrix's last update over lr; heads_clipped, the
-    number of heads that the last QK-clip scaled. Both are tensors, so that reading is what waits."""
+    After a step, update_rms[p] is the RMS of a matrix's last update divided by lr, and
+    heads_clipped how many heads QK-clip scaled. Only reading these tensors waits for the device."""
 
     def __init__(self, muon_params, adamw_params, *, lr: float, momentum: float = 0.95,
                  nesterov: bool = True, weight_decay: float = 0.1, betas=(0.9, 0.95),
@@ -441,7 +447,6 @@ class MuonClip(torch.optim.Optimizer):
         self.shard_groups = build_shard_groups(matrices, chunk, dtype)
 
         # The state is made now, so that a checkpoint can be read into it before the first step.
-        # local_shard(p) is this rank's part of p: on one process p itself.
         for p in matrices:
             self.state[p] = {"momentum": torch.zeros_like(local_shard(p))}
         for p in others:
@@ -452,12 +457,13 @@ class MuonClip(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None, *, max_logits: Tensor | None = None, skip: Tensor | None = None):
-        """One update from the gradients. Parameters without a gradient are left alone.
+        """Update all parameters that have a gradient.
 
-        max_logits (layers, H): the largest logit of each head, for QK-clip. skip (0-dim bool
-        tensor): if it is true nothing changes, whatever gradients and logits hold (a NaN, say).
-        That is decided on the device, without a host sync: gradients count as 0, mu as 1 and lr as
-        0, and AdamW takes skip as the found_inf of a gradient scaler."""
+        max_logits (layers, H): the largest logit of each head, for QK-clip; the maximum over ranks
+        is taken here.
+        skip (0-dim bool tensor): if true, nothing changes, whatever gradients and logits hold (NaN,
+        say). The device decides, without a host sync: gradients count as 0, mu as 1, lr as 0, and
+        AdamW takes skip as found_inf, its flag for an overflow under loss scaling."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -502,15 +508,15 @@ class MuonClip(torch.optim.Optimizer):
         return StepScalars(lr, mu, decay, group["nesterov"], skip)
 
     def add_gradient(self, p: Tensor, now: StepScalars) -> Tensor:
-        """Add p's gradient to its momentum -> u, which is to be orthogonalised, in its dtype."""
+        """Add p's gradient to its momentum -> u, in the dtype that Newton-Schulz gets."""
         momentum = self.state[p]["momentum"]
         G = local_gradient(p)
         u = add_to_momentum(momentum, G, now.mu, now.skip, now.nesterov, self.ns_options["dtype"])
         return u.view(momentum.shape)
 
     def apply_result(self, p: Tensor, O: Tensor, now: StepScalars) -> Tensor:
-        """Update p by O, both this rank's part -> the RMS of the update over lr. Of a shard that is
-        what it adds to the RMS of the whole: a root of a part of the mean of squares."""
+        """Update this rank's part of p by its part of O -> the RMS of scaled O, which is that of
+        the update over lr; for a shard, sqrt of its share of the whole's mean square."""
         scale = update_scale(p.shape)
         row_norms = apply_update(local_shard(p), O, now.decay, now.lr * scale)
         return torch.linalg.vector_norm(row_norms) * (scale / p.numel() ** 0.5)
@@ -520,6 +526,7 @@ class MuonClip(torch.optim.Optimizer):
         if not params:
             return
 
+        # torch's own AdamW, as a function, which takes local shards and skip.
         states = [self.state[p] for p in params]
         beta1, beta2 = group["betas"]
         adamw(
@@ -529,21 +536,15 @@ class MuonClip(torch.optim.Optimizer):
             exp_avg_sqs=[state["exp_avg_sq"] for state in states],
             max_exp_avg_sqs=[],
             state_steps=[state["step"] for state in states],
-            fused=group["fused"],
-            amsgrad=False,
-            maximize=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            found_inf=None if skip is None else skip.float())
+            found_inf=None if skip is None else skip.float(),
+            lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
+            weight_decay=group["weight_decay"], fused=group["fused"],
+            amsgrad=False, maximize=False)
 
     def _qk_clip_step(self, max_logits: Tensor) -> None:
         mesh = getattr(self.qk[0][0], "device_mesh", None)
         if mesh is not None and mesh.size() > 1:
-            # NaN becomes inf first, since a maximum over ranks may drop a NaN. Each rank of the mesh
-            # has seen other sequences.
+            # Each rank has seen other sequences. A maximum over ranks may drop a NaN; inf stays.
             max_logits = torch.where(max_logits < torch.inf, max_logits, torch.inf)
             for process_group in mesh.get_all_groups():
                 dist.all_reduce(max_logits, dist.ReduceOp.MAX, process_group)
@@ -552,6 +553,7 @@ class MuonClip(torch.optim.Optimizer):
         for (q_weight, k_weight), S in zip(self.qk, max_logits, strict=True):
             gammas.append(qk_clip(q_weight, k_weight, S, self.kv_map, self.head_dim, self.tau))
         self.heads_clipped = (torch.stack(gammas) < 1).sum()
+
 
 def check_params(matrices: list[Tensor], others: list[Tensor]) -> None:
     for p in matrices:
@@ -565,9 +567,9 @@ def check_params(matrices: list[Tensor], others: list[Tensor]) -> None:
 
 
 def configure_optimizer(model, *, lr: float, optimizer: str = "muonclip", **options) -> MuonClip:
-    """MuonClip for a model.Motif: the seven matrices of each layer to Muon, all else to AdamW,
-    QK-clip on every layer. optimizer="adamw", to compare: everything to AdamW, and no QK-clip.
-    options: MuonClip's."""
+    """Make the optimizer of a model.Motif: Muon for the seven matrices of each layer, AdamW for all
+    else, QK-clip on every layer. "adamw", to compare with, is AdamW for everything, no QK-clip.
+    options: arguments of MuonClip."""
     if optimizer == "adamw":
         return MuonClip([], model.parameters(), lr=lr, **options)
     if optimizer != "muonclip":
@@ -585,8 +587,7 @@ def configure_optimizer(model, *, lr: float, optimizer: str = "muonclip", **opti
 
 
 def describe_routing(model, optimizer: MuonClip) -> str:
-    """A line for each group of the optimizer: its rule, and who is in it. The same parameter of all
-    layers is named once."""
+    """Say, in a line for each group, its rule and its parameters, without their layers' numbers."""
     place = r"^model\.|layers\.\d+\.|self_attn\.|mlp\.|\.weight$"
     names = {p: re.sub(place, "", name) for name, p in model.named_parameters()}
     lines = []
@@ -599,65 +600,63 @@ def describe_routing(model, optimizer: MuonClip) -> str:
     return "\n".join(lines)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Second half: Parallel Muon
 #
-# The problem. FSDP2 cuts every matrix into shards, one for each GPU: with 8 of them a 4096 x 4096
-# matrix lies in blocks of 512 rows. AdamW can update a shard by itself, as it treats each number by
-# itself. Muon cannot: the singular values of a row block are not the matrix's. Orthogonalised by
-# itself, each of the 8 blocks would get 512 orthonormal rows of its own, although rows of different
-# blocks may well be equal; the result is another algorithm (it differs from the right O by 39%).
-# So somebody must see the whole matrix. If every rank gathered every matrix (an all-gather), each
-# would receive all the momentum and all would do the same Newton-Schulz.
+# The problem. FSDP2 cuts every matrix into shards, one for each GPU: on 8 GPUs a 4096 x 4096 matrix
+# lies in 8 blocks of 512 rows. AdamW can update a shard by itself, since it treats every number by
+# itself. Muon cannot: the singular values of a block of rows are not those of the matrix. If two
+# blocks have identical rows, each by itself turns them into 512 orthonormal rows, and together they
+# are far from orthonormal. (For a Gaussian 512 x 512 matrix in 8 blocks, the result is 0.53 |O|_F
+# away from O.) The simple way out: every rank gathers every matrix, and all do the same work.
 #
-# The idea (Motif-2, arXiv 2511.07464). Each matrix has one owner. The other ranks send the owner
-# their shards of u; the owner puts the matrix together, orthogonalises it whole, and sends each rank
-# its shard of O. Each matrix is orthogonalised once, all ranks work at the same time on different
-# ones, and the results are those of one process bit by bit.
+# The idea (Motif-2, arXiv 2511.07464). Every matrix has one owner. All ranks send the owner their
+# shards of u. The owner puts the matrix together, orthogonalises it, and sends every rank its shard
+# of O. So each matrix is orthogonalised once, different ranks do different ones at the same time,
+# and the result is bit-identical to that of one process.
 #
-# The plan. Owners are chosen so that all ranks have the same FLOPs to do (assign_owners: longest
-# processing time first). So that no rank holds many whole matrices at once, a step goes in chunks
-# of about one matrix for each rank. Two all-to-alls a chunk carry u(k) there and O(k) back.
+# The plan. Owners are chosen so that all ranks have equally many FLOPs to do (assign_owners). A
+# step goes in chunks, of about one large matrix for each rank, so that a rank holds few whole
+# matrices at a time, and one chunk can travel while another is computed. For each chunk k, one
+# all-to-all carries u(k) to the owners and another carries O(k) back.
 #
-# The timeline. Messages travel while the GPU computes. Four ranks, twelve matrices of one size:
+# The timeline. The messages travel while the GPUs compute. With 4 ranks and 12 equal matrices there
+# are 3 chunks, of matrices 0 to 3, 4 to 7 and 8 to 11:
 #
-#     rank 0   | Newton-Schulz(matrix 0) | Newton-Schulz(matrix 4) | Newton-Schulz(matrix 8)  |
-#     rank 1   | Newton-Schulz(matrix 1) | Newton-Schulz(matrix 5) | Newton-Schulz(matrix 9)  |
-#     rank 2   | Newton-Schulz(matrix 2) | Newton-Schulz(matrix 6) | Newton-Schulz(matrix 10) |
-#     rank 3   | Newton-Schulz(matrix 3) | Newton-Schulz(matrix 7) | Newton-Schulz(matrix 11) |
-#     network  u(0), u(1)                | O(0), u(2)              | O(1)                     | O(2)
+#     rank 0         | NS of matrix 0 | NS of matrix 4 | NS of matrix 8  |
+#     rank 1         | NS of matrix 1 | NS of matrix 5 | NS of matrix 9  |
+#     rank 2         | NS of matrix 2 | NS of matrix 6 | NS of matrix 10 |
+#     rank 3         | NS of matrix 3 | NS of matrix 7 | NS of matrix 11 |
+#     network   u(0) | u(1)           | O(0), u(2)     | O(1)            | O(2)
 #
-# Each rank, for each chunk k, in this order:
+# What it costs. Let N be the numbers in all matrices, on R ranks, which hold C copies (replicas) of
+# the model, each of R / C shards (FSDP: C = 1; HSDP: more). A rank owns N / R numbers. It receives
 #
-#     wait u(k) | send u(k+1) | Newton-Schulz(k) | wait O(k-1), update | send O(k)
+#     u    of all that it owns, except its own shard          N/R - (N/R) C/R
+#     O    its shard of everything, except what it owns       N C/R - (N/R) C/R
+#     both                                                    (N/R) (1 + C - 2C/R)
 #
-# What it costs. P numbers in all matrices, W ranks, which are R replicas of the model, each cut into
-# W / R shards (R = 1: plain FSDP; more: HSDP). Every rank owns P / W numbers. It receives
+# and sends as much. If every rank gathered everything it would receive N (1 - C/R). For the 12.7B
+# model in bf16 on 8 GPUs (N = 10.9e9, R = 8, C = 1) that is 4.77 GB instead of 19.08, and an eighth
+# of the FLOPs.
 #
-#     u: all that it owns, but for its own shard        P/W - (P/W) R/W
-#     O: its shard of all, but for what it owns         P R/W - (P/W) R/W
-#     together                                          (P/W) (1 + R - 2R/W)
-#
-# and sends as much. To gather everything it would receive P (1 - R/W). For the 12.7B model in bf16
-# on 8 GPUs (P = 10.9e9, W = 8, R = 1) that is 4.77 GB in place of 19.08, and an eighth of the FLOPs.
-#
-# HSDP. Replicas could each do all of this among themselves, and each would do it all. Instead
-# several replicas share the owners: R is the number of those that do. An owner takes shards of u
-# from its own replica alone, which has them all, and sends O to every rank.
+# HSDP. Each replica could do all of this by itself, but then all replicas would do the same work.
+# So replicas share the owners; C above counts those that do (replicas_per_muon_group). An owner
+# takes the shards of u from its own replica, which has all of them, and sends O to every rank.
 
 def is_spread(p: Tensor) -> bool:
-    """Whether p is a DTensor on more than one rank."""
+    """Whether p is a DTensor that lies on more than one rank."""
     return hasattr(p, "placements") and p.device_mesh.size() > 1
 
 
 def local_shard(p: Tensor) -> Tensor:
-    """This rank's part of p, not a copy: p itself where nothing is sharded."""
+    """Return this rank's part of p, not a copy; p itself if it is not sharded."""
     return p.to_local() if hasattr(p, "to_local") else p
 
 
 def local_gradient(p: Tensor) -> Tensor:
-    """This rank's part of p's gradient. Zeros if this rank has none, since others may have theirs,
-    and all have to take part in the exchange."""
+    """Return this rank's part of p's gradient; zeros if p has none, as other ranks may have theirs
+    and wait for this one."""
     if p.grad is None:
         return torch.zeros_like(local_shard(p))
     if is_spread(p) and p.grad.placements != p.placements:
@@ -667,8 +666,8 @@ def local_gradient(p: Tensor) -> Tensor:
 
 
 def shard_dims(t: Tensor) -> tuple[int | None, ...]:
-    """For each dimension of a DTensor's mesh: which dimension of the tensor it cuts, or None where
-    it holds copies. FSDP's is (0,), HSDP's (None, 0)."""
+    """Say for each mesh dimension of a DTensor which tensor dimension is sharded over it, or None
+    for replicas. FSDP2 has (0,), HSDP has (None, 0)."""
     from torch.distributed.tensor import Replicate, Shard
     dims = []
     for placement in t.placements:
@@ -680,11 +679,11 @@ def shard_dims(t: Tensor) -> tuple[int | None, ...]:
 
 
 def local_slices(shape, mesh_sizes, dims, coords) -> tuple[slice, ...]:
-    """The part of a tensor of this shape that the rank at `coords` of a mesh holds. dims: as
-    shard_dims returns them. Cuts as torch.chunk does: all parts of one length, the last ones
-    shorter or empty.
+    """Return the part of a tensor that the rank at coordinates `coords` of a mesh holds. dims: as
+    shard_dims returns them. The cuts are those of torch.chunk: all parts have the same length,
+    except that the last ones may be shorter, or empty.
 
-    5 rows over 4 ranks are 2, 2, 1, 0:
+    5 rows on 4 ranks are 2, 2, 1 and 0 rows:
 
     >>> for rank in range(4):
     ...     print(local_slices((5, 8), mesh_sizes=(4,), dims=(0,), coords=(rank,)))
@@ -707,26 +706,26 @@ def local_slices(shape, mesh_sizes, dims, coords) -> tuple[slice, ...]:
 # ---- The plan: who owns what, and when
 
 def newton_schulz_flops(shape, steps: int = 5) -> int:
-    """FLOPs of Newton-Schulz on (..., m, n), m the shorter side: in each step 2 m^2 n for X X^T,
-    2 m^3 for A A and 2 m^2 n for B X.
+    """Count the FLOPs of Newton-Schulz on (..., m, n).
 
     >>> f"{newton_schulz_flops((4096, 16384)):.2e}"
     '6.18e+12'
     """
     m, n = sorted(shape[-2:])
-    return steps * math.prod(shape[:-2]) * (4 * m * m * n + 2 * m**3)
+    each_step = 4 * m * m * n + 2 * m**3            # X X^T and B X; A A
+    return steps * math.prod(shape[:-2]) * each_step
 
 
 def assign_owners(shapes, ranks: int, chunk: int = 1) -> list[tuple[int, int]]:
-    """(chunk, owner) of each matrix, by the rule of longest processing time first: the matrix with
-    the most FLOPs goes first, each to the rank that has the least to do so far.
+    """Choose (chunk, owner) of each matrix by the rule "longest processing time first": take the
+    matrices by falling FLOPs, and give each to the rank that has the least to do so far.
 
-    This gives a timetable of what each rank does when. It is cut into windows as long as `chunk` of
-    the largest matrices take; the matrices that begin in one window are one chunk. So every chunk
-    is balanced, not only the whole, and no rank holds many matrices at a time.
+    This is a schedule of what each rank does when. It is cut into windows, each as long as
+    `chunk` of the largest matrices; the matrices that start in one window are one chunk. So the
+    ranks are balanced within each chunk too, where they wait for each other.
 
-    Four matrices that take 3, 2, 2 and 1 units, on two ranks. Rank 0 begins the largest at 0 and
-    the smallest at 3, which is in the second window; rank 1 begins the others at 0 and 2:
+    Four matrices take 3, 2, 2 and 1 units of time. Rank 0 starts the first at time 0 and the last
+    at time 3, which is in the second window; rank 1 starts the others at times 0 and 2:
 
     >>> assign_owners([(4, 16), (4, 10), (4, 10), (4, 4)], ranks=2)
     [(0, 0), (0, 1), (0, 1), (1, 0)]
@@ -745,9 +744,8 @@ def assign_owners(shapes, ranks: int, chunk: int = 1) -> list[tuple[int, int]]:
 
 
 def replicas_per_muon_group(shapes, ranks: int, replicas: int) -> int:
-    """How many of the replicas share the owners (HSDP): the fewest that leave the busiest rank the
-    least to do. More would only send more, as O goes to every rank: 280 matrices keep no more than
-    about 256 ranks at work."""
+    """Choose how many replicas share the owners (HSDP): the smallest number that leaves the busiest
+    rank the fewest FLOPs. A larger one only adds traffic, since O goes to every rank."""
     if ranks % replicas:
         raise ValueError(f"{ranks} ranks are not {replicas} replicas of the same size")
 
@@ -766,15 +764,14 @@ def replicas_per_muon_group(shapes, ranks: int, replicas: int) -> int:
 
 
 class Transfer:
-    """An all-to-all on its way."""
+    """An all-to-all that is under way."""
 
     def __init__(self, work: dist.Work, received: Tensor):
-        self.work = work                            # keeps alive what it sends
+        self.work = work                            # holds the buffer that is sent
         self.received = received
 
     def wait(self) -> Tensor:
-        """Return what arrived, and forget it, so that its memory and that of what was sent are free
-        as soon as the caller is done with it."""
+        """Return what arrived, and drop both references, to free the buffers early."""
         self.work.wait()
         received = self.received
         self.work = None
@@ -783,21 +780,22 @@ class Transfer:
 
 
 class MuonShardGroup:
-    """The matrices that lie on one device mesh, and who does what for them.
+    """The matrices that lie on one device mesh: who owns which, and how their shards are exchanged.
 
-    The constructor is arithmetic on shapes, needs no process group, and serves plans for machines
-    that are not there; connect() makes it ready to exchange. i counts matrices, r ranks, d mesh
-    dimensions.
+    The constructor only computes with shapes, so it also plans for GPUs that are not there. Then
+    connect() adds the process group. i is a matrix, r a rank, d a mesh dimension, k a chunk.
 
-    shapes[i]; shard_dims[i]: as the function of that name returns it; mesh_sizes[d]; coords[r]: rank
-    r's coordinates in the mesh, in the order of the ranks (default: row-major)
+    shapes[i]          (m, n)
+    shard_dims[i]      as the function shard_dims returns it, e.g. (None, 0)
+    mesh_sizes[d]      e.g. (2, 4) for 2 replicas of 4 shards
+    coords[r]          rank r's coordinates in the mesh; None: row by row
 
     owner[i]           the rank that orthogonalises matrix i
-    chunks[k]          the matrices of chunk k, sorted by owner, as an all-to-all wants them
     order              all matrices, chunk by chunk
+    chunks[k]          the matrices of chunk k, sorted by owner as an all-to-all needs them
     slices[i][r]       the part of matrix i that rank r holds
-    send_counts[i][r]  how many numbers of u rank r sends to matrix i's owner
-    recv_counts[i][r]  how many numbers of O rank r receives from it: the size of its shard
+    send_counts[i][r]  how many numbers of u rank r sends to the owner of matrix i
+    recv_counts[i][r]  how many numbers of O rank r receives from it, the size of its shard
     num_copies[i]      how many ranks hold the same shard of matrix i"""
 
     def __init__(self, shapes, shard_dims, mesh_sizes, coords=None, chunk: int = 1):
@@ -815,7 +813,7 @@ class MuonShardGroup:
 
         self.slices = []
         self.recv_counts = []
-        known = {}                                  # hundreds of matrices are of few kinds
+        known = {}                                  # hundreds of matrices have few shapes
         for kind in zip(shapes, shard_dims):
             if kind not in known:
                 known[kind] = slices_of_ranks(*kind, mesh_sizes, coords)
@@ -823,8 +821,8 @@ class MuonShardGroup:
             self.slices.append(slices)
             self.recv_counts.append(sizes)
 
-        # The owner takes shards from the ranks of its own replica: those that agree with it in every
-        # mesh dimension that holds copies of this matrix.
+        # Rank r sends its shard of matrix i if it is in the owner's replica, that is, if it has the
+        # owner's coordinate in every mesh dimension that replicates the matrix.
         coords = torch.tensor(coords)                                               # [r, d]
         sharded = torch.tensor([[dim is not None for dim in dims] for dims in shard_dims])  # [i, d]
         at_owner = coords[self.owner]                                               # [i, d]
@@ -834,8 +832,8 @@ class MuonShardGroup:
         self.num_copies = torch.where(sharded, 1, torch.tensor(mesh_sizes)).prod(1)
 
     def elements_sent(self, matrices: list[int]) -> tuple[Tensor, Tensor]:
-        """For these matrices: of u and of O, how many numbers rank r (row) sends to rank s (column),
-        each (ranks, ranks). What stays on a rank is counted too."""
+        """Count how many numbers of u, and of O, of these matrices rank r sends to rank s -> two
+        tensors [r, s]. The diagonal is what a rank sends to itself."""
         u = torch.zeros(self.num_ranks, self.num_ranks, dtype=torch.int64)
         O = torch.zeros_like(u)
         for i in matrices:
@@ -844,14 +842,14 @@ class MuonShardGroup:
         return u, O
 
     def connect(self, process_group, me: int, params: list[Tensor], dtype: torch.dtype) -> None:
-        """Make it ready to exchange the shards of params[i], in dtype, as rank `me` of the group."""
+        """Prepare to exchange shards of params, in dtype, as rank `me` of the process group."""
         self.process_group = process_group
         self.me = me
         self.params = params
-        self.num_copies = self.num_copies.to(params[0].device)
-        self.nothing = torch.empty(0, dtype=dtype, device=params[0].device)
+        self.copies_in_order = self.num_copies[self.order].to(params[0].device)
+        self.nothing = torch.empty(0, dtype=dtype, device=params[0].device)     # cat([]) would fail
 
-        # Of each chunk: how much this rank sends to each rank, and receives from each.
+        # For each chunk: how much this rank sends to every rank, and receives from every rank.
         self.u_splits = []
         self.O_splits = []
         for chunk in self.chunks:
@@ -860,7 +858,7 @@ class MuonShardGroup:
             self.O_splits.append((O[me].tolist(), O[:, me].tolist()))
 
     def all_to_all(self, pieces: list[Tensor], splits: tuple[list, list]) -> Transfer:
-        """Begin to send flat pieces, sorted by the rank that is to have them."""
+        """Start to send flat pieces, sorted by the rank that gets them."""
         send_sizes, receive_sizes = splits
         sent = torch.cat([self.nothing, *pieces])
         received = sent.new_empty(sum(receive_sizes))
@@ -869,7 +867,7 @@ class MuonShardGroup:
         return Transfer(work, received)
 
     def send_updates(self, k: int, updates: list[Tensor]) -> Transfer:
-        """Begin to send this rank's shards of u, of the matrices of chunk k, to their owners."""
+        """Start to send this rank's shards of u(k) to the owners."""
         pieces = []
         for i, u in zip(self.chunks[k], updates):
             if self.send_counts[i][self.me]:
@@ -877,14 +875,14 @@ class MuonShardGroup:
         return self.all_to_all(pieces, self.u_splits[k])
 
     def gather_full(self, k: int, transfer: Transfer) -> dict[int, Tensor]:
-        """Wait for the shards of u -> {i: u, whole} of the matrices of chunk k that this rank owns."""
+        """Wait for u(k) -> {i: the whole u} for the matrices of chunk k that this rank owns."""
         received = transfer.wait()
         matrices = {}
         for i in self.chunks[k]:
             if self.owner[i] == self.me:
                 matrices[i] = received.new_empty(self.shapes[i])
 
-        # What arrived is sorted by sender, and what one rank sent is in the chunk's order.
+        # What arrived is sorted by sender, and within a sender in the order of the chunk.
         position = 0
         for r in range(self.num_ranks):
             for i, matrix in matrices.items():
@@ -896,7 +894,7 @@ class MuonShardGroup:
         return matrices
 
     def send_results(self, k: int, results: dict[int, Tensor]) -> Transfer:
-        """Begin to send every rank its shards of the results O that this rank has made."""
+        """Start to send every rank its shards of the O that this rank has computed."""
         pieces = []
         for r in range(self.num_ranks):
             for i, O in results.items():
@@ -904,13 +902,13 @@ class MuonShardGroup:
         return self.all_to_all(pieces, self.O_splits[k])
 
     def wait_results(self, k: int, transfer: Transfer) -> list[Tensor]:
-        """Wait for this rank's shards of O, flat, in the order of chunk k."""
+        """Wait for O(k) -> this rank's shards, flat, in the order of chunk k."""
         sizes = [self.recv_counts[i][self.me] for i in self.chunks[k]]
         return list(transfer.wait().split(sizes))
 
 
 def slices_of_ranks(shape, dims, mesh_sizes, coords) -> tuple[list, list[int]]:
-    """Of one matrix: each rank's slices, and how many numbers they hold."""
+    """Return each rank's slices of one matrix, and how many numbers they hold."""
     slices = []
     sizes = []
     for coord in coords:
@@ -921,8 +919,7 @@ def slices_of_ranks(shape, dims, mesh_sizes, coords) -> tuple[list, list[int]]:
 
 
 def build_shard_groups(matrices: list[Tensor], chunk: int, dtype) -> list[MuonShardGroup]:
-    """A group for each device mesh of more than one rank that some of the matrices lie on. All ranks
-    of a mesh call this."""
+    """Make a group for each device mesh that matrices lie on. All ranks of a mesh call this."""
     by_mesh = {}
     for p in matrices:
         if is_spread(p):
@@ -931,19 +928,19 @@ def build_shard_groups(matrices: list[Tensor], chunk: int, dtype) -> list[MuonSh
 
 
 def build_shard_group(mesh, params: list[Tensor], chunk: int, dtype) -> MuonShardGroup:
-    """The group of the DTensors on one mesh, connected. Where the mesh's first dimension holds
-    replicas, as in HSDP, it consists of those that share owners with this rank's."""
+    """Make the connected group of the DTensors on one mesh: with HSDP, of those replicas that share
+    owners with this rank's replica."""
     shapes = [p.shape for p in params]
     dims = [shard_dims(p) for p in params]
 
-    # Cut the mesh along its first dimension into groups of so many replicas.
+    # Cut the mesh along its first dimension into groups of `together` replicas.
     together = mesh.shape[0]
     if all(d[0] is None for d in dims):
         together = replicas_per_muon_group(shapes, mesh.size(), mesh.shape[0])
     first = mesh.get_coordinate()[0] // together * together
     sizes = (together, *mesh.shape[1:])
 
-    # Number the ranks of this group in the order that a process group has, which is by global rank.
+    # A process group numbers its ranks by their global rank, whatever their place in the mesh.
     global_ranks = mesh.mesh[first:first + together].flatten().tolist()
     row_major = itertools.product(*[range(size) for size in sizes])
     coords_of = dict(zip(global_ranks, row_major))
@@ -961,21 +958,21 @@ def build_shard_group(mesh, params: list[Tensor], chunk: int, dtype) -> MuonShar
 # ---- The step
 
 def parallel_muon_step(optimizer: MuonClip, group: MuonShardGroup, now: StepScalars) -> None:
-    """Momentum, Newton-Schulz and update of the matrices of a group, in the order of the timeline
-    above. Names end in _u or _O after what is on its way."""
+    """Take one step of Muon on the matrices of a group, in the order of the timeline above. A
+    transfer_u or transfer_O is on its way while this rank computes."""
     rms = []
     transfer_O = None
     transfer_u = send_next_updates(optimizer, group, 0, now)
 
     for k in range(len(group.chunks)):
-        # Phase 1: wait for u(k), and put the matrices together that this rank owns.
+        # Phase 1: wait for u(k), and put together the matrices that this rank owns.
         matrices = group.gather_full(k, transfer_u)
 
-        # Phase 2: begin to send u(k+1). It travels during phase 3.
+        # Phase 2: start to send u(k+1). It travels during phase 3.
         if k + 1 < len(group.chunks):
             transfer_u = send_next_updates(optimizer, group, k + 1, now)
 
-        # Phase 3: orthogonalise, whole matrices as on one process.
+        # Phase 3: orthogonalise whole matrices, as one process does.
         for i in matrices:
             matrices[i] = newton_schulz(matrices[i], **optimizer.ns_options)
 
@@ -983,28 +980,31 @@ def parallel_muon_step(optimizer: MuonClip, group: MuonShardGroup, now: StepScal
         if k > 0:
             rms += apply_results(optimizer, group, k - 1, transfer_O, now)
 
-        # Phase 5: begin to send O(k). The buffer that is sent is a copy, so O itself can go.
+        # Phase 5: start to send O(k). The buffer that is sent is a copy, so free O itself.
         transfer_O = group.send_results(k, matrices)
         del matrices
 
-    rms += apply_results(optimizer, group, k, transfer_O, now)
+    last = len(group.chunks) - 1
+    rms += apply_results(optimizer, group, last, transfer_O, now)
 
-    # Each rank has its shards' part of every RMS. Where ranks hold copies, each adds a fraction.
-    mean_square = torch.stack(rms).square_().div_(group.num_copies[group.order])
+    # Every rank has its shards' part of each RMS; shards that several ranks hold count once.
+    mean_square = torch.stack(rms).square_().div_(group.copies_in_order)
     dist.all_reduce(mean_square, group=group.process_group)
     for i, value in zip(group.order, mean_square.sqrt_()):
         optimizer.update_rms[group.params[i]] = value
 
 
 def send_next_updates(optimizer: MuonClip, group: MuonShardGroup, k: int, now) -> Transfer:
-    """Add the gradients of chunk k to the momentum, and begin to send u to the owners."""
+    """Add the gradients of chunk k to the momentum, and start to send u(k)."""
     updates = [optimizer.add_gradient(group.params[i], now) for i in group.chunks[k]]
     return group.send_updates(k, updates)
 
 
 def apply_results(optimizer: MuonClip, group: MuonShardGroup, k: int, transfer_O: Transfer,
                   now) -> list[Tensor]:
-    """Wait for chunk k's shards of O, and update this rank's shards of the weights -> their parts
-    of the RMS."""
+    """Wait for O(k), and update this rank's shards of the weights -> their parts of the RMS."""
     shards = group.wait_results(k, transfer_O)
-    return [optimizer.apply_result(group.params[i], O, now) for i, O in zip(group.chunks[k], shards)]
+    rms = []
+    for i, O in zip(group.chunks[k], shards):
+        rms.append(optimizer.apply_result(group.params[i], O, now))
+    return rms

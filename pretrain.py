@@ -1,11 +1,26 @@
-"""Pre-training: `python pretrain.py config/X.py --key=value` trains a Motif from nothing, or goes
-on from the last checkpoint in out_dir; under torchrun, over many GPUs or processes. Without a
-config file it is the quick start. The knobs are first, the loop is last.
+"""Pre-training: `python pretrain.py config/X.py --key=value` trains a Motif. On several GPUs it is
+`torchrun --nproc_per_node=8 pretrain.py config/X.py --key=value`. Without a config file it trains
+the quick start, config/quickstart.py, in a few minutes on a CPU.
 
-    out_dir/step_N/        model in the released layout, optimizer state, state.json: all of resume
-    out_dir/metrics.jsonl  a line per logged step and per evaluation; loss.png draws them
-    out_dir/samples.txt    the fixed prompts, continued at every evaluation
+A run reads
+
+    data_dir/              shards of tokens; the first run that needs them prepares them (data.py)
+
+and writes
+
+    out_dir/config.json    all knobs of the run
+    out_dir/step_N/        a checkpoint: the model in the released layout, the optimizer's state
+    out_dir/metrics.jsonl  a line for each logged step and for each evaluation; loss.png draws them
+    out_dir/samples.txt    the fixed prompts, continued by the model at each evaluation
     out_dir/log.txt        what was printed
+
+To resume, give the same command again: it continues from the newest checkpoint in out_dir, bit for
+bit as if nothing had interrupted it, and on any number of GPUs. Ctrl-C, or the SIGTERM that a
+cluster sends, lets the current step end, saves a checkpoint and exits with status 0.
+
+The loop is `train`, and reading may begin there. The file has, in this order: the knobs, the
+schedules, the ranks, one training step, FSDP2, checkpoints, validation, the loop; then the log, the
+set-up, and how a run ends.
 """
 import atexit
 import functools
@@ -20,706 +35,588 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import configurator
 import data
 import muonclip
 from configurator import Count, Fraction, NonNegative, Size, UserError, one_line
-from model import (Linear, Motif, MotifConfig, flops_per_token, save_tensors, iter_checkpoint,
+from model import (Linear, Motif, MotifConfig, flops_per_token, iter_checkpoint, save_tensors,
                    tensor_files)
 from muonclip import local_shard
 
 QUICKSTART = str(Path(__file__).parent / "config" / "quickstart.py")
-RANK, LOCAL_RANK = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK"))  # by torchrun
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
+# ---- the knobs
 
 @dataclass
 class TrainConfig:
-    """How a run goes, of any kind of training."""
-    out_dir: str | None = None      # where all output goes; None: out/<name of the config file>,
-                                    # of sft.py out/sft<stage>
-    device: str = "auto"            # cpu, cuda, cuda:1, ...; auto: CUDA where there is one
-    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # of products; auto: bf16 on CUDA
-                                    # only; fp8: in the blocks' linear layers, bf16 in the rest
-    compile: bool | None = None     # torch.compile the blocks; None: on CUDA
-    activation_checkpoint_layers: Size = 0             # blocks whose forward runs again in the backward pass, the
-                                    # first ones: less memory, a third more FLOPs for each
-    dp_replicate: Count = 1             # copies of the model among the ranks of torchrun; each copy is
-                                    # sharded over the others
-    timeout_seconds: Count = 600            # seconds that a rank waits for another before the run ends
+    """The knobs that pre-training and fine-tuning share."""
+
+    # Folders
+    out_dir: str | None = None      # all output; None: out/<name of config file>, or out/sft<stage>
+    data_dir: str = "data"          # prepared data, of all runs
+    resume: str = "auto"            # auto: the newest checkpoint in out_dir; no: none; or a path
+
+    # Compute
+    device: str = "auto"            # cpu, cuda, cuda:1, ...; auto: CUDA where there is a GPU
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # dtype of matrix products; auto:
+                                    # bf16 on CUDA, else fp32; fp8: linear layers of the blocks only
+    compile: bool | None = None     # torch.compile the blocks; None: on CUDA only
+    micro_batch_tokens: Count = 4096  # tokens in one forward pass of one rank: as memory allows
+    activation_checkpoint_layers: Size = 0  # how many blocks, the first ones, recompute activations
+                                    # in the backward pass: less memory, more FLOPs
+    dp_replicate: Count = 1         # copies of the model among the ranks (HSDP); each is sharded
+    timeout_seconds: Count = 600    # how long a rank waits for another before the run ends
     seed: int = 1337                # of the initial weights and of the order of the data
-    resume: str = "auto"            # auto: the newest checkpoint in out_dir; no; or a path
-    micro_batch_tokens: Count = 4096      # tokens in one forward pass of one rank: what memory allows
-    data_dir: str = "data"          # where what is prepared is kept, for all runs
-    # optimizer
-    optimizer: Literal["muonclip", "adamw"] = "muonclip"  # adamw: to compare, on every parameter
-    momentum: Fraction = 0.95       # Muon's [ours: unpublished]
-    weight_decay: NonNegative = 0.1  # of matrices and embeddings
+
+    # Optimizer
+    optimizer: Literal["muonclip", "adamw"] = "muonclip"  # adamw: on every parameter, to compare
+    momentum: Fraction = 0.95       # of Muon [ours: no value is published]
+    weight_decay: NonNegative = 0.1  # of matrices and embeddings, per step, times lr
     ns_coefficients: Literal["quintic", "motif", "polar_express"] = "motif"  # of Newton-Schulz
-    qk_clip_threshold: NonNegative = 100.0        # QK-clip keeps logits below this [ours: unpublished]; 0: none
+    qk_clip_threshold: NonNegative = 100.0  # largest attention logit [ours]; 0: no QK-clip
     grad_clip: NonNegative = 1.0    # largest norm of the whole gradient; 0: no clipping
-    max_nonfinite_steps: Count = 10         # steps in a row without update, as not finite, that end the run
-    # what is reported
-    log_every: Count = 10           # steps
-    eval_every: Count | None = 100  # steps; also before the first and after the last; None: never
+    max_nonfinite_steps: Count = 10  # so many steps in a row with NaN or inf end the run
+
+    # Logging, evaluation, checkpoints
+    log_every: Count = 10           # steps from one logged line to the next
+    eval_every: Count | None = 100  # steps between evaluations, of which one comes before the first
+                                    # step and one after the last; None: no evaluation
     eval_tokens: Count = 8192       # held-out tokens of each domain
-    prompts: list = field(default_factory=lambda: ["The "])  # continued at every evaluation
-    sample_tokens: Size = 100       # per prompt
-    save_every: Count | None = 100  # steps between checkpoints; one after the last; None: none
-    keep_last: Annotated[int, 2] = 2  # checkpoints kept: the newest might be damaged
-    keep_every: Count | None = None  # steps whose multiples are kept for ever
-    wandb: str | None = None        # project name, to log there too
+    prompts: list = field(default_factory=lambda: ["The "])  # continued at each evaluation
+    sample_tokens: Size = 100       # tokens that each prompt is continued by
+    save_every: Count | None = 100  # steps between checkpoints, with one at the end; None: no one
+    keep_last: Annotated[int, 2] = 2  # checkpoints that are kept: the newest might be damaged
+    keep_every: Count | None = None  # checkpoints at multiples of so many steps are kept for ever
+    wandb: str | None = None        # name of a Weights & Biases project, to log there too
 
 
 @dataclass
 class Config(TrainConfig, MotifConfig):
     """Pre-training."""
-    init: str | None = None         # first weights: grow:PATH, from a smaller model; average:DIR,k,
-                                    # of the last k checkpoints of a run; None: at random
-    dry_run: bool = False           # print size, plan, memory and time, and open nothing
-    plan_world_size: Count = 8                # ranks that --dry_run plans for
-    assumed_mfu: Fraction = 0.4             # share of an H100's peak at which it counts the days
-    export: str | None = None       # write a checkpoint's model in bf16 into this folder, and end
-    # length and schedule; tokens seen are the clock
-    max_steps: Count | None = None  # optimizer steps; the run ends here or at max_tokens
-    max_tokens: Count | None = None  # tokens of the whole run; set one of the two, or both
-    seq_len: Count | list = 256     # tokens per sequence, or knots [[tokens seen, length], ...]
-    rope_theta_schedule: list | None = None       # knots [[tokens seen, RoPE's base], ...]; None: rope_theta
-    batch_tokens: Count | list = 4096  # tokens per step over all ranks, or knots likewise
-    lr: NonNegative = 4e-3          # peak, of Muon and AdamW alike
-    warmup_steps: Size = 20         # linear from 0
-    decay_fraction: Fraction = 0.3  # last part of the tokens, in which lr falls to min_lr * lr
+
+    # What to do
+    init: str | None = None         # initial weights: grow:PATH, from a smaller model;
+                                    # average:DIR,k, of a run's last k checkpoints; None: random
+    dry_run: bool = False           # print parameters, FLOPs, memory and days; train nothing
+    plan_world_size: Count = 8      # GPUs that --dry_run plans for
+    assumed_mfu: Fraction = 0.4     # fraction of an H100's peak FLOP/s that --dry_run plans with
+    export: str | None = None       # write the newest checkpoint's model in bf16 into this folder
+
+    # Length and batch
+    max_steps: Count | None = None  # the run ends after so many optimizer steps, or
+    max_tokens: Count | None = None  # after so many tokens, whichever comes first
+    seq_len: Count | list = 256     # tokens per sequence; or a schedule [[tokens seen, value], ...]
+    batch_tokens: Count | list = 4096  # tokens per step over all ranks; or a schedule likewise
+    rope_theta_schedule: list | None = None  # [[tokens seen, RoPE's base], ...]; None: rope_theta
+
+    # Learning rate
+    lr: NonNegative = 4e-3          # peak learning rate, of Muon and AdamW alike
+    warmup_steps: Size = 20         # steps of linear warm-up from 0
+    decay_fraction: Fraction = 0.3  # fraction of the run's tokens, at its end, in which lr falls
     decay: Literal["linear", "cosine", "inverse_sqrt"] = "linear"  # the shape of that fall
-    min_lr: Fraction = 0.1          # of lr, where the decay ends
-    # data
+    min_lr: Fraction = 0.1          # where the fall ends, as a fraction of lr
+
+    # Data
     tokenizer: str = "byte"         # byte, a tiktoken name, a .tiktoken file, a tokenizer.json or a
                                     # folder with one, owner/name of the Hub
     domains: dict = field(default_factory=lambda: {"language": ["builtin:language", 1.0, 1.0]})
-                                    # name -> [source, first share, last share]; see data.py
-    mixture: list | None = None     # knots [[fraction of the run, {name: share}], ...] instead
-    prepare_part: str = "1/1"               # python data.py: prepare part i/n of the data, on n machines
+                                    # name -> [source, first share, last share] of the tokens
+    mixture: list | None = None     # [[fraction of the run, {name: share}], ...] instead of shares
+    prepare_part: str = "1/1"       # tools.prepare: part i/n of the data, for machine i of n
     workers: Count | None = None    # processes that prepare data; None: one per core
 
 
 def model_config(c: Config) -> MotifConfig:
-    """The model's part of the config."""
+    """The part of the config that describes the model."""
     return MotifConfig(**{f.name: getattr(c, f.name) for f in fields(MotifConfig)})
 
 
 def make_curriculum(c: Config) -> data.Curriculum:
-    """The run's curriculum. ValueError if it cannot be, or is longer than the model's positions."""
-    plan = data.Curriculum(c.domains, batch_tokens=c.batch_tokens, seq_len=c.seq_len, mixture=c.mixture,
-                     max_steps=c.max_steps, max_tokens=c.max_tokens)
-    if max(plan.seq_len) > c.max_position_embeddings:
+    """The part of the config that says what each step reads."""
+    curriculum = data.Curriculum(
+        c.domains, batch_tokens=c.batch_tokens, seq_len=c.seq_len, mixture=c.mixture,
+        max_steps=c.max_steps, max_tokens=c.max_tokens)
+    if max(curriculum.seq_len) > c.max_position_embeddings:
         raise UserError(f"seq_len={c.seq_len} is longer than max_position_embeddings="
-                         f"{c.max_position_embeddings}; raise that or shorten the sequence")
-    return plan
+                        f"{c.max_position_embeddings}; raise that or shorten the sequence")
+    return curriculum
 
 
-def lr_at(c: Config, plan: data.Curriculum, step: int) -> float:
-    """Learning rate of a step: warm-up, stable, decay (WSD). With x the part of the decay behind
-    us, in tokens, and m = min_lr, it falls as lr times
+# ---- schedules: learning rate and RoPE's base
+#
+# The learning rate follows WSD: warm-up, stable, decay (Motif-2, arXiv 2511.07464). A cosine over
+# the whole run depends on the run's length from its first step on. Here the stable part does not:
+# a checkpoint from it can be trained for as long as one likes, and decayed whenever a finished
+# model is wanted. Most of what a small learning rate gains is gained in the decay.
+#
+#     lr            ______________________________
+#                  /                              \_
+#                 /                                 \_
+#                /                                    \_
+#     min_lr    /                                       \_
+#     0        /
+#              |---|------------------------------|--------|
+#              warmup_steps                       decay_fraction of the tokens
 
-        linear 1 - (1 - m) x     cosine m + (1 - m) (1 + cos pi x) / 2
-        inverse_sqrt (1 + x (m^-2 - 1))^-1/2, m at least 1e-3"""
+def lr_at(c: Config, curriculum: data.Curriculum, step: int) -> float:
+    """The learning rate of a step. With x the part of the decay that is over, in tokens, and
+    m = min_lr, the decay is
+
+        linear        1 - (1 - m) x
+        cosine        m + (1 - m) (1 + cos(pi x)) / 2
+        inverse_sqrt  1 / sqrt(1 + x (1 / m^2 - 1)), where m is at least 1e-3
+
+    times lr. All three go from 1 to m.
+
+    >>> c = Config(lr=1.0, warmup_steps=3, decay_fraction=0.4, min_lr=0.1, max_steps=10)
+    >>> curriculum = make_curriculum(c)
+    >>> [round(lr_at(c, curriculum, step), 3) for step in range(10)]
+    [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 0.775, 0.55, 0.325]
+    """
     if step < c.warmup_steps:
         return c.lr * (step + 1) / (c.warmup_steps + 1)
-    left = 1 - plan.tokens[step] / plan.tokens[-1]
-    x, m = 1 - min(1, left / max(c.decay_fraction, 1e-12)), c.min_lr
-    return c.lr * {"linear": 1 - (1 - m) * x,
-                   "cosine": m + (1 - m) * (1 + math.cos(math.pi * x)) / 2,
-                   "inverse_sqrt": (1 + x * (max(m, 1e-3)**-2 - 1))**-0.5}[c.decay]
+
+    left = 1 - curriculum.tokens[step] / curriculum.tokens[-1]
+    x = 1 - min(1, left / max(c.decay_fraction, 1e-12))
+    if c.decay == "linear":
+        factor = 1 - (1 - c.min_lr) * x
+    elif c.decay == "cosine":
+        factor = c.min_lr + (1 - c.min_lr) * (1 + math.cos(math.pi * x)) / 2
+    else:
+        factor = (1 + x * (max(c.min_lr, 1e-3)**-2 - 1))**-0.5
+    return c.lr * factor
 
 
 def theta_at(c: Config, tokens: int) -> float:
-    """RoPE's base once so many tokens are seen. ValueError for knots that are none."""
-    knots = data.parse_schedule("theta", c.rope_theta_schedule) if c.rope_theta_schedule else [(0, c.rope_theta)]
-    return float(max(knot for knot in knots if knot[0] <= tokens)[1])
+    """RoPE's base once so many tokens are seen. One raises it as the sequences get longer.
+
+    >>> c = Config(rope_theta_schedule=[[0, 10_000], [1_000_000, 500_000]])
+    >>> theta_at(c, tokens=999_999), theta_at(c, tokens=1_000_000)
+    (10000.0, 500000.0)
+    """
+    if not c.rope_theta_schedule:
+        return float(c.rope_theta)
+    schedule = data.parse_schedule("rope_theta_schedule", c.rope_theta_schedule)
+    return float(data.value_at(schedule, tokens))
 
 
 # ---- ranks
+#
+# torchrun starts this program once for each GPU. Each of these processes is a rank; all of them run
+# the same code, and meet in collective operations. Two rules keep them from waiting for each other
+# for ever:
+#
+#     1. All ranks call the same collectives in the same order. So there is none inside an
+#        `if RANK == 0:`, and an error of one rank is made known to all (sync_errors).
+#     2. What decides where the code goes (resume? evaluate? stop?) is the same on all ranks: it
+#        follows from the config and the step, or it is exchanged first.
+#
+# Objects and flags travel over gloo, between the hosts, which need not wait for their GPUs to do
+# so; gradients and losses travel over NCCL, between the GPUs. Without torchrun there is one rank.
 
-def init_distributed(c: Config, device: torch.device) -> None:
-    """Meet the other ranks of torchrun: on gloo and, for what is on GPUs, NCCL. ValueError if they
-    cannot be `replicas` copies."""
+RANK = int(os.environ.get("RANK", 0))                # this process among all
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))    # and among those of its machine
+WORLD = int(os.environ.get("WORLD_SIZE", 1))         # number of all
+
+
+def init_distributed(c: TrainConfig, device: torch.device) -> None:
+    """Meet the other ranks."""
     if WORLD % c.dp_replicate:
-        raise UserError(f"{WORLD} ranks cannot be replicas={c.dp_replicate} copies of the same size")
+        raise UserError(f"{WORLD} ranks cannot be dp_replicate={c.dp_replicate} copies of the same "
+                        "size; give a divisor")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    limit = timedelta(seconds=c.timeout_seconds)
-    if WORLD > 1:                    # torchrun's restarts share a store: the old ranks' addresses
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")       # must not be found there
-        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://", timeout=limit))[0])
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=limit, store=store, rank=RANK, world_size=WORLD)
+
+    timeout = timedelta(seconds=c.timeout_seconds)
+    if WORLD > 1:
+        # Ranks that torchrun restarts get the store of those before them. The prefix keeps them
+        # from finding the addresses of ranks that are gone.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, store=dist.PrefixStore(attempt, store),
+                                rank=RANK, world_size=WORLD)
     elif uses_fsdp(c, device) and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit,
-                                store=dist.HashStore(), rank=0, world_size=1)
+        # FSDP2 wants a process group, even of one.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0,
+                                world_size=1)
         atexit.register(dist.destroy_process_group)
 
 
 @functools.cache
 def slow_group():
-    """The ranks again, for what may take its time: preparing data, writing a checkpoint."""
+    """All ranks once more, with a timeout of 30 days: while one rank prepares data or writes a
+    checkpoint, which may take hours, the others wait and must not give up."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=30))
 
 
 def all_gather_object(value) -> list:
-    """The values of all ranks, on all of them."""
-    values = [value]
-    if WORLD > 1:
-        dist.all_gather_object(values := [None] * WORLD, value, group=slow_group())
+    """The values of all ranks, on all of them: to compare or join what each of them has."""
+    if WORLD == 1:
+        return [value]
+    values = [None] * WORLD
+    dist.all_gather_object(values, value, group=slow_group())
     return values
 
 
 def broadcast_object(value):
-    """Rank 0's value, on all ranks."""
+    """Rank 0's value, on all ranks: for what one rank finds out and all must agree on."""
     return all_gather_object(value)[0]
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until all ranks are here: for what one rank may do only once all have done something."""
     all_gather_object(None)
 
 
-def sync_errors(call, *args):
-    """call(*args) on every rank -> its result; an OSError or ValueError of one is raised on all."""
-    result = error = None
+def sync_errors(fn, *args):
+    """fn(*args) -> its result. All ranks call this. An OSError or UserError of one is raised on
+    all, so that none waits for a rank that has given up."""
+    result = None
+    error = None
     try:
-        result = call(*args)
-    except (OSError, ValueError) as e:
+        result = fn(*args)
+    except (OSError, UserError) as e:
         error = e
-    for error in all_gather_object(error):
-        if error is not None:
-            raise error
+
+    for of_rank in all_gather_object(error):
+        if of_rank is not None:
+            raise of_rank
     return result
 
 
-def all_reduce_sum(t: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks, in place."""
+def rank0_only(fn, *args):
+    """fn(*args), which only rank 0 calls -> its result, or its error, on all ranks."""
+    def call():
+        return fn(*args) if RANK == 0 else None
+
+    return broadcast_object(sync_errors(call))
+
+
+def rank0_first(fn):
+    """fn() -> its result, for a function that makes something on disk unless it is there. Rank 0
+    makes it; then the first rank of each machine does, if it does not see rank 0's disk; then all
+    ranks find it there."""
+    def nothing():
+        return None
+
+    sync_errors(fn if RANK == 0 else nothing)
+    sync_errors(fn if LOCAL_RANK == 0 else nothing)
+    return sync_errors(fn)
+
+
+def all_reduce_sum(t: Tensor) -> Tensor:
+    """The sum over all ranks, in place, on t's device."""
     if WORLD > 1:
         dist.all_reduce(t)
     return t
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether it is set on one of the ranks: of the hosts, which wait for no device."""
+    """Whether at least one rank has the flag set. On the CPU, where no GPU's queue has to empty."""
     flag = torch.tensor(flag, dtype=torch.int32)
     if WORLD > 1:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 
 
-def to_tensors(batch) -> tuple[torch.Tensor, ...]:
-    """What a stream gives: rows (R, T + 1), or ids, targets and documents, each (R, T) -> ids and
-    targets (R, T), as the model takes them, and documents if there are any."""
-    if isinstance(batch, np.ndarray):
-        batch = batch[:, :-1], batch[:, 1:]
-    return tuple(map(torch.from_numpy, batch))
+def split_rows(rows: int, rank: int = RANK, world: int = WORLD) -> tuple[int, int, int]:
+    """Deal out the rows of a batch in turn -> (first row of this rank, how many rows it gets, how
+    many each rank has once padded). Of 10 rows four ranks get 3, 3, 2 and 2; rank 2 rows 2 and 6:
+
+    >>> [split_rows(10, rank, world=4) for rank in range(4)]
+    [(0, 3, 3), (1, 3, 3), (2, 2, 3), (3, 2, 3)]
+
+    With fewer rows than ranks, a surplus rank reads another rank's row, of which it gets none:
+
+    >>> [split_rows(2, rank, world=4) for rank in range(4)]
+    [(0, 1, 1), (1, 1, 1), (0, 0, 1), (1, 0, 1)]
+    """
+    first = rank % rows
+    own = len(range(rank, rows, world))
+    padded = math.ceil(rows / world)
+    return first, own, padded
 
 
-def pad_rows(batch: tuple, own: int, n: int) -> tuple[torch.Tensor, ...]:
-    """Ids, targets, ..., each (R, T) -> (n, T). All ranks must pass the model equally often; so of
-    the first `own` rows each counts, and the first one fills the rest with targets that do not."""
-    ids, targets, *more = (torch.cat([t[:own], t[:1].expand(n - own, -1)]) for t in batch)
+def pad_rows(batch: tuple, own: int, padded: int) -> tuple[Tensor, ...]:
+    """Pad ids, targets, ..., each (R, T), to `padded` rows, so that all ranks run the same number
+    of micro-batches. Rows from `own` on repeat the first row, with targets of -1: no loss.
+
+    >>> ids, targets = pad_rows((torch.tensor([[5, 6]]), torch.tensor([[6, 7]])), own=1, padded=2)
+    >>> ids.tolist(), targets.tolist()
+    ([[5, 6], [5, 6]], [[6, 7], [-1, -1]])
+    """
+    tensors = []
+    for t in batch:
+        filling = t[:1].expand(padded - own, -1)
+        tensors.append(torch.cat([t[:own], filling]))
+    targets = tensors[1]
     targets[own:] = -1
-    return ids, targets, *more
+    return tuple(tensors)
 
 
-def split_rows(rows: int) -> tuple[int, int, int]:
-    """Of so many rows: the first that this rank reads, one in WORLD, how many of them are its own,
-    and the number to which all ranks pad theirs."""
-    return RANK % rows, len(range(RANK, rows, WORLD)), -(-rows // WORLD)
+# ---- one training step
+#
+# The loss. A rank goes through its rows in micro-batches, as many rows at a time as its memory
+# holds. Each micro-batch contributes
+#
+#     sum of its token losses / num_targets
+#
+# where num_targets counts the targets of the *global* batch, of all micro-batches of all ranks. So
+# contributions only have to be added, over micro-batches (backward() adds to .grad) and over ranks,
+# and the result is the mean loss and its gradient. To average the ranks' means would be wrong: in
+# fine-tuning only replies are targets, and some ranks have more of them than others.
+#
+# The gradient. Matrices are sharded by FSDP2 (below), which sums their gradients over the ranks and
+# leaves each rank its shard. Vectors are whole on every rank, and reduce_and_clip sums theirs.
+#
+# NaN. A loss or gradient that is not finite must not reach the weights. But if the host read the
+# loss to find out, it would wait for the GPU, and then the GPU for the host, at every step. So the
+# decision, `skipped`, is a tensor on the GPU, which the optimizer takes. The host reads it later,
+# when it logs a line and has to wait anyway, and ends the run after too many in a row.
+
+class StepResult(NamedTuple):
+    """Tensors on the device; to read one is to wait for the step."""
+    loss: Tensor          # the mean over all targets of the global batch, in nats
+    grad_norm: Tensor     # of the whole gradient, before clipping
+    max_logits: Tensor    # (layers, H): each head's largest attention logit, on this rank
+    skipped: Tensor       # bool: loss or gradient was not finite, and nothing was updated
 
 
-# ---- log
+def train_step(model: Motif, optimizer, batch: tuple, micro_batch_rows: int, num_targets: int,
+               lr: float, c: Config) -> StepResult:
+    """One optimizer step. batch: ids, targets, ..., each (R, T), this rank's rows, on the CPU.
+    num_targets: of the global batch."""
+    device = model.head_weight.device
+    if device.type == "cuda":
+        # From pinned memory the copy runs while the host goes on.
+        batch = [t.pin_memory() for t in batch]
+    batch = [t.to(device, non_blocking=True) for t in batch]
 
-class Log:
-    """Prints, and writes log.txt, metrics.jsonl and samples.txt in a folder, from a checkpoint on:
-    what a run that was cut left of later steps is dropped, and so is a torn last line. Of many
-    ranks the first does."""
+    loss, max_logits = forward_backward(model, batch, micro_batch_rows, num_targets)
+    loss, grad_norm = reduce_and_clip(model, loss, c.grad_clip, c.dp_replicate)
+    skipped = ~torch.isfinite(loss + grad_norm)
 
-    def __init__(self, out: Path, start: tuple | None, c: Config):
-        self.out, self.metrics, self.wandb = out, out / "metrics.jsonl", None
-        self.evaluated = broadcast_object(self._begin(start, c) if RANK == 0 else None)
-
-    def _begin(self, start: tuple | None, c: Config) -> int:
-        """The step of the last evaluation."""
-        out, step = self.out, start[1]["step"] if start else -1
-        kept = [m for m in read_metrics(out) if m["step"] <= step]
-        replace_text(self.metrics, "".join(json.dumps(m) + "\n" for m in kept))
-        samples = (out / "samples.txt").read_text() if (out / "samples.txt").exists() else ""
-        later = (m for m in re.finditer(r"^=== step (\d+)", samples, re.M) if int(m[1]) > step)
-        replace_text(out / "samples.txt", samples[:next((m.start() for m in later), None)])
-        if c.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("--wandb needs: pip install wandb") from None
-            self.wandb = wandb.init(project=c.wandb, name=str(out), config=asdict(c), dir=out)
-        return max([m["step"] for m in kept if "val_loss" in m], default=-1)
-
-    def _append(self, name: str, text: str) -> None:
-        if RANK == 0:
-            with (self.out / name).open("a") as f:
-                f.write(text)
-
-    def sample(self, text: str) -> None:
-        self._append("samples.txt", text)
-
-    def say(self, text: str) -> None:
-        if RANK == 0:
-            print(text, flush=True)
-        self._append("log.txt", text + "\n")
-
-    def metric(self, **values) -> None:
-        """A line of JSON, in which there is no NaN: null stands for it."""
-        values = {key: None if isinstance(x, float) and not math.isfinite(x) else x
-                  for key, x in values.items()}
-        self._append("metrics.jsonl", json.dumps(values) + "\n")
-        if self.wandb:
-            self.wandb.log(values, step=values["step"])
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step(max_logits=max_logits, skip=skipped)
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss, grad_norm, max_logits, skipped)
 
 
-def read_metrics(out: Path) -> list[dict]:
-    """The lines of metrics.jsonl that are whole."""
-    path, found = out / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
-    return found
+def forward_backward(model: Motif, batch: tuple, micro_batch_rows: int, num_targets: int):
+    """Accumulate the gradient over the micro-batches of ids, targets, ..., each (R, T)
+    -> (this rank's part of the loss, its largest attention logits (layers, H)).
+
+    Say rank 0 has three targets and rank 1 has one, with these losses in nats. Divided by the 4
+    targets of the global batch, their parts add up to the mean. (The mean of means is 4.0.)
+
+    >>> rank0 = torch.tensor([1.0, 2.0, 3.0])
+    >>> rank1 = torch.tensor([6.0])
+    >>> (rank0.sum() / 4 + rank1.sum() / 4).item()
+    3.0
+    """
+    loss = torch.zeros((), device=batch[0].device)
+    max_logits = None
+    micro_batches = split_micro_batches(batch, micro_batch_rows)
+    for i, micro_batch in enumerate(micro_batches):
+        if hasattr(model, "reshard"):
+            set_gradient_sync(model, is_last=i == len(micro_batches) - 1)
+        part = model(*micro_batch, reduction="sum", scale=1 / num_targets)
+        part.backward()
+        loss += part.detach()
+        if max_logits is None:
+            max_logits = model.max_logits
+        else:
+            max_logits = torch.maximum(max_logits, model.max_logits)
+    return loss, max_logits
 
 
-def replace_text(path: Path, text: str) -> None:
-    path.with_suffix(".tmp").write_text(text)
-    os.replace(path.with_suffix(".tmp"), path)
+def split_micro_batches(batch: tuple, rows: int) -> list[tuple]:
+    """Ids, targets, ..., each (R, T) -> tuples of the same with at most so many rows."""
+    return list(zip(*[t.split(rows) for t in batch]))
 
 
-# ---- checkpoints
+def set_gradient_sync(model: Motif, is_last: bool) -> None:
+    """Tell FSDP2 what to do at the end of a micro-batch's backward pass."""
+    # Copies of the model (HSDP) exchange gradients once a step. The ranks of a copy do so after
+    # each micro-batch: none of them could hold the gradients of the whole model.
+    model.set_requires_all_reduce(is_last)
 
-SHARD_BYTES = 5 * 10**9          # of the largest file of a checkpoint, or one tensor
-
-
-def save_checkpoint(out: Path, step: int, model: Motif, optimizer, state: dict, c: Config) -> None:
-    """Write out/step_N: whole or, whatever happens, not there; then drop old ones. No random state
-    is kept, as no step draws any: the data follow from the step. OSError if it cannot write. Each
-    tensor is whole in one file, whatever the number of ranks, so that the folder is a model in the
-    released layout and any number of ranks can go on from it."""
-    folder, temporary = out / f"step_{step}", out / f"step_{step}.tmp"
-
-    def clear():
-        for cut in out.glob("step_*.tmp") if RANK == 0 else ():
-            shutil.rmtree(cut)
-
-    def write():
-        model.save_pretrained(temporary, SHARD_BYTES)
-        save_tensors(temporary / "optimizer", "state", optimizer_tensors(model, optimizer),
-                     SHARD_BYTES)
-
-    def finish():
-        for path, stem in (temporary, "model"), (temporary / "optimizer", "state"):
-            try:
-                tensor_files(path, stem)
-            except ValueError as e:
-                raise OSError(f"{e}; out_dir must be where all machines see it") from None
-        files = {str(f.relative_to(temporary)): f.stat().st_size
-                 for f in temporary.rglob("*") if f.is_file()}
-        whole = {"step": step, **state, "config": asdict(c), "files": files,
-                 "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
-        (temporary / "state.json").write_text(json.dumps(whole, indent=1) + "\n")
-        for path in [*temporary.rglob("*"), temporary]:
-            fsync_path(path)
-        shutil.rmtree(folder, ignore_errors=True)  # torn, or else the run would have begun there
-        os.replace(temporary, folder)
-        fsync_path(out)
-
-    try:
-        sync_errors(clear)
-        sync_errors(safetensors_errors, write)
-        sync_errors(finish if RANK == 0 else int)
-    except OSError as e:
-        if RANK == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"checkpoint {folder} could not be written: {e}") from None
-    for old in sorted(s for s in checkpoint_steps(out) if s <= step)[:-c.keep_last] if RANK == 0 else ():
-        if not c.keep_every or old % c.keep_every:
-            shutil.rmtree(out / f"step_{old}")
+    # A single rank holds them all anyway. It casts the weights once a step, and not once a
+    # micro-batch, and hands the gradients over when they are complete.
+    if WORLD == 1:
+        model.set_reshard_after_backward(is_last)
+        model.set_requires_gradient_sync(is_last)
 
 
-def safetensors_errors(call, *args) -> None:
-    """call(*args), with safetensors' own error as the OSError that it mostly is."""
-    from safetensors import SafetensorError
-    try:
-        call(*args)
-    except SafetensorError as e:
-        raise OSError(str(e)) from None
+def reduce_and_clip(model: Motif, loss: Tensor, max_norm: float, replicas: int):
+    """Sum over the ranks what FSDP2 does not sum, the loss and the gradients of vectors; then scale
+    the whole gradient to a norm of at most max_norm (0: leave it) -> (loss, norm before).
 
+    The squared norm of the gradient is a sum over all its numbers. For matrices each rank adds up
+    its shards; the sum over ranks then has each number `replicas` times. Vectors are the same on
+    all ranks and count once. For example, a matrix with rows (3, 0) and (0, 4), which may be on two
+    ranks, and a vector (0, 12): sqrt(9 + 16 + 144) = 13. Clipping to a norm of 6.5 halves it all.
 
-def fsync_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def checkpoint_steps(out: Path) -> list[int]:
-    return [int(f.name[5:]) for f in out.glob("step_*") if f.name[5:].isdigit()]
-
-
-def read_state(folder: Path) -> dict:
-    """A checkpoint's state.json. ValueError if the checkpoint is not whole."""
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        for name, size in state["files"].items():
-            if (folder / name).stat().st_size != size:
-                raise UserError(f"{name} is cut short")
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"checkpoint {folder} is not whole ({e})") from None
-    return state
-
-
-def find_checkpoint(c: Config, out: Path) -> tuple[Path, dict] | None:
-    """What `resume` asks for: the newest whole checkpoint in out, the one at a path, or None, with
-    its state. ValueError if the path is none, or if two runs would mix in out."""
-    if c.resume == "auto":
-        return latest_checkpoint(out)
-    start = None if c.resume == "no" else (Path(c.resume), read_state(Path(c.resume)))
-    there = max(checkpoint_steps(out), default=0)
-    if there > (start[1]["step"] if start else 0):
-        raise UserError(f"resume={c.resume}, but {out} holds a run up to step {there}; delete it "
-                         "or give another --out_dir")
-    return start
-
-
-def latest_checkpoint(out: Path) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint in out and its state; None if there is none."""
-    for step in sorted(checkpoint_steps(out), reverse=True):
-        try:
-            return out / f"step_{step}", read_state(out / f"step_{step}")
-        except ValueError as e:
-            print(f"{e}; passing it over")
-    return None
-
-
-def check_compatible(folder: Path, state: dict, c: Config, plan: data.Curriculum) -> None:
-    """ValueError if a checkpoint is beyond the end, of another shape or of another optimizer."""
-    if state["step"] > plan.steps:
-        raise UserError(f"checkpoint {folder} is beyond the end at step {plan.steps}; make "
-                         "the run longer or give another --out_dir")
-    for key in (*(f.name for f in fields(MotifConfig)), "optimizer"):
-        ours, theirs = getattr(c, key), state["config"].get(key)
-        if ours != theirs:
-            raise UserError(f"checkpoint {folder} has {key}={theirs}, not {ours}; give --{key}="
-                             f"{theirs}, or another --out_dir for a new run")
-
-
-@torch.no_grad()
-def load_checkpoint(folder: Path, model: Motif, optimizer) -> None:
-    """Copy a checkpoint's weights and optimizer state in place; each rank reads its shards alone.
-    ValueError for a damaged file."""
-    try:
-        load_into(model.state_dict(), folder, "model")
-        load_into(optimizer_tensors(model, optimizer), folder / "optimizer", "state")
-    except ValueError as e:
-        raise UserError(f"{e}; delete {folder} to go on from the checkpoint before") from None
-
-
-@torch.no_grad()
-def load_into(ours: dict[str, torch.Tensor], folder: Path, stem: str) -> None:
-    """Copy stored tensors into ours, of FSDP2's the part that this rank has."""
-    for name, get in iter_checkpoint(folder, stem, {n: t.shape for n, t in ours.items()}):
-        t, box = ours[name], ()
-        if hasattr(t, "placements"):
-            mesh = t.device_mesh
-            box = muonclip.local_slices(t.shape, mesh.shape, muonclip.shard_dims(t), mesh.get_coordinate())
-        if local_shard(t).numel():
-            local_shard(t).copy_(get(*box))
-
-
-def optimizer_tensors(model: Motif, optimizer) -> dict[str, torch.Tensor]:
-    """"<parameter>.<state>" -> the tensor itself, of a parameter that FSDP2 shards as a shard."""
-    found = {}
-    for name, p in model.named_parameters():
-        for key, value in optimizer.state[p].items():
-            if hasattr(p, "placements") and value.ndim:
-                value = type(p.data).from_local(value, p.device_mesh, p.placements,
-                                                shape=p.shape, stride=p.stride())
-            found[f"{name}.{key}"] = value
-    return found
-
-
-# ---- one step, one evaluation
-
-def forward_backward(model: Motif, batch: tuple, micro: int, count: int):
-    """Accumulate the gradient of the mean loss over `count` tokens, `micro` rows of the batch, ids
-    and targets (R, T), at a time -> these rows' part of that loss, largest logits (layers, heads).
-    Of many ranks each has its rows; `count` is of all."""
-    loss, largest = torch.zeros((), device=batch[0].device), None
-    parts = [*zip(*(t.split(micro) for t in batch))]
-    for i, part in enumerate(parts):
-        if hasattr(model, "reshard"):                   # FSDP2
-            last = i == len(parts) - 1
-            model.set_requires_all_reduce(last)         # of replicas
-            if WORLD == 1:                              # casts its weights once a step, and shards
-                model.set_reshard_after_backward(last)  # whole gradients when they are complete
-                model.set_requires_gradient_sync(last)
-        part_loss = model(*part, reduction="sum", scale=1 / count)
-        part_loss.backward()
-        loss += part_loss.detach()
-        largest = (model.max_logits if largest is None
-                   else torch.maximum(largest, model.max_logits))
-    return loss, largest
-
-
-def reduce_and_clip(model: Motif, loss: torch.Tensor, largest: float, replicas: int):
-    """Sum over the ranks the loss and what FSDP2 leaves to us, the gradients of vectors; then scale
-    the whole gradient to a norm of at most `largest` (0: leave it) -> loss, norm before."""
+    >>> model = torch.nn.Linear(2, 2)
+    >>> model.weight.grad = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    >>> model.bias.grad = torch.tensor([0.0, 12.0])
+    >>> loss, norm = reduce_and_clip(model, torch.tensor(2.5), max_norm=6.5, replicas=1)
+    >>> norm.item(), round(model.bias.grad[1].item(), 4)
+    (13.0, 6.0)
+    """
     with_grad = [p for p in model.parameters() if p.grad is not None]
     matrices = [local_shard(p.grad) for p in with_grad if p.ndim > 1]
     vectors = [p.grad for p in with_grad if p.ndim < 2]
     if WORLD > 1:
-        flat = all_reduce_sum(torch.cat([g.flatten() for g in vectors])).split([g.numel() for g in vectors])
-        torch._foreach_copy_(vectors, [f.view_as(g) for f, g in zip(flat, vectors)])
-    norm = torch.nn.utils.get_total_norm
-    loss, squares = all_reduce_sum(torch.stack([loss, norm(matrices).square() / replicas]))
-    total = (squares + norm(vectors).square()).sqrt()
-    if largest:
-        torch._foreach_mul_(matrices + vectors, (largest / (total + 1e-6)).clamp(max=1))
-    return loss, total
+        # In one message, as each of them is small.
+        flat = all_reduce_sum(torch.cat([v.flatten() for v in vectors]))
+        sums = flat.split([v.numel() for v in vectors])
+        torch._foreach_copy_(vectors, [s.view_as(v) for s, v in zip(sums, vectors)])
 
-
-def train_step(model: Motif, optimizer, batch: tuple, micro: int, count: int, lr: float, c: Config):
-    """One update from a batch, as forward_backward takes it, on the host, unless loss or gradient
-    is not finite -> loss, norm of the gradient, largest logits, whether there was no update:
-    tensors for which the host does not wait, so that it is free to launch the next step."""
-    device = model.head_weight.device
-    batch = tuple((t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
-                  for t in batch)
-    loss, largest = forward_backward(model, batch, micro, count)
-    loss, norm = reduce_and_clip(model, loss, c.grad_clip, c.dp_replicate)
-    skip = ~torch.isfinite(loss + norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step(max_logits=largest, skip=skip)
-    optimizer.zero_grad(set_to_none=True)
-    return loss, norm, largest, skip
+    get_norm = torch.nn.utils.get_total_norm
+    squares = get_norm(matrices).square() / replicas
+    loss, squares = all_reduce_sum(torch.stack([loss, squares]))
+    norm = (squares + get_norm(vectors).square()).sqrt()
+    if max_norm:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1)
+        torch._foreach_mul_(matrices + vectors, factor)
+    return loss, norm
 
 
 class NonFiniteSteps:
-    """Steps without update. The device knows at once; the host reads it where it waits anyway."""
+    """Counts the steps that were skipped. The device knows at once; the host reads it where it
+    waits for the device anyway."""
 
     def __init__(self, in_a_row: int):
-        self.unread, self.in_a_row = [], in_a_row
+        self.in_a_row = in_a_row     # skipped steps up to the last that was read
+        self.unread = []             # StepResult.skipped of the steps since
 
-    def read(self, step: int, c: Config, log: Log) -> None:
-        """Say which of the steps up to this one they were; SystemExit after c.max_nonfinite_steps."""
-        skipped = torch.stack(self.unread).tolist() if self.unread else []
-        at = [step - len(skipped) + 1 + i for i, skip in enumerate(skipped) if skip]
-        if at:
-            log.say(f"no update at step {', '.join(map(str, at))}: loss or gradient not finite")
-        for skip in skipped:
-            self.in_a_row = self.in_a_row + 1 if skip else 0
+    def read(self, step: int, c: Config, log: "Log") -> None:
+        """Report the unread steps, of which `step` is the last, and end the run if too many in a
+        row were skipped."""
+        flags = torch.stack(self.unread).tolist() if self.unread else []
+        self.unread.clear()
+        first = step - len(flags) + 1
+        skipped = [str(first + i) for i, flag in enumerate(flags) if flag]
+        if skipped:
+            log.print(f"no update at step {', '.join(skipped)}: loss or gradient not finite")
+
+        for flag in flags:
+            self.in_a_row = self.in_a_row + 1 if flag else 0
             if self.in_a_row >= c.max_nonfinite_steps:
                 raise UserError(f"{self.in_a_row} steps in a row were not finite; "
-                                 f"{last_good(log.out)}: lower lr, or look at the data of these "
-                                 "steps")
-        self.unread.clear()
+                                f"{last_good(log.out)}: lower lr, or look at the data of these "
+                                "steps")
 
 
-@torch.no_grad()
-def evaluate(model: Motif, held_out: dict[str, tuple], micro_tokens: int,
-             length: torch.Tensor) -> dict:
-    """Loss in nats per token and bits per byte of held-out ids, targets, ..., each (R, T), over
-    all, by domain and, unless rows hold documents, by quarter of the context; length (n_vocab,):
-    bytes of each token. The ranks share the rows."""
-    tokens, size, quarters = {}, {}, torch.zeros(4)
-    sums = torch.zeros(len(held_out), 4, dtype=torch.float64, device=length.device)
-    for i, (name, (ids, targets, *documents)) in enumerate(held_out.items()):
-        first, own, n = split_rows(len(ids))
-        batch = pad_rows([t[first::WORLD] for t in held_out[name]], own, n)
-        for part in zip(*(t.split(max(1, micro_tokens // ids.shape[1])) for t in batch)):
-            losses = model.token_losses(*part).double()
-            sums[i] += torch.stack([q.sum() for q in losses.tensor_split(4, 1)])
-        counted = targets >= 0
-        tokens[name], size[name] = counted.sum().item(), length[targets[counted]].sum().item()
-        quarters += torch.tensor([q.sum().item() for q in counted.tensor_split(4, 1)])
-    sums = all_reduce_sum(sums).cpu()
-    nats = dict(zip(held_out, sums.sum(1).tolist()))
-    by_quarter = {} if documents else {"val_loss_by_quarter": (sums.sum(0) / quarters).tolist()}
-    return {"val_loss": sum(nats.values()) / sum(tokens.values()),
-            "val_bpb": sum(nats.values()) / math.log(2) / sum(size.values()), **by_quarter,
-            "val_loss_by_domain": {n: nats[n] / tokens[n] for n in nats},
-            "val_bpb_by_domain": {n: nats[n] / math.log(2) / size[n] for n in nats}}
+# ---- what a training step reads
+
+class Dataset(Protocol):
+    """What `train` trains on. data.TokenDataset and sft.PackedChatDataset implement it.
+
+    A batch is a pure function of the step. So a run that resumes reads what it would have read, a
+    batch does not depend on the number of ranks, and a checkpoint holds nothing of the data but
+    the step."""
+
+    curriculum: data.Curriculum      # or what has its steps, seq_len, rows, tokens, context, shares
+                                     # and names
+
+    def batch(self, step: int, rank: int, world: int) -> np.ndarray | tuple:
+        """Rows rank, rank + world, ... of the step's global batch, R of them, in int64. Either rows
+        of consecutive tokens, (R, T + 1), or ids, targets and doc_ids, each (R, T), where a target
+        of -1 does not count and a token sees only its own document."""
+
+    def num_targets(self, step: int) -> int:
+        """How many targets count in the step's global batch."""
+
+    def fingerprint(self) -> str:
+        """Differs where the data differ, so that a run that resumes can tell."""
 
 
-@torch.no_grad()
-def layer_stats(model: Motif, optimizer) -> list[dict]:
-    """The ideas at work, per layer: lambda, PolyNorm's weights and bias, norm of each query and key
-    head, RMS of the last update of each matrix (over lr)."""
-    figures = []
-    for block in model.model.layers:
-        attention, act, layer = block.self_attn, block.mlp.act_fn, {}
-        if attention.noise_heads:
-            layer["lambda"] = attention.lambda_().item()
-        if act is not None:
-            layer["polynorm"] = [*act.weight.tolist(), *act.bias.tolist()]
-        for name, weight in ("q", attention.q_proj.weight), ("k", attention.k_proj.weight):
-            weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-            heads = weight.unflatten(0, (-1, attention.head_dim))
-            layer[f"{name}_norm"] = torch.linalg.matrix_norm(heads).tolist()
-        layer["update_rms"] = [optimizer.update_rms[p].item() for p in block.parameters()
-                               if p in optimizer.update_rms]
-        figures.append({key: np.round(value, 4).tolist() for key, value in layer.items()})
-    return figures
+def to_tensors(batch) -> tuple[Tensor, ...]:
+    """A Dataset's batch -> ids, targets and, if it has them, doc_ids, each (R, T)."""
+    if isinstance(batch, np.ndarray):
+        batch = (batch[:, :-1], batch[:, 1:])
+    return tuple(torch.from_numpy(array) for array in batch)
 
 
-def sample_prompts(model: Motif, tokenizer, c: Config, encode) -> str:
-    """The prompts, continued up to an end of turn or text."""
-    text, ends = "", {tokenizer.special[data.END], tokenizer.special[data.TURN_END]}
-    for prompt in c.prompts:
-        ids = encode(tokenizer, prompt)
-        new = min(c.sample_tokens, c.max_position_embeddings - len(ids))
-        start = torch.tensor([ids], device=model.head_weight.device)
-        out = model.generate(start, new, temperature=0.8, top_k=50, seed=c.seed)[0].tolist()
-        new = [*takewhile(lambda i: i not in ends, out[len(ids):])]
-        text += f"[{prompt}]{tokenizer.decode(new)}\n\n"
-    return text
+def read_batch(dataset: Dataset, step: int) -> tuple[Tensor, ...]:
+    """This rank's rows of a step, padded to as many as all ranks have."""
+    first, own, padded = split_rows(dataset.curriculum.rows[step])
+    batch = to_tensors(dataset.batch(step, first, WORLD))
+    return pad_rows(batch, own, padded)
 
 
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12,
-              "A800": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}  # dense bf16
-USABLE = 76 * 2**30              # bytes of a GPU of 80 GB that are ours
+# ---- the model over many GPUs: FSDP2
+#
+# The problem. The 12.7B model takes 4 bytes a parameter for weights, 4 for gradients and 4 for
+# Muon's momentum (or 8, AdamW's two moments): more than 150 GB, and a GPU has 80.
+#
+# The idea. FSDP2 cuts each matrix by rows into a shard for each rank, which keeps weight, gradient
+# and momentum of its shard alone, in fp32: on 8 GPUs some 20 GB. A whole matrix exists only while
+# it is used, in bf16. A block of the 12.7B model is 0.55 GB then:
+#
+#     forward    for each block: all-gather | compute | free
+#     backward   for each block: all-gather | compute | free, reduce-scatter the gradient in fp32
+#
+# The next block's all-gather runs while this one computes. Nothing else changes: the model computes
+# as on one GPU, but that gradients are added up in another order. With HSDP (dp_replicate > 1) the
+# ranks form several such groups, each with a copy of the model. So all-gathers can stay within a
+# machine, and between machines there is one all-reduce of gradients a step.
+#
+# Vectors and scalars (norms, lambdas, PolyNorm) are left out, as `ignored_params`. They are one
+# parameter in 35,000, so that there is nothing to save, and they are to be used in fp32, for which
+# FSDP2 would need three more groups in each block. Every rank has them whole.
+#
+# One GPU goes the same way, for the sake of bf16 copies of fp32 weights. Only fp32 in a single
+# process on a CPU does not.
+
+COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 FLOP/s, None if unknown."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
-
-
-def training_line(plan: data.Curriculum, *, step, tokens, loss, grad_norm, lr, ms, optimizer_ms,
-                  tok_per_s, mfu, gib, max_logit, heads_clipped, mixture) -> str:
-    left = int((plan.tokens[-1] - tokens) / tok_per_s)
-    optimizer = "" if optimizer_ms is None else f" (optimizer {optimizer_ms:.0f})"
-    return (f"step {step}/{plan.steps}  loss {loss:.4f}  norm {grad_norm:.2f}  lr {lr:.2e}  "
-            f"{ms:.0f} ms{optimizer}  {tok_per_s:,.0f} tok/s  "
-            f"mfu {'n/a' if mfu is None else f'{mfu:.1%}'}  "
-            f"{'' if gib is None else f'{gib:.1f} GiB  '}"
-            f"eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}  logit {max_logit:.1f}  "
-            f"clipped {heads_clipped}  "
-            + " ".join(f"{name} {share:.0%}" for name, share in mixture.items()))
-
-
-def validation_line(step: int, steps: int, result: dict) -> str:
-    losses = "  ".join(f"{name} {x:.4f}" for name, x in result["val_loss_by_domain"].items())
-    quarters = " ".join(f"{x:.3f}" for x in result.get("val_loss_by_quarter", ()))
-    return (f"step {step}/{steps}  validation loss {result['val_loss']:.4f}  bits per byte "
-            f"{result['val_bpb']:.4f}  ({losses})"
-            + (f"  by quarter of the context {quarters}" if quarters else ""))
-
-
-# ---- the run
-
-
-def is_due(step: int, every: int | None, anyway: bool) -> bool:
-    return every is not None and (step % every == 0 or anyway)
-
-
-def last_good(out: Path) -> str:
-    start = latest_checkpoint(out)
-    return f"the last good checkpoint is {start[0]}" if start else "there is no checkpoint"
-
-
-def install_signal_handlers() -> list[float]:
-    """When signals came, filled as they do: SIGTERM or Ctrl-C lets the step end and saves, another
-    one more than a second later ends the process at once."""
-    got = []
-
-    def handler(number, frame):
-        if got and time.monotonic() - got[0] < 1:   # `timeout` sends one to us, one to the group
-            return
-        if got:
-            os._exit(128 + number)
-        got.append(time.monotonic())
-        if RANK == 0:                               # print may be busy
-            os.write(1, b"stopping after this step; once more to stop at once\n")
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
-    return got
-
-
-def pick_device(c: Config) -> torch.device:
-    """One of its own for each rank of a machine. ValueError for a device that is not there."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    name = auto if c.device == "auto" else c.device
-    try:
-        return torch.empty(1, device=f"cuda:{LOCAL_RANK}" if name == "cuda" else name).device
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"device={c.device}: {str(e).splitlines()[0]}") from None
-
-
-COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of the weights
-
-
-def compute_precision(c: Config, device: torch.device) -> str:
+def compute_precision(c: TrainConfig, device: torch.device) -> str:
+    """A key of COMPUTE_DTYPE: the config's precision, or what "auto" is on this device."""
     auto = "bf16" if device.type == "cuda" else "fp32"
     return auto if c.precision == "auto" else c.precision
 
 
-def check_fp8(c: Config, plan: data.Curriculum, device: torch.device) -> None:
-    """ValueError if precision=fp8 is asked for and a product of the blocks could not have it."""
-    if compute_precision(c, device) != "fp8":
-        return
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise UserError("precision=fp8 needs a GPU of compute capability 8.9 or more; give "
-                         "--precision=bf16")
-    with torch.device("meta"):
-        matrices = Motif(model_config(c)).matrices()
-    sizes = {n for p in matrices.values() for n in p.shape}
-    odd = sorted(n for n in sizes | set(plan.seq_len) if n % 16)
-    if odd:
-        raise UserError("precision=fp8 needs widths and seq_len in multiples of 16; a matrix or "
-                         f"sequence of {odd[0]} is none")
-
-
-def uses_fsdp(c: Config, device: torch.device) -> bool:
-    """Only fp32 in one process on a CPU goes without."""
+def uses_fsdp(c: TrainConfig, device: torch.device) -> bool:
     return WORLD > 1 or device.type == "cuda" or compute_precision(c, device) != "fp32"
 
 
 def build(c: Config, device: torch.device) -> Motif:
-    """A model ready for training, with its first weights, which are the same over any number of
-    ranks: blocks recomputed in the backward pass, compiled, sharded by FSDP2, and only then given
-    memory.
-
-    FSDP2 keeps matrices and their gradients as fp32 DTensors and puts copies in the precision of
-    products in their place while a block runs. Vectors and scalars, a 35,000th of the 12.7B model,
-    are left out: they stay fp32 tensors on every rank, so that lambda, norms and PolyNorm are
-    computed in fp32, which a policy of their own would do with three more groups in each block. It
-    is then for us to add up their gradients."""
+    """A model that is ready for training, with random weights. They do not depend on the number of
+    ranks."""
+    # On the meta device tensors have no memory. So a model that fits no GPU can be built, sharded,
+    # and given memory for its shards alone.
     with torch.device("meta"):
         model = Motif(model_config(c))
+
     for i, block in enumerate(model.model.layers):
         for module in block.modules():
             if isinstance(module, Linear):
                 module.fp8 = compute_precision(c, device) == "fp8"
-        if i < c.activation_checkpoint_layers:                         # nothing in a block is random
+        if i < c.activation_checkpoint_layers:
+            # Nothing in a block is random, so there is no random state to restore.
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
                                               preserve_rng_state=False)
-        if c.compile or c.compile is None and device.type == "cuda":
-            torch._dynamo.config.recompile_limit = 64    # graphs: one for each shape of a run
+        if c.compile or (c.compile is None and device.type == "cuda"):
+            # One graph for each shape: of the curriculum, and of the last rows of a batch.
+            torch._dynamo.config.recompile_limit = 64
             block.forward = torch.compile(block.forward, dynamic=False)
+
     if uses_fsdp(c, device):
         shard(model, c, device)
     model.to_empty(device=device)
@@ -729,242 +626,873 @@ def build(c: Config, device: torch.device) -> Motif:
 
 
 def shard(model: Motif, c: Config, device: torch.device) -> None:
-    """FSDP2 on each block, and on embedding and head together. Gradients are summed, as the loss is
-    over the tokens of all ranks, in fp32 (with FP8 in bf16, as the report has it); one rank keeps
-    its bf16 copies through a step."""
+    """Give FSDP2 its groups, each of which is gathered and freed at once: every block; and
+    embedding, final norm and head."""
     from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
                                         register_fsdp_forward_method)
-    model.compute_dtype = COMPUTE_DTYPE[compute_precision(c, device)]
-    low = WORLD > 1 and compute_precision(c, device) == "fp8"
-    policy = MixedPrecisionPolicy(model.compute_dtype, torch.bfloat16 if low else torch.float32,
+    precision = compute_precision(c, device)
+    model.compute_dtype = COMPUTE_DTYPE[precision]
+
+    # Gradients are summed over ranks in fp32; with FP8 in bf16, as the report has it.
+    in_bf16 = precision == "fp8" and WORLD > 1
+    policy = MixedPrecisionPolicy(model.compute_dtype, torch.bfloat16 if in_bf16 else torch.float32,
                                   cast_forward_inputs=False)
-    sizes = (c.dp_replicate, WORLD // c.dp_replicate) if c.dp_replicate > 1 else (WORLD,)
-    mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("copy", "shard")[-len(sizes):])
+    sizes = (WORLD,)
+    names = ("shard",)
+    if c.dp_replicate > 1:
+        sizes = (c.dp_replicate, WORLD // c.dp_replicate)
+        names = ("replicate", "shard")
+    mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=names)
+
     vectors = {p for p in model.parameters() if p.ndim < 2}
     for module in [*model.model.layers, model]:
+        # The head is not freed after the forward pass: the backward pass begins with it.
+        free = WORLD > 1 and module is not model
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=vectors,
-                    reshard_after_forward=WORLD > 1 and module is not model)
+                    reshard_after_forward=free)
         if WORLD > 1:
+            # The loss is divided by the global number of targets, so gradients are summed, not
+            # averaged. And a sum is all that gloo can do.
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)    # gloo has no other
+            module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "token_losses")
 
 
 def reshard(model: Motif) -> None:
-    """Put the parameters back where a forward pass without a backward left their copies."""
+    """Free the gathered matrices that a forward pass without a backward pass has left."""
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
 
 
-def encode_text_prompt(tokenizer, prompt: str) -> list[int]:
-    """How pre-training encodes a prompt."""
+# ---- checkpoints
+#
+#     out_dir/step_120/
+#         config.json, model.safetensors    the model in the released layout, in fp32: a folder that
+#                                           Motif.from_pretrained reads, and so sft.py and eval.py
+#         optimizer/state.safetensors       "<parameter>.momentum", "<parameter>.exp_avg", ...
+#         state.json                        step, config, skipped steps in a row, the data's
+#                                           fingerprint, and the size of each file
+#
+# There is no more to a run: the data follow from the step, and nothing in a step is random. (Where
+# a file would be larger than SHARD_BYTES, there are several and an index.)
+#
+# Atomic. Everything is written into step_120.tmp and flushed to the disk (fsync). Only then the
+# folder is renamed to step_120, and old checkpoints are removed. A crash before the rename leaves a
+# step_120.tmp, which nobody reads and the next save removes.
+#
+# From any number of ranks to any other. Each tensor is whole in one file, however many ranks wrote
+# it together, and a rank that loads it reads the rows of its own shard.
+
+SHARD_BYTES = 5 * 10**9
+
+
+def save_checkpoint(out: Path, step: int, model: Motif, optimizer, state: dict, c: Config) -> None:
+    """Write out/step_N, all ranks together, then remove old checkpoints. `state` goes into
+    state.json, beside step and config."""
+    folder = out / f"step_{step}"
+    temporary = out / f"step_{step}.tmp"
+    try:
+        rank0_only(remove_temporaries, out)
+        sync_errors(write_tensors, temporary, model, optimizer)
+        rank0_only(finish_checkpoint, temporary, folder, {"step": step, **state}, c)
+    except (OSError, UserError) as e:
+        if RANK == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"checkpoint {folder} could not be written: {one_line(e)}; "
+                        f"{last_good(out)}") from None
+    if RANK == 0:
+        remove_old_checkpoints(out, step, c)
+
+
+def remove_temporaries(out: Path) -> None:
+    for path in out.glob("step_*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_tensors(temporary: Path, model: Motif, optimizer) -> None:
+    with safetensors_errors():
+        model.save_pretrained(temporary, SHARD_BYTES)
+        save_tensors(temporary / "optimizer", "state", optimizer_tensors(model, optimizer),
+                     SHARD_BYTES)
+
+
+def finish_checkpoint(temporary: Path, folder: Path, state: dict, c: Config) -> None:
+    """Check that all files have arrived, add state.json, flush, rename."""
+    try:
+        tensor_files(temporary, "model")
+        tensor_files(temporary / "optimizer", "state")
+    except UserError as e:
+        raise UserError(f"{e}; out_dir must be a folder that all machines share") from None
+
+    sizes = {}
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            sizes[str(file.relative_to(temporary))] = file.stat().st_size
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    state = {**state, "config": asdict(c), "files": sizes, "versions": versions}
+    (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+
+    for path in [*temporary.rglob("*"), temporary]:
+        fsync_path(path)
+    # A folder that has this name is damaged: else the run would have resumed from it.
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    fsync_path(folder.parent)
+
+
+def fsync_path(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def remove_old_checkpoints(out: Path, step: int, c: Config) -> None:
+    """Keep the last c.keep_last up to this step, and multiples of c.keep_every."""
+    steps = sorted(s for s in checkpoint_steps(out) if s <= step)
+    for old in steps[:-c.keep_last]:
+        if not c.keep_every or old % c.keep_every:
+            shutil.rmtree(out / f"step_{old}", ignore_errors=True)
+
+
+@contextmanager
+def safetensors_errors():
+    """safetensors has an exception of its own for a full disk and the like: make it an OSError."""
+    from safetensors import SafetensorError
+    try:
+        yield
+    except SafetensorError as e:
+        raise OSError(str(e)) from None
+
+
+def optimizer_tensors(model: Motif, optimizer) -> dict[str, Tensor]:
+    """"<parameter>.<state>" -> the tensor itself, not a copy. Where FSDP2 shards the parameter, the
+    optimizer's state is a plain tensor, the shard; here it is a DTensor, which is saved and loaded
+    as the parameter is."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state[p].items():
+            if hasattr(p, "placements") and value.ndim > 0:
+                value = type(p.data).from_local(value, p.device_mesh, p.placements,
+                                                shape=p.shape, stride=p.stride())
+            tensors[f"{name}.{key}"] = value
+    return tensors
+
+
+def load_checkpoint(folder: Path, model: Motif, optimizer) -> None:
+    """Copy a checkpoint's weights and optimizer state into these, in place."""
+    try:
+        load_into(model.state_dict(), folder, "model")
+        load_into(optimizer_tensors(model, optimizer), folder / "optimizer", "state")
+    except UserError as e:
+        raise UserError(f"{e}; delete {folder} to go on from the checkpoint before") from None
+
+
+@torch.no_grad()
+def load_into(tensors: dict[str, Tensor], folder: Path, stem: str) -> None:
+    """Copy stored tensors into these, in place. Of a sharded one only this rank's rows are read."""
+    shapes = {name: t.shape for name, t in tensors.items()}
+    for name, read in iter_checkpoint(folder, stem, shapes):
+        t = tensors[name]
+        own = local_shard(t)
+        slices = ()
+        if hasattr(t, "placements"):
+            mesh = t.device_mesh
+            slices = muonclip.local_slices(t.shape, mesh.shape, muonclip.shard_dims(t),
+                                           mesh.get_coordinate())
+        if own.numel() > 0:
+            own.copy_(read(*slices))
+
+
+# Which checkpoint a run starts from: `start` is its folder and its state.json, or None.
+
+def checkpoint_steps(out: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, whole or damaged."""
+    steps = []
+    for path in out.glob("step_*"):
+        number = path.name.removeprefix("step_")
+        if number.isdecimal() and path.name == f"step_{int(number)}":
+            steps.append(int(number))
+    return steps
+
+
+def read_state(folder: Path) -> dict:
+    """A checkpoint's state.json. UserError unless all its files are there, in full length."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        for name, size in state["files"].items():
+            if (folder / name).stat().st_size != size:
+                raise UserError(f"{name} is cut short")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"checkpoint {folder} is not whole ({one_line(e)})") from None
+    return state
+
+
+def latest_checkpoint(out: Path) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint in out, and its state."""
+    for step in sorted(checkpoint_steps(out), reverse=True):
+        folder = out / f"step_{step}"
+        try:
+            return folder, read_state(folder)
+        except UserError as e:
+            print(f"{e}; passing it over")
+    return None
+
+
+def last_good(out: Path) -> str:
+    start = latest_checkpoint(out)
+    return f"the last good checkpoint is {start[0]}" if start else "there is no checkpoint"
+
+
+def find_checkpoint(c: TrainConfig, out: Path) -> tuple[Path, dict] | None:
+    """The checkpoint that `resume` asks for, and its state; None: the run starts at step 0."""
+    if c.resume == "auto":
+        return latest_checkpoint(out)
+
+    start = None
+    step = 0
+    if c.resume != "no":
+        folder = Path(c.resume)
+        start = (folder, read_state(folder))
+        step = start[1]["step"]
+
+    # Two runs must not mix in one folder.
+    newest = max(checkpoint_steps(out), default=0)
+    if newest > step:
+        raise UserError(f"resume={c.resume}, but {out} holds a run up to step {newest}; delete it "
+                        "or give another --out_dir")
+    return start
+
+
+def check_compatible(folder: Path, state: dict, c: Config, curriculum: data.Curriculum) -> None:
+    """UserError if the run cannot go on from this checkpoint."""
+    if state["step"] > curriculum.steps:
+        raise UserError(f"checkpoint {folder} is beyond the end at step {curriculum.steps}; make "
+                        "the run longer or give another --out_dir")
+    for key in [*[f.name for f in fields(MotifConfig)], "optimizer"]:
+        ours = getattr(c, key)
+        theirs = state["config"].get(key)
+        if ours != theirs:
+            raise UserError(f"checkpoint {folder} has {key}={theirs}, not {ours}; give --{key}="
+                            f"{theirs}, or another --out_dir for a new run")
+
+
+# ---- validation
+#
+# The loss, in nats per token, depends on the tokenizer: long tokens are harder to predict, and a
+# text has fewer of them. Bits per byte do not: nats / ln 2 / bytes of text. The losses by quarter
+# of the context tell whether a model uses what it has read: they should fall from first to last.
+
+@torch.no_grad()
+def evaluate(model: Motif, held_out: dict[str, tuple], micro_batch_tokens: int,
+             token_bytes: Tensor) -> dict:
+    """Validation loss and bits per byte, overall and by domain; and the loss by quarter of the
+    context, unless several documents are packed into a row.
+
+    held_out: domain -> (ids, targets[, doc_ids]), each (R, T), on the device; the ranks share the
+    rows. token_bytes (V,): how many bytes of text each token stands for."""
+    nats = torch.zeros(len(held_out), 4, dtype=torch.float64, device=token_bytes.device)
+    for d, batch in enumerate(held_out.values()):
+        rows, T = batch[0].shape
+        first, own, padded = split_rows(rows)
+        batch = pad_rows([t[first::WORLD] for t in batch], own, padded)
+        for micro_batch in split_micro_batches(batch, max(1, micro_batch_tokens // T)):
+            nats[d] += sum_quarters(model.token_losses(*micro_batch).double())
+    nats = all_reduce_sum(nats).cpu()                                       # (domains, 4)
+
+    packed = False
+    tokens = []
+    text_bytes = []
+    quarter_tokens = torch.zeros(4)
+    for ids, targets, *doc_ids in held_out.values():
+        counted = targets >= 0
+        tokens.append(counted.sum().item())
+        text_bytes.append(token_bytes[targets[counted]].sum().item())
+        quarter_tokens += sum_quarters(counted).cpu()
+        packed = packed or bool(doc_ids)
+
+    domain_nats = nats.sum(1).tolist()
+    result = {"val_loss": sum(domain_nats) / sum(tokens),
+              "val_bpb": sum(domain_nats) / math.log(2) / sum(text_bytes)}
+    if not packed:
+        result["val_loss_by_quarter"] = (nats.sum(0) / quarter_tokens).tolist()
+    by_domain = list(zip(held_out, domain_nats, tokens, text_bytes))
+    result["val_loss_by_domain"] = {name: x / n for name, x, n, _ in by_domain}
+    result["val_bpb_by_domain"] = {name: x / math.log(2) / n for name, x, _, n in by_domain}
+    return result
+
+
+def sum_quarters(t: Tensor) -> Tensor:
+    """(R, T) -> (4,), the sum of each quarter of the columns."""
+    return torch.stack([quarter.sum() for quarter in t.tensor_split(4, dim=1)])
+
+
+@torch.no_grad()
+def layer_stats(model: Motif, optimizer) -> list[dict]:
+    """What Motif's own ideas do, per layer: lambda, PolyNorm's weights and bias, the norms of query
+    and key heads (QK-clip), the RMS of each matrix's last update over lr (Muon: about 0.2)."""
+    layers = []
+    for block in model.model.layers:
+        attention = block.self_attn
+        polynorm = block.mlp.act_fn
+        stats = {}
+        if attention.noise_heads:
+            stats["lambda"] = attention.lambda_().item()
+        if polynorm is not None:
+            stats["polynorm"] = polynorm.weight.tolist() + polynorm.bias.tolist()
+        stats["q_norm"] = head_norms(attention.q_proj.weight, attention.head_dim)
+        stats["k_norm"] = head_norms(attention.k_proj.weight, attention.head_dim)
+        rms = optimizer.update_rms
+        stats["update_rms"] = [rms[p].item() for p in block.parameters() if p in rms]
+        layers.append({key: np.round(value, 4).tolist() for key, value in stats.items()})
+    return layers
+
+
+def head_norms(weight: Tensor, head_dim: int) -> list[float]:
+    """The Frobenius norm of each head's rows of a projection (heads D, hidden)."""
+    if hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor()
+    heads = weight.unflatten(0, (-1, head_dim))
+    return torch.linalg.matrix_norm(heads).tolist()
+
+
+def encode_text_prompt(tokenizer: data.Tokenizer, prompt: str) -> list[int]:
+    """How pre-training reads a prompt: as a document that has not ended."""
     return data.encode_document(tokenizer, prompt)[:-1]
 
 
-def check_prompts(c: Config, tokenizer, encode=encode_text_prompt) -> None:
-    """ValueError for a prompt that is no text or leaves the model no position to go on at."""
+def sample_prompts(model: Motif, tokenizer: data.Tokenizer, c: Config, encode_prompt) -> str:
+    """Each prompt and how the model continues it, up to an end of text or of a turn."""
+    text = ""
     for prompt in c.prompts:
-        if not isinstance(prompt, str):
-            raise UserError(f"prompts must be a list of texts; {prompt!r} is none")
-        if len(encode(tokenizer, prompt)) >= c.max_position_embeddings:
-            raise UserError(f"prompt {prompt[:20]!r}... is longer than max_position_embeddings="
-                             f"{c.max_position_embeddings}; shorten it")
+        ids = encode_prompt(tokenizer, prompt)
+        new_tokens = min(c.sample_tokens, c.max_position_embeddings - len(ids))
+        row = torch.tensor([ids], device=model.head_weight.device)
+        row = model.generate(row, new_tokens, temperature=0.8, top_k=50, seed=c.seed)
+        continuation = row[0, len(ids):].tolist()
+        for end in (tokenizer.special[data.END], tokenizer.special[data.TURN_END]):
+            if end in continuation:
+                continuation = continuation[:continuation.index(end)]
+        text += f"[{prompt}]{tokenizer.decode(continuation)}\n\n"
+    return text
 
 
-def check_writable(out: Path) -> None:
-    """ValueError if out is not a folder that can be written, without making anything."""
-    exists = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
-    if not exists.is_dir() or not os.access(exists, os.W_OK):
-        raise UserError(f"{out} cannot be written; give another --out_dir")
+class Validation:
+    """What every evaluation reads: held-out rows, which stay on the device, and prompts."""
+
+    def __init__(self, c: Config, held_out: dict, tokenizer: data.Tokenizer, encode_prompt,
+                 device: torch.device):
+        self.c = c
+        self.tokenizer = tokenizer
+        self.encode_prompt = encode_prompt
+        self.token_bytes = torch.from_numpy(data.bytes_per_token(tokenizer)).to(device)
+        self.held_out = {}
+        for name, rows in held_out.items():
+            self.held_out[name] = tuple(t.to(device) for t in to_tensors(rows))
+
+    def evaluate_and_sample(self, model: Motif) -> tuple[dict, str]:
+        """-> (result of evaluate, text of sample_prompts)"""
+        # Eager: one shape more, and torch.compile would make training's graphs dynamic.
+        with torch.compiler.set_stance("force_eager"):
+            result = evaluate(model, self.held_out, self.c.micro_batch_tokens, self.token_bytes)
+            samples = sample_prompts(model, self.tokenizer, self.c, self.encode_prompt)
+        reshard(model)
+        return result, samples
 
 
-def train(c: Config, out: Path, stream, held_out: dict, model: Motif, optimizer, tokenizer,
-          start: tuple | None, encode=encode_text_prompt) -> None:
-    """The loop, from `start` = (checkpoint, its state) or from step 0 to the end of the stream's
-    plan. A stream has plan, batch(step, rank, world), as `tensors` takes it, targets(step), how
-    many count in the global batch, and fingerprint(); held_out: name -> such a batch; encode: how
-    prompts are read."""
-    plan, device = stream.curriculum, model.head_weight.device
-    step = begun = start[1]["step"] if start else 0
-    skips = NonFiniteSteps(start[1]["skipped"] if start else 0)
-    held_out = {name: [t.to(device) for t in to_tensors(rows)] for name, rows in held_out.items()}
-    length = torch.from_numpy(data.bytes_per_token(tokenizer)).to(device)
-    peak, log = peak_flops(device), Log(out, start, c)
-    n = sum(p.numel() for p in model.parameters())
-    where = f"{device} and {WORLD - 1} more" if WORLD > 1 else device
-    log.say(f"{n:,d} parameters on {where} in {compute_precision(c, device)}; {plan.steps:,d} steps, "
-            f"{plan.tokens[-1]:,d} tokens\n{muonclip.describe_routing(model, optimizer)}")
-    if start:
-        log.say(f"resumed from {start[0]} at step {step}")
-        old = {**start[1]["config"], "data": start[1]["data"]}
-        new = json.loads(json.dumps({**asdict(c), "data": stream.fingerprint()}))
-        for key in new:
-            if key not in ("resume", "out_dir") and old.get(key) != new[key]:
-                log.say(f"changed since then: {key} was {old.get(key)}, is {new[key]}")
-    events = [torch.cuda.Event(enable_timing=True) for _ in "ab"] if device.type == "cuda" else []
-    if events:                                      # around the last optimizer step
-        optimizer.register_step_pre_hook(lambda *_: events[0].record())
-        optimizer.register_step_post_hook(lambda *_: events[1].record())
+# ---- the training loop
+
+def train(c: Config, out: Path, dataset: Dataset, held_out: dict, model: Motif, optimizer,
+          tokenizer: data.Tokenizer, start: tuple | None, encode_prompt=encode_text_prompt) -> None:
+    """Train from `start`, a checkpoint's folder and state, or from step 0 (None), to the end of the
+    dataset's curriculum. held_out: domain -> rows to evaluate on, as a Dataset's batch has them.
+    encode_prompt: how prompts are read."""
+    curriculum = dataset.curriculum
+    device = model.head_weight.device
+    start_step = start[1]["step"] if start else 0
+    nonfinite = NonFiniteSteps(start[1]["skipped"] if start else 0)
+    log = Log(out, start_step if start else -1, c)
+    log_start(log, c, dataset, model, optimizer, start)
+    validation = Validation(c, held_out, tokenizer, encode_prompt, device)
+    timer = StepTimer(start_step, optimizer, device)
     signals = []
-    timer, timed = time.perf_counter(), step        # when and where the last line was logged
+
+    step = start_step
     while True:
-        done = step == plan.steps
-        model.config.rope_theta = theta_at(c, plan.tokens[step])
-        stop = any_rank(done or bool(signals))
-        evaluating = log.evaluated < step and is_due(step, c.eval_every, done)
-        saving = step > begun and is_due(step, c.save_every, stop)
-        if evaluating or saving or stop:
-            skips.read(step, c, log)                 # waits for the device: its time is the step's
-        aside = time.perf_counter()
-        if evaluating:
-            with torch.compiler.set_stance("force_eager"):  # one shape more, and training's graphs
-                result = evaluate(model, held_out, c.micro_batch_tokens, length)      # become dynamic
-                text = sample_prompts(model, tokenizer, c, encode)
-            reshard(model)
-            log.sample(f"=== step {step}, validation loss {result['val_loss']:.4f}\n{text}")
-            log.metric(step=step, tokens=plan.tokens[step], **result,
-                       layers=layer_stats(model, optimizer))
-            log.say(validation_line(step, plan.steps, result))
-        if saving:
-            try:
-                state = {"skipped": skips.in_a_row, "data": stream.fingerprint()}
-                save_checkpoint(out, step, model, optimizer, state, c)
-            except OSError as e:
-                raise UserError(f"{e}; {last_good(out)}") from None
-        if (saving or stop) and RANK == 0:
+        finished = step == curriculum.steps
+        stop = any_rank(finished or bool(signals))
+        evaluate_now = step > log.last_evaluation and is_due(step, c.eval_every, finished)
+        save_now = step > start_step and is_due(step, c.save_every, stop)
+        model.config.rope_theta = theta_at(c, curriculum.tokens[step])
+
+        # What is not training: evaluate and save, where that is due; stop.
+        if evaluate_now or save_now or stop:
+            nonfinite.read(step, c, log)
+        timer.pause()
+        if evaluate_now:
+            losses, samples = validation.evaluate_and_sample(model)
+            log_evaluation(log, curriculum, step, losses, layer_stats(model, optimizer), samples)
+        if save_now:
+            state = {"skipped": nonfinite.in_a_row, "data": dataset.fingerprint()}
+            save_checkpoint(out, step, model, optimizer, state, c)
+        if (save_now or stop) and RANK == 0:
             from tools.plots import plot_training
             plot_training(out)
         if stop:
             break
-        timer += time.perf_counter() - aside
+        timer.resume()
 
-        T, lr = plan.seq_len[step], lr_at(c, plan, step)
-        first, own, n = split_rows(plan.rows[step])
-        try:
-            batch = to_tensors(stream.batch(step, first, WORLD))
-        except ValueError as e:                      # a damaged shard
-            raise UserError(str(e)) from None
-        loss, norm, largest, skip = train_step(
-            model, optimizer, pad_rows(batch, own, n), max(1, c.micro_batch_tokens // T),
-            stream.num_targets(step), lr, c)
-        skips.unread.append(skip)
-        if step == begun:              # before, there was nothing to save, and a signal to the
-            signals = install_signal_handlers()   # compilers among our processes would leave us waiting
+        # Training: one step.
+        batch = read_batch(dataset, step)
+        lr = lr_at(c, curriculum, step)
+        micro_batch_rows = max(1, c.micro_batch_tokens // curriculum.seq_len[step])
+        result = train_step(model, optimizer, batch, micro_batch_rows, dataset.num_targets(step),
+                            lr, c)
+        nonfinite.unread.append(result.skipped)
+        if step == start_step:
+            # From here on only. Before the first step there is nothing to save; and if we survived
+            # a SIGTERM that ended the worker processes of torch.compile, we would wait for them.
+            signals = install_signal_handlers()
         step += 1
 
-        if is_due(step, c.log_every, step in (1, plan.steps)):
-            skips.read(step, c, log)
-            if WORLD > 1:
-                dist.all_reduce(largest, dist.ReduceOp.MAX)
-            now, figures = time.perf_counter(), dict(
-                step=step, tokens=plan.tokens[step], loss=loss.item(), lr=lr, grad_norm=norm.item(),
-                max_logit=largest.max().item(), heads_clipped=int(optimizer.heads_clipped or 0),
-                mixture=dict(zip(plan.names, np.round(plan.shares[step - 1], 4).tolist())))
-            speed = (plan.tokens[step] - plan.tokens[timed]) / (now - timer)
-            flops = sum(flops_per_token(model.config, plan.context[step - 1])) * speed
-            figures.update(ms=1000 * (now - timer) / (step - timed), tok_per_s=speed,
-                           optimizer_ms=events[0].elapsed_time(events[1]) if events else None,
-                           mfu=flops / peak / WORLD if peak else None,
-                           gib=torch.cuda.max_memory_allocated() / 2**30 if events else None)
-            log.metric(**figures)
-            log.say(training_line(plan, **figures))
-            timer, timed = now, step
-    kept = f"model in {out}/step_{step}" if step in checkpoint_steps(out) else "nothing new to save"
-    samples = f", samples in {out}/samples.txt" if c.eval_every else ""
-    log.say(f"{'finished' if done else 'stopped'} at step {step}; {kept}, curve in {out}/loss.png"
-            f"{samples}")
+        if is_due(step, c.log_every, step in (1, curriculum.steps)):
+            nonfinite.read(step, c, log)
+            log_step(log, timer, model, optimizer, curriculum, step, lr, result)
+
+    log_end(log, c, step, finished)
 
 
-def setup(c: Config, out: Path):
-    """What train takes, checked and built; ValueError for what cannot be, on all ranks alike."""
-    plan = make_curriculum(c)
+def is_due(step: int, every: int | None, anyway: bool) -> bool:
+    """At multiples of `every`, and anyway where that is true; never if `every` is None."""
+    return every is not None and (step % every == 0 or anyway)
+
+
+class StepTimer:
+    """The time of a step, averaged from one logged line to the next, less evaluating and saving.
+
+    t_log, step_log    when the last line was logged, and after which step
+    t_pause            when training was interrupted, to evaluate or to save
+    """
+
+    def __init__(self, step: int, optimizer, device: torch.device):
+        self.t_log = time.perf_counter()
+        self.step_log = step
+        self.on_gpu = device.type == "cuda"
+        if self.on_gpu:
+            # The GPU itself records events, when it gets there.
+            self.begin = torch.cuda.Event(enable_timing=True)
+            self.end = torch.cuda.Event(enable_timing=True)
+            optimizer.register_step_pre_hook(lambda *_: self.begin.record())
+            optimizer.register_step_post_hook(lambda *_: self.end.record())
+
+    def pause(self) -> None:
+        self.t_pause = time.perf_counter()
+
+    def resume(self) -> None:
+        self.t_log += time.perf_counter() - self.t_pause
+
+    def read(self, model: Motif, curriculum: data.Curriculum, step: int) -> dict:
+        """Speed and memory since the last call. The device must be done with the step."""
+        now = time.perf_counter()
+        seconds = now - self.t_log
+        steps = step - self.step_log
+        speed = (curriculum.tokens[step] - curriculum.tokens[self.step_log]) / seconds
+        self.t_log = now
+        self.step_log = step
+
+        flops = sum(flops_per_token(model.config, curriculum.context[step - 1])) * speed
+        peak = peak_flops(model.head_weight.device)
+        return {"ms": 1000 * seconds / steps,
+                "tok_per_s": speed,
+                "optimizer_ms": self.begin.elapsed_time(self.end) if self.on_gpu else None,
+                "mfu": flops / peak / WORLD if peak else None,
+                "gib": torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else None}
+
+
+# FLOP/s in bf16, dense, of which MFU (model FLOPs utilization) is a fraction.
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12,
+              "A800": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """None for a device that is not in the table."""
+    if device.type == "cuda":
+        for name, flops in PEAK_FLOPS.items():
+            if name in torch.cuda.get_device_name(device):
+                return flops
+    return None
+
+
+# ---- the log
+
+class Log:
+    """Console, log.txt, metrics.jsonl and samples.txt, on rank 0. A run that resumes continues the
+    files where its checkpoint left them: what later steps wrote is removed, and so is a last line
+    that was cut. step: the checkpoint's, or -1."""
+
+    def __init__(self, out: Path, step: int, c: Config):
+        self.out = out
+        self.wandb = None
+        self.last_evaluation = rank0_only(self._open, step, c)
+
+    def _open(self, step: int, c: Config) -> int:
+        """-> the step of the last evaluation that is kept, or -1."""
+        kept = [m for m in read_metrics(self.out) if m["step"] <= step]
+        replace_text(self.out / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
+        samples = self.out / "samples.txt"
+        if samples.exists():
+            replace_text(samples, samples_until(step, samples.read_text(encoding="utf-8")))
+
+        if c.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("--wandb needs: pip install wandb") from None
+            self.wandb = wandb.init(project=c.wandb, name=str(self.out), config=asdict(c),
+                                    dir=self.out)
+        return max([m["step"] for m in kept if "val_loss" in m], default=-1)
+
+    def print(self, text: str) -> None:
+        if RANK == 0:
+            print(text, flush=True)
+        self._append("log.txt", text + "\n")
+
+    def samples(self, text: str) -> None:
+        self._append("samples.txt", text)
+
+    def metrics(self, values: dict) -> None:
+        """One line of JSON. JSON has neither NaN nor infinity: null stands for them."""
+        finite = {}
+        for key, value in values.items():
+            is_finite = not isinstance(value, float) or math.isfinite(value)
+            finite[key] = value if is_finite else None
+        self._append("metrics.jsonl", json.dumps(finite) + "\n")
+        if self.wandb:
+            self.wandb.log(finite, step=values["step"])
+
+    def _append(self, name: str, text: str) -> None:
+        if RANK == 0:
+            with open(self.out / name, "a", encoding="utf-8") as f:
+                f.write(text)
+
+
+def read_metrics(out: Path) -> list[dict]:
+    """The lines of metrics.jsonl, up to one that was cut."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    metrics = []
+    for line in lines:
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return metrics
+
+
+def samples_until(step: int, text: str) -> str:
+    """The samples of steps up to this one.
+
+    >>> samples_until(4, "=== step 0, ...\\nAh\\n=== step 6, ...\\nOh\\n")
+    '=== step 0, ...\\nAh\\n'
+    """
+    for header in re.finditer(r"^=== step (\d+)", text, re.MULTILINE):
+        if int(header[1]) > step:
+            return text[:header.start()]
+    return text
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that holds the old text or the new, whatever happens on the way."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def log_start(log: Log, c: Config, dataset: Dataset, model: Motif, optimizer,
+              start: tuple | None) -> None:
+    """What is trained; and on resuming, what has changed since the checkpoint."""
+    curriculum = dataset.curriculum
+    device = model.head_weight.device
+    where = f"{device} and {WORLD - 1} more" if WORLD > 1 else device
+    parameters = sum(p.numel() for p in model.parameters())
+    log.print(f"{parameters:,d} parameters on {where} in {compute_precision(c, device)}; "
+              f"{curriculum.steps:,d} steps, {curriculum.tokens[-1]:,d} tokens")
+    log.print(muonclip.describe_routing(model, optimizer))
+    if start is None:
+        return
+
+    folder, state = start
+    log.print(f"resumed from {folder} at step {state['step']}")
+    old = {**state["config"], "data": state["data"]}
+    new = json.loads(json.dumps({**asdict(c), "data": dataset.fingerprint()}))
+    for key in new:
+        if key not in ("resume", "out_dir") and old.get(key) != new[key]:
+            log.print(f"changed since then: {key} was {old.get(key)}, is {new[key]}")
+
+
+def log_evaluation(log: Log, curriculum: data.Curriculum, step: int, result: dict, layers: list,
+                   samples: str) -> None:
+    tokens = curriculum.tokens[step]
+    log.samples(f"=== step {step}, validation loss {result['val_loss']:.4f}\n{samples}")
+    log.metrics({"step": step, "tokens": tokens, **result, "layers": layers})
+
+    by_domain = "  ".join(f"{name} {x:.4f}" for name, x in result["val_loss_by_domain"].items())
+    line = (f"step {step}/{curriculum.steps}  validation loss {result['val_loss']:.4f}  "
+            f"bits per byte {result['val_bpb']:.4f}  ({by_domain})")
+    if "val_loss_by_quarter" in result:
+        quarters = " ".join(f"{x:.3f}" for x in result["val_loss_by_quarter"])
+        line += f"  by quarter of the context {quarters}"
+    log.print(line)
+
+
+def log_step(log: Log, timer: StepTimer, model: Motif, optimizer, curriculum: data.Curriculum,
+             step: int, lr: float, result: StepResult) -> None:
+    """Log the last step. The device must be done with it."""
+    if WORLD > 1:
+        dist.all_reduce(result.max_logits, dist.ReduceOp.MAX)
+    speed = timer.read(model, curriculum, step)
+    shares = np.round(curriculum.shares[step - 1], 4).tolist()
+    metrics = {
+        "step": step,
+        "tokens": curriculum.tokens[step],
+        "loss": result.loss.item(),
+        "lr": lr,
+        "grad_norm": result.grad_norm.item(),
+        "max_logit": result.max_logits.max().item(),
+        "heads_clipped": int(optimizer.heads_clipped or 0),
+        "mixture": dict(zip(curriculum.names, shares)),
+        **speed}
+    log.metrics(metrics)
+    log.print(training_line(curriculum, metrics))
+
+
+def training_line(curriculum: data.Curriculum, m: dict) -> str:
+    """The metrics of a step, without those that only a GPU has where there is none."""
+    left = int((curriculum.tokens[-1] - m["tokens"]) / m["tok_per_s"])
+    parts = [f"step {m['step']}/{curriculum.steps}", f"loss {m['loss']:.4f}",
+             f"norm {m['grad_norm']:.2f}", f"lr {m['lr']:.2e}", f"{m['ms']:.0f} ms"]
+    if m["optimizer_ms"] is not None:
+        parts[-1] += f" (optimizer {m['optimizer_ms']:.0f})"
+    parts.append(f"{m['tok_per_s']:,.0f} tok/s")
+    parts.append("mfu n/a" if m["mfu"] is None else f"mfu {m['mfu']:.1%}")
+    if m["gib"] is not None:
+        parts.append(f"{m['gib']:.1f} GiB")
+    parts += [f"eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}",
+              f"logit {m['max_logit']:.1f}", f"clipped {m['heads_clipped']}",
+              " ".join(f"{name} {share:.0%}" for name, share in m["mixture"].items())]
+    return "  ".join(parts)
+
+
+def log_end(log: Log, c: Config, step: int, finished: bool) -> None:
+    out = log.out
+    has_checkpoint = step in checkpoint_steps(out)
+    log.print(f"{'finished' if finished else 'stopped'} at step {step}; "
+              f"{f'model in {out}/step_{step}' if has_checkpoint else 'nothing new to save'}, "
+              f"curve in {out}/loss.png"
+              + (f", samples in {out}/samples.txt" if c.eval_every else ""))
+
+
+# ---- setting up a run
+
+def setup(c: Config, out: Path) -> tuple:
+    """Check the config and build what train takes. What needs neither data nor other ranks is
+    checked first, so that it fails at once."""
+    curriculum = make_curriculum(c)
     model_config(c).check()
+    theta_at(c, 0)
     if RANK == 0:
         check_writable(out)
     device = pick_device(c)
-    check_fp8(c, plan, device)
+    check_fp8(c, curriculum, device)
     tokenizer = data.load_tokenizer(c.tokenizer)
     if tokenizer.n_vocab > c.vocab_size:
         raise UserError(f"tokenizer {c.tokenizer} has {tokenizer.n_vocab} tokens, more than "
-                         f"vocab_size={c.vocab_size}; raise that")
+                        f"vocab_size={c.vocab_size}; raise that")
     check_prompts(c, tokenizer)
-    theta_at(c, 0)
+
     init_distributed(c, device)
-    start = all_gather_object(sync_errors(find_checkpoint if RANK == 0 else lambda *_: None, c, out))[0]
+    start = rank0_only(find_checkpoint, c, out)
     if start:
-        check_compatible(*start, c, plan)
-    stores = rank0_first(lambda: data.prepare(c.domains, c.tokenizer, c.data_dir, plan.need(),
-                                          workers=c.workers))
-    corpus = data.TokenDataset(plan, stores, c.seed)
-    if len({*all_gather_object(corpus.fingerprint())}) > 1:
-        raise UserError(f"the machines hold different data in {c.data_dir}; copy one's to all")
-    held_out = {n: corpus.validation(n, c.eval_tokens, max(plan.seq_len))
-                for n in plan.names if c.eval_every}
-    first = None
+        check_compatible(*start, c, curriculum)
+    dataset, held_out = load_data(c, curriculum)
+
+    init_from = None
     if c.init:
-        from tools.grow import first_weights as first
-    model, optimizer = build_model_and_optimizer(c, device, start, first, out)
-    return corpus, held_out, model, optimizer, tokenizer, start
+        from tools.grow import init_from
+    model, optimizer = build_model_and_optimizer(c, device, start, init_from, out)
+    return dataset, held_out, model, optimizer, tokenizer, start
 
 
-def rank0_first(prepare):
-    """What prepare() gives each rank. The first makes the data; then, where it does not see them,
-    each machine; then all see them."""
-    for turn in RANK == 0, LOCAL_RANK == 0, True:
-        made = sync_errors(lambda: prepare() if turn else None)
-    return made
+def load_data(c: Config, curriculum: data.Curriculum) -> tuple[data.TokenDataset, dict]:
+    """Prepare what is missing, and open it -> (training data, {domain: held-out rows})."""
+    def prepare():
+        return data.prepare(c.domains, c.tokenizer, c.data_dir, curriculum.need(),
+                            workers=c.workers)
+
+    stores = rank0_first(prepare)
+    dataset = data.TokenDataset(curriculum, stores, c.seed)
+    if len(set(all_gather_object(dataset.fingerprint()))) > 1:
+        raise UserError(f"the machines hold different data in {c.data_dir}; copy one's to all")
+
+    held_out = {}
+    if c.eval_every:
+        for name in curriculum.names:
+            held_out[name] = dataset.validation(name, c.eval_tokens, max(curriculum.seq_len))
+    return dataset, held_out
 
 
-def build_model_and_optimizer(c: Config, device: torch.device, start: tuple | None, first, out: Path):
-    """Model and optimizer as the checkpoint at `start` has them, else with the weights in the
-    folder that first(c, out) makes on one rank, else at random."""
+def build_model_and_optimizer(c: Config, device: torch.device, start: tuple | None, init_from,
+                              out: Path) -> tuple[Motif, muonclip.MuonClip]:
+    """Model and optimizer as the checkpoint `start` has them; else with the weights in the folder
+    that init_from(c, out) makes, called on rank 0; else with random weights."""
     model = build(c, device)
     optimizer = muonclip.configure_optimizer(
         model, lr=c.lr, optimizer=c.optimizer, momentum=c.momentum, weight_decay=c.weight_decay,
-        coefficients=c.ns_coefficients, tau=c.qk_clip_threshold, dtype=COMPUTE_DTYPE[compute_precision(c, device)])
+        coefficients=c.ns_coefficients, tau=c.qk_clip_threshold,
+        dtype=COMPUTE_DTYPE[compute_precision(c, device)])
     if start:
         sync_errors(load_checkpoint, start[0], model, optimizer)
-    elif first:
-        made = all_gather_object(sync_errors(first, c, out) if RANK == 0 else sync_errors(int))[0]
-        sync_errors(load_into, model.state_dict(), made, "model")
+    elif init_from:
+        folder = rank0_only(init_from, c, out)
+        sync_errors(load_into, model.state_dict(), folder, "model")
     return model, optimizer
 
 
+def pick_device(c: TrainConfig) -> torch.device:
+    """The device that the config names. "cuda" is another GPU for each rank of a machine."""
+    name = c.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{LOCAL_RANK}"
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as e:  # there is no such device
+        raise UserError(f"device={c.device}: {str(e).splitlines()[0]}") from None
+
+
+def check_fp8(c: Config, curriculum: data.Curriculum, device: torch.device) -> None:
+    """UserError if precision=fp8 is asked for, and the GPU or a matrix is not made for it."""
+    if compute_precision(c, device) != "fp8":
+        return
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError("precision=fp8 needs a GPU of compute capability 8.9 or more; give "
+                        "--precision=bf16")
+    with torch.device("meta"):
+        matrices = Motif(model_config(c)).matrices()
+    sizes = set(curriculum.seq_len)
+    for p in matrices.values():
+        sizes.update(p.shape)
+    for size in sorted(sizes):
+        if size % 16:
+            raise UserError("precision=fp8 needs widths and seq_len in multiples of 16, and one is "
+                            f"{size}; change it, or give --precision=bf16")
+
+
+def check_prompts(c: Config, tokenizer: data.Tokenizer, encode_prompt=encode_text_prompt) -> None:
+    """UserError for a prompt that is not a text, or leaves no room to continue it."""
+    for prompt in c.prompts:
+        if not isinstance(prompt, str):
+            raise UserError(f"prompts must be a list of texts, and {prompt!r} is not a text")
+        if len(encode_prompt(tokenizer, prompt)) >= c.max_position_embeddings:
+            raise UserError(f"prompt {prompt[:20]!r}... is longer than max_position_embeddings="
+                            f"{c.max_position_embeddings}; shorten it")
+
+
+def check_writable(out: Path) -> None:
+    """UserError unless out is a folder that can be written, or made. Makes nothing."""
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{out} cannot be written; give another --out_dir")
+
+
+# ---- how a run ends
+
+def install_signal_handlers() -> list[float]:
+    """Handle SIGTERM and Ctrl-C -> a list that fills when one arrives. A second one, more than a
+    second later, ends the process at once."""
+    times = []
+
+    def handler(number, frame):
+        # `timeout` sends one signal to us and one to our process group.
+        if times and time.monotonic() - times[0] < 1:
+            return
+        if times:
+            os._exit(128 + number)
+        times.append(time.monotonic())
+        if RANK == 0:
+            # Not print(), in the midst of which the signal may have come.
+            os.write(1, b"stopping after this step; once more to stop at once\n")
+
+    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGINT, handler)
+    return times
+
+
 @contextmanager
-def friendly_errors(c: Config, out: Path):
-    """What may end a run, in one line."""
+def friendly_errors(c: TrainConfig, out: Path):
+    """Make a UserError of what the environment does to a run: too little memory, a full disk, a
+    lost rank. Errors of our code keep their traceback."""
     try:
         yield
     except torch.OutOfMemoryError:
-        raise UserError(f"out of memory; halve --micro_batch_tokens={c.micro_batch_tokens}") from None
+        raise UserError(f"out of memory; halve --micro_batch_tokens={c.micro_batch_tokens}, or "
+                        "raise --activation_checkpoint_layers") from None
     except OSError as e:
         raise UserError(f"{e.filename or out}: {one_line(e)}") from None
     except RuntimeError as e:
         if WORLD == 1 or not re.search("gloo|NCCL|Connection|[Tt]imed out", str(e)):
             raise
-        raise UserError(f"lost touch with another rank ({one_line(e)}); "
-                         f"{last_good(out)}") from None
+        raise UserError(f"lost touch with another rank ({one_line(e)}); {last_good(out)}") from None
+
+
+def run_main(main) -> None:
+    """Run a script's main(), on one rank or on one of many. A UserError is printed as one line,
+    with exit status 1; any other exception keeps its traceback."""
+    message = None
+    try:
+        main()
+        if WORLD > 1 and dist.is_initialized():
+            barrier()
+    except KeyboardInterrupt:
+        message = "interrupted; run the same command to go on"
+    except UserError as e:
+        message = str(e)
+    if WORLD > 1:
+        exit_rank(message)
+    if message:
+        raise SystemExit(message)
+
+
+def exit_rank(message: str | None) -> None:
+    """End one of several ranks. Rank 0 prints at once, and torchrun then ends the others. A rank
+    that is still alive after 3 s has failed alone, and prints too. The process group is not
+    destroyed, as that would wait for ranks that are gone."""
+    if message:
+        if RANK != 0:
+            time.sleep(3)
+            message = f"rank {RANK}: {message}"
+        print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if message else 0)
 
 
 def main() -> None:
     c = configurator.load(Config, sys.argv[1:], default_file=QUICKSTART)
-    file, _ = configurator.split_argv(sys.argv[1:], QUICKSTART)
-    c.out_dir = c.out_dir or f"out/{Path(file).stem}"
+    if not c.out_dir:
+        file, _ = configurator.split_argv(sys.argv[1:], QUICKSTART)
+        c.out_dir = f"out/{Path(file).stem}"
     out = Path(c.out_dir)
+
     with friendly_errors(c, out):
-        if RANK and (c.dry_run or c.export):         # one process does these
+        if c.dry_run or c.export:
+            if RANK == 0:
+                plan_or_export(c, out)
             return
-        if c.dry_run:
-            from tools.plan import dry_run_report
-            return print(dry_run_report(c, make_curriculum(c)))
-        if c.export:
-            from tools.export import export
-            found = latest_checkpoint(out) if c.resume == "auto" else (
-                Path(c.resume), read_state(Path(c.resume)))
-            if not found:
-                raise UserError(f"{out} holds no checkpoint to export; give --resume=PATH")
-            return safetensors_errors(export, *found, Path(c.export))
         parts = setup(c, out)
         if RANK == 0:
             out.mkdir(parents=True, exist_ok=True)
@@ -972,31 +1500,22 @@ def main() -> None:
         train(c, out, *parts)
 
 
-def exit_rank(said: UserError | None) -> None:
-    """Of one of many ranks: rank 0 speaks for all, and torchrun then ends the others. One that is
-    still there had trouble of its own. No clean-up, which would wait for ranks that are gone."""
-    if said is not None:
-        if RANK:
-            time.sleep(3)
-        print(f"rank {RANK}: {said}" if RANK else said, file=sys.stderr)
-    sys.stdout.flush()
-    os._exit(1 if said else 0)
+def plan_or_export(c: Config, out: Path) -> None:
+    """What needs neither data nor other ranks."""
+    if c.dry_run:
+        from tools.plan import dry_run_report
+        print(dry_run_report(c, make_curriculum(c)))
+        return
 
-
-def run_main(main) -> None:
-    """main(), by one of many ranks or alone."""
-    try:
-        main()
-        if WORLD > 1:
-            if dist.is_initialized():
-                barrier()                        # all are through
-            exit_rank(None)                          # gloo may fail as it is torn down
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; run the same command to go on") from None
-    except UserError as e:
-        if WORLD == 1:
-            raise SystemExit(str(e)) from None
-        exit_rank(e)
+    from tools.export import export
+    if c.resume == "auto":
+        found = latest_checkpoint(out)
+    else:
+        found = (Path(c.resume), read_state(Path(c.resume)))
+    if not found:
+        raise UserError(f"{out} holds no checkpoint to export; give --resume=PATH")
+    with safetensors_errors():
+        export(*found, Path(c.export))
 
 
 if __name__ == "__main__":

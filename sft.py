@@ -1,11 +1,11 @@
-"""Supervised stages: `python sft.py --stage=1`, then 2, then 3, teaches a pre-trained Motif to
-answer (arXiv 2511.07464). It is pretrain.py's loop over another stream: conversations, packed, of
-which the assistant's tokens count. The stages are first, the set-up is last.
+"""Supervised fine-tuning: `python sft.py --stage=1`, then 2, then 3, teaches a pre-trained Motif to
+answer. A stage is pretrain.py's loop over another dataset: conversations.
 
-    out/sftN/data.txt   what a stage reads and what it dropped, and why; else as pretrain.py writes
+    out/sftN/data.txt    what stage N reads, what it dropped and why; the rest is as in pretrain.py
 
-A stage starts from the newest checkpoint of the stage before it, the first from the quick start's;
-with --model=..., from that. Shape and tokenizer are the checkpoint's.
+Read it from the ideas to the machinery: the three stages, the chat format, packing, epochs and
+batches, which conversations are worth reading, which are held out; then where conversations come
+from, how they are prepared, and the run. --model=PATH starts from a model of your own.
 """
 import glob
 import hashlib
@@ -16,10 +16,9 @@ import re
 import shutil
 import sys
 from bisect import bisect_left, insort
-from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 from urllib.parse import parse_qsl
 
@@ -28,152 +27,225 @@ import numpy as np
 import configurator
 import data
 import pretrain
+import synthetic.conversations
+import synthetic.texts
 from configurator import Count, NonNegative, UserError, one_line
-from data import (BEGIN, END, READABLE, ROLES, TURN, TURN_END, check_options, hash_key, lines_of,
-                  local_files, open_hub, parquet_rows, feistel_permutation, read_each)
+from data import (BEGIN, END, READABLE, ROLES, TURN, TURN_END, VAL_EVERY, Tokenizer, check_options,
+                  feistel_permutation, hash_key, lines_of, local_files, open_hub, parquet_rows,
+                  read_each)
 from model import MotifConfig, model_folder, read_json, tensor_files
-from pretrain import RANK, TrainConfig, all_gather_object, sync_errors
-from synthetic.conversations import CHATS
+from pretrain import RANK, TrainConfig, all_gather_object
+
+# ---- the three stages
+
+# A pre-trained model continues text. Asked "What is 3 + 4?" it may go on with "What is 5 + 6?", as
+# lists of questions are text, too. Supervised fine-tuning (SFT) trains it on conversations, and
+# only on what the assistant says in them: the rest is context, which it need not learn to write.
+#
+#     L = -1/|A|  sum over t in A of  log p(x_t | x_1 ... x_t-1)     A: the assistant's tokens
+#
+# Model, optimizer, loop and checkpoints are those of pre-training. New are the format of a
+# conversation, the packing of many short ones into long rows, and the choice of what to read.
+#
+# Motif-2-12.7B has three stages and no preference optimisation (arXiv 2511.07464, post-training):
+#
+#     stage                   data                                                peak lr
+#     1 general instruction   about 28M conversations, balanced over domains      2e-5
+#       following
+#     2 compositional         conversations, STEM, mathematics and code, chosen   lower
+#       understanding         for reasoning density, completeness and structure;
+#                             generated tasks that compose skills
+#     3 linguistic            stage 2 without what is redundant or of little      a light
+#       precision             value, by diversity and coherence                   continuation
+#
+# The report gives stage 1 rows of 16,384 tokens, 32M tokens per step (1,953 rows), MuonClip with
+# weight decay 0.1, and a cosine to about 0 after 5% warm-up; the other stages have the same here.
+# Its data are not public. synthetic/conversations.py generates stand-ins, and --data gives others:
+#
+#     help      what a module or function of Python's library does, by its docstring
+#     skills    one or two small tasks: "Add 5", "Sort its letters", "Give its day of the week"
+#     chains    tasks that compose several skills, answered step by step
+#
+# [ours] marks what the report does not state.
 
 
-# What the report states of the three stages, and where it states nothing [ours]. The data are not
-# public: these are made without network, --data gives others. name: [source, weight], weights being
-# shares of the tokens; of weight 0 all is held out. See data.chats for sources.
-HELD_OUT = {"held_chains": ["builtin:chains?n=100&steps=2-4&seed=2", 0.0],
-            "longer_chains": ["builtin:chains?n=100&steps=5-6", 0.0]}    # never trained on
+@dataclass
+class Stage:
+    """What a stage reads, and how fast it learns."""
+    data: dict          # name -> [source, weight]: share of the tokens; weight 0: evaluation only
+    lr: float           # at its peak
+    best_share: float | None = None       # how much of a domain filter_by_quality keeps; None: all
+    duplicate_share: float | None = None  # dedup_and_filter's limit; None: it drops nothing
+    epochs: int = 1
+    batch_tokens: int = 32_000_000
+    seq_len: int = 16_384
+
+
+# The chains that eval.py asks for. No stage trains on their questions, whatever its data.
+HELD_OUT = {
+    "held_chains": ["builtin:chains?n=100&steps=2-4&seed=2", 0.0],
+    "longer_chains": ["builtin:chains?n=100&steps=5-6", 0.0],  # training has 2 to 4 steps
+}
 STAGES = {
-    1: dict(                                  # general instruction following
-        data={"help": ["builtin:help?n=1500", 1.0],        # balanced over domains
+    1: Stage(
+        data={"help": ["builtin:help?n=1500", 1.0],
               "skills": ["builtin:skills?n=1000", 1.0],
               **HELD_OUT},
-        curate=None, prune=None,              # as it is
-        lr=2e-5, epochs=1, batch_tokens=32_000_000, seq_len=16_384),
-    2: dict(                                  # compositional understanding
-        data={"chains": ["builtin:chains?n=1500&steps=2-4", 0.7],   # synthetic reasoning
+        lr=2e-5),
+    2: Stage(
+        data={"chains": ["builtin:chains?n=1500&steps=2-4", 0.7],
               "skills": ["builtin:skills?n=500", 0.2],
               "help": ["builtin:help?n=500", 0.1],
               **HELD_OUT},
-        curate=0.8, prune=None,               # share of a domain kept, by `quality` [ours]
-        lr=1e-5, epochs=1, batch_tokens=32_000_000, seq_len=16_384),     # lr [ours]
-    3: dict(                                  # linguistic precision: the second, pruned
+        lr=1e-5,             # [ours]
+        best_share=0.8),     # [ours]
+    3: Stage(
         data={"chains": ["builtin:chains?n=1500&steps=2-4", 0.5],
               "skills": ["builtin:skills?n=500", 0.25],
               "help": ["builtin:help?n=500", 0.25],
               **HELD_OUT},
-        curate=0.8, prune=0.7,                # share of its five-grams that makes a duplicate
-        lr=5e-6, epochs=1, batch_tokens=32_000_000, seq_len=16_384),     # lr [ours]
+        lr=5e-6,             # [ours]
+        best_share=0.8,      # [ours]
+        duplicate_share=0.7),  # [ours]
 }
-WARMUP = 0.05                                 # of the steps, linear; then a cosine to 0
-DIVERSE, COHERENT = 0.5, 0.3                  # less than this is pruned [ours]
+WARMUP = 0.05  # of the steps: the learning rate rises linearly, then falls on a cosine to 0
 QUICKSTART = str(Path(__file__).parent / "config" / "sft_quickstart.py")
 
 
 @dataclass
 class Config(TrainConfig):
-    """A stage. None: as STAGES has it."""
+    """A stage of fine-tuning. What is None here is as STAGES has it."""
     stage: Literal[1, 2, 3] = 1
-    model: str | None = None        # first weights: the folder of a run, a checkpoint, a model, or
-                                    # owner/name of the Hub; None: the stage before
+    model: str | None = None        # initial weights: the folder of a run, a checkpoint or a model,
+                                    # or owner/name of the Hub; None: the stage before this one
     tokenizer: str | None = None    # None: the model's own
-    data: dict | None = None        # name -> [source, weight]; see data.chats
-    decontaminate_against: list = field(default_factory=list)  # .jsonl, also globs: what shares 13 words in a
-                                    # row with one of their texts is dropped
-    lr_scale: NonNegative = 1.0     # times the stage's learning rate
-    epochs: Count | None = None     # of as many tokens as the data has
-    batch_tokens: Count | None = None  # per step over all ranks
+    data: dict | None = None        # name -> [source, weight], the weight a share of the tokens, or
+                                    # 0: evaluation only. A source is "talks/*.jsonl", "owner/name"
+                                    # of the Hub, "builtin:help"; see load_conversations
+    decontaminate_against: list = field(default_factory=list)  # .jsonl files of benchmarks, globs:
+                                    # drop what shares 13 words in a row with one of their texts
+    lr_scale: NonNegative = 1.0     # factor on the stage's learning rate
+    epochs: Count | None = None     # an epoch has as many tokens as the data
+    batch_tokens: Count | None = None  # tokens per step over all ranks
     seq_len: Count | None = None    # tokens of a row, into which conversations are packed
     prompts: list = field(default_factory=lambda: [
         "What does the module json do?", "Start with the number 12.\n1. Add 5\n2. Multiply by 3",
         "Start with the word lantern.\n1. Reverse it\n2. Count its letters"])
 
 
-def stage_of(c: Config) -> dict:
-    """The stage's table with what the config overrides. ValueError for data that are none."""
-    table = dict(STAGES[c.stage])
-    table["lr"] *= c.lr_scale
+def configured_stage(c: Config) -> Stage:
+    """The stage of STAGES with what the config overrides."""
+    stage = replace(STAGES[c.stage])  # a copy
+    stage.lr *= c.lr_scale
     for key in ("data", "epochs", "batch_tokens", "seq_len"):
-        table[key] = table[key] if getattr(c, key) is None else getattr(c, key)
-    for name, d in table["data"].items():
-        if not (isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)
-                and isinstance(d, (list, tuple)) and len(d) == 2 and isinstance(d[0], str)
-                and data.is_share(d[1])):
-            raise UserError(f"data: {name!r}: {d} must be a name of letters, digits, '_', '-' and "
-                             "'.' and [source, weight], none negative")
-    if not any(weight for _, weight in table["data"].values()):
-        raise UserError("data: no domain has a weight above 0; nothing would be learnt")
-    return table
+        if getattr(c, key) is not None:
+            setattr(stage, key, getattr(c, key))
+
+    for name, domain in stage.data.items():
+        # The name becomes that of a folder.
+        is_name = isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)
+        is_pair = isinstance(domain, (list, tuple)) and len(domain) == 2
+        if not (is_name and is_pair and isinstance(domain[0], str) and data.is_share(domain[1])):
+            raise UserError(f"data: {name!r}: {domain} must be a name of letters, digits, '_', '-' "
+                            "and '.', and [source, weight] with a weight of at least 0")
+    if not any(weight > 0 for _, weight in stage.data.values()):
+        raise UserError("data: no domain has a weight above 0, so there is nothing to train on")
+    return stage
 
 
-# ---- conversations
+# ---- the chat format
 
-def encode_chat(tokenizer: data.Tokenizer, messages: list[dict]) -> tuple[list, list]:
-    """Messages [{"role": ..., "content": ...}, ...] -> ids and targets, equally many: targets[i] is
-    the token after ids[i] where that is an assistant's or its end of turn, else -1. The family's
-    turn format,
-
-        <|beginoftext|> <|startofturn|><|{role}|>\n\n{content}<|endofturn|> ... <|endoftext|>
-
-    whose last token follows the last id. "\\n\\n" and content are encoded apart, as a reply comes
-    after a prompt that ends there. A special token's spelling is plain text. ValueError, one line,
-    for no conversation or a tokenizer without the format's tokens."""
-    check_chat(messages)
-    ids, learnt = render_conversation(tokenizer, messages)
-    after = [*ids[1:], special(tokenizer, END)]
-    return ids, [i if said else -1 for i, said in zip(after, [*learnt[1:], False])]
+# A conversation is a list of messages, {"role": "system" | "user" | "assistant", "content": text}.
+# The model sees it as one sequence, in the turn format of the Motif family:
+#
+#     <|beginoftext|> <|startofturn|><|user|>\n\n{content}<|endofturn|>
+#                     <|startofturn|><|assistant|>\n\n{content}<|endofturn|> ... <|endoftext|>
+#
+# Each <|...|> is a single token, which encode() never gives for a user's text, so that nobody can
+# forge the end of a turn. What the assistant says carries loss, and so does its <|endofturn|>: a
+# model that did not learn it would never stop. At generation the prompt ends where encode_prompt()
+# ends, with "\n\n". Therefore "\n\n" and content are encoded apart: a tokenizer that merged "\n\n"
+# with the reply's first word would train on ids that no prompt ends in.
 
 
-def encode_prompt(tokenizer: data.Tokenizer, messages: list[dict]) -> list[int]:
-    """Ids up to where the assistant's reply to these messages begins."""
-    return render_conversation(tokenizer, messages)[0] + begin_turn(tokenizer, "assistant")
+def encode_chat(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
+    """A conversation -> ids and targets, equally many. targets[i] is the token that follows ids[i]
+    if the assistant says that token, else -1, which the loss leaves out.
+
+    >>> byte = data.load_tokenizer("byte")
+    >>> ids, targets = encode_chat(byte, [{"role": "user", "content": "2+2?"},
+    ...                                   {"role": "assistant", "content": "4."}])
+    >>> byte.decode(ids[:10])
+    '<|beginoftext|><|startofturn|><|user|>\\n\\n2+2?<|endofturn|>'
+    >>> byte.decode(ids[10:])
+    '<|startofturn|><|assistant|>\\n\\n4.<|endofturn|>'
+    >>> for id_, target in zip(ids, targets):
+    ...     if target >= 0:
+    ...         print(repr(byte.decode([id_])), "->", byte.decode([target]))
+    '\\n' -> 4
+    '4' -> .
+    '.' -> <|endofturn|>
+    """
+    check_conversation(messages)
+    ids, loss_mask = render_conversation(tokenizer, messages)
+    ids.append(tokenizer.special[END])
+    loss_mask.append(False)
+
+    targets = []
+    for next_id, has_loss in zip(ids[1:], loss_mask[1:]):
+        targets.append(next_id if has_loss else -1)
+    return ids[:-1], targets
 
 
-def render_conversation(tokenizer: data.Tokenizer, messages: list[dict]) -> tuple[list, list]:
-    """Begin of text and turns -> ids, and of each whether an assistant says it."""
-    ids, learnt = [special(tokenizer, BEGIN)], [False]
-    for m in messages:
-        head = begin_turn(tokenizer, m["role"])
-        body = [*tokenizer.encode(m["content"]), special(tokenizer, TURN_END)]
+def encode_prompt(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
+    """The ids after which the assistant's reply to these messages begins."""
+    ids, _ = render_conversation(tokenizer, messages)
+    return ids + begin_turn(tokenizer, "assistant")
+
+
+def render_conversation(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list, list]:
+    """The turns -> ids and loss mask, which says of each id whether the assistant says it."""
+    ids = [tokenizer.special[BEGIN]]
+    loss_mask = [False]
+    for message in messages:
+        head = begin_turn(tokenizer, message["role"])
+        body = tokenizer.encode(message["content"]) + [tokenizer.special[TURN_END]]
         ids += head + body
-        learnt += [False] * len(head) + [m["role"] == "assistant"] * len(body)
-    return ids, learnt
+        loss_mask += [False] * len(head) + [message["role"] == "assistant"] * len(body)
+    return ids, loss_mask
 
 
-def begin_turn(tokenizer: data.Tokenizer, role: str) -> list[int]:
-    return [special(tokenizer, TURN), special(tokenizer, ROLES[role]),
-            *tokenizer.encode("\n\n")]
+def begin_turn(tokenizer: Tokenizer, role: str) -> list[int]:
+    special = tokenizer.special
+    return [special[TURN], special[ROLES[role]]] + tokenizer.encode("\n\n")
 
 
-def special(tokenizer: data.Tokenizer, token: str) -> int:
-    if token not in tokenizer.special:
-        raise UserError(f"tokenizer {tokenizer.name} lacks the turn format's {token}; load it by "
-                         "load_tokenizer, which adds it")
-    return tokenizer.special[token]
-
-
-def check_chat(messages) -> None:
-    """ValueError if this is no conversation from which there is something to learn."""
-    before = None
-    for i, m in enumerate(messages, 1):
-        role, content = (m.get(key) if isinstance(m, dict) else None for key in ("role", "content"))
-        if role not in ROLES:
-            raise UserError(f"message {i} has the unknown role {role!r}; it must be one of "
-                             f"{', '.join(ROLES)}")
+def check_conversation(messages: list[dict]) -> None:
+    """UserError unless each message has a known role and text, and one is the assistant's."""
+    roles = []
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise UserError(f"message {number} needs a role, one of {', '.join(ROLES)}")
+        content = message.get("content")
         if not isinstance(content, str) or not content.strip():
-            raise UserError(f"message {i}, the {role}'s, has no content; drop this conversation")
-        if any("\ud800" <= letter <= "\udfff" for letter in content):
-            raise UserError(f"message {i}, the {role}'s, has half of a surrogate pair, which is "
-                             "no letter; mend or drop it")
-        if role == before == "assistant":
-            raise UserError(f"messages {i - 1} and {i} are both the assistant's; join them")
-        before = role
-    if not any(m["role"] == "assistant" for m in messages):
-        raise UserError("no turn is the assistant's; drop this conversation")
+            raise UserError(f"message {number} has no content; drop this conversation")
+        # JSON can hold half of a surrogate pair, but no tokenizer can encode it.
+        if re.search("[\ud800-\udfff]", content):
+            raise UserError(f"message {number} has half of a surrogate pair; mend or drop it")
+        if roles and roles[-1] == message["role"] == "assistant":
+            raise UserError(f"messages {number - 1} and {number} are the assistant's; join them")
+        roles.append(message["role"])
+    if "assistant" not in roles:
+        raise UserError("no message is the assistant's; drop this conversation")
 
 
-def truncate_to_turn(tokenizer: data.Tokenizer, messages: list[dict], T: int):
-    """encode_chat of all turns up to an assistant's last one or, where they are more than T tokens,
-    up to an earlier one -> ids, targets, whether it was cut; None if not even the first fits."""
-    ends = [i for i, m in enumerate(messages, 1) if m["role"] == "assistant"]
+def truncate_to_turn(tokenizer: Tokenizer, messages: list[dict],
+                     T: int) -> tuple[list, list, bool] | None:
+    """The longest beginning of a conversation that ends with a reply and has at most T tokens ->
+    ids, targets, whether a reply was cut off; None if not even the first reply fits.
+
+    Half a reply would teach the model to stop in mid-sentence."""
+    ends = [i for i, message in enumerate(messages, 1) if message["role"] == "assistant"]
     for end in reversed(ends):
         ids, targets = encode_chat(tokenizer, messages[:end])
         if len(ids) <= T:
@@ -181,244 +253,345 @@ def truncate_to_turn(tokenizer: data.Tokenizer, messages: list[dict], T: int):
     return None
 
 
-def load_conversations(source: str):
-    """The conversations of a source, lists of messages. ValueError, naming the place, for one that
-    is none, and for a source that cannot be: it is
-        builtin:help  builtin:skills?n=1000  builtin:chains?n=1000&steps=2-4&seed=1     see below
-        talks/*.jsonl?messages=turns        local files, or Hub datasets, as for documents, but
-        owner/name?name=CONFIG&split=train  with a column of messages"""
-    place, _, query = source.partition("?")
-    options, local = dict(parse_qsl(query, keep_blank_values=True)), place.endswith(READABLE)
-    kind, column = place.removeprefix("builtin:"), options.get("messages", "messages")
-    if place.startswith("builtin:"):
-        if kind not in CHATS:
-            raise UserError(f"source {source!r}: builtin conversations are {', '.join(CHATS)}")
-        make, known = CHATS[kind]
-        check_options(source, options, known)
-        yield from make(**{key: parse_range(source, key, value) for key, value in options.items()})
-    elif local:
-        check_options(source, options, ["messages"])
-        for path in local_files(place):
-            if path.suffix == ".parquet":
-                yield from read_each(path, parquet_rows(path), partial(get_messages, column))
-            else:
-                yield from read_each(path, nonblank_lines(path),
-                                     lambda line: get_messages(column, json.loads(line)))
-    elif place.count("/") == 1 and not os.path.exists(place):
-        check_options(source, options, ["messages", "name", "split"])
-        yield from read_each(place, hub_rows(place, options), partial(get_messages, column))
-    else:
-        raise UserError(f"source {source!r} is neither builtin:..., files ending in "
-                         f"{', '.join(READABLE[:3])}, nor a dataset owner/name of the Hub")
-
-
-def nonblank_lines(path: Path):
-    """(place, line) of the lines of a file that are not blank."""
-    return (x for x in lines_of(path, 0, path.stat().st_size) if x[1].strip())
-
-
-def hub_rows(name: str, options: dict):
-    for i, row in enumerate(open_hub(name, options)):
-        yield f"row {i}", row
-
-
-def parse_range(source: str, key: str, value: str) -> tuple[int, int]:
-    """"3" -> (3, 3); "2-4" -> (2, 4)"""
-    numbers = re.fullmatch(r"([1-9]\d{0,8})(?:-([1-9]\d{0,8}))?", value)
-    if (not numbers or int(numbers[1]) > int(numbers[2] or numbers[1])
-            or key != "steps" and numbers[2]):
-        raise UserError(f"source {source!r}: {key}={value} must be a number"
-                         + (" or two, as in 2-4" if key == "steps" else ""))
-    return int(numbers[1]), int(numbers[2] or numbers[1])
-
-
-def get_messages(column: str, row) -> list[dict]:
-    """The conversation in a row."""
-    messages = row.get(column) if isinstance(row, dict) else None
-    if not isinstance(messages, list):
-        has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"no list of messages in {column!r}; it has {has}, and needs {column!r}: "
-                         "[{'role': 'user', 'content': '...'}, ...], or ?messages=COLUMN")
-    check_chat(messages)
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
-
-
 # ---- packing
 
-class TokenizedChats:
-    """Encoded conversations, end to end, in two files of a folder, of which one is mapped.
-    ValueError if they are damaged."""
-
-    def __init__(self, path: Path):
-        try:
-            self.tokens = np.load(path / "tokens.npy", "r")         # (2, N): ids, targets
-            self.ends, self.learnt = np.load(path / "ends.npy")     # (n,): ends, targets of each
-        except (OSError, ValueError, EOFError) as e:
-            raise UserError(f"{path} is damaged ({one_line(e)}); delete {path.parent} and run "
-                             "again") from None
-        self.lengths = np.diff(self.ends, prepend=0)
-
-    @staticmethod
-    def save(path: Path, encoded: list[tuple[list, list]]) -> None:
-        path.mkdir()
-        ends = np.cumsum([len(ids) for ids, _ in encoded])
-        learnt = [sum(t >= 0 for t in targets) for _, targets in encoded]
-        for name, array in ("tokens", np.stack([np.concatenate(
-                [np.array(e[k], "<i4") for e in encoded]) for k in (0, 1)])), (
-                "ends", np.array([ends, learnt], "<i8")):
-            with open(path / f"{name}.npy", "wb") as f:
-                np.save(f, array)
-                f.flush()
-                os.fsync(f.fileno())
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self.tokens[:, self.ends[i] - self.lengths[i]:self.ends[i]]
+# Conversations are short and rows are long: in stage 1 a built-in conversation has 150 tokens on
+# average, and a row 16,384. One conversation to a row would be 99% padding. So we *pack*: fill each
+# row with whole conversations. That is bin packing, which is NP-hard. The rule "longest first, each
+# where it leaves least room" needs at most about 11/9 of the fewest possible rows (Johnson et al.,
+# 1974), and in practice short conversations fill the gaps: stage 1 in rows of 512 has 3% padding.
+#
+# Four conversations a, b, c, d of 4, 3, 6 and 5 tokens, in rows of T = 10 (pack() below):
+#
+#     row 0      c  c  c  c  c  c  a  a  a  a        row 1      d  d  d  d  d  b  b  b  .  .
+#     doc_ids    0  0  0  0  0  0  1  1  1  1        doc_ids    0  0  0  0  0  1  1  1 -1 -1
+#     positions  0  1  2  3  4  5  0  1  2  3        positions  0  1  2  3  4  0  1  2  0  1
+#
+# Each conversation must be read as if it were alone. doc_ids tell the model where one ends: its
+# attention masks the others out, and its rotary positions restart. Row 1's mask (x: is seen):
+#
+#     key         d  d  d  d  d  b  b  b  .  .
+#     query  d    x
+#            d    x  x
+#            d    x  x  x
+#            d    x  x  x  x
+#            d    x  x  x  x  x
+#            b                   x
+#            b                   x  x
+#            b                   x  x  x
+#            .                            x
+#            .                            x  x
+#
+# Padding is a document of its own, whose targets are all -1. So loss and gradients are those of the
+# conversations one by one (a test compares them), and the work of attention is the sum of their
+# squared lengths: the fused kernel skips the empty blocks of the mask.
 
 
 def pack(lengths: np.ndarray, T: int) -> list[list[int]]:
-    """Best fit, longest first: every item goes where it leaves least room, in a row of at most T ->
-    the items of each row. At most about 11/9 of the fewest rows there can be (Johnson et al. 1974),
-    and hardly more than those where many items are short."""
-    rows, rooms, open_rows = [], [], {}            # rooms: sorted keys of open_rows, room -> rows
+    """lengths (n,), each at most T -> rows, lists of indices whose lengths sum to at most T. Best
+    fit, longest first.
+
+    >>> pack(np.array([4, 3, 6, 5]), T=10)
+    [[2, 0], [3, 1]]
+
+    6 opens row 0 and leaves 4; 5 does not fit and opens row 1; 4 fits both, and leaves least in row
+    0; 3 goes to row 1. In the order given, the four would need three rows: 4 3 | 6 | 5.
+    """
+    rows = []
+    open_rows = {}  # room left -> the rows that have just that
+    rooms = []      # its keys, sorted: at most T, however many rows there are
     for i in np.argsort(-lengths, kind="stable").tolist():
         n = int(lengths[i])
-        at = bisect_left(rooms, n)
-        if at == len(rooms):
-            rows.append(row := [])
-            left = T - n
+
+        smallest_fit = bisect_left(rooms, n)
+        if smallest_fit < len(rooms):
+            room = rooms[smallest_fit]
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                del open_rows[room]
+                rooms.pop(smallest_fit)
         else:
-            left, row = rooms[at] - n, open_rows[rooms[at]].pop()
-            if not open_rows[rooms[at]]:
-                del open_rows[rooms.pop(at)]
+            room = T
+            row = []
+            rows.append(row)
+
         row.append(i)
-        if left and left not in open_rows:
-            insort(rooms, left)
-        if left:
-            open_rows.setdefault(left, []).append(row)
+        room -= n
+        if room > 0:
+            if room not in open_rows:
+                open_rows[room] = []
+                insort(rooms, room)
+            open_rows[room].append(row)
     return rows
 
 
 def collate(rows: list[list[np.ndarray]], T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of conversations -> ids, targets and documents, each (rows, T) int64. What is left of a
-    row is a document of its own, without targets."""
-    ids, targets, documents = np.full((3, len(rows), T), [[[0]], [[-1]], [[-1]]])
+    """Rows of conversations, each (2, n): ids and targets -> ids, targets and doc_ids, each
+    (rows, T) int64.
+
+    >>> a = np.array([[7, 8, 9], [-1, 9, 3]])
+    >>> b = np.array([[5, 6], [-1, 4]])
+    >>> for array in collate([[a, b]], T=6):
+    ...     print(array[0])
+    [7 8 9 5 6 0]
+    [-1  9  3 -1  4 -1]
+    [ 0  0  0  1  1 -1]
+    """
+    ids = np.full((len(rows), T), 0, np.int64)
+    targets = np.full((len(rows), T), -1, np.int64)
+    doc_ids = np.full((len(rows), T), -1, np.int64)
     for r, row in enumerate(rows):
-        at = 0
-        for k, talk in enumerate(row):
-            part = slice(at, at := at + talk.shape[1])
-            ids[r, part], targets[r, part] = talk
-            documents[r, part] = k
-    return ids, targets, documents
+        start = 0
+        for k, conversation in enumerate(row):
+            end = start + conversation.shape[1]
+            ids[r, start:end] = conversation[0]
+            targets[r, start:end] = conversation[1]
+            doc_ids[r, start:end] = k
+            start = end
+    return ids, targets, doc_ids
 
 
-REPEATS = 4                             # how often an epoch may read a conversation [ours]
+# ---- epochs and batches
+
+# An epoch reads as many tokens as all domains have together, split by weight. A domain with more
+# than its share is read in part, and the next epoch goes on from there; one with less is repeated,
+# at most REPEATS times per epoch, since a model learns by heart what it reads too often.
+#
+# Think of a domain as a tape: all its conversations in a random order, then all in another order,
+# and so on. With a quota of q tokens per epoch, epoch e takes the tape from token e q to (e + 1) q,
+# and a conversation that lies on the border belongs to the epoch in which its middle falls.
+#
+# An epoch's conversations, of all domains, are packed together. Best fit begins with the longest,
+# so the first rows hold a few long conversations, perhaps all of one domain, and the last rows many
+# short ones. Batches must not follow that order. So rows are dealt to n batches like cards: each
+# batch gets one of the first n rows, one of the next n, and so on; a keyed permutation says which.
+# Eight rows, of which a batch takes at most three, make n = 3 batches:
+#
+#     rows, long to short    0  1  2 | 3  4  5 | 6  7
+#     dealt to batch         2  0  1 | 0  1  2 | 1  0          batch 0: rows 1, 3, 7
+#
+# All of it follows from the arguments. So the whole state of the data in a checkpoint is one
+# integer, the step, and any number of ranks reads the same batches.
+
+REPEATS = 4  # readings of a conversation per epoch, at most [ours]
+
+
+class TokenizedChats:
+    """Encoded conversations in a folder, end to end. Indexing gives (2, n): ids and targets.
+
+        tokens.npy  (2, N) int32   ids, targets; memory-mapped
+        spans.npy   (2, n) int64   where each conversation ends, how many of its targets count
+    """
+
+    def __init__(self, folder: Path):
+        try:
+            self.tokens = np.load(folder / "tokens.npy", "r")
+            self.ends, self.num_targets = np.load(folder / "spans.npy")
+        except (OSError, ValueError, EOFError) as e:
+            raise UserError(f"{folder} is damaged ({one_line(e)}); delete {folder.parent} and run "
+                            "again") from None
+        self.lengths = np.diff(self.ends, prepend=0)
+
+    @staticmethod
+    def save(folder: Path, encoded: list[tuple[list, list]]) -> None:
+        """encoded: (ids, targets) of each conversation."""
+        ids = np.concatenate([np.array(ids, "<i4") for ids, _ in encoded])
+        targets = np.concatenate([np.array(targets, "<i4") for _, targets in encoded])
+        lengths = [len(ids) for ids, _ in encoded]
+        num_targets = [sum(target >= 0 for target in targets) for _, targets in encoded]
+        folder.mkdir()
+        save_array(folder / "tokens.npy", np.stack([ids, targets]))
+        save_array(folder / "spans.npy", np.array([np.cumsum(lengths), num_targets], "<i8"))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        end = self.ends[i]
+        return self.tokens[:, end - self.lengths[i]:end]
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def epoch_quotas(sizes: dict[str, int], weights: dict[str, float]) -> dict[str, float]:
+    """Tokens of each domain -> tokens that an epoch reads of it.
+
+    >>> epoch_quotas({"help": 600, "skills": 200}, {"help": 0.5, "skills": 0.5})
+    {'help': 400.0, 'skills': 400.0}
+
+    Two thirds of help are read, and skills twice. Of a tiny domain not more than REPEATS times:
+
+    >>> epoch_quotas({"help": 790, "skills": 10}, {"help": 0.5, "skills": 0.5})
+    {'help': 400.0, 'skills': 40}
+    """
+    total = sum(sizes.values())
+    total_weight = sum(weights.values())
+    quotas = {}
+    for name, size in sizes.items():
+        quotas[name] = min(weights[name] / total_weight * total, REPEATS * size)
+    return quotas
+
+
+@dataclass
+class ChatCurriculum:
+    """What pretrain.train() reads of a dataset's curriculum, as in data.Curriculum. Padding is not
+    counted as tokens."""
+    names: list[str]      # domains
+    steps: int
+    seq_len: list[int]    # [t]: tokens of a row, T
+    rows: list[int]       # [t]: rows of the step's global batch
+    tokens: list[int]     # [t]: tokens before step t; [steps]: of the whole run
+    context: list[int]    # [t]: sum(len^2) / sum(len), the sequence length with the same attention
+                          # cost, by which FLOPs are counted
+    shares: np.ndarray    # [t, d]: the domain's share of the step's tokens
 
 
 class PackedChatDataset:
-    """Conversations as a stream for pretrain.train: an epoch takes as many tokens as there are,
-    of each domain its share (weights, in proportion), but none more than REPEATS times. Within a
-    reading of a domain each conversation comes once. Everything follows from the arguments, so that
-    the state is one integer, the step. ValueError for no conversation."""
+    """The batches of a stage, for pretrain.train()."""
 
     def __init__(self, train: dict[str, TokenizedChats], weights: dict[str, float], *, T: int,
                  batch_tokens: int, epochs: int, seed: int):
-        self.train, self.T, self.seed = train, T, seed
-        names, there = list(train), [int(t.ends[-1]) for t in train.values()]
-        self.batches, whole = [], sum(weights.values())    # [[row, ...], ...]
-        quota = [min(weights[n] / whole * sum(there), REPEATS * t) for n, t in zip(names, there)]
-        orders = [self._order(n, epochs * q) for n, q in zip(names, quota)]
-        for e in range(epochs):
-            talks = []                             # (domain, conversation)
-            for d, (order, middles) in enumerate(orders):
-                a, b = middles.searchsorted([e * quota[d], (e + 1) * quota[d]])
-                talks += [(d, i) for i in order[a:b].tolist()]
-            lengths = np.array([train[names[d]].lengths[i] for d, i in talks], dtype=np.int64)
-            rows = [[talks[k] for k in row] for row in pack(lengths, T)]
-            self.batches += self._deal(rows, max(1, batch_tokens // T), e) if rows else []
+        self.train = train
+        self.T = T
+        self.seed = seed
+        sizes = {name: int(chats.ends[-1]) for name, chats in train.items()}
+        quotas = epoch_quotas(sizes, weights)
+        tapes = {name: self._tape(name, epochs * quotas[name]) for name in train}
+
+        self.batches = []  # [step][row] -> list of (domain, conversation)
+        for epoch in range(epochs):
+            chosen = []
+            for name, (order, middles) in tapes.items():
+                borders = [epoch * quotas[name], (epoch + 1) * quotas[name]]
+                first, last = middles.searchsorted(borders)
+                for i in order[first:last].tolist():
+                    chosen.append((name, i))
+
+            lengths = np.array([train[name].lengths[i] for name, i in chosen], dtype=np.int64)
+            rows = []
+            for packed in pack(lengths, T):
+                rows.append([chosen[k] for k in packed])
+            if rows:
+                self.batches += self._shuffle_into_batches(rows, max(1, batch_tokens // T), epoch)
         if not self.batches:
             raise UserError("there is no conversation to train on; give more data")
-        self._plan(names)
+        self.curriculum = self._make_curriculum()
 
-    def _order(self, name: str, tokens: float) -> tuple[np.ndarray, np.ndarray]:
-        """Conversations, one reading after the other, and where the middle of each is, in
-        tokens."""
-        n, lengths = len(self.train[name].lengths), self.train[name].lengths
+    def _tape(self, name: str, tokens: float) -> tuple[np.ndarray, np.ndarray]:
+        """At least `tokens` tokens of a domain -> its conversations in the order of reading, and
+        where the middle of each is on the tape, in tokens."""
+        lengths = self.train[name].lengths
+        n = len(lengths)
         readings = math.ceil(tokens / lengths.sum() + 1e-9)
-        order = np.concatenate([feistel_permutation(np.arange(n), n, hash_key(self.seed, name, k))
-                                for k in range(readings)])
-        return order, lengths[order].cumsum() - lengths[order] / 2
+        orders = []
+        for reading in range(readings):
+            key = hash_key(self.seed, name, reading)
+            orders.append(feistel_permutation(np.arange(n), n, key))
+        order = np.concatenate(orders)
+        middles = lengths[order].cumsum() - lengths[order] / 2
+        return order, middles
 
-    def _deal(self, rows: list, most: int, epoch: int) -> list[list]:
-        """Rows -> batches of at most so many, nearly equal. Packing puts rows of long conversations
-        first, and with them whole domains; so of n neighbours each of the n batches gets one."""
-        n = -(-len(rows) // most)
+    def _shuffle_into_batches(self, rows: list, max_rows: int, epoch: int) -> list[list]:
+        """Rows, long conversations first -> the fewest batches of at most max_rows rows, which
+        differ by at most one row."""
+        n = math.ceil(len(rows) / max_rows)
         batches = [[] for _ in range(n)]
-        for i in range(0, len(rows), n):
-            group = rows[i:i + n]
-            hand = feistel_permutation(np.arange(len(group)), n, hash_key(self.seed, "rows", epoch, i))
-            for b, row in zip(hand, group):
-                batches[b].append(row)
+        for start in range(0, len(rows), n):
+            neighbours = rows[start:start + n]
+            key = hash_key(self.seed, "rows", epoch, start)
+            places = feistel_permutation(np.arange(len(neighbours)), n, key)
+            for batch, row in zip(places, neighbours):
+                batches[batch].append(row)
         return batches
 
-    def _plan(self, names: list[str]) -> None:
-        """What Plan has. Tokens are those of conversations, and the context is the one that costs
-        as many FLOPs as they do."""
-        spent = np.zeros((2, len(self.batches), len(names)), dtype=np.int64)
-        for t in range(len(self.batches)):
-            for d, i in self.talks(t):
-                spent[:, t, d] += self.train[names[d]].lengths[i] ** np.array([1, 2])
-        tokens = spent[0].sum(1)
-        self.curriculum = SimpleNamespace(
-            names=names, steps=len(tokens), seq_len=[self.T] * len(tokens),
-            rows=[*map(len, self.batches)], tokens=[0, *tokens.cumsum().tolist()],
-            context=(spent[1].sum(1) // tokens).tolist(), shares=spent[0] / tokens[:, None])
+    def _make_curriculum(self) -> ChatCurriculum:
+        names = list(self.train)
+        steps = len(self.batches)
+        spent = np.zeros((steps, len(names)), dtype=np.int64)
+        squares = np.zeros(steps, dtype=np.int64)
+        for step in range(steps):
+            for name, i in self.conversations(step):
+                length = self.train[name].lengths[i]
+                spent[step, names.index(name)] += length
+                squares[step] += length**2
+        tokens = spent.sum(1)
+        return ChatCurriculum(
+            names=names, steps=steps, seq_len=[self.T] * steps,
+            rows=[len(batch) for batch in self.batches],
+            tokens=[0, *tokens.cumsum().tolist()],
+            context=(squares // tokens).tolist(),
+            shares=spent / tokens[:, None])
 
-    def talks(self, step: int) -> list[tuple[int, int]]:
-        """(domain, conversation) of all in the step's global batch."""
-        return [talk for row in self.batches[step] for talk in row]
+    def conversations(self, step: int) -> list[tuple[str, int]]:
+        """(domain, index) of each conversation in the step's global batch."""
+        return [conversation for row in self.batches[step] for conversation in row]
 
     def num_targets(self, step: int) -> int:
-        """Tokens of assistants in the step's global batch."""
-        names = self.curriculum.names
-        return sum(int(self.train[names[d]].learnt[i]) for d, i in self.talks(step))
+        """Targets in the step's global batch that count: the assistant's tokens."""
+        return sum(int(self.train[name].num_targets[i]) for name, i in self.conversations(step))
 
     def batch(self, step: int, rank: int = 0, world: int = 1):
-        """Rows rank, rank + world, ... of the step's global batch, as `fill` gives them."""
-        return collate([[self.train[self.curriculum.names[d]][i] for d, i in row]
-                     for row in self.batches[step][rank::world]], self.T)
+        """Rows rank, rank + world, ... of the step's global batch -> ids, targets and doc_ids, each
+        (rows, T) int64."""
+        rows = []
+        for row in self.batches[step][rank::world]:
+            rows.append([self.train[name][i] for name, i in row])
+        return collate(rows, self.T)
 
-    @property
     def padding(self) -> float:
-        """Share of the rows that is none of the conversations."""
+        """The share of all rows that no conversation fills."""
         return 1 - self.curriculum.tokens[-1] / (sum(self.curriculum.rows) * self.T)
 
     def fingerprint(self) -> str:
-        """Of the conversations."""
-        return self._checksum
-
-    @cached_property
-    def _checksum(self) -> str:
-        whole = hashlib.sha256()
-        for talks in self.train.values():
-            whole.update(talks.tokens)
-            whole.update(talks.ends)
-        return whole.hexdigest()[:16]
+        """Of the conversations that the run may read."""
+        checksum = hashlib.sha256()
+        for chats in self.train.values():
+            checksum.update(chats.tokens)
+            checksum.update(chats.ends)
+        return checksum.hexdigest()[:16]
 
 
-def held_out_rows(talks: TokenizedChats, tokens: int, T: int):
-    """Of the held-out conversations some that have so many tokens, or one, from all over them,
-    packed, as `fill` gives them."""
-    n = len(talks.lengths)
+def held_out_rows(chats: TokenizedChats, tokens: int,
+                  T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """About `tokens` tokens of held-out conversations, from all over them and at least one, packed
+    -> ids, targets and doc_ids, each (rows, T) int64."""
+    n = len(chats)
     order = feistel_permutation(np.arange(n), n, hash_key("held out"))
-    order = order[:max(1, int(talks.lengths[order].cumsum().searchsorted(tokens, side="right")))]
-    return collate([[talks[order[k]] for k in row] for row in pack(talks.lengths[order], T)], T)
+    count = int(chats.lengths[order].cumsum().searchsorted(tokens, side="right"))
+    order = order[:max(1, count)]
+    rows = []
+    for packed in pack(chats.lengths[order], T):
+        rows.append([chats[order[k]] for k in packed])
+    return collate(rows, T)
 
 
 # ---- what is worth reading
 
+# A model imitates what it reads, so a few bad conversations cost more than many good ones bring.
+# Stages 2 and 3 choose by cheap signs in the text, since the report names its criteria and not how
+# it measures them; all measures and limits are [ours]. A measure is a share from 0 to 1, and reads
+# whole conversations.
+#
+#     stages 2, 3   filter_by_quality   keeps what reasons, is complete and has structure
+#     stage 3       dedup_and_filter    drops near-duplicates, the repetitive and the incoherent
+#     on request    decontaminate       drops what shares 13 words in a row with a benchmark
+
+MIN_DISTINCT = 0.5   # below it dedup_and_filter calls a conversation repetitive
+MIN_COHERENCE = 0.3  # below it, incoherent
+
+
+def replies(messages: list[dict]) -> list[str]:
+    return [message["content"] for message in messages if message["role"] == "assistant"]
+
+
 def sentences(text: str) -> list[str]:
-    """Sentences, which also end with their line."""
-    return [s for s in re.split(r"(?<=[.!?])\s+|\n+", text) if s.strip()]
+    """A sentence ends with its punctuation or with its line."""
+    return [part for part in re.split(r"(?<=[.!?])\s+|\n+", text) if part.strip()]
 
 
 def words(text: str) -> list[str]:
@@ -426,163 +599,358 @@ def words(text: str) -> list[str]:
 
 
 def ngrams(text: str, n: int) -> list[int]:
-    """A hash of each n words in a row, valid within the process."""
+    """A hash of every n words in a row. Python salts it: it is valid within this process only."""
     found = words(text)
     return [hash(tuple(found[i:i + n])) for i in range(len(found) - n + 1)]
 
 
-def replies(messages: list[dict]) -> list[str]:
-    return [m["content"] for m in messages if m["role"] == "assistant"]
+def conversation_grams(messages: list[dict], n: int) -> set[int]:
+    """All n words in a row within a message, hashed."""
+    grams = set()
+    for message in messages:
+        grams.update(ngrams(message["content"], n))
+    return grams
 
 
-ARGUES = re.compile(r"=|\b(so|because|therefore|thus|hence|since|then|if|implies|means|first|next"
-                    r"|finally|step|let|return)\b", re.I)
+REASONING = re.compile(r"=|\b(so|because|therefore|thus|hence|since|then|if|implies|means|first"
+                       r"|next|finally|step|let|return)\b", re.IGNORECASE)
 
 
 def reasoning_density(messages: list[dict]) -> float:
-    """Share of the assistant's sentences that argue: that have an equation or a word like "so"."""
-    found = [s for reply in replies(messages) for s in sentences(reply)]
-    return sum(bool(ARGUES.search(s)) for s in found) / len(found)
+    """The share of the assistant's sentences with an equation or a word of argument: a reply that
+    shows its way to the result teaches more than the result.
+
+    >>> reasoning_density([{"role": "assistant", "content": "A box has 4 eggs. So 3 * 4 = 12."}])
+    0.5
+    """
+    all_sentences = []
+    for reply in replies(messages):
+        all_sentences += sentences(reply)
+    reasoning = [sentence for sentence in all_sentences if REASONING.search(sentence)]
+    return len(reasoning) / len(all_sentences)
 
 
 def completeness(messages: list[dict]) -> float:
-    """Share of four signs, over the replies, that none was cut: it does not end in a comma or dots,
-    its code fences and its brackets are closed, and it answers the last that was asked."""
+    """The share of signs that nothing was cut off: the last word is the assistant's; and each reply
+    does not end in a comma or dots, closes its code fences, and closes its brackets.
+
+    >>> completeness([{"role": "assistant", "content": "It has three (or four,"}])
+    0.5
+    """
     signs = [messages[-1]["role"] == "assistant"]
     for reply in replies(messages):
-        signs += [not re.search(r"([,;:(\[{-]|\.\.\.|\u2026)\s*$", reply),
-                  reply.count("```") % 2 == 0,
-                  all(reply.count(a) == reply.count(b) for a, b in ("()", "[]", "{}"))]
+        is_cut = re.search(r"([,;:(\[{-]|\.\.\.|\u2026)\s*$", reply) is not None
+        closed = [reply.count(left) == reply.count(right) for left, right in ("()", "[]", "{}")]
+        signs.append(not is_cut)
+        signs.append(reply.count("```") % 2 == 0)
+        signs.append(all(closed))
     return sum(signs) / len(signs)
 
 
 def structure(messages: list[dict]) -> float:
-    """How far replies are laid out: the mean of lines / 3, each at most 1."""
-    lines = [len([line for line in r.splitlines() if line.strip()]) for r in replies(messages)]
-    return sum(min(1, n / 3) for n in lines) / len(lines)
+    """How far replies are laid out in lines, as steps and lists are: lines / 3, at most 1, averaged
+    over the replies.
+
+    >>> structure([{"role": "assistant", "content": "1. 3 * 4 = 12\\nAnswer: 12"}])
+    0.6666666666666666
+    """
+    scores = []
+    for reply in replies(messages):
+        lines = [line for line in reply.splitlines() if line.strip()]
+        scores.append(min(1, len(lines) / 3))
+    return sum(scores) / len(scores)
 
 
 def quality(messages: list[dict]) -> float:
-    """The mean of the three."""
+    """The mean of reasoning_density, completeness and structure."""
     return (reasoning_density(messages) + completeness(messages) + structure(messages)) / 3
 
 
+def filter_by_quality(conversations: list, share: float) -> tuple[list, str]:
+    """Keep a share of the conversations, those of the highest quality, in their old order -> these,
+    and a line for the report."""
+    if not conversations:
+        return conversations, "there is nothing to choose from"
+    scores = [quality(messages) for messages in conversations]
+    best_first = sorted(range(len(scores)), key=lambda i: -scores[i])
+    best = best_first[:max(1, round(share * len(scores)))]
+    kept = [conversations[i] for i in sorted(best)]
+    dropped = len(conversations) - len(kept)
+    return kept, f"{dropped:,d} dropped for a quality of at most {scores[best[-1]]:.3f}"
+
+
 def distinct_3(messages: list[dict]) -> float:
-    """Share of the assistant's three words in a row that are not said before."""
-    found = [g for reply in replies(messages) for g in ngrams(reply, 3)]
-    return len(set(found)) / len(found) if found else 1.0
+    """Distinct-3: different ones among all three words in a row of the replies. A low value is the
+    mark of text that turns in circles, which a model picks up at once.
+
+    >>> distinct_3([{"role": "assistant", "content": "the river the river the river"}])
+    0.5
+    """
+    trigrams = []
+    for reply in replies(messages):
+        trigrams += ngrams(reply, 3)
+    return len(set(trigrams)) / len(trigrams) if trigrams else 1.0
 
 
 def coherence(messages: list[dict]) -> float:
-    """Share of the assistant's sentences of five words or more that take up a number or a word of
-    four letters or more from what was said before. A reply's first may well name nothing of it."""
-    before, linked = set(), []
-    for m in messages:
-        for i, s in enumerate(sentences(m["content"])):
-            found = {w for w in words(s) if len(w) > 3 or w.isdigit()}
-            if i and m["role"] == "assistant" and len(words(s)) >= 5:
-                linked.append(bool(found & before))
-            before |= found
+    """The share of the assistant's sentences that take up a number, or a word of four letters or
+    more, from anything said before: the sentences of a good reply are about the same things. The
+    first sentence of a message, and those of less than five words, are not counted.
+
+    >>> coherence([{"role": "user", "content": "Name a river."},
+    ...            {"role": "assistant", "content": "The Seine. This river flows through Paris. "
+    ...                                             "My aunt went shopping again today."}])
+    0.5
+    """
+    known = set()
+    linked = []
+    for message in messages:
+        for i, sentence in enumerate(sentences(message["content"])):
+            found = words(sentence)
+            content_words = {word for word in found if len(word) > 3 or word.isdigit()}
+            if message["role"] == "assistant" and i > 0 and len(found) >= 5:
+                linked.append(not content_words.isdisjoint(known))
+            known |= content_words
     return sum(linked) / len(linked) if linked else 1.0
 
 
-def filter_by_quality(talks: list, share: float) -> tuple[list, str]:
-    """The share of conversations with the highest quality, in their order, and what was done."""
-    if not talks:
-        return talks, "none to choose from"
-    scores = [quality(t) for t in talks]
-    best = sorted(range(len(talks)), key=lambda i: -scores[i])[:max(1, round(share * len(talks)))]
-    at = scores[best[-1]]
-    return [talks[i] for i in sorted(best)], (
-        f"{len(talks) - len(best)} dropped for a quality below {at:.3f} or no better")
-
-
-def dedup_and_filter(talks: list, near: float) -> tuple[list, str]:
-    """What is left without near-duplicates (conversations of whose five words in a row more than
-    the share `near` are in those kept before), repetitive and incoherent ones, and what was
-    dropped. It remembers every five words: some 60 bytes per word."""
-    kept, seen, dropped = [], set(), {}
-    for t in talks:
-        grams = {g for m in t for g in ngrams(m["content"], 5)}
-        why = ("near-duplicate" if grams and len(grams & seen) > near * len(grams) else
-               "repetitive" if distinct_3(t) < DIVERSE else
-               "incoherent" if coherence(t) < COHERENT else None)
-        if why:
-            dropped.setdefault(why, []).append(t)
+def dedup_and_filter(conversations: list, duplicate_share: float) -> tuple[list, str]:
+    """Drop near-duplicates, repetitive and incoherent conversations -> the others, and a line for
+    the report. A near-duplicate shares more than duplicate_share of its five-grams with those kept
+    before it, as generated tasks do that differ in a number only. All five-grams stay in memory,
+    some 60 bytes per word."""
+    kept = []
+    seen = set()
+    dropped = {}  # reason -> conversations
+    for messages in conversations:
+        grams = conversation_grams(messages, 5)
+        if grams and len(grams & seen) > duplicate_share * len(grams):
+            dropped.setdefault("near-duplicate", []).append(messages)
+        elif distinct_3(messages) < MIN_DISTINCT:
+            dropped.setdefault("repetitive", []).append(messages)
+        elif coherence(messages) < MIN_COHERENCE:
+            dropped.setdefault("incoherent", []).append(messages)
         else:
-            kept.append(t)
+            kept.append(messages)
             seen |= grams
-    return kept, "; ".join(
-        f"{len(found)} dropped as {why}, one of them {found[0][-1]['content'][:60]!r}"
-        for why, found in dropped.items()) or "none dropped by pruning"
+
+    reports = []
+    for reason, found in dropped.items():
+        example = found[0][-1]["content"][:60]
+        reports.append(f"{len(found):,d} dropped as {reason}, for example {example!r}")
+    return kept, "; ".join(reports) or "no near-duplicate, repetitive or incoherent conversation"
 
 
-def benchmark_grams(patterns: list) -> set[int]:
-    """Every 13 words in a row of the texts in the rows of .jsonl files."""
-    def texts(value):
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, (list, dict)):
-            for part in value.values() if isinstance(value, dict) else value:
-                yield from texts(part)
-    files = [path for pattern in patterns for path in data.local_files(pattern)]
-    rows = (row for path in files
-            for row in data.read_each(path, nonblank_lines(path), json.loads))
-    return {g for row in rows for text in texts(row) for g in ngrams(text, 13)}
+def decontaminate(conversations: list, benchmark: set[int]) -> tuple[list, str]:
+    """Drop conversations with a message that shares 13 words in a row with a benchmark, as after
+    reading it the benchmark would measure memory. (13 as in GPT-3's report, arXiv 2005.14165.)"""
+    kept = []
+    for messages in conversations:
+        if benchmark.isdisjoint(conversation_grams(messages, 13)):
+            kept.append(messages)
+    dropped = len(conversations) - len(kept)
+    return kept, f"{dropped:,d} dropped as they share 13 words in a row with a benchmark"
 
 
-def decontaminate(talks: list, known: set[int]) -> tuple[list, str]:
-    """The conversations none of whose messages shares 13 words in a row with a benchmark."""
-    kept = [t for t in talks if not any(g in known for m in t for g in ngrams(m["content"], 13))]
-    return kept, f"{len(talks) - len(kept)} dropped as they share 13 words with a benchmark"
+def benchmark_grams(patterns: list[str]) -> set[int]:
+    """Every 13 words in a row of any text in .jsonl files, given as globs."""
+    grams = set()
+    for pattern in patterns:
+        for path in local_files(pattern):
+            for row in read_each(path, nonblank_lines(path), json.loads):
+                for text in texts_in(row):
+                    grams.update(ngrams(text, 13))
+    return grams
+
+
+def texts_in(value):
+    """The strings anywhere inside a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from texts_in(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from texts_in(part)
+
+
+# ---- holding out
+
+# One question in VAL_EVERY = 50 is held out for validation. Not one conversation in 50: the same
+# question occurs in several conversations, domains and stages, and a model that has read its answer
+# in one of them is not tested by it in another. So the *hash of the question's text* decides, which
+# needs no list and comes out the same everywhere: held out if it is below 2^64 / 50.
+
+
+def question_hashes(messages: list[dict]) -> list[tuple[int, int]]:
+    """(index of the message, 64-bit hash) of each question: the user's messages before the first
+    reply, joined, count as one at index 0; after it each of the user's messages of five words or
+    more. "And then?" is no question to hold out.
+
+    >>> chat = [{"role": "user", "content": "Name a river."},
+    ...         {"role": "assistant", "content": "The Seine."},
+    ...         {"role": "user", "content": "And then?"},
+    ...         {"role": "assistant", "content": "The sea."},
+    ...         {"role": "user", "content": "Through which cities does it flow?"}]
+    >>> [index for index, _ in question_hashes(chat)]
+    [0, 4]
+    """
+    first_reply = [message["role"] for message in messages].index("assistant")
+    opening = []
+    questions = []
+    for i, message in enumerate(messages):
+        if message["role"] != "user":
+            continue
+        if i < first_reply:
+            opening.append(message["content"])
+        elif len(words(message["content"])) >= 5:
+            questions.append((i, hash_text(message["content"])))
+    return [(0, hash_text("\n\n".join(opening)))] + questions
+
+
+def hash_text(text: str) -> int:
+    """The first 64 bits of SHA-256: the same in every process, unlike Python's hash."""
+    return int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8], "big")
+
+
+def train_val_split(conversations: list, held_out: set[int]) -> dict[str, list]:
+    """Split a domain -> {"val": [...], "train": [...]}. A question is held out if its hash is below
+    2^64 / 50, or if it is in `held_out`, the hashes of questions that are for evaluation only.
+
+    val     conversations whose first question is below 2^64 / 50, each cut before the first of the
+            user's later messages that is not such a question
+    train   conversations in which no question is held out
+
+    Conversations of neither kind are dropped: in training they would tell a held-out answer. If a
+    small domain has no first question below 2^64 / 50, the bound is raised to hold out the least.
+    """
+    hashes = [question_hashes(messages) for messages in conversations]
+    bound = 2**64 // VAL_EVERY
+    if hashes:
+        least = min(questions[0][1] for questions in hashes)
+        bound = max(bound, least + 1)
+
+    parts = {"val": [], "train": []}
+    for messages, questions in zip(conversations, hashes):
+        below = [i for i, number in questions if number < bound]
+        if questions[0][1] < bound:
+            parts["val"].append(cut_at_other_question(messages, below))
+        elif not below and held_out.isdisjoint(number for _, number in questions):
+            parts["train"].append(messages)
+    return parts
+
+
+def cut_at_other_question(messages: list[dict], below: list[int]) -> list[dict]:
+    """The messages up to the first one of the user that comes after a reply and is not in `below`,
+    a list of indices."""
+    has_reply = False
+    for i, message in enumerate(messages):
+        if message["role"] == "user" and has_reply and i not in below:
+            return messages[:i]
+        has_reply = has_reply or message["role"] == "assistant"
+    return messages
+
+
+# ---- where conversations come from
+
+def load_conversations(source: str):
+    """Yield the conversations of a source, which is one of
+
+        builtin:help  builtin:skills?n=1000  builtin:chains?n=1000&steps=2-4&seed=1
+        talks/*.jsonl?messages=turns      local files, also .parquet; messages= names the column
+        owner/name?name=CONFIG&split=train&messages=turns     a dataset of the Hugging Face Hub
+
+    A row that is no conversation is a UserError with its place."""
+    place, _, query = source.partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    column = options.get("messages", "messages")
+
+    if place.startswith("builtin:"):
+        yield from builtin_conversations(source, place.removeprefix("builtin:"), options)
+    elif place.endswith(READABLE):
+        check_options(source, options, ["messages"])
+        for path in local_files(place):
+            if path.suffix == ".parquet":
+                yield from read_each(path, parquet_rows(path), partial(get_messages, column))
+            else:
+                yield from read_each(path, nonblank_lines(path), partial(parse_messages, column))
+    elif place.count("/") == 1 and not os.path.exists(place):
+        check_options(source, options, ["messages", "name", "split"])
+        yield from read_each(place, hub_rows(place, options), partial(get_messages, column))
+    else:
+        raise UserError(f"source {source!r} must be builtin:..., files that end in .jsonl or "
+                        ".parquet, or a dataset owner/name of the Hub")
+
+
+def builtin_conversations(source: str, kind: str, options: dict):
+    chats = synthetic.conversations.CHATS
+    if kind not in chats:
+        raise UserError(f"source {source!r}: the built-in conversations are {', '.join(chats)}")
+    generate, known = chats[kind]
+    check_options(source, options, known)
+    ranges = {key: parse_range(source, key, value) for key, value in options.items()}
+    yield from generate(**ranges)
+
+
+def parse_range(source: str, key: str, value: str) -> tuple[int, int]:
+    """The value of an option: one number, or of steps= also two.
+
+    >>> parse_range("builtin:chains?steps=2-4", "steps", "2-4")
+    (2, 4)
+    """
+    match = re.fullmatch(r"([1-9]\d{0,8})(?:-([1-9]\d{0,8}))?", value)
+    first, last = match.groups() if match else (None, None)
+    if first is None or last and (key != "steps" or int(last) < int(first)):
+        raise UserError(f"source {source!r}: {key}={value} must be a number; of steps also a range "
+                        "as in 2-4")
+    return int(first), int(last or first)
+
+
+def nonblank_lines(path: Path):
+    """(place, line) of each line of a file with something in it."""
+    for place, line in lines_of(path, 0, path.stat().st_size):
+        if line.strip():
+            yield place, line
+
+
+def hub_rows(name: str, options: dict):
+    """(place, row) of each row of a Hub dataset."""
+    for i, row in enumerate(open_hub(name, options)):
+        yield f"row {i}", row
+
+
+def parse_messages(column: str, line: bytes) -> list[dict]:
+    return get_messages(column, json.loads(line))
+
+
+def get_messages(column: str, row: dict) -> list[dict]:
+    """The conversation in a row, whose messages may have more keys than we read."""
+    messages = row.get(column) if isinstance(row, dict) else None
+    if not isinstance(messages, list):
+        has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise UserError(f"column {column!r} must be a list of messages, [{{'role': 'user', "
+                        f"'content': '...'}}, ...]; the row has {has}: name the right column with "
+                        "?messages=COLUMN")
+    check_conversation(messages)
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 # ---- preparing
 
-def prepare(table: dict, benchmarks: list, tokenizer, data_dir: str) -> Path:
-    """Read, drop, hold out and encode a stage's data -> a folder data_dir/sft-<key> with two
-    data.Conversations for each domain, train-NAME, if it has a weight, and val-NAME, and data.txt.
-    The key is made of all that decides, so that what is there is not made again. One process holds
-    a domain's text. ValueError for a source that is none or has too little."""
-    T, sources = table["seq_len"], [source for source, _ in table["data"].values()]
-    stats = [(f, s.st_size, s.st_mtime_ns) for pattern in (*sources, *benchmarks)
-             for f in sorted(glob.glob(pattern.partition("?")[0], recursive=True))
-             for s in [os.stat(f)]]
-    code = [Path(module.__file__).read_bytes() for module in (data, sys.modules[__name__])]
-    what = (table["data"], T, table["curate"], table["prune"], stats, sys.version, code,
-            tokenizer.fingerprint(), benchmarks)
-    folder = Path(data_dir) / f"sft-{hashlib.sha256(repr(what).encode()).hexdigest()[:10]}"
+def prepare(stage: Stage, benchmarks: list[str], tokenizer: Tokenizer, data_dir: str) -> Path:
+    """Read, choose, hold out and encode a stage's conversations -> a folder with TokenizedChats
+    val-NAME of each domain, train-NAME of each with a weight, and the report data.txt. The folder
+    is named after all that decides what is in it, and is made once. A domain's text must fit in
+    memory."""
+    folder = Path(data_dir) / f"sft-{preparation_key(stage, benchmarks, tokenizer)}"
     if folder.exists():
         return folder
-    print(f"preparing {', '.join(table['data'])} in {folder}", flush=True)
+    print(f"preparing {', '.join(stage.data)} in {folder}", flush=True)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
-        known, report = benchmark_grams(benchmarks), []
-        held = {n for source, _ in HELD_OUT.values() for t in load_conversations(source)
-                for _, n in question_hashes(t)}
-        for name, (source, weight) in sorted(table["data"].items(), key=lambda d: d[1][1] > 0):
-            talks = [*load_conversations(source)]
-            report.append(f"{name}: {len(talks):,d} conversations of {source}")
-            parts = train_val_split(talks, held) if weight else {"val": talks}
-            left = len(talks) - sum(map(len, parts.values()))
-            if left:
-                report.append(f"  {left:,d} dropped as a question of theirs is held out")
-            held |= set() if weight else {n for t in talks for _, n in question_hashes(t)}
-            for step, option in ((decontaminate, known if benchmarks else None),
-                                (filter_by_quality, table["curate"]), (dedup_and_filter, table["prune"])):
-                if weight and option is not None:
-                    parts["train"], text = step(parts["train"], option)
-                    report.append(f"  {text}")
-            for part, found in parts.items():
-                encoded = [*filter(None, (truncate_to_turn(tokenizer, t, T) for t in found))]
-                if not encoded:
-                    raise UserError(f"data {name!r}: of {source} no conversation of at most {T} "
-                                     f"tokens is left {'to hold out' if part == 'val' else 'over'}")
-                TokenizedChats.save(temporary / f"{part}-{name}", [e[:2] for e in encoded])
-                cut, long = sum(e[2] for e in encoded), len(found) - len(encoded)
-                report.append(f"  {part}: {len(encoded):,d}, of these {cut:,d} cut at a turn to {T}"
-                              f" tokens; {long:,d} dropped, whose first reply ends beyond")
+        report = prepare_domains(stage, benchmarks, tokenizer, temporary)
         (temporary / "data.txt").write_text("\n".join(report) + "\n")
         os.replace(temporary, folder)
     finally:
@@ -590,151 +958,258 @@ def prepare(table: dict, benchmarks: list, tokenizer, data_dir: str) -> Path:
     return folder
 
 
-def question_hashes(talk: list[dict]) -> list[tuple[int, int]]:
-    """(place, 64 bits of a hash) of the user's turns before the first reply, as one, and of each
-    later one of five words or more."""
-    first = next(i for i, m in enumerate(talk) if m["role"] == "assistant")
-    said = [(0, "\n\n".join(m["content"] for m in talk[:first] if m["role"] == "user"))] + [
-        (i, m["content"]) for i, m in enumerate(talk)
-        if i > first and m["role"] == "user" and len(words(m["content"])) > 4]
-    return [(i, int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8], "big"))
-            for i, text in said]
+def preparation_key(stage: Stage, benchmarks: list[str], tokenizer: Tokenizer) -> str:
+    """A hash of the settings, of the files' sizes and dates, of the tokenizer and of the code."""
+    files = []
+    for pattern in [source for source, _ in stage.data.values()] + benchmarks:
+        for file in sorted(glob.glob(pattern.partition("?")[0], recursive=True)):
+            stat = os.stat(file)
+            files.append((file, stat.st_size, stat.st_mtime_ns))
+    # builtin:help reads the docstrings of the Python that runs.
+    code = [sys.version]
+    for file in (__file__, data.__file__, synthetic.conversations.__file__,
+                 synthetic.texts.__file__):
+        code.append(Path(file).read_bytes())
+    what = (stage.data, stage.seq_len, stage.best_share, stage.duplicate_share, benchmarks, files,
+            code, tokenizer.fingerprint())
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:10]
 
 
-def train_val_split(talks: list, held: set[int]) -> dict[str, list]:
-    """What is held out is decided by a question's hash alone, one in data.HOLD_OUT, so that it is
-    the same in all domains and stages. val: conversations that begin with such a question, up to
-    the first turn of the user that is none. train: those without such a question and without one
-    of `held`. Where there are too few for one in so many, the least hash is held out."""
-    questions = [question_hashes(t) for t in talks]
-    bound = max(2**64 // data.VAL_EVERY, min((q[0][1] for q in questions), default=0) + 1)
-    parts = {"val": [], "train": []}
-    for t, q in zip(talks, questions):
-        if q[0][1] < bound:
-            own = {i for i, n in q if n < bound}
-            end = next((i for i, m in enumerate(t) if i and m["role"] == "user" and i not in own
-                        and any(m["role"] == "assistant" for m in t[:i])), None)
-            parts["val"].append(t[:end])
-        elif not any(n < bound or n in held for _, n in q):
-            parts["train"].append(t)
-    return parts
+def prepare_domains(stage: Stage, benchmarks: list[str], tokenizer: Tokenizer,
+                    folder: Path) -> list[str]:
+    """Write the conversations of all domains into the folder -> lines of report.
+
+    Weight 0 means evaluation only. Those domains come first: all of each is held out, and its
+    questions are then kept out of the training conversations of every other domain."""
+    T = stage.seq_len
+    report = []
+    held_out = set()
+    for source, _ in HELD_OUT.values():
+        held_out |= all_question_hashes(load_conversations(source))
+
+    eval_only = [name for name, (_, weight) in stage.data.items() if weight == 0]
+    for name in eval_only:
+        source = stage.data[name][0]
+        conversations = list(load_conversations(source))
+        held_out |= all_question_hashes(conversations)
+        report.append(f"{name}: {len(conversations):,d} conversations of {source}")
+        report.append(encode_part(folder, "val", name, conversations, tokenizer, T))
+
+    benchmark = benchmark_grams(benchmarks)
+    training = [name for name, (_, weight) in stage.data.items() if weight > 0]
+    for name in training:
+        source = stage.data[name][0]
+        conversations = list(load_conversations(source))
+        parts = train_val_split(conversations, held_out)
+        dropped = len(conversations) - len(parts["train"]) - len(parts["val"])
+        report.append(f"{name}: {len(conversations):,d} conversations of {source}")
+        if dropped:
+            report.append(f"  {dropped:,d} dropped as one of their questions is held out")
+        chosen = parts["train"]
+        if benchmarks:
+            chosen, line = decontaminate(chosen, benchmark)
+            report.append(f"  {line}")
+        if stage.best_share is not None:
+            chosen, line = filter_by_quality(chosen, stage.best_share)
+            report.append(f"  {line}")
+        if stage.duplicate_share is not None:
+            chosen, line = dedup_and_filter(chosen, stage.duplicate_share)
+            report.append(f"  {line}")
+        report.append(encode_part(folder, "val", name, parts["val"], tokenizer, T))
+        report.append(encode_part(folder, "train", name, chosen, tokenizer, T))
+    return report
+
+
+def all_question_hashes(conversations) -> set[int]:
+    found = set()
+    for messages in conversations:
+        found.update(number for _, number in question_hashes(messages))
+    return found
+
+
+def encode_part(folder: Path, part: str, name: str, conversations: list, tokenizer: Tokenizer,
+                T: int) -> str:
+    """Encode conversations and write them to folder/<part>-<name> -> a line of report."""
+    encoded = []
+    truncated = 0
+    for messages in conversations:
+        found = truncate_to_turn(tokenizer, messages, T)
+        if found is not None:
+            ids, targets, is_cut = found
+            encoded.append((ids, targets))
+            truncated += is_cut
+    if not encoded:
+        raise UserError(f"data {name!r}: no conversation of at most {T} tokens is left for "
+                        f"{part}; give more data or raise seq_len")
+    TokenizedChats.save(folder / f"{part}-{name}", encoded)
+    too_long = len(conversations) - len(encoded)
+    return (f"  {part}: {len(encoded):,d}, of which {truncated:,d} were cut at a turn to fit {T} "
+            f"tokens; {too_long:,d} dropped, as even the first reply ends beyond")
 
 
 # ---- the run
 
-def resolve_init_checkpoint(c: Config) -> tuple[Path, str, str]:
-    """The folder of the first weights, the name of their tokenizer, and what they are, so that
-    others are told from them. ValueError if the stage before was not run."""
-    before, command = "out/quickstart", "pretrain.py"
+@dataclass
+class Origin:
+    """Where the weights of a stage come from."""
+    folder: Path      # a model, with its config.json
+    tokenizer: str    # name for load_tokenizer
+    identity: str     # the initial weights: their folder and a hash
+
+
+def resolve_init_checkpoint(c: Config) -> Origin:
+    """The initial weights: --model, or what the stage before has left."""
+    before = "out/quickstart"
+    command = "python pretrain.py"
     if c.stage > 1:
-        before, command = f"out/sft{c.stage - 1}", f"sft.py --stage={c.stage - 1}"
-    found = pretrain.latest_checkpoint(Path(c.model or before))
-    if not (found or c.model):
+        before = f"out/sft{c.stage - 1}"
+        command = f"python sft.py --stage={c.stage - 1}"
+
+    checkpoint = pretrain.latest_checkpoint(Path(c.model or before))
+    if checkpoint:
+        folder = checkpoint[0]
+    elif c.model:
+        folder = model_folder(c.model)
+    else:
         raise UserError(f"stage {c.stage} starts from {before}, which holds no whole checkpoint; "
-                         f"run first: python {command}")
-    folder = found[0] if found else model_folder(c.model)
-    with open(max(tensor_files(folder, "model")), "rb") as f:
-        f.seek(max(0, os.fstat(f.fileno()).st_size - 2**20))
-        what = f"{folder} ({hashlib.sha256(f.read()).hexdigest()[:8]})"  # other weights, other end
-    if not (folder / "state.json").exists():
-        return folder, c.tokenizer or str(folder), what
-    state = read_json(folder / "state.json")
-    if state["step"] < (state["config"].get("max_steps") or 0):
-        print(f"note: {folder} is not the end of its run, which has "
-              f"{state['config']['max_steps']} steps")
-    return folder, c.tokenizer or state["config"]["tokenizer"], what
+                        f"run first: {command}")
+
+    # Other weights differ everywhere, so the last MiB of the last file tells them apart.
+    with open(max(tensor_files(folder, "model")), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - 2**20))
+        identity = f"{folder} ({hashlib.sha256(file.read()).hexdigest()[:8]})"
+
+    tokenizer = str(folder)
+    if (folder / "state.json").exists():
+        state = read_json(folder / "state.json")
+        tokenizer = state["config"]["tokenizer"]
+        max_steps = state["config"].get("max_steps") or 0
+        if state["step"] < max_steps:
+            print(f"note: {folder} is not the end of its run, which has {max_steps} steps")
+    return Origin(folder, c.tokenizer or tokenizer, identity)
 
 
-def find_start(c: Config, out: Path) -> tuple:
-    """The checkpoint to go on from, or None, and what origin says. A run that goes on needs its own
-    checkpoint alone; if its first weights are still there, they must be the same. ValueError."""
-    start = pretrain.find_checkpoint(c, out)
+def find_start(c: Config, out: Path) -> tuple[tuple | None, Origin]:
+    """The checkpoint to resume from, as pretrain.find_checkpoint gives it, or None; and the origin.
+
+    A run that resumes does not need its initial weights any more; but if they are still there, they
+    must be those that it began with, or two runs would be mixed in one folder."""
+    checkpoint = pretrain.find_checkpoint(c, out)
+    if checkpoint is None:
+        return None, resolve_init_checkpoint(c)
+
+    folder, state = checkpoint
+    began_with = state["config"]["init"]
     try:
-        folder, tokenizer, what = resolve_init_checkpoint(c)
-    except ValueError:
-        if not start:
-            raise
-        what = None
-    if not start:
-        return None, folder, tokenizer, what
-    own = start[1]["config"]
-    if what and what != own["init"]:
-        raise UserError(f"{out} holds a run that began with {own['init']}, not with {what}; "
-                         "delete it or give another --out_dir")
-    return start, start[0], own["tokenizer"], own["init"]
+        identity = resolve_init_checkpoint(c).identity
+    except UserError:  # they are gone
+        identity = began_with
+    if identity != began_with:
+        raise UserError(f"{out} holds a run that began with {began_with}, not with {identity}; "
+                        "delete it or give another --out_dir")
+    return checkpoint, Origin(folder, state["config"]["tokenizer"], began_with)
 
 
-def to_pretrain_config(c: Config, table: dict, shape: MotifConfig, tokenizer: str, init: str,
-           plan) -> pretrain.Config:
-    """The stage as pretrain.train reads it."""
+def check_sizes(stage: Stage, shape: MotifConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    """UserError if tokenizer, rows and batch do not fit the model."""
+    if tokenizer.n_vocab > shape.vocab_size:
+        raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens with those of "
+                        f"the turn format, more than the vocab_size={shape.vocab_size} of {folder}")
+    if stage.seq_len > shape.max_position_embeddings:
+        raise UserError(f"seq_len={stage.seq_len} is longer than the max_position_embeddings="
+                        f"{shape.max_position_embeddings} of {folder}; lower it")
+    if stage.batch_tokens < stage.seq_len:
+        raise UserError(f"batch_tokens={stage.batch_tokens} is less than a row of "
+                        f"seq_len={stage.seq_len}; raise it")
+
+
+def open_dataset(c: Config, stage: Stage, folder: Path) -> tuple[PackedChatDataset, dict]:
+    """The prepared folder -> the dataset, and held-out rows of each domain."""
+    T = stage.seq_len
+    held_out = {}
+    for name in stage.data:
+        held_out[name] = held_out_rows(TokenizedChats(folder / f"val-{name}"), c.eval_tokens, T)
+
+    weights = {name: weight for name, (_, weight) in stage.data.items() if weight > 0}
+    total = sum(weights.values())
+    weights = {name: weight / total for name, weight in weights.items()}
+    train = {name: TokenizedChats(folder / f"train-{name}") for name in weights}
+    dataset = PackedChatDataset(train, weights, T=T, batch_tokens=stage.batch_tokens,
+                                epochs=stage.epochs, seed=c.seed)
+    if len(set(all_gather_object(dataset.fingerprint()))) > 1:
+        raise UserError(f"the machines hold different data in {c.data_dir}; copy one's to all")
+    return dataset, held_out
+
+
+def to_pretrain_config(c: Config, stage: Stage, shape: MotifConfig, origin: Origin,
+                       steps: int) -> pretrain.Config:
+    """The stage as pretrain.train() reads it, which is what its checkpoints hold."""
+    common = {f.name: getattr(c, f.name) for f in fields(TrainConfig)}
+    domains = {name: [source, weight, weight] for name, (source, weight) in stage.data.items()}
     return pretrain.Config(
-        **asdict(shape), **{f.name: getattr(c, f.name) for f in fields(TrainConfig)}, tokenizer=tokenizer,
-        init=init,
-        domains={name: [source, w, w] for name, (source, w) in table["data"].items()},
-        lr=table["lr"], batch_tokens=table["batch_tokens"], seq_len=table["seq_len"],
-        max_steps=plan.steps, warmup_steps=round(WARMUP * plan.steps), decay="cosine",
-        decay_fraction=1 - WARMUP, min_lr=0.0)
+        **asdict(shape), **common, tokenizer=origin.tokenizer, init=origin.identity,
+        domains=domains, batch_tokens=stage.batch_tokens, seq_len=stage.seq_len, max_steps=steps,
+        lr=stage.lr, warmup_steps=round(WARMUP * steps), decay="cosine", decay_fraction=1 - WARMUP,
+        min_lr=0.0)
 
 
-def encode_chat_prompt(tokenizer, prompt: str) -> list[int]:
-    """How a prompt is read: as a user's turn, to be answered."""
+def encode_chat_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """A prompt of the config is a user's question."""
     return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
 
 
-def describe(stream: PackedChatDataset, weights: dict) -> str:
-    """What an epoch reads, by domain."""
-    lines, spent = [], stream.curriculum.shares.T @ [
-        b - a for a, b in zip(stream.curriculum.tokens, stream.curriculum.tokens[1:])]
-    for (name, talks), tokens in zip(stream.train.items(), spent):
+def describe(dataset: PackedChatDataset, stage: Stage) -> str:
+    """How much of each domain the run reads."""
+    curriculum = dataset.curriculum
+    spent = curriculum.shares.T @ np.diff(curriculum.tokens)
+    total_weight = sum(weight for _, weight in stage.data.values())
+    lines = []
+    for name, tokens in zip(curriculum.names, spent):
+        weight = stage.data[name][1] / total_weight
+        times = tokens / dataset.train[name].ends[-1]
         lines.append(f"{name}: {tokens / sum(spent):.1%} of the tokens for a weight of "
-                     f"{weights[name]:.1%}; each is read {tokens / talks.ends[-1]:.2f} times")
-    return "\n".join(lines) + (f"\n{stream.curriculum.steps:,d} steps, {sum(stream.curriculum.rows):,d} rows; "
-                               f"padding {stream.padding:.2%}")
+                     f"{weight:.1%}; each is read {times:.2f} times")
+    lines.append(f"{curriculum.steps:,d} steps, {sum(curriculum.rows):,d} rows; padding "
+                 f"{dataset.padding():.2%}")
+    return "\n".join(lines)
 
 
-def setup(c: Config, out: Path):
-    """What pretrain.train takes; ValueError for what cannot be, on all ranks alike."""
-    table = stage_of(c)
-    T = table["seq_len"]
+def setup(c: Config, out: Path) -> tuple:
+    """What pretrain.train() takes, checked and built."""
+    stage = configured_stage(c)
     if RANK == 0:
         pretrain.check_writable(out)
     device = pretrain.pick_device(c)
     pretrain.init_distributed(c, device)
-    found = sync_errors(find_start if RANK == 0 else lambda *_: None, c, out)
-    start, folder, name, init = all_gather_object(found)[0]
-    shape = MotifConfig.from_dict(read_json(folder / "config.json"))
-    tokenizer = data.load_tokenizer(name)
-    if tokenizer.n_vocab > shape.vocab_size:
-        raise UserError(f"tokenizer {name} has {tokenizer.n_vocab} tokens with those of the turn "
-                         f"format, more than the vocab_size={shape.vocab_size} of {folder}")
-    if T > shape.max_position_embeddings:
-        raise UserError(f"seq_len={T} is longer than the max_position_embeddings="
-                         f"{shape.max_position_embeddings} of {folder}; lower it")
-    if table["batch_tokens"] < T:
-        raise UserError(f"batch_tokens={table['batch_tokens']} is less than a row of seq_len={T}; "
-                         "raise it")
-    place = pretrain.rank0_first(lambda: prepare(table, c.decontaminate_against, tokenizer, c.data_dir))
-    held_out = {n: held_out_rows(TokenizedChats(place / f"val-{n}"), c.eval_tokens, T)
-                for n in table["data"]}
-    weights = {n: w for n, (_, w) in table["data"].items() if w}
-    weights = {n: w / sum(weights.values()) for n, w in weights.items()}
-    stream = PackedChatDataset({n: TokenizedChats(place / f"train-{n}") for n in weights}, weights, T=T,
-                    batch_tokens=table["batch_tokens"], epochs=table["epochs"], seed=c.seed)
-    if len({*all_gather_object(stream.fingerprint())}) > 1:
-        raise UserError(f"the machines hold different data in {c.data_dir}; copy one's to all")
-    run = to_pretrain_config(c, table, shape, name, init, stream.curriculum)
-    pretrain.check_fp8(run, stream.curriculum, device)
+
+    checkpoint, origin = pretrain.rank0_only(find_start, c, out)
+    shape = MotifConfig.from_dict(read_json(origin.folder / "config.json"))
+    tokenizer = data.load_tokenizer(origin.tokenizer)
+    check_sizes(stage, shape, tokenizer, origin.folder)
+
+    prepared = pretrain.rank0_first(
+        partial(prepare, stage, c.decontaminate_against, tokenizer, c.data_dir))
+    dataset, held_out = open_dataset(c, stage, prepared)
+    run = to_pretrain_config(c, stage, shape, origin, dataset.curriculum.steps)
+    pretrain.check_fp8(run, dataset.curriculum, device)
     pretrain.check_prompts(run, tokenizer, encode_chat_prompt)
-    if start:
-        pretrain.check_compatible(*start, run, stream.curriculum)
-    model, optimizer = pretrain.build_model_and_optimizer(run, device, start, lambda *_: folder, out)
+    if checkpoint:
+        pretrain.check_compatible(*checkpoint, run, dataset.curriculum)
+
+    def initial_weights(c, out):
+        return origin.folder
+
+    model, optimizer = pretrain.build_model_and_optimizer(run, device, checkpoint, initial_weights,
+                                                          out)
     if RANK == 0:
-        text = f"stage {c.stage} from {init}\n{(place / 'data.txt').read_text()}"
-        text += describe(stream, weights) + "\n"
+        report = (f"stage {c.stage} from {origin.identity}\n{(prepared / 'data.txt').read_text()}"
+                  f"{describe(dataset, stage)}\n")
         out.mkdir(parents=True, exist_ok=True)
-        (out / "data.txt").write_text(text)
-        print(text, end="", flush=True)
-    return run, out, stream, held_out, model, optimizer, tokenizer, start, encode_chat_prompt
+        (out / "data.txt").write_text(report)
+        print(report, end="", flush=True)
+    return (run, out, dataset, held_out, model, optimizer, tokenizer, checkpoint,
+            encode_chat_prompt)
 
 
 def main() -> None:
@@ -742,10 +1217,10 @@ def main() -> None:
     c.out_dir = c.out_dir or f"out/sft{c.stage}"
     out = Path(c.out_dir)
     with pretrain.friendly_errors(c, out):
-        parts = setup(c, out)
+        arguments = setup(c, out)
         if RANK == 0:
             configurator.save(c, out / "config.json")
-        pretrain.train(*parts)
+        pretrain.train(*arguments)
 
 
 if __name__ == "__main__":

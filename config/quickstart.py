@@ -1,18 +1,20 @@
-# pretrain.py: from nothing to a small Motif in a few minutes on a CPU, with no network
+# pretrain.py: a small Motif from nothing, in a few minutes on a CPU and without network
 #
-# Four domains that any Python installation holds or a generator makes, a curriculum from general
-# text to worked problems, and a 3.6M-parameter model with 4:1 grouped differential attention.
+# A model of 3.6M parameters with 4:1 grouped differential attention reads four domains: text and
+# code of the Python installation itself, and generated problems in mathematics and science. The
+# curriculum moves from general text to worked problems.
 
-vocab_size = 272                 # 256 bytes and the turn format's 7 tokens, rounded up to 16
+vocab_size = 272          # 256 bytes and 7 tokens of the turn format, rounded up to 16
 hidden_size = 256
 intermediate_size = 768
 num_hidden_layers = 4
-num_attention_heads = 10         # 8 signal and 2 noise heads: 4:1, as in the 12.7B model
+num_attention_heads = 10  # 8 signal and 2 noise heads: 4:1, as in the 12.7B model
 num_noise_heads = 2
-num_key_value_heads = 4          # 2 pairs
+num_key_value_heads = 4   # 2 pairs
 head_dim = 32
 max_position_embeddings = 1024
 
+# name: [source, share of the tokens at the start, share at the end]
 domains = {
     "language": ["builtin:language", 0.50, 0.20],
     "code": ["builtin:code", 0.30, 0.30],
@@ -21,10 +23,10 @@ domains = {
 }
 
 max_steps = 280
-seq_len = [[0, 128], [350_000, 256]]  # short first: cheaper, and enough to learn words
+seq_len = [[0, 128], [350_000, 256]]  # 128 tokens are cheaper, and enough to learn words
 batch_tokens = 2048
 micro_batch_tokens = 2048
-lr = 8e-3                        # the best of 2, 4, 8 and 16e-3 over 100 steps
+lr = 8e-3                 # the best of 2e-3, 4e-3, 8e-3 and 16e-3 over 100 steps
 warmup_steps = 20
 decay_fraction = 0.5
 eval_every = 70

@@ -1,2 +1,2 @@
-"""What the quick start reads, made without network: texts.py for pre-training, conversations.py for
-the supervised stages."""
+"""What the quick start reads, made without a network: texts.py for pre-training, conversations.py
+for the supervised stages."""

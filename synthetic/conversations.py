@@ -1,40 +1,63 @@
-"""Conversations that a seeded generator makes: questions about Python's library, single skills, and
-chains that compose skills."""
+"""Conversations for the supervised stages of the quick start: questions about Python's library,
+single skills, and chains of skills, each of which works on what the one before it gave.
+
+A conversation is a list of messages, {"role": "user" | "assistant" | "system", "content": text}.
+Everything but the questions about the library comes from a seeded generator.
+"""
 import ast
 import datetime
 import random
 import re
-from itertools import islice
 
 from synthetic.texts import documented, modules, vary
 
+# ---- questions about the standard library
 
-DOCSTRING = 40, 500                     # characters of a first paragraph that is worth asking for
+SHORTEST, LONGEST = 40, 500  # characters of an answer
 
 
 def help_chats(n: tuple[int, int] = (10**6, 10**6)):
-    """What the standard library's docstrings say in their first paragraph, n of them, from all over
-    it. Of several of one name the first."""
-    def found():
-        asked = set()
-        for module, _, tree in (m for i in range(16) for m in modules(i, 16)):
+    """Up to n[1] conversations: somebody asks what a thing of the standard library is for, and the
+    answer is the first paragraph of its docstring. They come from all over the library."""
+    asked = set()
+    for i in range(16):
+        for module, _, tree in modules(i, 16):
             for node in documented(tree):
-                name = getattr(node, "name", "")
-                text = " ".join(ast.get_docstring(node).split("\n\n")[0].split())
-                if (DOCSTRING[0] <= len(text) <= DOCSTRING[1] and text.endswith(".")
-                        and not name.startswith("_") and not module.startswith("_")):
-                    what = f"{name} of {module}" if name else f"the module {module}"
-                    ask = ("What does {} do?", "Explain {}.", "What is {} for?")[len(what) % 3]
-                    if what in asked:
-                        continue
-                    asked.add(what)
-                    yield [{"role": "user", "content": ask.format(what)},
-                           {"role": "assistant", "content": text}]
-    yield from islice(found(), n[1])
+                if len(asked) == n[1]:
+                    return
+                name = getattr(node, "name", "")  # a module has none
+                thing = f"{name} of {module}" if name else f"the module {module}"
+                answer = first_paragraph(node)
+                private = name.startswith("_") or module.startswith("_")
+                if thing not in asked and not private and is_worth_asking(answer):
+                    asked.add(thing)
+                    yield exchange(question_about(thing), answer)
 
 
-# A skill takes a value to another: (rng, value) -> what is asked, the work that shows it, the new
-# value. A value is a number, a word, a list of numbers or a date, and so is what it can do next.
+def first_paragraph(node: ast.AST) -> str:
+    paragraph = ast.get_docstring(node).split("\n\n")[0]
+    return " ".join(paragraph.split())
+
+
+def is_worth_asking(answer: str) -> bool:
+    return SHORTEST <= len(answer) <= LONGEST and answer.endswith(".")
+
+
+def question_about(thing: str) -> str:
+    forms = ("What does {} do?", "Explain {}.", "What is {} for?")
+    return forms[len(thing) % 3].format(thing)
+
+
+def exchange(question: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+# ---- skills
+
+# A skill turns a value into another one: skill(rng, value) -> (what is asked, the work that shows
+# it, the new value). A value is a number, a word, a list of numbers or a date, and its type decides
+# which skills can come next. So skills can be composed to chains of any length whose answers are
+# known.
 
 WORDS = """apple bridge candle dragon ember forest garden harbor island jacket kettle lantern marble
 needle orange pepper quartz river silver tunnel umbrella valley window yellow zebra anchor button
@@ -44,63 +67,86 @@ MEASURES = [("weeks", "days", 7), ("hours", "minutes", 60), ("metres", "centimet
 
 
 def said(value) -> str:
-    """A value in words: 12; lantern; 3, 1, 2; 4 March 2021."""
+    """A value in words.
+
+    >>> said(12), said("lantern"), said([3, 1, 2]), said(datetime.date(2021, 3, 4))
+    ('12', 'lantern', '3, 1, 2', '4 March 2021')
+    """
     if isinstance(value, datetime.date):
         return f"{value.day} {value:%B %Y}"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return ", ".join(str(number) for number in value)
+    return str(value)
 
+
+# Of a number.
 
 def arithmetic(rng, x):
-    k, sign = rng.randint(2, 12), rng.choice("+-*")
-    value = {"+": x + k, "-": x - k, "*": x * k}[sign]
-    ask = {"+": "[Add|Now add] {}", "-": "[Subtract|Take away] {}", "*": "Multiply by {}"}[sign]
-    return ask.format(k), f"{x} {sign} {k} = {value}", value
+    k = rng.randint(2, 12)
+    sign = rng.choice("+-*")
+    if sign == "+":
+        ask = f"[Add|Now add] {k}"
+        value = x + k
+    elif sign == "-":
+        ask = f"[Subtract|Take away] {k}"
+        value = x - k
+    else:
+        ask = f"Multiply by {k}"
+        value = x * k
+    return ask, f"{x} {sign} {k} = {value}", value
 
 
 def remainder(rng, x):
     k = rng.randint(3, 12)
-    return (f"[Take|Find] the remainder after division by {k}",
-            f"{x} = {k} * {x // k} + {x % k}, so the remainder is {x % k}", x % k)
+    ask = f"[Take|Find] the remainder after division by {k}"
+    work = f"{x} = {k} * {x // k} + {x % k}, so the remainder is {x % k}"
+    return ask, work, x % k
 
 
 def convert(rng, x):
-    a, b, k = rng.choice(MEASURES)
-    return (f"[Take it as|Read it as] {a} and convert it to {b}",
-            f"{x} {a} = {x} * {k} {b} = {x * k} {b}", x * k)
+    large, small, size = rng.choice(MEASURES)
+    ask = f"[Take it as|Read it as] {large} and convert it to {small}"
+    work = f"{x} {large} = {x} * {size} {small} = {x * size} {small}"
+    return ask, work, x * size
 
 
 def digits(rng, x):
-    value = [int(d) for d in str(x)]
+    value = [int(digit) for digit in str(x)]
     return "[List|Write down] its digits", f"{x} has the digits {said(value)}", value
 
 
 def loop(rng, x):
-    n, sums = rng.randint(2, 4), [x]
+    n = rng.randint(2, 4)
+    values = [x]
     for i in range(n):
-        sums.append(sums[-1] + i)
-    return (f"Call it x and run `for i in range({n}): x += i`; what is x?",
-            f"x is {' then '.join(map(str, sums))}", sums[-1])
+        values.append(values[-1] + i)
+    ask = f"Call it x and run `for i in range({n}): x += i`; what is x?"
+    work = f"x is {' then '.join(str(value) for value in values)}"
+    return ask, work, values[-1]
 
 
 def later(rng, x):
     start = datetime.date(rng.randint(2001, 2030), rng.randint(1, 12), rng.randint(1, 28))
     value = start + datetime.timedelta(days=x)
-    return f"[Find|Give] the date so many days after {said(start)}", (
-        f"{said(start)} + {x} days = {said(value)}"), value
+    ask = f"[Find|Give] the date so many days after {said(start)}"
+    return ask, f"{said(start)} + {x} days = {said(value)}", value
 
+
+# Of a word.
 
 def letters(rng, word):
     return "Count its letters", f"{' '.join(word)}: {len(word)} letters", len(word)
 
 
 def vowels(rng, word):
-    found = [c for c in word if c in "aeiou"]
-    return "Count its vowels", f"{word} has {' '.join(found) or 'none'}: {len(found)}", len(found)
+    found = [letter for letter in word if letter in "aeiou"]
+    work = f"{word} has {' '.join(found) or 'none'}: {len(found)}"
+    return "Count its vowels", work, len(found)
 
 
 def backwards(rng, word):
-    return ("[Reverse it|Spell it backwards]", f"{' '.join(word)} backwards is {word[::-1]}",
-            word[::-1])
+    value = word[::-1]
+    return "[Reverse it|Spell it backwards]", f"{' '.join(word)} backwards is {value}", value
 
 
 def alphabetic(rng, word):
@@ -113,36 +159,43 @@ def cut(rng, word):
     return f"Call it s and evaluate `s[{n}:]`", f"{word} without {word[:n]} is {word[n:]}", word[n:]
 
 
+# Of a list of numbers.
+
 def in_order(rng, numbers):
     down = rng.random() < 0.5
     value = sorted(numbers, reverse=down)
-    return (f"[Sort|Order] the numbers from {'large to small' if down else 'small to large'}",
-            f"in order: {said(value)}", value)
+    direction = "large to small" if down else "small to large"
+    return f"[Sort|Order] the numbers from {direction}", f"in order: {said(value)}", value
 
 
 def add_up(rng, numbers):
-    return ("[Add them up|Find their sum]", f"{' + '.join(map(str, numbers))} = {sum(numbers)}",
-            sum(numbers))
+    value = sum(numbers)
+    work = f"{' + '.join(str(number) for number in numbers)} = {value}"
+    return "[Add them up|Find their sum]", work, value
 
 
 def largest(rng, numbers):
-    pick, name = rng.choice(((max, "largest"), (min, "smallest")))
-    return (f"[Take|Choose] the {name} of them", f"the {name} of {said(numbers)} is "
-            f"{pick(numbers)}", pick(numbers))
+    name = rng.choice(("largest", "smallest"))
+    value = max(numbers) if name == "largest" else min(numbers)
+    work = f"the {name} of {said(numbers)} is {value}"
+    return f"[Take|Choose] the {name} of them", work, value
 
 
 def comprehend(rng, numbers):
     k = rng.randint(2, 5)
-    value = [k * n for n in numbers]
-    return (f"Call them a and evaluate `[{k} * n for n in a]`",
-            f"{k} times each: {said(value)}", value)
+    value = [k * number for number in numbers]
+    ask = f"Call them a and evaluate `[{k} * n for n in a]`"
+    return ask, f"{k} times each: {said(value)}", value
 
+
+# Of a date.
 
 def weekday(rng, date):
-    return "[Name|Give] its day of the week", f"{said(date)} is a {date:%A}", f"{date:%A}".lower()
+    day = f"{date:%A}"
+    return "[Name|Give] its day of the week", f"{said(date)} is a {day}", day.lower()
 
 
-def fortnight(rng, date):
+def weeks_later(rng, date):
     k = rng.randint(2, 4)
     value = date + datetime.timedelta(weeks=k)
     return f"Go {k} weeks further", f"{said(date)} + {7 * k} days = {said(value)}", value
@@ -151,71 +204,113 @@ def fortnight(rng, date):
 def day_of_year(rng, date):
     value = date.timetuple().tm_yday
     before = value - date.day
-    return ("[Number|Count] the days of that year up to it",
-            f"{before} before {date:%B}, then {date.day}: {value}", value)
+    work = f"{before} before {date:%B}, then {date.day}: {value}"
+    return "[Number|Count] the days of that year up to it", work, value
 
 
-SKILLS = {int: (arithmetic, arithmetic, remainder, convert, digits, loop, later),
+SKILLS = {int: (arithmetic, arithmetic, remainder, convert, digits, loop, later),  # often the first
           str: (letters, vowels, backwards, alphabetic, cut),
           list: (in_order, add_up, largest, comprehend),
-          datetime.date: (weekday, fortnight, day_of_year)}
+          datetime.date: (weekday, weeks_later, day_of_year)}
 
 
-def fits(value) -> bool:
-    """Whether it is small enough to go on with."""
-    return 0 <= value < 10_000 if isinstance(value, int) else isinstance(
-        value, datetime.date) or len(value) > 1
-
+# ---- chains of skills
 
 def start_value(rng):
     """What a chain starts with -> its name, the value."""
-    return rng.choice((lambda: ("the number", rng.randint(10, 99)),
-                       lambda: ("the word", rng.choice(WORDS)),
-                       lambda: ("the numbers", [rng.randint(1, 50) for _ in range(4)]),
-                       lambda: ("the date", datetime.date(2000, 1, 1) + datetime.timedelta(
-                           days=rng.randrange(9000)))))()
+    name = rng.choice(("the number", "the word", "the numbers", "the date"))
+    if name == "the number":
+        return name, rng.randint(10, 99)
+    if name == "the word":
+        return name, rng.choice(WORDS)
+    if name == "the numbers":
+        return name, [rng.randint(1, 50) for _ in range(4)]
+    days = rng.randrange(9000)
+    return name, datetime.date(2000, 1, 1) + datetime.timedelta(days=days)
+
+
+def can_go_on(skill, value, new) -> bool:
+    """Whether a skill's new value is of a size that a chain can go on with."""
+    if skill is later and value > 400:
+        return False
+    if isinstance(new, int):
+        return 0 <= new < 10_000
+    if isinstance(new, datetime.date):
+        return True
+    return len(new) > 1
 
 
 def chain(rng, steps: int) -> list[dict]:
-    """A task that composes so many skills, each working on what the one before it gave, and its
-    answer, step by step. answer_of gives what is to be compared."""
+    """A task that composes so many skills, and its solution step by step.
+
+    >>> question, reply = chain(random.Random(0), 2)
+    >>> print(question["content"])
+    Start with the date 12 November 2018.
+    1. Give its day of the week
+    2. Call it s and evaluate `s[2:]`
+    >>> print(reply["content"])
+    1. 12 November 2018 is a Monday
+    2. monday without mo is nday
+    Answer: nday
+    """
     name, value = start_value(rng)
-    asks, work, last = [f"Start with {name} {said(value)}."], [], None
-    while len(work) < steps:
-        skill = rng.choice([f for f in SKILLS[type(value)] if f is not last])
-        ask, shown, new = skill(rng, value)
-        if fits(new) and not (skill is later and value > 400):
-            last, value = skill, new
-            asks.append(f"{len(asks)}. {vary(rng, ask) if '`' not in ask else ask}")
-            work.append(f"{len(asks) - 1}. {shown}")
-    return [{"role": "user", "content": "\n".join(asks)},
-            {"role": "assistant", "content": "\n".join([*work, f"Answer: {said(value)}"])}]
+    asks = [f"Start with {name} {said(value)}."]
+    works = []
+    last = None
+    while len(works) < steps:
+        skill = rng.choice([skill for skill in SKILLS[type(value)] if skill is not last])
+        ask, work, new = skill(rng, value)
+        if not can_go_on(skill, value, new):
+            continue
+        if "`" not in ask:  # brackets in code are not alternatives
+            ask = vary(rng, ask)
+        number = len(works) + 1
+        asks.append(f"{number}. {ask}")
+        works.append(f"{number}. {work}")
+        value = new
+        last = skill
+    return exchange("\n".join(asks), "\n".join([*works, f"Answer: {said(value)}"]))
 
 
 def answer_of(reply: str) -> str:
-    """What follows the last "Answer:" of a reply, to the end of the line; "" if there is none."""
+    """What follows the last "Answer:" of a reply, to the end of its line: what is compared when a
+    chain is judged.
+
+    >>> answer_of("1. 4 + 3 = 7\\nAnswer: 7")
+    '7'
+    """
     found = re.findall(r"Answer: *([^\n]*)", reply)
     return found[-1].strip() if found else ""
 
 
+# ---- what sft.py asks for
+
+# The arguments of these generators are ranges, (low, high), which sft.py reads from a source such
+# as builtin:chains?n=1000&steps=2-4. Where one number is meant, as for n, it is the high end.
+
+
 def chain_chats(n: tuple[int, int] = (4000, 4000), steps: tuple[int, int] = (2, 4),
                 seed: tuple[int, int] = (1, 1)):
-    """n chains of so many steps, for a seed always the same and no two alike."""
-    rng, seen = random.Random(f"chains {steps} {seed}"), set()
+    """n[1] chains of steps[0] to steps[1] skills, no two alike; the same ones for the same seed."""
+    rng = random.Random(f"chains {steps} {seed}")
+    seen = set()
     while len(seen) < n[1]:
         messages = chain(rng, rng.randint(*steps))
-        if messages[0]["content"] not in seen:
-            seen.add(messages[0]["content"])
+        question = messages[0]["content"]
+        if question not in seen:
+            seen.add(question)
             yield messages
 
 
 def skill_chats(n: tuple[int, int] = (2000, 2000)):
-    """n conversations of one or two tasks, a skill each; a system turn may ask for the work or
-    the result alone."""
+    """n[1] conversations of one or two tasks of a single skill each. A system message may ask for
+    the work or for the result alone."""
     rng = random.Random("skills")
     for _ in range(n[1]):
         rule = rng.choice((None, "Show the work.", "Give the result alone."))
-        messages = [{"role": "system", "content": rule}] if rule else []
+        messages = []
+        if rule:
+            messages.append({"role": "system", "content": rule})
         for _ in range(rng.randint(1, 2)):
             ask, reply = chain(rng, 1)
             if rule == "Give the result alone.":
@@ -224,5 +319,7 @@ def skill_chats(n: tuple[int, int] = (2000, 2000)):
         yield messages
 
 
-CHATS = {"help": (help_chats, ["n"]), "skills": (skill_chats, ["n"]),
+# name -> (generator, the options that a source may give)
+CHATS = {"help": (help_chats, ["n"]),
+         "skills": (skill_chats, ["n"]),
          "chains": (chain_chats, ["n", "steps", "seed"])}

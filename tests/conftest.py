@@ -1,5 +1,9 @@
-"""Without a GPU the Triton kernels run through Triton's interpreter. It is chosen where triton is
-imported, hence here; but only the kernels' own tests are to go through it, as it is slow."""
+"""Lets the Triton kernels run in the tests without a GPU: through Triton's interpreter.
+
+Triton decides on the interpreter when kernels are defined, so the variable must be set while
+kernels.py is imported. But the interpreter is slow. So it is switched off again here, and only the
+fixture `fused` of test_kernels.py switches it on.
+"""
 import os
 
 import torch

@@ -360,8 +360,8 @@ def test_a_saved_model_comes_back_bitwise_in_its_own_dtypes(tmp_path, shard_byte
 
 
 def read_by_the_format(folder):
-    """(name -> array, index), by the definition of the format alone: 8 bytes of the header's length,
-    a header in JSON, then the numbers (github.com/huggingface/safetensors, "Format")."""
+    """(name -> array, index), by the definition of the format alone: 8 bytes for the length of the
+    header, a header in JSON, then the numbers (github.com/huggingface/safetensors, "Format")."""
     index = json.loads((folder / INDEX).read_text())
     found = {}
     for file in set(index["weight_map"].values()):
@@ -414,6 +414,7 @@ def test_every_spelling_of_plain_rope_is_read(key):
     for plain in None, {}, {"rope_type": "default"}:
         assert MotifConfig.from_dict({**config, key: plain}).rope_theta == 500
     del config["rope_theta"]                             # as transformers 5 writes it
+    assert MotifConfig.from_dict(config).rope_theta == MotifConfig.rope_theta
     moved = {"rope_theta": 500.0, "rope_type": "default"}
     assert MotifConfig.from_dict({**config, key: moved}).rope_theta == 500
 

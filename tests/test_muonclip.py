@@ -1,6 +1,5 @@
-"""MuonClip against torch's own Muon and AdamW, Newton-Schulz against its equations, and QK-clip on
+"""MuonClip against torch's own Muon and AdamW, Newton-Schulz against its definition, and QK-clip on
 the logits that it promises to hold down."""
-import tools.bench_muon
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -8,7 +7,10 @@ from safetensors.torch import load_file, save_file
 import kernels
 import muonclip
 from model import Motif, MotifConfig, rotary_angles
-from muonclip import COEFFICIENTS, MuonClip, describe_routing, configure_optimizer, newton_schulz, qk_clip
+from muonclip import (COEFFICIENTS, SCALE, START_MARGIN, MuonClip, configure_optimizer,
+                      describe_routing, gram_steps, newton_schulz, plain_newton_schulz, plain_steps,
+                      qk_clip)
+from tools import bench_muon
 
 SHAPES = ((8, 20), (20, 8), (12, 12), (5, 7))
 MODEL = MotifConfig(vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
@@ -29,7 +31,8 @@ def copies(params):
 
 
 def train(steps, *runs):
-    """The same random gradients to the parameters of each (params, optimizer), step by step."""
+    """Give the same random gradients to the parameters of each run, a (params, optimizer), and
+    step."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         for same in zip(*(params for params, _ in runs)):
@@ -44,78 +47,133 @@ def train(steps, *runs):
 
 def defect(O):
     """|O O^T - I|_F / sqrt(k), k the short side."""
-    O = O.double() if len(O) <= O.shape[1] else O.double().T
-    rest = O @ O.T - torch.eye(len(O), device=O.device)
-    return (torch.linalg.matrix_norm(rest) / len(O) ** 0.5).item()
+    O = O.double()
+    if len(O) > O.shape[1]:
+        O = O.T
+    difference = O @ O.T - torch.eye(len(O), device=O.device)
+    return (torch.linalg.matrix_norm(difference) / len(O) ** 0.5).item()
 
 
 def decaying(m, n, device="cpu"):
-    """m x n of singular values 1 / i."""
-    U, V = (torch.linalg.qr(torch.randn(k, m, device=device))[0] for k in (m, n))
+    """m x n with the singular values 1 / i."""
+    U = torch.linalg.qr(torch.randn(m, m, device=device))[0]
+    V = torch.linalg.qr(torch.randn(n, m, device=device))[0]
     return U / torch.arange(1, m + 1, device=device) @ V.T
 
 
-def test_newton_schulz_is_as_near_to_orthogonal_as_published():
-    """In fp32 too, as the polynomial sets it: a CPU without products of bf16 is slow at them."""
-    gaussian, slow = torch.randn(512, 2048), decaying(1024, 4096)
-    for table, *errors in (("quintic", 0.270, 0.582), ("motif", 0.034, 0.559),
-                           ("polar_express", 0.187, 0.267)):
-        found = [defect(newton_schulz(G, coefficients=table, dtype=torch.float32))
-                 for G in (gaussian, slow)]
-        assert found == pytest.approx(errors, abs=0.004)
-        small = [defect(newton_schulz(gaussian[:128, :512], coefficients=table, dtype=dtype))
-                 for dtype in (torch.bfloat16, torch.float32)]
-        assert small[0] == pytest.approx(small[1], abs=0.002)
+@pytest.mark.parametrize("table, of_gaussian, of_decaying", [
+    ("quintic", 0.270, 0.582), ("motif", 0.034, 0.559), ("polar_express", 0.187, 0.267)])
+def test_newton_schulz_is_as_near_to_orthogonal_as_published(table, of_gaussian, of_decaying):
+    """In fp32, as the polynomial sets the error, and a CPU is slow in bf16; a small matrix shows
+    that bf16 gives the same."""
+    gaussian = torch.randn(512, 2048)
+    found = [defect(newton_schulz(G, coefficients=table, dtype=torch.float32))
+             for G in (gaussian, decaying(1024, 4096))]
+    assert found == pytest.approx([of_gaussian, of_decaying], abs=0.004)
 
-
-def formula(G, table):
-    """Newton-Schulz of one matrix as its docstring has it."""
-    X = G / G.norm() / (1.02 if table == "polar_express" else 1)
-    for a, b, c in COEFFICIENTS[table]:
-        A = X @ X.T
-        X = a * X + (b * A + c * A @ A) @ X
-    return X
+    small = gaussian[:128, :512]
+    in_bf16 = defect(newton_schulz(small, coefficients=table, dtype=torch.bfloat16))
+    in_fp32 = defect(newton_schulz(small, coefficients=table, dtype=torch.float32))
+    assert in_bf16 == pytest.approx(in_fp32, abs=0.002)
 
 
 @pytest.mark.parametrize("table", COEFFICIENTS)
-def test_every_form_of_newton_schulz_is_the_same_function(table):
-    """The plain one and those on A alone, wide and tall, stacked, in float64 and in fp32."""
+def test_every_form_of_newton_schulz_equals_the_definition(table):
+    """The one in plain steps and those on A alone, by rows and by columns, stacked, tall."""
     stack = torch.randn(3, 12, 40, dtype=torch.float64)
-    X = muonclip.SCALE * stack / torch.linalg.matrix_norm(stack)[:, None, None]
-    X /= 1.02 if table == "polar_express" else 1
-    expected = torch.stack([formula(G, table) for G in stack])
-    steps = [muonclip.plain_steps, *(lambda X, t, s=s: muonclip.gram_steps(X, t, s)
-                                     for s in (1, 2, 3, 5))]
-    for form in steps:
-        for layout in (X, X.mT.contiguous().mT):
-            O = form(layout, COEFFICIENTS[table]) / muonclip.SCALE
-            torch.testing.assert_close(O, expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(newton_schulz(stack, 5, table, torch.float64), expected,
-                               rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(newton_schulz(stack.mT, 5, table, torch.float64), expected.mT,
-                               rtol=1e-10, atol=1e-10)
+    expected = torch.stack([plain_newton_schulz(G, 5, table) for G in stack])
+
+    norms = torch.linalg.matrix_norm(stack)[:, None, None]
+    X = SCALE * stack / norms / START_MARGIN[table]
+    for scaled in (X, X.mT.contiguous().mT):
+        results = [plain_steps(scaled, COEFFICIENTS[table])]
+        for span in (1, 2, 3, 5):
+            results.append(gram_steps(scaled, COEFFICIENTS[table], span))
+        for result in results:
+            torch.testing.assert_close(result / SCALE, expected, rtol=1e-10, atol=1e-10)
+
+    O = newton_schulz(stack, 5, table, torch.float64)
+    torch.testing.assert_close(O, expected, rtol=1e-10, atol=1e-10)
+    O = newton_schulz(stack.mT, 5, table, torch.float64)
+    torch.testing.assert_close(O, expected.mT, rtol=1e-10, atol=1e-10)
+
     for span in (1, 3):
-        O = muonclip.gram_steps(X.float(), COEFFICIENTS[table], span) / muonclip.SCALE
+        O = gram_steps(X.float(), COEFFICIENTS[table], span) / SCALE
         assert (O - expected).norm() <= 2e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("table", COEFFICIENTS)
+def test_newton_schulz_is_its_polynomial_of_the_singular_values(table):
+    G = torch.randn(6, 9, dtype=torch.float64)
+    U, s, Vt = torch.linalg.svd(G, full_matrices=False)
+    s = s / s.norm() / START_MARGIN[table]
+    for a, b, c in COEFFICIENTS[table][:4]:
+        s = a * s + b * s**3 + c * s**5
+    O = newton_schulz(G, 4, table, torch.float64)
+    torch.testing.assert_close(O, U * s @ Vt, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.skipif(kernels.triton is None, reason="needs Triton")
-@pytest.mark.parametrize("shape", [(2, 136, 200), (200, 136), (136, 144)])
-def test_newton_schulz_by_the_kernel_is_the_same(shape, monkeypatch):
-    """Wide, tall and nearly square, of two tiles by two, the last of them not full."""
+@pytest.mark.parametrize("shape, span", [((2, 136, 200), 3), ((200, 136), 3), ((136, 144), 1)])
+def test_newton_schulz_by_the_kernel_is_the_same(shape, span, monkeypatch):
+    """Wide, tall and nearly square, of two tiles by two, the last of which are not full."""
     G = torch.randn(shape, device="cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if G.is_cuda else torch.float32
     plain = newton_schulz(G, dtype=dtype).float()
+
     if not G.is_cuda:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(kernels, "INTERPRET", True)
     monkeypatch.setattr(kernels, "SYMMETRIC_TILES", 3)
-    spans, gram = [], muonclip.gram_steps
-    monkeypatch.setattr(muonclip, "gram_steps",
-                        lambda X, table, span: spans.append(span) or gram(X, table, span))
+    spans = []
+
+    def recording(X, table, span):
+        spans.append(span)
+        return gram_steps(X, table, span)
+
+    monkeypatch.setattr(muonclip, "gram_steps", recording)
     O = newton_schulz(G, dtype=dtype)
-    assert spans == [1 if shape == (136, 144) else 3] and O.is_contiguous()
-    assert (O.float() - plain).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * plain.norm()
+    assert spans == [span] and O.is_contiguous()
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    assert (O.float() - plain).norm() <= tolerance * plain.norm()
+
+
+def test_newton_schulz_does_not_depend_on_scale_or_layout():
+    G = torch.randn(6, 9)
+    O = newton_schulz(G)
+    assert O.dtype == torch.bfloat16
+    assert torch.equal(newton_schulz(G.T), O.T)
+
+    # Powers of two are exact in bf16.
+    assert torch.equal(newton_schulz(G * 2.0**100), O)
+    assert torch.equal(newton_schulz(G * 2.0**-100), O)
+    assert torch.equal(newton_schulz(-G.abs() * 2.0**100), -newton_schulz(G.abs()))
+
+    in_fp32 = newton_schulz(G, dtype=torch.float32)
+    for scale in (1e30, 1e-30):
+        torch.testing.assert_close(newton_schulz(G * scale, dtype=torch.float32), in_fp32,
+                                   rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(newton_schulz(G * scale), O, rtol=0, atol=0.03)
+    assert torch.equal(newton_schulz(torch.zeros(6, 9)), torch.zeros(6, 9, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_newton_schulz_takes_each_matrix_of_a_stack_by_itself_and_leaves_its_input(dtype):
+    G = torch.randn(6, 9)
+    stack = torch.stack([G, 1e30 * G, torch.zeros_like(G), torch.randn(6, 9)]).view(2, 2, 6, 9)
+    one_by_one = [newton_schulz(matrix, dtype=dtype) for matrix in stack.flatten(0, 1)]
+    assert torch.equal(newton_schulz(stack, dtype=dtype).flatten(0, 1), torch.stack(one_by_one))
+
+    given = G.to(dtype)                      # of its own dtype, so that no cast makes a copy
+    kept = given.clone()
+    newton_schulz(given, dtype=dtype)
+    assert torch.equal(given, kept)
+
+
+@pytest.mark.parametrize("wrong", [{"coefficients": "cubic"}, {"steps": 6}, {"steps": 0}])
+def test_newton_schulz_refuses_what_it_has_no_table_for(wrong):
+    with pytest.raises(ValueError, match="newton_schulz"):
+        newton_schulz(torch.randn(6, 9), **wrong)
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -124,186 +182,189 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 @needs_gpu
 @pytest.mark.parametrize("m, n", [(512, 2048), (2048, 4096), (4096, 4096), (4096, 16384)])
 def test_on_a_gpu_newton_schulz_is_no_worse_than_the_plain_form_in_bf16(m, n):
-    for G in torch.randn(m, n, device="cuda"), decaying(m, n, "cuda"):
-        X = G.bfloat16()
-        X = X / X.norm()
+    for G in (torch.randn(m, n, device="cuda"), decaying(m, n, "cuda")):
         for table, steps in COEFFICIENTS.items():
-            x = X / 1.02 if table == "polar_express" else X
+            X = G.bfloat16()
+            X = X / X.norm() / START_MARGIN[table]
             for a, b, c in steps:
-                A = x @ x.T
-                x = torch.addmm(x, torch.addmm(A, A, A, beta=b, alpha=c), x, beta=a)
-            for O in newton_schulz(G, coefficients=table), newton_schulz(G.T, coefficients=table):
-                assert O.dtype == torch.bfloat16 and defect(O) <= 1.01 * defect(x)
+                A = X @ X.T
+                B = torch.addmm(A, A, A, beta=b, alpha=c)
+                X = torch.addmm(X, B, X, beta=a)
+            for O in (newton_schulz(G, coefficients=table), newton_schulz(G.T, coefficients=table)):
+                assert O.dtype == torch.bfloat16 and defect(O) <= 1.01 * defect(X)
 
+
+# ---- The update
 
 @needs_gpu
 def test_on_a_gpu_the_compiled_update_is_the_plain_one(monkeypatch):
     """Also of matrices that 1024 does not divide, of stacks, and where a step is skipped."""
     shapes = ((64, 96), (256, 256), (96, 64), (2, 32, 48), (5, 7), (512, 128))
-    ours = [torch.randn(s, device="cuda", requires_grad=True) for s in shapes]
+    ours = normal(*shapes, device="cuda")
     theirs = copies(ours)
-    monkeypatch.setattr(muonclip, "newton_schulz", lambda u, **_: u)     # chaotic in half precision
-    options = {"lr": 0.01, "weight_decay": 0.3}
-    optimizers = MuonClip(ours, [], **options), MuonClip(theirs, [], **options)
+    # Newton-Schulz is left out, as it turns a rounding of u into another O.
+    monkeypatch.setattr(muonclip, "newton_schulz", lambda u, **_: u)
+    compiled = MuonClip(ours, [], lr=0.01, weight_decay=0.3)
+    plain = MuonClip(theirs, [], lr=0.01, weight_decay=0.3)
+
     for step in range(4):
         for p, q in zip(ours, theirs):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
         skip = torch.tensor(step == 2, device="cuda")
-        optimizers[0].step(skip=skip)
-        with monkeypatch.context() as plain:
-            plain.setattr(kernels, "FUSED", False)
-            optimizers[1].step(skip=skip)
+        compiled.step(skip=skip)
+        with monkeypatch.context() as context:
+            context.setattr(kernels, "ENABLED", False)
+            plain.step(skip=skip)
+
         for p, q in zip(ours, theirs):
             torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-3)       # u may round the other way
-            torch.testing.assert_close(optimizers[0].state[p]["momentum"],
-                                       optimizers[1].state[q]["momentum"])
-            torch.testing.assert_close(optimizers[0].update_rms[p], optimizers[1].update_rms[q],
-                                       rtol=1e-3, atol=0)
+            torch.testing.assert_close(compiled.state[p]["momentum"], plain.state[q]["momentum"])
+            torch.testing.assert_close(compiled.update_rms[p], plain.update_rms[q], rtol=1e-3,
+                                       atol=0)
 
-
-@pytest.mark.parametrize("table", COEFFICIENTS)
-def test_newton_schulz_is_its_polynomial_of_the_singular_values(table):
-    G = torch.randn(6, 9, dtype=torch.float64)
-    U, sigma, Vt = torch.linalg.svd(G, full_matrices=False)
-    sigma = sigma / sigma.norm() / (1.02 if table == "polar_express" else 1)
-    for a, b, c in COEFFICIENTS[table][:4]:
-        sigma = a * sigma + b * sigma**3 + c * sigma**5
-    O = newton_schulz(G, 4, table, torch.float64)
-    torch.testing.assert_close(O, U * sigma @ Vt, rtol=1e-12, atol=1e-12)
-
-
-def test_newton_schulz_knows_no_scale_no_layout_and_leaves_its_input():
-    G = torch.randn(6, 9)
-    kept, O = G.clone(), newton_schulz(G)
-    assert O.dtype == torch.bfloat16
-    for power in (2.0**100, 2.0**-100):                                  # exact in bf16
-        assert torch.equal(newton_schulz(G * power), O)
-    for scale in (1e30, 1e-30):
-        torch.testing.assert_close(newton_schulz(G * scale, dtype=torch.float32),
-                                   newton_schulz(G, dtype=torch.float32), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(newton_schulz(G * scale), O, rtol=0, atol=0.03)
-    assert torch.equal(newton_schulz(torch.zeros(6, 9)), torch.zeros(6, 9, dtype=torch.bfloat16))
-    assert torch.equal(newton_schulz(G.T), O.T)
-    assert torch.equal(newton_schulz(-G.abs() * 2.0**100), -newton_schulz(G.abs()))
-    stack = torch.stack([G, 1e30 * G, torch.zeros_like(G), torch.randn(6, 9)]).view(2, 2, 6, 9)
-    for dtype in (torch.float32, torch.bfloat16):
-        slices = [newton_schulz(g, dtype=dtype) for g in stack.flatten(0, 1)]
-        assert torch.equal(newton_schulz(stack, dtype=dtype).flatten(0, 1), torch.stack(slices))
-        same = G.to(dtype)                               # no cast to make a copy of it
-        newton_schulz(same, dtype=dtype)
-        assert torch.equal(same, kept.to(dtype))
-    for wrong in ({"coefficients": "cubic"}, {"steps": 6}, {"steps": 0}):
-        with pytest.raises(ValueError, match="^newton_schulz has 1 to 5 steps of quintic, motif, "):
-            newton_schulz(G, **wrong)
-
-
-# ---- the update
 
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_twenty_steps_equal_torchs_muon(nesterov, monkeypatch):
-    """Its momentum b = mu b + (1 - mu) g is (1 - mu) times ours, so is its u = (1 - mu) g + mu b:
-    the same direction, and Newton-Schulz asks for no more. Both get ours, in fp32."""
+    """torch's momentum b = mu b + (1 - mu) g is (1 - mu) times ours, and so is its
+    u = (1 - mu) g + mu b: Newton-Schulz does not see the factor. Both use ours, in fp32."""
     monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz",
                         lambda u, *_: newton_schulz(u, dtype=torch.float32))
     ours = normal(*SHAPES)
     theirs = copies(ours)
     options = {"lr": 0.02, "momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.3}
-    optimizer = MuonClip(ours, [], dtype=torch.float32, **options)
-    train(20, (ours, optimizer),
-          (theirs, torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options)))
+    muon = MuonClip(ours, [], dtype=torch.float32, **options)
+    torchs_muon = torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options)
+    train(20, (ours, muon), (theirs, torchs_muon))
     for p, q in zip(ours, theirs):
         assert (p - q).norm() <= 1e-5 * q.norm()
+
+
+def test_small_matrices_of_a_shape_give_the_same_together_as_alone(monkeypatch):
+    """Batches of two, the last of one, against one matrix at a time."""
+    together = normal((4, 6), (6, 4), (4, 6), (4, 6))
+    alone = copies(together)
+    batched = MuonClip(together, [], lr=0.02)
+    single = MuonClip(alone, [], lr=0.02)
+    for step in range(3):
+        grads = normal((4, 6), (6, 4), (4, 6), (4, 6))
+        for p, q, grad in zip(together, alone, grads):
+            p.grad = grad.detach().clone()
+            q.grad = grad.detach().clone()
+        monkeypatch.setattr(muonclip, "MAX_BATCHED_NUMEL", 2 * 24)
+        batched.step()
+        monkeypatch.setattr(muonclip, "MAX_BATCHED_NUMEL", 1)
+        single.step()
+        assert all(map(torch.equal, together, alone))
 
 
 def test_the_rest_gets_torchs_adamw_exactly_and_vectors_no_decay():
     ours = normal((8, 6), (6,), ())
     theirs = copies(ours)
-    decayed, plain = theirs[:1], {"params": theirs[1:], "weight_decay": 0}
+    groups = [{"params": theirs[:1]}, {"params": theirs[1:], "weight_decay": 0}]
     options = {"lr": 0.02, "weight_decay": 0.3, "betas": (0.8, 0.95), "eps": 1e-6}
     train(5, (ours, MuonClip([], ours, **options)),
-          (theirs, torch.optim.AdamW([{"params": decayed}, plain], fused=True, **options)))
+          (theirs, torch.optim.AdamW(groups, fused=True, **options)))
     assert all(map(torch.equal, ours, theirs))
 
 
-def test_one_step_by_hand_a_stack_a_missing_gradient_and_a_bad_parameter():
+def test_one_step_by_hand_of_a_stack_and_of_a_missing_gradient():
     stack, idle, vector = normal((2, 3, 5), (4, 4), (3,))
-    W, G = stack.detach().clone(), torch.randn(2, 3, 5)
+    W = stack.detach().clone()
+    kept = idle.detach().clone()
+    G = torch.randn(2, 3, 5)
     optimizer = MuonClip([stack, idle], [vector], lr=0.1, weight_decay=0.5)
-    kept, stack.grad = idle.detach().clone(), G
+    stack.grad = G
     assert optimizer.step(lambda: 7) == 7
-    O = torch.stack([newton_schulz((1 + 0.95) * g).float() for g in G]) * 0.2 * 5**0.5
-    torch.testing.assert_close(stack.detach(), W * (1 - 0.1 * 0.5) - 0.1 * O)
-    assert torch.equal(idle, kept) and torch.equal(optimizer.state[stack]["momentum"], G)
-    rms = O.square().mean().sqrt().item()
+
+    O = torch.stack([newton_schulz((1 + 0.95) * g).float() for g in G])
+    update = 0.2 * 5**0.5 * O
+    torch.testing.assert_close(stack.detach(), W * (1 - 0.1 * 0.5) - 0.1 * update)
+    assert torch.equal(optimizer.state[stack]["momentum"], G)
+    assert torch.equal(idle, kept)
+
     assert list(optimizer.update_rms) == [stack]
+    rms = update.square().mean().sqrt().item()
     assert optimizer.update_rms[stack].item() == pytest.approx(rms, rel=0.01)
-    with pytest.raises(ValueError, match="^Muon takes matrices; give vectors "):
-        MuonClip([vector], [], lr=0.1)
-    with pytest.raises(ValueError, match="^MuonClip trains fp32 weights; "):
+
+
+def test_vectors_for_muon_and_half_precision_are_refused():
+    with pytest.raises(ValueError, match="matrices"):
+        MuonClip([torch.zeros(3)], [], lr=0.1)
+    with pytest.raises(ValueError, match="contiguous"):
+        MuonClip([torch.zeros(3, 4).T], [], lr=0.1)
+    with pytest.raises(ValueError, match="fp32"):
         MuonClip([], [torch.zeros(2, dtype=torch.bfloat16)], lr=0.1)
 
 
 @pytest.mark.parametrize("optimizer", ["muonclip", "adamw"])
 def test_a_skipped_step_leaves_no_trace(optimizer):
     """Neither gradients and logits that are not finite nor good ones change anything."""
-    model, bad = Motif(MODEL), torch.tensor(True)
+    model = Motif(MODEL)
     ours = configure_optimizer(model, lr=0.1, tau=1e-6, optimizer=optimizer)
-    S = torch.ones(2, 5)
+    skip = torch.tensor(True)
 
-    def state():
-        return [t.clone() for p in model.parameters() for t in (p.data, *ours.state[p].values())]
+    def snapshot():
+        tensors = []
+        for p in model.parameters():
+            tensors += [p.data, *ours.state[p].values()]
+        return [t.clone() for t in tensors]
 
-    def step(grad, S, skip):
+    def step(grad, logit, skip):
         for p in model.parameters():
             p.grad = torch.full_like(p, grad)
-        ours.step(max_logits=S, skip=skip)
+        ours.step(max_logits=torch.full((2, 5), logit), skip=skip)
 
-    for grad, logit in (torch.nan, torch.nan), (torch.inf, torch.inf), (1.0, 1.0):
-        before = state()
-        step(grad, S * logit, bad)
-        assert all(map(torch.equal, before, state()))
-        assert not ours.clipped
-        step(1.0, S, ~bad)                               # the next one counts
-        assert not any(map(torch.equal, before, state()))
+    for value in (torch.nan, torch.inf, 1.0):
+        before = snapshot()
+        step(value, value, skip)
+        assert all(map(torch.equal, before, snapshot()))
+        assert not ours.heads_clipped
+
+        step(1.0, 1.0, ~skip)                                # the next one counts
+        assert not any(map(torch.equal, before, snapshot()))
         if optimizer == "muonclip":
-            assert ours.clipped == 10
+            assert ours.heads_clipped == 10
 
 
 def test_the_saved_state_continues_bitwise(tmp_path):
-    """The second step after a resume too: a state that reads back as zeros betrays itself there."""
+    """The second step after a resume too: there a state that was read back as zeros shows."""
     def start(params):
         return MuonClip(params[:2], params[2:], lr=0.02, qk=[], weight_decay=0.3)
+
     straight = normal((6, 4), (4, 6), (5, 4), (4,), ())
     optimizer = start(straight)
     train(3, (straight, optimizer))
     saved = optimizer.state_dict()
-    save_file({f"{i}.{k}": t for i, s in saved["state"].items() for k, t in s.items()},
-              tmp_path / "state.safetensors")
-    read = {i: {} for i in saved["state"]}
+    tensors = {f"{i}.{key}": t for i, state in saved["state"].items() for key, t in state.items()}
+    save_file(tensors, tmp_path / "state.safetensors")
+
+    state = {i: {} for i in saved["state"]}
     for name, t in load_file(tmp_path / "state.safetensors").items():
         i, key = name.split(".")
-        read[int(i)][key] = t
+        state[int(i)][key] = t
     resumed = copies(straight)
     other = start(resumed)
     for group in other.param_groups:
-        group["lr"] = 1.0                                # the saved one comes back
-    other.load_state_dict({"state": read, "param_groups": saved["param_groups"]})
+        group["lr"] = 1.0                                    # the saved one comes back
+    other.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+
     for _ in range(2):
         train(1, (straight, optimizer), (resumed, other))
         assert all(map(torch.equal, straight, resumed))
 
 
-# ---- a whole model
+# ---- A whole model
 
-def test_for_model_gives_muon_the_layers_matrices_and_adamw_all_else():
+def test_muon_gets_the_layers_matrices_and_adamw_all_else():
     model = Motif(MODEL)
     optimizer = configure_optimizer(model, lr=0.1, momentum=0.5)
     names = {p: name for name, p in model.named_parameters()}
-    groups = [[names[p] for p in g["params"]] for g in optimizer.param_groups]
-    assert groups[0] == list(model.matrices()) and len(groups[0]) == 14
-    assert groups[1] == ["model.embed_tokens.weight", "lm_head.weight"]
-    assert sorted(sum(groups, [])) == sorted(names.values())
+    muon, decayed, undecayed = [[names[p] for p in group["params"]]
+                                for group in optimizer.param_groups]
+    assert muon == list(model.matrices()) and len(muon) == 14
+    assert decayed == ["model.embed_tokens.weight", "lm_head.weight"]
+    assert sorted(muon + decayed + undecayed) == sorted(names.values())
     assert optimizer.param_groups[0]["momentum"] == 0.5
     assert describe_routing(model, optimizer).splitlines() == [
         "muon, weight decay 0.1: 4,480 in 14 tensors: "
@@ -311,21 +372,31 @@ def test_for_model_gives_muon_the_layers_matrices_and_adamw_all_else():
         "adamw, weight decay 0.1: 640 in 2 tensors: embed_tokens, lm_head",
         "adamw, weight decay 0.0: 136 in 19 tensors: input_layernorm, lambda_q1, lambda_k1, "
         "lambda_q2, lambda_k2, subln, post_attention_layernorm, act_fn, act_fn.bias, norm"]
-    plain = configure_optimizer(model, lr=0.1, optimizer="adamw")
-    assert [g["kind"] for g in plain.param_groups] == ["adamw", "adamw"] and not plain.qk
-    assert sum(len(g["params"]) for g in plain.param_groups) == len(names)
-    with pytest.raises(ValueError, match="^optimizer must be 'muonclip' or 'adamw', not 'sgd'$"):
+
+
+def test_adamw_to_compare_gets_everything_and_no_qk_clip():
+    model = Motif(MODEL)
+    optimizer = configure_optimizer(model, lr=0.1, optimizer="adamw")
+    assert [group["kind"] for group in optimizer.param_groups] == ["adamw", "adamw"]
+    params = sum([group["params"] for group in optimizer.param_groups], [])
+    assert len(params) == len(list(model.parameters()))
+    assert not optimizer.qk
+    with pytest.raises(ValueError, match="'sgd'"):
         configure_optimizer(model, lr=0.1, optimizer="sgd")
 
 
 def logits(layer, x, kv_map):
-    """(H, B T T): each head's logits on the layer's recorded input, -inf where it may not see."""
-    D, T = layer.head_dim, x.shape[1]
+    """(H, B T T): each head's logits on the layer's recorded input x, -inf for masked pairs."""
+    D = layer.head_dim
+    T = x.shape[1]
     cos, sin = rotary_angles(torch.arange(T)[None], D, MODEL.rope_theta)
+
     def heads(projection):
         a, b = projection(x).unflatten(2, (-1, D)).chunk(2, -1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    q, k = heads(layer.q_proj), heads(layer.k_proj)[:, :, kv_map]
+
+    q = heads(layer.q_proj)
+    k = heads(layer.k_proj)[:, :, kv_map]
     S = torch.einsum("bthd,bshd->hbts", q, k) / D**0.5
     return S.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf).flatten(1)
 
@@ -340,8 +411,10 @@ def test_no_logit_is_left_above_tau_and_heads_below_it_keep_theirs(heads, kv_hea
     config = MotifConfig(**{**vars(MODEL), "num_attention_heads": heads, "num_noise_heads": noise,
                             "num_key_value_heads": kv_heads})
     assert config.kv_map == kv_map
-    model, tau = Motif(config).double(), 100.0
-    seen, layers = [], [block.self_attn for block in model.model.layers]
+    model = Motif(config).double()
+    tau = 100.0
+    layers = [block.self_attn for block in model.model.layers]
+    seen = []
     for layer in layers:
         per_head = torch.logspace(1, 3, heads, dtype=torch.float64)[torch.randperm(heads)]
         layer.q_proj.weight.mul_(per_head.repeat_interleave(4)[:, None] * 300)
@@ -352,17 +425,21 @@ def test_no_logit_is_left_above_tau_and_heads_below_it_keep_theirs(heads, kv_hea
     keys = [layer.k_proj.weight.clone() for layer in layers]
     torch.testing.assert_close(S, torch.stack([b.amax(1) for b in before]))
     assert (S > 2 * tau).any() and (S < tau / 2).any()
+
     optimizer = configure_optimizer(model, lr=0.0, tau=tau)
     optimizer.step(max_logits=S)
-    assert optimizer.clipped == (S > tau).sum()
-    for layer, x, old, peaks, k in zip(layers, seen, before, S, keys):
-        new = logits(layer, x, kv_map)
-        assert (new.amax(1) <= tau * (1 + 1e-6)).all()
-        gamma = (tau / peaks).clamp(max=1)
-        torch.testing.assert_close(new, old * gamma[:, None], rtol=1e-6, atol=1e-9)
-        for j in range(kv_heads):                        # a key takes half of its strictest head's
-            s = min(gamma[h] for h in range(heads) if kv_map[h] == j) ** 0.5
-            torch.testing.assert_close(layer.k_proj.weight[4 * j:4 * j + 4], s * k[4 * j:4 * j + 4])
+    assert optimizer.heads_clipped == (S > tau).sum()
+    for i, layer in enumerate(layers):
+        after = logits(layer, seen[i], kv_map)
+        gamma = (tau / S[i]).clamp(max=1)
+        assert (after.amax(1) <= tau * (1 + 1e-6)).all()
+        torch.testing.assert_close(after, before[i] * gamma[:, None], rtol=1e-6, atol=1e-9)
+
+        # A key takes the square root of what its strictest reader needs.
+        for j in range(kv_heads):
+            rows = slice(4 * j, 4 * j + 4)
+            factor = min(gamma[h] for h in range(heads) if kv_map[h] == j) ** 0.5
+            torch.testing.assert_close(layer.k_proj.weight[rows], factor * keys[i][rows])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -372,8 +449,9 @@ def test_a_logit_that_is_not_finite_raises(bad):
 
 
 def test_main_prints_the_routing_and_times_a_step(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["muonclip.py", "--hidden_size=16", "--intermediate_size=16"])
-    tools.bench_muon.main()
-    said = capsys.readouterr().out
-    assert "muon, weight decay" in said and "ms on c" in said and "  8 x 16 x 16 " in said
-    assert "torch.optim.AdamW, ratio\n  18,176 parameters " in said
+    monkeypatch.setattr("sys.argv", ["bench_muon", "--hidden_size=16", "--intermediate_size=16"])
+    bench_muon.main()
+    printed = capsys.readouterr().out
+    assert "muon, weight decay" in printed
+    assert "  8 x 16 x 16 " in printed
+    assert "  18,176 parameters " in printed

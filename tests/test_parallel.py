@@ -1,5 +1,5 @@
-"""Parallel Muon over gloo ranks against one process: the same bits, and the traffic and memory of the
-plan. `python tests/test_parallel.py 8` does the same with 8 ranks."""
+"""Parallel Muon over gloo ranks against one process: the same bits, and the traffic and memory that
+the plan says. `python tests/test_parallel.py 8` does the same with 8 ranks."""
 import itertools
 import math
 import os
@@ -51,7 +51,7 @@ def keep_whole(i, t):
 
 
 def shard(t, mesh, placements):
-    """t, which is the same on every rank, as a DTensor with memory of its own, without a message."""
+    """Make a DTensor of t, which every rank has, with memory of its own and without a message."""
     dims = [p.dim if isinstance(p, Shard) else None for p in placements]
     box = local_slices(t.shape, mesh.shape, dims, mesh.get_coordinate())
     local = t[box].clone(memory_format=torch.contiguous_format)
@@ -71,7 +71,7 @@ def train(place, steps=3, gradients=random_tensors, shapes=SHAPES, others=OTHER_
           form=MuonClip, **options):
     """Some steps from the same weights and gradients -> (params, optimizer).
 
-    place(i, t) makes the parameter or gradient number i of a whole tensor t; gradients(seed, shapes)
+    place(i, t) makes parameter or gradient number i from a whole tensor t. gradients(seed, shapes)
     returns whole tensors, or None for a missing one."""
     weights = random_tensors(0, shapes + others)
     params = [place(i, t).requires_grad_() for i, t in enumerate(weights)]
@@ -267,8 +267,8 @@ class Handle:
 
 
 def check_traffic_and_memory(W, layouts):
-    """Two exchanges a chunk, with the traffic and the memory that the plan says. Newton-Schulz's own
-    memory is left out."""
+    """There are two exchanges a chunk, with the traffic and the memory that the plan says, apart
+    from Newton-Schulz's own memory."""
     exchange = dist.all_to_all_single
     newton_schulz = muonclip.newton_schulz
     calls = []

@@ -13,12 +13,6 @@ NOT_OF_A_CONFIG = {"help", "key", "json", "only", "nproc_per_node", "nnodes", "r
                    "rdzv_endpoint", "max_restarts"}
 
 
-def test_line_counts_are_those_of_the_files():
-    said = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M))
-    real = {f.name: str(len(f.read_text().splitlines())) for f in ROOT.glob("*.py")}
-    assert said == real
-
-
 def test_options_and_files_that_it_names_exist():
     options = set(re.findall(r"--(\w+)(?![\w-])", README)) - NOT_OF_A_CONFIG
     known = {f.name for script in (pretrain, sft, evaluation) for f in fields(script.Config)}

@@ -1,29 +1,33 @@
-"""Conversations as tokens, packed rows against each conversation alone, the tasks that are made,
-what is dropped, and sft.py itself: resume, the order of stages, four ranks against one."""
-import tools.plots
-import synthetic.conversations
+"""Conversations as tokens, packed rows against each conversation alone, batches, what is dropped,
+what is held out, the generated tasks; and sft.py itself: stages, resume, four ranks against one."""
 import ast
 import base64
 import datetime
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_ranks import ROOT, metrics, stored
+from safetensors.torch import load_file
 from worlds import world
 
 import data
+from configurator import UserError
 from model import Motif, MotifConfig
+from synthetic.conversations import answer_of
 
-if __name__ != "__main__":               # of many ranks each imports them once it knows its rank
+# As a script this file forks ranks, each of which must know its number before it imports pretrain.
+if __name__ != "__main__":
     import pretrain
     import sft
+    import tools.plots
 
 TINY = MotifConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=5,
                    num_noise_heads=1, num_key_value_heads=2, head_dim=8)
@@ -31,399 +35,547 @@ DATA = {"skills": ["builtin:skills?n=40", 1.0], "chains": ["builtin:chains?n=40&
         "longer": ["builtin:chains?n=3&steps=3", 0.0]}
 OPTIONS = dict(data=DATA, seq_len=256, batch_tokens=1280, micro_batch_tokens=512, lr_scale=100,
                eval_every=8, eval_tokens=512, save_every=8, log_every=1, sample_tokens=4,
-               keep_last=9, device="cpu", timeout=30)
+               keep_last=9, device="cpu", timeout_seconds=30)
 BYTE = data.load_tokenizer("byte")
-SPECIAL = {token.strip("<|>"): i for token, i in BYTE._special_tokens.items()}
-TALK = [{"role": "system", "content": "S"}, {"role": "user", "content": "<|endofturn|>"},
-        {"role": "assistant", "content": "Yes"}, {"role": "user", "content": "b\n"},
-        {"role": "assistant", "content": "no"}]
 
 
-def base(folder: Path) -> None:
-    """A checkpoint to begin with."""
+def chat(*texts: str, system: str | None = None) -> list[dict]:
+    """A conversation in which user and assistant take turns."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for i, text in enumerate(texts):
+        messages.append({"role": "assistant" if i % 2 else "user", "content": text})
+    return messages
+
+
+TWO_QUESTIONS = chat("<|endofturn|>", "Yes", "b\n", "no", system="S")
+
+
+def save_initial_model(folder: Path) -> None:
     torch.manual_seed(1)
     Motif(TINY).save_pretrained(folder)
     (folder / "state.json").write_text('{"step": 1, "files": {}, "config": {"tokenizer": "byte"}}')
 
 
-def train(out: str | Path, **options) -> None:
-    import pretrain
+def run_sft(out: str | Path, **options) -> None:
+    """`python sft.py` in this process, without a plot."""
     import sft
-    tools.plots.plot_training = lambda out: None
+    import tools.plots
+    tools.plots.plot_training = print
     options = {**OPTIONS, "out_dir": out, **options}
-    sys.argv = ["sft.py", *(f"--{key}={value}" for key, value in options.items())]
+    sys.argv = ["sft.py"] + [f"--{key}={value}" for key, value in options.items()]
     sft.main()
 
 
-# ---- tokens
+def metrics(out: Path) -> list[dict]:
+    """What a run has logged, without what depends on the machine's speed."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: x for key, x in line.items() if key not in ("ms", "tok_per_s")} for line in lines]
 
-def test_conversations_are_encoded_as_by_hand():
-    begin, end, turn, stop, system, user, assistant = (SPECIAL[name] for name in (
-        "beginoftext", "endoftext", "startofturn", "endofturn", "system", "user", "assistant"))
-    asked = [begin, turn, system, 10, 10, 83, stop, turn, user, 10, 10, *b"<|endofturn|>", stop,
-             turn, assistant, 10, 10]
-    again = [turn, user, 10, 10, 98, 10, stop, turn, assistant, 10, 10]
-    ids, targets = sft.encode_chat(BYTE, TALK)
-    assert ids == asked + [*b"Yes", stop] + again + [*b"no", stop]
-    assert targets == ([-1] * (len(asked) - 1) + [*b"Yes", stop, -1]
-                       + [-1] * (len(again) - 1) + [*b"no", stop, -1])
-    assert sft.encode_prompt(BYTE, TALK[:2]) == asked
+
+def stored(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint: the model and the optimizer's state."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    for name, tensor in load_file(checkpoint / "optimizer" / "state.safetensors").items():
+        tensors[f"optimizer: {name}"] = tensor
+    return tensors
+
+
+# ---- the chat format
+
+def test_a_conversation_is_encoded_as_by_hand():
+    begin, end, turn, stop = (BYTE.special[token] for token in (
+        data.BEGIN, data.END, data.TURN, data.TURN_END))
+    system, user, assistant = (BYTE.special[token] for token in data.ROLES.values())
+    question = [begin, turn, system, 10, 10, *b"S", stop, turn, user, 10, 10, *b"<|endofturn|>",
+                stop, turn, assistant, 10, 10]
+    second = [turn, user, 10, 10, *b"b\n", stop, turn, assistant, 10, 10]
+
+    ids, targets = sft.encode_chat(BYTE, TWO_QUESTIONS)
+    assert ids == question + [*b"Yes", stop] + second + [*b"no", stop]
+    assert targets == ([-1] * (len(question) - 1) + [*b"Yes", stop, -1]
+                       + [-1] * (len(second) - 1) + [*b"no", stop, -1])
     assert end not in ids
+    assert sft.encode_prompt(BYTE, TWO_QUESTIONS[:2]) == question
 
 
-def test_a_tokenizer_of_the_hub_gives_what_its_parts_give(tmp_path):
-    """"\n\n" is a token of its own, whatever follows: a reply comes behind it."""
+def test_the_blank_line_before_a_reply_is_a_token_of_its_own(tmp_path):
+    tokens = [bytes([i]) for i in range(256)] + [b"\n\n", b"Ye", b"\n\nYe"]
+    lines = [f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)]
     file = tmp_path / "t.tiktoken"
-    tokens = [bytes([i]) for i in range(256)] + [b"\n\n", b"Ye"]
-    file.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n"
-                            for i, t in enumerate(tokens)))
-    t = data.load_tokenizer(str(file))
-    ids, targets = sft.encode_chat(t, [TALK[1], TALK[2]])
-    n = t._special_tokens
-    assert ids[:4] == [n["<|beginoftext|>"], n["<|startofturn|>"], n["<|user|>"], 256]
-    assert ids[-4:] == [256, 257, ord("s"), n["<|endofturn|>"]]
-    assert targets[-4:] == [257, ord("s"), n["<|endofturn|>"], -1]
+    file.write_text("".join(lines))
+    tokenizer = data.load_tokenizer(str(file))
+    ids, targets = sft.encode_chat(tokenizer, chat("<|endofturn|>", "Yes"))
+    assert ids[-4:] == [256, 257, ord("s"), tokenizer.special[data.TURN_END]]
+    assert targets[-4:] == [257, ord("s"), tokenizer.special[data.TURN_END], -1]
+    assert ids[-4 - 2:-4] == [tokenizer.special[data.TURN], tokenizer.special["<|assistant|>"]]
 
 
 def test_a_conversation_is_cut_at_a_turn():
-    whole, first = (len(sft.encode_chat(BYTE, TALK[:n])[0]) for n in (5, 3))
-    question = TALK + [{"role": "user", "content": "And?"}]
-    assert sft.truncate_to_turn(BYTE, question, whole) == (*sft.encode_chat(BYTE, TALK), False)
-    assert sft.truncate_to_turn(BYTE, TALK, whole - 1) == (*sft.encode_chat(BYTE, TALK[:3]), True)
-    assert sft.truncate_to_turn(BYTE, TALK, first - 1) is None
+    whole = len(sft.encode_chat(BYTE, TWO_QUESTIONS)[0])
+    first = len(sft.encode_chat(BYTE, TWO_QUESTIONS[:3])[0])
+    unanswered = TWO_QUESTIONS + [{"role": "user", "content": "And?"}]
+    assert sft.truncate_to_turn(BYTE, unanswered, whole) == (
+        *sft.encode_chat(BYTE, TWO_QUESTIONS), False)
+    assert sft.truncate_to_turn(BYTE, TWO_QUESTIONS, whole - 1) == (
+        *sft.encode_chat(BYTE, TWO_QUESTIONS[:3]), True)
+    assert sft.truncate_to_turn(BYTE, TWO_QUESTIONS, first - 1) is None
 
 
-@pytest.mark.parametrize("row, said", [
-    ({"messages": []}, "no turn is the assistant's; drop this conversation"),
-    ({"messages": [TALK[1]]}, "no turn is the assistant's; drop this conversation"),
-    ({"messages": [TALK[1], {"role": "assistant", "content": " \n"}]},
-     "message 2, the assistant's, has no content; drop this conversation"),
-    ({"messages": [{"role": "human", "content": "x"}]},
-     "message 1 has the unknown role 'human'; it must be one of system, user, assistant"),
-    ({"messages": [TALK[1], TALK[2], TALK[2]]},
-     "messages 2 and 3 are both the assistant's; join them"),
-    ({"question": "x", "answer": "y"},
-     "no list of messages in 'messages'; it has question, answer, and needs 'messages': [{'role': "
-     "'user', 'content': '...'}, ...], or ?messages=COLUMN")])
-def test_a_row_that_is_no_conversation_is_refused(tmp_path, row, said):
+@pytest.mark.parametrize("row", [
+    {"messages": chat("a question alone")},
+    {"messages": chat("a question", " \n")},
+    {"messages": chat("half of \ud83d, a pair", "a reply")},
+    {"messages": [{"role": "human", "content": "x"}]},
+    {"messages": chat("a question", "a reply") + [{"role": "assistant", "content": "another"}]},
+    {"question": "x", "answer": "y"}])
+def test_a_row_that_is_not_a_conversation_is_refused_with_its_place(tmp_path, row):
     file = tmp_path / "talks.jsonl"
-    file.write_text(f'{json.dumps({"messages": TALK})}\n\n{json.dumps(row)}\n')
-    with pytest.raises(ValueError) as e:
+    file.write_text(f'{json.dumps({"messages": TWO_QUESTIONS})}\n\n{json.dumps(row)}\n')
+    place = file.read_text().index("\n") + 2
+    with pytest.raises(UserError) as e:
         list(sft.load_conversations(str(file)))
-    assert str(e.value) == f"{file}: byte {file.read_text().index(chr(10)) + 2}: {said}"
-    if "messages" in row:
-        with pytest.raises(ValueError, match=re.escape(said)):
-            sft.encode_chat(BYTE, row["messages"])
+    assert str(e.value).startswith(f"{file}: byte {place}: ") and "\n" not in str(e.value)
 
 
-def test_other_wrong_sources_and_tokenizers_are_refused():
-    for source, said in (("builtin:jokes", "builtin conversations are help, skills, chains"),
-                         ("builtin:chains?steps=4-2", "steps=4-2 must be a number or two"),
-                         ("builtin:help?steps=2", "none of its options (n=...)"),
-                         ("talks.csv", "is neither builtin:..., files ending in .jsonl")):
-        with pytest.raises(ValueError, match=re.escape(said)):
-            list(sft.load_conversations(source))
-    bare = data.tiktoken.Encoding("bare", pat_str=".", special_tokens={},
-                                  mergeable_ranks={bytes([i]): i for i in range(256)})
-    with pytest.raises(ValueError, match=r"tokenizer bare lacks the turn format's <\|beginoftext"):
-        sft.encode_chat(bare, TALK)
+def test_a_file_may_name_its_column_and_hold_more_than_messages(tmp_path):
+    file = tmp_path / "talks.jsonl"
+    rows = [{"id": i, "turns": [{**message, "weight": 1} for message in TWO_QUESTIONS]}
+            for i in range(3)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(sft.load_conversations(f"{file}?messages=turns")) == [TWO_QUESTIONS] * 3
+
+
+@pytest.mark.parametrize("source", ["builtin:jokes", "builtin:chains?steps=4-2",
+                                    "builtin:help?steps=2", "talks.csv", "missing/*.jsonl"])
+def test_a_source_that_cannot_be_is_refused(source):
+    with pytest.raises(UserError) as e:
+        list(sft.load_conversations(source))
+    assert source in str(e.value) and "\n" not in str(e.value)
 
 
 # ---- packing
 
 def test_each_conversation_goes_where_it_leaves_least_room():
-    """Against the definition, which looks at every row."""
-    lengths, T, rows = np.random.default_rng(0).integers(1, 45, 500), 100, []
+    """Against the rule as it is defined, which looks at every row."""
+    T = 100
+    lengths = np.random.default_rng(0).integers(1, 45, 500)
+    expected = []
     for i in np.argsort(-lengths, kind="stable"):
-        left = [T - lengths[r].sum() - lengths[i] for r in rows]
-        enough = [k for k, room in enumerate(left) if room >= 0]
-        if not enough:
-            rows.append([])
-            left, enough = {len(rows) - 1: 0}, [len(rows) - 1]
-        rows[min(enough, key=left.__getitem__)].append(i)
-    ours = sft.pack(lengths, T)
-    assert sorted(i for row in ours for i in row) == [*range(500)]
-    assert sorted(lengths[row].sum() for row in ours) == sorted(lengths[row].sum() for row in rows)
-    assert lengths.sum() / (len(ours) * T) > 0.98
+        fitting = [row for row in expected if lengths[row].sum() + lengths[i] <= T]
+        if fitting:
+            max(fitting, key=lambda row: lengths[row].sum()).append(i)
+        else:
+            expected.append([i])
+
+    rows = sft.pack(lengths, T)
+    assert sorted(i for row in rows for i in row) == list(range(500))
+    assert sorted(lengths[row].sum() for row in rows) == sorted(
+        lengths[row].sum() for row in expected)
+    assert lengths.sum() / (len(rows) * T) > 0.98
 
 
 def test_packed_rows_are_each_conversation_alone():
     """Loss and gradients, with padding at the end of a row."""
     torch.manual_seed(2)
     model = Motif(TINY)
-    talks = [np.array(sft.encode_chat(BYTE, t)) for t in sft.load_conversations("builtin:skills?n=12")]
-    rows = sft.pack(np.array([t.shape[1] for t in talks]), 640)
-    ids, targets, documents = map(torch.from_numpy, sft.collate([[talks[i] for i in r] for r in rows],
-                                                              640))
-    count = int((targets >= 0).sum())
-    assert len(rows) < 8 and count == sum((t[1] >= 0).sum() for t in talks)
-    losses, gradients = [], []
-    for batches in [(ids, targets, documents)], [torch.from_numpy(t)[:, None] for t in talks]:
+    chats = [np.array(sft.encode_chat(BYTE, messages))
+             for messages in sft.load_conversations("builtin:skills?n=12")]
+    rows = sft.pack(np.array([encoded.shape[1] for encoded in chats]), 640)
+    packed = sft.collate([[chats[i] for i in row] for row in rows], 640)
+    num_targets = int((packed[1] >= 0).sum())
+    assert len(rows) < 8
+    assert num_targets == sum((targets >= 0).sum() for _, targets in chats)
+
+    def loss_and_gradients(batches):
         model.zero_grad()
-        losses.append(sum(pretrain.forward_backward(model, tuple(b), 9, count)[0] for b in batches))
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
-    for a, b in zip(*gradients):
-        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-9
+        loss = 0
+        for batch in batches:
+            tensors = tuple(torch.from_numpy(array) for array in batch)
+            loss += pretrain.forward_backward(model, tensors, 9, num_targets)[0]
+        return loss, [p.grad.clone() for p in model.parameters()]
+
+    loss, gradients = loss_and_gradients([packed])
+    loss_alone, gradients_alone = loss_and_gradients([encoded[:, None] for encoded in chats])
+    torch.testing.assert_close(loss, loss_alone, rtol=1e-5, atol=1e-6)
+    for gradient, alone in zip(gradients, gradients_alone):
+        assert (gradient - alone).norm() <= 1e-5 * alone.norm() + 1e-9
 
 
-def test_a_stream_reads_every_conversation_as_often_as_its_weight_says(tmp_path):
-    parts = {}
-    for name, source in ("skills", "builtin:skills?n=60"), ("chains", "builtin:chains?n=90"):
-        talks = [sft.encode_chat(BYTE, t) for t in sft.load_conversations(source)]
-        sft.TokenizedChats.save(tmp_path / name, talks)
-        parts[name] = sft.TokenizedChats(tmp_path / name)
-        assert parts[name][7].tolist() == [*map(list, talks[7])]
-    make = dict(T=512, batch_tokens=2048, epochs=3, seed=5)
-    stream = sft.PackedChatDataset(parts, {"skills": 0.75, "chains": 0.25}, **make)
-    times, plan = {"skills": np.zeros(60, int), "chains": np.zeros(90, int)}, stream.curriculum
-    for step in range(plan.steps):
-        ids, targets, documents = stream.batch(step)
-        assert ids.shape == (plan.rows[step], 512) and plan.rows[step] <= 4
-        assert stream.num_targets(step) == (targets >= 0).sum()
+# ---- epochs and batches
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    """60 conversations of skills and 90 chains."""
+    folder = tmp_path_factory.mktemp("chats")
+    found = {}
+    for name, n in {"skills": 60, "chains": 90}.items():
+        encoded = [sft.encode_chat(BYTE, messages)
+                   for messages in sft.load_conversations(f"builtin:{name}?n={n}")]
+        sft.TokenizedChats.save(folder / name, encoded)
+        found[name] = sft.TokenizedChats(folder / name)
+        assert [tuple(map(list, pair)) for pair in found[name]] == encoded
+    return found
+
+
+def test_a_batch_has_its_rows_whatever_the_number_of_ranks(chats):
+    def make():
+        return sft.PackedChatDataset(chats, {"skills": 0.75, "chains": 0.25}, T=512,
+                                     batch_tokens=2048, epochs=3, seed=5)
+    dataset = make()
+    for step in range(dataset.curriculum.steps):
+        whole = dataset.batch(step)
+        ids, targets, doc_ids = whole
+        assert ids.shape == (dataset.curriculum.rows[step], 512) and len(ids) <= 4
+        assert dataset.num_targets(step) == (targets >= 0).sum()
+        assert (targets[doc_ids < 0] < 0).all()
         for rank in range(3):
-            for a, b in zip(stream.batch(step, rank, 3), (ids, targets, documents)):
-                assert np.array_equal(a, b[rank::3])
-        for d, i in stream.talks(step):
-            times[plan.names[d]][i] += 1
-    for name, share in ("skills", 0.75), ("chains", 0.25):
-        assert np.ptp(times[name]) <= 1
-        assert (times[name] * parts[name].lengths).sum() / plan.tokens[-1] == pytest.approx(
-            share, abs=0.01)
-    again = sft.PackedChatDataset(parts, {"skills": 0.75, "chains": 0.25}, **make)
-    assert again.batches == stream.batches and again.fingerprint() == stream.fingerprint()
-    whole = sft.PackedChatDataset(parts, {name: float(talks.ends[-1]) for name, talks in parts.items()},
-                        T=512, batch_tokens=512, epochs=1, seed=5)
-    assert len({(d, i) for step in range(whole.plan.steps) for d, i in whole.talks(step)}) == 150
-    few = sft.PackedChatDataset(parts, {"skills": 0.99, "chains": 0.01}, **make)
-    assert (few.plan.shares * np.diff(few.plan.tokens)[:, None]).sum(0)[0] <= (
-        3 * sft.REPEATS * parts["skills"].ends[-1] + 500)
+            for part, array in zip(dataset.batch(step, rank, 3), whole):
+                assert np.array_equal(part, array[rank::3])
+    again = make()
+    assert again.batches == dataset.batches and again.fingerprint() == dataset.fingerprint()
 
 
-# ---- the tasks that are made
-
-def solve(ask: str, x):
-    """One step of a task, read from its words alone."""
-    n = [int(k) for k in re.findall(r"\d+", ask)]
-    code, words = re.search(r"`(.*)`", ask), ask.lower()
-    if code and "for i in range" in code[1]:
-        names = {"x": x}
-        exec(code[1], {}, names)
-        return names["x"]
-    if code:
-        return eval(code[1], {"s": x, "a": x})
-    if "convert" in words:
-        a, b = re.search(r"as (\w+) and convert it to (\w+)", ask).groups()
-        seconds = {"weeks": 604800, "days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
-        known = [seconds, {"metres": 100, "centimetres": 1}, {"dozens": 12, "pieces": 1},
-                 {"years": 12, "months": 1}]
-        scale = next(k for k in known if a in k and b in k)
-        return x * scale[a] // scale[b]
-    if "so many days after" in words:
-        text = re.search(r"after (.*)", ask)[1]
-        start = datetime.datetime.strptime(text, "%d %B %Y").date()
-        return datetime.date.fromordinal(start.toordinal() + x)
-    table = [("weeks further", lambda: datetime.date.fromordinal(x.toordinal() + 7 * n[0])),
-             ("day of the week", lambda: ["monday", "tuesday", "wednesday", "thursday", "friday",
-                                          "saturday", "sunday"][x.toordinal() % 7 - 1]),
-             ("days of that year", lambda: (x - datetime.date(x.year - 1, 12, 31)).days),
-             ("remainder", lambda: divmod(x, n[0])[1]), ("multiply", lambda: x * n[0]),
-             ("subtract", lambda: x - n[0]), ("take away", lambda: x - n[0]),
-             ("digits", lambda: [*map(int, str(x))]), ("vowels", lambda: len(
-                 re.findall("[aeiou]", x))), ("count its letters", lambda: len(x)),
-             ("its letters", lambda: "".join(sorted(x))),
-             ("reverse", lambda: "".join(reversed(x))), ("backwards", lambda: x[::-1]),
-             ("large to small", lambda: sorted(x)[::-1]), ("small to large", lambda: sorted(x)),
-             ("add them", lambda: sum(x)), ("sum", lambda: sum(x)), ("largest", lambda: max(x)),
-             ("smallest", lambda: min(x)), ("add", lambda: x + n[0])]
-    return next(value for words_, value in table if words_ in words)()
+def test_every_conversation_is_read_as_often_as_its_weight_says(chats):
+    weights = {"skills": 0.75, "chains": 0.25}
+    dataset = sft.PackedChatDataset(chats, weights, T=512, batch_tokens=2048, epochs=3, seed=5)
+    curriculum = dataset.curriculum
+    times = Counter()
+    for step in range(curriculum.steps):
+        times.update(dataset.conversations(step))
+    for name, weight in weights.items():
+        counts = np.array([times[name, i] for i in range(len(chats[name]))])
+        assert np.ptp(counts) <= 1
+        tokens = (counts * chats[name].lengths).sum()
+        assert tokens / curriculum.tokens[-1] == pytest.approx(weight, abs=0.01)
 
 
-def start_of(line: str):
-    name, text = re.fullmatch(r"Start with the (\w+) (.*)\.", line).groups()
-    return (text if name == "word" else ast.literal_eval(text) if name == "number" else
-            datetime.datetime.strptime(text, "%d %B %Y").date() if name == "date" else
-            [int(k) for k in text.split(", ")])
+def test_an_epoch_of_natural_weights_reads_each_conversation_once(chats):
+    weights = {name: float(part.ends[-1]) for name, part in chats.items()}
+    dataset = sft.PackedChatDataset(chats, weights, T=512, batch_tokens=512, epochs=1, seed=5)
+    read = [c for step in range(dataset.curriculum.steps) for c in dataset.conversations(step)]
+    assert len(read) == len(set(read)) == 150
 
 
-def test_the_answers_of_chains_are_right_and_longer_chains_are_longer():
-    seen = {}
-    for source, least, most in (("chains?n=1500", 2, 4), ("chains?n=200&steps=5-6", 5, 6)):
-        lengths = set()
-        for ask, reply in sft.load_conversations(f"builtin:{source}"):
-            first, *asks = ask["content"].split("\n")
-            x = start_of(first)
-            for line in asks:
-                x = solve(line.partition(". ")[2], x)
-            x = (f"{x.day} {x.strftime('%B')} {x.year}" if isinstance(x, datetime.date) else
-                 str(x).strip("[]"))
-            assert synthetic.conversations.answer_of(reply["content"]) == x, (ask, reply)
-            lengths.add(len(asks))
-            assert ask["content"] not in seen.setdefault(source, set())
-            seen[source].add(ask["content"])
-        assert lengths == {*range(least, most + 1)}
-    assert not set.intersection(*seen.values())
-    assert list(sft.load_conversations("builtin:chains?n=9")) == list(sft.load_conversations("builtin:chains?n=9"))
-    assert synthetic.conversations.answer_of("Answer: 3\nAnswer:  4 \n") == "4" and synthetic.conversations.answer_of("4") == ""
+def test_a_small_domain_is_read_at_most_so_many_times(chats):
+    dataset = sft.PackedChatDataset(chats, {"skills": 0.99, "chains": 0.01}, T=512,
+                                    batch_tokens=2048, epochs=3, seed=5)
+    times = Counter(c for step in range(dataset.curriculum.steps)
+                    for c in dataset.conversations(step) if c[0] == "skills")
+    assert max(times.values()) <= 3 * sft.REPEATS
 
 
-def test_system_turns_are_followed_and_docstrings_are_told():
-    talks = list(sft.load_conversations("builtin:skills?n=60"))
-    alone = [t for t in talks if t[0]["content"] == "Give the result alone."]
-    assert 10 < len(alone) < 30 and all("Answer" not in m["content"] for t in alone for m in t)
-    assert {len([m for m in t if m["role"] == "assistant"]) for t in talks} == {1, 2}
-    helps = list(sft.load_conversations("builtin:help?n=30"))
-    assert len(helps) == 30 and all(t[1]["content"].endswith(".") for t in helps)
+def test_context_is_the_length_with_the_same_attention_cost(chats):
+    dataset = sft.PackedChatDataset(chats, {"skills": 1.0, "chains": 1.0}, T=512,
+                                    batch_tokens=2048, epochs=1, seed=5)
+    lengths = np.array([chats[name].lengths[i] for name, i in dataset.conversations(0)])
+    assert dataset.curriculum.context[0] == (lengths**2).sum() // lengths.sum()
+    assert dataset.curriculum.tokens[1] == lengths.sum()
 
 
 # ---- what is worth reading
 
-def talk(ask: str, reply: str) -> list[dict]:
-    return [{"role": "user", "content": ask}, {"role": "assistant", "content": reply}]
+GOOD = chat("What are 3 boxes of 4 eggs?", "Each box has 4 eggs.\nSo 3 * 4 = 12.\nAnswer: 12.")
+TORN = chat("What are 3 boxes of 4 eggs?", "Each box (of the three has 4 eggs and,")
 
 
-def test_scores_and_what_is_dropped_for_them():
-    good = talk("What are 3 boxes of 4 eggs?", "Each box has 4 eggs.\nSo 3 * 4 = 12.\nAnswer: 12.")
-    torn = talk("What are 3 boxes of 4 eggs?", "Each box (of the three has 4 eggs and,")
-    assert sft.reasoning_density(good) == pytest.approx(1 / 3) and sft.reasoning_density(torn) == 0
-    assert sft.completeness(good) == 1 and sft.completeness(torn) == 0.5
-    assert sft.structure(good) == 1 and sft.structure(torn) == pytest.approx(1 / 3)
-    assert sft.filter_by_quality([torn, good, torn], 1 / 3) == (
-        [good], "2 dropped for a quality below 0.778 or no better")
-
-    other = talk("Name a river of France.", "The Seine is a river of France.")
-    near = talk("What are 3 boxes of 4 eggs?", good[1]["content"] + " Yes.")
-    mantra = talk("Name a river.", "the river the river the river the river the river the river")
-    stray = talk("Name a river.", "Here it is for you. My aunt went shopping again today.")
-    kept, text = sft.dedup_and_filter([good, near, other, mantra, stray, good], 0.7)
-    assert kept == [good, other]
-    assert text == "; ".join(
-        f"{n} dropped as {why}, one of them {t[1]['content'][:60]!r}" for n, why, t in (
-            (2, "near-duplicate", near), (1, "repetitive", mantra), (1, "incoherent", stray)))
+def test_quality_is_the_mean_of_three_measures():
+    assert sft.reasoning_density(GOOD) == pytest.approx(1 / 3)
+    assert sft.reasoning_density(TORN) == 0
+    assert (sft.completeness(GOOD), sft.completeness(TORN)) == (1, 0.5)
+    assert sft.structure(GOOD) == 1 and sft.structure(TORN) == pytest.approx(1 / 3)
+    assert sft.quality(TORN) == pytest.approx((0 + 0.5 + 1 / 3) / 3)
 
 
-def test_what_is_held_out_is_never_asked_in_training():
-    def questions(talks):
-        return {m["content"] for t in talks for m in t if m["role"] == "user"}
-    one = [talk(f"What is question number {i % 1200}?", f"Answer {i}.") for i in range(2400)]
-    two = [[*a, *b] for a, b in zip(one, one[37:])]
-    known = {n for t in one[:5] for _, n in sft.question_hashes(t)}
-    parts = sft.train_val_split(one + two, known)
-    assert len(questions(parts["val"])) == pytest.approx(1200 / data.VAL_EVERY, abs=15)
-    assert not questions(parts["train"]) & questions(parts["val"] + one[:5])
-    assert len(parts["train"]) > 0.9 * len(one + two)
-    both = [t for t in parts["val"] if len(t) == 4]
-    cut = [t for t in two if t[0]["content"] in questions(parts["val"]) and t not in both]
-    assert cut and all(t[:2] in parts["val"] for t in cut)   # its second question is no such one
-    other = sft.train_val_split(two[::-7], set())                  # the same in another domain
-    assert questions(other["val"]) <= questions(parts["val"])
-    assert [len(x) for x in sft.train_val_split(one[:3], set()).values()] == [1, 2]
-    assert sft.train_val_split([], set()) == {"val": [], "train": []}
+def test_the_best_are_kept_in_their_order():
+    short = chat("And 2?", "So 8.")
+    kept, report = sft.filter_by_quality([TORN, short, TORN, GOOD], 0.5)
+    assert kept == [short, GOOD] and report.startswith("2 dropped")
+    assert sft.filter_by_quality([TORN, GOOD], 0.01)[0] == [GOOD]
+    assert sft.filter_by_quality([], 0.5)[0] == []
+
+
+def test_near_duplicates_and_what_is_repetitive_or_incoherent_are_dropped():
+    other = chat("Name a river of France.", "The Seine is a river of France.")
+    near = chat("What are 3 boxes of 4 eggs?", GOOD[1]["content"] + " Yes.")
+    circles = chat("Name a river.", "the river the river the river the river the river the river")
+    stray = chat("Name a river.", "Here it is for you. My aunt went shopping again today.")
+    kept, report = sft.dedup_and_filter([GOOD, near, other, circles, stray, GOOD], 0.7)
+    assert kept == [GOOD, other]
+    assert [line.partition(",")[0] for line in report.split("; ")] == [
+        "2 dropped as near-duplicate", "1 dropped as repetitive", "1 dropped as incoherent"]
 
 
 def test_thirteen_words_of_a_benchmark_are_one_too_many(tmp_path):
     text = "One two three four five six seven eight nine ten eleven twelve thirteen fourteen"
     row = {"id": 1, "choices": [{"text": f"{text}?"}]}
     (tmp_path / "b.jsonl").write_text(f"{json.dumps(row)}\n")
-    known = sft.benchmark_grams([f"{tmp_path}/*.jsonl"])
-    words = text.split()
-    talks = [talk("Say: " + ", ".join(words[:12]), "No " + " ".join(words[2:]).upper()),
-             talk("x", "y " + "-".join(words[1:]))]
-    assert sft.decontaminate(talks, known) == (
-        talks[:1], "1 dropped as they share 13 words with a benchmark")
+    benchmark = sft.benchmark_grams([f"{tmp_path}/*.jsonl"])
+    twelve = chat("Say: " + ", ".join(text.split()[:12]), "No " + text.upper()[8:])
+    thirteen = chat("x", "y " + "-".join(text.split()[1:]))
+    assert len(sft.words(twelve[1]["content"])) == 13   # "No" and the last twelve
+    assert sft.decontaminate([twelve, thirteen], benchmark)[0] == [twelve]
+
+
+# ---- holding out
+
+def questions(conversations: list) -> set[str]:
+    return {message["content"] for messages in conversations for message in messages
+            if message["role"] == "user"}
+
+
+def test_what_is_held_out_is_never_asked_in_training():
+    single = [chat(f"What is question number {i % 1200}?", f"Answer {i}.") for i in range(2400)]
+    double = [first + second for first, second in zip(single, single[37:])]
+    reserved = single[:5]
+    parts = sft.train_val_split(single + double, sft.all_question_hashes(reserved))
+
+    assert len(questions(parts["val"])) == pytest.approx(1200 / data.VAL_EVERY, abs=15)
+    assert not questions(parts["train"]) & questions(parts["val"] + reserved)
+    assert len(parts["train"]) > 0.9 * len(single + double)
+
+    # A conversation whose second question is not held out is cut before it.
+    whole = [messages for messages in parts["val"] if len(messages) == 4]
+    cut = [messages for messages in double
+           if messages[0]["content"] in questions(parts["val"]) and messages not in whole]
+    assert cut and all(messages[:2] in parts["val"] for messages in cut)
+
+    # Another domain with the same questions holds out the same.
+    other = sft.train_val_split(double[::-7], set())
+    assert questions(other["val"]) <= questions(parts["val"])
+
+
+def test_a_small_domain_holds_out_one_question():
+    parts = sft.train_val_split([chat(f"What is {i}?", "Nothing.") for i in range(3)], set())
+    assert (len(parts["val"]), len(parts["train"])) == (1, 2)
+    assert sft.train_val_split([], set()) == {"val": [], "train": []}
+
+
+def test_no_stage_trains_on_a_question_held_out_or_kept_for_evaluation(tmp_path, monkeypatch):
+    """prepare(), as a whole, with a domain that repeats all questions of the held-out chains."""
+    written = {}
+
+    def save(folder, encoded):
+        written[folder.name] = encoded
+
+    monkeypatch.setattr(sft.TokenizedChats, "save", save)
+    file = tmp_path / "mine.jsonl"
+    mine = []
+    for source in ("builtin:skills?n=60", "builtin:chains?n=30&steps=3&seed=9",
+                   sft.HELD_OUT["held_chains"][0]):
+        mine += sft.load_conversations(source)
+    file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in mine))
+    stage = sft.Stage(lr=1.0, seq_len=512, data={
+        "mine": [str(file), 1.0], "reserved": ["builtin:chains?n=30&steps=3&seed=9", 0.0]})
+    sft.prepare(stage, [], BYTE, str(tmp_path / "data"))
+
+    assert written.keys() == {"val-reserved", "val-mine", "train-mine"}
+    trained = [BYTE.decode(ids) for ids, _ in written["train-mine"]]
+    assert len(trained) > 30
+    reserved = list(sft.load_conversations("builtin:chains?n=30&steps=3&seed=9"))
+    reserved += sft.load_conversations(sft.HELD_OUT["held_chains"][0])
+    for question in questions(reserved):
+        assert not any(question in text for text in trained)
+
+
+# ---- the generated tasks
+
+UNITS = [{"weeks": 604800, "days": 86400, "hours": 3600, "minutes": 60, "seconds": 1},
+         {"metres": 100, "centimetres": 1}, {"dozens": 12, "pieces": 1}, {"years": 12, "months": 1}]
+WEEKDAYS = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
+# What a step of a chain says -> its result, of the value before and the first number that it names.
+# The first phrase that occurs counts.
+STEPS = {
+    "weeks further": lambda x, n: x + datetime.timedelta(days=7 * n),
+    "day of the week": lambda x, n: WEEKDAYS[x.weekday()],
+    "days of that year": lambda x, n: (x - datetime.date(x.year - 1, 12, 31)).days,
+    "remainder": lambda x, n: x % n,
+    "multiply": lambda x, n: x * n,
+    "subtract": lambda x, n: x - n,
+    "take away": lambda x, n: x - n,
+    "digits": lambda x, n: [int(digit) for digit in str(x)],
+    "vowels": lambda x, n: len(re.findall("[aeiou]", x)),
+    "count its letters": lambda x, n: len(x),
+    "its letters": lambda x, n: "".join(sorted(x)),
+    "reverse": lambda x, n: x[::-1],
+    "backwards": lambda x, n: x[::-1],
+    "large to small": lambda x, n: sorted(x)[::-1],
+    "small to large": lambda x, n: sorted(x),
+    "add them": lambda x, n: sum(x),
+    "sum": lambda x, n: sum(x),
+    "largest": lambda x, n: max(x),
+    "smallest": lambda x, n: min(x),
+    "add": lambda x, n: x + n,
+}
+
+
+def solve_step(step: str, x):
+    """The result of one step, read from its words alone."""
+    code = re.search(r"`(.*)`", step)
+    if code and "for i in range" in code[1]:
+        names = {"x": x}
+        exec(code[1], {}, names)
+        return names["x"]
+    if code:
+        return eval(code[1], {"s": x, "a": x})
+    if "convert" in step:
+        source, target = re.search(r"as (\w+) and convert it to (\w+)", step).groups()
+        scale = next(units for units in UNITS if source in units and target in units)
+        return x * scale[source] // scale[target]
+    if "so many days after" in step:
+        return read_date(re.search(r"after (.*)", step)[1]) + datetime.timedelta(days=x)
+    number = re.search(r"\d+", step)
+    phrase = next(phrase for phrase in STEPS if phrase in step.lower())
+    return STEPS[phrase](x, int(number[0]) if number else None)
+
+
+def read_date(text: str) -> datetime.date:
+    return datetime.datetime.strptime(text, "%d %B %Y").date()
+
+
+def read_start(line: str):
+    kind, text = re.fullmatch(r"Start with the (\w+) (.*)\.", line).groups()
+    if kind == "word":
+        return text
+    if kind == "number":
+        return ast.literal_eval(text)
+    if kind == "date":
+        return read_date(text)
+    return [int(number) for number in text.split(", ")]
+
+
+@pytest.mark.parametrize("source, steps", [("builtin:chains?n=1500", {2, 3, 4}),
+                                           ("builtin:chains?n=200&steps=5-6", {5, 6})])
+def test_the_answers_of_chains_are_right(source, steps):
+    chains = list(sft.load_conversations(source))
+    for question, reply in chains:
+        first, *lines = question["content"].split("\n")
+        x = read_start(first)
+        for line in lines:
+            x = solve_step(line.partition(". ")[2], x)
+        if isinstance(x, datetime.date):
+            x = f"{x.day} {x:%B} {x.year}"
+        assert answer_of(reply["content"]) == str(x).strip("[]"), (question, reply)
+    assert {question["content"].count("\n") for question, _ in chains} == steps
+    assert len(questions(chains)) == len(chains)
+    assert list(sft.load_conversations(source)) == chains
+
+
+def test_the_answer_is_what_follows_the_last_answer():
+    assert answer_of("Answer: 3\nAnswer:  4 \n") == "4"
+    assert answer_of("4") == ""
+
+
+def test_system_turns_are_followed_and_docstrings_are_told():
+    skills = list(sft.load_conversations("builtin:skills?n=60"))
+    result_alone = [messages for messages in skills
+                    if messages[0]["content"] == "Give the result alone."]
+    assert 10 < len(result_alone) < 30
+    assert all("Answer" not in m["content"] for messages in result_alone for m in messages)
+    assert {len(sft.replies(messages)) for messages in skills} == {1, 2}
+    helps = list(sft.load_conversations("builtin:help?n=30"))
+    assert len(helps) == 30 and all(reply["content"].endswith(".") for _, reply in helps)
 
 
 # ---- the script
 
 @pytest.fixture
-def room(tmp_path, monkeypatch):
+def workplace(tmp_path, monkeypatch):
+    """A folder with a pre-trained model where stage 1 looks for it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretrain, "stop_signals", list)
-    monkeypatch.setattr(pretrain, "draw", tools.plots.plot_training)     # train replaces it
+    monkeypatch.setattr(pretrain, "install_signal_handlers", list)
+    monkeypatch.setattr(tools.plots, "plot_training", tools.plots.plot_training)  # to restore it
     monkeypatch.setattr(sys, "argv", [])
-    base(tmp_path / "out/quickstart/step_1")
+    save_initial_model(tmp_path / "out/quickstart/step_1")
 
 
-def test_stages_follow_each_other_and_resume_is_bitwise(room):
-    def refused(**options):
-        with pytest.raises(SystemExit) as e:
-            train("out/new", **options)
-        assert not Path("out/new").exists()
-        return e.value.code
+@pytest.mark.parametrize("options, key", [
+    (dict(stage=3), "python sft.py --stage=2"), (dict(seq_len=8192), "seq_len=8192"),
+    (dict(data={"x y": ["builtin:help", 1]}), "data: 'x y'"),
+    (dict(data={"x": ["builtin:help?n=9", 0]}), "data: "),
+    (dict(data={"x": ["builtin:help?n=9", 1]}, seq_len=16), "data 'x'"),
+    (dict(batch_tokens=100), "batch_tokens=100")])
+def test_what_cannot_run_is_one_line_and_leaves_nothing(workplace, options, key):
+    with pytest.raises(UserError) as e:
+        run_sft("out/new", **options)
+    assert key in str(e.value) and "\n" not in str(e.value)
+    assert not Path("out/new").exists()
 
-    assert refused(stage=3) == ("stage 3 starts from out/sft2, which holds no whole checkpoint; "
-                                "run first: python sft.py --stage=2")
-    assert refused(seq_len=8192) == ("seq_len=8192 is longer than the max_position_embeddings=4096 "
-                                     "of out/quickstart/step_1; lower it")
-    assert refused(data={"x y": ["builtin:help", 1]}).startswith("data: 'x y'")
-    assert refused(data={"x": ["builtin:help?n=9", 0]}).startswith("data: no domain has")
-    assert refused(data={}).startswith("data: no domain has")
-    assert refused(batch_tokens=100).startswith("batch_tokens=100 is less than a row")
-    train("out/sft1", stage=1)
-    steps = metrics(Path("out/sft1"))
-    first, last = ([m for m in steps if "val_loss" in m][i] for i in (0, -1))
-    assert last["val_loss"] < first["val_loss"] - 0.3
-    assert first["val_loss_by_domain"].keys() == DATA.keys()
-    assert "val_loss_by_quarter" not in first
-    lr = [m["lr"] for m in steps if "lr" in m]
-    assert max(lr) == pytest.approx(2e-3, rel=0.02) and lr.index(max(lr)) <= 1 and lr[-1] < 1e-4
+
+def test_a_stage_learns_and_reports(workplace):
+    run_sft("out/sft1", stage=1)
+    lines = metrics(Path("out/sft1"))
+    evaluations = [m for m in lines if "val_loss" in m]
+    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.3
+    assert evaluations[0]["val_loss_by_domain"].keys() == DATA.keys()
+    assert "val_loss_by_quarter" not in evaluations[0]
+
+    lr = [m["lr"] for m in lines if "lr" in m]
+    assert max(lr) == pytest.approx(100 * sft.STAGES[1].lr, rel=0.02)
+    assert lr.index(max(lr)) <= 1 and lr[-1] < 1e-4
     samples = Path("out/sft1/samples.txt").read_text()
-    assert samples.count("[What does the module json do?]") == 1 + len(steps) // 8
-    said = Path("out/sft1/data.txt").read_text()
-    assert "stage 1 from out/quickstart/step_1" in said and "tokens for a weight of 50.0%" in said
+    assert samples.count("[What does the module json do?]") == len(evaluations)
+    report = Path("out/sft1/data.txt").read_text()
+    assert "stage 1 from out/quickstart/step_1" in report
+    assert "tokens for a weight of 50.0%" in report
+
+
+def test_resume_is_bitwise_and_needs_no_initial_weights(workplace):
+    run_sft("out/sft1", stage=1)
+    straight = metrics(Path("out/sft1"))
+    last = f"step_{straight[-1]['step']}"
+    weights = stored(Path("out/sft1") / last)
 
     for folder in Path("out/sft1").glob("step_*"):
         if folder.name != "step_8":
-            pretrain.shutil.rmtree(folder)
-    before = metrics(Path("out/sft1"))
-    last = f"step_{before[-1]['step']}"
-    train("out/again", stage=1, resume="out/sft1/step_8")
-    train("out/sft1", stage=1)
-    assert metrics(Path("out/sft1")) == before
-    a, b = stored(Path("out/sft1") / last), stored(Path("out/again") / last)
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    Path("out/quickstart/step_1").rename("out/quickstart/gone")   # not needed to go on
-    train("out/sft1", stage=1)
-    base(Path("out/quickstart/step_1"))
+            shutil.rmtree(folder)
+    Path("out/quickstart/step_1").rename("out/quickstart/gone")
+    run_sft("out/sft1", stage=1)
+    assert metrics(Path("out/sft1")) == straight
+    resumed = stored(Path("out/sft1") / last)
+    assert resumed.keys() == weights.keys()
+    assert all(torch.equal(resumed[key], weights[key]) for key in weights)
+
+    # A run that began with other weights is another run.
+    save_initial_model(Path("out/quickstart/step_1"))
     model = Motif.from_pretrained("out/quickstart/step_1")
     model.model.norm.weight.data += 1
     model.save_pretrained("out/quickstart/step_1")
-    with pytest.raises(SystemExit) as e:                          # nor may it be another
-        train("out/sft1", stage=1)
-    assert "out/sft1 holds a run that began with out/quickstart/step_1 (" in e.value.code
-    straight = metrics(Path("out/again"))
-    assert [m["loss"] for m in straight if "loss" in m] == [
-        m["loss"] for m in before if m.get("loss") and m["step"] > 8]
+    with pytest.raises(UserError, match="out/quickstart/step_1"):
+        run_sft("out/sft1", stage=1)
 
-    train("out/sft2", stage=2, batch_tokens=5120)
+
+def test_a_stage_begins_with_the_one_before(workplace):
+    for stage in (1, 2, 3):
+        run_sft(f"out/sft{stage}", stage=stage, batch_tokens=5120)
     assert "dropped for a quality" in Path("out/sft2/data.txt").read_text()
-    train("out/sft3", stage=3, batch_tokens=5120)
-    said = Path("out/sft3/data.txt").read_text()
-    assert "stage 3 from out/sft2/step_" in said and "prun" in said
-    assert Motif.from_pretrained(pretrain.latest_checkpoint(Path("out/sft3"))[0]).config == TINY
+    assert "stage 3 from out/sft2/step_" in Path("out/sft3/data.txt").read_text()
+    final, _ = pretrain.latest_checkpoint(Path("out/sft3"))
+    assert Motif.from_pretrained(final).config == TINY
 
 
-def worlds(folder: Path) -> None:
+def run_worlds(folder: Path) -> None:
+    """One run by one rank, one by four, of which one has a row more than the others: 9 rows."""
     torch.set_num_threads(1)
-    # 9 rows a step: of four ranks one has a row more, and the others fill theirs up
     options = dict(model=folder / "base", data_dir=folder / "data", batch_tokens=9 * 256,
                    eval_every=7, save_every=7, prompts=["x"], sample_tokens=1)
-    base(folder / "base")
-    world(1, train, folder / "one", **options)
-    world(4, train, folder / "four", **options)
+    save_initial_model(folder / "base")
+    world(1, run_sft, folder / "one", **options)
+    world(4, run_sft, folder / "four", **options)
 
 
 def test_four_ranks_are_one(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    root = str(Path(data.__file__).parent)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     done = subprocess.run([sys.executable, __file__, str(tmp_path)], env=environment, text=True,
                           capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    one, four = metrics(tmp_path / "one"), metrics(tmp_path / "four")
+    one = metrics(tmp_path / "one")
+    four = metrics(tmp_path / "four")
     assert [m["step"] for m in one] == [m["step"] for m in four] and len(one) == 9
-    for a, b in zip(one, four):
-        for key in {"loss", "val_loss", "val_bpb", "grad_norm"} & a.keys():
-            assert b[key] == pytest.approx(a[key], rel=1e-4), (key, a["step"])
+    for m_one, m_four in zip(one, four):
+        for key in {"loss", "val_loss", "val_bpb", "grad_norm"} & m_one.keys():
+            assert m_four[key] == pytest.approx(m_one[key], rel=1e-4), (key, m_one["step"])
 
 
 if __name__ == "__main__":
-    worlds(Path(sys.argv[1]))
+    run_worlds(Path(sys.argv[1]))

@@ -275,5 +275,6 @@ def test_a_panic_of_the_library_is_one_line():
 
 def test_a_text_that_the_library_cannot_encode_is_one_line():
     model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
-    Path("words.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    spec = {"version": "1.0", "added_tokens": [], "model": model}
+    Path("words.json").write_text(json.dumps(spec))
     refused("words.json", "[UNK]")

@@ -1,60 +1,84 @@
-"""Greedy generation on a GPU: `python tests/decode_speed.py` prints tokens per second of
-Motif.stream after a prompt of 128, and what share that is of the memory's speed, by which a step
-takes at least the time to read the weights and the keys and values once. Compiled and not, for
-motif_124m and for four layers of the 12.7B model, bf16, fresh weights."""
-import sys
+"""Speed of greedy generation on a GPU: `python -m tools.bench_decode`.
+
+Prints tokens per second of model.Decoder after a prompt of 128 tokens, for motif_124m and for four
+layers of the 12.7B model, in bf16, with and without torch.compile, for 1 and 32 rows. Beside it
+stands the share of the memory's speed: a step must read all weights, keys and values once, so it
+takes at least as long as a plain copy needs for that many bytes.
+"""
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
+import triton
 
-import kernels
-from model import Motif
-from plain_slice import config_of, in_bf16
+from model import Decoder, Motif
+from tools.bench_plain_slice import bf16_model, load_config
 
-PROMPT, NEW = 128, 256
+PROMPT = 128
+NEW = 256
+ROWS = (1, 32)
+REPEATS = 3
 
 
-def step_bytes(model: Motif, rows: int) -> float:
-    """What a step reads on average: every weight but an embedding that is no head, every key and
-    value so far."""
-    c, weights = model.config, sum(p.numel() for p in model.parameters())
+def bytes_per_step(model: Motif, rows: int) -> float:
+    """What a step reads on average: all weights, unless the embedding serves for its lookup alone,
+    and the keys and values of all tokens so far."""
+    c = model.config
+    weights = sum(p.numel() for p in model.parameters())
     if not c.tie_word_embeddings:
         weights -= model.model.embed_tokens.weight.numel()
-    cached = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * (PROMPT + NEW / 2)
+    tokens = PROMPT + NEW / 2
+    cached = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * tokens
     return 2 * (weights + rows * cached)
 
 
+def copy_speed() -> float:
+    """Bytes per second that one kernel reads and writes, of 1 GiB each."""
+    x = torch.randn(2**28, device="cuda")
+    y = torch.empty_like(x)
+    milliseconds = triton.testing.do_bench(lambda: torch.neg(x, out=y), return_mode="median")
+    return 2 * 2**30 / (milliseconds / 1000)
+
+
 def seconds(model: Motif, ids: torch.Tensor) -> tuple[float, float]:
-    """To the second token, and from there for each further one."""
+    """Until the second token is there, and from then on per token."""
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    for i, _ in enumerate(model.stream(ids, NEW, temperature=0)):
-        if i in (1, NEW - 1):
-            torch.cuda.synchronize()
-            if i == 1:
-                first = time.perf_counter()
-    return first - begin, (time.perf_counter() - first) / (NEW - 2)
+    decoder = Decoder(model, ids, NEW, temperature=0)
+
+    # The second token is the first that a step makes: a graph is recorded for it.
+    decoder.next_tokens()
+    decoder.next_tokens()
+    torch.cuda.synchronize()
+    second = time.perf_counter()
+
+    for _ in range(NEW - 2):
+        decoder.next_tokens()
+    torch.cuda.synchronize()
+    return second - begin, (time.perf_counter() - second) / (NEW - 2)
+
+
+def report(name: str, model: Motif, rows: int, speed_of_copy: float) -> None:
+    ids = torch.randint(model.config.vocab_size, (rows, PROMPT), device="cuda")
+    first, _ = seconds(model, ids)
+    times = sorted(seconds(model, ids)[1] for _ in range(REPEATS))
+    median = times[REPEATS // 2]
+    share = bytes_per_step(model, rows) / median / speed_of_copy
+    kind = "compiled" if model.compile_steps else "eager"
+    print(f"{name} {kind:8s} batch {rows:2d}: {rows / median:8,.0f} tok/s "
+          f"({rows / times[-1]:,.0f} to {rows / times[0]:,.0f}), {share:.1%} of the copy; "
+          f"prompt and first step {first:.1f} s", flush=True)
 
 
 def main() -> None:
-    x, y = torch.randn(2, 2**28, device="cuda")
-    copy = 2 * 2**30 / kernels.milliseconds(lambda: torch.neg(y, out=x)) / 1e6
-    del x, y
-    print(f"{torch.cuda.get_device_name()}: copy {copy:.0f} GB/s")
-    for name, *options in ("motif_124m.py",), ("motif2_12b.py", "--num_hidden_layers=4"):
-        model = in_bf16(config_of(name, *options)).requires_grad_(False)
-        for model.compile_steps in False, True:
-            for rows in 1, 32:
-                ids = torch.randint(model.config.vocab_size, (rows, PROMPT), device="cuda")
-                first, _ = seconds(model, ids)
-                times = sorted(seconds(model, ids)[1] for _ in range(3))
-                shares = [step_bytes(model, rows) / t / 1e9 / copy for t in times]
-                print(f"{name} {'compiled' if model.compile_steps else 'eager':8s} batch {rows:2d}:"
-                      f" {rows / times[1]:8,.0f} tok/s ({rows / times[2]:,.0f} to "
-                      f"{rows / times[0]:,.0f}), {shares[1]:.1%} of the copy; the first pass and "
-                      f"step {first:.1f} s", flush=True)
+    speed_of_copy = copy_speed()
+    print(f"{torch.cuda.get_device_name()}: copy {speed_of_copy / 1e9:.0f} GB/s")
+    models = {"motif_124m.py": [], "motif2_12b.py": ["--num_hidden_layers=4"]}
+    for name, options in models.items():
+        model = bf16_model(load_config(name, *options)).requires_grad_(False)
+        for compile_steps in False, True:
+            model.compile_steps = compile_steps
+            for rows in ROWS:
+                report(name, model, rows, speed_of_copy)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,47 @@
-"""Checks every kernel against float64, then, on a GPU, times it beside PyTorch's own operations:
-`python -m tools.bench_kernels [--json] [--only=NAME]`. On a CPU it checks through Triton's
-interpreter and times nothing."""
+"""Checks every kernel against float64, then, on a GPU, times it beside PyTorch's own operations.
+
+    python -m tools.bench_kernels [--json] [--only=NAME]
+
+A check computes outputs and gradients three times: in float64, by the kernel, and by the plain
+PyTorch that the kernel replaces, in the same dtype. It prints the relative errors of the last two
+for each tensor. A kernel may be no more than a tenth worse than plain PyTorch.
+
+    ok    poly_norm_mul                1.7e-03/1.7e-03 2.4e-03/2.4e-03 ...
+
+On a CPU that is all, and the kernels run through Triton's interpreter. On a GPU follow the times
+of forward, and of forward and backward together: milliseconds, the rate, the rate in per cent of
+what a copy or a large matrix product reaches in the same run, and the most memory in use. Behind
+them come other ways to compute the same, as multiples of our time.
+"""
 import argparse
 import json
 import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if __name__ == "__main__" and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")     # read by triton.jit
+GPU = torch.cuda.is_available()
+if __name__ == "__main__" and not GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")     # before kernels.py defines its kernels
 import kernels
 import model
-from kernels import linear_cross_entropy, linear_fp8, poly_norm, poly_norm_mul, symmetric_matmul, triton
-from model import causal_attention, differential_norm, grouped_differential_attention, rms_norm, rope
+from kernels import linear_cross_entropy, linear_fp8, poly_norm_mul, symmetric_matmul, triton
+from model import causal_attention, differential_norm, grouped_differential_attention
+
+DEVICE = "cuda" if GPU else "cpu"
+DTYPE = torch.bfloat16 if GPU else torch.float16       # the interpreter multiplies bf16 wrongly
+UNITS = {"GB/s": 1e6, "TFLOP/s": 1e9}                  # bytes or FLOPs per millisecond
 
 
 @contextmanager
 def plain_twins():
-    """Within it no kernel is used."""
+    """Within it plain PyTorch computes everything."""
     kernels.ENABLED = False
     try:
         yield
@@ -28,217 +49,396 @@ def plain_twins():
         kernels.ENABLED = True
 
 
-def attempt(f, *args):
-    """f(*args), or its error in a line: nothing that fails here stops the rest."""
+def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = DTYPE) -> Tensor:
+    """Random numbers that want a gradient."""
+    return (torch.randn(shape, device=DEVICE, dtype=dtype) * scale).requires_grad_()
+
+
+normal_fp32 = partial(normal, dtype=torch.float32)     # as weights of norms are in training
+
+
+def outputs_and_gradients(f: Callable, inputs: list[Tensor],
+                          d_outs: list[Tensor] | None = None) -> tuple[Tensor, ...]:
+    """f's outputs, then the gradients of its inputs for d_outs, or for random numbers."""
+    outs = f(*inputs)
+    if not isinstance(outs, tuple):
+        outs = (outs,)
+    differentiable = [out for out in outs if out.requires_grad]
+    if not differentiable:
+        return outs
+    if d_outs is None:
+        d_outs = []
+        for out in differentiable:
+            d = torch.randn(out.shape, device=out.device, dtype=torch.bfloat16)
+            d_outs.append(d.to(out))            # few bits: the same numbers in every dtype
+    wanted = [t for t in inputs if t.requires_grad]
+    return outs + torch.autograd.grad(differentiable, wanted, d_outs)
+
+
+def attempt(f: Callable, *args):
+    """f(*args), or its error as a line of text: what fails here does not stop the rest."""
     try:
         return f(*args)
     except Exception as e:
-        return f"{type(e).__name__}: {(str(e) or 'no message').splitlines()[0][:150]}"
+        message = str(e) or "no message"
+        return f"{type(e).__name__}: {message.splitlines()[0][:150]}"
 
 
-def step(f, inputs, d=None) -> tuple:
-    """f's outputs and, for gradients d or random ones, the gradients at the inputs that want it."""
-    outs = f(*inputs)
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    smooth = [t for t in outs if t.requires_grad]
-    if not smooth:
-        return outs
-    d = d or [torch.randn(t.shape, device=t.device, dtype=torch.bfloat16).to(t) for t in smooth]
-    return outs + torch.autograd.grad(smooth, [t for t in inputs if t.requires_grad], d)
+# ---- checks
+
+@dataclass
+class Check:
+    name: str
+    f: Callable
+    inputs: list[Tensor]
+    exact: Callable | None = None      # what f approximates, where it is not f itself in float64
 
 
-def checks(new):
-    """Every kernel on few tokens, of the widths that main times: name, operation, inputs and, where
-    it is another, the exact operation. new(*shape) makes random numbers."""
-    numbers = lambda *s: new(*s).float().detach().requires_grad_()
-    weight, bias, rows = numbers(3), numbers(1), lambda: new(3, 16384)
-    yield "poly_norm", poly_norm, [rows(), weight, bias]
-    yield "poly_norm_mul", lambda *t: poly_norm_mul(*t, 1e-6), [rows(), rows(), weight, bias]
-    yield ("differential_norm", lambda *t: differential_norm(*t, 0.7, 1e-5),
-           [new(1, 9, 8, 4, 256), new(1, 9, 8, 1, 256), numbers(1)[0], numbers(256)])
-    starts = torch.tensor([0] * 100 + [100] * 60 + [160] * 96, device=bias.device)[None].int()
-    for groups, D in ((8, 128), (2, 64)) if bias.is_cuda else ((1, 64),):
-        qkv = [new(1, 256, *of) for of in ((5 * groups, D), (2 * groups, D), (groups, 2 * D))]
-        for name, begin in ("causal", None), ("documents", starts):
-            yield (f"attention of {D}, {name}", lambda *t, g=groups, b=begin:
-                   grouped_differential_attention(*t, g, b), qkv)
-    yield "attention, plain", causal_attention, [new(1, 256, 2, 3, 64), new(1, 256, 2, 64),
-                                                 new(1, 256, 2, 64)]
-    targets = torch.tensor([3, -1, 0, 219519], device=bias.device)
-    yield "linear_cross_entropy", linear_cross_entropy, [new(4, 64), new(219520, 64), targets]
-    m = 4096 if bias.is_cuda else 272                    # a smaller product is left to cuBLAS
-    x, d = new(1, m, 64).detach(), new(1, m, m).detach()
-    yield "symmetric, rows", lambda x: symmetric_matmul(x, x, 1.0), [x]
-    yield "symmetric, columns", lambda x, d: symmetric_matmul(x, x, 0.5, d, 2.0), [
-        x.mT.contiguous().mT, d + d.mT]
-    yield "linear_fp8", linear_fp8, [new(256, 512), new(384, 512)], F.linear
+def gram(x: Tensor) -> Tensor:
+    return symmetric_matmul(x, x, 1.0)
 
 
-def check(name: str, f, inputs: list, exact=None) -> dict:
-    """Relative Frobenius errors of outputs and gradients, the kernel's and its plain twin's, both
-    against float64. ok: none is more than a tenth worse, or beyond what fp32 sums may differ."""
-    def run(f, change=lambda t: t):
+def gram_plus(x: Tensor, d: Tensor) -> Tensor:
+    return symmetric_matmul(x, x, 0.5, d, 2.0)
+
+
+def checks() -> Iterator[Check]:
+    """Every kernel on few tokens, with the widths of the 12.7B model."""
+    n = 16384
+    weights = [normal_fp32(3), normal_fp32(1)]
+    polynorm = partial(poly_norm_mul, eps=1e-6)
+    yield Check("poly_norm", partial(poly_norm_alone, eps=1e-6), [normal(3, n), *weights])
+    yield Check("poly_norm_mul", polynorm, [normal(3, n), normal(3, n), *weights])
+
+    yield Check("differential_norm", partial(differential_norm, scale=0.7, eps=1e-5),
+                [normal(1, 9, 8, 4, 256), normal(1, 9, 8, 1, 256), normal_fp32(),
+                 normal_fp32(256)])
+
+    yield from attention_checks()
+
+    targets = torch.tensor([3, -1, 0, 219519], device=DEVICE)
+    yield Check("linear_cross_entropy", linear_cross_entropy,
+                [normal(4, 64), normal(219520, 64), targets])
+
+    m = 4096 if GPU else 272           # on a GPU a small product is left to cuBLAS
+    x = normal(1, m, 64).detach()
+    d = normal(1, m, m).detach()
+    yield Check("symmetric, rows", gram, [x])
+    yield Check("symmetric, columns", gram_plus, [x.mT.contiguous().mT, d + d.mT])
+    yield Check("linear_fp8", linear_fp8, [normal(256, 512), normal(384, 512)], exact=F.linear)
+
+
+def poly_norm_alone(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return poly_norm_mul(x, None, weight, bias, eps)
+
+
+def attention_checks() -> Iterator[Check]:
+    begins = torch.tensor([0] * 100 + [100] * 60 + [160] * 96, device=DEVICE, dtype=torch.int32)
+    doc_starts = {"causal": None, "documents": begins[None]}
+    sizes = [(8, 128), (2, 64)] if GPU else [(1, 64)]
+    for G, D in sizes:
+        qkv = [normal(1, 256, 5 * G, D), normal(1, 256, 2 * G, D), normal(1, 256, G, 2 * D)]
+        for name, doc_start in doc_starts.items():
+            attention = partial(grouped_differential_attention, num_noise_heads=G,
+                                doc_start=doc_start)
+            yield Check(f"attention of {D}, {name}", attention, qkv)
+    yield Check("attention, plain", causal_attention,
+                [normal(1, 256, 2, 3, 64), normal(1, 256, 2, 64), normal(1, 256, 2, 64)])
+
+
+def relative_errors(ours: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
+    """Frobenius norms of the differences, as shares of the exact tensors' norms."""
+    return [((x - y).norm() / y.norm()).item() for x, y in zip(ours, exact, strict=True)]
+
+
+def run_check(check: Check) -> dict:
+    """-> name, errors of the kernel, errors of plain PyTorch, whether the kernel is good enough."""
+    def run(f: Callable, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         torch.manual_seed(0)
-        return step(f, [change(t).detach().requires_grad_(t.requires_grad) for t in inputs])
+        inputs = []
+        for t in check.inputs:
+            copy = t.detach().to(dtype) if dtype and t.is_floating_point() else t.detach()
+            inputs.append(copy.requires_grad_(t.requires_grad))
+        return outputs_and_gradients(f, inputs)
 
-    true = run(exact or f, lambda t: t.double() if t.is_floating_point() else t)
-    ours = run(f)
+    exact = run(check.exact or check.f, torch.float64)
+    ours = relative_errors(run(check.f), exact)
     with plain_twins():
-        twin = run(f)
-    ours, twin = ([((x - y).norm() / y.norm()).item() for x, y in zip(outs, true, strict=True)]
-                  for outs in (ours, twin))
-    return {"check": name, "error": ours, "twin": twin,
-            "ok": all(x <= 1.1 * y + 1e-5 for x, y in zip(ours, twin))}
+        twin = relative_errors(run(check.f), exact)
+
+    # 1e-5: what sums in fp32 may differ by.
+    ok = all(x <= 1.1 * y + 1e-5 for x, y in zip(ours, twin))
+    return {"check": check.name, "error": ours, "twin": twin, "ok": ok}
 
 
-def milliseconds(f) -> float:
-    """Median of twenty calls of f; if it is short, of more, as a CUDA graph, without the host's
-    time to launch it, as in a training step, where the host is ahead."""
+# ---- times
+
+def milliseconds(f: Callable) -> float:
+    """Median time of a call of f.
+
+    Short calls are timed as a CUDA graph, without the host's time to launch them: in a training
+    step the host is ahead of the GPU. Long ones are timed twenty times as they are."""
     ms = triton.testing.do_bench(f, return_mode="median")
-    if ms > 5:                                      # so far it was called once or twice
+    if ms > 5:
         return triton.testing.do_bench(f, rep=20 * ms, return_mode="median")
     return triton.testing.do_bench_cudagraph(f, rep=100, return_mode="median")
 
 
-def times(f, inputs: list) -> list:
-    """Milliseconds of f as in training, those of f and its gradients, GiB at the most in both."""
-    d = [torch.randn_like(t) for t in step(f, inputs) if t.requires_grad]
+class Times(NamedTuple):
+    forward: float
+    both: float | None        # forward and backward; None if there is nothing to differentiate
+    peak: float | None        # GiB at most in both
+
+
+def time_passes(f: Callable, inputs: list[Tensor]) -> Times:
+    d_outs = [torch.randn_like(t) for t in outputs_and_gradients(f, inputs) if t.requires_grad]
     torch.cuda.reset_peak_memory_stats()
-    step(f, inputs, d)
+    outputs_and_gradients(f, inputs, d_outs)
     peak = torch.cuda.max_memory_allocated() / 2**30
-    both = milliseconds(lambda: step(f, inputs, d)) if d else None
-    return [milliseconds(lambda: f(*inputs)), both, peak]
+    both = None
+    if d_outs:
+        both = milliseconds(partial(outputs_and_gradients, f, inputs, d_outs))
+    return Times(milliseconds(partial(f, *inputs)), both, peak)
 
 
-def timed(unit: str, work: tuple, f, inputs: list, eager=None, compiles=True, **beside) -> dict:
-    """A line of the table. work: the least bytes or FLOPs, for each number of the first input, of
-    the forward pass and of both passes. beside: functions that give the times of something else."""
-    row = {"unit": unit, "work": [n * inputs[0].numel() for n in work], "ours": times(f, inputs)}
+def measure(unit: str, work: tuple[float, ...], f: Callable, inputs: list[Tensor],
+            eager: Callable | None = None, with_compile: bool = True, **others: Callable) -> dict:
+    """One line of the table, as a dict.
+
+    work: the least bytes, or the FLOPs, of the forward pass and of both passes, per element of the
+    first input. eager: plain PyTorch for the same, timed as it is and by torch.compile. others:
+    functions that return Times of something else."""
+    row = {"unit": unit, "work": [n * inputs[0].numel() for n in work]}
+    row["ours"] = time_passes(f, inputs)
     with plain_twins():
         if eager:
-            row["eager"] = attempt(times, eager, inputs)
-        if eager and compiles:
-            row["torch.compile"] = attempt(times, torch.compile(eager), inputs)
-    return row | {name: attempt(other) for name, other in beside.items()}
+            row["eager"] = attempt(time_passes, eager, inputs)
+        if eager and with_compile:
+            row["torch.compile"] = attempt(time_passes, torch.compile(eager), inputs)
+    for name, other in others.items():
+        row[name] = attempt(other)
+    return row
 
 
-def calls(q: Tensor, k: Tensor, v: Tensor, groups: int):
-    """grouped_differential_attention's signal and noise, as two calls of another attention:
-    q (B, heads, T, D), k (B, groups, T, D), v (B, groups, T, 2D)."""
-    q, k = q.unflatten(2, (groups, -1)), k.unflatten(2, (groups, 2))
-    for q_i, k_i in (q[:, :, :, :-1], k[:, :, :, 0]), (q[:, :, :, -1:], k[:, :, :, 1]):
-        yield [t.transpose(1, 2) for t in (q_i.flatten(2, 3), k_i, v)]
+# ---- one function for each line of the table. Bytes per element: 2 for each bf16 tensor that is
+# read or written once.
+
+def plain_poly_norm_mul(x: Tensor, up: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return model.poly_norm(x, weight, bias) * up
 
 
-def flash(*inputs) -> tuple:
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def time_poly_norm() -> dict:
+    inputs = [normal(8192, 16384), normal_fp32(3), normal_fp32(1)]
+    return measure("GB/s", (4, 10), partial(poly_norm_alone, eps=1e-6), inputs, model.poly_norm)
+
+
+def time_poly_norm_mul() -> dict:
+    x = normal(8192, 16384)
+    up = normal(8192, 16384)
+    time_swiglu = partial(time_passes, torch.compile(swiglu), [x, up])
+    return measure("GB/s", (6, 16), partial(poly_norm_mul, eps=1e-6),
+                   [x, up, normal_fp32(3), normal_fp32(1)], plain_poly_norm_mul,
+                   SwiGLU=time_swiglu)
+
+
+def time_rms_norm() -> dict:
+    norm = partial(model.rms_norm, eps=1e-5)
+    return measure("GB/s", (4, 10), torch.compile(norm), [normal(65536, 4096), normal(4096)], norm,
+                   with_compile=False)
+
+
+def add_and_rms_norm(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return x + y, model.rms_norm(x + y, weight, 1e-5)
+
+
+def time_add_and_rms_norm() -> dict:
+    inputs = [normal(65536, 4096), normal(65536, 4096), normal(4096)]
+    return measure("GB/s", (8, 16), torch.compile(add_and_rms_norm), inputs, add_and_rms_norm,
+                   with_compile=False)
+
+
+def time_rope() -> dict:
+    cos, sin = torch.randn(2, 1, 65536, 1, 64, device=DEVICE)
+
+    def rope(x: Tensor) -> Tensor:
+        return model.rope(x, cos, sin)
+
+    return measure("GB/s", (4, 8), torch.compile(rope), [normal(1, 65536, 40, 128)], rope,
+                   with_compile=False)
+
+
+def time_differential_norm() -> dict:
+    norm = partial(differential_norm, scale=0.7, eps=1e-5)
+    inputs = [normal(2, 4096, 8, 4, 256), normal(2, 4096, 8, 1, 256), normal_fp32(),
+              normal_fp32(256)]
+    return measure("GB/s", (4.5, 11.5), norm, inputs, norm)
+
+
+def time_attention(B: int, T: int, G: int, D: int, document: int | None = None) -> dict:
+    """Four signal heads to each of G noise heads; document: tokens per document."""
+    q = normal(B, T, 5 * G, D)
+    k = normal(B, T, 2 * G, D)
+    v = normal(B, T, G, 2 * D)
+    t = torch.arange(T, device=DEVICE, dtype=torch.int32).expand(B, T)
+    starts = t // document * document if document else torch.zeros_like(t)
+    keys_per_query = (t - starts + 1).double().mean().item()
+
+    attention = partial(grouped_differential_attention, num_noise_heads=G,
+                        doc_start=starts if document else None)
+    others = {}
+    if not document:
+        others["eager"] = partial(flash_attention, G=G)
+        others["cuDNN"] = partial(time_cudnn, q, k, v, G)
+    # Forward 2 D + 2 * 2 D FLOPs per pair of a query and a key, over the D numbers of a query; the
+    # backward pass adds 14 D: Q K^T and dQ and dK of D, dV and dP of 2 D.
+    return measure("TFLOP/s", (6 * keys_per_query, 20 * keys_per_query), attention, [q, k, v],
+                   with_compile=False, **others)
+
+
+def two_calls(q: Tensor, k: Tensor, v: Tensor, G: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """q, k and v of the signal map and of the noise map, as (B, heads, T, D) for SDPA."""
+    q = q.unflatten(2, (G, -1))
+    k = k.unflatten(2, (G, 2))
+    v = v.transpose(1, 2)
+    q_signal = q[:, :, :, :-1].flatten(2, 3).transpose(1, 2)
+    q_noise = q[:, :, :, -1].transpose(1, 2)
+    k_signal, k_noise = k.unbind(3)
+    return [(q_signal, k_signal.transpose(1, 2), v), (q_noise, k_noise.transpose(1, 2), v)]
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, G: int) -> tuple[Tensor, ...]:
     """Four calls of FlashAttention 2, which takes no values wider than the keys."""
+    outs = []
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-        return tuple(F.scaled_dot_product_attention(q, k, half, is_causal=True, enable_gqa=True)
-                     for q, k, v in calls(*inputs) for half in v.chunk(2, -1))
+        for q_map, k_map, v_map in two_calls(q, k, v, G):
+            for half in v_map.chunk(2, -1):
+                outs.append(F.scaled_dot_product_attention(q_map, k_map, half, is_causal=True,
+                                                           enable_gqa=True))
+    return tuple(outs)
 
 
-def time_cudnn(*inputs) -> list:
-    """cuDNN at its fastest: two calls forward, four backward, of half of the values each."""
-    aten, qkvs = torch.ops.aten, [[t.detach() for t in call] for call in calls(*inputs)]
-    ds = [torch.randn_like(q.repeat(1, 1, 1, 2)) for q, _, _ in qkvs]
+def time_cudnn(q: Tensor, k: Tensor, v: Tensor, G: int) -> Times:
+    """cuDNN at its fastest: two calls forward, and four backward, each for half of the values."""
+    aten = torch.ops.aten
+    calls = [tuple(t.detach() for t in call) for call in two_calls(q, k, v, G)]
 
-    def forward():
+    def forward() -> list:
         return [aten._scaled_dot_product_cudnn_attention(*qkv, None, True, 0.0, True, False)
-                for qkv in qkvs]
+                for qkv in calls]
 
-    def both():
-        for (q, k, v), d, (o, lse, a, b, c, e, seed, offset, _) in zip(qkvs, ds, forward()):
-            halves = zip(*(t.chunk(2, -1) for t in (d, v, o)))
-            (q1, k1, _), (q2, k2, _) = (aten._scaled_dot_product_cudnn_attention_backward(
-                d_, q, k, v_, o_, lse, seed, offset, None, a, b, c, e, 0.0, True)
-                for d_, v_, o_ in halves)
-            q1.add_(q2), k1.add_(k2)
-    return [milliseconds(forward), milliseconds(both)]
+    d_outs = [torch.randn_like(out) for out, *_ in forward()]
 
+    def both() -> None:
+        for (q, k, v), d_out, saved in zip(calls, d_outs, forward()):
+            out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = saved
+            grads = []
+            halves = zip(d_out.chunk(2, -1), v.chunk(2, -1), out.chunk(2, -1))
+            for d_half, v_half, out_half in halves:
+                dq, dk, _ = aten._scaled_dot_product_cudnn_attention_backward(
+                    d_half, q, k, v_half, out_half, lse, seed, offset, None, cum_q, cum_k, max_q,
+                    max_k, 0.0, True)
+                grads.append((dq, dk))
+            grads[0][0].add_(grads[1][0])
+            grads[0][1].add_(grads[1][1])
 
-def time_attention(B: int, T: int, groups: int, D: int, document: int = 0) -> dict:
-    """Four signal heads to a noise head; document: the tokens in one, else they are one."""
-    q, k = normal(B, T, 5 * groups, D), normal(B, T, 2 * groups, D)
-    v = normal(B, T, groups, 2 * D)
-    t = torch.arange(T, device="cuda", dtype=torch.int32).expand(B, T)
-    starts = t // (document or T) * (document or T)
-    seen = (t - starts + 1).double().mean().item()       # keys by a query
-    starts, others = (starts, {}) if document else (None, {
-        "eager": lambda *t: flash(*t, groups), "compiles": False,
-        "cuDNN": lambda: time_cudnn(q, k, v, groups)})
-    return timed("TFLOP/s", (6 * seen, 20 * seen), lambda *t: grouped_differential_attention(
-        *t, groups, starts), [q, k, v], **others)
+    return Times(milliseconds(forward), milliseconds(both), None)
 
 
-def normal(*shape, scale=1.0) -> Tensor:
-    return (torch.randn(shape, device="cuda", dtype=torch.bfloat16) * scale).requires_grad_()
+def plain_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, weight).float(), targets)
 
 
-def table():
-    """The lines: name and a function that measures one."""
-    rows = lambda n=16384: normal(8192, n)
-    def numbers(*shape):                                 # in fp32, as in training
-        return torch.randn(shape, device="cuda", requires_grad=True)
-    weights, polynorm = [numbers(3), numbers(1)], lambda x, up, w, b: model.poly_norm(
-        x, w, b) * up
-    yield "PolyNorm, 8192x16384", lambda: timed(
-        "GB/s", (4, 10), poly_norm, [rows(), *weights], lambda x, w, b: polynorm(x, 1, w, b))
-
-    def gated():
-        swiglu, x = torch.compile(lambda gate, up: F.silu(gate) * up), [rows(), rows()]
-        return timed("GB/s", (6, 16), lambda *t: poly_norm_mul(*t, 1e-6), [*x, *weights], polynorm,
-                     SwiGLU=lambda: times(swiglu, x))
-    yield "PolyNorm x up, 8192x16384", gated
-
-    def by_compile(work, f, *shapes):                    # there is no kernel
-        inputs = [normal(*shape) for shape in shapes]
-        return timed("GB/s", work, torch.compile(f), inputs, f, compiles=False)
-    x, norm = (65536, 4096), lambda x, w: rms_norm(x, w, 1e-5)
-    yield "RMSNorm (torch.compile), 65536x4096", lambda: by_compile((4, 10), norm, x, x[1:])
-    yield "add + RMSNorm (torch.compile), 65536x4096", lambda: by_compile(
-        (8, 16), lambda x, y, w: (x + y, norm(x + y, w)), x, x, x[1:])
-    cos, sin = torch.randn(2, 1, 65536, 1, 64, device="cuda")
-    yield "RoPE (torch.compile), 65536x40x128", lambda: by_compile(
-        (4, 8), lambda x: rope(x, cos, sin), (1, 65536, 40, 128))
-
-    difference = lambda *t: differential_norm(*t, 0.7, 1e-5)
-    yield "differential norm, 8192x32x256", lambda: timed(
-        "GB/s", (4.5, 11.5), difference, [normal(2, 4096, 8, 4, 256), normal(2, 4096, 8, 1, 256),
-                                          numbers(), numbers(256)], difference)
-    for name, size in ("2x4096, 32 + 8 heads of 128", (2, 4096, 8, 128)), (
-            "16x1024, 8 + 2 heads of 64", (16, 1024, 2, 64)):
-        yield f"attention, {name}", lambda size=size: time_attention(*size)
-        yield f"attention, {name}, documents", lambda size=size: time_attention(*size, 1000)
-    yield "attention, 1x16384, 32 + 8 heads of 128", lambda: time_attention(1, 16384, 8, 128)
-    targets = torch.randint(219520, (8192,), device="cuda")
-    yield "linear + cross entropy, 8192x4096x219520", lambda: timed(
-        "TFLOP/s", (6 * 219520,) * 2, linear_cross_entropy, [
-            rows(4096), normal(219520, 4096, scale=0.02), targets],
-        lambda x, w, t: F.cross_entropy(F.linear(x, w).float(), t))
-    for k in 16384, 4096:
-        yield f"symmetric product, 4096x{k}", lambda k=k: timed(
-            "TFLOP/s", (4096,), lambda x: symmetric_matmul(x, x, 1.0), [normal(1, 4096, k).detach()],
-            lambda x: x @ x.mT, compiles=False)
-    yield "linear_fp8, 8192 x 16384x4096", lambda: timed(
-        "TFLOP/s", (2 * 16384, 6 * 16384), linear_fp8, [rows(4096), normal(16384, 4096)],
-        F.linear, compiles=False)
+def time_linear_cross_entropy() -> dict:
+    V = 219520
+    targets = torch.randint(V, (8192,), device=DEVICE)
+    inputs = [normal(8192, 4096), normal(V, 4096, scale=0.02), targets]
+    # Forward makes both gradients: three products.
+    return measure("TFLOP/s", (6 * V, 6 * V), linear_cross_entropy, inputs, plain_loss)
 
 
-def text(row: dict, limits: dict) -> str:
-    """A line of the table in words; x: how many times the other's time is of ours."""
-    def pair(numbers, form):
-        return " / ".join(format(n, form) for n in numbers if n is not None)
+def plain_gram(x: Tensor) -> Tensor:
+    return x @ x.mT
 
+
+def time_symmetric(m: int, k: int) -> dict:
+    """Counted are the FLOPs of half the product."""
+    return measure("TFLOP/s", (m,), gram, [normal(1, m, k).detach()], plain_gram,
+                   with_compile=False)
+
+
+def time_linear_fp8() -> dict:
+    N = 16384
+    return measure("TFLOP/s", (2 * N, 6 * N), linear_fp8, [normal(8192, 4096), normal(N, 4096)],
+                   F.linear, with_compile=False)
+
+
+WIDE, SMALL = "2x4096, 32 + 8 heads of 128", "16x1024, 8 + 2 heads of 64"
+TABLE = {
+    "PolyNorm, 8192x16384": time_poly_norm,
+    "PolyNorm x up, 8192x16384": time_poly_norm_mul,
+    "RMSNorm (torch.compile), 65536x4096": time_rms_norm,
+    "add + RMSNorm (torch.compile), 65536x4096": time_add_and_rms_norm,
+    "RoPE (torch.compile), 65536x40x128": time_rope,
+    "differential norm, 8192x32x256": time_differential_norm,
+    f"attention, {WIDE}": partial(time_attention, 2, 4096, 8, 128),
+    f"attention, {WIDE}, documents": partial(time_attention, 2, 4096, 8, 128, 1000),
+    f"attention, {SMALL}": partial(time_attention, 16, 1024, 2, 64),
+    f"attention, {SMALL}, documents": partial(time_attention, 16, 1024, 2, 64, 1000),
+    "attention, 1x16384, 32 + 8 heads of 128": partial(time_attention, 1, 16384, 8, 128),
+    "linear + cross entropy, 8192x4096x219520": time_linear_cross_entropy,
+    "symmetric product, 4096x16384": partial(time_symmetric, 4096, 16384),
+    "symmetric product, 4096x4096": partial(time_symmetric, 4096, 4096),
+    "linear_fp8, 8192 x 16384x4096": time_linear_fp8,
+}
+
+
+def measure_limits() -> dict:
+    """What this GPU reaches at most: a copy of 1 GiB, a product of 8192 x 8192 matrices in bf16."""
+    x, y = torch.randn(2, 2**28, device=DEVICE)
+    copy = milliseconds(partial(torch.neg, y, out=x))
+    a = normal(8192, 8192).detach()
+    product = milliseconds(partial(torch.mm, a, a))
+    return {"GB/s": 2 * 2**30 / copy / UNITS["GB/s"],
+            "TFLOP/s": 2 * 8192**3 / product / UNITS["TFLOP/s"]}
+
+
+# ---- what is printed
+
+def joined(numbers, form: str) -> str:
+    """"1.23 / 4.56" """
+    return " / ".join(format(n, form) for n in numbers if n is not None)
+
+
+def check_line(row: dict) -> str:
+    verdict = "ok   " if row["ok"] else "WRONG"
+    if "message" in row:
+        return f"{verdict} {row['check']:28s} {row['message']}"
+    errors = " ".join(f"{ours:.1e}/{twin:.1e}" for ours, twin in zip(row["error"], row["twin"]))
+    return f"{verdict} {row['check']:28s} {errors}"
+
+
+def time_line(row: dict, limits: dict) -> str:
     if "message" in row:
         return f"{row['name']:44s} {row['message']}"
-    ms = [t for t in row["ours"][:2] if t]
-    rates = [w / t / {"GB/s": 1e6, "TFLOP/s": 1e9}[row["unit"]] for w, t in zip(row["work"], ms)]
-    limit = limits[row["unit"]]
-    line = (f"{row['name']:44s} {pair(ms, '.3f'):>15s} ms  {pair(rates, '.0f')} {row['unit']}  "
-            f"{pair([100 * r / limit for r in rates], '.0f')}%  {row['ours'][2]:.1f} GiB")
-    for name, other in list(row.items())[4:]:
-        line += f"  {name}: " + (other if isinstance(other, str) else pair(
-            [t / own for t, own in zip(other, ms)], ".2f") + f"x ({pair(other[:2], '.3f')} ms)")
+    ours = row["ours"]
+    times = [ms for ms in (ours.forward, ours.both) if ms is not None]
+    rates = [work / ms / UNITS[row["unit"]] for work, ms in zip(row["work"], times)]
+    shares = [100 * rate / limits[row["unit"]] for rate in rates]
+    line = (f"{row['name']:44s} {joined(times, '.3f'):>15s} ms  {joined(rates, '.0f')} "
+            f"{row['unit']}  {joined(shares, '.0f')}%  {ours.peak:.1f} GiB")
+
+    for name, other in row.items():
+        if name in ("name", "unit", "work", "ours"):
+            continue
+        if isinstance(other, str):
+            line += f"  {name}: {other}"
+            continue
+        factors = [theirs / own for theirs, own in zip(other[:2], times) if theirs is not None]
+        line += f"  {name}: {joined(factors, '.2f')}x ({joined(other[:2], '.3f')} ms)"
     return line
 
 
@@ -248,42 +448,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Checks every kernel against float64, then, on a "
                                      "GPU, times it beside PyTorch's own operations.")
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
-    parser.add_argument("--only", default="", help="time those alone whose name contains this")
-    options, gpu = parser.parse_args(), torch.cuda.is_available()
+    parser.add_argument("--only", default="", help="time only lines whose name contains this")
+    options = parser.parse_args()
 
-    def show(row, words):
-        print(json.dumps(row) if options.json else words, flush=True)
+    def show(row: dict, line: str) -> None:
+        print(json.dumps(row) if options.json else line, flush=True)
 
     torch.manual_seed(0)
-    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float16)
-    worse = 0
-    for name, *case in checks(lambda *s: torch.randn(s).to(device, dtype).requires_grad_()):
-        row = attempt(check, name, *case)
+    wrong = 0
+    for check in checks():
+        row = attempt(run_check, check)
         if isinstance(row, str):
-            row = {"check": name, "ok": False, "message": row}
-        worse += not row["ok"]
-        show(row, f"{'ok   ' if row['ok'] else 'WRONG'} {name:28s} " + (row.get("message") or (
-            " ".join(f"{x:.1e}/{y:.1e}" for x, y in zip(row["error"], row["twin"])))))
-    if gpu:
-        x, y = torch.randn(2, 2**28, device="cuda")
-        a = normal(8192, 8192).detach()
-        limits = {"GB/s": 2 * 2**30 / milliseconds(lambda: torch.neg(y, out=x)) / 1e6,
-                  "TFLOP/s": 2 * 8192**3 / milliseconds(lambda: a @ a) / 1e9}
-        del x, y, a
-        show({"device": torch.cuda.get_device_name(), **limits},
-             f"{torch.cuda.get_device_name()}: copy {limits['GB/s']:.0f} GB/s, "
-             f"bf16 GEMM {limits['TFLOP/s']:.0f} TFLOP/s")
-        for name, measure in table():
-            if options.only not in name:
-                continue
-            row = attempt(measure)
-            row = {"name": name} | ({"message": row} if isinstance(row, str) else row)
-            show(row, text(row, limits))
+            row = {"check": check.name, "ok": False, "message": row}
+        wrong += not row["ok"]
+        show(row, check_line(row))
+
+    if GPU:
+        limits = measure_limits()
+        device = torch.cuda.get_device_name()
+        show({"device": device, **limits}, f"{device}: copy {limits['GB/s']:.0f} GB/s, bf16 GEMM "
+             f"{limits['TFLOP/s']:.0f} TFLOP/s")
+        for name, time_one in TABLE.items():
+            if options.only in name:
+                row = attempt(time_one)
+                row = {"message": row} if isinstance(row, str) else row
+                row = {"name": name, **row}
+                show(row, time_line(row, limits))
     else:
         show({"timed": False}, "No GPU: the kernels were checked through Triton's interpreter, and "
              "nothing was timed.")
-    if worse:
-        raise SystemExit(f"{worse} of the checks failed")
+    if wrong:
+        raise SystemExit(f"{wrong} of the checks failed")
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ from muonclip import (COEFFICIENTS, MuonClip, MuonShardGroup, configure_optimize
 from pretrain import QUICKSTART, Config, model_config, run_main
 
 
-# ---- What a plan needs to know of a MuonShardGroup
+# ---- What a plan needs to know
 
 class Buffers(NamedTuple):
-    """The messages of one chunk, in numbers of each rank (ranks,): u on its way to the owners, O on
-    its way back. The owner's copy to itself is counted."""
+    """The messages of one chunk: how many numbers of u, and of O, each rank sends and receives.
+    Each is (ranks,), and counts what a rank sends to itself."""
     u_sent: Tensor
     u_received: Tensor          # as many as there are in the matrices that the rank owns
     O_sent: Tensor
@@ -44,11 +44,11 @@ def buffers(group: MuonShardGroup, matrices: list[int]) -> Buffers:
 
 
 def peak_elements(group: MuonShardGroup) -> Tensor:
-    """The most numbers of u and O that each rank holds at one time in a step, (ranks,); what
-    Newton-Schulz needs comes on top.
+    """Return (ranks,): the most numbers of u and O that each rank holds at any time in a step. What
+    Newton-Schulz needs for itself comes on top.
 
-    That is at one of three moments of muonclip.parallel_muon_step, of one of the chunks k. An empty
-    chunk in front stands for the time before the first, when u(0) is sent."""
+    The peak is at one of three moments of muonclip.parallel_muon_step, for some chunk k. An empty
+    chunk at the beginning stands for the time when only u(0) is sent."""
     empty = buffers(group, [])
     chunks = [empty, empty] + [buffers(group, chunk) for chunk in group.chunks] + [empty]
 
@@ -61,27 +61,28 @@ def peak_elements(group: MuonShardGroup) -> Tensor:
         results_on_their_way = before.O_sent + before.O_received
         updates_on_their_way = after.u_sent + after.u_received
 
-        # The end of phase 1: u(k) as it arrived and put together, and O(k-1).
+        # End of phase 1: u(k) as it arrived, and put together; O(k-1) is under way.
         held.append(results_on_their_way + now.u_received + matrices)
 
-        # Phase 2: the matrices, the next chunk's shards and their message, and O(k-1).
+        # Phase 2: the matrices; u(k+1), as shards and as a message; O(k-1) is under way.
         own_shards = after.O_received
         held.append(results_on_their_way + matrices + own_shards + updates_on_their_way)
 
-        # Phase 5: the results and their message, and u(k+1).
+        # Phase 5: the results, and the message with them; u(k+1) is under way.
         held.append(matrices + now.O_sent + now.O_received + updates_on_their_way)
     return torch.stack(held).amax(0)
 
 
 def traffic(group: MuonShardGroup) -> Tensor:
-    """(2, ranks): how many numbers each rank sends to and receives from the others in a step."""
+    """Return (2, ranks): how many numbers each rank sends to, and receives from, the others in a
+    step."""
     u, O = group.elements_sent(group.order)
     total = (u + O).fill_diagonal_(0)                       # [sender, receiver]
     return torch.stack([total.sum(1), total.sum(0)])
 
 
 def plan_table(shapes: list, world: int, replicas: int = 1) -> str:
-    """What Parallel Muon does with these matrices, from the arithmetic that the step uses."""
+    """Say what Parallel Muon does with these matrices. The step itself uses the same arithmetic."""
     check_replicas(world, replicas)
     shards = world // replicas
     together = replicas_per_muon_group(shapes, world, replicas)
@@ -103,8 +104,8 @@ def plan_table(shapes: list, world: int, replicas: int = 1) -> str:
 
     elements = sum(math.prod(shape) for shape in shapes)
     lines = [
-        f"{shards} shards x {replicas} replicas, {together} of which share {len(shapes)} matrices of "
-        f"{elements / 1e9:.3f}e9 elements, in {len(group.chunks)} chunks,",
+        f"{shards} shards x {replicas} replicas, {together} of which share {len(shapes)} matrices "
+        f"of {elements / 1e9:.3f}e9 elements, in {len(group.chunks)} chunks,",
         f"among {len(set(group.owner))} of their ranks; the busiest rank, and over the mean:"]
     for name, of_ranks in rows.items():
         most = of_ranks.max()
@@ -125,8 +126,8 @@ def check_replicas(world: int, replicas: int) -> None:
 # ---- Timing
 
 def format_timing(name: str, *calls, seconds: float = 60, rounds: int = 21) -> str:
-    """A line with each call's time in ms, median and range, and the ratio of the first two. The
-    calls take turns, so that whatever else runs on the machine slows all of them."""
+    """Time some calls -> a line with the median and range of each in ms, and the ratio of the first
+    two. The calls take turns, so that whatever else runs on the machine slows all of them."""
     times = [[] for _ in calls]
     end = time.perf_counter() + seconds
     warm_up = 2                                             # these compile
@@ -159,7 +160,7 @@ def synchronize() -> None:
 
 
 class GatherAll(MuonClip):
-    """MuonClip of sharded matrices alone, in the plain way: each rank gathers and does each matrix."""
+    """MuonClip for sharded matrices only, in the plain way: every rank gathers every matrix."""
 
     def _muon_step(self, group: dict, skip: Tensor | None) -> None:
         now = self._step_scalars(group, skip)
@@ -195,7 +196,9 @@ def time_parallel(shapes: list, replicas: int) -> None:
         dist.barrier()
 
     times = format_timing(
-        f"{len(shapes)} matrices", lambda: step_together(parallel), lambda: step_together(gathering),
+        f"{len(shapes)} matrices",
+        lambda: step_together(parallel),
+        lambda: step_together(gathering),
         seconds=math.inf, rounds=5)
 
     same = torch.ones((), dtype=torch.int32, device=device)
@@ -204,13 +207,13 @@ def time_parallel(shapes: list, replicas: int) -> None:
     dist.all_reduce(same, dist.ReduceOp.MIN)
     if dist.get_rank() == 0:
         together = replicas_per_muon_group(shapes, world, replicas)
-        print(f"{world} ranks on {device.type}, {together} of {replicas} replicas share the matrices; "
-              f"ms of a step: Parallel Muon, each gathers all, ratio\n{times}\n"
-              f"the same weights: {bool(same)}", flush=True)
+        print(f"{world} ranks on {device.type}; {together} of {replicas} replicas share matrices")
+        print(f"ms of a step: Parallel Muon, each gathers all, ratio\n{times}")
+        print(f"the same weights: {bool(same)}", flush=True)
 
 
 def sharded_optimizer(form: type, shapes: list, mesh, device) -> MuonClip:
-    """An optimizer of this class over random matrices, sharded by rows, with gradients."""
+    """Make an optimizer of this class for random matrices, sharded by rows, with gradients."""
     torch.manual_seed(0)
     params = []
     for shape in shapes:

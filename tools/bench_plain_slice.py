@@ -1,111 +1,158 @@
-"""Six layers of the 12.7B model with its embedding and head, forward and backward alone:
-`python tests/plain_slice.py` on a GPU prints tokens per second and MFU (by the FLOPs of
-pretrain.py) of the kernels with and without FSDP2, then of stock PyTorch, what they are measured
-against: bf16 autograd, eager and under torch.compile, with stock attention, the definition of
-PolyNorm and the whole logits."""
-import model
-import sys
+"""Our training speed beside stock PyTorch's, on a GPU: `python -m tools.bench_plain_slice`.
+
+Takes six layers of the 12.7B model with its embedding and head, forward and backward, without the
+optimizer, and prints tokens per second, MFU (model FLOPs utilisation, by the FLOPs that pretrain.py
+counts) and memory of
+
+    our kernels, without FSDP2 and as pretrain.py trains, with FSDP2
+    stock PyTorch: bf16 autograd, eager and under torch.compile, with PyTorch's own attention, the
+    definition of PolyNorm and all logits at once
+"""
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import configurator
 import kernels
+import model as motif
 import pretrain
 from model import Motif, flops_per_token
 
-SLICE = "motif2_12b.py", "--num_hidden_layers=6", "--activation_checkpoint_layers=0"
+SLICE = ("motif2_12b.py", "--num_hidden_layers=6", "--activation_checkpoint_layers=0")
+T = 4096
+OUR_ROWS = 64
+OUR_MICRO_ROWS = 4
+STOCK_ROWS = 2
+WARM_UP = 2
 
 
-def attention_by_sdpa(q, k, v, num_noise_heads, starts=None, wide=False):
-    """grouped_differential_attention by stock attention: two calls with values of 2D, or four of D,
-    as flash attention needs. Tells no largest logit."""
-    q, k = (t.transpose(1, 2) for t in (q, k))                           # (B, heads, T, D)
-    G, P = num_noise_heads, k.shape[1] // 2
-    q = q.unflatten(1, (G, -1))
-    v = v.unflatten(3, (2, -1)).transpose(1, 2)                          # (B, P, T, 2, D)
-    halves = [v.flatten(3)] if wide else v.unbind(3)
-    outs = []
-    for heads, keys in (q[:, :, :-1], k[:, ::2]), (q[:, :, -1:], k[:, 1::2]):
-        out = torch.cat([F.scaled_dot_product_attention(heads.flatten(1, 2), keys, half,
-                                                        is_causal=True, enable_gqa=True)
-                         for half in halves], dim=-1)
-        outs.append(out.unflatten(1, (G, -1)).permute(0, 3, 1, 2, 4))    # (B, T, G, r, 2D)
-    return *outs, q.new_zeros(q.shape[1] * q.shape[2])
+# ---- stock PyTorch's forms of what kernels.py fuses
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, num_noise_heads: int) -> Tensor:
+    """q (B, heads, T, D), k and v (B, P, T, ...) -> (B, T, G, heads / G, width of v)."""
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out.unflatten(1, (num_noise_heads, -1)).permute(0, 3, 1, 2, 4)
 
 
-def loss_of_whole_logits(x, weight, targets, reduction, scale):
-    return F.cross_entropy(F.linear(x, weight).float(), targets, reduction=reduction)
+def stock_attention(q: Tensor, k: Tensor, v: Tensor, num_noise_heads: int,
+                    wide_values: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """model.grouped_differential_attention, less the largest logits, which PyTorch does not tell.
+
+    wide_values: two calls with values of 2D, which cuDNN takes; else four with values of D, as
+    flash attention needs values as wide as the keys."""
+    q = q.transpose(1, 2).unflatten(1, (num_noise_heads, -1))            # (B, G, r + 1, T, D)
+    q_signal = q[:, :, :-1].flatten(1, 2)                                # (B, G r, T, D)
+    q_noise = q[:, :, -1]                                                # (B, G, T, D)
+    k = k.transpose(1, 2)                                                # (B, 2P, T, D)
+    k_signal, k_noise = k[:, ::2], k[:, 1::2]
+    v = v.transpose(1, 2)                                                # (B, P, T, 2D)
+
+    parts = [v] if wide_values else v.chunk(2, dim=-1)
+    signal = [sdpa(q_signal, k_signal, part, num_noise_heads) for part in parts]
+    noise = [sdpa(q_noise, k_noise, part, num_noise_heads) for part in parts]
+    no_logits = q.new_zeros(q.shape[1] * q.shape[2])
+    return torch.cat(signal, dim=-1), torch.cat(noise, dim=-1), no_logits
 
 
-def config_of(name: str, *options: str) -> pretrain.Config:
+def stock_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean",
+               scale: float = 1.0) -> Tensor:
+    """kernels.linear_cross_entropy with all logits at once."""
+    logits = F.linear(x, weight).float()
+    return F.cross_entropy(logits, targets, reduction=reduction) * scale
+
+
+# ---- measuring
+
+def load_config(name: str, *options: str) -> pretrain.Config:
     file = str(Path(__file__).parent.parent / "config" / name)
     return configurator.load(pretrain.Config, [file, *options], default_file=file)
 
 
-def in_bf16(c: pretrain.Config) -> Motif:
-    """Fresh weights, on the GPU."""
+def bf16_model(c: pretrain.Config) -> Motif:
+    """Fresh weights in bf16, on the GPU."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model = Motif(pretrain.model_config(c)).to("cuda")    # its buffers too
+        model = Motif(pretrain.model_config(c)).to("cuda")               # its buffers too
     torch.set_default_dtype(torch.float32)
     return model
 
 
-def measure(name: str, model: Motif, tokens: int, steps: int, step) -> None:
-    """A line on `steps` calls of step(), of so many tokens each, after two others."""
+def measure(name: str, model: Motif, tokens: int, steps: int, step: Callable[[], object]) -> None:
+    """Print the speed of `steps` calls of step(), of so many tokens each, after a warm-up."""
     torch.cuda.reset_peak_memory_stats()
-    for i in range(2 + steps):
-        if i == 2:
+    for i in range(WARM_UP + steps):
+        if i == WARM_UP:
             torch.cuda.synchronize()
             begin = time.perf_counter()
         model.zero_grad(set_to_none=True)
         step()
     torch.cuda.synchronize()
     speed = steps * tokens / (time.perf_counter() - begin)
-    peak = pretrain.peak_flops(torch.device("cuda"))
-    mfu = speed * sum(flops_per_token(model.config, 4096)) / peak
-    print(f"{name:44s}{speed:10,.0f} tok/s  MFU {mfu:6.1%}  "
-          f"{torch.cuda.max_memory_allocated() / 2**30:5.1f} GiB", flush=True)
+
+    flops = sum(flops_per_token(model.config, T))
+    mfu = speed * flops / pretrain.peak_flops(torch.device("cuda"))
+    memory = torch.cuda.max_memory_allocated() / 2**30
+    print(f"{name:44s}{speed:10,.0f} tok/s  MFU {mfu:6.1%}  {memory:5.1f} GiB", flush=True)
 
 
-def with_kernels(name: str, sharded: bool, rows: int = 64, micro: int = 4) -> None:
-    """The step of pretrain.py less the optimizer: on bf16 weights without FSDP2, or as it is."""
-    c, device = config_of(*SLICE), torch.device("cuda", 0)
-    if sharded:
+def measure_ours(name: str, with_fsdp: bool) -> None:
+    """The step of pretrain.py, less the optimizer."""
+    c = load_config(*SLICE)
+    device = torch.device("cuda", 0)
+    if with_fsdp:
         pretrain.init_distributed(c, device)
-    model = pretrain.build(c, device) if sharded else in_bf16(c)
-    for block in () if sharded else model.model.layers:
-        block.forward = torch.compile(block.forward, dynamic=False)
-    ids = torch.randint(c.vocab_size, (rows, 4097), device="cuda")
-    batch = ids[:, :-1], ids[:, 1:]
-    measure(name, model, rows * 4096, 3, lambda: pretrain.forward_backward(
-        model, batch, micro, rows * 4096))
+        model = pretrain.build(c, device)
+    else:
+        model = bf16_model(c)
+        for block in model.model.layers:
+            block.forward = torch.compile(block.forward, dynamic=False)
+
+    ids = torch.randint(c.vocab_size, (OUR_ROWS, T + 1), device="cuda")
+    batch = (ids[:, :-1], ids[:, 1:])
+    tokens = OUR_ROWS * T
+
+    def step():
+        pretrain.forward_backward(model, batch, OUR_MICRO_ROWS, tokens)
+    measure(name, model, tokens, 3, step)
 
 
-def plain(name: str, compiled: bool, wide: bool, backend, batch: int = 2) -> None:
+def measure_stock(name: str, compiled: bool, wide_values: bool, backend: SDPBackend) -> None:
+    """kernels.ENABLED = False leaves model.py's definitions; attention and loss are replaced."""
+    def attention(q, k, v, num_noise_heads, doc_start=None, query_slots=None):
+        return stock_attention(q, k, v, num_noise_heads, wide_values)
     kernels.ENABLED = False
-    kernels.poly_norm_mul = kernels.poly_norm_mul_by_definition
-    model.grouped_differential_attention = lambda *t: attention_by_sdpa(*t, wide=wide)
-    kernels.linear_cross_entropy = torch.compile(loss_of_whole_logits) if compiled else (
-        loss_of_whole_logits)
-    c = config_of(*SLICE)
-    model = in_bf16(c)
-    for block in model.model.layers if compiled else ():
-        block.compile()
-    ids = torch.randint(c.vocab_size, (batch, 4097), device="cuda")
+    motif.grouped_differential_attention = attention
+    kernels.linear_cross_entropy = torch.compile(stock_loss) if compiled else stock_loss
+
+    c = load_config(*SLICE)
+    model = bf16_model(c)
+    if compiled:
+        for block in model.model.layers:
+            block.compile()
+    ids = torch.randint(c.vocab_size, (STOCK_ROWS, T + 1), device="cuda")
+
+    def step():
+        model(ids[:, :-1], ids[:, 1:]).backward()
     with sdpa_kernel(backend):
-        measure(name, model, batch * 4096, 6, lambda: model(ids[:, :-1], ids[:, 1:]).backward())
+        measure(name, model, STOCK_ROWS * T, 6, step)
+
+
+def main() -> None:
+    measure_ours("kernels, bf16 weights without FSDP2", with_fsdp=False)
+    measure_ours("kernels, fp32 weights, FSDP2 of one rank", with_fsdp=True)
+    measure_stock("eager, 4 flash calls", compiled=False, wide_values=False,
+                  backend=SDPBackend.FLASH_ATTENTION)
+    measure_stock("torch.compile, 4 flash calls", compiled=True, wide_values=False,
+                  backend=SDPBackend.FLASH_ATTENTION)
+    measure_stock("torch.compile, 2 cuDNN calls", compiled=True, wide_values=True,
+                  backend=SDPBackend.CUDNN_ATTENTION)
 
 
 if __name__ == "__main__":
-    with_kernels("kernels, bf16 weights without FSDP2", False)
-    with_kernels("kernels, fp32 weights, FSDP2 of one rank", True)
-    plain("eager, 4 flash calls", False, False, SDPBackend.FLASH_ATTENTION)
-    plain("torch.compile, 4 flash calls", True, False, SDPBackend.FLASH_ATTENTION)
-    plain("torch.compile, 2 cuDNN calls", True, True, SDPBackend.CUDNN_ATTENTION)
+    main()

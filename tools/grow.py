@@ -1,8 +1,55 @@
-"""Growth: a larger model that computes the same as a smaller one (arXiv 2511.07464), and the mean of
-checkpoints: first weights for pretrain.py --init."""
+"""Growth: a larger model that computes the same as a smaller one, as first weights for training.
+
+Motif-2-12.7B did not start from random weights. It grew out of Motif-2.6B (arXiv 2511.07464), so
+that the FLOPs that the small model had cost were not lost: the large model starts with the small
+one's loss, and has room to improve. `python pretrain.py config/X.py --init=grow:PATH` does that.
+What follows shows how a transformer is made wider and deeper without a change in its logits.
+
+1. Width (HyperCloning, arXiv 2409.12903). The residual stream holds everything twice: where the
+   small model has x, the large one has [x; x]. RMSNorm treats both halves as it treats x, because
+   the mean of the squares is the same. Every matrix W that reads the stream takes half of its input
+   from each half, and every matrix that writes to it writes its result y twice:
+
+        reads:      [W/2 + n, W/2 - n] [x; x]  =  (W/2 + n) x + (W/2 - n) x  =  W x
+        writes:     [W; W] z  =  [y; y]
+
+   The first line is exact for any n, and n must not be zero. With n = 0 the two copies are equal
+   and get equal gradients, and Newton-Schulz keeps them equal: they would stay equal for ever, and
+   the large model would be a small one. The noise n breaks the tie. (The halves that are written
+   are equal. But they are read with different weights, so their gradients differ.) The noise is
+   10 dB below the weights [ours: unpublished]. MEASUREMENTS.md, Growth, has what happens without.
+
+   The MLP widens in the same way: gate and up have their rows twice, and down reads both copies.
+   PolyNorm of a vector twice is PolyNorm of the vector, twice, for the same reason as RMSNorm.
+
+2. Heads. Plain differential attention (1 signal head for each noise head) becomes grouped (4 for
+   1): each signal head is copied 4 times within its group, each noise head is kept once, key and
+   value heads are unchanged. The 4 copies give the same output, so o_proj takes a quarter of each:
+   [O/4 + n1, O/4 + n2, O/4 + n3, O/4 + n4] with n1 + n2 + n3 + n4 = 0.
+
+3. Depth (LLaMA-Pro, arXiv 2401.02415). After every 4 layers comes a copy of the last of them, in
+   which o_proj and down_proj are zero. It adds nothing to the stream: it is the identity. It can
+   learn from there, since the gradients of o_proj and down_proj are not zero.
+
+   A layer that moves up needs one correction, because lambda_init depends on the layer's number:
+   refold_lambda_init derives it.
+
+From Motif-2.6B to Motif-2-12.7B, rows x columns:
+
+    embed_tokens   219520 x 2048 -> 219520 x 4096   [E, E]
+    q_proj           2048 x 2048 ->   5120 x 4096   8 + 8 heads of 128 become 32 + 8; reads
+    k_proj, v_proj   2048 x 2048 ->   2048 x 4096   reads
+    o_proj           2048 x 2048 ->   4096 x 8192   8 heads of 256 become 32; writes
+    gate, up         8192 x 2048 ->  16384 x 4096   rows twice; reads
+    down_proj        2048 x 8192 ->   4096 x 16384  columns twice; writes
+    lm_head        219520 x 2048 -> 219520 x 4096   reads, and so is tied to [E, E] no longer
+    norms                   2048 ->   4096          [w, w]
+    layers                    32 -> 40              a copy after every 4
+"""
 import re
 import shutil
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,85 +58,199 @@ from torch import Tensor
 from configurator import UserError
 from kernels import upcast
 from model import LAMBDAS, Attention, Motif, MotifConfig
-from pretrain import SHARD_BYTES, model_config, checkpoint_steps, theta_at
+from pretrain import SHARD_BYTES, checkpoint_steps, model_config, theta_at
 
 
 def grow(model: Motif, config: MotifConfig, noise_db: float = 10.0, seed: int = 0) -> Motif:
-    """A model of config's shape with the logits of the smaller `model`: width by HyperCloning
-    (arXiv 2409.12903), depth by LLaMA-Pro (arXiv 2401.02415), as grown_tensors says. Same device
-    and dtypes, lambda vectors and per-head norms aside, which are fp32; no memory is shared, and
-    beside both models there is only some of a matrix. noise_db: how far the noise that parts the
-    copies lies below the weights, math.inf for none, drawn on the device from `seed`. rope_theta
-    stays the model's, as it changes the function; max_position_embeddings is config's. ValueError,
-    one line, for a dimension that cannot be reached."""
+    """Grow the model to config's shape; its logits stay the same.
+
+    noise_db: how far the noise between copies lies below the weights, math.inf for no noise. It is
+    drawn on the model's device from the seed. The grown model shares no memory with the model, and
+    has its device and dtypes, except that lambda vectors and per-head norms are fp32. rope_theta
+    stays the model's, since another one would change the logits. UserError if the shape cannot be
+    reached."""
     config = replace(config, rope_theta=model.config.rope_theta)
-    return build_grown(model, config, check_growth(model.config, config), noise_db, seed)
+    every = check_growth(model.config, config)
+    return build_grown(model, config, every, noise_db, seed)
 
 
 def grow_width(model: Motif, factor: int, signal_ratio: int, noise_db: float = 10.0,
                seed: int = 0) -> Motif:
-    """See grow: stream and MLP `factor` times as wide, signal_ratio signal heads for each noise
-    head (without noise heads: query heads for each key head). Of a tied model the head becomes its
-    own."""
+    """Grow stream and MLP to `factor` times their width, and to signal_ratio signal heads for each
+    noise head (without noise heads: query heads for each key head)."""
     c = model.config
-    return grow(model, replace(
-        c, hidden_size=factor * c.hidden_size, intermediate_size=factor * c.intermediate_size,
-        num_attention_heads=signal_ratio * groups(c) + c.num_noise_heads,
-        tie_word_embeddings=c.tie_word_embeddings and factor == 1), noise_db, seed)
+    signal_heads = signal_ratio * num_groups(c)
+    config = replace(c, hidden_size=factor * c.hidden_size,
+                     intermediate_size=factor * c.intermediate_size,
+                     num_attention_heads=signal_heads + c.num_noise_heads,
+                     tie_word_embeddings=c.tie_word_embeddings and factor == 1)
+    return grow(model, config, noise_db, seed)
 
 
 def grow_depth(model: Motif, every: int) -> Motif:
-    """See grow: after every `every` layers a copy of the last of them that adds nothing yet.
-    ValueError for less than one."""
+    """Add, after every `every` layers, a copy of the last of them that is the identity at first."""
     if every < 1:
-        raise UserError(f"a layer is copied after every 1 or more, not every {every}")
+        raise UserError(f"a layer is copied after every 1 or more layers, not every {every}")
     layers = model.config.num_hidden_layers
-    return build_grown(model, replace(model.config, num_hidden_layers=layers + layers // every), every)
+    config = replace(model.config, num_hidden_layers=layers + layers // every)
+    return build_grown(model, config, every)
 
 
-def groups(c: MotifConfig) -> int:
-    """Of query heads: as many as there are noise heads, without those as there are key heads."""
-    return c.num_noise_heads or c.num_key_value_heads
+# ---- width: what happens to one matrix
+
+def copy_columns(weight: Tensor, copies: int, blocks: int = 1, noise: float = 0.0,
+                 generator: torch.Generator | None = None) -> Tensor:
+    """Let a matrix read `copies` copies of its input: (n, blocks b) -> (n, blocks copies b).
+
+    Each copy of the columns is the matrix divided by `copies`, plus normal noise that sums to zero
+    over the copies. noise: its RMS as a fraction of the RMS of the weights. blocks: the columns may
+    be cut into blocks, each of which is followed by its own copies, as the heads of a group are.
+
+    >>> W = torch.tensor([[1., 2.], [3., 4.]])
+    >>> copy_columns(W, copies=2)
+    tensor([[0.5000, 1.0000, 0.5000, 1.0000],
+            [1.5000, 2.0000, 1.5000, 2.0000]])
+
+    >>> x = torch.tensor([5., 6.])
+    >>> W @ x
+    tensor([17., 39.])
+    >>> wide = copy_columns(W, copies=2, noise=0.3, generator=torch.Generator().manual_seed(0))
+    >>> torch.allclose(wide @ torch.cat([x, x]), W @ x)
+    True
+    >>> bool((wide[:, :2] == wide[:, 2:]).any())         # but no two copies of a weight are equal
+    False
+    """
+    out = weight.new_empty(len(weight), copies * weight.shape[1])
+    # fp32 at least: in bf16 W/2 is exact, but W/2 + n is not. It is rounded once, at the end.
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    rms = torch.linalg.vector_norm(weight, dtype=dtype) / weight.numel() ** 0.5 / copies
+
+    # Some rows at a time, so that little memory is needed beside the two matrices.
+    for rows, out_rows in zip(weight.split(4096), out.split(4096)):
+        rows = upcast(rows).unflatten(1, (blocks, 1, -1)) / copies       # (rows, blocks, 1, b)
+        if noise and copies > 1:
+            shape = (*rows.shape[:2], copies, rows.shape[3])
+            n = torch.randn(shape, dtype=dtype, device=rows.device, generator=generator)
+            n -= n.mean(2, keepdim=True)
+            # Without its mean, noise keeps 1 - 1/copies of its variance. The root restores it.
+            rows = rows + n * (noise * rms * (copies / (copies - 1)) ** 0.5)
+        out_rows.copy_(rows.expand(-1, -1, copies, -1).flatten(1))
+    return out
 
 
-def check_growth(old: MotifConfig, new: MotifConfig) -> int:
-    """After how many layers one is copied when a model of shape `old` grows to `new`. ValueError,
-    one line, if it cannot."""
-    new.check()
-    signal, new_signal = (c.num_attention_heads - c.num_noise_heads for c in (old, new))
-    factor, layers = new.hidden_size // old.hidden_size, old.num_hidden_layers
-    copies = new.num_hidden_layers - layers
-    every = layers // copies if 0 < copies <= layers else layers + 1
-    fixed = {"vocab_size": "new words would take a share of every probability",
-             "num_noise_heads": "every noise head is kept once",
-             "num_key_value_heads": "keys and values stay", "head_dim": "heads stay as wide",
-             **dict.fromkeys(("activation", "rms_norm_eps", "attn_rms_norm_eps"),
-                             "it is another function")}
-    wrong = {key: why for key, why in fixed.items() if getattr(old, key) != getattr(new, key)}
-    if new.hidden_size != factor * old.hidden_size:
-        wrong["hidden_size"] = "it must be a multiple"
-    if new.intermediate_size != factor * old.intermediate_size:
-        wrong["intermediate_size"] = f"it must grow as hidden_size does, {factor} times"
-    if new_signal % signal:
-        wrong["num_attention_heads"] = (f"{new_signal} signal heads are no multiple of {signal}")
-    if layers // every != copies:
-        counts = sorted({layers + layers // n for n in range(1, layers + 1)})
-        wrong["num_hidden_layers"] = (f"copies after every 1, 2, ... layers make "
-                                      f"{', '.join(map(str, counts))}")
-    if new.tie_word_embeddings and not (old.tie_word_embeddings and factor == 1):
-        wrong["tie_word_embeddings"] = "the head of a wider or an untied model is not its embedding"
-    if wrong:
-        raise UserError("; ".join(f"{key}={getattr(old, key)} cannot grow to {getattr(new, key)}: "
-                                   f"{why}" for key, why in wrong.items()))
-    return every
+def copy_heads(weight: Tensor, config: MotifConfig, copies: int) -> Tensor:
+    """Copy the signal heads among q_proj's rows: within each group the signal heads `copies` times,
+    then the noise head, which is the group's last head, once. (H D, hidden) -> (H' D, hidden)."""
+    heads = weight.unflatten(0, (num_groups(config), -1, config.head_dim))   # (G, r + 1, D, hidden)
+    r = heads.shape[1]
+    if config.num_noise_heads:
+        r -= 1
+    signal = heads[:, :r].repeat(1, copies, 1, 1)
+    noise = heads[:, r:]
+    return torch.cat([signal, noise], 1).flatten(0, 2)
+
+
+def num_groups(config: MotifConfig) -> int:
+    """Groups of query heads: one for each noise head, or, if there is none, for each key head."""
+    return config.num_noise_heads or config.num_key_value_heads
+
+
+# ---- depth: where each layer comes from, and what its new number changes
+
+def layer_sources(layers: int, every: int) -> list[tuple[int, bool]]:
+    """For each layer of the grown model: the layer that it comes from, and whether it is an added
+    copy.
+
+    >>> layer_sources(4, every=2)
+    [(0, False), (1, False), (1, True), (2, False), (3, False), (3, True)]
+    """
+    sources = []
+    for i in range(layers):
+        sources.append((i, False))
+        if (i + 1) % every == 0:
+            sources.append((i, True))
+    return sources
+
+
+def refold_lambda_init(old: Attention, new: Attention) -> dict[str, Tensor]:
+    """The lambda vectors and the per-head norm of layer i for its new place j >= i -> name: tensor.
+
+    A layer's number enters its attention in two places, as lambda_init:
+
+        lambda  =  exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) + lambda_init
+        out     =  subln.weight * RMSNorm(signal - lambda noise) * (1 - lambda_init)
+
+    lambda_init grows by d = lambda_init(j) - lambda_init(i) >= 0. For lambda to stay, with
+    b = lambda_q2 . lambda_k2, the second exponential must grow by d too: e^b' = e^b + d. So
+
+        b' - b  =  ln(e^b + d) - b  =  ln(1 + d e^-b)
+
+    Moving lambda_q2 by t lambda_k2 adds t |lambda_k2|^2 to b, hence t = (b' - b) / |lambda_k2|^2.
+    For out to stay, subln.weight takes the factor (1 - lambda_init(i)) / (1 - lambda_init(j)).
+
+    The result is fp32 in any model: rounding to bf16 would change the logits by 1e-3. Plain
+    attention has no lambda, and gets an empty dict."""
+    if not old.noise_heads:
+        return {}
+    tensors = {name: upcast(getattr(old, name)).clone() for name in LAMBDAS}
+    tensors["subln.weight"] = upcast(old.subln.weight).clone()
+
+    old_init = float(old.lambda_init())
+    new_init = float(new.lambda_init())
+    if old_init != new_init:
+        q2 = tensors["lambda_q2"].double()
+        k2 = tensors["lambda_k2"].double()
+        b = q2 @ k2
+        growth_of_b = torch.log1p((new_init - old_init) * torch.exp(-b))
+        tensors["lambda_q2"] += growth_of_b * k2 / (k2 @ k2)
+        tensors["subln.weight"] *= (1 - old_init) / (1 - new_init)
+    return {f"self_attn.{name}": tensor for name, tensor in tensors.items()}
+
+
+# ---- the grown model
+
+@dataclass
+class Growth:
+    """How often what is copied."""
+    config: MotifConfig                 # of the model that grows
+    width: int                          # copies of the stream's and of the MLP's features
+    head_copies: int                    # copies of each signal head
+    noise: float                        # see copy_columns
+    generator: torch.Generator | None   # draws the noise; None on the meta device
+
+    def read(self, weight: Tensor, copies: int, blocks: int = 1) -> Tensor:
+        """The matrix, reading `copies` copies of its input."""
+        return copy_columns(weight, copies, blocks, self.noise, self.generator)
+
+    def grow(self, name: str, weight: Tensor) -> Tensor:
+        """One tensor of a layer, by its name in the layer; not the lambda vectors and subln."""
+        module = name.split(".")[-2]
+        if module == "q_proj":
+            return self.read(copy_heads(weight, self.config, self.head_copies), self.width)
+        if module in ("k_proj", "v_proj"):
+            return self.read(weight, self.width)
+        if module in ("gate_proj", "up_proj"):
+            return self.read(weight.repeat(self.width, 1), self.width)
+        if module == "o_proj":
+            groups = num_groups(self.config)
+            return self.read(weight, self.head_copies, groups).repeat(self.width, 1)
+        if module == "down_proj":
+            return self.read(weight, self.width).repeat(self.width, 1)
+        if module.endswith("layernorm"):
+            return weight.repeat(self.width)
+        return weight.clone()           # PolyNorm's scalars
 
 
 def build_grown(model: Motif, config: MotifConfig, every: int, noise_db: float = 10.0,
-          seed: int = 0) -> Motif:
-    """See grow; config can be reached, with a layer copied after every `every`."""
+                seed: int = 0) -> Motif:
+    """The model grown to a shape that check_growth has passed, with a layer copied after every
+    `every`. Beside the two models about one matrix is in memory."""
     with torch.device("meta"):
         larger = Motif(config)
-    larger.load_state_dict(dict(grown_tensors(model, larger, every, noise_db, seed)), assign=True)
+    tensors = dict(grown_tensors(model, larger, every, noise_db, seed))
+    larger.load_state_dict(tensors, assign=True)
+
+    # The layers' numbers are not in the state dict: they go to the device on their own.
     device = model.model.layers[0].self_attn.layer.device
     for block in larger.model.layers:
         block.self_attn.layer = block.self_attn.layer.to(device)
@@ -97,125 +258,112 @@ def build_grown(model: Motif, config: MotifConfig, every: int, noise_db: float =
 
 
 @torch.no_grad()
-def grown_tensors(model: Motif, larger: Motif, every: int, noise_db: float, seed: int):
-    """(name, tensor) of every parameter of `larger`, grown from `model`, one after the other. For a
-    width of 2 and m copies of each signal head
+def grown_tensors(model: Motif, larger: Motif, every: int, noise_db: float,
+                  seed: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every parameter of `larger`, one after the other."""
+    old = model.config
+    new = larger.config
+    device = model.head_weight.device
+    generator = None
+    if device.type != "meta":
+        generator = torch.Generator(device).manual_seed(seed)
+    growth = Growth(
+        config=old,
+        width=new.hidden_size // old.hidden_size,
+        head_copies=num_signal_heads(new) // num_signal_heads(old),
+        noise=10 ** (-noise_db / 20),
+        generator=generator)
 
-        stream           x becomes [x, x]: the embedding [E, E], norm weights [w, w]
-        its readers      [W/2 + n, W/2 - n]: q, k, v, gate, up and the head, which is then untied
-        gate, up and q   have rows copied, of q the signal heads' within their groups; n is fresh
-                         for every copy
-        o, down          their columns copied as the heads or the MLP were, over m or 2, with noise
-                         that sums to 0 over the copies; then all rows twice
+    yield "model.embed_tokens.weight", model.model.embed_tokens.weight.repeat(1, growth.width)
 
-    so that all copies are equal in what they compute and the noise cancels, but not in gradient:
-    equal copies would stay equal for ever. In a copied layer o and down are 0."""
-    c, device = model.config, model.head_weight.device
-    factor = larger.config.hidden_size // c.hidden_size
-    signal, new_signal = (x.num_attention_heads - x.num_noise_heads for x in (c, larger.config))
-    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
-
-    def copied(weight, copies=factor, blocks=1):
-        return copy_columns(weight, copies, blocks, 10 ** (-noise_db / 20), generator)
-
-    yield "model.embed_tokens.weight", model.model.embed_tokens.weight.repeat(1, factor)
-    sources = [(i, copy) for i in range(c.num_hidden_layers)
-               for copy in ([False, True] if (i + 1) % every == 0 else [False])]
-    for j, (i, copy) in enumerate(sources):
+    for j, (i, is_copy) in enumerate(layer_sources(old.num_hidden_layers, every)):
         block = model.model.layers[i]
-        moved = refold_lambda_init(block.self_attn, larger.model.layers[j].self_attn)
+        refolded = refold_lambda_init(block.self_attn, larger.model.layers[j].self_attn)
         for name, weight in block.state_dict().items():
-            part = name.split(".")[-2]
-            if name in moved:
-                weight = moved[name]
-            elif part == "q_proj":
-                weight = copied(copy_heads(weight, c, new_signal // signal))
-            elif part in ("k_proj", "v_proj"):
-                weight = copied(weight)
-            elif part in ("gate_proj", "up_proj"):
-                weight = copied(weight.repeat(factor, 1))
-            elif part == "o_proj":
-                weight = copied(weight, new_signal // signal, groups(c)).repeat(factor, 1)
-            elif part == "down_proj":
-                weight = copied(weight).repeat(factor, 1)
+            if name in refolded:
+                grown = refolded[name]
             else:
-                weight = weight.repeat(factor if part.endswith("layernorm") else 1)
-            if copy and part in ("o_proj", "down_proj"):
-                weight.zero_()
-            yield f"model.layers.{j}.{name}", weight
-    yield "model.norm.weight", model.model.norm.weight.repeat(factor)
-    if not larger.config.tie_word_embeddings:
-        yield "lm_head.weight", copied(model.head_weight)
+                grown = growth.grow(name, weight)
+            if is_copy and name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+                grown.zero_()
+            yield f"model.layers.{j}.{name}", grown
+
+    yield "model.norm.weight", model.model.norm.weight.repeat(growth.width)
+    if not new.tie_word_embeddings:
+        yield "lm_head.weight", growth.read(model.head_weight, growth.width)
 
 
-def copy_columns(weight: Tensor, copies: int, blocks: int, noise: float, generator) -> Tensor:
-    """(n, blocks b) -> (n, blocks copies b): the columns of every block, `copies` times, over
-    copies, plus normal noise that sums to 0 over them, its RMS `noise` times the matrix's. In fp32,
-    some rows at a time, then rounded: in bf16, where W/2 is exact, W/2 + n is not."""
-    out = weight.new_empty(len(weight), copies * weight.shape[1])
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    rms = torch.linalg.vector_norm(weight, dtype=dtype) / weight.numel() ** 0.5 / copies
-    for rows, place in zip(weight.split(4096), out.split(4096)):
-        rows = upcast(rows).unflatten(1, (blocks, 1, -1)) / copies         # (rows, blocks, 1, b)
-        if noise and copies > 1:
-            shape = (*rows.shape[:2], copies, rows.shape[3])
-            n = torch.randn(shape, dtype=dtype, device=rows.device, generator=generator)
-            n -= n.mean(2, keepdim=True)
-            rows = rows + n * (noise * rms * (copies / (copies - 1)) ** 0.5)
-        place.copy_(rows.expand(-1, -1, copies, -1).flatten(1))
-    return out
+def num_signal_heads(config: MotifConfig) -> int:
+    return config.num_attention_heads - config.num_noise_heads
 
 
-def copy_heads(weight: Tensor, c: MotifConfig, copies: int) -> Tensor:
-    """q's rows (H D, hidden): in every group the signal heads `copies` times, the noise head, its
-    last, once."""
-    heads = weight.unflatten(0, (groups(c), -1, c.head_dim))             # (G, r + 1, D, hidden)
-    r = heads.shape[1] - (c.num_noise_heads > 0)
-    return torch.cat([heads[:, :r].repeat(1, copies, 1, 1), heads[:, r:]], 1).flatten(0, 2)
+# What must not differ between the two models, and why.
+UNCHANGED = {
+    "vocab_size": "new words would take a share of every probability",
+    "num_noise_heads": "every noise head is kept once",
+    "num_key_value_heads": "key and value heads are not copied",
+    "head_dim": "heads do not grow wider",
+    "activation": "it is another function",
+    "rms_norm_eps": "it is another function",
+    "attn_rms_norm_eps": "it is another function",
+}
 
 
-def refold_lambda_init(old: Attention, new: Attention) -> dict[str, Tensor]:
-    """The lambda vectors and the per-head norm of layer i at place j, in fp32 (bf16 would cost
-    1e-3), so that the layer computes the same: lambda_init depends on the place. With
-    b = lambda_q2 . lambda_k2 and d = lambda_init(j) - lambda_init(i)
+def check_growth(old: MotifConfig, new: MotifConfig) -> int:
+    """Can a model of shape `old` grow to `new`? -> after every how many layers one is copied (more
+    than there are, if none is). UserError that names every key which cannot be reached."""
+    new.check()
+    problems = {}
+    for key, why in UNCHANGED.items():
+        if getattr(old, key) != getattr(new, key):
+            problems[key] = why
 
-        lambda_q2 += (ln(e^b + d) - b) lambda_k2 / |lambda_k2|^2
-        subln.weight *= (1 - lambda_init(i)) / (1 - lambda_init(j))
+    factor = new.hidden_size // old.hidden_size
+    if new.hidden_size != factor * old.hidden_size:
+        problems["hidden_size"] = "it must be a multiple"
+    if new.intermediate_size != factor * old.intermediate_size:
+        problems["intermediate_size"] = f"it must grow as hidden_size does, {factor} times"
+    if num_signal_heads(new) % num_signal_heads(old):
+        problems["num_attention_heads"] = (f"{num_signal_heads(new)} signal heads are not a "
+                                           f"multiple of {num_signal_heads(old)}")
+    if new.tie_word_embeddings and (factor > 1 or not old.tie_word_embeddings):
+        problems["tie_word_embeddings"] = "a wider or an untied model's head is not its embedding"
 
-    Plain attention has none of them."""
-    if not old.noise_heads:
-        return {}
-    found = {name: upcast(getattr(old, name)).clone() for name in LAMBDAS}
-    found["subln.weight"] = upcast(old.subln.weight).clone()
-    i, j = float(old.lambda_init()), float(new.lambda_init())
-    if i != j:
-        q2, k2 = found["lambda_q2"].double(), found["lambda_k2"].double()
-        shift = torch.log1p((j - i) * torch.exp(-(q2 @ k2)))
-        found["lambda_q2"] += shift * k2 / (k2 @ k2)
-        found["subln.weight"] *= (1 - i) / (1 - j)
-    return {f"self_attn.{name}": t for name, t in found.items()}
+    layers = old.num_hidden_layers
+    copies = new.num_hidden_layers - layers
+    every = layers // copies if 0 < copies <= layers else layers + 1
+    if layers // every != copies:
+        reachable = sorted({layers + layers // n for n in range(1, layers + 1)})
+        counts = ", ".join(str(count) for count in reachable)
+        problems["num_hidden_layers"] = f"copies after every 1, 2, ... layers make {counts}"
 
+    if problems:
+        told = [f"{key}={getattr(old, key)} cannot grow to {getattr(new, key)}: {why}"
+                for key, why in problems.items()]
+        raise UserError("; ".join(told))
+    return every
+
+
+# ---- first weights for pretrain.py --init
 
 def init_from(c, out: Path) -> Path:
-    """Make what `init` asks for -> out/init, a folder in the released layout: every rank can read
-    its shards there, and no other than this process needs the memory. ValueError for what cannot
-    be."""
+    """Make the first weights that the pretrain.Config c asks for by `init` -> the folder out/init.
+
+    grow:PATH grows the model at PATH to the config's shape; average:DIR,k takes the mean of the
+    last k checkpoints of the run in DIR. The folder has the released layout: each rank can read its
+    own shards from it, so that only the process that calls this holds whole models."""
     kind, _, what = c.init.partition(":")
     if kind == "grow":
-        model = grow(Motif.from_pretrained(what, dtype=torch.float32), model_config(c), seed=c.seed)
+        small = Motif.from_pretrained(what, dtype=torch.float32)
+        model = grow(small, model_config(c), seed=c.seed)
     elif kind == "average" and re.fullmatch(r".+,[1-9]\d*", what):
-        model = average(Path(what.rpartition(",")[0]), int(what.rpartition(",")[2]))
-        for key, ours in asdict(model_config(c)).items():
-            if getattr(model.config, key) != ours and key != "rope_theta":
-                raise UserError(f"init={c.init}: that model has {key}={getattr(model.config, key)}"
-                                 f", not {ours}")
+        folder, _, k = what.rpartition(",")
+        model = average(Path(folder), int(k))
+        check_same_shape(c, model)
     else:
         raise UserError(f"init={c.init} must be grow:PATH or average:DIR,k")
-    theirs, ours = model.config.rope_theta, theta_at(c, 0)
-    if theirs != ours:
-        raise UserError(f"init={c.init}: that model has rope_theta={theirs}, not {ours}; keep it "
-                         f"at first, and let it rise, as with --rope_theta_schedule=\"[[0, {theirs:.0f}], "
-                         f"[1_000_000_000, {ours:.0f}]]\"")
+    check_same_theta(c, model)
+
     shutil.rmtree(out / "init", ignore_errors=True)
     model.save_pretrained(out / "init", SHARD_BYTES)
     print(f"first weights by {c.init}, in {out}/init", flush=True)
@@ -223,13 +371,35 @@ def init_from(c, out: Path) -> Path:
 
 
 def average(run: Path, k: int) -> Motif:
-    """The mean, in fp32, of a run's last k checkpoints. ValueError if it has not so many."""
+    """The mean, in fp32, of the last k checkpoints of a run. Motif-2.6B trained on from the mean of
+    its last six every 8B tokens (arXiv 2508.09148)."""
     folders = [run / f"step_{step}" for step in sorted(checkpoint_steps(run))[-k:]]
     if len(folders) < k:
-        raise UserError(f"{run} holds {len(folders)} checkpoints, not {k}; keep more of them by "
-                         "--keep_last or --keep_every")
+        raise UserError(f"{run} holds {len(folders)} checkpoints, not {k}; keep more of them with "
+                        "--keep_last or --keep_every")
     mean = Motif.from_pretrained(folders[0], dtype=torch.float32)
     for i, folder in enumerate(folders[1:], 2):
-        for ours, theirs in zip(mean.parameters(), Motif.from_pretrained(folder).parameters()):
-            ours.data.lerp_(theirs.data.float(), 1 / i)
+        other = Motif.from_pretrained(folder)
+        # The mean of i models is that of i - 1 models, moved 1/i of the way to the next.
+        for p, q in zip(mean.parameters(), other.parameters()):
+            p.data.lerp_(q.data.float(), 1 / i)
     return mean
+
+
+def check_same_shape(c, model: Motif) -> None:
+    """UserError unless the averaged model has the config's shape. rope_theta is checked apart."""
+    for key, expected in asdict(model_config(c)).items():
+        found = getattr(model.config, key)
+        if found != expected and key != "rope_theta":
+            raise UserError(f"init={c.init}: that model has {key}={found}, not {expected}")
+
+
+def check_same_theta(c, model: Motif) -> None:
+    """UserError unless the run begins with the model's RoPE base: another one would change what
+    the model computes."""
+    found = model.config.rope_theta
+    expected = theta_at(c, 0)
+    if found != expected:
+        schedule = f"[[0, {found:.0f}], [1_000_000_000, {expected:.0f}]]"
+        raise UserError(f"init={c.init}: that model has rope_theta={found}, not {expected}; begin "
+                        f'with its own and let it rise, as in --rope_theta_schedule="{schedule}"')

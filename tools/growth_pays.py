@@ -1,77 +1,121 @@
-"""Is it worth growing a model? `python tests/growth_pays.py OUT --domains=...` trains, for three
-seeds, a small Motif, the large one grown from it, and the large one from fresh weights, at equal
-total FLOPs, and draws their held-out losses over FLOPs in OUT/growth.png. Options are pretrain.py's
-and go to all runs; what is finished is not run again. About half an hour on two cores."""
+"""Does it pay to grow a model?
+
+    python -m tools.growth_pays OUT --domains=...
+
+For each of three seeds this trains a small Motif, the large one that is grown from it, and the
+large one from random weights, at equal FLOPs in all. It draws the held-out losses over the FLOPs in
+OUT/growth.png. Options are those of pretrain.py and go to every run. A run that has ended is not
+repeated, and one that was cut goes on. It takes about half an hour on two cores.
+"""
 import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import configurator
 import pretrain
+from configurator import UserError
 from model import flops_per_token
 
-# as 2.6B to 12.7B: twice as wide, 1:1 to 4:1 signal heads, a layer after every four
-SMALL = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4)
-LARGE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=10)
-BOTH = dict(num_noise_heads=2, num_key_value_heads=4, head_dim=16, seq_len=128, batch_tokens=2048,
-            micro_batch_tokens=2048, warmup_steps=20, eval_every=25, eval_tokens=16384, save_every=10_000,
-            log_every=50, sample_tokens=1)
-STEPS = 300                          # of the large model from fresh weights
-SHARE = 0.25                         # of the FLOPs that the small model gets
-SEEDS = 1, 2, 3
+# The proportions of 2.6B and 12.7B: twice the width, signal heads 1:1 to 4:1, and one more layer
+# after every four.
+SMALL = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4,
+         "num_attention_heads": 4}
+LARGE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5,
+         "num_attention_heads": 10}
+BOTH = {"num_noise_heads": 2, "num_key_value_heads": 4, "head_dim": 16, "seq_len": 128,
+        "batch_tokens": 2048, "micro_batch_tokens": 2048, "warmup_steps": 20, "eval_every": 25,
+        "eval_tokens": 16384, "save_every": 10_000, "log_every": 50, "sample_tokens": 1}
+
+STEPS = 300          # of the large model from random weights
+SMALL_SHARE = 0.25   # the small model's part of the FLOPs
+SEEDS = (1, 2, 3)
 
 
-def arguments(shape: dict, **options) -> list[str]:
-    return [str(Path(pretrain.__file__).parent / "config/quickstart.py"), *sys.argv[2:],
-            *(f"--{key}={value}" for key, value in {**BOTH, **shape, **options}.items())]
+def arguments(shape: dict, user_options: list[str], **options) -> list[str]:
+    """The command line of pretrain.py for a model of this shape."""
+    config_file = Path(pretrain.__file__).parent / "config" / "quickstart.py"
+    settings = {**BOTH, **shape, **options}
+    return [str(config_file), *user_options] + [f"--{k}={v}" for k, v in settings.items()]
 
 
-def flops_of_step(shape: dict) -> float:
-    c = configurator.load(pretrain.Config, arguments(shape))
-    return c.batch_tokens * sum(flops_per_token(pretrain.model_config(c), c.seq_len))
+def flops_per_step(shape: dict, user_options: list[str]) -> float:
+    c = configurator.load(pretrain.Config, arguments(shape, user_options))
+    forward, backward = flops_per_token(pretrain.model_config(c), c.seq_len)
+    return c.batch_tokens * (forward + backward)
 
 
-def train(out: Path, shape: dict, **options) -> tuple[list, list]:
-    """Train to the end, or on from where it was cut -> FLOPs and held-out losses (nats per
-    token)."""
-    subprocess.run([sys.executable, pretrain.__file__, *arguments(shape, out_dir=out, **options)],
-                   check=True)
-    found = [m for m in map(json.loads, (out / "metrics.jsonl").open()) if "val_loss" in m]
-    cost = flops_of_step(shape)
-    return [m["step"] * cost for m in found], [m["val_loss"] for m in found]
+def train(out: Path, shape: dict, user_options: list[str], **options):
+    """Train to the end -> training FLOPs and held-out loss (nats per token) at each evaluation."""
+    argv = arguments(shape, user_options, out_dir=out, **options)
+    subprocess.run([sys.executable, pretrain.__file__, *argv], check=True)
+    cost = flops_per_step(shape, user_options)
+
+    flops = []
+    losses = []
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        if "val_loss" in metrics:
+            flops.append(metrics["step"] * cost)
+            losses.append(metrics["val_loss"])
+    return flops, losses
 
 
-def main() -> None:
+def train_three(out: Path, seed: int, user_options: list[str]) -> dict:
+    """The three runs of one seed -> name: (FLOPs, losses)."""
+    small_cost = flops_per_step(SMALL, user_options)
+    large_cost = flops_per_step(LARGE, user_options)
+    small_steps = round(SMALL_SHARE * STEPS * large_cost / small_cost)
+    grown_steps = round((1 - SMALL_SHARE) * STEPS)
+
+    fresh = train(out / f"fresh-{seed}", LARGE, user_options, max_steps=STEPS, seed=seed)
+    # The small model's learning rate does not decay: its training goes on in the large one.
+    small = train(out / f"small-{seed}", SMALL, user_options, max_steps=small_steps,
+                  decay_fraction=0.0, seed=seed)
+    checkpoint = out / f"small-{seed}" / f"step_{small_steps}"
+    flops, losses = train(out / f"grown-{seed}", LARGE, user_options, max_steps=grown_steps,
+                          init=f"grow:{checkpoint}", seed=seed)
+
+    spent_before = small[0][-1]
+    grown = [spent_before + x for x in flops], losses
+    return {"large, from random weights": fresh, "small": small,
+            "large, grown from the small one": grown}
+
+
+def draw(runs: list[dict], path: Path) -> None:
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
-    where, ends = Path(sys.argv[1]), {"from fresh weights": [], "grown": []}
-    axes = plt.figure(figsize=(8, 5), layout="constrained").subplots()
-    small_steps = round(SHARE * STEPS * flops_of_step(LARGE) / flops_of_step(SMALL))
-    for i, seed in enumerate(SEEDS):
-        fresh = train(where / f"fresh-{seed}", LARGE, max_steps=STEPS, seed=seed)
-        small = train(where / f"small-{seed}", SMALL, max_steps=small_steps, decay_fraction=0.0,
-                      seed=seed)
-        grown = train(where / f"grown-{seed}", LARGE, max_steps=round((1 - SHARE) * STEPS),
-                      init=f"grow:{where / f'small-{seed}' / f'step_{small_steps}'}", seed=seed)
-        grown = [small[0][-1] + x for x in grown[0]], grown[1]
-        for (x, y), color, name in (fresh, "C0", "large, from fresh weights"), (
-                small, "0.6", "small"), (grown, "C1", "large, grown from the small one"):
-            axes.plot(x, y, color=color, lw=1.2, label=name if i == 0 else None)
-        ends["from fresh weights"].append(fresh[1][-1])
-        ends["grown"].append(grown[1][-1])
+
+    colors = {"large, from random weights": "C0", "small": "0.6",
+              "large, grown from the small one": "C1"}
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for i, curves in enumerate(runs):
+        for name, (flops, losses) in curves.items():
+            label = name if i == 0 else None
+            axes.plot(flops, losses, color=colors[name], lw=1.2, label=label)
     axes.set(xlabel="training FLOPs", ylabel="held-out loss (nats per token)", yscale="log")
     axes.set_yticks([2, 2.5, 3, 4, 5], ["2", "2.5", "3", "4", "5"], minor=False)
     axes.minorticks_off()
     axes.legend()
     axes.grid(alpha=0.3)
-    plt.savefig(where / "growth.png", dpi=110)
-    for name, losses in ends.items():
-        print(f"{name}: {statistics.fmean(losses):.4f} ({', '.join(f'{x:.4f}' for x in losses)})")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise UserError("the output folder is missing: python -m tools.growth_pays OUT [--key=...]")
+    out = Path(sys.argv[1])
+    user_options = sys.argv[2:]
+
+    runs = [train_three(out, seed, user_options) for seed in SEEDS]
+    draw(runs, out / "growth.png")
+    for name in ("large, from random weights", "large, grown from the small one"):
+        losses = [curves[name][1][-1] for curves in runs]
+        each = ", ".join(f"{loss:.4f}" for loss in losses)
+        print(f"{name}: {statistics.fmean(losses):.4f} ({each})")
 
 
 if __name__ == "__main__":
-    main()
+    pretrain.run_main(main)

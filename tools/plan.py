@@ -2,151 +2,249 @@
 
     python pretrain.py config/X.py --dry_run     model, memory, days, curriculum
     python -m tools.plan config/X.py             the model alone
+
+All of it is arithmetic on the config. Models are built on the meta device, where tensors have
+shapes and no memory, so that any size can be planned anywhere.
 """
 import sys
 
 import torch
 
 import data
-import muonclip
 from configurator import UserError, load
 from kernels import LOSS_CHUNK
 from model import Motif, MotifConfig, flops_per_token
+from muonclip import MuonShardGroup, replicas_per_muon_group
+from pretrain import PEAK_FLOPS, QUICKSTART, Config, make_curriculum, model_config, run_main
 from tools.bench_muon import peak_elements
-from pretrain import PEAK_FLOPS, QUICKSTART, Config, make_curriculum, model_config
 
-USABLE = 76 * 2**30              # bytes of a GPU of 80 GB that are ours
-
-
-def activation_bytes(config: MotifConfig) -> tuple[int, int]:
-    """Bytes per token that a block keeps for its backward pass in bf16, and those of its input,
-    which is all that a recomputed block keeps: inputs of products, norms and attention, and what
-    attention returns."""
-    c, D = config, config.head_dim
-    heads = c.num_attention_heads + 2 * c.num_key_value_heads                    # q, k, v
-    if c.num_noise_heads:                            # signal and noise, and the normed differences
-        heads += 2 * (2 * c.num_attention_heads - c.num_noise_heads)
-    else:
-        heads += c.num_attention_heads
-    return 2 * (4 * c.hidden_size + heads * D + 3 * c.intermediate_size), 2 * c.hidden_size
+USABLE = 76 * 2**30              # bytes of an 80 GB GPU that a run can use
+FP32 = 4                         # bytes of a number
+BF16 = 2
 
 
-def parameters_by_part(model: Motif) -> dict[str, int]:
-    """Part -> number of parameters, every parameter in exactly one part."""
-    parts = dict.fromkeys(("embedding", "attention matrices", "MLP matrices", "norms",
-                           "lambda vectors", "PolyNorm scalars", "head"), 0)
-    for name, p in model.named_parameters():
-        last = name.split(".")[-2]
-        part = ("embedding" if last == "embed_tokens" else "head" if last == "lm_head"
-                else "MLP matrices" if last in ("gate_proj", "up_proj", "down_proj")
-                else "attention matrices" if last.endswith("_proj")
-                else "PolyNorm scalars" if last == "act_fn"
-                else "lambda vectors" if "lambda_" in name else "norms")
-        parts[part] += p.numel()
-    return parts
-
-
-def memory_per_gpu(model: Motif, ranks: int) -> dict[str, float]:
-    """Bytes per rank if the model is sharded over so many, activations and logits aside: fp32
-    weights and gradients, Muon's one and AdamW's two fp32 moments, and the bf16 copies that exist
-    unsharded at once: two blocks (one computing, one arriving), embedding and head; one rank keeps
-    all."""
-    total = sum(p.numel() for p in model.parameters())
-    muon = sum(p.numel() for p in model.matrices().values())
-    block = sum(p.numel() for p in model.model.layers[0].parameters())
-    layers = len(model.model.layers)
-    ends, blocks = total - block * layers, layers if ranks == 1 else 2
-    return {"weights": 4 * total / ranks, "gradients": 4 * total / ranks,
-            "optimizer": (4 * muon + 8 * (total - muon)) / ranks,
-            "gathered": 2 * (blocks * block + ends)}
-
+# ---- the model
 
 def cost_table(config: MotifConfig, lengths: list[int]) -> str:
-    """Parameters by part, FLOPs per token at some sequence lengths, memory for 1, 8 and 64 ranks;
-    on the meta device, so that no size takes memory. ValueError if the shape is impossible."""
+    """Parameters by part; FLOPs per token at some sequence lengths; memory on 1, 8 and 64 ranks."""
     with torch.device("meta"):
         model = Motif(config)
     parts = parameters_by_part(model)
     total = sum(parts.values())
-    lines = [f"{part:20s} {n:16,d} {n / total:8.2%}"
-             for part, n in {**parts, "total": total}.items()]
+    lines = []
+    for part, n in [*parts.items(), ("total", total)]:
+        lines.append(f"{part:20s} {n:16,d} {n / total:8.2%}")
+
     lines += ["", f"{'GFLOP per token':20s} {'forward':>16s} {'backward':>12s}   causal attention"]
     for T in lengths:
         forward, backward = flops_per_token(config, T)
         lines.append(f"{f'at {T:,d} tokens':20s} {forward / 1e9:16,.3f} {backward / 1e9:12,.3f}")
+
     ranks = (1, 8, 64)
-    lines += ["", f"{'GiB per GPU':20s}" + "".join(f"{f'ranks: {r}':>12s}" for r in ranks)]
-    columns = [memory_per_gpu(model, r) for r in ranks]
-    rows = {key: [c[key] for c in columns] for key in columns[0]}
-    rows["without activations"] = [sum(c.values()) for c in columns]
-    lines += [f"{key:20s}" + "".join(f"{x / 2**30:12,.2f}" for x in row)
-              for key, row in rows.items()]
+    lines += ["", f"{'GiB per GPU':20s}" + "".join(f"{f'ranks: {n}':>12s}" for n in ranks)]
+    columns = [memory_per_gpu(model, n) for n in ranks]
+    for column in columns:
+        column["without activations"] = sum(column.values())
+    for key in columns[0]:
+        numbers = "".join(f"{column[key] / 2**30:12,.2f}" for column in columns)
+        lines.append(f"{key:20s}" + numbers)
     return "\n".join(lines)
 
 
-def memory_of_rank(c: Config, T: int, recompute: int) -> dict[str, float]:
-    """Bytes that one of c.plan_world_size GPUs holds at the most, of what lasts and in each part of a step.
-    A sum of the large tensors: what the allocator and NCCL take comes on top, a few GB."""
+def parameters_by_part(model: Motif) -> dict[str, int]:
+    """Part -> number of parameters. Each parameter belongs to one part.
+
+    >>> with torch.device("meta"):
+    ...     model = Motif(MotifConfig(num_hidden_layers=2))
+    >>> parts = parameters_by_part(model)
+    >>> parts["PolyNorm scalars"], sum(parts.values()) == sum(p.numel() for p in model.parameters())
+    (8, True)
+    """
+    parts = dict.fromkeys(("embedding", "attention matrices", "MLP matrices", "norms",
+                           "lambda vectors", "PolyNorm scalars", "head"), 0)
+    for name, p in model.named_parameters():
+        parts[part_of(name)] += p.numel()
+    return parts
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to.
+
+    >>> part_of("model.layers.3.self_attn.q_proj.weight"), part_of("model.norm.weight")
+    ('attention matrices', 'norms')
+    """
+    if "lambda_" in name:
+        return "lambda vectors"
+    module = name.split(".")[-2]
+    if module in ("gate_proj", "up_proj", "down_proj"):
+        return "MLP matrices"
+    if module.endswith("_proj"):
+        return "attention matrices"
+    known = {"embed_tokens": "embedding", "lm_head": "head", "act_fn": "PolyNorm scalars"}
+    return known.get(module, "norms")
+
+
+# ---- memory
+#
+# What one GPU holds, while FSDP2 shards the model over `shards` ranks:
+#
+#     always         its shards: weights and gradients in fp32, Muon's momentum or AdamW's moments
+#     in passes      bf16 copies of what is gathered: two blocks (one computes, the next one
+#                    arrives), embedding and head
+#     activations    of a block that keeps them, what its backward pass reads: activation_bytes per
+#                    token; of a block with activation checkpointing its input alone
+#
+# A step goes through phases, of which the one that takes most decides:
+#
+#     loss            all activations, the logits of a chunk of tokens, the head's gradient
+#     backward pass   all activations, those of the block that is recomputed, the gradients of two
+#                     blocks on their way to their shards
+#     its end         the gradients of embedding and head, on their way
+#     Parallel Muon   momentum and results on their way
+#
+# It is a sum over the large tensors. The allocator and NCCL take a few GB on top.
+
+def activation_bytes(config: MotifConfig) -> tuple[int, int]:
+    """Bytes per token, in bf16, that a block keeps for its backward pass, and those of its input.
+
+    The block keeps the inputs of its matrix products, norms and attention, and what attention
+    returns."""
+    c = config
+    residual = 4 * c.hidden_size                     # inputs of two norms, of qkv, of gate and up
+    mlp = 3 * c.intermediate_size                    # gate, up, and the input of down
+    heads = c.num_attention_heads + 2 * c.num_key_value_heads                        # q, k, v
+    if c.num_noise_heads:
+        # Signal and noise, and their normed difference: values of two heads' width.
+        heads += 2 * (2 * c.num_attention_heads - c.num_noise_heads)
+    else:
+        heads += c.num_attention_heads
+    return BF16 * (residual + heads * c.head_dim + mlp), BF16 * c.hidden_size
+
+
+def memory_per_gpu(model: Motif, ranks: int) -> dict[str, float]:
+    """Bytes that each of so many ranks holds, without activations and logits."""
+    total = sum(p.numel() for p in model.parameters())
+    muon = sum(p.numel() for p in model.matrices().values())
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    layers = len(model.model.layers)
+    ends = total - layers * block                    # embedding, final norm, head
+
+    # One rank has nothing to gather, and keeps the bf16 copies of all blocks.
+    gathered_blocks = layers if ranks == 1 else 2
+    return {"weights": FP32 * total / ranks,
+            "gradients": FP32 * total / ranks,
+            "optimizer": (FP32 * muon + 2 * FP32 * (total - muon)) / ranks,
+            "gathered": BF16 * (gathered_blocks * block + ends)}
+
+
+def memory_of_rank(c: Config, T: int, checkpointed: int) -> tuple[dict, dict]:
+    """Bytes that one of c.plan_world_size GPUs holds at the most -> (always, in each phase of a
+    step). T: sequence length; checkpointed: blocks with activation checkpointing."""
     shards = c.plan_world_size // c.dp_replicate
+    config = model_config(c)
     with torch.device("meta"):
-        model = Motif(model_config(c))
-    lasting = memory_per_gpu(model, shards)
-    gathered = lasting.pop("gathered")
-    block = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim > 1)
-    head = model.head_weight.numel()
-    ends = head + (0 if c.tie_word_embeddings else model.model.embed_tokens.weight.numel())
+        model = Motif(config)
+    always = memory_per_gpu(model, shards)
+    gathered = always.pop("gathered")
+
     tokens = max(1, c.micro_batch_tokens // T) * T
-    kept, entry = activation_bytes(model_config(c))
-    layers, recompute = c.num_hidden_layers, min(recompute, c.num_hidden_layers)
-    activations = tokens * (recompute * entry + (layers - recompute) * kept)
-    logits = 2 * min(tokens, LOSS_CHUNK) * c.vocab_size
-    grads = 2 * (2 + 4) * block if shards > 1 else 0     # bf16 and, on the way, fp32: of two blocks
+    block_bytes, input_bytes = activation_bytes(config)
+    plain = c.num_hidden_layers - checkpointed
+    activations = tokens * (checkpointed * input_bytes + plain * block_bytes)
+    recomputed = tokens * block_bytes if checkpointed else 0
+
+    head = model.head_weight.numel()
+    ends = head
+    if not c.tie_word_embeddings:
+        ends += model.model.embed_tokens.weight.numel()
+    block = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim > 1)
+    logits = BF16 * min(tokens, LOSS_CHUNK) * c.vocab_size
+
+    # Over several ranks a gradient is there twice on its way: in bf16, and in fp32 to be summed.
+    block_gradients = 2 * (BF16 + FP32) * block if shards > 1 else 0
+    ends_gradients = BF16 * ends
+    if shards > 1:
+        ends_gradients += (BF16 + FP32) * ends
+
+    phases = {"loss": gathered + activations + logits + BF16 * head,
+              "backward pass": (gathered + activations + recomputed + BF16 * head
+                                + block_gradients),
+              "its end": ends_gradients,
+              "Parallel Muon": parallel_muon_bytes(c, model)}
+    return always, phases
+
+
+def parallel_muon_bytes(c: Config, model: Motif) -> int:
+    """The most that a rank holds of momentum and results on their way."""
+    if c.plan_world_size == 1:
+        return 0
     shapes = [p.shape for p in model.matrices().values()]
-    together = muonclip.replicas_per_muon_group(shapes, c.plan_world_size, c.dp_replicate)
-    unit = muonclip.MuonShardGroup(shapes, [(None, 0)] * len(shapes), (together, shards))
-    return lasting | {
-        "loss": gathered + activations + logits + 2 * head,
-        "backward pass": (gathered + activations + 2 * head + grads
-                          + tokens * kept * (recompute > 0)),
-        "its end": 2 * ends + (2 + 4) * ends * (shards > 1),
-        "Parallel Muon": 2 * peak_elements(unit).max().item() if c.plan_world_size > 1 else 0}
+    shards = c.plan_world_size // c.dp_replicate
+    replicas = replicas_per_muon_group(shapes, c.plan_world_size, c.dp_replicate)
+    group = MuonShardGroup(shapes, [(None, 0)] * len(shapes), (replicas, shards))
+    return BF16 * peak_elements(group).max().item()
 
 
 def memory_table(c: Config, T: int) -> str:
-    """A GPU's memory with the blocks recomputed that the config asks for, none, and all."""
-    columns = dict.fromkeys((c.activation_checkpoint_layers, 0, c.num_hidden_layers))
+    """A GPU's memory with activation checkpointing in as many blocks as the config has it in, in
+    none, and in all."""
+    layers = c.num_hidden_layers
+    wanted = min(c.activation_checkpoint_layers, layers)
+    columns = {}
+    for checkpointed in (wanted, 0, layers):
+        columns[checkpointed] = memory_of_rank(c, T, checkpointed)
+
     lines = [f"{'GiB per GPU, recomputed:':24s}" + "".join(f"{n:8d}" for n in columns)]
-    rows = [memory_of_rank(c, T, n) for n in columns]
-    lasting = list(rows[0])[:3]
-    totals = [sum(r[k] for k in lasting) + max(r[k] for k in r if k not in lasting) for r in rows]
-    lines += [f"{key:24s}" + "".join(f"{r[key] / 2**30:8.1f}" for r in rows) for key in rows[0]]
-    lines += [f"{'at the most':24s}" + "".join(f"{n / 2**30:8.1f}" for n in totals)]
-    fits = totals[0] < USABLE
-    return "\n".join(lines) + (f"\n{'fits' if fits else 'does NOT fit'} a GPU of 80 GB" + (
-        "" if fits else "; raise --activation_checkpoint_layers or --plan_world_size, or lower --micro_batch_tokens"))
+    rows = {}
+    for always, phases in columns.values():
+        most = sum(always.values()) + max(phases.values())
+        for key, size in {**always, **phases, "at the most": most}.items():
+            rows.setdefault(key, []).append(size)
+    for key, sizes in rows.items():
+        lines.append(f"{key:24s}" + "".join(f"{size / 2**30:8.1f}" for size in sizes))
+
+    if rows["at the most"][0] < USABLE:
+        lines.append("fits a GPU of 80 GB")
+    else:
+        lines.append("does NOT fit a GPU of 80 GB; raise --activation_checkpoint_layers or "
+                     "--plan_world_size, or lower --micro_batch_tokens")
+    return "\n".join(lines)
 
 
-def dry_run_report(c: Config, plan: data.Curriculum) -> str:
-    """What --dry_run prints: the costs of model and run, and the curriculum, from the config."""
+# ---- the run
+
+def dry_run_report(c: Config, curriculum: data.Curriculum) -> str:
+    """What --dry_run prints: the costs of model and run, a GPU's memory, the curriculum."""
     if c.plan_world_size % c.dp_replicate:
-        raise UserError(f"{c.plan_world_size} ranks cannot be replicas={c.dp_replicate} copies of the same size")
-    per_token = {T: sum(flops_per_token(model_config(c), T)) for T in set(plan.seq_len)}
-    flops = sum(per_token[T] * T * rows for T, rows in zip(plan.seq_len, plan.rows))
-    days = flops / (c.plan_world_size * PEAK_FLOPS["H100"] * max(c.assumed_mfu, 1e-3)) / 86400
-    T = max(plan.seq_len, key=lambda T: c.micro_batch_tokens // T * T)
-    return (f"{cost_table(model_config(c), sorted(per_token))}\n\n{plan.steps:,d} steps, "
-            f"{plan.tokens[-1]:,d} tokens, {flops:.3e} FLOPs: {days:,.1f} days on {c.plan_world_size} H100 "
-            f"at {c.assumed_mfu:.0%} MFU\n\n{c.dp_replicate} x {c.plan_world_size // c.dp_replicate} ranks, "
-            f"{c.micro_batch_tokens:,d} tokens in a pass\n{memory_table(c, T)}\n\n{plan.table()}")
+        raise UserError(f"plan_world_size={c.plan_world_size} ranks cannot be dp_replicate="
+                        f"{c.dp_replicate} copies of the same size; give a divisor")
+    config = model_config(c)
+    flops_at = {T: sum(flops_per_token(config, T)) for T in set(curriculum.seq_len)}
+    flops = 0
+    for T, rows in zip(curriculum.seq_len, curriculum.rows):
+        flops += flops_at[T] * T * rows
+    flops_per_second = c.plan_world_size * PEAK_FLOPS["H100"] * max(c.assumed_mfu, 1e-3)
+    days = flops / flops_per_second / 86400
+
+    # The length that fills a micro-batch best takes the most memory.
+    T = max(curriculum.seq_len, key=lambda T: c.micro_batch_tokens // T * T)
+    return "\n".join([
+        cost_table(config, sorted(flops_at)),
+        "",
+        f"{curriculum.steps:,d} steps, {curriculum.tokens[-1]:,d} tokens, {flops:.3e} FLOPs: "
+        f"{days:,.1f} days on {c.plan_world_size} H100 at {c.assumed_mfu:.0%} MFU",
+        "",
+        f"{c.dp_replicate} x {c.plan_world_size // c.dp_replicate} ranks, "
+        f"{c.micro_batch_tokens:,d} tokens in a pass",
+        memory_table(c, T),
+        "",
+        curriculum.table()])
 
 
 def main() -> None:
     c = load(Config, sys.argv[1:], default_file=QUICKSTART)
-    try:
-        print(cost_table(model_config(c), sorted(set(make_curriculum(c).seq_len))))
-    except ValueError as e:
-        raise SystemExit(str(e)) from None
+    print(cost_table(model_config(c), sorted(set(make_curriculum(c).seq_len))))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,26 +1,37 @@
-"""Prepare a run's data ahead of it: `python -m tools.prepare config/X.py`, also in parts, on several
-machines that see one data_dir: --prepare_part=1/4 to --prepare_part=4/4, then once without."""
+"""Prepare a run's data ahead of it and print its curriculum: `python -m tools.prepare config/X.py`.
+
+Several machines that share data_dir may each prepare a part: --prepare_part=1/4 on the first one
+to --prepare_part=4/4 on the fourth. When all have ended, one call without it writes the manifests.
+"""
 import re
 import sys
 
-from configurator import load
+from configurator import UserError, load
 from data import prepare
-from pretrain import QUICKSTART, Config, make_curriculum
+from pretrain import QUICKSTART, Config, make_curriculum, run_main
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """
+    >>> parse_part("1/4")
+    (0, 4)
+    """
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+    if not match or int(match[1]) > int(match[2]):
+        raise UserError(f"prepare_part={text} must be i/n, from 1/n to n/n")
+    return int(match[1]) - 1, int(match[2])
 
 
 def main() -> None:
     c = load(Config, sys.argv[1:], default_file=QUICKSTART)
-    numbers = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", c.prepare_part)
-    if not numbers or int(numbers[1]) > int(numbers[2]):
-        raise SystemExit(f"part={c.prepare_part} must be i/n, from 1/n to n/n")
-    part = int(numbers[1]) - 1, int(numbers[2])
-    try:
-        plan = make_curriculum(c)
-        stores = prepare(c.domains, c.tokenizer, c.data_dir, plan.need(), part, c.workers)
-        print(plan.table(stores if part[1] == 1 else None))
-    except ValueError as e:
-        raise SystemExit(str(e)) from None
+    part = parse_part(c.prepare_part)
+    curriculum = make_curriculum(c)
+    stores = prepare(c.domains, c.tokenizer, c.data_dir, curriculum.need(), part, c.workers)
+
+    # One part of several does not know how many tokens there are together.
+    is_all = part[1] == 1
+    print(curriculum.table(stores if is_all else None))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
