@@ -1,8 +1,8 @@
 """Evaluation: the scores of a checkpoint, computed as lm-evaluation-harness 0.4.9.1 computes them.
 
-    python eval.py                                   the quick start's model and its fine-tuned stages
-    python eval.py --model=PATH --tasks=mmlu,gsm8k   benchmarks, beside the scores that the report of
-                                                     Motif-2-12.7B states (arXiv 2511.07464)
+    python eval.py                                   the quick start's model and its later stages
+    python eval.py --model=PATH --tasks=mmlu,gsm8k   benchmarks, beside the scores in the report of
+                                                     Motif-2-12.7B (arXiv 2511.07464)
     python eval.py --model=PATH --tasks=chat         a conversation in the terminal
 
 A task asks one of three questions:
@@ -12,9 +12,9 @@ A task asks one of three questions:
     bits per byte     how well does the model predict a text?
 
 The file goes from the idea to the machinery: how a choice is scored, what a task is, then a section
-for each of the three questions, then the table of tasks, then the run and the chat. A run leaves
+for each of the three questions, then the table of tasks, then the run and the chat. A run writes
 
-    out_dir/samples.jsonl   one line per question: prompt, output, scores; a run that was cut resumes
+    out_dir/samples.jsonl   a line per question: prompt, output, scores; an interrupted run resumes
     out_dir/results.json    score, standard error and number of questions of every task
 """
 import codecs
@@ -63,9 +63,9 @@ from synthetic.conversations import answer_of
 #
 #     log p(c | context) = sum_t log p(c_t | context, c_1 ... c_{t-1})
 #
-# Two metrics come from it. acc: the answer with the largest sum is the right one. acc_norm: so is
-# the answer with the largest sum *per character*, for every further token makes a sum smaller, and
-# long answers would lose:
+# Two metrics follow. acc is 1 if the right answer has the largest sum. acc_norm is 1 if it has the
+# largest sum *per character*: every further token makes a sum smaller, so that by sums alone a long
+# answer loses against a short one:
 #
 #     sum                  -6.0      -5.2      -9.5                      -8.0      acc = 0
 #     sum / characters     -1.50     -1.30     -0.50 (the largest)       -2.00     acc_norm = 1
@@ -147,7 +147,7 @@ class Task:
     read: Callable[[dict], Example]
     kind: Literal["multiple_choice", "generation", "bits_per_byte"] = "multiple_choice"
 
-    # The data set: on the Hub, as files in benchmark_dir, or, without either, rows made by source().
+    # The data set: on the Hub, or files in benchmark_dir, or rows that source() makes.
     hf_name: str | None = None
     hf_config: str | None = None
     eval_split: str | None = None
@@ -177,11 +177,11 @@ class Task:
 
 # ---- log-likelihoods
 #
-# Most of what the scorer reads, it would read many times: all 5-shot questions of a subject begin
-# with the same examples, and all choices of a question with the same prompt. Attention is causal,
-# so keys and values of a token depend on what comes before it, and on nothing after it. Hence those
-# of a common beginning can be computed once and copied for everything that follows it. Three stages
-# (one letter is a few tokens, "." is padding, [ ] was copied and is not computed again):
+# One forward pass for each choice would compute most tokens many times: all 5-shot questions of a
+# subject begin with the same examples, and all choices of a question with the same prompt.
+# Attention is causal, so the keys and values of a token depend only on what comes before it. Those
+# of a common beginning are therefore computed once, and copied for each text that goes on from it.
+# This takes three stages (a letter is a few tokens, "." is padding, [ ] is copied, not computed):
 #
 #                                few-shot examples     own prompts    choices
 #     stage 1: one row           eeeeeeeeeeeeeeeee
@@ -206,7 +206,7 @@ class Task:
 GPU_KV_BYTES = 16 * 2**30       # keys and values kept at once, if --kv_cache_tokens is not given
 CPU_KV_BYTES = 2**30
 GPU_BATCH_TOKENS = 8192         # tokens in one forward pass of the scorer
-CPU_BATCH_TOKENS = 512
+CPU_BATCH_TOKENS = 512          # larger passes have more padding and no gain
 MIN_SHARED_PREFIX = 32          # a shorter common beginning does not repay a pass of its own
 
 
@@ -287,8 +287,8 @@ def pad_rows(rows: list[list[int]], device: torch.device, fill: int = 0) -> Tens
 
 def score_rows(model: Motif, rows: list[list[int]], num_scored: list[int],
                cache: KVCache | None = None) -> list[Tensor]:
-    """Log-probabilities of the last num_scored[b] ids of each row, in one forward pass. fp32 tensors
-    on the CPU. The rows continue those of the cache, if one is given."""
+    """Log-probabilities of the last num_scored[b] ids of each row, as fp32 tensors on the CPU, by
+    one forward pass. The rows continue those of the cache, if one is given."""
     device = model.head_weight.device
     inputs = [row[:-1] for row in rows]
     targets = []
@@ -313,42 +313,49 @@ def loglikelihoods(model: Motif, requests: list[LoglikelihoodRequest],
     batch_tokens = CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
     batch_tokens = min(batch_tokens, kv_cache_tokens)
 
-    # Where nothing is shared, whole rows are read, without a cache.
-    whole = []
+    sharing_nothing = []
     groups = defaultdict(list)
     for request in requests:
         if len(request.rows) == 1 or not request.prompt:
-            whole.append(request)
+            sharing_nothing.append(request)
         else:
             groups[request.group].append(request)
 
-    sizes = {r: len(r.rows) * max(len(row) - 1 for row in r.rows) for r in whole}
-    whole.sort(key=lambda r: -sizes[r])
-    for part in micro_batches([sizes[r] for r in whole], batch_tokens):
-        rows = []
-        num_scored = []
-        for request in whole[part]:
-            rows += request.rows
-            num_scored += request.num_scored
-        scores = score_rows(model, rows, num_scored)
-        for request in whole[part]:
-            n = len(request.rows)
-            yield request, scores[:n]
-            scores = scores[n:]
-
+    yield from score_without_cache(model, sharing_nothing, batch_tokens)
     for group in groups.values():
         yield from score_with_shared_prefix(model, group, batch_tokens, kv_cache_tokens // 2)
 
 
-def score_with_shared_prefix(model: Motif, requests: list[LoglikelihoodRequest],
-                             batch_tokens: int, kv_tokens: int):
-    """loglikelihoods() of a group of requests. batch_tokens bounds a forward pass, kv_tokens each
-    of the two caches of a batch."""
+def score_without_cache(model: Motif, requests: list[LoglikelihoodRequest],
+                        batch_tokens: int) -> Iterator[tuple[LoglikelihoodRequest, list[Tensor]]]:
+    """loglikelihoods() of requests whose rows share nothing: whole rows are read."""
+    sizes = {r: len(r.rows) * max(len(row) - 1 for row in r.rows) for r in requests}
+    requests = sorted(requests, key=lambda r: -sizes[r])
+    for part in micro_batches([sizes[r] for r in requests], batch_tokens):
+        rows = []
+        num_scored = []
+        for request in requests[part]:
+            rows += request.rows
+            num_scored += request.num_scored
+
+        scores = score_rows(model, rows, num_scored)
+        for request in requests[part]:
+            n = len(request.rows)
+            yield request, scores[:n]
+            scores = scores[n:]
+
+
+def score_with_shared_prefix(
+        model: Motif, requests: list[LoglikelihoodRequest], batch_tokens: int,
+        kv_tokens: int) -> Iterator[tuple[LoglikelihoodRequest, list[Tensor]]]:
+    """loglikelihoods() of a group of requests, by the three stages. batch_tokens bounds a forward
+    pass, kv_tokens each of the two caches of a batch."""
     device = model.head_weight.device
     requests = sorted(requests, key=lambda r: -len(r.prompt))
     prompts = [r.prompt for r in requests]
 
-    # Stage 1: read what all prompts begin with once. Each keeps a token of its own for stage 2.
+    # Stage 1: read once what all prompts begin with. At least one token of each prompt is left for
+    # stage 2, which needs its logits.
     shared = min(common_prefix_length(prompts), len(prompts[-1]) - 1)
     if len(requests) == 1 or shared < MIN_SHARED_PREFIX:
         shared = 0
@@ -367,7 +374,7 @@ def score_with_shared_prefix(model: Motif, requests: list[LoglikelihoodRequest],
 def score_batch(model: Motif, batch: list[LoglikelihoodRequest], prefix_cache: KVCache,
                 shared: int, batch_tokens: int, kv_tokens: int) -> list[list[Tensor]]:
     """Stages 2 and 3, for requests whose first `shared` ids are in prefix_cache, the longest prompt
-    first -> for each request the log-probabilities of each of its rows."""
+    first. Returns for each request the log-probabilities of each of its rows."""
     device = model.head_weight.device
     max_length = len(batch[0].prompt)
 
@@ -377,18 +384,21 @@ def score_batch(model: Motif, batch: list[LoglikelihoodRequest], prefix_cache: K
     cache = prefix_cache.select_rows([0] * len(batch), max_length=max_length)
     logits = model(pad_rows(own_ids, device), cache=cache, row_lengths=own_lengths,
                    last_only=True)
-    first_log_p = logits[:, 0].float().log_softmax(-1).cpu()             # (requests, V)
+    first_ids = [[row[len(r.prompt)] for row in r.rows] for r in batch]
+    log_p = logits[:, 0].float().log_softmax(-1)                         # (requests, V)
+    first_log_p = log_p.gather(1, pad_rows(first_ids, device)).cpu()     # (requests, choices)
 
+    # Stage 3: read the rest of each choice, where there is one, behind a copy of its prompt.
     scores = []
-    remaining = []          # (request, choice, the choice's ids after the prompt), where stage 3 is needed
+    remaining = []          # (request, choice, ids of the choice)
     for i, request in enumerate(batch):
-        start = len(request.prompt)
-        scores.append([first_log_p[i, row[start]][None] for row in request.rows])
+        n = len(request.rows)
+        scores.append(list(first_log_p[i, :n].split(1)))
         for j, row in enumerate(request.rows):
-            if len(row) > start + 1:
-                remaining.append((i, j, row[start:]))
+            ids = row[len(request.prompt):]
+            if len(ids) > 1:
+                remaining.append((i, j, ids))
 
-    # Stage 3: read the rest of each choice behind a copy of its prompt.
     remaining.sort(key=lambda item: -len(item[2]))
     lengths = [len(ids) - 1 for _, _, ids in remaining]
     for part in micro_batches(lengths, batch_tokens, kv_tokens, cached=max_length):
@@ -402,7 +412,7 @@ def score_batch(model: Motif, batch: list[LoglikelihoodRequest], prefix_cache: K
         for (i, j, _), rest in zip(remaining[part], log_p):
             scores[i][j] = torch.cat([scores[i][j], rest])
 
-    # Winogrande's contexts differ at their ends: what follows the prompt is not all scored.
+    # Winogrande's contexts differ at their ends, so that not all ids after the prompt are scored.
     for request, of_rows in zip(batch, scores):
         for j, n in enumerate(request.num_scored):
             of_rows[j] = of_rows[j][-n:]
@@ -521,12 +531,12 @@ def generation(task: Task, examples: dict[int, Example], model: Motif, text: Pro
         prompts += [ids] * num_samples
         numbers += [i] * num_samples
 
-    # Batches differ from run to run. Seeds of their own keep two batches from drawing the same.
+    # Every prompt has a seed of its own, so that no two batches draw the same numbers.
     seeds = []
     for k, i in enumerate(numbers):
         seeds.append(random.Random(f"{c.seed} {i} {k}").getrandbits(32))
 
-    # A chat model puts a program between ``` fences, unless chat_prompt opened the fence already.
+    # A chat model puts a program between ``` fences; chat_prompt has opened the fence already.
     unfence = bool(c.chat and task.program and not task.chat_prompt)
 
     def judge(i: int, replies: list[str]) -> tuple[int, dict]:
@@ -886,20 +896,20 @@ BUILTIN_DOC_CHARS = 1024        # of each, its beginning
 @dataclass
 class Config:
     """What is evaluated, and how."""
-    model: str | None = None      # a checkpoint, a run (its newest checkpoint) or owner/name of the
-                                  # Hub; None: the newest of each of out/quickstart, sft1, sft2, sft3
+    model: str | None = None      # a checkpoint, a run (its newest one counts), or owner/name of the
+                                  # Hub; None: the newest of out/quickstart, sft1, sft2 and sft3
     tokenizer: str | None = None  # None: the model's own
-    tasks: str = "bpb,chains"     # names in TASKS, separated by commas; bpb:SOURCE, bits per byte of
-                                  # a file or another source of data.py (a comma in it: %2C); bpb,
-                                  # those of the builtin sources and of replies to chains; or chat
+    tasks: str = "bpb,chains"     # names in TASKS, separated by commas; bpb:SOURCE is bits per byte
+                                  # of a file or another source of data.py (write a comma as %2C);
+                                  # bpb all the builtin sources and replies to chains; or chat
     num_fewshot: Size | None = None   # examples before each question; None: as many as the report
     limit: Count | None = None    # questions per task, for mmlu per subject; None: all
     chat: bool = False            # ask in the turn format, as fine-tuned models expect
     run_code: bool = False        # let humaneval and mbpp run the programs that the model writes
     benchmark_dir: str | None = None  # folder with the tasks' files; None: the Hub's data sets
     out_dir: str | None = None    # None: out/eval/<the model's name>
-    kv_cache_tokens: Count | None = None  # tokens whose keys and values are in memory at once; None:
-                                  # as many as fit in 16 GiB (on the CPU in 1 GiB)
+    kv_cache_tokens: Count | None = None  # tokens whose keys and values are in memory at once;
+                                  # None: as many as fit in 16 GiB (on the CPU in 1 GiB)
     temperature: NonNegative = 0.0  # for generation tasks; 0: greedy. Chat begins with 0.7
     num_samples: Count = 1        # replies to each question whose replies are programs, for pass@k
     seed: int = 1234              # for sampling
@@ -910,7 +920,7 @@ class Config:
     prompt: str | None = None     # chat: answer this, and exit
 
 
-# The settings that, besides the question, decide what a sample is. Samples of others are not kept.
+# Samples of an earlier run count only if these settings, and the model, are the same.
 SAMPLE_SETTINGS = ("tokenizer", "chat", "temperature", "num_samples", "seed", "precision")
 
 
@@ -973,7 +983,8 @@ def first_held_out(unit: Callable, number: int) -> str | None:
     return None
 
 
-def read_rows(task: Task, is_fewshot: bool, benchmark_dir: str | None) -> Iterator[tuple[str, dict]]:
+def read_rows(task: Task, is_fewshot: bool,
+              benchmark_dir: str | None) -> Iterator[tuple[str, dict]]:
     """Yield (place, row) of the questions or of the few-shot examples of a task."""
     if task.source:
         for i, row in enumerate(task.source()):
@@ -1090,8 +1101,8 @@ def limit_per_subject(questions: list[Example], limit: int | None) -> list[int]:
 # ---- the run: samples and results
 
 def load_previous(out: Path, settings: dict) -> tuple[dict, dict]:
-    """What an earlier run with the same settings left in out: its records, {(task, number): record},
-    and its results, {task: result}."""
+    """What an earlier run with the same settings left in out: records {(task, number): record} and
+    results {task: result}."""
     out.mkdir(parents=True, exist_ok=True)
     samples = out / "samples.jsonl"
     earlier = {}
@@ -1189,7 +1200,8 @@ def with_progress(name: str, total: int, items: Iterator) -> Iterator:
             last_print = now
             per_second = n / max(now - start, 1e-9)
             eta = timedelta(seconds=int((total - n) / per_second))
-            print(f"{name}  {n:,d}/{total:,d} documents  {per_second:,.1f}/s  eta {eta}", flush=True)
+            print(f"{name}  {n:,d}/{total:,d} documents  {per_second:,.1f}/s  eta {eta}",
+                  flush=True)
 
 
 def ratio_of_sums(values: list[float], sizes: list[float]) -> dict:
@@ -1209,7 +1221,7 @@ def ratio_of_sums(values: list[float], sizes: list[float]) -> dict:
 
 
 def summarize(records: list[dict]) -> dict[str, dict]:
-    """{metric: value, standard error, n} over a task's records; in per cent, except bits per byte."""
+    """{metric: value, standard error, n} of a task's records, in per cent except bits per byte."""
     if "bits" in records[0]:
         return {"bits per byte": summarize_bits(records)}
     scores = {}
@@ -1312,7 +1324,7 @@ def find_models(c: Config) -> dict[str, Path]:
 def open_model(folder: Path, c: Config, device: torch.device) -> tuple[Motif, PromptEncoder]:
     """The model, and the encoder of its prompts. Matrices get the compute dtype; vectors, such as
     norms, become fp32, as in training."""
-    # Training here begins every document with BEGIN. What others trained has its tokenizer's rule.
+    # pretrain.py begins every document with BEGIN. Other models follow their tokenizer's rule.
     trained_here = (folder / "state.json").exists()
     own_tokenizer = str(folder)
     if trained_here:

@@ -1,6 +1,6 @@
-"""Evaluation. Prompts, log-likelihoods and verdicts are those of lm-evaluation-harness 0.4.9.1, which
-the tests do not need: eval.json holds rows made up in the form of each task's data set, and what
-that program gives on them with the tiny model below (its own task files, byte tokens, begin of text
+"""Evaluation. Prompts, log-likelihoods and verdicts are those of lm-evaluation-harness 0.4.9.1. The
+tests do not need it: eval.json holds rows made up in the form of each task's data set, and what the
+harness gives on them with the tiny model below (its own task files, byte tokens, begin of text
 first): hashes of prompts, sums, scores, and what its filters find in replies."""
 import hashlib
 import json
@@ -78,7 +78,7 @@ def text():
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, model_dir, benchmark_dir, capsys):
-    """run(key=value, ...) runs the script in an empty folder -> what it printed, and its records."""
+    """run(key=value, ...) runs the script in an empty folder -> what it prints, and its records."""
     monkeypatch.chdir(tmp_path)
 
     def call(**options):

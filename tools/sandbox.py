@@ -1,17 +1,17 @@
 """A sandbox for programs that a model wrote: run_program(code) says whether one runs to its end.
 
-Such a program is not hostile, but it may do anything by mistake: delete files, fork without end,
-wait for ever. What the sandbox does about it:
+Such a program is not hostile, but it may do any harm by mistake: delete files, fork without end,
+never return. The sandbox sets bounds to it:
 
-    the network                           cut off, by a network namespace
-    files outside its temporary folder    cannot be written, created or removed, by Landlock
-    memory, files, processes, CPU time    limited, by setrlimit
-    time, and processes left behind       the whole process group is killed after `timeout` seconds,
-                                          and a process namespace takes along who left the group
+    network                               a network namespace has no connections
+    files outside its temporary folder    Landlock forbids to write, create and remove them
+    memory, files, processes, CPU time    setrlimit limits them
+    time                                  after `timeout` seconds the process group is killed
+    processes that left the group         die with the process namespace
 
-What it does not prevent: reading files of this user; chmod and the like on them; a program that
-looks for the nonce in its own memory and so fakes a pass. Kernels before 5.13 have no Landlock, and
-containers often forbid namespaces: sandbox_gaps() says what is missing here.
+It does not prevent that a program reads files of this user or changes their permissions, or that it
+finds the nonce in its own memory and so fakes a pass. Kernels before 5.13 have no Landlock, and
+many containers forbid namespaces: sandbox_gaps() says what is missing on this system.
 """
 import inspect
 import json
@@ -34,8 +34,8 @@ LIMITS = {
 
 def sandbox_main() -> None:
     """What the sandbox's process does. `python -I` gets the source of this function and nothing
-    else; hence the imports and constants within. Input: code, nonce and limits, as JSON. Output:
-    three digits, 1 for each protection that works, a line end, what the program prints, the nonce."""
+    else, hence the imports and constants within. It reads code, nonce and limits as JSON. It writes
+    three digits, 1 for each protection that works, then what the program prints, then the nonce."""
     import ctypes
     import json
     import os
@@ -58,12 +58,12 @@ def sandbox_main() -> None:
     if os.getuid() == 0:
         os.setresuid(65534, 0, 0)
 
-    # Namespaces without network devices and without other processes. They take a root, which
-    # everybody is in a user namespace of their own.
+    # New namespaces, without network devices and without other processes. Only root may ask for
+    # these two; in a user namespace of its own every process is root.
     isolated = libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWPID) == 0
 
-    # Landlock: of all folders only this one may be written. It takes away what a rule set handles
-    # and none of its rules allows. NO_NEW_PRIVS, so that no setuid program gets it back.
+    # Landlock forbids what a rule set handles, except where one of its rules allows it: here in the
+    # current folder. NO_NEW_PRIVS keeps setuid programs from getting round it.
     version = libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
     truncate = ACCESS_TRUNCATE if version >= 3 else 0
     access = ACCESS_WRITE_FILE | ACCESS_REMOVE_AND_MAKE | truncate
