@@ -896,7 +896,7 @@ BUILTIN_DOC_CHARS = 1024        # of each, its beginning
 @dataclass
 class Config:
     """What is evaluated, and how."""
-    model: str | None = None      # a checkpoint, a run (its newest one counts), or owner/name of the
+    model: str | None = None      # a checkpoint, a run (its newest one), or owner/name of the
                                   # Hub; None: the newest of out/quickstart, sft1, sft2 and sft3
     tokenizer: str | None = None  # None: the model's own
     tasks: str = "bpb,chains"     # names in TASKS, separated by commas; bpb:SOURCE is bits per byte
