@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers
 
 import data
 import eval as evaluation
@@ -307,17 +308,13 @@ def test_an_empty_context_becomes_begin(text):
 
 
 def test_the_tokenizer_begins_a_text_unless_the_model_was_trained_here(model_dir, tmp_path):
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                  "use_regex": True}
-    spec = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
-            "normalizer": None, "post_processor": None, "decoder": byte_level,
-            "pre_tokenizer": byte_level,
-            "model": {"type": "BPE", "merges": [],
-                      "vocab": {letter: i for i, letter in enumerate(letters)}}}
     folder = tmp_path / "step_1"
     shutil.copytree(model_dir, folder)
-    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    library = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.save(str(folder / "tokenizer.json"))
 
     c = Config(precision="fp32")
     cpu = torch.device("cpu")
