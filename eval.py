@@ -675,6 +675,8 @@ def choose(text: str, choices: list[str], answer: int, subject: str = "") -> Exa
     """A question whose choices follow it after a space."""
     if not 0 <= answer < len(choices):
         raise UserError(f"answer {answer} must be below {len(choices)}, the number of choices")
+    if not all(choices):
+        raise UserError("a choice is empty")
     continuations = [f" {choice}" for choice in choices]
     return Example(text, continuations[answer], continuations, answer, subject=subject)
 
@@ -1030,11 +1032,9 @@ def read_examples(task: Task, is_fewshot: bool, benchmark_dir: str | None) -> li
                 task.program(example, reply="")      # so that a bad row is noticed now
         except KeyError as e:
             raise UserError(f"{place}: there is no {e}; the row has {', '.join(row)}") from None
-        except UserError as e:
-            raise UserError(f"{place}: {e}") from None
-        except Exception as e:
-            e.add_note(f"while reading {place}")
-            raise
+        except (ValueError, TypeError, IndexError, AttributeError) as e:
+            # A row of another form: null or a number where a text should be, too few choices, ...
+            raise UserError(f"{place}: {one_line(e)}; correct the row") from None
         examples.append(example)
     return examples
 
