@@ -1008,8 +1008,10 @@ def read_rows(task: Task, is_fewshot: bool,
 
     paths = sorted(Path(benchmark_dir).glob(file))
     if len(paths) != 1:
+        without_examples = ", or give --num_fewshot=0" if is_fewshot else ""
         raise UserError(f"{len(paths)} files match {Path(benchmark_dir) / file}; put one there, "
-                        f"with a JSON object on each line, a row of {task.hf_name}, {split}")
+                        f"with a JSON object on each line, a row of {task.hf_name}, {split}"
+                        f"{without_examples}")
     lines = paths[0].read_text(encoding="utf-8").rstrip("\n").split("\n")
     for number, line in enumerate(lines, 1):
         try:

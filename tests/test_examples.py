@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 MODULES = ("configurator", "model", "muonclip", "kernels", "data", "pretrain", "sft", "eval",
-           "synthetic.texts", "synthetic.conversations", "tools.grow", "tools.plan")
+           "synthetic.texts", "synthetic.conversations", "tools.grow", "tools.plan", "tools.sandbox")
 
 
 @pytest.mark.parametrize("name", MODULES)
