@@ -132,7 +132,7 @@ class Curriculum:
 
     WARNING: sequences are numbered per length, so the numbers begin again at 0 where seq_len
     changes. From there on a run reads text again that it has read before, also if the domain has
-    more text than the run needs. (A later version will read on instead.)
+    more text than the run needs.
 
     >>> domains = {"web": ["web.txt", 0.9, 0.5], "math": ["math.txt", 0.1, 0.5]}
     >>> c = Curriculum(domains, batch_tokens=[[0, 40], [120, 80]], seq_len=10, max_tokens=400)
@@ -550,7 +550,7 @@ class TokenDataset:
         return self._sequences[key]
 
     def fingerprint(self) -> str:
-        """16 hex digits of a hash of all that the run may read."""
+        """16 hex digits of a hash of all training shards that the run may read."""
         checksums = [shard.checksum for shards in self.train.values() for shard in shards]
         return hashlib.sha256(b"".join(checksums)).hexdigest()[:16]
 
@@ -591,7 +591,7 @@ class TokenDataset:
 
     def validation(self, name: str, tokens: int, T: int) -> np.ndarray:
         """About `tokens` held-out tokens of a domain -> (rows, T + 1) int64. The rows are spread
-        evenly over what is held out, as its first documents are prefaces."""
+        evenly over what is held out, as files often begin with prefaces."""
         held_out = self.sequences("val", name, T)
         there = len(held_out)
         n = min(there, max(1, tokens // T))

@@ -93,7 +93,7 @@ class TrainConfig:
     eval_tokens: Count = 8192       # held-out tokens of each domain
     prompts: list = field(default_factory=lambda: ["The "])  # continued at each evaluation
     sample_tokens: Size = 100       # tokens that each prompt is continued by
-    save_every: Count | None = 100  # steps between checkpoints, with one at the end; None: no one
+    save_every: Count | None = 100  # steps between checkpoints, with one at the end; None: none
     keep_last: Annotated[int, 2] = 2  # checkpoints that are kept: the newest might be damaged
     keep_every: Count | None = None  # checkpoints at multiples of so many steps are kept for ever
     wandb: str | None = None        # name of a Weights & Biases project, to log there too
@@ -156,7 +156,7 @@ def make_curriculum(c: Config) -> data.Curriculum:
 # The learning rate follows WSD: warm-up, stable, decay (Motif-2, arXiv 2511.07464). A cosine over
 # the whole run depends on the run's length from its first step on. Here the stable part does not:
 # a checkpoint from it can be trained for as long as one likes, and decayed whenever a finished
-# model is wanted. Most of what a small learning rate gains is gained in the decay.
+# model is wanted. Most of the improvement by a small learning rate comes during the decay.
 #
 #     lr            ______________________________
 #                  /                              \_
@@ -238,7 +238,7 @@ def init_distributed(c: TrainConfig, device: torch.device) -> None:
 
     timeout = timedelta(seconds=c.timeout_seconds)
     if WORLD > 1:
-        # Ranks that torchrun restarts get the store of those before them. The prefix keeps them
+        # Ranks that torchrun restarts reuse the store of the old ranks. The prefix keeps them
         # from finding the addresses of ranks that are gone.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
@@ -337,7 +337,7 @@ def split_rows(rows: int, rank: int = RANK, world: int = WORLD) -> tuple[int, in
     >>> [split_rows(10, rank, world=4) for rank in range(4)]
     [(0, 3, 3), (1, 3, 3), (2, 2, 3), (3, 2, 3)]
 
-    With fewer rows than ranks, a surplus rank reads another rank's row, of which it gets none:
+    With fewer rows than ranks, a surplus rank reads another rank's row as filler, without loss:
 
     >>> [split_rows(2, rank, world=4) for rank in range(4)]
     [(0, 1, 1), (1, 1, 1), (0, 0, 1), (1, 0, 1)]
@@ -530,7 +530,7 @@ class Dataset(Protocol):
     batch does not depend on the number of ranks, and a checkpoint holds nothing of the data but
     the step."""
 
-    curriculum: data.Curriculum      # or what has its steps, seq_len, rows, tokens, context, shares
+    curriculum: data.Curriculum      # or an object with its steps, seq_len, rows, tokens, context, shares
                                      # and names
 
     def batch(self, step: int, rank: int, world: int) -> np.ndarray | tuple:
@@ -572,7 +572,7 @@ def read_batch(dataset: Dataset, step: int) -> tuple[Tensor, ...]:
 #     backward   for each block: all-gather | compute | free, reduce-scatter the gradient in fp32
 #
 # The next block's all-gather runs while this one computes. Nothing else changes: the model computes
-# as on one GPU, but that gradients are added up in another order. With HSDP (dp_replicate > 1) the
+# as on one GPU, except that gradients are added up in another order. With HSDP (dp_replicate > 1) the
 # ranks form several such groups, each with a copy of the model. So all-gathers can stay within a
 # machine, and between machines there is one all-reduce of gradients a step.
 #
@@ -735,7 +735,7 @@ def finish_checkpoint(temporary: Path, folder: Path, state: dict, c: Config) -> 
 
     for path in [*temporary.rglob("*"), temporary]:
         fsync_path(path)
-    # A folder that has this name is damaged: else the run would have resumed from it.
+    # A folder of this name must be damaged; otherwise the run would have resumed from it.
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     fsync_path(folder.parent)

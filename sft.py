@@ -572,7 +572,7 @@ def held_out_rows(chats: TokenizedChats, tokens: int,
 
 # ---- what is worth reading
 
-# A model imitates what it reads, so a few bad conversations cost more than many good ones bring.
+# A model imitates what it reads, bad conversations too.
 # Stages 2 and 3 choose by cheap signs in the text, since the report names its criteria and not how
 # it measures them; all measures and limits are [ours]. A measure is a share from 0 to 1, and reads
 # whole conversations.
