@@ -530,8 +530,8 @@ class Dataset(Protocol):
     batch does not depend on the number of ranks, and a checkpoint holds nothing of the data but
     the step."""
 
-    curriculum: data.Curriculum      # or an object with its steps, seq_len, rows, tokens, context, shares
-                                     # and names
+    curriculum: data.Curriculum      # or an object with its steps, seq_len, rows, tokens, context,
+                                     # shares and names
 
     def batch(self, step: int, rank: int, world: int) -> np.ndarray | tuple:
         """Rows rank, rank + world, ... of the step's global batch, R of them, in int64. Either rows
@@ -572,8 +572,8 @@ def read_batch(dataset: Dataset, step: int) -> tuple[Tensor, ...]:
 #     backward   for each block: all-gather | compute | free, reduce-scatter the gradient in fp32
 #
 # The next block's all-gather runs while this one computes. Nothing else changes: the model computes
-# as on one GPU, except that gradients are added up in another order. With HSDP (dp_replicate > 1) the
-# ranks form several such groups, each with a copy of the model. So all-gathers can stay within a
+# as on one GPU, except for the order in which gradients are added up. With HSDP (dp_replicate > 1)
+# the ranks form several such groups, each with a copy of the model. So all-gathers can stay within a
 # machine, and between machines there is one all-reduce of gradients a step.
 #
 # Vectors and scalars (norms, lambdas, PolyNorm) are left out, as `ignored_params`. They are one
