@@ -573,8 +573,8 @@ def read_batch(dataset: Dataset, step: int) -> tuple[Tensor, ...]:
 #
 # The next block's all-gather runs while this one computes. Nothing else changes: the model computes
 # as on one GPU, except for the order in which gradients are added up. With HSDP (dp_replicate > 1)
-# the ranks form several such groups, each with a copy of the model. So all-gathers can stay within a
-# machine, and between machines there is one all-reduce of gradients a step.
+# the ranks form several such groups, each with a copy of the model. So all-gathers can stay within
+# a machine, and between machines there is one all-reduce of gradients a step.
 #
 # Vectors and scalars (norms, lambdas, PolyNorm) are left out, as `ignored_params`. They are one
 # parameter in 35,000, so that there is nothing to save, and they are to be used in fp32, for which
