@@ -14,11 +14,13 @@ definition, against which tests/test_kernels.py checks it:
 The order is from simple to hard: kernels that go over rows, then kernels that multiply matrices.
 RMSNorm and rotary embeddings have no kernel: torch.compile fuses them well enough by itself.
 
-Three rules hold for all of them. They compute in fp32, whatever the dtype of their inputs, and
-round once, at the end. They add up in a fixed order, without floating-point atomics, so two runs
-give the same bits. And they are custom operators of PyTorch, which torch.compile takes as they are.
+All sums are in fp32, whatever the dtype of the inputs; what a tensor core multiplies is in the
+dtype of the inputs. Sums have a fixed order, without floating-point atomics, so two runs give the
+same bits. All but symmetric_matmul are custom operators of PyTorch, which torch.compile takes as
+they are.
 
-Letters for sizes are model.py's: B, T, V, D, G, r, H, K, P, F. `n` is the length of a row.
+Letters for sizes are model.py's, unless a section says otherwise: B, T, V, D, G, r, H, K, P, F.
+`n` is the length of a row.
 """
 import functools
 import math
@@ -806,7 +808,7 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # One program computes BM query rows of one head. It walks over the keys, BN at a time. With the
 # largest logit of a row still unknown it keeps, as in FlashAttention, for each row
 #
-#     m_i    the largest logit so far
+#     m_i    the largest logit so far (in the code times log2(e), as it works with powers of 2)
 #     l_i    the sum of exp(logit - m_i) so far
 #     acc    the sum of exp(logit - m_i) * value so far
 #
@@ -937,7 +939,8 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 # dK and dV want a program per block of keys, which goes over the queries; dQ wants the opposite.
 # FlashAttention-2 lets both recompute S and dP (seven products of matrices), or lets the first add
 # to dQ with atomics (five, but in random order, so no two runs agree to the bit). Here the first
-# kernel writes dS to memory in bf16 and the second reads it: five products, and no atomics.
+# kernel writes dS to memory in bf16 and the second reads it: five products (six where dV has a pass
+# of its own), and no atomics.
 #
 # dS of one pair of key heads at T = 16,384 is 1.3 GiB, so only the pairs that fit DS_BYTES are done
 # at one time (at least one). Its lower triangle is cut into tiles of TILE x TILE. Tile (t, s) has the

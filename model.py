@@ -188,8 +188,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None 
     query_slots (B, T)      which key is the query's own, where a KV cache holds the keys
 
     -> out (B, T, K, h, Dv), and the largest visible logit of each query head (K, h) for QK-clip.
-    The softmax is in fp32. Both products, and so the logits, are in the dtype of q, as in the
-    fused kernel."""
+    The softmax is in fp32. Both products, and so the logits, are in the dtype of q; the fused
+    kernel keeps logits in fp32."""
     B, T, K, h, D = q.shape
     S = k.shape[1]
 
