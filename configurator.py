@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import UnionType
@@ -268,10 +269,9 @@ def parse(hint: Any, text: str) -> Any:
     (0.001, True, None, 'None')
     """
     literal = {"true": True, "false": False}.get(text, text)
-    try:
+    # What is no Python literal raises one of these, and stays as it is.
+    with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         literal = ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        pass  # The text is no Python literal.
 
     if isinstance(literal, str):
         return text

@@ -565,16 +565,18 @@ class MLP(nn.Module):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = None
-        if config.activation == "poly_norm":
+        self.activation = config.activation
+        if self.activation == "poly_norm":
             self.act_fn = PolyNorm(config.rms_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.gate_proj(x)
         up = self.up_proj(x)
-        if self.act_fn is None:
+        if self.activation == "poly_norm":
+            return self.down_proj(self.act_fn(gate, up))
+        if self.activation == "swiglu":
             return self.down_proj(F.silu(gate) * up)
-        return self.down_proj(self.act_fn(gate, up))
+        raise ValueError(f"MLP.forward has no activation {self.activation!r}")
 
 
 class Block(nn.Module):

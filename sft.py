@@ -780,7 +780,11 @@ def texts_in(value):
 # One question in VAL_EVERY = 50 is held out for validation. Not one conversation in 50: the same
 # question occurs in several conversations, domains and stages, and a model that has read its answer
 # in one of them is not tested by it in another. So the *hash of the question's text* decides, which
-# needs no list and comes out the same everywhere: held out if it is below 2^64 / 50.
+# needs no list and comes out the same everywhere: held out if it is below 2^64 / 50. The exception
+# is a domain so small that it has no such question. It holds out one of its own, which the other
+# domains of its stage then leave out too; other stages do not know of it.
+
+HELD_OUT_BELOW = 2**64 // VAL_EVERY
 
 
 def question_hashes(messages: list[dict]) -> list[tuple[int, int]]:
@@ -823,10 +827,10 @@ def train_val_split(conversations: list, held_out: set[int]) -> dict[str, list]:
     train   conversations in which no question is held out
 
     Conversations of neither kind are dropped: in training they would tell a held-out answer. If a
-    small domain has no first question below 2^64 / 50, the bound is raised to hold out the least.
+    small domain has no first question below 2^64 / 50, the one with the smallest hash is held out.
     """
     hashes = [question_hashes(messages) for messages in conversations]
-    bound = 2**64 // VAL_EVERY
+    bound = HELD_OUT_BELOW
     if hashes:
         least = min(questions[0][1] for questions in hashes)
         bound = max(bound, least + 1)
@@ -998,6 +1002,13 @@ def prepare_domains(stage: Stage, benchmarks: list[str], tokenizer: Tokenizer,
     benchmark = benchmark_grams(benchmarks)
     training = [name for name, (_, weight) in stage.data.items() if weight > 0]
     for name in training:
+        # A small domain may hold out a question that no rule of all domains holds out: the others
+        # must hear of it before any of them is split.
+        first_questions = opening_hashes(load_conversations(stage.data[name][0]))
+        if min(first_questions, default=0) >= HELD_OUT_BELOW:
+            held_out.add(min(first_questions))
+
+    for name in training:
         source = stage.data[name][0]
         conversations = list(load_conversations(source))
         parts = train_val_split(conversations, held_out)
@@ -1018,6 +1029,11 @@ def prepare_domains(stage: Stage, benchmarks: list[str], tokenizer: Tokenizer,
         report.append(encode_part(folder, "val", name, parts["val"], tokenizer, T))
         report.append(encode_part(folder, "train", name, chosen, tokenizer, T))
     return report
+
+
+def opening_hashes(conversations) -> set[int]:
+    """The hashes of the first questions."""
+    return {question_hashes(messages)[0][1] for messages in conversations}
 
 
 def all_question_hashes(conversations) -> set[int]:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -342,6 +343,26 @@ def test_what_is_held_out_is_never_asked_in_training():
     # Another domain with the same questions holds out the same.
     other = sft.train_val_split(double[::-7], set())
     assert questions(other["val"]) <= questions(parts["val"])
+
+
+def test_a_small_domain_s_held_out_question_is_in_no_training_domain(tmp_path):
+    """It is held out by its domain alone: its hash is not below the bound that all domains share."""
+    small = [chat(f"What is number {i}?", "Nothing.") for i in range(40)]
+    small = [m for m in small if sft.question_hashes(m)[0][1] >= sft.HELD_OUT_BELOW][:3]
+    large = [chat(f"What is question number {i}?", "Something.") for i in range(300)] + small
+    sources = {}
+    for name, conversations in (("a_large", large), ("b_small", small)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"messages": m}) + "\n" for m in conversations))
+        sources[name] = [str(file), 1.0]
+    stage = replace(sft.STAGES[1], data=sources, seq_len=256)
+    sft.prepare_domains(stage, [], data.load_tokenizer("byte"), tmp_path)
+
+    held_out = bytes(sft.TokenizedChats(tmp_path / "val-b_small")[0][0].astype("u1")).split(b"?")[0]
+    question = held_out[held_out.index(b"What"):]
+    train = sft.TokenizedChats(tmp_path / "train-a_large")
+    assert all(question not in bytes((train[i][0] % 256).astype("u1"))
+               for i in range(len(train.lengths)))
 
 
 def test_a_small_domain_holds_out_one_question():
