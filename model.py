@@ -566,6 +566,7 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.activation = config.activation
+        self.act_fn = None
         if self.activation == "poly_norm":
             self.act_fn = PolyNorm(config.rms_norm_eps)
 
