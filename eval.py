@@ -17,7 +17,6 @@ for each of the three questions, then the table of tasks, then the run and the c
     out_dir/samples.jsonl   a line per question: prompt, output, scores; an interrupted run resumes
     out_dir/results.json    score, standard error and number of questions of every task
 """
-import codecs
 import difflib
 import hashlib
 import json
@@ -30,7 +29,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -44,12 +43,14 @@ import configurator
 import data
 import sft
 from configurator import Count, NonNegative, Size, UserError, one_line
-from model import Decoder, KVCache, Motif, model_folder, read_json
-from pretrain import (COMPUTE_DTYPE, RANK, WORLD, all_gather_object, broadcast_object,
-                      checkpoint_steps, compute_precision, latest_checkpoint, pick_device,
-                      read_state, replace_text, run_main)
-from synthetic.conversations import answer_of
-
+from model import Decoder, KVCache, Motif
+from pretrain import (COMPUTE_DTYPE, checkpoint_steps, compute_precision, latest_checkpoint,
+                      pick_device, read_state)
+from support.log import replace_text
+from support.ranks import RANK, WORLD, all_gather_object, broadcast_object, run_main
+from support.tasks import CHAINS, TASKS, Example, Task
+from support.tokenizer import BEGIN, END, TURN_END, Tokenizer, load_tokenizer
+from support.weights import model_folder, read_json
 
 # ---- how a multiple-choice question is scored
 #
@@ -98,15 +99,15 @@ class PromptEncoder:
     begin       the id that begins every text, in a list; an empty list if there is none
     end_ids     the ids that end a reply
 
-    >>> text = PromptEncoder(data.load_tokenizer("byte"), begin_id=None)
+    >>> text = PromptEncoder(load_tokenizer("byte"), begin_id=None)
     >>> text.encode_pair("A: ", "B")           # the space moves into the continuation
     ([65, 58], [32, 66])
     """
 
-    def __init__(self, tokenizer: data.Tokenizer, begin_id: int | None):
+    def __init__(self, tokenizer: Tokenizer, begin_id: int | None):
         self.tokenizer = tokenizer
         self.begin = [] if begin_id is None else [begin_id]
-        self.end_ids = {tokenizer.special[data.END], tokenizer.special[data.TURN_END]}
+        self.end_ids = {tokenizer.special[END], tokenizer.special[TURN_END]}
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text)
@@ -118,61 +119,12 @@ class PromptEncoder:
         continuation_ids = self.encode(context + continuation)[len(context_ids):]
         begin = self.begin
         if not begin and not context_ids:
-            begin = [self.tokenizer.special[data.BEGIN]]
+            begin = [self.tokenizer.special[BEGIN]]
         return begin + context_ids, continuation_ids
 
     def encode_chat(self, question: str) -> list[int]:
         """A conversation up to where the reply to this question begins."""
         return sft.encode_prompt(self.tokenizer, [{"role": "user", "content": question}])
-
-
-# ---- what a task is
-
-@dataclass
-class Example:
-    """A question. As a few-shot example it is followed by `target`, as a prompt by nothing."""
-    text: str
-    target: str = ""
-    choices: list = field(default_factory=list)   # possible continuations
-    answer: int = 0                               # index of the right one
-    contexts: list | None = None  # winogrande: choice j continues contexts[j] instead of `text`
-    subject: str = ""             # few-shot examples are taken from the same subject
-    fewshot_context: str = ""     # what a prompt has before `text`: description and examples
-    row: dict | None = None       # the data set's row
-
-
-@dataclass(frozen=True)
-class Task:
-    """Where the questions are, how they are asked, and how an answer is judged."""
-    read: Callable[[dict], Example]
-    kind: Literal["multiple_choice", "generation", "bits_per_byte"] = "multiple_choice"
-
-    # The data set: on the Hub, or files in benchmark_dir, or rows that source() makes.
-    hf_name: str | None = None
-    hf_config: str | None = None
-    eval_split: str | None = None
-    fewshot_split: str | None = None
-    eval_file: str | None = None
-    fewshot_file: str | None = None
-    source: Callable | None = None
-    accept: Callable | None = None  # (row, is_fewshot) -> whether the row is used; None: all are
-
-    # The prompt.
-    description: str = ""           # its first line; {} is the subject
-    fewshot: Literal["first", "random"] = "random"    # which examples are put before a question
-    chat_prompt: Callable | None = None  # example -> what the user asks, how the reply begins
-    always_chat: bool = False       # asked in the turn format even without --chat
-
-    # The answer.
-    acc_norm: bool = True           # multiple choice: report acc_norm beside acc
-    until: tuple = ()               # generation: strings that end a reply
-    max_new_tokens: int = 256
-    metric: Callable | None = None  # generation: (example, reply) -> {metric: score}, or
-    program: Callable | None = None  # (example, reply) -> a program, which runs through or does not
-
-    # What Motif-2-12.7B's report states.
-    num_fewshot: int = 0
-    reported: dict = field(default_factory=dict)      # metric -> per cent
 
 
 # ---- log-likelihoods
@@ -635,7 +587,7 @@ def bits_per_byte(task: Task, examples: dict[int, Example], model: Motif, text: 
     for i, example in examples.items():
         records[i] = {"prompt": example.text[:80], "bits": defaultdict(float), "bytes": Counter()}
         if example.target:
-            reply = text.encode(example.target) + [text.tokenizer.special[data.TURN_END]]
+            reply = text.encode(example.target) + [text.tokenizer.special[TURN_END]]
             pair = (text.encode_chat(example.text), reply)
             requests.append(LoglikelihoodRequest(i, [pair], max_length))
             continue
@@ -656,234 +608,6 @@ def bits_per_byte(task: Task, examples: dict[int, Example], model: Motif, text: 
         windows_left[request.number] -= 1
         if windows_left[request.number] == 0:
             yield request.number, record
-
-
-# ---- the tasks: how their rows are read
-#
-# Every character of a prompt is part of the protocol; scores move by points if one is changed. The
-# Hub's rows and rows of the simpler form {question, choices, answer} are both read.
-
-def choices_and_answer(row: dict) -> tuple[list[str], int]:
-    """The choices of a row and the index of the right one."""
-    choices = row["choices"]
-    if isinstance(choices, dict):
-        return choices["text"], choices["label"].index(row["answerKey"].strip())
-    return choices, row["answer"]
-
-
-def choose(text: str, choices: list[str], answer: int, subject: str = "") -> Example:
-    """A question whose choices follow it after a space."""
-    if not 0 <= answer < len(choices):
-        raise UserError(f"answer {answer} must be below {len(choices)}, the number of choices")
-    if not all(choices):
-        raise UserError("a choice is empty")
-    continuations = [f" {choice}" for choice in choices]
-    return Example(text, continuations[answer], continuations, answer, subject=subject)
-
-
-def read_mmlu(row: dict) -> Example:
-    choices, answer = choices_and_answer(row)
-    lines = [row["question"].strip()]
-    for letter, choice in zip("ABCD", choices, strict=True):
-        lines.append(f"{letter}. {choice}")
-    lines.append("Answer:")
-    return choose("\n".join(lines), list("ABCD"), answer, row["subject"])
-
-
-def read_arc(row: dict) -> Example:
-    choices, answer = choices_and_answer(row)
-    return choose(f"Question: {row['question']}\nAnswer:", choices, answer)
-
-
-def read_openbookqa(row: dict) -> Example:
-    choices, answer = choices_and_answer(row)
-    return choose(row.get("question_stem") or row["question"], choices, answer)
-
-
-def read_piqa(row: dict) -> Example:
-    return choose(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"])
-
-
-def read_siqa(row: dict) -> Example:
-    if "context" not in row:
-        choices, answer = choices_and_answer(row)
-        return choose(f"Q: {row['question']}\nA:", choices, answer)
-    choices = [row["answerA"], row["answerB"], row["answerC"]]
-    return choose(f"Q: {row['context']} {row['question']}\nA:", choices, int(row["label"]) - 1)
-
-
-def read_hellaswag(row: dict) -> Example:
-    def clean(text: str) -> str:
-        text = text.strip().replace(" [title]", ". ")
-        return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
-
-    if "ctx_a" in row:
-        first, second = row["ctx_a"], row["ctx_b"]
-    else:
-        # Only the whole context is there: it is cut after its last full sentence.
-        parts = re.match(r"(?s)(.*[.!?\])'\"]) +([^.!?]+)$", row["ctx"])
-        first, second = parts.groups() if parts else (row["ctx"], "")
-    text = clean(f"{row['activity_label']}: {first} {second.capitalize()}")
-    return choose(text, [clean(ending) for ending in row["endings"]], int(row["label"]))
-
-
-def read_winogrande(row: dict) -> Example:
-    """The choices fill a gap; what is scored is the text after the gap, behind each of them."""
-    if "option1" in row:
-        choices, answer = [row["option1"], row["option2"]], int(row["answer"]) - 1
-    else:
-        choices, answer = choices_and_answer(row)
-    sentence = row.get("sentence") or row["question"]
-    gap = sentence.index("_")
-    rest = " " + sentence[gap + 1:].strip()
-    contexts = [sentence[:gap] + choice for choice in choices]
-    return Example(contexts[answer], rest, [rest] * len(contexts), answer, contexts)
-
-
-def read_gsm8k(row: dict) -> Example:
-    return Example(f"Question: {row['question']}\nAnswer:", f" {row['answer']}")
-
-
-def number_in(reply: str, strict: bool) -> str:
-    """The answer to a GSM8K question: strict is the first number after ####, else the last one.
-
-    >>> number_in("4 * 6 = 24\\n#### 24.", strict=True), number_in("so 1,125 dollars", strict=False)
-    ('24', '1125')
-    """
-    pattern = r"#### (\-?[0-9\.\,]+)" if strict else r"-?[$0-9.,]{2,}|-?[0-9]+"
-    found = re.findall(pattern, reply) or ["[invalid]"]
-    return plain_number(found[0 if strict else -1].strip())
-
-
-def plain_number(text: str) -> str:
-    for pattern in (",", r"\$", r"(?s).*#### ", r"\.$"):
-        text = re.sub(pattern, "", text)
-    return text.lower()
-
-
-def gsm8k_scores(example: Example, reply: str) -> dict[str, float]:
-    right = plain_number(example.row["answer"])
-    return {"strict": float(number_in(reply, strict=True) == right),
-            "flexible": float(number_in(reply, strict=False) == right)}
-
-
-def read_humaneval(row: dict) -> Example:
-    return Example(row["prompt"], row["canonical_solution"])
-
-
-def humaneval_program(example: Example, reply: str) -> str:
-    row = example.row
-    return "\n".join([row["prompt"] + reply, row["test"], f"check({row['entry_point']})"])
-
-
-def humaneval_chat_prompt(example: Example) -> tuple[str, str]:
-    prompt = example.row["prompt"]
-    return ("Write a solution to the following problem and make sure that it passes the tests:\n"
-            f"```python\n{prompt}\n```\n",
-            f"Here is the completed function:\n```python\n{prompt}\n")
-
-
-def humaneval_instruct_program(example: Example, reply: str) -> str:
-    """The reply goes on inside the fence that humaneval_chat_prompt opened, up to its end."""
-    return humaneval_program(example, "\n" + reply.partition("```")[0])
-
-
-def read_mbpp(row: dict) -> Example:
-    tests = "\n".join(row["test_list"][:3])
-    text = (f"You are an expert Python programmer, and here is your task: {row['text']} Your code "
-            f"should pass these tests:\n\n{tests}\n[BEGIN]\n")
-    return Example(text, f"{row['code']}\n[DONE]")
-
-
-def accept_mbpp(row: dict, is_fewshot: bool) -> bool:
-    """One file has the examples and the questions; the numbers tell them apart."""
-    if is_fewshot:
-        return 2 <= row["task_id"] <= 4
-    return 11 <= row["task_id"] <= 510
-
-
-def mbpp_program(example: Example, reply: str) -> str:
-    row = example.row
-    return "\n".join([reply, row.get("test_setup_code", ""), *row["test_list"]])
-
-
-def read_chain(messages: list[dict]) -> Example:
-    """A chain of skills: one question that is solved in several lines (synthetic/conversations)."""
-    question, reply = messages
-    return Example(question["content"], reply["content"])
-
-
-def chain_scores(example: Example, reply: str) -> dict[str, float]:
-    """acc: the answer is the right one. steps: the share of lines before the first wrong one."""
-    right_lines = example.target.split("\n")
-    num_right = common_prefix_length([right_lines, reply.split("\n")])
-    return {"acc": float(answer_of(reply) == answer_of(example.target)),
-            "steps": num_right / len(right_lines)}
-
-
-# ---- the table of tasks
-
-# Chains of skills that fine-tuning never trains on: as many in a row as it does, or more.
-SHORT_CHAINS = partial(sft.load_conversations, sft.HELD_OUT["held_chains"][0])
-LONG_CHAINS = partial(sft.load_conversations, sft.HELD_OUT["longer_chains"][0])
-CHAINS = Task(read_chain, "generation", source=SHORT_CHAINS, always_chat=True,
-              metric=chain_scores, max_new_tokens=200)
-HUMANEVAL = Task(
-    read_humaneval, "generation", hf_name="openai/openai_humaneval", eval_split="test",
-    eval_file="HumanEval.jsonl", program=humaneval_program, max_new_tokens=1024,
-    until=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), reported={"pass@1": 65.9})
-
-TASKS = {
-    "chains": CHAINS,
-    "longer_chains": replace(CHAINS, source=LONG_CHAINS, max_new_tokens=300),
-    "mmlu": Task(
-        read_mmlu, hf_name="cais/mmlu", hf_config="all", eval_split="test", fewshot_split="dev",
-        eval_file="mmlu_test.jsonl", fewshot_file="mmlu_dev.jsonl", fewshot="first",
-        description="The following are multiple choice questions (with answers) about {}.\n\n",
-        acc_norm=False, num_fewshot=5, reported={"acc": 78.1}),
-    "gsm8k": Task(
-        read_gsm8k, "generation", hf_name="openai/gsm8k", hf_config="main", eval_split="test",
-        fewshot_split="train", eval_file="gsm8k_test.jsonl", fewshot_file="gsm8k_train.jsonl",
-        metric=gsm8k_scores, until=("Question:", "</s>", "<|im_end|>"),
-        num_fewshot=8, reported={"strict": 94.92}),
-    "humaneval": HUMANEVAL,
-    "humaneval_instruct": replace(
-        HUMANEVAL, program=humaneval_instruct_program, chat_prompt=humaneval_chat_prompt,
-        reported={"pass@1": 93.2}),
-    "mbpp": Task(
-        read_mbpp, "generation", hf_name="google-research-datasets/mbpp", hf_config="full",
-        eval_split="test", fewshot_split="prompt", eval_file="mbpp.jsonl",
-        fewshot_file="mbpp.jsonl", accept=accept_mbpp, fewshot="first", program=mbpp_program,
-        until=("[DONE]",), num_fewshot=3, reported={"pass@1": 81.5}),
-    "arc_easy": Task(
-        read_arc, hf_name="allenai/ai2_arc", hf_config="ARC-Easy", eval_split="test",
-        fewshot_split="train", eval_file="arc_easy_test.jsonl",
-        fewshot_file="arc_easy_train.jsonl", reported={"acc": 84.1}),
-    "arc_challenge": Task(
-        read_arc, hf_name="allenai/ai2_arc", hf_config="ARC-Challenge", eval_split="test",
-        fewshot_split="train", eval_file="arc_challenge_test.jsonl",
-        fewshot_file="arc_challenge_train.jsonl", num_fewshot=25, reported={"acc_norm": 69.6}),
-    "hellaswag": Task(
-        read_hellaswag, hf_name="Rowan/hellaswag", eval_split="validation", fewshot_split="train",
-        eval_file="hellaswag_val*.jsonl", fewshot_file="hellaswag_train.jsonl",
-        num_fewshot=10, reported={"acc_norm": 84.0}),
-    "piqa": Task(
-        read_piqa, hf_name="baber/piqa", eval_split="validation", fewshot_split="train",
-        eval_file="piqa_val.jsonl", fewshot_file="piqa_train.jsonl", reported={"acc_norm": 81.6}),
-    "openbookqa": Task(
-        read_openbookqa, hf_name="allenai/openbookqa", hf_config="main", eval_split="test",
-        fewshot_split="train", eval_file="openbookqa_test.jsonl",
-        fewshot_file="openbookqa_train.jsonl"),
-    "siqa": Task(
-        read_siqa, hf_name="allenai/social_i_qa", eval_split="validation", fewshot_split="train",
-        eval_file="siqa_val.jsonl", fewshot_file="siqa_train.jsonl", acc_norm=False,
-        reported={"acc": 53.8}),
-    "winogrande": Task(
-        read_winogrande, hf_name="allenai/winogrande", hf_config="winogrande_xl",
-        eval_split="validation", fewshot_split="train", eval_file="winogrande_val.jsonl",
-        fewshot_file="winogrande_train.jsonl", acc_norm=False, num_fewshot=5,
-        reported={"acc": 79.6}),
-}
 
 
 # ---- the run: what is measured
@@ -1333,8 +1057,8 @@ def open_model(folder: Path, c: Config, device: torch.device) -> tuple[Motif, Pr
         own_tokenizer = read_state(folder)["config"]["tokenizer"]
     elif not c.tokenizer and not (folder / "tokenizer.json").exists():
         raise UserError(f"{folder} has no tokenizer.json; give --tokenizer")
-    tokenizer = data.load_tokenizer(c.tokenizer or own_tokenizer)
-    begin_id = tokenizer.special[data.BEGIN] if trained_here else tokenizer.begin_id
+    tokenizer = load_tokenizer(c.tokenizer or own_tokenizer)
+    begin_id = tokenizer.special[BEGIN] if trained_here else tokenizer.begin_id
 
     model = Motif.from_pretrained(folder, device).requires_grad_(False)
     if tokenizer.n_vocab > model.config.vocab_size:
@@ -1369,6 +1093,7 @@ def run(c: Config) -> None:
     if c.prompt is not None or c.tasks == "chat":
         if WORLD > 1:
             raise UserError("a chat needs one process; start it without torchrun")
+        from tools.chat import chat, print_reply
         newest = list(models.values())[-1]
         model, text = open_model(newest, c, device)
         model.compile_steps = c.compile and device.type == "cuda"
@@ -1400,95 +1125,6 @@ def run(c: Config) -> None:
         if c.plot:
             from tools.plots import plot_scores
             plot_scores(scores_by_metric(results), list(results), top / "scores.png")
-
-
-# ---- chat
-
-CHAT_TEMPERATURE = 0.7
-CHAT_TOP_K = 50
-MAX_REPLY_TOKENS = 1024
-
-
-def chat(model: Motif, text: PromptEncoder, c: Config) -> None:
-    """A conversation in the terminal."""
-    print("/reset forgets, /system TEXT instructs, /temp X, /quit; Ctrl-C stops a reply")
-    system = []
-    messages = []
-    temperature = c.temperature or CHAT_TEMPERATURE
-    turn = 0
-    while True:
-        try:
-            line = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        command, _, rest = line.partition(" ")
-        if command == "/quit":
-            return
-        elif command == "/reset":
-            messages = []
-        elif command == "/system":
-            system = [{"role": "system", "content": rest}] if rest else []
-            messages = []
-        elif command == "/temp":
-            temperature = parse_temperature(rest, temperature)
-        elif command.startswith("/"):
-            print(f"{command} is unknown; there are /reset, /system, /temp and /quit")
-        elif line:
-            messages.append({"role": "user", "content": line})
-            reply = print_reply(system + messages, model, text, temperature, c.seed + turn)
-            messages.append({"role": "assistant", "content": reply})
-        turn += 1
-
-
-def parse_temperature(text: str, current: float) -> float:
-    try:
-        temperature = float(text)
-    except ValueError:
-        temperature = math.nan
-    if math.isfinite(temperature):
-        return max(0.0, temperature)
-    print(f"/temp needs a number, as in /temp 0.7, not {text!r}")
-    return current
-
-
-def print_reply(messages: list[dict], model: Motif, text: PromptEncoder, temperature: float,
-                seed: int) -> str:
-    """Print a reply while it is generated, and return it. Ctrl-C ends it."""
-    max_length = model.config.max_position_embeddings
-    max_new_tokens = min(MAX_REPLY_TOKENS, max_length // 2)
-    prompt = fit_conversation(messages, text, max_length - max_new_tokens)
-    prompt = torch.tensor([prompt], device=model.head_weight.device)
-
-    reply = ""
-    # A letter may be several tokens: its first bytes wait in utf8 for the rest.
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-    try:
-        decoder = Decoder(model, prompt, max_new_tokens, temperature, CHAT_TOP_K, seed)
-        for _ in range(max_new_tokens):
-            token = decoder.next_tokens().item()
-            if token in text.end_ids:
-                break
-            piece = utf8.decode(text.tokenizer.token_bytes(token))
-            print(piece, end="", flush=True)
-            reply += piece
-    except KeyboardInterrupt:
-        pass
-    print(flush=True)
-    return reply
-
-
-def fit_conversation(messages: list[dict], text: PromptEncoder, max_tokens: int) -> list[int]:
-    """The ids of a conversation. Where they are too many, the oldest exchanges are left out, then
-    the beginning of the last question; what the system says stays as long as possible."""
-    questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    system = messages[:questions[0]]
-    ids = []
-    for start in questions:
-        ids = sft.encode_prompt(text.tokenizer, system + messages[start:])
-        if len(ids) <= max_tokens:
-            break
-    return ids[-max_tokens:]
 
 
 def main() -> None:

@@ -22,19 +22,15 @@ The loop is `train`, and reading may begin there. The file has, in this order: t
 schedules, the ranks, one training step, FSDP2, checkpoints, validation, the loop; then the log, the
 set-up, and how a run ends.
 """
-import atexit
 import functools
 import json
 import math
 import os
 import re
 import shutil
-import signal
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Protocol
 
@@ -48,9 +44,15 @@ import configurator
 import data
 import muonclip
 from configurator import Count, Fraction, NonNegative, Size, UserError, one_line
-from model import (Linear, Motif, MotifConfig, flops_per_token, iter_checkpoint, save_tensors,
-                   tensor_files)
+from model import Linear, Motif, MotifConfig
 from muonclip import local_shard
+from support.log import Log, StepTimer, training_line
+from support.ranks import (LOCAL_RANK, RANK, WORLD, all_gather_object, all_reduce_sum, any_rank,
+                           init_distributed, install_signal_handlers, rank0_first, rank0_only,
+                           run_main, sync_errors)
+from support.tokenizer import (END, TURN_END, Tokenizer, bytes_per_token, encode_document,
+                               load_tokenizer)
+from support.weights import iter_checkpoint, save_tensors, tensor_files
 
 QUICKSTART = str(Path(__file__).parent / "config" / "quickstart.py")
 
@@ -207,127 +209,6 @@ def theta_at(c: Config, tokens: int) -> float:
         return float(c.rope_theta)
     schedule = data.parse_schedule("rope_theta_schedule", c.rope_theta_schedule)
     return float(data.value_at(schedule, tokens))
-
-
-# ---- ranks
-#
-# torchrun starts this program once for each GPU. Each of these processes is a rank; all of them run
-# the same code, and meet in collective operations. Two rules keep them from waiting for each other
-# for ever:
-#
-#     1. All ranks call the same collectives in the same order. So there is none inside an
-#        `if RANK == 0:`, and an error of one rank is made known to all (sync_errors).
-#     2. What decides where the code goes (resume? evaluate? stop?) is the same on all ranks: it
-#        follows from the config and the step, or it is exchanged first.
-#
-# Objects and flags travel over gloo, between the hosts, which need not wait for their GPUs to do
-# so; gradients and losses travel over NCCL, between the GPUs. Without torchrun there is one rank.
-
-RANK = int(os.environ.get("RANK", 0))                # this process among all
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))    # and among those of its machine
-WORLD = int(os.environ.get("WORLD_SIZE", 1))         # number of all
-
-
-def init_distributed(c: TrainConfig, device: torch.device) -> None:
-    """Meet the other ranks."""
-    if WORLD % c.dp_replicate:
-        raise UserError(f"{WORLD} ranks cannot be dp_replicate={c.dp_replicate} copies of the same "
-                        "size; give a divisor")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
-    timeout = timedelta(seconds=c.timeout_seconds)
-    if WORLD > 1:
-        # Ranks that torchrun restarts reuse the store of the old ranks. The prefix keeps them
-        # from finding the addresses of ranks that are gone.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timeout, store=dist.PrefixStore(attempt, store),
-                                rank=RANK, world_size=WORLD)
-    elif uses_fsdp(c, device) and not dist.is_initialized():
-        # FSDP2 wants a process group, even of one.
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0,
-                                world_size=1)
-        atexit.register(dist.destroy_process_group)
-
-
-@functools.cache
-def slow_group():
-    """All ranks once more, with a timeout of 30 days: while one rank prepares data or writes a
-    checkpoint, which may take hours, the others wait and must not give up."""
-    return dist.new_group(backend="gloo", timeout=timedelta(days=30))
-
-
-def all_gather_object(value) -> list:
-    """The values of all ranks, on all of them: to compare or join what each of them has."""
-    if WORLD == 1:
-        return [value]
-    values = [None] * WORLD
-    dist.all_gather_object(values, value, group=slow_group())
-    return values
-
-
-def broadcast_object(value):
-    """Rank 0's value, on all ranks: for what one rank finds out and all must agree on."""
-    return all_gather_object(value)[0]
-
-
-def barrier() -> None:
-    """Wait until all ranks are here: for what one rank may do only once all have done something."""
-    all_gather_object(None)
-
-
-def sync_errors(fn, *args):
-    """fn(*args) -> its result. All ranks call this. An OSError or UserError of one is raised on
-    all, so that none waits for a rank that has given up."""
-    result = None
-    error = None
-    try:
-        result = fn(*args)
-    except (OSError, UserError) as e:
-        error = e
-
-    for of_rank in all_gather_object(error):
-        if of_rank is not None:
-            raise of_rank
-    return result
-
-
-def rank0_only(fn, *args):
-    """fn(*args), which only rank 0 calls -> its result, or its error, on all ranks."""
-    def call():
-        return fn(*args) if RANK == 0 else None
-
-    return broadcast_object(sync_errors(call))
-
-
-def rank0_first(fn):
-    """fn() -> its result, for a function that makes something on disk unless it is there. Rank 0
-    makes it; then the first rank of each machine does, if it does not see rank 0's disk; then all
-    ranks find it there."""
-    def nothing():
-        return None
-
-    sync_errors(fn if RANK == 0 else nothing)
-    sync_errors(fn if LOCAL_RANK == 0 else nothing)
-    return sync_errors(fn)
-
-
-def all_reduce_sum(t: Tensor) -> Tensor:
-    """The sum over all ranks, in place, on t's device."""
-    if WORLD > 1:
-        dist.all_reduce(t)
-    return t
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether at least one rank has the flag set. On the CPU, where no GPU's queue has to empty."""
-    flag = torch.tensor(flag, dtype=torch.int32)
-    if WORLD > 1:
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
 
 
 def split_rows(rows: int, rank: int = RANK, world: int = WORLD) -> tuple[int, int, int]:
@@ -594,6 +475,14 @@ def compute_precision(c: TrainConfig, device: torch.device) -> str:
 
 def uses_fsdp(c: TrainConfig, device: torch.device) -> bool:
     return WORLD > 1 or device.type == "cuda" or compute_precision(c, device) != "fp32"
+
+
+def meet_ranks(c: TrainConfig, device: torch.device) -> None:
+    """Meet the other ranks. FSDP2 wants a process group, even of one."""
+    if WORLD % c.dp_replicate:
+        raise UserError(f"{WORLD} ranks cannot be dp_replicate={c.dp_replicate} copies of the same "
+                        "size; give a divisor")
+    init_distributed(device, c.timeout_seconds, even_alone=uses_fsdp(c, device))
 
 
 def build(c: Config, device: torch.device) -> Motif:
@@ -957,12 +846,12 @@ def head_norms(weight: Tensor, head_dim: int) -> list[float]:
     return torch.linalg.matrix_norm(heads).tolist()
 
 
-def encode_text_prompt(tokenizer: data.Tokenizer, prompt: str) -> list[int]:
+def encode_text_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """How pre-training reads a prompt: as a document that has not ended."""
-    return data.encode_document(tokenizer, prompt)[:-1]
+    return encode_document(tokenizer, prompt)[:-1]
 
 
-def sample_prompts(model: Motif, tokenizer: data.Tokenizer, c: Config, encode_prompt) -> str:
+def sample_prompts(model: Motif, tokenizer: Tokenizer, c: Config, encode_prompt) -> str:
     """Each prompt and how the model continues it, up to an end of text or of a turn."""
     text = ""
     for prompt in c.prompts:
@@ -971,7 +860,7 @@ def sample_prompts(model: Motif, tokenizer: data.Tokenizer, c: Config, encode_pr
         row = torch.tensor([ids], device=model.head_weight.device)
         row = model.generate(row, new_tokens, temperature=0.8, top_k=50, seed=c.seed)
         continuation = row[0, len(ids):].tolist()
-        for end in (tokenizer.special[data.END], tokenizer.special[data.TURN_END]):
+        for end in (tokenizer.special[END], tokenizer.special[TURN_END]):
             if end in continuation:
                 continuation = continuation[:continuation.index(end)]
         text += f"[{prompt}]{tokenizer.decode(continuation)}\n\n"
@@ -981,12 +870,12 @@ def sample_prompts(model: Motif, tokenizer: data.Tokenizer, c: Config, encode_pr
 class Validation:
     """What every evaluation reads: held-out rows, which stay on the device, and prompts."""
 
-    def __init__(self, c: Config, held_out: dict, tokenizer: data.Tokenizer, encode_prompt,
+    def __init__(self, c: Config, held_out: dict, tokenizer: Tokenizer, encode_prompt,
                  device: torch.device):
         self.c = c
         self.tokenizer = tokenizer
         self.encode_prompt = encode_prompt
-        self.token_bytes = torch.from_numpy(data.bytes_per_token(tokenizer)).to(device)
+        self.token_bytes = torch.from_numpy(bytes_per_token(tokenizer)).to(device)
         self.held_out = {}
         for name, rows in held_out.items():
             self.held_out[name] = tuple(t.to(device) for t in to_tensors(rows))
@@ -1004,7 +893,7 @@ class Validation:
 # ---- the training loop
 
 def train(c: Config, out: Path, dataset: Dataset, held_out: dict, model: Motif, optimizer,
-          tokenizer: data.Tokenizer, start: tuple | None, encode_prompt=encode_text_prompt) -> None:
+          tokenizer: Tokenizer, start: tuple | None, encode_prompt=encode_text_prompt) -> None:
     """Train from `start`, a checkpoint's folder and state, or from step 0 (None), to the end of the
     dataset's curriculum. held_out: domain -> rows to evaluate on, as a Dataset's batch has them.
     encode_prompt: how prompts are read."""
@@ -1068,145 +957,7 @@ def is_due(step: int, every: int | None, anyway: bool) -> bool:
     return every is not None and (step % every == 0 or anyway)
 
 
-class StepTimer:
-    """The time of a step, averaged from one logged line to the next, less evaluating and saving.
-
-    t_log, step_log    when the last line was logged, and after which step
-    t_pause            when training was interrupted, to evaluate or to save
-    """
-
-    def __init__(self, step: int, optimizer, device: torch.device):
-        self.t_log = time.perf_counter()
-        self.step_log = step
-        self.on_gpu = device.type == "cuda"
-        if self.on_gpu:
-            # The GPU itself records events, when it gets there.
-            self.begin = torch.cuda.Event(enable_timing=True)
-            self.end = torch.cuda.Event(enable_timing=True)
-            optimizer.register_step_pre_hook(lambda *_: self.begin.record())
-            optimizer.register_step_post_hook(lambda *_: self.end.record())
-
-    def pause(self) -> None:
-        self.t_pause = time.perf_counter()
-
-    def resume(self) -> None:
-        self.t_log += time.perf_counter() - self.t_pause
-
-    def read(self, model: Motif, curriculum: data.Curriculum, step: int) -> dict:
-        """Speed and memory since the last call. The device must be done with the step."""
-        now = time.perf_counter()
-        seconds = now - self.t_log
-        steps = step - self.step_log
-        speed = (curriculum.tokens[step] - curriculum.tokens[self.step_log]) / seconds
-        self.t_log = now
-        self.step_log = step
-
-        flops = sum(flops_per_token(model.config, curriculum.context[step - 1])) * speed
-        peak = peak_flops(model.head_weight.device)
-        return {"ms": 1000 * seconds / steps,
-                "tok_per_s": speed,
-                "optimizer_ms": self.begin.elapsed_time(self.end) if self.on_gpu else None,
-                "mfu": flops / peak / WORLD if peak else None,
-                "gib": torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else None}
-
-
-# FLOP/s in bf16, dense, of which MFU (model FLOPs utilization) is a fraction.
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12,
-              "A800": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """None for a device that is not in the table."""
-    if device.type == "cuda":
-        for name, flops in PEAK_FLOPS.items():
-            if name in torch.cuda.get_device_name(device):
-                return flops
-    return None
-
-
 # ---- the log
-
-class Log:
-    """Console, log.txt, metrics.jsonl and samples.txt, on rank 0. A run that resumes continues the
-    files where its checkpoint left them: what later steps wrote is removed, and so is a last line
-    that was cut. step: the checkpoint's, or -1."""
-
-    def __init__(self, out: Path, step: int, c: Config):
-        self.out = out
-        self.wandb = None
-        self.last_evaluation = rank0_only(self._open, step, c)
-
-    def _open(self, step: int, c: Config) -> int:
-        """-> the step of the last evaluation that is kept, or -1."""
-        kept = [m for m in read_metrics(self.out) if m["step"] <= step]
-        replace_text(self.out / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
-        samples = self.out / "samples.txt"
-        if samples.exists():
-            replace_text(samples, samples_until(step, samples.read_text(encoding="utf-8")))
-
-        if c.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("--wandb needs: pip install wandb") from None
-            self.wandb = wandb.init(project=c.wandb, name=str(self.out), config=asdict(c),
-                                    dir=self.out)
-        return max([m["step"] for m in kept if "val_loss" in m], default=-1)
-
-    def print(self, text: str) -> None:
-        if RANK == 0:
-            print(text, flush=True)
-        self._append("log.txt", text + "\n")
-
-    def samples(self, text: str) -> None:
-        self._append("samples.txt", text)
-
-    def metrics(self, values: dict) -> None:
-        """One line of JSON. JSON has neither NaN nor infinity: null stands for them."""
-        finite = {}
-        for key, value in values.items():
-            is_finite = not isinstance(value, float) or math.isfinite(value)
-            finite[key] = value if is_finite else None
-        self._append("metrics.jsonl", json.dumps(finite) + "\n")
-        if self.wandb:
-            self.wandb.log(finite, step=values["step"])
-
-    def _append(self, name: str, text: str) -> None:
-        if RANK == 0:
-            with open(self.out / name, "a", encoding="utf-8") as f:
-                f.write(text)
-
-
-def read_metrics(out: Path) -> list[dict]:
-    """The lines of metrics.jsonl, up to one that was cut."""
-    path = out / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    metrics = []
-    for line in lines:
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return metrics
-
-
-def samples_until(step: int, text: str) -> str:
-    """The samples of steps up to this one.
-
-    >>> samples_until(4, "=== step 0, ...\\nAh\\n=== step 6, ...\\nOh\\n")
-    '=== step 0, ...\\nAh\\n'
-    """
-    for header in re.finditer(r"^=== step (\d+)", text, re.MULTILINE):
-        if int(header[1]) > step:
-            return text[:header.start()]
-    return text
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that holds the old text or the new, whatever happens on the way."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def log_start(log: Log, c: Config, dataset: Dataset, model: Motif, optimizer,
@@ -1267,23 +1018,6 @@ def log_step(log: Log, timer: StepTimer, model: Motif, optimizer, curriculum: da
     log.print(training_line(curriculum, metrics))
 
 
-def training_line(curriculum: data.Curriculum, m: dict) -> str:
-    """The metrics of a step, without those that only a GPU has where there is none."""
-    left = int((curriculum.tokens[-1] - m["tokens"]) / m["tok_per_s"])
-    parts = [f"step {m['step']}/{curriculum.steps}", f"loss {m['loss']:.4f}",
-             f"norm {m['grad_norm']:.2f}", f"lr {m['lr']:.2e}", f"{m['ms']:.0f} ms"]
-    if m["optimizer_ms"] is not None:
-        parts[-1] += f" (optimizer {m['optimizer_ms']:.0f})"
-    parts.append(f"{m['tok_per_s']:,.0f} tok/s")
-    parts.append("mfu n/a" if m["mfu"] is None else f"mfu {m['mfu']:.1%}")
-    if m["gib"] is not None:
-        parts.append(f"{m['gib']:.1f} GiB")
-    parts += [f"eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}",
-              f"logit {m['max_logit']:.1f}", f"clipped {m['heads_clipped']}",
-              " ".join(f"{name} {share:.0%}" for name, share in m["mixture"].items())]
-    return "  ".join(parts)
-
-
 def log_end(log: Log, c: Config, step: int, finished: bool) -> None:
     out = log.out
     has_checkpoint = step in checkpoint_steps(out)
@@ -1305,13 +1039,13 @@ def setup(c: Config, out: Path) -> tuple:
         check_writable(out)
     device = pick_device(c)
     check_fp8(c, curriculum, device)
-    tokenizer = data.load_tokenizer(c.tokenizer)
+    tokenizer = load_tokenizer(c.tokenizer)
     if tokenizer.n_vocab > c.vocab_size:
         raise UserError(f"tokenizer {c.tokenizer} has {tokenizer.n_vocab} tokens, more than "
                         f"vocab_size={c.vocab_size}; raise that")
     check_prompts(c, tokenizer)
 
-    init_distributed(c, device)
+    meet_ranks(c, device)
     start = rank0_only(find_checkpoint, c, out)
     if start:
         check_compatible(*start, c, curriculum)
@@ -1390,7 +1124,7 @@ def check_fp8(c: Config, curriculum: data.Curriculum, device: torch.device) -> N
                             f"{size}; change it, or give --precision=bf16")
 
 
-def check_prompts(c: Config, tokenizer: data.Tokenizer, encode_prompt=encode_text_prompt) -> None:
+def check_prompts(c: Config, tokenizer: Tokenizer, encode_prompt=encode_text_prompt) -> None:
     """UserError for a prompt that is not a text, or leaves no room to continue it."""
     for prompt in c.prompts:
         if not isinstance(prompt, str):
@@ -1411,26 +1145,6 @@ def check_writable(out: Path) -> None:
 
 # ---- how a run ends
 
-def install_signal_handlers() -> list[float]:
-    """Handle SIGTERM and Ctrl-C -> a list that fills when one arrives. A second one, more than a
-    second later, ends the process at once."""
-    times = []
-
-    def handler(number, frame):
-        # `timeout` sends one signal to us and one to our process group.
-        if times and time.monotonic() - times[0] < 1:
-            return
-        if times:
-            os._exit(128 + number)
-        times.append(time.monotonic())
-        if RANK == 0:
-            # Not print(), in the midst of which the signal may have come.
-            os.write(1, b"stopping after this step; once more to stop at once\n")
-
-    signal.signal(signal.SIGTERM, handler)
-    signal.signal(signal.SIGINT, handler)
-    return times
-
 
 @contextmanager
 def friendly_errors(c: TrainConfig, out: Path):
@@ -1447,38 +1161,6 @@ def friendly_errors(c: TrainConfig, out: Path):
         if WORLD == 1 or not re.search("gloo|NCCL|Connection|[Tt]imed out", str(e)):
             raise
         raise UserError(f"lost touch with another rank ({one_line(e)}); {last_good(out)}") from None
-
-
-def run_main(main) -> None:
-    """Run a script's main(), on one rank or on one of many. A UserError is printed as one line,
-    with exit status 1; any other exception keeps its traceback."""
-    message = None
-    try:
-        main()
-        if WORLD > 1 and dist.is_initialized():
-            barrier()
-    except KeyboardInterrupt:
-        message = "interrupted; run the same command to go on"
-    except UserError as e:
-        message = str(e)
-    if WORLD > 1:
-        exit_rank(message)
-    if message:
-        raise SystemExit(message)
-
-
-def exit_rank(message: str | None) -> None:
-    """End one of several ranks. Rank 0 prints at once, and torchrun then ends the others. A rank
-    that is still alive after 3 s has failed alone, and prints too. The process group is not
-    destroyed, as that would wait for ranks that are gone."""
-    if message:
-        if RANK != 0:
-            time.sleep(3)
-            message = f"rank {RANK}: {message}"
-        print(message, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1 if message else 0)
 
 
 def main() -> None:

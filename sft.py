@@ -9,7 +9,6 @@ from, how they are prepared, and the run. --model=PATH starts from a model of yo
 """
 import glob
 import hashlib
-import json
 import math
 import os
 import re
@@ -20,21 +19,25 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
-from urllib.parse import parse_qsl
 
 import numpy as np
 
 import configurator
 import data
 import pretrain
+import support.conversations
 import synthetic.conversations
 import synthetic.texts
 from configurator import Count, NonNegative, UserError, one_line
-from data import (BEGIN, END, READABLE, ROLES, TURN, TURN_END, VAL_EVERY, Tokenizer, check_options,
-                  feistel_permutation, hash_key, lines_of, local_files, open_hub, parquet_rows,
-                  read_each)
-from model import MotifConfig, model_folder, read_json, tensor_files
-from pretrain import RANK, TrainConfig, all_gather_object
+from data import VAL_EVERY, feistel_permutation, hash_key
+from model import MotifConfig
+from pretrain import TrainConfig
+from support.conversations import HELD_OUT, check_conversation, load_conversations
+from support.ranks import RANK, all_gather_object, rank0_first, rank0_only, run_main
+from support.selection import (benchmark_grams, decontaminate, dedup_and_filter,
+                               filter_by_quality, words)
+from support.tokenizer import BEGIN, END, ROLES, TURN, TURN_END, Tokenizer, load_tokenizer
+from support.weights import model_folder, read_json, tensor_files
 
 # ---- the three stages
 
@@ -81,11 +84,6 @@ class Stage:
     seq_len: int = 16_384
 
 
-# The chains that eval.py asks for. No stage trains on their questions, whatever its data.
-HELD_OUT = {
-    "held_chains": ["builtin:chains?n=100&steps=2-4&seed=2", 0.0],
-    "longer_chains": ["builtin:chains?n=100&steps=5-6", 0.0],  # training has 2 to 4 steps
-}
 STAGES = {
     1: Stage(
         data={"help": ["builtin:help?n=1500", 1.0],
@@ -172,7 +170,7 @@ def encode_chat(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], 
     """A conversation -> ids and targets, equally many. targets[i] is the token that follows ids[i]
     if the assistant says that token, else -1, which the loss leaves out.
 
-    >>> byte = data.load_tokenizer("byte")
+    >>> byte = load_tokenizer("byte")
     >>> ids, targets = encode_chat(byte, [{"role": "user", "content": "2+2?"},
     ...                                   {"role": "assistant", "content": "4."}])
     >>> byte.decode(ids[:10])
@@ -218,25 +216,6 @@ def render_conversation(tokenizer: Tokenizer, messages: list[dict]) -> tuple[lis
 def begin_turn(tokenizer: Tokenizer, role: str) -> list[int]:
     special = tokenizer.special
     return [special[TURN], special[ROLES[role]]] + tokenizer.encode("\n\n")
-
-
-def check_conversation(messages: list[dict]) -> None:
-    """UserError unless each message has a known role and text, and one is the assistant's."""
-    roles = []
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise UserError(f"message {number} needs a role, one of {', '.join(ROLES)}")
-        content = message.get("content")
-        if not isinstance(content, str) or not content.strip():
-            raise UserError(f"message {number} has no content; drop this conversation")
-        # JSON can hold half of a surrogate pair, but no tokenizer can encode it.
-        if re.search("[\ud800-\udfff]", content):
-            raise UserError(f"message {number} has half of a surrogate pair; mend or drop it")
-        if roles and roles[-1] == message["role"] == "assistant":
-            raise UserError(f"messages {number - 1} and {number} are the assistant's; join them")
-        roles.append(message["role"])
-    if "assistant" not in roles:
-        raise UserError("no message is the assistant's; drop this conversation")
 
 
 def truncate_to_turn(tokenizer: Tokenizer, messages: list[dict],
@@ -570,211 +549,6 @@ def held_out_rows(chats: TokenizedChats, tokens: int,
     return collate(rows, T)
 
 
-# ---- what is worth reading
-
-# A model imitates what it reads, bad conversations too.
-# Stages 2 and 3 choose by cheap signs in the text, since the report names its criteria and not how
-# it measures them; all measures and limits are [ours]. A measure is a share from 0 to 1, and reads
-# whole conversations.
-#
-#     stages 2, 3   filter_by_quality   keeps what reasons, is complete and has structure
-#     stage 3       dedup_and_filter    drops near-duplicates, the repetitive and the incoherent
-#     on request    decontaminate       drops what shares 13 words in a row with a benchmark
-
-MIN_DISTINCT = 0.5   # below it dedup_and_filter calls a conversation repetitive
-MIN_COHERENCE = 0.3  # below it, incoherent
-
-
-def replies(messages: list[dict]) -> list[str]:
-    return [message["content"] for message in messages if message["role"] == "assistant"]
-
-
-def sentences(text: str) -> list[str]:
-    """A sentence ends with its punctuation or with its line."""
-    return [part for part in re.split(r"(?<=[.!?])\s+|\n+", text) if part.strip()]
-
-
-def words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+", text.lower())
-
-
-def ngrams(text: str, n: int) -> list[int]:
-    """A hash of every n words in a row. Python salts it: it is valid within this process only."""
-    found = words(text)
-    return [hash(tuple(found[i:i + n])) for i in range(len(found) - n + 1)]
-
-
-def conversation_grams(messages: list[dict], n: int) -> set[int]:
-    """All n words in a row within a message, hashed."""
-    grams = set()
-    for message in messages:
-        grams.update(ngrams(message["content"], n))
-    return grams
-
-
-REASONING = re.compile(r"=|\b(so|because|therefore|thus|hence|since|then|if|implies|means|first"
-                       r"|next|finally|step|let|return)\b", re.IGNORECASE)
-
-
-def reasoning_density(messages: list[dict]) -> float:
-    """The share of the assistant's sentences with an equation or a word of argument: a reply that
-    shows its way to the result teaches more than the result.
-
-    >>> reasoning_density([{"role": "assistant", "content": "A box has 4 eggs. So 3 * 4 = 12."}])
-    0.5
-    """
-    all_sentences = []
-    for reply in replies(messages):
-        all_sentences += sentences(reply)
-    reasoning = [sentence for sentence in all_sentences if REASONING.search(sentence)]
-    return len(reasoning) / len(all_sentences)
-
-
-def completeness(messages: list[dict]) -> float:
-    """The share of signs that nothing was cut off: the last word is the assistant's; and each reply
-    does not end in a comma or dots, closes its code fences, and closes its brackets.
-
-    >>> completeness([{"role": "assistant", "content": "It has three (or four,"}])
-    0.5
-    """
-    signs = [messages[-1]["role"] == "assistant"]
-    for reply in replies(messages):
-        is_cut = re.search(r"([,;:(\[{-]|\.\.\.|\u2026)\s*$", reply) is not None
-        closed = [reply.count(left) == reply.count(right) for left, right in ("()", "[]", "{}")]
-        signs.append(not is_cut)
-        signs.append(reply.count("```") % 2 == 0)
-        signs.append(all(closed))
-    return sum(signs) / len(signs)
-
-
-def structure(messages: list[dict]) -> float:
-    """How far replies are laid out in lines, as steps and lists are: lines / 3, at most 1, averaged
-    over the replies.
-
-    >>> structure([{"role": "assistant", "content": "1. 3 * 4 = 12\\nAnswer: 12"}])
-    0.6666666666666666
-    """
-    scores = []
-    for reply in replies(messages):
-        lines = [line for line in reply.splitlines() if line.strip()]
-        scores.append(min(1, len(lines) / 3))
-    return sum(scores) / len(scores)
-
-
-def quality(messages: list[dict]) -> float:
-    """The mean of reasoning_density, completeness and structure."""
-    return (reasoning_density(messages) + completeness(messages) + structure(messages)) / 3
-
-
-def filter_by_quality(conversations: list, share: float) -> tuple[list, str]:
-    """Keep a share of the conversations, those of the highest quality, in their old order -> these,
-    and a line for the report."""
-    if not conversations:
-        return conversations, "there is nothing to choose from"
-    scores = [quality(messages) for messages in conversations]
-    best_first = sorted(range(len(scores)), key=lambda i: -scores[i])
-    best = best_first[:max(1, round(share * len(scores)))]
-    kept = [conversations[i] for i in sorted(best)]
-    dropped = len(conversations) - len(kept)
-    return kept, f"{dropped:,d} dropped for a quality of at most {scores[best[-1]]:.3f}"
-
-
-def distinct_3(messages: list[dict]) -> float:
-    """Distinct-3: different ones among all three words in a row of the replies. A low value is the
-    mark of text that turns in circles, which a model picks up at once.
-
-    >>> distinct_3([{"role": "assistant", "content": "the river the river the river"}])
-    0.5
-    """
-    trigrams = []
-    for reply in replies(messages):
-        trigrams += ngrams(reply, 3)
-    return len(set(trigrams)) / len(trigrams) if trigrams else 1.0
-
-
-def coherence(messages: list[dict]) -> float:
-    """The share of the assistant's sentences that take up a number, or a word of four letters or
-    more, from anything said before: the sentences of a good reply are about the same things. The
-    first sentence of a message, and those of less than five words, are not counted.
-
-    >>> coherence([{"role": "user", "content": "Name a river."},
-    ...            {"role": "assistant", "content": "The Seine. This river flows through Paris. "
-    ...                                             "My aunt went shopping again today."}])
-    0.5
-    """
-    known = set()
-    linked = []
-    for message in messages:
-        for i, sentence in enumerate(sentences(message["content"])):
-            found = words(sentence)
-            content_words = {word for word in found if len(word) > 3 or word.isdigit()}
-            if message["role"] == "assistant" and i > 0 and len(found) >= 5:
-                linked.append(not content_words.isdisjoint(known))
-            known |= content_words
-    return sum(linked) / len(linked) if linked else 1.0
-
-
-def dedup_and_filter(conversations: list, duplicate_share: float) -> tuple[list, str]:
-    """Drop near-duplicates, repetitive and incoherent conversations -> the others, and a line for
-    the report. A near-duplicate shares more than duplicate_share of its five-grams with those kept
-    before it, as generated tasks do that differ in a number only. All five-grams stay in memory,
-    some 60 bytes per word."""
-    kept = []
-    seen = set()
-    dropped = {}  # reason -> conversations
-    for messages in conversations:
-        grams = conversation_grams(messages, 5)
-        if grams and len(grams & seen) > duplicate_share * len(grams):
-            dropped.setdefault("near-duplicate", []).append(messages)
-        elif distinct_3(messages) < MIN_DISTINCT:
-            dropped.setdefault("repetitive", []).append(messages)
-        elif coherence(messages) < MIN_COHERENCE:
-            dropped.setdefault("incoherent", []).append(messages)
-        else:
-            kept.append(messages)
-            seen |= grams
-
-    reports = []
-    for reason, found in dropped.items():
-        example = found[0][-1]["content"][:60]
-        reports.append(f"{len(found):,d} dropped as {reason}, for example {example!r}")
-    return kept, "; ".join(reports) or "no near-duplicate, repetitive or incoherent conversation"
-
-
-def decontaminate(conversations: list, benchmark: set[int]) -> tuple[list, str]:
-    """Drop conversations with a message that shares 13 words in a row with a benchmark, as after
-    reading it the benchmark would measure memory. (13 as in GPT-3's report, arXiv 2005.14165.)"""
-    kept = []
-    for messages in conversations:
-        if benchmark.isdisjoint(conversation_grams(messages, 13)):
-            kept.append(messages)
-    dropped = len(conversations) - len(kept)
-    return kept, f"{dropped:,d} dropped as they share 13 words in a row with a benchmark"
-
-
-def benchmark_grams(patterns: list[str]) -> set[int]:
-    """Every 13 words in a row of any text in .jsonl files, given as globs."""
-    grams = set()
-    for pattern in patterns:
-        for path in local_files(pattern):
-            for row in read_each(path, nonblank_lines(path), json.loads):
-                for text in texts_in(row):
-                    grams.update(ngrams(text, 13))
-    return grams
-
-
-def texts_in(value):
-    """The strings anywhere inside a JSON value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from texts_in(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from texts_in(part)
-
-
 # ---- holding out
 
 # One question in VAL_EVERY = 50 is held out for validation. Not one conversation in 50: the same
@@ -854,90 +628,6 @@ def cut_at_other_question(messages: list[dict], below: list[int]) -> list[dict]:
             return messages[:i]
         has_reply = has_reply or message["role"] == "assistant"
     return messages
-
-
-# ---- where conversations come from
-
-def load_conversations(source: str):
-    """Yield the conversations of a source, which is one of
-
-        builtin:help  builtin:skills?n=1000  builtin:chains?n=1000&steps=2-4&seed=1
-        talks/*.jsonl?messages=turns      local files, also .parquet; messages= names the column
-        owner/name?name=CONFIG&split=train&messages=turns     a dataset of the Hugging Face Hub
-
-    A row that is no conversation is a UserError with its place."""
-    place, _, query = source.partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    column = options.get("messages", "messages")
-
-    if place.startswith("builtin:"):
-        yield from builtin_conversations(source, place.removeprefix("builtin:"), options)
-    elif place.endswith(READABLE):
-        check_options(source, options, ["messages"])
-        for path in local_files(place):
-            if path.suffix == ".parquet":
-                yield from read_each(path, parquet_rows(path), partial(get_messages, column))
-            else:
-                yield from read_each(path, nonblank_lines(path), partial(parse_messages, column))
-    elif place.count("/") == 1 and not os.path.exists(place):
-        check_options(source, options, ["messages", "name", "split"])
-        yield from read_each(place, hub_rows(place, options), partial(get_messages, column))
-    else:
-        raise UserError(f"source {source!r} must be builtin:..., files that end in .jsonl or "
-                        ".parquet, or a dataset owner/name of the Hub")
-
-
-def builtin_conversations(source: str, kind: str, options: dict):
-    chats = synthetic.conversations.CHATS
-    if kind not in chats:
-        raise UserError(f"source {source!r}: the built-in conversations are {', '.join(chats)}")
-    generate, known = chats[kind]
-    check_options(source, options, known)
-    ranges = {key: parse_range(source, key, value) for key, value in options.items()}
-    yield from generate(**ranges)
-
-
-def parse_range(source: str, key: str, value: str) -> tuple[int, int]:
-    """The value of an option: one number, or of steps= also two.
-
-    >>> parse_range("builtin:chains?steps=2-4", "steps", "2-4")
-    (2, 4)
-    """
-    match = re.fullmatch(r"([1-9]\d{0,8})(?:-([1-9]\d{0,8}))?", value)
-    first, last = match.groups() if match else (None, None)
-    if first is None or last and (key != "steps" or int(last) < int(first)):
-        raise UserError(f"source {source!r}: {key}={value} must be a number; of steps also a range "
-                        "as in 2-4")
-    return int(first), int(last or first)
-
-
-def nonblank_lines(path: Path):
-    """(place, line) of each line of a file with something in it."""
-    for place, line in lines_of(path, 0, path.stat().st_size):
-        if line.strip():
-            yield place, line
-
-
-def hub_rows(name: str, options: dict):
-    """(place, row) of each row of a Hub dataset."""
-    for i, row in enumerate(open_hub(name, options)):
-        yield f"row {i}", row
-
-
-def parse_messages(column: str, line: bytes) -> list[dict]:
-    return get_messages(column, json.loads(line))
-
-
-def get_messages(column: str, row: dict) -> list[dict]:
-    """The conversation in a row, whose messages may have more keys than we read."""
-    messages = row.get(column) if isinstance(row, dict) else None
-    if not isinstance(messages, list):
-        has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"column {column!r} must be a list of messages, [{{'role': 'user', "
-                        f"'content': '...'}}, ...]; the row has {has}: name the right column with "
-                        "?messages=COLUMN")
-    check_conversation(messages)
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 # ---- preparing
@@ -1197,14 +887,14 @@ def setup(c: Config, out: Path) -> tuple:
     if RANK == 0:
         pretrain.check_writable(out)
     device = pretrain.pick_device(c)
-    pretrain.init_distributed(c, device)
+    pretrain.meet_ranks(c, device)
 
-    checkpoint, origin = pretrain.rank0_only(find_start, c, out)
+    checkpoint, origin = rank0_only(find_start, c, out)
     shape = MotifConfig.from_dict(read_json(origin.folder / "config.json"))
-    tokenizer = data.load_tokenizer(origin.tokenizer)
+    tokenizer = load_tokenizer(origin.tokenizer)
     check_sizes(stage, shape, tokenizer, origin.folder)
 
-    prepared = pretrain.rank0_first(
+    prepared = rank0_first(
         partial(prepare, stage, c.decontaminate_against, tokenizer, c.data_dir))
     dataset, held_out = open_dataset(c, stage, prepared)
     run = to_pretrain_config(c, stage, shape, origin, dataset.curriculum.steps)
@@ -1240,4 +930,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    pretrain.run_main(main)
+    run_main(main)

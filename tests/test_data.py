@@ -20,8 +20,11 @@ import pytest
 
 import data
 from configurator import UserError
-from data import (BEGIN, END, HEADER, Curriculum, DomainShards, Shard, ShardWriter, TokenDataset,
-                  feistel_permutation, load_tokenizer, parse_schedule, prepare, source_units)
+from data import (HEADER, Curriculum, DomainShards, Shard, ShardWriter, TokenDataset,
+                  feistel_permutation, parse_schedule, prepare)
+from support import sources
+from support.sources import source_units
+from support.tokenizer import BEGIN, END, load_tokenizer
 from synthetic.texts import PROBLEMS_PER_UNIT, library, problems
 
 BYTE = load_tokenizer("byte")
@@ -162,7 +165,7 @@ def test_a_permutation_is_a_bijection_that_depends_on_its_key():
 @pytest.fixture
 def make_dataset(monkeypatch):
     """Makes the dataset of two domains of several shards, for a seed and a curriculum."""
-    monkeypatch.setattr(data, "UNIT_BYTES", 1500)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 1500)
     domains = {"a": ("a.jsonl", 0.7, 0.2), "b": ("b.jsonl", 0.3, 0.8)}
     write_jsonl("a.jsonl", texts(150, 1))
     write_jsonl("b.jsonl", texts(60, 2))
@@ -312,7 +315,7 @@ def test_a_document_may_be_several_columns():
 @pytest.mark.parametrize("size", [1, 64, 1000, 10**6])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n \n"])
 def test_cutting_loses_and_repeats_no_line(monkeypatch, size, end):
-    monkeypatch.setattr(data, "UNIT_BYTES", size)
+    monkeypatch.setattr(sources, "UNIT_BYTES", size)
     written = [*texts(9), "é" * 999, *texts(9, 1)]
     lines = [json.dumps({"text": t}) + end for t in written]
     Path("a.jsonl").write_bytes(b"")
@@ -339,7 +342,7 @@ BAD_FILES = {
     *BAD_FILES, "none/*.jsonl", "folder", "", "good.jsonl?text=body", "builtin:news",
     "builtin:math?text=x", "good.jsonl?name=x", "good.jsonl?text=", "a/b?x"])
 def test_a_bad_source_is_one_line_and_leaves_nothing(source, monkeypatch):
-    monkeypatch.setattr(data, "UNIT_BYTES", 99_000)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 99_000)
     Path("folder").mkdir()
     write_jsonl("good.jsonl", texts(200))
     if source in BAD_FILES:
@@ -363,7 +366,7 @@ def test_the_place_of_a_mistake_is_named():
 @pytest.fixture
 def prepare_six(monkeypatch):
     """Prepares a file of six units."""
-    monkeypatch.setattr(data, "UNIT_BYTES", 4000)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 4000)
     write_jsonl("s.jsonl", texts(300, 3))
 
     def call(folder, need=10**6, part=(0, 1), workers=1):

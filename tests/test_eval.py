@@ -17,13 +17,17 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers
 
-import data
 import eval as evaluation
 import model as model_module
-import pretrain
 import sft
-from eval import TASKS, Config, Example, LoglikelihoodRequest, PromptEncoder, Task
+import tools.chat
+from eval import Config, LoglikelihoodRequest, PromptEncoder
 from model import KVCache, Motif, MotifConfig
+from support import ranks
+from support.conversations import HELD_OUT, load_conversations
+from support.ranks import run_main
+from support.tasks import TASKS, Example, Task, number_in, read_chain
+from support.tokenizer import BEGIN, ROLES, TURN, TURN_END, load_tokenizer
 from tools.sandbox import in_sandbox, run_program, sandbox_gaps
 
 FIXTURE = json.loads((Path(__file__).parent / "eval.json").read_text())
@@ -72,7 +76,7 @@ def model(model_dir):
 
 @pytest.fixture(scope="module")
 def text():
-    tokenizer = data.load_tokenizer("byte")
+    tokenizer = load_tokenizer("byte")
     return PromptEncoder(tokenizer, tokenizer.begin_id)
 
 
@@ -86,7 +90,7 @@ def run(tmp_path, monkeypatch, model_dir, benchmark_dir, capsys):
                    "out_dir": "o", "device": "cpu", **options}
         argv = [f"--{key}={value}" for key, value in options.items() if value is not None]
         monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
-        pretrain.run_main(evaluation.main)
+        run_main(evaluation.main)
         found = records(options["out_dir"]) if options["out_dir"] else None
         return capsys.readouterr().out, found
     return call
@@ -166,15 +170,15 @@ def test_a_chat_model_s_program_is_taken_out_of_its_fence(run, monkeypatch):
 
 def test_the_numbers_found_in_gsm8k_replies_are_those_of_the_harness():
     for r in FIXTURE["gsm8k"]["replies"]:
-        assert evaluation.number_in(r["reply"], strict=True) == r["strict"], r
-        assert evaluation.number_in(r["reply"], strict=False) == r["flexible"], r
+        assert number_in(r["reply"], strict=True) == r["strict"], r
+        assert number_in(r["reply"], strict=False) == r["flexible"], r
 
 
 @pytest.mark.parametrize("name, domain, lengths", [
     ("chains", "held_chains", {2, 3, 4}), ("longer_chains", "longer_chains", {5, 6})])
 def test_chains_are_asked_in_turns_and_their_answers_compared(
         run, text, monkeypatch, name, domain, lengths):
-    chains = list(sft.load_conversations(sft.HELD_OUT[domain][0]))[:30]
+    chains = list(load_conversations(HELD_OUT[domain][0]))[:30]
     right = [chain[1]["content"].split("\n") for chain in chains]
     assert {len(lines) - 1 for lines in right} == lengths
 
@@ -323,12 +327,12 @@ def test_the_tokenizer_begins_a_text_unless_the_model_was_trained_here(model_dir
     state = {"files": {}, "config": {"tokenizer": str(folder)}}
     (folder / "state.json").write_text(json.dumps(state))
     text = evaluation.open_model(folder, c, cpu)[1]
-    assert text.begin == [text.tokenizer.special[data.BEGIN]]
+    assert text.begin == [text.tokenizer.special[BEGIN]]
 
 
 def test_bits_of_replies_are_the_loss_of_fine_tuning(model, text):
-    chains = list(sft.load_conversations("builtin:chains?n=3&steps=2"))
-    examples = {i: evaluation.read_chain(chain) for i, chain in enumerate(chains)}
+    chains = list(load_conversations("builtin:chains?n=3&steps=2"))
+    examples = {i: read_chain(chain) for i, chain in enumerate(chains)}
     c = Config(kv_cache_tokens=600)
     found = dict(evaluation.bits_per_byte(None, examples, model, text, c))
     for i, chain in enumerate(chains):
@@ -400,7 +404,7 @@ def test_replies_of_a_batch_are_those_of_one_prompt_at_a_time(model, text):
 
 
 def test_a_run_generates_greedily_unless_a_temperature_is_given(run, model, text):
-    chain = next(iter(sft.load_conversations(sft.HELD_OUT["held_chains"][0])))
+    chain = next(iter(load_conversations(HELD_OUT["held_chains"][0])))
     prompt = sft.encode_prompt(text.tokenizer, chain[:1])
     greedy = cut_reply(plain_greedy(model, prompt, 200), text)
     assert len(greedy) > 5
@@ -602,11 +606,11 @@ def test_a_limited_run_goes_on_without_the_limit(run):
 def as_rank(rank, port):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
                       MASTER_PORT=str(port))
-    for module in (evaluation, pretrain):
+    for module in (evaluation, ranks):
         module.RANK = rank
         module.WORLD = 2
     torch.set_num_threads(1)
-    pretrain.run_main(evaluation.main)
+    run_main(evaluation.main)
 
 
 def test_scores_do_not_depend_on_the_number_of_ranks(run, monkeypatch):
@@ -617,12 +621,12 @@ def test_scores_do_not_depend_on_the_number_of_ranks(run, monkeypatch):
     monkeypatch.setattr(sys, "argv", argv)
 
     context = torch.multiprocessing.get_context("fork")
-    ranks = [context.Process(target=as_rank, args=(rank, port)) for rank in range(2)]
-    for process in ranks:
+    processes = [context.Process(target=as_rank, args=(rank, port)) for rank in range(2)]
+    for process in processes:
         process.start()
-    for process in ranks:
+    for process in processes:
         process.join(120)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    assert [process.exitcode for process in processes] == [0, 0]
 
     two = records("two")
     for a, b in zip(one, two, strict=True):
@@ -640,9 +644,9 @@ def test_chat_keeps_the_conversation(model, text, monkeypatch, capsys):
     def print_reply(messages, model, text, temperature, seed):
         asked.append(([message["content"] for message in messages], temperature))
         return "yes"
-    monkeypatch.setattr(evaluation, "print_reply", print_reply)
+    monkeypatch.setattr(tools.chat, "print_reply", print_reply)
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    evaluation.chat(model, text, Config())
+    tools.chat.chat(model, text, Config())
     assert asked == [(["hello"], 0.7),
                      (["Be brief.", "again"], 0.7),
                      (["Be brief.", "again", "yes", "more"], 0.5),
@@ -654,9 +658,9 @@ def test_chat_keeps_the_conversation(model, text, monkeypatch, capsys):
 def test_a_user_cannot_spell_a_special_token(text):
     special = text.tokenizer.special
     assert text.encode_chat("a<|endofturn|>") == [
-        special[data.BEGIN], special[data.TURN], special[data.ROLES["user"]],
-        *b"\n\na<|endofturn|>", special[data.TURN_END], special[data.TURN],
-        special[data.ROLES["assistant"]], *b"\n\n"]
+        special[BEGIN], special[TURN], special[ROLES["user"]],
+        *b"\n\na<|endofturn|>", special[TURN_END], special[TURN],
+        special[ROLES["assistant"]], *b"\n\n"]
 
 
 def test_a_long_conversation_loses_its_oldest_exchanges_but_not_the_system_s_words(text):
@@ -669,14 +673,14 @@ def test_a_long_conversation_loses_its_oldest_exchanges_but_not_the_system_s_wor
         return sft.encode_prompt(text.tokenizer, list(messages))
 
     conversation = [system, long, reply, short]
-    assert evaluation.fit_conversation(conversation, text, 1000) == encode(*conversation)
-    assert evaluation.fit_conversation(conversation, text, 32) == encode(system, short)
-    assert evaluation.fit_conversation([system, long], text, 32) == encode(system, long)[-32:]
+    assert tools.chat.fit_conversation(conversation, text, 1000) == encode(*conversation)
+    assert tools.chat.fit_conversation(conversation, text, 32) == encode(system, short)
+    assert tools.chat.fit_conversation([system, long], text, 32) == encode(system, long)[-32:]
 
 
 def test_ctrl_c_ends_a_reply(model, text, monkeypatch, capsys):
     question = [{"role": "user", "content": "short"}]
-    whole = evaluation.print_reply(question, model, text, 0.0, seed=1)
+    whole = tools.chat.print_reply(question, model, text, 0.0, seed=1)
     assert capsys.readouterr().out == whole + "\n"
 
     next_tokens = model_module.Decoder.next_tokens
@@ -686,7 +690,7 @@ def test_ctrl_c_ends_a_reply(model, text, monkeypatch, capsys):
             raise KeyboardInterrupt
         return next_tokens(decoder)
     monkeypatch.setattr(model_module.Decoder, "next_tokens", interrupted)
-    begun = evaluation.print_reply(question, model, text, 0.0, seed=1)
+    begun = tools.chat.print_reply(question, model, text, 0.0, seed=1)
     assert whole.startswith(begun) and 0 < len(begun) < len(whole)
 
 

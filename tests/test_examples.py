@@ -5,7 +5,9 @@ import importlib
 import pytest
 
 MODULES = ("configurator", "model", "muonclip", "kernels", "data", "pretrain", "sft", "eval",
-           "synthetic.texts", "synthetic.conversations", "tools.grow", "tools.plan", "tools.sandbox")
+           "support.tokenizer", "support.sources", "support.log", "support.tasks",
+           "support.conversations", "support.selection", "synthetic.texts",
+           "synthetic.conversations", "tools.grow", "tools.plan", "tools.sandbox")
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
 import kernels
 import model as motif
 import reference
 from configurator import UserError
 from model import Block, Decoder, KVCache, Motif, MotifConfig, flops_per_token
+from support.tokenizer import BEGIN, END, TURN_END, load_tokenizer
 from tools.export import TOKENIZER_FILES, export
 
 BASE = MotifConfig(vocab_size=29, hidden_size=20, intermediate_size=28, num_hidden_layers=3,
@@ -513,7 +513,7 @@ def save_tokenizer(file):
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([data.END])
+    tokenizer.add_special_tokens([END])
     tokenizer.save(str(file))
 
 
@@ -542,18 +542,18 @@ def test_export_writes_a_folder_that_others_serve(tmp_path, monkeypatch, tokeniz
     config = json.loads((served / CONFIG).read_text())
     assert config["torch_dtype"] == "bfloat16" and config["architectures"] == ["MotifForCausalLM"]
 
-    ours = data.load_tokenizer(tokenizer)
+    ours = load_tokenizer(tokenizer)
     generation = json.loads((served / "generation_config.json").read_text())
-    assert generation == {"bos_token_id": ours.special[data.BEGIN],
-                          "eos_token_id": [ours.special[data.END], ours.special[data.TURN_END]]}
+    assert generation == {"bos_token_id": ours.special[BEGIN],
+                          "eos_token_id": [ours.special[END], ours.special[TURN_END]]}
     names = {CONFIG, INDEX, "generation_config.json", *index["weight_map"].values()}
     if tokenizer == "byte":
         assert {f.name for f in served.iterdir()} == names
         return
     assert {f.name for f in served.iterdir()} == names | set(TOKENIZER_FILES)
     assert (served / "chat_template.jinja").read_text() == "chat_template.jinja"
-    theirs = data.load_tokenizer("served")
-    assert theirs.special == ours.special and theirs.begin_id == ours.special[data.BEGIN]
+    theirs = load_tokenizer("served")
+    assert theirs.special == ours.special and theirs.begin_id == ours.special[BEGIN]
     assert theirs.encode("abcdef and é") == ours.encode("abcdef and é")
 
 

@@ -22,6 +22,8 @@ import tools.plots
 from configurator import UserError
 from model import Motif
 from pretrain import Config, checkpoint_steps, lr_at, make_curriculum
+from support.ranks import run_main
+from support.tokenizer import load_tokenizer
 
 ROOT = Path(pretrain.__file__).parent
 plot_training = tools.plots.plot_training
@@ -164,7 +166,7 @@ def test_validation_is_the_loss_of_the_held_out_rows(straight, shards):
     model = Motif.from_pretrained(straight / "step_12")
     c = Config(**TINY)
     curriculum = make_curriculum(c)
-    byte = data.load_tokenizer("byte")
+    byte = load_tokenizer("byte")
     stores = data.prepare(DOMAINS, "byte", shards, curriculum.need())
     dataset = data.TokenDataset(curriculum, stores, c.seed)
     logged = metrics(straight)[-1]
@@ -571,4 +573,4 @@ def test_a_users_mistake_is_one_line_and_any_other_error_a_traceback(tmp_path):
     def broken():
         raise ValueError("a bug")
     with pytest.raises(ValueError, match="a bug"):
-        pretrain.run_main(broken)
+        run_main(broken)

@@ -34,7 +34,8 @@ def arguments(options: dict) -> list[str]:
     return [f"--{key}={value}" for key, value in options.items()]
 
 
-# ---- what a rank does, in a process of its own: pretrain looks for its rank when it is imported
+# ---- what a rank does, in a process of its own: support.ranks looks for its rank when it
+# is imported
 
 def train(out: Path, shards: Path, sigterm_at: int = 0, **options) -> None:
     """A run. Rank 2, and no other, gets a SIGTERM before step sigterm_at."""
@@ -45,7 +46,7 @@ def train(out: Path, shards: Path, sigterm_at: int = 0, **options) -> None:
 
     def train_step(*args):
         steps.append(None)
-        if len(steps) == sigterm_at and pretrain.RANK == 2:
+        if len(steps) == sigterm_at and os.environ["RANK"] == "2":
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
@@ -62,7 +63,7 @@ def steps_with_set_gradients(out: Path, first: int, last: int) -> None:
     import pretrain
     c = pretrain.Config(**OPTIONS)
     device = pretrain.pick_device(c)
-    pretrain.init_distributed(c, device)
+    pretrain.meet_ranks(c, device)
     model = pretrain.build(c, device)
     optimizer = muonclip.configure_optimizer(model, lr=0.01, tau=0.5)
     if first:

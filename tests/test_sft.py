@@ -17,6 +17,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import selection
+from support.conversations import HELD_OUT, load_conversations
+from support.tokenizer import BEGIN, END, ROLES, TURN, TURN_END, load_tokenizer
 from worlds import world
 
 import data
@@ -37,7 +40,7 @@ DATA = {"skills": ["builtin:skills?n=40", 1.0], "chains": ["builtin:chains?n=40&
 OPTIONS = dict(data=DATA, seq_len=256, batch_tokens=1280, micro_batch_tokens=512, lr_scale=100,
                eval_every=8, eval_tokens=512, save_every=8, log_every=1, sample_tokens=4,
                keep_last=9, device="cpu", timeout_seconds=30)
-BYTE = data.load_tokenizer("byte")
+BYTE = load_tokenizer("byte")
 
 
 def chat(*texts: str, system: str | None = None) -> list[dict]:
@@ -85,8 +88,8 @@ def stored(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def test_a_conversation_is_encoded_as_by_hand():
     begin, end, turn, stop = (BYTE.special[token] for token in (
-        data.BEGIN, data.END, data.TURN, data.TURN_END))
-    system, user, assistant = (BYTE.special[token] for token in data.ROLES.values())
+        BEGIN, END, TURN, TURN_END))
+    system, user, assistant = (BYTE.special[token] for token in ROLES.values())
     question = [begin, turn, system, 10, 10, *b"S", stop, turn, user, 10, 10, *b"<|endofturn|>",
                 stop, turn, assistant, 10, 10]
     second = [turn, user, 10, 10, *b"b\n", stop, turn, assistant, 10, 10]
@@ -104,11 +107,11 @@ def test_the_blank_line_before_a_reply_is_a_token_of_its_own(tmp_path):
     lines = [f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)]
     file = tmp_path / "t.tiktoken"
     file.write_text("".join(lines))
-    tokenizer = data.load_tokenizer(str(file))
+    tokenizer = load_tokenizer(str(file))
     ids, targets = sft.encode_chat(tokenizer, chat("<|endofturn|>", "Yes"))
-    assert ids[-4:] == [256, 257, ord("s"), tokenizer.special[data.TURN_END]]
-    assert targets[-4:] == [257, ord("s"), tokenizer.special[data.TURN_END], -1]
-    assert ids[-4 - 2:-4] == [tokenizer.special[data.TURN], tokenizer.special["<|assistant|>"]]
+    assert ids[-4:] == [256, 257, ord("s"), tokenizer.special[TURN_END]]
+    assert targets[-4:] == [257, ord("s"), tokenizer.special[TURN_END], -1]
+    assert ids[-4 - 2:-4] == [tokenizer.special[TURN], tokenizer.special["<|assistant|>"]]
 
 
 def test_a_conversation_is_cut_at_a_turn():
@@ -134,7 +137,7 @@ def test_a_row_that_is_not_a_conversation_is_refused_with_its_place(tmp_path, ro
     file.write_text(f'{json.dumps({"messages": TWO_QUESTIONS})}\n\n{json.dumps(row)}\n')
     place = file.read_text().index("\n") + 2
     with pytest.raises(UserError) as e:
-        list(sft.load_conversations(str(file)))
+        list(load_conversations(str(file)))
     assert str(e.value).startswith(f"{file}: byte {place}: ") and "\n" not in str(e.value)
 
 
@@ -143,14 +146,14 @@ def test_a_file_may_name_its_column_and_hold_more_than_messages(tmp_path):
     rows = [{"id": i, "turns": [{**message, "weight": 1} for message in TWO_QUESTIONS]}
             for i in range(3)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert list(sft.load_conversations(f"{file}?messages=turns")) == [TWO_QUESTIONS] * 3
+    assert list(load_conversations(f"{file}?messages=turns")) == [TWO_QUESTIONS] * 3
 
 
 @pytest.mark.parametrize("source", ["builtin:jokes", "builtin:chains?steps=4-2",
                                     "builtin:help?steps=2", "talks.csv", "missing/*.jsonl"])
 def test_a_source_that_cannot_be_is_refused(source):
     with pytest.raises(UserError) as e:
-        list(sft.load_conversations(source))
+        list(load_conversations(source))
     assert source in str(e.value) and "\n" not in str(e.value)
 
 
@@ -180,7 +183,7 @@ def test_packed_rows_are_each_conversation_alone():
     torch.manual_seed(2)
     model = Motif(TINY)
     chats = [np.array(sft.encode_chat(BYTE, messages))
-             for messages in sft.load_conversations("builtin:skills?n=12")]
+             for messages in load_conversations("builtin:skills?n=12")]
     rows = sft.pack(np.array([encoded.shape[1] for encoded in chats]), 640)
     packed = sft.collate([[chats[i] for i in row] for row in rows], 640)
     num_targets = int((packed[1] >= 0).sum())
@@ -211,7 +214,7 @@ def chats(tmp_path_factory):
     found = {}
     for name, n in {"skills": 60, "chains": 90}.items():
         encoded = [sft.encode_chat(BYTE, messages)
-                   for messages in sft.load_conversations(f"builtin:{name}?n={n}")]
+                   for messages in load_conversations(f"builtin:{name}?n={n}")]
         sft.TokenizedChats.save(folder / name, encoded)
         found[name] = sft.TokenizedChats(folder / name)
         assert [tuple(map(list, pair)) for pair in found[name]] == encoded
@@ -280,19 +283,19 @@ TORN = chat("What are 3 boxes of 4 eggs?", "Each box (of the three has 4 eggs an
 
 
 def test_quality_is_the_mean_of_three_measures():
-    assert sft.reasoning_density(GOOD) == pytest.approx(1 / 3)
-    assert sft.reasoning_density(TORN) == 0
-    assert (sft.completeness(GOOD), sft.completeness(TORN)) == (1, 0.5)
-    assert sft.structure(GOOD) == 1 and sft.structure(TORN) == pytest.approx(1 / 3)
-    assert sft.quality(TORN) == pytest.approx((0 + 0.5 + 1 / 3) / 3)
+    assert selection.reasoning_density(GOOD) == pytest.approx(1 / 3)
+    assert selection.reasoning_density(TORN) == 0
+    assert (selection.completeness(GOOD), selection.completeness(TORN)) == (1, 0.5)
+    assert selection.structure(GOOD) == 1 and selection.structure(TORN) == pytest.approx(1 / 3)
+    assert selection.quality(TORN) == pytest.approx((0 + 0.5 + 1 / 3) / 3)
 
 
 def test_the_best_are_kept_in_their_order():
     short = chat("And 2?", "So 8.")
-    kept, report = sft.filter_by_quality([TORN, short, TORN, GOOD], 0.5)
+    kept, report = selection.filter_by_quality([TORN, short, TORN, GOOD], 0.5)
     assert kept == [short, GOOD] and report.startswith("2 dropped")
-    assert sft.filter_by_quality([TORN, GOOD], 0.01)[0] == [GOOD]
-    assert sft.filter_by_quality([], 0.5)[0] == []
+    assert selection.filter_by_quality([TORN, GOOD], 0.01)[0] == [GOOD]
+    assert selection.filter_by_quality([], 0.5)[0] == []
 
 
 def test_near_duplicates_and_what_is_repetitive_or_incoherent_are_dropped():
@@ -300,7 +303,7 @@ def test_near_duplicates_and_what_is_repetitive_or_incoherent_are_dropped():
     near = chat("What are 3 boxes of 4 eggs?", GOOD[1]["content"] + " Yes.")
     circles = chat("Name a river.", "the river the river the river the river the river the river")
     stray = chat("Name a river.", "Here it is for you. My aunt went shopping again today.")
-    kept, report = sft.dedup_and_filter([GOOD, near, other, circles, stray, GOOD], 0.7)
+    kept, report = selection.dedup_and_filter([GOOD, near, other, circles, stray, GOOD], 0.7)
     assert kept == [GOOD, other]
     assert [line.partition(",")[0] for line in report.split("; ")] == [
         "2 dropped as near-duplicate", "1 dropped as repetitive", "1 dropped as incoherent"]
@@ -310,11 +313,11 @@ def test_thirteen_words_of_a_benchmark_are_one_too_many(tmp_path):
     text = "One two three four five six seven eight nine ten eleven twelve thirteen fourteen"
     row = {"id": 1, "choices": [{"text": f"{text}?"}]}
     (tmp_path / "b.jsonl").write_text(f"{json.dumps(row)}\n")
-    benchmark = sft.benchmark_grams([f"{tmp_path}/*.jsonl"])
+    benchmark = selection.benchmark_grams([f"{tmp_path}/*.jsonl"])
     twelve = chat("Say: " + ", ".join(text.split()[:12]), "No " + text.upper()[8:])
     thirteen = chat("x", "y " + "-".join(text.split()[1:]))
-    assert len(sft.words(twelve[1]["content"])) == 13   # "No" and the last twelve
-    assert sft.decontaminate([twelve, thirteen], benchmark)[0] == [twelve]
+    assert len(selection.words(twelve[1]["content"])) == 13   # "No" and the last twelve
+    assert selection.decontaminate([twelve, thirteen], benchmark)[0] == [twelve]
 
 
 # ---- holding out
@@ -356,7 +359,7 @@ def test_a_small_domain_s_held_out_question_is_in_no_training_domain(tmp_path):
         file.write_text("".join(json.dumps({"messages": m}) + "\n" for m in conversations))
         sources[name] = [str(file), 1.0]
     stage = replace(sft.STAGES[1], data=sources, seq_len=256)
-    sft.prepare_domains(stage, [], data.load_tokenizer("byte"), tmp_path)
+    sft.prepare_domains(stage, [], load_tokenizer("byte"), tmp_path)
 
     held_out = bytes(sft.TokenizedChats(tmp_path / "val-b_small")[0][0].astype("u1")).split(b"?")[0]
     question = held_out[held_out.index(b"What"):]
@@ -382,8 +385,8 @@ def test_no_stage_trains_on_a_question_held_out_or_kept_for_evaluation(tmp_path,
     file = tmp_path / "mine.jsonl"
     mine = []
     for source in ("builtin:skills?n=60", "builtin:chains?n=30&steps=3&seed=9",
-                   sft.HELD_OUT["held_chains"][0]):
-        mine += sft.load_conversations(source)
+                   HELD_OUT["held_chains"][0]):
+        mine += load_conversations(source)
     file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in mine))
     stage = sft.Stage(lr=1.0, seq_len=512, data={
         "mine": [str(file), 1.0], "reserved": ["builtin:chains?n=30&steps=3&seed=9", 0.0]})
@@ -392,8 +395,8 @@ def test_no_stage_trains_on_a_question_held_out_or_kept_for_evaluation(tmp_path,
     assert written.keys() == {"val-reserved", "val-mine", "train-mine"}
     trained = [BYTE.decode(ids) for ids, _ in written["train-mine"]]
     assert len(trained) > 30
-    reserved = list(sft.load_conversations("builtin:chains?n=30&steps=3&seed=9"))
-    reserved += sft.load_conversations(sft.HELD_OUT["held_chains"][0])
+    reserved = list(load_conversations("builtin:chains?n=30&steps=3&seed=9"))
+    reserved += load_conversations(HELD_OUT["held_chains"][0])
     for question in questions(reserved):
         assert not any(question in text for text in trained)
 
@@ -467,7 +470,7 @@ def read_start(line: str):
 @pytest.mark.parametrize("source, steps", [("builtin:chains?n=1500", {2, 3, 4}),
                                            ("builtin:chains?n=200&steps=5-6", {5, 6})])
 def test_the_answers_of_chains_are_right(source, steps):
-    chains = list(sft.load_conversations(source))
+    chains = list(load_conversations(source))
     for question, reply in chains:
         first, *lines = question["content"].split("\n")
         x = read_start(first)
@@ -478,7 +481,7 @@ def test_the_answers_of_chains_are_right(source, steps):
         assert answer_of(reply["content"]) == str(x).strip("[]"), (question, reply)
     assert {question["content"].count("\n") for question, _ in chains} == steps
     assert len(questions(chains)) == len(chains)
-    assert list(sft.load_conversations(source)) == chains
+    assert list(load_conversations(source)) == chains
 
 
 def test_the_answer_is_what_follows_the_last_answer():
@@ -487,13 +490,13 @@ def test_the_answer_is_what_follows_the_last_answer():
 
 
 def test_system_turns_are_followed_and_docstrings_are_told():
-    skills = list(sft.load_conversations("builtin:skills?n=60"))
+    skills = list(load_conversations("builtin:skills?n=60"))
     result_alone = [messages for messages in skills
                     if messages[0]["content"] == "Give the result alone."]
     assert 10 < len(result_alone) < 30
     assert all("Answer" not in m["content"] for messages in result_alone for m in messages)
-    assert {len(sft.replies(messages)) for messages in skills} == {1, 2}
-    helps = list(sft.load_conversations("builtin:help?n=30"))
+    assert {len(selection.replies(messages)) for messages in skills} == {1, 2}
+    helps = list(load_conversations("builtin:help?n=30"))
     assert len(helps) == 30 and all(reply["content"].endswith(".") for _, reply in helps)
 
 

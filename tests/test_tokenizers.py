@@ -11,8 +11,8 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from configurator import UserError
-from data import (BEGIN, BYTE_OF, END, GPT2_PATTERN, SPECIALS, bytes_per_token, encode_document,
-                  load_tokenizer)
+from support.tokenizer import (BEGIN, BYTE_OF, END, GPT2_PATTERN, SPECIALS, bytes_per_token,
+                               encode_document, load_tokenizer)
 
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
                   r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")

@@ -15,7 +15,7 @@ def world(ranks: int, call, *args, **options) -> None:
     """Run call(*args, **options) in `ranks` processes, with torchrun's environment variables, and
     fail unless all succeed.
 
-    Only the processes may import pretrain, which looks for its rank when it is imported."""
+    Only the processes may import support.ranks, which looks for its rank when it is imported."""
     torch.set_num_threads(1)
     port = free_port()
     begin = time.time()

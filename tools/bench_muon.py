@@ -24,7 +24,8 @@ from model import Motif
 from muonclip import (COEFFICIENTS, MuonClip, MuonShardGroup, configure_optimizer,
                       describe_routing, local_shard, local_slices, newton_schulz,
                       newton_schulz_flops, replicas_per_muon_group, shard_dims)
-from pretrain import QUICKSTART, Config, model_config, run_main
+from pretrain import QUICKSTART, Config, model_config
+from support.ranks import run_main
 
 
 # ---- What a plan needs to know

@@ -22,6 +22,7 @@ import kernels
 import model as motif
 import pretrain
 from model import Motif, flops_per_token
+from support.log import peak_flops
 
 SLICE = ("motif2_12b.py", "--num_hidden_layers=6", "--activation_checkpoint_layers=0")
 T = 4096
@@ -96,7 +97,7 @@ def measure(name: str, model: Motif, tokens: int, steps: int, step: Callable[[],
     speed = steps * tokens / (time.perf_counter() - begin)
 
     flops = sum(flops_per_token(model.config, T))
-    mfu = speed * flops / pretrain.peak_flops(torch.device("cuda"))
+    mfu = speed * flops / peak_flops(torch.device("cuda"))
     memory = torch.cuda.max_memory_allocated() / 2**30
     print(f"{name:44s}{speed:10,.0f} tok/s  MFU {mfu:6.1%}  {memory:5.1f} GiB", flush=True)
 
@@ -106,7 +107,7 @@ def measure_ours(name: str, with_fsdp: bool) -> None:
     c = load_config(*SLICE)
     device = torch.device("cuda", 0)
     if with_fsdp:
-        pretrain.init_distributed(c, device)
+        pretrain.meet_ranks(c, device)
         model = pretrain.build(c, device)
     else:
         model = bf16_model(c)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-import data
 from configurator import UserError
-from model import (INDEX, Motif, MotifConfig, iter_checkpoint, model_folder, read_json,
-                   tensor_files, write_json)
+from model import Motif, MotifConfig
 from pretrain import fsync_path
+from support.tokenizer import BEGIN, END, TURN_END, load_tokenizer
+from support.weights import (INDEX, iter_checkpoint, model_folder, read_json, tensor_files,
+                             write_json)
 
 
 def export(folder: Path, state: dict, to: Path) -> None:
@@ -70,10 +71,10 @@ def export_tokenizer(name: str, to: Path) -> None:
     """Write generation_config.json, which has the ids that begin and end a text; and where the
     tokenizer is a tokenizer.json, also that file, with what load_tokenizer adds to it, and the
     TOKENIZER_FILES beside it."""
-    special = data.load_tokenizer(name).special
+    special = load_tokenizer(name).special
     write_json(to / "generation_config.json", {
-        "bos_token_id": special[data.BEGIN],
-        "eos_token_id": [special[data.END], special[data.TURN_END]]})
+        "bos_token_id": special[BEGIN],
+        "eos_token_id": [special[END], special[TURN_END]]})
 
     if name.endswith(".json"):
         file = Path(name)
@@ -84,7 +85,7 @@ def export_tokenizer(name: str, to: Path) -> None:
 
     write_json(to / "tokenizer.json", as_trained_with(read_json(file), special))
     write_json(to / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast",
-                                              "bos_token": data.BEGIN, "eos_token": data.END})
+                                              "bos_token": BEGIN, "eos_token": END})
     for other in TOKENIZER_FILES[1:]:
         if (file.parent / other).exists():
             shutil.copy(file.parent / other, to)
@@ -100,10 +101,10 @@ def as_trained_with(spec: dict, special: dict[str, int]) -> dict:
             added.append({"id": i, "content": token, "single_word": False, "lstrip": False,
                           "rstrip": False, "normalized": False, "special": True})
 
-    begin = {"SpecialToken": {"id": data.BEGIN, "type_id": 0}}
+    begin = {"SpecialToken": {"id": BEGIN, "type_id": 0}}
     first = {"Sequence": {"id": "A", "type_id": 0}}
     second = {"Sequence": {"id": "B", "type_id": 0}}
-    ids = {"id": data.BEGIN, "ids": [special[data.BEGIN]], "tokens": [data.BEGIN]}
+    ids = {"id": BEGIN, "ids": [special[BEGIN]], "tokens": [BEGIN]}
     template = {"type": "TemplateProcessing", "single": [begin, first],
-                "pair": [begin, first, second], "special_tokens": {data.BEGIN: ids}}
+                "pair": [begin, first, second], "special_tokens": {BEGIN: ids}}
     return spec | {"added_tokens": spec["added_tokens"] + added, "post_processor": template}

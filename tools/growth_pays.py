@@ -17,6 +17,7 @@ import configurator
 import pretrain
 from configurator import UserError
 from model import flops_per_token
+from support.ranks import run_main
 
 # The proportions of 2.6B and 12.7B: twice the width, signal heads 1:1 to 4:1, and one more layer
 # after every four.
@@ -118,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    pretrain.run_main(main)
+    run_main(main)

@@ -15,7 +15,9 @@ from configurator import UserError, load
 from kernels import LOSS_CHUNK
 from model import Motif, MotifConfig, flops_per_token
 from muonclip import MuonShardGroup, replicas_per_muon_group
-from pretrain import PEAK_FLOPS, QUICKSTART, Config, make_curriculum, model_config, run_main
+from pretrain import QUICKSTART, Config, make_curriculum, model_config
+from support.log import PEAK_FLOPS
+from support.ranks import run_main
 from tools.bench_muon import peak_elements
 
 USABLE = 76 * 2**30              # bytes of an 80 GB GPU that a run can use

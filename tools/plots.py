@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from configurator import UserError
-from pretrain import read_metrics
+from support.log import read_metrics
 
 
 def plot_training(out: Path) -> None:

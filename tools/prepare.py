@@ -8,7 +8,8 @@ import sys
 
 from configurator import UserError, load
 from data import prepare
-from pretrain import QUICKSTART, Config, make_curriculum, run_main
+from pretrain import QUICKSTART, Config, make_curriculum
+from support.ranks import run_main
 
 
 def parse_part(text: str) -> tuple[int, int]:

@@ -1,0 +1,185 @@
+"""Ranks: what the processes that torchrun starts say to each other, and how they end."""
+import atexit
+import functools
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from configurator import UserError
+
+# ---- what ranks say to each other
+#
+# torchrun starts this program once for each GPU. Each of these processes is a rank; all of them run
+# the same code, and meet in collective operations. Two rules keep them from waiting for each other
+# for ever:
+#
+#     1. All ranks call the same collectives in the same order. So there is none inside an
+#        `if RANK == 0:`, and an error of one rank is made known to all (sync_errors).
+#     2. What decides where the code goes (resume? evaluate? stop?) is the same on all ranks: it
+#        follows from the config and the step, or it is exchanged first.
+#
+# Objects and flags travel over gloo, between the hosts, which need not wait for their GPUs to do
+# so; gradients and losses travel over NCCL, between the GPUs. Without torchrun there is one rank.
+
+RANK = int(os.environ.get("RANK", 0))                # this process among all
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))    # and among those of its machine
+WORLD = int(os.environ.get("WORLD_SIZE", 1))         # number of all
+
+
+def init_distributed(device: torch.device, timeout_seconds: int, even_alone: bool) -> None:
+    """Meet the other ranks. even_alone: make a process group of one rank, too."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+    timeout = timedelta(seconds=timeout_seconds)
+    if WORLD > 1:
+        # Ranks that torchrun restarts reuse the store of the old ranks. The prefix keeps them
+        # from finding the addresses of ranks that are gone.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, store=dist.PrefixStore(attempt, store),
+                                rank=RANK, world_size=WORLD)
+    elif even_alone and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0,
+                                world_size=1)
+        atexit.register(dist.destroy_process_group)
+
+
+@functools.cache
+def slow_group():
+    """All ranks once more, with a timeout of 30 days: while one rank prepares data or writes a
+    checkpoint, which may take hours, the others wait and must not give up."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=30))
+
+
+def all_gather_object(value) -> list:
+    """The values of all ranks, on all of them: to compare or join what each of them has."""
+    if WORLD == 1:
+        return [value]
+    values = [None] * WORLD
+    dist.all_gather_object(values, value, group=slow_group())
+    return values
+
+
+def broadcast_object(value):
+    """Rank 0's value, on all ranks: for what one rank finds out and all must agree on."""
+    return all_gather_object(value)[0]
+
+
+def barrier() -> None:
+    """Wait until all ranks are here: for what one rank may do only once all have done something."""
+    all_gather_object(None)
+
+
+def sync_errors(fn, *args):
+    """fn(*args) -> its result. All ranks call this. An OSError or UserError of one is raised on
+    all, so that none waits for a rank that has given up."""
+    result = None
+    error = None
+    try:
+        result = fn(*args)
+    except (OSError, UserError) as e:
+        error = e
+
+    for of_rank in all_gather_object(error):
+        if of_rank is not None:
+            raise of_rank
+    return result
+
+
+def rank0_only(fn, *args):
+    """fn(*args), which only rank 0 calls -> its result, or its error, on all ranks."""
+    def call():
+        return fn(*args) if RANK == 0 else None
+
+    return broadcast_object(sync_errors(call))
+
+
+def rank0_first(fn):
+    """fn() -> its result, for a function that makes something on disk unless it is there. Rank 0
+    makes it; then the first rank of each machine does, if it does not see rank 0's disk; then all
+    ranks find it there."""
+    def nothing():
+        return None
+
+    sync_errors(fn if RANK == 0 else nothing)
+    sync_errors(fn if LOCAL_RANK == 0 else nothing)
+    return sync_errors(fn)
+
+
+def all_reduce_sum(t: Tensor) -> Tensor:
+    """The sum over all ranks, in place, on t's device."""
+    if WORLD > 1:
+        dist.all_reduce(t)
+    return t
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether at least one rank has the flag set. On the CPU, where no GPU's queue has to empty."""
+    flag = torch.tensor(flag, dtype=torch.int32)
+    if WORLD > 1:
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+# ---- how a run ends
+
+def install_signal_handlers() -> list[float]:
+    """Handle SIGTERM and Ctrl-C -> a list that fills when one arrives. A second one, more than a
+    second later, ends the process at once."""
+    times = []
+
+    def handler(number, frame):
+        # `timeout` sends one signal to us and one to our process group.
+        if times and time.monotonic() - times[0] < 1:
+            return
+        if times:
+            os._exit(128 + number)
+        times.append(time.monotonic())
+        if RANK == 0:
+            # Not print(), in the midst of which the signal may have come.
+            os.write(1, b"stopping after this step; once more to stop at once\n")
+
+    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGINT, handler)
+    return times
+
+
+def run_main(main) -> None:
+    """Run a script's main(), on one rank or on one of many. A UserError is printed as one line,
+    with exit status 1; any other exception keeps its traceback."""
+    message = None
+    try:
+        main()
+        if WORLD > 1 and dist.is_initialized():
+            barrier()
+    except KeyboardInterrupt:
+        message = "interrupted; run the same command to go on"
+    except UserError as e:
+        message = str(e)
+    if WORLD > 1:
+        exit_rank(message)
+    if message:
+        raise SystemExit(message)
+
+
+def exit_rank(message: str | None) -> None:
+    """End one of several ranks. Rank 0 prints at once, and torchrun then ends the others. A rank
+    that is still alive after 3 s has failed alone, and prints too. The process group is not
+    destroyed, as that would wait for ranks that are gone."""
+    if message:
+        if RANK != 0:
+            time.sleep(3)
+            message = f"rank {RANK}: {message}"
+        print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if message else 0)

@@ -1,0 +1,210 @@
+"""Which conversations are worth reading: the measures that stages 2 and 3 choose by."""
+import json
+import re
+
+from support.conversations import nonblank_lines
+from support.sources import local_files, read_each
+
+# ---- what is worth reading
+
+# A model imitates what it reads, bad conversations too.
+# Stages 2 and 3 choose by cheap signs in the text, since the report names its criteria and not how
+# it measures them; all measures and limits are [ours]. A measure is a share from 0 to 1, and reads
+# whole conversations.
+#
+#     stages 2, 3   filter_by_quality   keeps what reasons, is complete and has structure
+#     stage 3       dedup_and_filter    drops near-duplicates, the repetitive and the incoherent
+#     on request    decontaminate       drops what shares 13 words in a row with a benchmark
+
+MIN_DISTINCT = 0.5   # below it dedup_and_filter calls a conversation repetitive
+MIN_COHERENCE = 0.3  # below it, incoherent
+
+
+def replies(messages: list[dict]) -> list[str]:
+    return [message["content"] for message in messages if message["role"] == "assistant"]
+
+
+def sentences(text: str) -> list[str]:
+    """A sentence ends with its punctuation or with its line."""
+    return [part for part in re.split(r"(?<=[.!?])\s+|\n+", text) if part.strip()]
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def ngrams(text: str, n: int) -> list[int]:
+    """A hash of every n words in a row. Python salts it: it is valid within this process only."""
+    found = words(text)
+    return [hash(tuple(found[i:i + n])) for i in range(len(found) - n + 1)]
+
+
+def conversation_grams(messages: list[dict], n: int) -> set[int]:
+    """All n words in a row within a message, hashed."""
+    grams = set()
+    for message in messages:
+        grams.update(ngrams(message["content"], n))
+    return grams
+
+
+REASONING = re.compile(r"=|\b(so|because|therefore|thus|hence|since|then|if|implies|means|first"
+                       r"|next|finally|step|let|return)\b", re.IGNORECASE)
+
+
+def reasoning_density(messages: list[dict]) -> float:
+    """The share of the assistant's sentences with an equation or a word of argument: a reply that
+    shows its way to the result teaches more than the result.
+
+    >>> reasoning_density([{"role": "assistant", "content": "A box has 4 eggs. So 3 * 4 = 12."}])
+    0.5
+    """
+    all_sentences = []
+    for reply in replies(messages):
+        all_sentences += sentences(reply)
+    reasoning = [sentence for sentence in all_sentences if REASONING.search(sentence)]
+    return len(reasoning) / len(all_sentences)
+
+
+def completeness(messages: list[dict]) -> float:
+    """The share of signs that nothing was cut off: the last word is the assistant's; and each reply
+    does not end in a comma or dots, closes its code fences, and closes its brackets.
+
+    >>> completeness([{"role": "assistant", "content": "It has three (or four,"}])
+    0.5
+    """
+    signs = [messages[-1]["role"] == "assistant"]
+    for reply in replies(messages):
+        is_cut = re.search(r"([,;:(\[{-]|\.\.\.|\u2026)\s*$", reply) is not None
+        closed = [reply.count(left) == reply.count(right) for left, right in ("()", "[]", "{}")]
+        signs.append(not is_cut)
+        signs.append(reply.count("```") % 2 == 0)
+        signs.append(all(closed))
+    return sum(signs) / len(signs)
+
+
+def structure(messages: list[dict]) -> float:
+    """How far replies are laid out in lines, as steps and lists are: lines / 3, at most 1, averaged
+    over the replies.
+
+    >>> structure([{"role": "assistant", "content": "1. 3 * 4 = 12\\nAnswer: 12"}])
+    0.6666666666666666
+    """
+    scores = []
+    for reply in replies(messages):
+        lines = [line for line in reply.splitlines() if line.strip()]
+        scores.append(min(1, len(lines) / 3))
+    return sum(scores) / len(scores)
+
+
+def quality(messages: list[dict]) -> float:
+    """The mean of reasoning_density, completeness and structure."""
+    return (reasoning_density(messages) + completeness(messages) + structure(messages)) / 3
+
+
+def filter_by_quality(conversations: list, share: float) -> tuple[list, str]:
+    """Keep a share of the conversations, those of the highest quality, in their old order -> these,
+    and a line for the report."""
+    if not conversations:
+        return conversations, "there is nothing to choose from"
+    scores = [quality(messages) for messages in conversations]
+    best_first = sorted(range(len(scores)), key=lambda i: -scores[i])
+    best = best_first[:max(1, round(share * len(scores)))]
+    kept = [conversations[i] for i in sorted(best)]
+    dropped = len(conversations) - len(kept)
+    return kept, f"{dropped:,d} dropped for a quality of at most {scores[best[-1]]:.3f}"
+
+
+def distinct_3(messages: list[dict]) -> float:
+    """Distinct-3: different ones among all three words in a row of the replies. A low value is the
+    mark of text that turns in circles, which a model picks up at once.
+
+    >>> distinct_3([{"role": "assistant", "content": "the river the river the river"}])
+    0.5
+    """
+    trigrams = []
+    for reply in replies(messages):
+        trigrams += ngrams(reply, 3)
+    return len(set(trigrams)) / len(trigrams) if trigrams else 1.0
+
+
+def coherence(messages: list[dict]) -> float:
+    """The share of the assistant's sentences that take up a number, or a word of four letters or
+    more, from anything said before: the sentences of a good reply are about the same things. The
+    first sentence of a message, and those of less than five words, are not counted.
+
+    >>> coherence([{"role": "user", "content": "Name a river."},
+    ...            {"role": "assistant", "content": "The Seine. This river flows through Paris. "
+    ...                                             "My aunt went shopping again today."}])
+    0.5
+    """
+    known = set()
+    linked = []
+    for message in messages:
+        for i, sentence in enumerate(sentences(message["content"])):
+            found = words(sentence)
+            content_words = {word for word in found if len(word) > 3 or word.isdigit()}
+            if message["role"] == "assistant" and i > 0 and len(found) >= 5:
+                linked.append(not content_words.isdisjoint(known))
+            known |= content_words
+    return sum(linked) / len(linked) if linked else 1.0
+
+
+def dedup_and_filter(conversations: list, duplicate_share: float) -> tuple[list, str]:
+    """Drop near-duplicates, repetitive and incoherent conversations -> the others, and a line for
+    the report. A near-duplicate shares more than duplicate_share of its five-grams with those kept
+    before it, as generated tasks do that differ in a number only. All five-grams stay in memory,
+    some 60 bytes per word."""
+    kept = []
+    seen = set()
+    dropped = {}  # reason -> conversations
+    for messages in conversations:
+        grams = conversation_grams(messages, 5)
+        if grams and len(grams & seen) > duplicate_share * len(grams):
+            dropped.setdefault("near-duplicate", []).append(messages)
+        elif distinct_3(messages) < MIN_DISTINCT:
+            dropped.setdefault("repetitive", []).append(messages)
+        elif coherence(messages) < MIN_COHERENCE:
+            dropped.setdefault("incoherent", []).append(messages)
+        else:
+            kept.append(messages)
+            seen |= grams
+
+    reports = []
+    for reason, found in dropped.items():
+        example = found[0][-1]["content"][:60]
+        reports.append(f"{len(found):,d} dropped as {reason}, for example {example!r}")
+    return kept, "; ".join(reports) or "no near-duplicate, repetitive or incoherent conversation"
+
+
+def decontaminate(conversations: list, benchmark: set[int]) -> tuple[list, str]:
+    """Drop conversations with a message that shares 13 words in a row with a benchmark, as after
+    reading it the benchmark would measure memory. (13 as in GPT-3's report, arXiv 2005.14165.)"""
+    kept = []
+    for messages in conversations:
+        if benchmark.isdisjoint(conversation_grams(messages, 13)):
+            kept.append(messages)
+    dropped = len(conversations) - len(kept)
+    return kept, f"{dropped:,d} dropped as they share 13 words in a row with a benchmark"
+
+
+def benchmark_grams(patterns: list[str]) -> set[int]:
+    """Every 13 words in a row of any text in .jsonl files, given as globs."""
+    grams = set()
+    for pattern in patterns:
+        for path in local_files(pattern):
+            for row in read_each(path, nonblank_lines(path), json.loads):
+                for text in texts_in(row):
+                    grams.update(ngrams(text, 13))
+    return grams
+
+
+def texts_in(value):
+    """The strings anywhere inside a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from texts_in(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from texts_in(part)

@@ -1,0 +1,289 @@
+"""The benchmarks: what a task is, how the rows of each are read, and the table of all."""
+import re
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Callable, Literal
+
+from configurator import UserError
+from support.conversations import HELD_OUT, load_conversations
+from synthetic.conversations import answer_of
+
+# ---- what a task is
+
+@dataclass
+class Example:
+    """A question. As a few-shot example it is followed by `target`, as a prompt by nothing."""
+    text: str
+    target: str = ""
+    choices: list = field(default_factory=list)   # possible continuations
+    answer: int = 0                               # index of the right one
+    contexts: list | None = None  # winogrande: choice j continues contexts[j] instead of `text`
+    subject: str = ""             # few-shot examples are taken from the same subject
+    fewshot_context: str = ""     # what a prompt has before `text`: description and examples
+    row: dict | None = None       # the data set's row
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where the questions are, how they are asked, and how an answer is judged."""
+    read: Callable[[dict], Example]
+    kind: Literal["multiple_choice", "generation", "bits_per_byte"] = "multiple_choice"
+
+    # The data set: on the Hub, or files in benchmark_dir, or rows that source() makes.
+    hf_name: str | None = None
+    hf_config: str | None = None
+    eval_split: str | None = None
+    fewshot_split: str | None = None
+    eval_file: str | None = None
+    fewshot_file: str | None = None
+    source: Callable | None = None
+    accept: Callable | None = None  # (row, is_fewshot) -> whether the row is used; None: all are
+
+    # The prompt.
+    description: str = ""           # its first line; {} is the subject
+    fewshot: Literal["first", "random"] = "random"    # which examples are put before a question
+    chat_prompt: Callable | None = None  # example -> what the user asks, how the reply begins
+    always_chat: bool = False       # asked in the turn format even without --chat
+
+    # The answer.
+    acc_norm: bool = True           # multiple choice: report acc_norm beside acc
+    until: tuple = ()               # generation: strings that end a reply
+    max_new_tokens: int = 256
+    metric: Callable | None = None  # generation: (example, reply) -> {metric: score}, or
+    program: Callable | None = None  # (example, reply) -> a program, which runs through or does not
+
+    # What Motif-2-12.7B's report states.
+    num_fewshot: int = 0
+    reported: dict = field(default_factory=dict)      # metric -> per cent
+
+
+# ---- the tasks: how their rows are read
+#
+# Every character of a prompt is part of the protocol; scores move by points if one is changed. The
+# Hub's rows and rows of the simpler form {question, choices, answer} are both read.
+
+def choices_and_answer(row: dict) -> tuple[list[str], int]:
+    """The choices of a row and the index of the right one."""
+    choices = row["choices"]
+    if isinstance(choices, dict):
+        return choices["text"], choices["label"].index(row["answerKey"].strip())
+    return choices, row["answer"]
+
+
+def choose(text: str, choices: list[str], answer: int, subject: str = "") -> Example:
+    """A question whose choices follow it after a space."""
+    if not 0 <= answer < len(choices):
+        raise UserError(f"answer {answer} must be below {len(choices)}, the number of choices")
+    if not all(choices):
+        raise UserError("a choice is empty")
+    continuations = [f" {choice}" for choice in choices]
+    return Example(text, continuations[answer], continuations, answer, subject=subject)
+
+
+def read_mmlu(row: dict) -> Example:
+    choices, answer = choices_and_answer(row)
+    lines = [row["question"].strip()]
+    for letter, choice in zip("ABCD", choices, strict=True):
+        lines.append(f"{letter}. {choice}")
+    lines.append("Answer:")
+    return choose("\n".join(lines), list("ABCD"), answer, row["subject"])
+
+
+def read_arc(row: dict) -> Example:
+    choices, answer = choices_and_answer(row)
+    return choose(f"Question: {row['question']}\nAnswer:", choices, answer)
+
+
+def read_openbookqa(row: dict) -> Example:
+    choices, answer = choices_and_answer(row)
+    return choose(row.get("question_stem") or row["question"], choices, answer)
+
+
+def read_piqa(row: dict) -> Example:
+    return choose(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"])
+
+
+def read_siqa(row: dict) -> Example:
+    if "context" not in row:
+        choices, answer = choices_and_answer(row)
+        return choose(f"Q: {row['question']}\nA:", choices, answer)
+    choices = [row["answerA"], row["answerB"], row["answerC"]]
+    return choose(f"Q: {row['context']} {row['question']}\nA:", choices, int(row["label"]) - 1)
+
+
+def read_hellaswag(row: dict) -> Example:
+    def clean(text: str) -> str:
+        text = text.strip().replace(" [title]", ". ")
+        return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+    if "ctx_a" in row:
+        first, second = row["ctx_a"], row["ctx_b"]
+    else:
+        # Only the whole context is there: it is cut after its last full sentence.
+        parts = re.match(r"(?s)(.*[.!?\])'\"]) +([^.!?]+)$", row["ctx"])
+        first, second = parts.groups() if parts else (row["ctx"], "")
+    text = clean(f"{row['activity_label']}: {first} {second.capitalize()}")
+    return choose(text, [clean(ending) for ending in row["endings"]], int(row["label"]))
+
+
+def read_winogrande(row: dict) -> Example:
+    """The choices fill a gap; what is scored is the text after the gap, behind each of them."""
+    if "option1" in row:
+        choices, answer = [row["option1"], row["option2"]], int(row["answer"]) - 1
+    else:
+        choices, answer = choices_and_answer(row)
+    sentence = row.get("sentence") or row["question"]
+    gap = sentence.index("_")
+    rest = " " + sentence[gap + 1:].strip()
+    contexts = [sentence[:gap] + choice for choice in choices]
+    return Example(contexts[answer], rest, [rest] * len(contexts), answer, contexts)
+
+
+def read_gsm8k(row: dict) -> Example:
+    return Example(f"Question: {row['question']}\nAnswer:", f" {row['answer']}")
+
+
+def number_in(reply: str, strict: bool) -> str:
+    """The answer to a GSM8K question: strict is the first number after ####, else the last one.
+
+    >>> number_in("4 * 6 = 24\\n#### 24.", strict=True), number_in("so 1,125 dollars", strict=False)
+    ('24', '1125')
+    """
+    pattern = r"#### (\-?[0-9\.\,]+)" if strict else r"-?[$0-9.,]{2,}|-?[0-9]+"
+    found = re.findall(pattern, reply) or ["[invalid]"]
+    return plain_number(found[0 if strict else -1].strip())
+
+
+def plain_number(text: str) -> str:
+    for pattern in (",", r"\$", r"(?s).*#### ", r"\.$"):
+        text = re.sub(pattern, "", text)
+    return text.lower()
+
+
+def gsm8k_scores(example: Example, reply: str) -> dict[str, float]:
+    right = plain_number(example.row["answer"])
+    return {"strict": float(number_in(reply, strict=True) == right),
+            "flexible": float(number_in(reply, strict=False) == right)}
+
+
+def read_humaneval(row: dict) -> Example:
+    return Example(row["prompt"], row["canonical_solution"])
+
+
+def humaneval_program(example: Example, reply: str) -> str:
+    row = example.row
+    return "\n".join([row["prompt"] + reply, row["test"], f"check({row['entry_point']})"])
+
+
+def humaneval_chat_prompt(example: Example) -> tuple[str, str]:
+    prompt = example.row["prompt"]
+    return ("Write a solution to the following problem and make sure that it passes the tests:\n"
+            f"```python\n{prompt}\n```\n",
+            f"Here is the completed function:\n```python\n{prompt}\n")
+
+
+def humaneval_instruct_program(example: Example, reply: str) -> str:
+    """The reply goes on inside the fence that humaneval_chat_prompt opened, up to its end."""
+    return humaneval_program(example, "\n" + reply.partition("```")[0])
+
+
+def read_mbpp(row: dict) -> Example:
+    tests = "\n".join(row["test_list"][:3])
+    text = (f"You are an expert Python programmer, and here is your task: {row['text']} Your code "
+            f"should pass these tests:\n\n{tests}\n[BEGIN]\n")
+    return Example(text, f"{row['code']}\n[DONE]")
+
+
+def accept_mbpp(row: dict, is_fewshot: bool) -> bool:
+    """One file has the examples and the questions; the numbers tell them apart."""
+    if is_fewshot:
+        return 2 <= row["task_id"] <= 4
+    return 11 <= row["task_id"] <= 510
+
+
+def mbpp_program(example: Example, reply: str) -> str:
+    row = example.row
+    return "\n".join([reply, row.get("test_setup_code", ""), *row["test_list"]])
+
+
+def read_chain(messages: list[dict]) -> Example:
+    """A chain of skills: one question that is solved in several lines (synthetic/conversations)."""
+    question, reply = messages
+    return Example(question["content"], reply["content"])
+
+
+def chain_scores(example: Example, reply: str) -> dict[str, float]:
+    """acc: the answer is the right one. steps: the share of lines before the first wrong one."""
+    right_lines = example.target.split("\n")
+    num_right = 0
+    for line, right_line in zip(reply.split("\n"), right_lines):
+        if line != right_line:
+            break
+        num_right += 1
+    return {"acc": float(answer_of(reply) == answer_of(example.target)),
+            "steps": num_right / len(right_lines)}
+
+
+# ---- the table of tasks
+
+# Chains of skills that fine-tuning never trains on: as many in a row as it does, or more.
+SHORT_CHAINS = partial(load_conversations, HELD_OUT["held_chains"][0])
+LONG_CHAINS = partial(load_conversations, HELD_OUT["longer_chains"][0])
+CHAINS = Task(read_chain, "generation", source=SHORT_CHAINS, always_chat=True,
+              metric=chain_scores, max_new_tokens=200)
+HUMANEVAL = Task(
+    read_humaneval, "generation", hf_name="openai/openai_humaneval", eval_split="test",
+    eval_file="HumanEval.jsonl", program=humaneval_program, max_new_tokens=1024,
+    until=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), reported={"pass@1": 65.9})
+
+TASKS = {
+    "chains": CHAINS,
+    "longer_chains": replace(CHAINS, source=LONG_CHAINS, max_new_tokens=300),
+    "mmlu": Task(
+        read_mmlu, hf_name="cais/mmlu", hf_config="all", eval_split="test", fewshot_split="dev",
+        eval_file="mmlu_test.jsonl", fewshot_file="mmlu_dev.jsonl", fewshot="first",
+        description="The following are multiple choice questions (with answers) about {}.\n\n",
+        acc_norm=False, num_fewshot=5, reported={"acc": 78.1}),
+    "gsm8k": Task(
+        read_gsm8k, "generation", hf_name="openai/gsm8k", hf_config="main", eval_split="test",
+        fewshot_split="train", eval_file="gsm8k_test.jsonl", fewshot_file="gsm8k_train.jsonl",
+        metric=gsm8k_scores, until=("Question:", "</s>", "<|im_end|>"),
+        num_fewshot=8, reported={"strict": 94.92}),
+    "humaneval": HUMANEVAL,
+    "humaneval_instruct": replace(
+        HUMANEVAL, program=humaneval_instruct_program, chat_prompt=humaneval_chat_prompt,
+        reported={"pass@1": 93.2}),
+    "mbpp": Task(
+        read_mbpp, "generation", hf_name="google-research-datasets/mbpp", hf_config="full",
+        eval_split="test", fewshot_split="prompt", eval_file="mbpp.jsonl",
+        fewshot_file="mbpp.jsonl", accept=accept_mbpp, fewshot="first", program=mbpp_program,
+        until=("[DONE]",), num_fewshot=3, reported={"pass@1": 81.5}),
+    "arc_easy": Task(
+        read_arc, hf_name="allenai/ai2_arc", hf_config="ARC-Easy", eval_split="test",
+        fewshot_split="train", eval_file="arc_easy_test.jsonl",
+        fewshot_file="arc_easy_train.jsonl", reported={"acc": 84.1}),
+    "arc_challenge": Task(
+        read_arc, hf_name="allenai/ai2_arc", hf_config="ARC-Challenge", eval_split="test",
+        fewshot_split="train", eval_file="arc_challenge_test.jsonl",
+        fewshot_file="arc_challenge_train.jsonl", num_fewshot=25, reported={"acc_norm": 69.6}),
+    "hellaswag": Task(
+        read_hellaswag, hf_name="Rowan/hellaswag", eval_split="validation", fewshot_split="train",
+        eval_file="hellaswag_val*.jsonl", fewshot_file="hellaswag_train.jsonl",
+        num_fewshot=10, reported={"acc_norm": 84.0}),
+    "piqa": Task(
+        read_piqa, hf_name="baber/piqa", eval_split="validation", fewshot_split="train",
+        eval_file="piqa_val.jsonl", fewshot_file="piqa_train.jsonl", reported={"acc_norm": 81.6}),
+    "openbookqa": Task(
+        read_openbookqa, hf_name="allenai/openbookqa", hf_config="main", eval_split="test",
+        fewshot_split="train", eval_file="openbookqa_test.jsonl",
+        fewshot_file="openbookqa_train.jsonl"),
+    "siqa": Task(
+        read_siqa, hf_name="allenai/social_i_qa", eval_split="validation", fewshot_split="train",
+        eval_file="siqa_val.jsonl", fewshot_file="siqa_train.jsonl", acc_norm=False,
+        reported={"acc": 53.8}),
+    "winogrande": Task(
+        read_winogrande, hf_name="allenai/winogrande", hf_config="winogrande_xl",
+        eval_split="validation", fewshot_split="train", eval_file="winogrande_val.jsonl",
+        fewshot_file="winogrande_train.jsonl", acc_norm=False, num_fewshot=5,
+        reported={"acc": 79.6}),
+}

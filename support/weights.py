@@ -1,0 +1,190 @@
+"""The files of a model or a checkpoint: tensors in safetensors files, settings in JSON."""
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from configurator import UserError
+
+# ---- files
+#
+# A released model is a folder, and so is a training checkpoint, with the optimizer's tensors under
+# another stem:
+#
+#     config.json                           the shape: MotifConfig.to_dict
+#     model.safetensors                     all tensors by name, if they fit into one file; else
+#     model-00001-of-00011.safetensors ...  several files (11 of at most 5 GB for 12.7B in fp32)
+#     model.safetensors.index.json          {"weight_map": {tensor name: file name}, ...}
+
+INDEX = ".safetensors.index.json"
+STORED_DTYPES = ("F64", "F32", "F16", "BF16")        # of weights, in the names of safetensors
+
+
+def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes: int) -> None:
+    """Write name -> tensor to path/<stem>.safetensors, or to several files of at most shard_bytes
+    and an index.
+
+    If FSDP2 shards some of them, all ranks call this. They assemble each tensor together, and each
+    rank writes some of the files."""
+    from safetensors.torch import save_file
+    rank, world = 0, 1
+    if any(hasattr(t, "full_tensor") for t in tensors.values()):
+        rank, world = dist.get_rank(), dist.get_world_size()
+    path.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        # Other programs read every safetensors file of a folder, old ones too.
+        for old in path.glob(f"{stem}[.-]*safetensors*"):
+            old.unlink()
+
+    # All tensors are assembled before any file is written: if writing fails on one rank, the other
+    # ranks must not be left waiting for it in full_tensor().
+    names_of_file = divide_into_files(tensors, stem, shard_bytes)
+    mine = {}
+    for i, (file, names) in enumerate(names_of_file.items()):
+        for name in names:
+            t = tensors[name]
+            t = t.full_tensor() if hasattr(t, "full_tensor") else t
+            if i % world == rank:
+                t = t.contiguous()
+                mine.setdefault(file, {})[name] = t.cpu() if world > 1 else t
+
+    for file, shard in mine.items():
+        save_file(shard, path / f"{file}.tmp", metadata={"format": "pt"})
+        os.replace(path / f"{file}.tmp", path / file)
+    if rank == 0 and len(names_of_file) > 1:
+        weight_map = {name: file for file, names in names_of_file.items() for name in names}
+        total_size = sum(t.numel() * t.element_size() for t in tensors.values())
+        write_json(path / (stem + INDEX),
+                   {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+
+
+def divide_into_files(tensors: dict[str, Tensor], stem: str, most: int) -> dict[str, list[str]]:
+    """File name -> the names of its tensors, in order, of at most `most` bytes together.
+
+    >>> tensors = {"a": torch.zeros(3), "b": torch.zeros(2), "c": torch.zeros(1)}
+    >>> divide_into_files(tensors, "model", most=12)
+    {'model-00001-of-00002.safetensors': ['a'], 'model-00002-of-00002.safetensors': ['b', 'c']}
+    """
+    files = [[]]
+    size = 0
+    for name, t in tensors.items():
+        nbytes = t.numel() * t.element_size()
+        if files[-1] and size + nbytes > most:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += nbytes
+    if len(files) == 1:
+        return {f"{stem}.safetensors": files[0]}
+    total = len(files)
+    return {f"{stem}-{i:05d}-of-{total:05d}.safetensors": names
+            for i, names in enumerate(files, 1)}
+
+
+def iter_checkpoint(path: Path, stem: str, shapes: dict[str, tuple],
+                    device=None) -> Iterator[tuple[str, Callable]]:
+    """Yield (name, read) of each tensor that save_tensors wrote: read() loads the tensor,
+    read(*slices) a part of it. Call read before advancing.
+
+    shapes: the tensors that there must be, all of them and no others. UserError, before anything is
+    yielded, if they are not there."""
+    from safetensors import safe_open
+    files = tensor_files(path, stem)
+    check_stored_tensors(path, files, shapes)
+    for file in files:                # one at a time: a mapped file takes memory
+        with safe_open(file, "pt", device=str(device or "cpu")) as f:
+            for name in f.keys():
+                if name in shapes:
+                    yield name, functools.partial(read_tensor, f, name)
+
+
+def read_tensor(f, name: str, *slices: slice) -> Tensor:
+    if slices:
+        return f.get_slice(name)[slices]
+    return f.get_tensor(name)
+
+
+def check_stored_tensors(path: Path, files: dict[Path, set | None], shapes: dict) -> None:
+    """UserError unless the files hold just these tensors, each in the file that the index says."""
+    from safetensors import SafetensorError, safe_open
+    stored = {}
+    problems = []
+    for file, indexed in files.items():
+        try:
+            with safe_open(file, "pt") as f:
+                parts = {name: f.get_slice(name) for name in f.keys()}
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"{file}: cannot be read: {e}") from None
+        for name, part in parts.items():
+            if name.endswith("rotary_emb.inv_freq"):      # in some releases; follows from theta
+                continue
+            stored[name] = tuple(part.get_shape())
+            if part.get_dtype() not in STORED_DTYPES:
+                problems.append(f"{name} is of {part.get_dtype()}, not {', '.join(STORED_DTYPES)}")
+            if indexed is not None and name not in indexed:
+                problems.append(f"{name} is in {file.name}, not where the index says")
+
+    for name, shape in shapes.items():
+        if name not in stored:
+            problems.append(f"missing {name}")
+        elif stored[name] != tuple(shape):
+            problems.append(f"{name} is {stored[name]}, not {tuple(shape)}")
+    problems += [f"extra {name}" for name in stored if name not in shapes]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(f"{path}: tensors do not fit: {'; '.join(problems[:4])}{more}")
+
+
+def tensor_files(path: Path, stem: str) -> dict[Path, set | None]:
+    """The safetensors files of this stem, each with the tensors that the index puts there; None
+    where there is no index, but one file."""
+    index = path / (stem + INDEX)
+    names = {f"{stem}.safetensors": None}
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index}: its weight_map must give each tensor's file")
+        names = {}
+        for tensor, file in weight_map.items():
+            names.setdefault(str(file), set()).add(tensor)
+    for name in names:
+        if not (path / name).exists():
+            raise UserError(f"{path}: {name} is missing")
+    return {path / name: names[name] for name in sorted(names)}
+
+
+def model_folder(name, patterns=("*.json", "*.safetensors")) -> Path:
+    """The folder of this name, or the files of these patterns of a Hub repository "owner/name"."""
+    path = Path(name)
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        return path
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
+    except Exception as e:   # a dozen kinds: no network, no such name, a licence to accept first
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"{name}: there is no such folder, and the Hub did not give it: "
+                        f"{type(e).__name__}: {reason}") from None
+
+
+def read_json(file: Path) -> dict:
+    try:
+        found = json.loads(file.read_text())
+    except OSError:
+        raise UserError(f"{file} cannot be read; a model folder has one") from None
+    except ValueError as e:
+        raise UserError(f"{file}: not JSON: {e}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: not a JSON object")
+    return found
+
+
+def write_json(file: Path, value: dict) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, file)
