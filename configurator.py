@@ -140,12 +140,16 @@ def check_key(key: str, types: dict[str, Any], place: str) -> None:
 def set_key(config: Any, key: str, types: dict[str, Any], value: Any, place: str) -> None:
     """Check key and value, then set the key and note the place that it came from."""
     check_key(key, types, place)
-    try:
-        value = coerce(types[key], value)
-    except UserError as e:
-        raise UserError(f"{place}: {key} {e}") from None
-    setattr(config, key, value)
+    setattr(config, key, check_value(f"{place}: {key}", types[key], value))
     config.came_from[key] = place
+
+
+def check_value(name: str, hint: Any, value: Any) -> Any:
+    """coerce(), with this name in front of the error."""
+    try:
+        return coerce(hint, value)
+    except UserError as e:
+        raise UserError(f"{name} {e}") from None
 
 
 def coerce(hint: Any, value: Any) -> Any:

@@ -6,7 +6,8 @@ import pytest
 
 MODULES = ("configurator", "model", "muonclip", "kernels", "data", "pretrain", "sft", "eval",
            "support.tokenizer", "support.sources", "support.log", "support.tasks",
-           "support.conversations", "support.selection", "synthetic.texts",
+           "support.conversations", "support.selection", "support.generation",
+           "synthetic.texts",
            "synthetic.conversations", "tools.grow", "tools.plan", "tools.sandbox")
 
 

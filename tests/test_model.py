@@ -15,6 +15,7 @@ import model as motif
 import reference
 from configurator import UserError
 from model import Block, Decoder, KVCache, Motif, MotifConfig, flops_per_token
+from support import generation
 from support.tokenizer import BEGIN, END, TURN_END, load_tokenizer
 from tools.export import TOKENIZER_FILES, export
 
@@ -264,7 +265,7 @@ def test_a_selected_row_continues_as_the_row_itself():
 
 @torch.no_grad()
 def test_rows_of_a_batch_are_generated_as_each_alone(monkeypatch):
-    monkeypatch.setattr(motif, "PREFILL_TOKENS", 9)      # pieces of three columns
+    monkeypatch.setattr(generation, "PREFILL_TOKENS", 9)      # pieces of three columns
     model, ids = make(), tokens(3, 8)
     alone = []
     for row, length in enumerate([8, 2, 5]):
