@@ -58,8 +58,8 @@ import kernels
 from configurator import NonNegative, UserError, check_value
 from kernels import upcast
 from support.generation import Decoder, KVCache, LayerCache
-from support.released_config import released_config, released_shape
-from support.weights import (iter_checkpoint, model_folder, read_json, save_tensors,
+from support.released_config import read_released_config, released_config
+from support.weights import (check_finite, iter_checkpoint, model_folder, read_json, save_tensors,
                              write_json)
 
 # ---- normalisation and positions
@@ -388,7 +388,8 @@ class MotifConfig:
         return keys
 
     def check(self) -> None:
-        """UserError for a value that does not fit its type, or heads that do not divide."""
+        """UserError for a value that does not fit its type, for heads that do not divide and for
+        sizes that no computer has room for."""
         for field in fields(MotifConfig):
             check_value(field.name, field.type, getattr(self, field.name))
 
@@ -404,12 +405,16 @@ class MotifConfig:
         if G and (K % 2 or G % (K // 2)):
             raise UserError(f"num_key_value_heads={K} must be pairs that divide "
                             f"num_noise_heads={G}")
+        if flops_per_token(self, seq_len=1)[0] > 2**41:      # two for each parameter
+            raise UserError("hidden_size, intermediate_size, vocab_size and num_hidden_layers "
+                            "make more than 2^40 parameters; is one of them mistyped?")
 
     @classmethod
     def from_dict(cls, config: dict) -> "MotifConfig":
-        """From a released config.json."""
-        shape = released_shape(config)
-        return cls(**{f.name: shape[f.name] for f in fields(cls) if f.name in shape})
+        """From a released config.json; UserError if it describes another kind of model."""
+        shape = cls(**read_released_config(config))
+        shape.check()
+        return shape
 
     def to_dict(self) -> dict:
         """The released config.json."""
@@ -728,6 +733,7 @@ class Motif(nn.Module):
         tensors = {}
         for name, read in iter_checkpoint(path, "model", shapes, device):
             tensors[name] = read().to(dtype)
+            check_finite(path, name, tensors[name])
         model.load_state_dict(tensors, assign=True)
         return model.to(device or "cpu").requires_grad_()
 
