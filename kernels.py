@@ -156,29 +156,26 @@ def scale_(x: Tensor, factor: Tensor) -> None:
         scale_kernel[grid](x, factor, x.numel(), BLOCK_SIZE=8192, num_warps=8)
 
 
-# ---- PolyNorm (arXiv 2411.03884): model.poly_norm(x) * up
+# ---- PolyNorm: model.poly_norm(x) * up
 #
-# The activation of Motif-2's MLP, for a row x of n numbers (12.7B: n = F = 16,384):
+# The activation of Motif-2's MLP, for a row x of n numbers (12.7B: n = F = 16,384). A subscript is
+# the power of x that a number goes with. The weight tensor holds (w3, w2, w1), the cubic first.
 #
-#     y = w1 r1 x + w2 r2 x^2 + w3 r3 x^3 + b,      r_p = 1 / sqrt(mean(x^2p) + eps)
+#     r_p = 1 / sqrt(mean((x^p)^2) + eps)           normalises x^p: r3 comes from the mean of x^6
+#     y   = b + x (w1 r1 + x (w2 r2 + x w3 r3))
 #
-# The weight tensor holds (w3, w2, w1) in this order, the cubic first. Here a subscript is always
-# the power of x that it goes with.
+# model.py derives the gradient (r_p is s_m there). For g = dL/dy it is computed here as
 #
-# Its gradient in closed form. Let g = dL/dy. An x_j acts on y_j directly, and on every y_i of the
-# row through the r_p, since d r_p / d x_j = -p r_p^3 x_j^(2p-1) / n. The sum of both is
+#     s_p  = r_p sum(g x^p)                         dw_p is the sum of s_p over all rows, db that of g
+#     k_p  = p w_p r_p^2 s_p / n
+#     dx   = g (w1 r1 + x (2 w2 r2 + x 3 w3 r3)) - x (k1 + x^2 (k2 + x^2 k3))
 #
-#     dx_j = sum over p of  w_p p r_p x_j^(p-1) (g_j - r_p^2 x_j^p mean(g x^p))
-#
-# That is the whole derivation. With s_p = r_p sum(g x^p) and k_p = p w_p r_p^2 s_p / n it reads
-#
-#     dx = g (w1 r1 + x (2 w2 r2 + x 3 w3 r3)) - x (k1 + x^2 (k2 + x^2 k3))
-#     dw_p = sum of s_p over all rows,     db = sum of g over all rows
+# k_p has the r_p^3 of the derivative of r_p: one r_p is in s_p, two come on top. They stay apart
+# because gates of large models reach |x| = 3e5, where r3^3 = 5e-50 is 0 in fp32. Polynomials are
+# evaluated from the inside (Horner's rule), so that x^5 is never formed either.
 #
 # Why by hand: autograd would keep a dozen tensors as large as x for the backward pass. In this form
-# x, up and three numbers per row are enough, and y is computed again. And polynomials are evaluated
-# by Horner's rule, c0 + x (c1 + x (c2 + ...)), which never forms x^5: at |x| = 3e5, where gates of
-# large models do get, powers of that size would cost digits.
+# x, up and r1, r2, r3 of each row are enough, and y is computed again.
 
 def poly_norm_forward_plain(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor,
                             eps: float) -> tuple[Tensor, Tensor]:
@@ -282,6 +279,7 @@ def poly_norm_forward_kernel(x_ptr, up_ptr, weight_ptr, bias_ptr, out_ptr, inv_r
     mask = i < n
     x = tl.load(x_ptr + row * x_row_stride + i, mask=mask, other=0).to(tl.float32)
 
+    # r_p normalises x^p, so it needs the mean of x^(2p).
     x2 = x * x
     r1 = tl.rsqrt(tl.sum(x2) / n + eps)
     r2 = tl.rsqrt(tl.sum(x2 * x2) / n + eps)
@@ -342,7 +340,8 @@ def poly_norm_backward_kernel(d_out_ptr, x_ptr, up_ptr, weight_ptr, bias_ptr, in
     k1 = c1 * r1 * s1 / n
     k2 = 2 * c2 * r2 * s2 / n
     k3 = 3 * c3 * r3 * s3 / n
-    # The second pass: dx = g (c1 + x (2 c2 + x 3 c3)) - x (k1 + x^2 (k2 + x^2 k3)).
+
+    # The second pass.
     for start in range(0, n, BLOCK_SIZE):
         i = start + tl.arange(0, BLOCK_SIZE)
         x = load_row(x_ptr, row * x_row_stride, i, n, "evict_first").to(tl.float32)
@@ -362,17 +361,18 @@ def poly_norm_backward_kernel(d_out_ptr, x_ptr, up_ptr, weight_ptr, bias_ptr, in
     tl.store(sums_ptr + 3 * num_rows + row, tl.sum(g0))
 
 
-def fake_poly_norm_forward(x, up, weight, bias, eps):
-    return x.new_empty(x.shape), empty_per_row(x, 3)
+def empty_poly_norm_outputs(x, up, weight, bias, eps):
+    """out (rows, n), and inv_rms (rows, 3) in fp32. x.shape[0] and not len(x): with len(),
+    torch.compile would compile again for every number of rows."""
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], 3, dtype=torch.float32)
 
 
-@custom_op(fake_poly_norm_forward)
+@custom_op(empty_poly_norm_outputs)
 def poly_norm_forward(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor,
                       eps: float) -> tuple[Tensor, Tensor]:
     """poly_norm_forward_plain by a kernel."""
     num_rows, n = x.shape
-    out = x.new_empty(x.shape)
-    inv_rms = empty_per_row(x, 3)
+    out, inv_rms = empty_poly_norm_outputs(x, up, weight, bias, eps)
     if num_rows > 0:
         block_size = triton.next_power_of_2(n)
         up_row_stride = 0 if up is None else up.stride(0)
@@ -404,12 +404,6 @@ def poly_norm_backward(d_out: Tensor, x: Tensor, up: Tensor | None, weight: Tens
             up_row_stride, GATED=up is not None, BLOCK_SIZE=block_size,
             num_warps=max(block_size // 512, 4))
     return dx, d_up, sums.sum(1)
-
-
-def empty_per_row(x: Tensor, count: int) -> Tensor:
-    """Uninitialised fp32 tensor (rows of x, count). x.shape[0] and not len(x): with len(),
-    torch.compile would compile again for every number of rows."""
-    return x.new_empty(x.shape[0], count, dtype=torch.float32)
 
 
 def contiguous_last_dim(t: Tensor) -> Tensor:
@@ -644,6 +638,7 @@ def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, scale_ptr, V, GRAD
 
     # logsumexp in one pass: each lane keeps its largest logit so far, and the sum of exp(logit -
     # largest), which shrinks when a larger one comes. One reduction at the end joins the lanes.
+    # A lane that no logit has reached yet starts at -1e30 and not at -inf: (-inf) - (-inf) is NaN.
     lane_max = tl.full((BLOCK_SIZE,), -1e30, tl.float32)
     lane_sum = tl.zeros((BLOCK_SIZE,), tl.float32)
     for start in range(0, V, BLOCK_SIZE):
@@ -664,6 +659,7 @@ def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, scale_ptr, V, GRAD
             i = start + tl.arange(0, BLOCK_SIZE)
             p = tl.exp(tl.load(logits_ptr + i, mask=i < V, other=0).to(tl.float32) - lse)
             dlogits = (p - tl.where(i == target, 1.0, 0.0)) * factor
+            # factor is 0 for an ignored token, but 0 * NaN is NaN, where its logits are NaN.
             dlogits = tl.where(is_real, dlogits, 0.0)
             tl.store(logits_ptr + i, dlogits.to(logits_ptr.dtype.element_ty), mask=i < V)
 
@@ -765,7 +761,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: 
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
-    scale = upcast(x.new_full((), scale, dtype=torch.promote_types(x.dtype, torch.float32)))
+    scale = x.new_full((), scale, dtype=torch.promote_types(x.dtype, torch.float32))
     if reduction == "mean":
         scale = scale / (targets >= 0).sum().clamp(min=1)
     return LinearCrossEntropy.apply(x, weight, targets.contiguous(), scale,
@@ -792,18 +788,30 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # that the value heads are twice as wide as the keys (2D), that signal and noise heads are computed
 # by one launch, and that it returns the largest logit of each head, which QK-clip wants.
 #
-# Who reads what. Query heads are numbered pair by pair, group by group, noise head last:
+# Who reads what. Query heads stand group after group, each group's noise head last. `group` counts
+# all groups of a sequence, and GP of them share one pair of key heads:
 #
-#     q head index h = (pair * GP + group) * (R + N) + i          12.7B: 8 pairs, GP = 1, R = 4, N = 1
+#     h     = group * (R + N) + i                                 12.7B: 8 pairs, GP = 1, R = 4, N = 1
+#     pair  = group // GP
 #     i < R    a signal head: reads key head 2 * pair             h = 0 .. 3 read key head 0
 #     i == R   the noise head: reads key head 2 * pair + 1        h = 4 reads key head 1
 #     both read value head `pair`, which is DV = 2D wide          h = 5 .. 8 read key head 2, ...
 #
-# GP is the number of groups that share a pair of key heads, R is r, and N is 1. For plain
-# grouped-query attention N is 0: then a "pair" is one key head, and a group is the R query heads
-# that read it. q, k and v are seen as matrices of B * T rows, q with H * D columns and so on. So the
-# data of sequence b begin at row b * T, and those of head h at column h * D. TMA copies blocks of
-# them: desc.load([row, column]).
+# R is r, and N is 1. For plain grouped-query attention N is 0: then a "pair" is one key head, and a
+# group is the R query heads that read it. The heads of one pair are neighbours, and head_in_pair
+# counts them: h = pair * GP * (R + N) + head_in_pair.
+#
+# q, k and v are seen as matrices of B * T rows, q with H * D columns and so on. So sequence b begins
+# at row b * T, and head h at column h * D. TMA copies blocks of them: desc.load([row, column]). A
+# block may stick out at the bottom, so its rows are made harmless by hand:
+#
+#     beyond row B * T    TMA reads zeros there, and writes nothing. No mask is needed.
+#     beyond row T        are rows of sequence b + 1. As keys they come later than any query of
+#                         sequence b, so the causal mask takes them out. As queries their results
+#                         are not stored, and in the backward pass their p is 0.
+#
+# KNOWN LIMITATION: p = 0 does not take out a NaN, as 0 * NaN is NaN. A NaN at the beginning of
+# sequence b + 1 reaches the outputs and gradients at the end of sequence b.
 #
 # One program computes BM query rows of one head. It walks over the keys, BN at a time. With the
 # largest logit of a row still unknown it keeps, as in FlashAttention, for each row
@@ -822,12 +830,8 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # log2(e) / sqrt(D), and exp2 is applied. Saved for the backward pass is only lse = m_i + log2(l_i)
 # of each row, from which p = exp2(q.k * qk_scale - lse) can be had again.
 #
-# Documents. Rows may be packed with several: a query then sees the keys doc_start[t], ..., t. Blocks
+# Documents. Rows may be packed with several: query t then sees the keys doc_start[t], ..., t. Blocks
 # of keys before the first row's document are skipped.
-#
-# KNOWN LIMITATION: a block at the end of sequence b sticks out into sequence b + 1. What it reads
-# there is multiplied by 0, and 0 * NaN is NaN: a NaN at the beginning of sequence b + 1 reaches the
-# outputs and gradients at the end of sequence b.
 
 @jit
 def attention_forward_sweep(Q, acc, m_i, l_i, k_desc, v_desc, seq_row, k_col, v_col, rows,
@@ -853,14 +857,14 @@ def attention_forward_sweep(Q, acc, m_i, l_i, k_desc, v_desc, seq_row, k_col, v_
 @jit
 def output_of_head(signal_ptr, noise_ptr, h, H, R: tl.constexpr, N: tl.constexpr):
     """The tensor that query head h writes, how many heads it has, and h's place among them."""
+    num_groups = H // (R + N)
     group = h // (R + N)
     i = h % (R + N)
-    num_heads = H // (R + N)
-    if i // R == 0:
-        out_ptr, num_heads, index = signal_ptr, num_heads * R, group * R + i
+    is_noise = i // R
+    if is_noise == 0:
+        return signal_ptr, num_groups * R, group * R + i
     else:
-        out_ptr, num_heads, index = noise_ptr, num_heads, group
-    return out_ptr, num_heads, index
+        return noise_ptr, num_groups, group
 
 
 @jit
@@ -892,21 +896,24 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 
     Q = q_desc.load([b * T + m0, h * D])
     acc = tl.zeros([BM, DV], tl.float32)
+    # Not -inf: a row may see no key of a block, and its logits there are -inf. Then m_new would be
+    # -inf too, and (-inf) - (-inf) is NaN. From -1e38, p = exp2(-inf) = 0 and alpha = 1.
     m_i = tl.full([BM], -1e38, tl.float32)
     l_i = tl.zeros([BM], tl.float32)
     doc_start = tl.zeros([BM], tl.int32)
     hi = tl.minimum(m0 + BM, T)
     if doc_start_ptr is None:
-        # Every row of this block sees all keys before m0: no mask is needed up to there.
-        lo = m0 // BN * BN
+        # Every row of this block sees all keys before m0, so whole blocks of them need no mask.
+        masked_lo = m0 // BN * BN
         acc, m_i, l_i = attention_forward_sweep(Q, acc, m_i, l_i, k_desc, v_desc, b * T, k_col,
-                                                v_col, rows, doc_start, 0, lo, qk_scale, False, BN)
+                                                v_col, rows, doc_start, 0, masked_lo, qk_scale,
+                                                False, BN)
     else:
         # Documents lie one after the other: none of the later rows looks further back than the first.
-        lo = tl.load(doc_start_ptr + b * T + m0) // BN * BN
+        masked_lo = tl.load(doc_start_ptr + b * T + m0) // BN * BN
         doc_start = tl.load(doc_start_ptr + b * T + rows, rows < T, 0)
     acc, m_i, l_i = attention_forward_sweep(Q, acc, m_i, l_i, k_desc, v_desc, b * T, k_col, v_col,
-                                            rows, doc_start, lo, hi, qk_scale, True, BN)
+                                            rows, doc_start, masked_lo, hi, qk_scale, True, BN)
 
     # Rows beyond T get lse = inf, so that the backward pass finds p = exp2(... - inf) = 0 there.
     lse = tl.where(rows < T, m_i + tl.log2(l_i), float("inf"))
@@ -942,9 +949,13 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 # kernel writes dS to memory in bf16 and the second reads it: five products (six where dV has a pass
 # of its own), and no atomics.
 #
-# dS of one pair of key heads at T = 16,384 is 1.3 GiB, so only the pairs that fit DS_BYTES are done
-# at one time (at least one). Its lower triangle is cut into tiles of TILE x TILE. Tile (t, s) has the
-# queries of tile row t and the keys of tile column s <= t, and is number t (t + 1) / 2 + s of its head:
+# Pairs of key heads are numbered over the whole batch: a sequence has P of them, `pair` is a pair's
+# number within sequence b, and pair_in_batch = b * P + pair. dS of one pair at T = 16,384 is 1.3 GiB,
+# so only as many pairs as fit DS_BYTES are done at one time (at least one): those from first_pair
+# on. In the memory for dS these pairs, and their heads, count from 0: pair_in_ds, head_in_ds.
+#
+# The lower triangle of dS is cut into tiles of TILE x TILE. Tile (t, s) has the queries of tile row t
+# and the keys of tile column s <= t, and is number t (t + 1) / 2 + s of its head:
 #
 #                     keys s = 0     1     2     3
 #     queries t = 0            0
@@ -975,7 +986,7 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 
 @jit
 def attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc, ds_desc, ds_row,
-                         seq_row, first_head, pair, n0, doc_end, lo, hi, T, qk_scale,
+                         tiles_per_head, seq_row, first_head, pair, n0, doc_end, lo, hi, qk_scale,
                          IS_NOISE: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr,
                          N: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                          BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
@@ -985,17 +996,16 @@ def attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
     products are transposed: P^T and dS^T are (BN, BM), keys by queries."""
     heads_per_group: tl.constexpr = 1 if IS_NOISE else R
     num_blocks = (hi - lo + BM - 1) // BM
-    tile_rows = (T + TILE - 1) // TILE
-    tiles_per_head = tile_rows * (tile_rows + 1) // 2
     for step in range(0, GP * heads_per_group * num_blocks):
-        # a: the head's place among the pair's signal (or noise) heads; h: among all its heads.
-        a = step // num_blocks
+        # index_in_pair counts the pair's signal (or noise) heads, head_in_pair all heads of the pair.
+        index_in_pair = step // num_blocks
         m0 = lo + step % num_blocks * BM
-        h = a // heads_per_group * (R + N) + IS_NOISE * R + a % heads_per_group
+        group_in_pair = index_in_pair // heads_per_group
+        head_in_pair = group_in_pair * (R + N) + IS_NOISE * R + index_in_pair % heads_per_group
         rows = m0 + tl.arange(0, BM)
-        Q = q_desc.load([seq_row + m0, (pair * (GP * (R + N)) + h) * D])
-        dO = d_out_desc.load([seq_row + m0, (pair * (GP * heads_per_group) + a) * DV])
-        lse = lse_desc.load([first_head + h, m0]).reshape(BM)
+        Q = q_desc.load([seq_row + m0, (pair * (GP * (R + N)) + head_in_pair) * D])
+        dO = d_out_desc.load([seq_row + m0, (pair * (GP * heads_per_group) + index_in_pair) * DV])
+        lse = lse_desc.load([first_head + head_in_pair, m0]).reshape(BM)
 
         p = tl.exp2(tl.dot(K, Q.T) * qk_scale - lse[None, :])
         if MASKED:
@@ -1006,10 +1016,10 @@ def attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
             dV = tl.dot(p.to(dO.dtype), dO, dV)
         if NEED_DK:
             dP = tl.dot(V, dO.T)
-            delta = delta_desc.load([first_head + h, m0]).reshape(1, BM)
+            delta = delta_desc.load([first_head + head_in_pair, m0]).reshape(1, BM)
             dS = (p * (dP - delta)).to(Q.dtype)
             t = m0 // TILE
-            tile = h * tiles_per_head + t * (t + 1) // 2 + n0 // TILE
+            tile = head_in_pair * tiles_per_head + t * (t + 1) // 2 + n0 // TILE
             ds_desc.store([ds_row + tile * TILE + n0 % TILE, m0 % TILE], dS)
             dK = tl.dot(dS, Q, dK)
     return dK, dV
@@ -1022,16 +1032,18 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
                           DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
                           NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
     """One program: BN keys of one pair: dK of its signal and its noise key head, dV, and their part
-    of dS. The grid is (blocks of keys, pairs); pairs of all sequences are counted in one row."""
+    of dS. The grid is (blocks of keys, pairs whose dS has room)."""
     pair_in_ds = tl.program_id(1)
-    b = (first_pair + pair_in_ds) // P
-    pair = (first_pair + pair_in_ds) % P
+    pair_in_batch = first_pair + pair_in_ds
+    b = pair_in_batch // P
+    pair = pair_in_batch % P
     n0 = tl.program_id(0) * BN
     n = tl.arange(0, BN)
     heads_per_pair: tl.constexpr = GP * (R + N)
     first_head = (b * P + pair) * heads_per_pair
     tile_rows = (T + TILE - 1) // TILE
-    ds_row = pair_in_ds * heads_per_pair * (tile_rows * (tile_rows + 1) // 2) * TILE
+    tiles_per_head = tile_rows * (tile_rows + 1) // 2
+    ds_row = pair_in_ds * heads_per_pair * tiles_per_head * TILE
 
     # Start at the tile's first row, although those queries may precede the keys: their dS is 0, but
     # it must be written, since attention_dq_kernel loads whole tiles.
@@ -1053,15 +1065,15 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
         dK = tl.zeros([BN, D], tl.float32) if NEED_DK else 0
         d_out_desc = d_noise_desc if IS_NOISE else d_signal_desc
         dK, dV = attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
-                                      ds_desc, ds_row, b * T, first_head, pair, n0, doc_end, lo,
-                                      masked_hi, T, qk_scale, IS_NOISE, True, R, N, GP, D, DV, BM,
-                                      BN, TILE, NEED_DK, NEED_DV)
+                                      ds_desc, ds_row, tiles_per_head, b * T, first_head, pair, n0,
+                                      doc_end, lo, masked_hi, qk_scale, IS_NOISE, True, R, N, GP,
+                                      D, DV, BM, BN, TILE, NEED_DK, NEED_DV)
         if doc_end_ptr is None:
             # All later queries see all of these keys.
             dK, dV = attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
-                                          ds_desc, ds_row, b * T, first_head, pair, n0, doc_end,
-                                          masked_hi, T, T, qk_scale, IS_NOISE, False, R, N, GP, D,
-                                          DV, BM, BN, TILE, NEED_DK, NEED_DV)
+                                          ds_desc, ds_row, tiles_per_head, b * T, first_head, pair,
+                                          n0, doc_end, masked_hi, T, qk_scale, IS_NOISE, False, R,
+                                          N, GP, D, DV, BM, BN, TILE, NEED_DK, NEED_DV)
         if NEED_DK:
             first_vector = first_row * (P * (1 + N)) + key_head
             dk_ptrs = block_pointers(dk_ptr, first_vector, P * (1 + N), BN, D)
@@ -1082,12 +1094,15 @@ def attention_dq_kernel(ds_desc, k_desc, doc_start_ptr, dq_ptr, first_pair, T, P
     heads_per_pair: tl.constexpr = GP * (R + N)
     t = tl.num_programs(0) - 1 - tl.program_id(0)
     head_in_ds = tl.program_id(1)
-    b = (first_pair + head_in_ds // heads_per_pair) // P
-    pair = (first_pair + head_in_ds // heads_per_pair) % P
-    h = head_in_ds % heads_per_pair
-    k_col = (pair * (1 + N) + h % (R + N) // R) * D
+    pair_in_batch = first_pair + head_in_ds // heads_per_pair
+    b = pair_in_batch // P
+    pair = pair_in_batch % P
+    head_in_pair = head_in_ds % heads_per_pair
+    is_noise = head_in_pair % (R + N) // R
+    k_col = (pair * (1 + N) + is_noise) * D
     tile_rows = (T + TILE - 1) // TILE
-    ds_row = (head_in_ds * (tile_rows * (tile_rows + 1) // 2) + t * (t + 1) // 2) * TILE
+    tiles_per_head = tile_rows * (tile_rows + 1) // 2
+    ds_row = (head_in_ds * tiles_per_head + t * (t + 1) // 2) * TILE
 
     # With documents, start at the key block in which the document of this tile's first row begins;
     # attention_dkdv_kernel has written dS for it and for every later block.
@@ -1101,7 +1116,7 @@ def attention_dq_kernel(ds_desc, k_desc, doc_start_ptr, dq_ptr, first_pair, T, P
 
     rows = tl.arange(0, TILE)
     first_row = tl.cast(b * T + t * TILE, tl.int64)
-    first_vector = first_row * (P * heads_per_pair) + pair * heads_per_pair + h
+    first_vector = first_row * (P * heads_per_pair) + pair * heads_per_pair + head_in_pair
     dq_ptrs = block_pointers(dq_ptr, first_vector, P * heads_per_pair, TILE, D)
     dQ = (dQ * sm_scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptrs, dQ, (t * TILE + rows < T)[:, None])
