@@ -122,9 +122,10 @@ def custom_op(fake: Callable, mutates_args: tuple[str, ...] = ()) -> Callable:
 #     tl.sum(z), tl.dot(a, b, c)   the sum of a block; a @ b + c on the tensor cores
 #
 # Names in capitals that are marked tl.constexpr are known when the kernel is compiled: an `if` on
-# one of them costs nothing, and each combination of them is a kernel of its own. At the launch,
-# num_warps says how many warps (of 32 threads) share a program, and num_stages how many steps
-# ahead a loop loads. A @jit function that a kernel calls is inlined into it.
+# one of them costs nothing, and each combination of them is a kernel of its own. An argument that is
+# None is known as well. At the launch, num_warps says how many warps (of 32 threads) share a
+# program, and num_stages how many steps ahead a loop loads. A @jit function that a kernel calls is
+# inlined into it.
 #
 # The simplest kernel here multiplies a tensor by a number, in place. Program p takes the elements
 # p * BLOCK_SIZE to (p + 1) * BLOCK_SIZE - 1. Offsets are int64 where a tensor may have over 2^31
@@ -141,11 +142,7 @@ def scale_kernel(x_ptr, factor_ptr, n, BLOCK_SIZE: tl.constexpr):
         tl.store(x_ptr + offsets, (x * factor).to(x_ptr.dtype.element_ty), mask=mask)
 
 
-def fake_scale_(x, factor):
-    return None
-
-
-@custom_op(fake_scale_, mutates_args=("x",))
+@custom_op(lambda x, factor: None, mutates_args=("x",))
 def scale_(x: Tensor, factor: Tensor) -> None:
     """x *= factor, for a contiguous x and a factor that is a scalar on x's device."""
     if not use_triton(x):
@@ -165,7 +162,7 @@ def scale_(x: Tensor, factor: Tensor) -> None:
 #
 # model.py derives the gradient (r_p is s_m there). For g = dL/dy it is computed here as
 #
-#     s_p  = r_p sum(g x^p)                         dw_p is the sum of s_p over all rows, db that of g
+#     s_p  = r_p sum(g x^p)                         dw_p sums s_p over all rows, and db sums g
 #     k_p  = p w_p r_p^2 s_p / n
 #     dx   = g (w1 r1 + x (2 w2 r2 + x 3 w3 r3)) - x (k1 + x^2 (k2 + x^2 k3))
 #
@@ -525,11 +522,7 @@ def differential_norm_backward_kernel(dy_ptr, signal_ptr, noise_ptr, lambda_ptr,
     tl.store(sums_ptr + width, tl.sum(d_lambda, 0, keep_dims=True), mask=i < width)
 
 
-def fake_differential_norm_forward(signal, noise, lambda_, weight, eps):
-    return torch.empty_like(signal)
-
-
-@custom_op(fake_differential_norm_forward)
+@custom_op(lambda signal, *others: torch.empty_like(signal))
 def differential_norm_forward(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Tensor,
                               eps: float) -> Tensor:
     """All inputs contiguous; see fused_differential_norm."""
@@ -794,24 +787,24 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # Who reads what. Query heads stand group after group, each group's noise head last. `group` counts
 # all groups of a sequence, and GP of them share one pair of key heads:
 #
-#     h     = group * (R + N) + i                                 12.7B: 8 pairs, GP = 1, R = 4, N = 1
+#     h     = group * (R + N) + i                                 12.7B: P = 8, GP = 1, R = 4, N = 1
 #     pair  = group // GP
 #     i < R    a signal head: reads key head 2 * pair             h = 0 .. 3 read key head 0
 #     i == R   the noise head: reads key head 2 * pair + 1        h = 4 reads key head 1
 #     both read value head `pair`, which is DV = 2D wide          h = 5 .. 8 read key head 2, ...
 #
-# R is r, and N is 1. For plain grouped-query attention N is 0: then a "pair" is one key head, and a
-# group is the R query heads that read it. The heads of one pair are neighbours, and head_in_pair
-# counts them: h = pair * GP * (R + N) + head_in_pair.
+# So is_noise = i // R. R is r, and N is 1. For plain grouped-query attention N is 0: then a "pair"
+# is one key head, and a group is the R query heads that read it. The heads of one pair are
+# neighbours, and head_in_pair counts them: h = pair * GP * (R + N) + head_in_pair.
 #
 # q, k and v are seen as matrices of B * T rows, q with H * D columns and so on. So sequence b begins
-# at row b * T, and head h at column h * D. TMA copies blocks of them: desc.load([row, column]). A
-# block may stick out at the bottom, so its rows are made harmless by hand:
+# at row b * T, and head h at column h * D. TMA copies blocks of them: desc.load([row, column]). The
+# last block of a sequence may have more than its T rows. What do its loads without a mask read?
 #
-#     beyond row B * T    TMA reads zeros there, and writes nothing. No mask is needed.
-#     beyond row T        are rows of sequence b + 1. As keys they come later than any query of
-#                         sequence b, so the causal mask takes them out. As queries their results
-#                         are not stored, and in the backward pass their p is 0.
+#     behind the last sequence    zeros: TMA reads nothing outside a tensor.
+#     behind sequence b           rows of sequence b + 1. As keys they come after all queries of
+#                                 sequence b, so the causal mask takes them out. As queries their
+#                                 results are not stored, and in the backward pass their p is 0.
 #
 # KNOWN LIMITATION: p = 0 does not take out a NaN, as 0 * NaN is NaN. A NaN at the beginning of
 # sequence b + 1 reaches the outputs and gradients at the end of sequence b.
@@ -918,7 +911,8 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
     acc, m_i, l_i = attention_forward_sweep(Q, acc, m_i, l_i, k_desc, v_desc, b * T, k_col, v_col,
                                             rows, doc_start, masked_lo, hi, qk_scale, True, BN)
 
-    # Rows beyond T get lse = inf, so that the backward pass finds p = exp2(... - inf) = 0 there.
+    # Rows beyond T get lse = inf, so that the backward pass finds p = exp2(... - inf) = 0 there. lse
+    # has room for them: each head has tl.num_programs(0) whole blocks.
     lse = tl.where(rows < T, m_i + tl.log2(l_i), float("inf"))
     tl.store(lse_ptr + tl.cast(bh, tl.int64) * (tl.num_programs(0) * BM) + rows, lse)
     tl.store(max_logit_ptr + bh * tl.num_programs(0) + block,
@@ -953,12 +947,13 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 # of its own), and no atomics.
 #
 # Pairs of key heads are numbered over the whole batch: a sequence has P of them, `pair` is a pair's
-# number within sequence b, and pair_in_batch = b * P + pair. dS of one pair at T = 16,384 is 1.3 GiB,
-# so only as many pairs as fit DS_BYTES are done at one time (at least one): those from first_pair
-# on. In the memory for dS these pairs, and their heads, count from 0: pair_in_ds, head_in_ds.
+# number within sequence b, and pair_in_batch = b * P + pair. dS of one pair at T = 16,384 is
+# 1.3 GiB, so only as many pairs as fit DS_BYTES are done at one time (at least one): those from
+# first_pair on. In the memory for dS these pairs, and their heads, count from 0: pair_in_ds and
+# head_in_ds.
 #
-# The lower triangle of dS is cut into tiles of TILE x TILE. Tile (t, s) has the queries of tile row t
-# and the keys of tile column s <= t, and is number t (t + 1) / 2 + s of its head:
+# The lower triangle of dS is cut into tiles of TILE x TILE. Tile (t, s) has the queries of tile row
+# t and the keys of tile column s <= t, and is number t (t + 1) / 2 + s of its head:
 #
 #                     keys s = 0     1     2     3
 #     queries t = 0            0
@@ -996,11 +991,12 @@ def attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
                          NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
     """What the query rows lo to hi add to dK and dV of the keys K (BN, D). One loop goes over all
     heads of the pair that are signal heads, or noise heads if IS_NOISE, and over their rows. The
-    products are transposed: P^T and dS^T are (BN, BM), keys by queries."""
+    products are transposed: P^T and dS^T are (BN, BM), keys by queries. seq_row is the sequence's
+    first row in q; first_head is the pair's first row in lse and delta, ds_row in ds."""
     heads_per_group: tl.constexpr = 1 if IS_NOISE else R
     num_blocks = (hi - lo + BM - 1) // BM
     for step in range(0, GP * heads_per_group * num_blocks):
-        # index_in_pair counts the pair's signal (or noise) heads, head_in_pair all heads of the pair.
+        # index_in_pair counts the pair's signal (or noise) heads, head_in_pair all its heads.
         index_in_pair = step // num_blocks
         m0 = lo + step % num_blocks * BM
         group_in_pair = index_in_pair // heads_per_group
@@ -1062,6 +1058,7 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
     V = v_desc.load([b * T + n0, pair * DV]) if NEED_DK else 0
     dV = tl.zeros([BN, DV], tl.float32) if NEED_DV else 0
     first_row = tl.cast(b * T + n0, tl.int64)
+    # The compiler unrolls this loop: the signal key head, then the noise key head.
     for IS_NOISE in tl.static_range(1 + N):
         key_head = pair * (1 + N) + IS_NOISE
         K = k_desc.load([b * T + n0, key_head * D])
@@ -1309,15 +1306,15 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
 #
 # lower_tile tells a program which tile is its own. Row by row would be the natural numbering: row i
 # begins at t = i (i + 1) / 2. But the programs that run at one time should share rows of X and Y,
-# which then come from the L2 cache. So the tile rows are taken in bands of eight, and a band is walked
-# column by column; its last columns, which form a triangle, row by row. With bands of two:
+# which then come from the L2 cache. So the tile rows are taken in bands of eight, and a band is
+# walked column by column; its last columns, which form a triangle, row by row. With bands of two:
 #
 #     0
 #     1  2            the first band, a triangle only
 #     3  5  7
 #     4  6  8  9      the second band: 3 to 6 go down the columns, 7 to 9 are the triangle
 #
-# Where m and k are no multiples of a tile, TMA reads zeros outside a matrix and writes nothing there.
+# At the edges a tile may stick out of a matrix: TMA reads zeros there, and writes nothing.
 
 def lower_tiles(num_rows: int, band: int = 8) -> list[tuple[int, int]]:
     """Plain form of lower_tile: row and column of each tile, in the order of their numbers.
@@ -1337,15 +1334,16 @@ def lower_tiles(num_rows: int, band: int = 8) -> list[tuple[int, int]]:
 def lower_tile(t, num_rows):
     """Row and column of tile number t, with bands of eight.
 
-    Row by row, tile t would be in row i = (sqrt(8 t + 1) - 1) / 2, rounded down. (With 5 in place of
-    1 it is the same, and a square root that comes out a little too small does no harm.) That row has
-    the right band, since a band has the same numbers in either order. Two tiles of the picture above:
+    Row by row, tile t would be in row i = (sqrt(8 t + 1) - 1) / 2, rounded down. (With 5 in place
+    of 1 it is the same, and a square root that comes out a little too small does no harm.) Row i is
+    in the right band, since a band has the same numbers in either order. Two tiles of the picture
+    above, which has bands of two; everything is counted from 0:
 
-        t = 5    i = 2, so its band has rows 2 and 3, and begins at number 2 * 3 / 2 = 3. The triangle
-                 begins 2 * 2 = 4 later. 5 is number 2 of the band, and columns have 2 tiles: so it
-                 is the first tile of column 1, in row 2.
-        t = 9    i = 3, the same band. 9 is number 6 of the band, so number 2 of the triangle. There
-                 row 1 begins at 1, so it is the second tile of that row: row 3, column 3.
+        t = 5    i = 2: the band of rows 2 and 3. It begins at number 2 * 3 / 2 = 3, so t is its
+                 number 2. Each of its 2 columns before the triangle has 2 tiles, so 2 is the top
+                 tile of column 1: row 2, column 1.
+        t = 9    i = 3: the same band, its number 6. The triangle begins after 2 * 2 = 4 tiles, so t
+                 is number 2 in it, which is row 1 and column 1 there: row 3, column 3.
     """
     i = ((tl.sqrt(8.0 * t + 5.0) - 1.0) * 0.5).to(tl.int32)
     top = i // 8 * 8                      # first row of the band
@@ -1473,9 +1471,9 @@ def fits_tma(t: Tensor) -> bool:
 #     dW = dy^T x     tokens       dy: one per output (N,)        x: one per input  (K,)
 #
 # Each of x, W and dy is scaled along both of its axes, so it is quantised twice: q with a scale for
-# each row of x, and qt with a scale for each row of x^T. For 12.7B and 8,192 tokens, x of a down_proj
-# is (8192, 16384), W (4096, 16384). What is saved for the backward pass are the transposes in FP8,
-# half of the bf16 bytes.
+# each row of x, and qt with a scale for each row of x^T. For 12.7B and 8,192 tokens, x of a
+# down_proj is (8192, 16384), W (4096, 16384). What is saved for the backward pass are the
+# transposes in FP8, half of the bf16 bytes.
 #
 # Gradients are in E4M3 as well. E5M2 has more range, which they do not need with a scale per row,
 # and half the precision. Sums are in fp32 (use_fast_accum=False): the fast accumulation of Hopper
