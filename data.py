@@ -404,7 +404,8 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
 # prepared while training reads it (support/preparing.py). Larger scales are mixed as well: the
 # pieces of text come in a random order, and so do the documents in a piece.
 
-WINDOW_TOKENS = 2**18
+WINDOW_TOKENS = 2**20
+VAL_DOCUMENTS = 8
 
 
 def hash_key(*what) -> bytes:
@@ -590,21 +591,26 @@ class TokenDataset:
         return out
 
     def validation(self, name: str, tokens: int, T: int) -> np.ndarray:
-        """About `tokens` held-out tokens of a domain -> (rows, T + 1) int64."""
+        """About `tokens` held-out tokens of a domain -> (rows, T + 1) int64. They are of at least
+        VAL_DOCUMENTS documents, if there are so many, over which the rows are spread evenly."""
         domain = self.domains[name]
         rows = max(1, tokens // T)
         held_out = np.empty(0, dtype=np.int64)
+        documents = 0
         for unit in range(min(VAL_UNITS, domain.num_units)):
-            if len(held_out) > rows * T:
+            if len(held_out) > rows * T and documents >= VAL_DOCUMENTS:
                 break
             self._wait_for_piece(domain, unit)
             held_out = np.concatenate([held_out, domain.read_held_out(unit)])
+            documents += domain.records[unit, 0]["held_out_documents"]
 
-        rows = min(rows, (len(held_out) - 1) // T)
-        if rows < 1:
+        there = (len(held_out) - 1) // T
+        if there < 1:
             raise UserError(f"domain {name!r} holds out {len(held_out)} tokens, which is no "
                             f"sequence of {T}; lower seq_len or give it more documents")
-        return np.stack([held_out[i * T:i * T + T + 1] for i in range(rows)])
+        rows = min(rows, there)
+        starts = [i * there // rows * T for i in range(rows)]
+        return np.stack([held_out[start:start + T + 1] for start in starts])
 
     # Waiting for what is prepared meanwhile.
 

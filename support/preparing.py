@@ -250,7 +250,8 @@ def write_piece(job: dict, piece: int, block: Block) -> dict:
     ids = shuffled(block.ids, unit, piece).astype(job["dtype"]).tobytes()
     record = {"unit": unit, "piece": piece, "tokens": len(ids) // np.dtype(job["dtype"]).itemsize,
               "documents": block.documents, "last": block.is_last, "sha256": checksum(ids),
-              "held_out": sum(map(len, block.held_out))}
+              "held_out": sum(map(len, block.held_out)),
+              "held_out_documents": len(block.held_out)}
     if block.held_out:
         held_out = np.concatenate(block.held_out).astype(job["dtype"]).tobytes()
         record["held_out_sha256"] = checksum(held_out)

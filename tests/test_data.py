@@ -399,11 +399,17 @@ def test_held_out_and_training_documents_are_together_all_and_apart(small):
     assert not kept & held_out and 1 <= len(held_out) < 40
 
 
-def test_validation_reads_what_is_held_out(small):
+def test_validation_is_spread_over_what_is_held_out(small, monkeypatch):
+    monkeypatch.setattr(data, "VAL_DOCUMENTS", 2)
     with open_dataset("d") as dataset:
-        ids = np.concatenate([dataset.validation("a", 10, 1)[:, 0]] * 1)
-        rows = dataset.validation("a", 40, 20)
-        assert rows.shape == (2, 21) and (rows[0, :10] == ids).all() and rows[0, 20] == rows[1, 0]
+        domain = dataset.domains["a"]
+        few = dataset.validation("a", 40, 20)
+        units = max(unit for unit, _ in domain.records) + 1
+        held_out = np.concatenate([domain.read_held_out(unit) for unit in range(units)])
+        assert len(np.flatnonzero(held_out == BYTE.special[BEGIN])) >= data.VAL_DOCUMENTS
+        there = (len(held_out) - 1) // 20
+        assert (few[0] == held_out[:21]).all()
+        assert (few[1] == held_out[there // 2 * 20:there // 2 * 20 + 21]).all()
         refused(lambda: dataset.validation("a", 10**6, 10**5), "'a'", "seq_len")
 
 
