@@ -29,10 +29,11 @@ import support.conversations
 import synthetic.conversations
 import synthetic.texts
 from configurator import Count, NonNegative, UserError, one_line
-from data import VAL_EVERY, feistel_permutation, hash_key
+from data import feistel_permutation, hash_key
 from model import MotifConfig
 from pretrain import TrainConfig
 from support.conversations import HELD_OUT, check_conversation, load_conversations
+from support.preparing import VAL_EVERY
 from support.ranks import RANK, all_gather_object, rank0_first, rank0_only, run_main
 from support.selection import (benchmark_grams, decontaminate, dedup_and_filter,
                                filter_by_quality, words)
