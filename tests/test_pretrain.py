@@ -124,8 +124,8 @@ def test_20_steps_of_the_quick_start_are_pinned(run):
         "max_steps": 20, "batch_tokens": 512, "seq_len": 128, "micro_batch_tokens": 512,
         "eval_every": 20, "eval_tokens": 1024, "sample_tokens": 1})
     first, last = val_losses()
-    assert first == pytest.approx(5.6661, abs=0.01)
-    assert last == pytest.approx(2.656, abs=0.03)     # other CPUs and threads round otherwise
+    assert first == pytest.approx(5.6733, abs=0.01)
+    assert last == pytest.approx(2.809, abs=0.03)     # other CPUs and threads round otherwise
 
 
 def test_a_run_logs_what_others_rely_on(straight):
