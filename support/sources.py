@@ -22,12 +22,18 @@ from synthetic.texts import LIBRARY_UNITS, PROBLEMS, library, problems
 #                                    text= names the column, or several: text=question,answer
 #     owner/name?name=CONFIG&split=train&text=column      a dataset of the Hugging Face Hub
 #
-# A source is cut into *units*, in a fixed order: a file of a Hub dataset, 32 MB of local text,
-# 1,000 problems. A unit is what one process prepares at a time, and becomes one shard of training
-# text and one of held-out text.
+# A source is cut into *units*, in a fixed order: a file of a Hub dataset, 16 MiB of local text,
+# 1,000 problems. A unit is what one process prepares at a time. It yields *documents*: a row of a
+# .jsonl or .parquet file is one, and so is a .txt file, unless it is long. [ours] marks a number
+# that no paper states.
 
-UNIT_BYTES = 2**25   # local text per unit
+UNIT_BYTES = 2**24   # [ours] local text per unit
 MAX_UNITS = 100_000  # of a generator of problems, which has no end of its own
+
+# A .txt file that is longer than LONG_TEXT is cut at blank lines into documents of at least
+# LONG_TEXT. No document is longer than LONGEST_TEXT, so that none takes a tokenizer minutes. [ours]
+LONG_TEXT = 2**16     # characters
+LONGEST_TEXT = 2**20  # characters
 
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 READABLE = (".jsonl", ".txt", ".parquet", ".jsonl.gz", ".jsonl.bz2", ".jsonl.xz", ".txt.gz",
@@ -106,8 +112,7 @@ def local_units(pattern: str, columns: list[str]) -> list[partial]:
 
 
 def read_pieces(pieces: list[tuple[Path, int, int]], columns: list[str]):
-    """The documents in bytes start to end of each file: rows of .jsonl and .parquet files, groups
-    of paragraphs of .txt files."""
+    """The documents in bytes start to end of each file."""
     for path, start, end in pieces:
         kind = (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
         if kind == ".parquet":
@@ -116,18 +121,28 @@ def read_pieces(pieces: list[tuple[Path, int, int]], columns: list[str]):
             yield from read_each(path, lines_of(path, start, end), partial(json_text, columns))
         else:
             lines = read_each(path, lines_of(path, start, end), partial(str, encoding="utf-8"))
-            yield from paragraphs(lines)
+            yield from text_documents(lines)
 
 
-def paragraphs(lines):
-    """Documents of whole paragraphs. Each has at least 4,096 characters, except the last one."""
+def text_documents(lines):
+    """One document of the lines of a .txt file, or several if they are long: each ends with the
+    first blank line after LONG_TEXT characters, and where no blank line comes before LONGEST_TEXT,
+    with the last line that fits. A line that is longer itself is cut anywhere."""
     text = ""
     for line in lines:
-        text += line.removeprefix("\ufeff")  # the byte-order mark that some editors write
-        if len(text) >= 4096 and not line.strip():
+        line = line.removeprefix("\ufeff")  # the byte-order mark that some editors write
+        for start in range(0, len(line), LONGEST_TEXT):
+            part = line[start:start + LONGEST_TEXT]
+            if len(text) + len(part) > LONGEST_TEXT:
+                yield text
+                text = ""
+            text += part
+
+        if len(text) >= LONG_TEXT and not line.strip():
             yield text
             text = ""
-    yield text
+    if text:
+        yield text
 
 
 def read_each(source, items, read):

@@ -1,10 +1,7 @@
-"""The curriculum, shards, batches, sources, preparing, and the text that the quick start reads."""
+"""The curriculum, shards, batches, preparing, and the text that the quick start reads."""
 import ast
 import base64
-import bz2
-import gzip
 import json
-import lzma
 import math
 import os
 import re
@@ -14,8 +11,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 import data
@@ -23,7 +18,6 @@ from configurator import UserError
 from data import (HEADER, Curriculum, DomainShards, Shard, ShardWriter, TokenDataset,
                   feistel_permutation, parse_schedule, prepare)
 from support import sources
-from support.sources import source_units
 from support.tokenizer import BEGIN, END, load_tokenizer
 from synthetic.texts import PROBLEMS_PER_UNIT, library, problems
 
@@ -43,10 +37,6 @@ def texts(n, seed=0):
 def write_jsonl(path, documents):
     lines = [json.dumps({"id": 1, "text": document}) + "\n" for document in documents]
     Path(path).write_text("".join(lines))
-
-
-def read(source):
-    return [document for unit in source_units(source) for document in unit()]
 
 
 def refused(call, *words):
@@ -285,80 +275,6 @@ def test_a_damaged_shard_is_named(tmp_path, damage):
     assert Shard(path, BYTE.fingerprint()).read(0, 10).tolist() == list(range(11))
     path.write_bytes(damage(path.read_bytes()))
     refused(lambda: Shard(path, BYTE.fingerprint()).read(0, 10), str(path))
-
-
-# ---- sources
-
-def test_all_kinds_of_files_give_the_same_documents():
-    written = [*texts(40), "é\u2028\x0c\x85\r", "two\n\nparagraphs", "", " "]
-    write_jsonl("a.jsonl", written)
-    pyarrow.parquet.write_table(pyarrow.table({"text": [*written, None]}), "a.parquet")
-    assert read("a.parquet") == [*written, ""]
-
-    text = "".join(f"{t}\n\n" for t in texts(300))
-    Path("a.txt").write_text(text)
-    pieces = read("a.txt")
-    assert "".join(pieces) == text and len(pieces) > 3 and min(map(len, pieces[:-1])) >= 4096
-
-    for end, module in ((".gz", gzip), (".bz2", bz2), (".xz", lzma)):
-        for name, documents in (("a.jsonl", written), ("a.txt", pieces)):
-            Path(name + end).write_bytes(module.compress(Path(name).read_bytes()))
-            assert read(name) == read(name + end) == documents
-
-
-def test_a_document_may_be_several_columns():
-    Path("b.jsonl").write_text('{"question": "q", "answer": "\\ud800"}\n'
-                               '{"question": null, "answer": ""}')
-    assert read("b.jsonl?text=question,answer") == ["q\n\n\ud800", "\n\n"]
-
-
-@pytest.mark.parametrize("size", [1, 64, 1000, 10**6])
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n \n"])
-def test_cutting_loses_and_repeats_no_line(monkeypatch, size, end):
-    monkeypatch.setattr(sources, "UNIT_BYTES", size)
-    written = [*texts(9), "é" * 999, *texts(9, 1)]
-    lines = [json.dumps({"text": t}) + end for t in written]
-    Path("a.jsonl").write_bytes(b"")
-    Path("b.jsonl").write_bytes(("\ufeff" + "".join(lines[:15])).encode())
-    Path("c.jsonl").write_bytes("".join(lines[15:]).rstrip().encode())
-    assert [document for document in read("[a-c].jsonl") if document] == written
-
-    sizes = [sum(end - start for _, start, end in unit.args[0]) for unit in source_units("*.jsonl")]
-    total = sum(Path(name).stat().st_size for name in ("b.jsonl", "c.jsonl"))
-    assert sum(sizes) == total and min(sizes) >= min(size, total)
-    Path("t.txt").write_bytes(("\ufeff" + end.join(written)).encode())
-    assert "".join(read("t.txt")) == end.join(written)
-
-
-GOOD = b'{"text": "' + b"x" * 14 + b'"}\n'
-BAD_FILES = {
-    "empty.jsonl": b"\n \n", "one.txt": b"a\nb", "quotes.jsonl": GOOD + b"{'text': 1}\n",
-    "late.jsonl": GOOD * 9999 + b"\n{\n", "list.jsonl": b"[1]\n", "number.jsonl": b'{"text": 1}\n',
-    "latin.txt": b"good\nsch\xf6n\n", "cut.jsonl.gz": gzip.compress(GOOD * 99)[:40],
-    "false.txt.xz": GOOD, "false.parquet": GOOD}
-
-
-@pytest.mark.parametrize("source", [
-    *BAD_FILES, "none/*.jsonl", "folder", "", "good.jsonl?text=body", "builtin:news",
-    "builtin:math?text=x", "good.jsonl?name=x", "good.jsonl?text=", "a/b?x"])
-def test_a_bad_source_is_one_line_and_leaves_nothing(source, monkeypatch):
-    monkeypatch.setattr(sources, "UNIT_BYTES", 99_000)
-    Path("folder").mkdir()
-    write_jsonl("good.jsonl", texts(200))
-    if source in BAD_FILES:
-        Path(source).write_bytes(BAD_FILES[source])
-    domains = {"a": (source, 1, 1), "ok": ("good.jsonl", 0, 0)}
-    refused(lambda: prepare(domains, "byte", "d", {"a": 10**6, "ok": 1}, workers=2),
-            source.partition("?")[0])
-    for path in Path("d").rglob("*"):
-        assert not path.name.endswith(".tmp")
-        # The units before the bad line of late.jsonl are whole, and stay.
-        assert not path.name.startswith("a-") or source == "late.jsonl"
-
-
-def test_the_place_of_a_mistake_is_named():
-    Path("late.jsonl").write_bytes(GOOD * 9 + b"{'text': 1}\n")
-    refused(lambda: read("late.jsonl"), "late.jsonl", f"byte {9 * len(GOOD)}")
 
 
 # ---- preparing
