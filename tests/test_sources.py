@@ -1,10 +1,15 @@
-"""Sources: local files are read whole, once and in order."""
+"""Sources: their documents come once and in order, whatever the connection to the Hub does; bad
+rows are left out and told."""
 import bz2
 import gzip
 import json
 import lzma
+import pickle
+import sys
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -12,7 +17,7 @@ import pytest
 
 from configurator import UserError
 from support import sources
-from support.sources import source_units
+from support.sources import SkippedRows, pin_source, source_identity, source_units
 
 
 @pytest.fixture(autouse=True)
@@ -106,27 +111,245 @@ def test_cutting_loses_and_repeats_no_line(monkeypatch, size, end):
     assert "".join(read("t.txt")) == end.join(written)
 
 
+def test_a_source_has_an_identity(monkeypatch):
+    write_jsonl("a.jsonl", texts(5))
+    first = source_identity("a.jsonl")
+    assert source_identity("a.jsonl") == first != source_identity("a.jsonl?text=id")
+    write_jsonl("a.jsonl", texts(6))
+    assert source_identity("a.jsonl") != first
+    code = source_identity("builtin:code")
+    monkeypatch.setattr(sys, "version", "another")
+    assert source_identity("builtin:code") != code
+
+
 # ---- bad sources and bad rows
 
 GOOD = b'{"text": "' + b"x" * 14 + b'"}\n'
 BAD_FILES = {
-    "quotes.jsonl": GOOD + b"{'text': 1}\n", "late.jsonl": GOOD * 9999 + b"\n{\n",
-    "list.jsonl": b"[1]\n", "number.jsonl": b'{"text": 1}\n', "latin.txt": b"good\nsch\xf6n\n",
+    "quotes.jsonl": b"{'text': 1}\n", "late.jsonl": GOOD * 99 + b"{\n" * 12,
+    "list.jsonl": b"[1]\n", "number.jsonl": b'{"text": 1}\n', "latin.txt": b"sch\xf6n\n",
     "cut.jsonl.gz": gzip.compress(GOOD * 99)[:40], "false.txt.xz": GOOD, "false.parquet": GOOD}
 
 
 @pytest.mark.parametrize("source", [
     *BAD_FILES, "none/*.jsonl", "folder", "", "good.jsonl?text=body", "builtin:news",
-    "builtin:math?text=x", "good.jsonl?name=x", "good.jsonl?text=", "a/b?x"])
-def test_a_bad_source_is_one_line(source, monkeypatch):
-    monkeypatch.setattr(sources, "UNIT_BYTES", 99_000)
+    "builtin:math?text=x", "good.jsonl?name=x", "good.jsonl?text=", "a/b?x",
+    "good.parquet?text=body"])
+def test_a_bad_source_is_one_line(source):
     Path("folder").mkdir()
     write_jsonl("good.jsonl", texts(200))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x"]}), "good.parquet")
     if source in BAD_FILES:
         Path(source).write_bytes(BAD_FILES[source])
     refused(lambda: read(source), source.partition("?")[0])
 
 
-def test_the_place_of_a_mistake_is_named():
-    Path("late.jsonl").write_bytes(GOOD * 9 + b"{'text': 1}\n")
-    refused(lambda: read("late.jsonl"), "late.jsonl", f"byte {9 * len(GOOD)}")
+def read_counting(source):
+    """The documents of a source of one unit, and the rows that it leaves out."""
+    unit, = source_units(source)
+    skipped = SkippedRows()
+    return list(unit(skipped)), skipped
+
+
+def test_bad_rows_are_left_out_and_counted():
+    bad = [b"{'text': 1}\n", b'{"text": 1}\n', b'{"text": 2}\n', b'{"text": "\xf6"}\n', b"[]\n"]
+    Path("a.jsonl").write_bytes(GOOD * 9 + bad[0] + GOOD + b"".join(bad[1:]) + GOOD * 3)
+    documents, skipped = read_counting("a.jsonl")
+    assert documents == ["x" * 14] * 13
+    assert (skipped.rows, sorted(skipped.reasons.values())) == (18, [1, 1, 1, 2])
+    assert f"a.jsonl: byte {9 * len(GOOD)}" in skipped.first_place.values()
+    assert "5 of 18" in skipped.report() and "\n" not in skipped.report()
+    assert pickle.loads(pickle.dumps(skipped)).report() == skipped.report()
+
+    Path("a.txt").write_bytes(b"good\nsch\xf6n\nbetter\n")
+    documents, skipped = read_counting("a.txt")
+    assert documents == ["good\nbetter\n"] and skipped.reasons.total() == 1
+
+    rows = pyarrow.array([b"one", b"\xff", None, b"two"])
+    rows = pyarrow.StringArray.from_buffers(4, *rows.buffers()[1:], rows.buffers()[0], 1)
+    unread = pyarrow.array([[i] for i in range(4)])
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows, "unread": unread}), "a.parquet")
+    documents, skipped = read_counting("a.parquet")
+    assert documents == ["one", "", "two"] and skipped.first_place.popitem()[1].endswith("row 1")
+
+
+@pytest.mark.parametrize("good, bad, is_refused", [
+    (1, 10, False), (1, 11, True), (0, 1, True), (999, 111, False), (999, 112, True)])
+def test_too_many_bad_rows_end_a_unit(good, bad, is_refused):
+    Path("a.jsonl").write_bytes(GOOD * good + b"?" * 9 + b"\n" + b"{}\n" * (bad - 1))
+    if is_refused:
+        refused(lambda: read("a.jsonl"), "a.jsonl", "no text" if bad > 1 else "JSON")
+    else:
+        assert len(read("a.jsonl")) == good
+
+
+# ---- the Hub
+
+COMMIT = "0123456789" * 4
+NO_NETWORK = ConnectionError("no route to host")
+
+
+class Hub:
+    """Stands in for the Hub and for `datasets`: owner/name has three files of 20 rows. errors
+    holds what goes wrong: ("commit", attempt), ("open", attempt) or (file, row, attempt) -> an
+    exception. attempt counts how often the same was tried before."""
+
+    def __init__(self, monkeypatch):
+        self.rows = [[{"id": r, "text": f"{f}-{r}"} for r in range(20)] for f in range(3)]
+        self.errors = {}
+        self.tried = {}
+        self.asked = []
+        self.waited = []
+        monkeypatch.setattr(datasets, "load_dataset", self.load_dataset)
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", self.dataset_info)
+        monkeypatch.setattr(sources, "sleep", self.waited.append)
+
+    def attempt(self, *what):
+        number = self.tried.get(what, 0)
+        self.tried[what] = number + 1
+        error = self.errors.get((*what, number), self.errors.get((*what, "always")))
+        if error:
+            raise error
+
+    def dataset_info(self, name, revision, timeout):
+        self.attempt("commit")
+        self.asked.append(revision)
+        return huggingface_hub.DatasetInfo(id=name, sha=revision if revision == COMMIT else COMMIT)
+
+    def load_dataset(self, name, config, *, split, revision, streaming, columns=None):
+        assert (name, split, revision, streaming) == ("owner/name", "train", COMMIT, True)
+        self.attempt("open")
+        return Stream(self, range(3), 0, columns)
+
+
+class Stream:
+    n_shards = 3
+    column_names = ["id", "text"]
+
+    def __init__(self, hub, files, start, columns):
+        self.hub, self.files, self.start, self.columns = hub, files, start, columns
+
+    def shard(self, files, i):
+        assert files == 3
+        return Stream(self.hub, [i], self.start, self.columns)
+
+    def skip(self, n):
+        return Stream(self.hub, self.files, n, self.columns)
+
+    def __iter__(self):
+        for f in self.files:
+            for r, row in enumerate(self.hub.rows[f]):
+                if r >= self.start:
+                    self.hub.attempt(f, r)
+                    yield {key: row[key] for key in self.columns or row}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    return Hub(monkeypatch)
+
+
+EVERY_TEXT = [f"{f}-{r}" for f in range(3) for r in range(20)]
+
+
+def test_a_broken_stream_goes_on_at_its_place(hub, capsys):
+    hub.errors = {(0, 0, 0): NO_NETWORK, (1, 7, 0): NO_NETWORK, (1, 7, 1): TimeoutError(),
+                  (1, 8, 0): OSError("reset"), ("open", 2): NO_NETWORK, ("commit", 0): NO_NETWORK,
+                  ("commit", 1): TimeoutError(), **{(2, 19, i): NO_NETWORK for i in range(4)}}
+    assert read("owner/name") == EVERY_TEXT
+    assert hub.waited == [1, 2, 1, 2, 1, 2, 1, 1, 2, 4, 8]
+    assert capsys.readouterr().err.count("\n") == 9
+
+
+def test_a_connection_that_stays_broken_is_one_line(hub):
+    hub.errors = {(1, 7, "always"): NO_NETWORK}
+    unit = source_units("owner/name")[1]()
+    assert [next(unit) for _ in range(7)] == EVERY_TEXT[20:27]
+    refused(lambda: next(unit), "owner/name: file 1, row 6", "no route")
+    assert hub.waited == [1, 2, 4, 8]
+
+    hub.errors = {("open", "always"): NO_NETWORK}
+    refused(lambda: read("owner/name"), "owner/name")
+    hub.errors = {("commit", "always"): NO_NETWORK}
+    hub.waited.clear()
+    refused(lambda: read("owner/name"), "owner/name")
+    assert hub.waited == [1, 2]
+
+
+class StatusError(OSError):
+    def __init__(self, status):
+        self.response = type("Response", (), {"status_code": status})
+
+
+@pytest.mark.parametrize("error, waits", [
+    (StatusError(404), []), (StatusError(403), []), (StatusError(429), [1, 2]),
+    (StatusError(503), [1, 2]), (ValueError("unknown split"), []), (FileNotFoundError(), [])])
+def test_only_what_may_pass_is_tried_again(hub, error, waits):
+    hub.errors = {("commit", "always"): error}
+    refused(lambda: read("owner/name"), "owner/name")
+    assert hub.waited == waits
+
+
+def test_bad_rows_of_the_hub_are_left_out_and_counted(hub):
+    broken = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    hub.errors = {(0, 3, "always"): broken, (0, 19, "always"): broken, (0, 9, 0): NO_NETWORK}
+    hub.rows[0][5]["text"] = 7
+    skipped = SkippedRows()
+    documents = list(source_units("owner/name")[0](skipped))
+    assert documents == [f"0-{r}" for r in range(20) if r not in (3, 5, 19)]
+    assert (skipped.rows, skipped.reasons.total()) == (20, 3)
+    assert skipped.first_place["not UTF-8, invalid start byte"] == "owner/name: file 0, row 3"
+    assert hub.waited == [1]
+
+    # A fault of the whole file is not taken for one of its rows for ever.
+    hub.errors = {(1, r, "always"): ValueError("not a .parquet file") for r in range(20)}
+    refused(lambda: list(source_units("owner/name")[1]()), "owner/name", "not a .parquet file")
+
+
+def test_only_the_named_columns_are_read(hub):
+    for row in [*hub.rows[0], *hub.rows[1], *hub.rows[2]]:
+        row["id"] = "seven"
+    assert read("owner/name?text=text,id") == [f"{text}\n\nseven" for text in EVERY_TEXT]
+    del hub.rows[0][0]["id"]  # a column that is not asked for is not missed
+    assert read("owner/name") == EVERY_TEXT
+    refused(lambda: read("owner/name?text=body"), "owner/name", "body", "id, text")
+
+
+def test_a_commit_is_asked_for_once(hub):
+    file = Path("d/hub_revisions.json")
+    pinned = pin_source("owner/name?text=id,text&revision=v1", file)
+    assert pinned == f"owner/name?text=id,text&revision={COMMIT}" and hub.asked == ["v1"]
+    hub.errors = {("commit", "always"): NO_NETWORK}
+    assert pin_source("owner/name?text=id,text&revision=v1", file) == pinned
+    assert pin_source(pinned, file) == source_identity(pinned) == pinned
+    assert pin_source("x.jsonl", file) == "x.jsonl"
+    assert json.loads(file.read_text()) == {"owner/name?text=id,text&revision=v1": COMMIT}
+    refused(lambda: pin_source("owner/name", file), "owner/name")
+    file.write_text("{")
+    refused(lambda: pin_source("owner/name", file), str(file))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_the_library_itself_gives_the_same(hub, monkeypatch, tmp_path, kind):
+    """`datasets` reads a local folder in place of the Hub."""
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", hub.dataset_info)
+    load_dataset = datasets.load_dataset
+
+    def load(name, *args, revision=None, **options):
+        return load_dataset(str(tmp_path / "folder"), *args, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    Path("folder").mkdir()
+    for f in range(3):
+        if kind == "jsonl":
+            write_jsonl(f"folder/train-{f}.jsonl", EVERY_TEXT[20 * f:20 * f + 20])
+        else:
+            table = pyarrow.table({"text": EVERY_TEXT[20 * f:20 * f + 20], "id": range(20)})
+            pyarrow.parquet.write_table(table, f"folder/train-{f}.parquet", row_group_size=7)
+    assert read("owner/name") == EVERY_TEXT
+    if kind == "parquet":  # of which `datasets` reads the named columns alone
+        opened = sources.open_hub("owner/name", {}, ["text"])
+        assert list(next(iter(opened))) == ["text"]
+    refused(lambda: read("owner/name?text=body"), "owner/name", "body")
