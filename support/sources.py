@@ -155,6 +155,7 @@ class SkippedRows:
     """
 
     def __init__(self):
+        self.place = ""           # of the last row that was read, for whoever finds it bad later
         self.rows = 0             # that were read, the bad ones among them
         self.reasons = Counter()  # reason -> bad rows
         self.first_place = {}     # reason -> where the first of these rows is
@@ -206,10 +207,11 @@ def read_each(source, items, read, skipped: SkippedRows | None = None):
                 continue
 
             skipped.rows += 1
+            skipped.place = f"{source}: {place}"
             try:
                 text = read(item)
             except Exception as e:
-                skipped.add(f"{source}: {place}", e)
+                skipped.add(skipped.place, e)
             else:
                 yield text
     except Exception as e:

@@ -1,6 +1,7 @@
 """Tokenizers: text <-> ids, with the special tokens of the turn format."""
 import base64
 import hashlib
+import json
 import os
 import re
 from contextlib import contextmanager
@@ -105,10 +106,41 @@ class TiktokenTokenizer(Tokenizer):
                                              special_tokens=self.special)
 
     def _encode(self, text: str) -> list[int]:
-        return self.library.encode_ordinary(text)
+        try:
+            return self.library.encode_ordinary(text)
+        except BaseException as e:
+            parts = cut_long_blanks(text)
+            if isinstance(e, (KeyboardInterrupt, SystemExit)) or len(parts) == 1:
+                raise
+
+        # Before and after the blanks, the ids are still those of the whole text.
+        ids = []
+        for part in parts:
+            ids += self.library.encode_ordinary(part)
+        return ids
 
     def _decode(self, ids: list[int]) -> str:
         return b"".join(self.bytes_of[i] for i in ids).decode("utf-8", "replace")
+
+
+LONG_BLANK = 100_000  # characters
+
+
+def cut_long_blanks(text: str) -> list[str]:
+    """The text in parts: each run of white space is cut after every LONG_BLANK characters. tiktoken
+    panics at a run of a million, as its engine for patterns remembers a place for each character.
+
+    >>> [len(part) for part in cut_long_blanks("two" + 250_000 * " " + "words")]
+    [100003, 100000, 50005]
+    """
+    parts = []
+    begin = 0
+    for run in re.finditer(rf"\s{{{LONG_BLANK},}}", text):
+        for end in range(run.start() + LONG_BLANK, run.end(), LONG_BLANK):
+            parts.append(text[begin:end])
+            begin = end
+    parts.append(text[begin:])
+    return parts
 
 
 class JsonTokenizer(Tokenizer):
@@ -132,6 +164,7 @@ class JsonTokenizer(Tokenizer):
 
             added = library.get_added_tokens_decoder()
             with_begin = library.encode("a", add_special_tokens=True)
+            self.in_letters = special_in_letters(json.loads(self.identity)["model"], ids, added)
 
         special = {token.content: i for i, token in added.items() if token.special}
         byte_level = "ByteLevel(" in f"{library.pre_tokenizer} {library.decoder}"
@@ -152,11 +185,34 @@ class JsonTokenizer(Tokenizer):
             text.encode("utf-8")
         except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self.library.encode(text, add_special_tokens=False).ids
+        found = self.library.encode(text, add_special_tokens=False).ids
+        if self.in_letters.keys().isdisjoint(found):
+            return found
+
+        ids = []
+        for i in found:
+            ids += self.in_letters.get(i, [i])
+        return ids
 
     def _decode(self, ids: list[int]) -> str:
         with library_errors(self.name):
             return self.library.decode(ids, skip_special_tokens=False)
+
+
+def special_in_letters(model: dict, ids: dict[str, int], added: dict) -> dict[int, list[int]]:
+    """{special token: the tokens of its letters} for special tokens that are words of the model's
+    vocabulary as well. A Unigram model, as T5 has, finds the word </s> in a text like any other,
+    and the library then gives the id of the special token. We put < / s > in its place."""
+    unknown = model.get("unk_id")
+    if unknown is None:
+        unknown = ids.get(model.get("unk_token"))
+
+    in_letters = {}
+    for i, token in added.items():
+        if token.special and i != unknown:
+            letters = [ids.get(letter, unknown) for letter in token.content]
+            in_letters[i] = [letter for letter in letters if letter is not None]
+    return in_letters
 
 
 def byte_letters() -> dict[str, int]:

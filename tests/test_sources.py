@@ -157,6 +157,7 @@ def test_bad_rows_are_left_out_and_counted():
     documents, skipped = read_counting("a.jsonl")
     assert documents == ["x" * 14] * 13
     assert (skipped.rows, sorted(skipped.reasons.values())) == (18, [1, 1, 1, 2])
+    assert skipped.place == f"a.jsonl: byte {Path('a.jsonl').stat().st_size - len(GOOD)}"
     assert f"a.jsonl: byte {9 * len(GOOD)}" in skipped.first_place.values()
     assert "5 of 18" in skipped.report() and "\n" not in skipped.report()
     assert pickle.loads(pickle.dumps(skipped)).report() == skipped.report()
