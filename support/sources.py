@@ -257,7 +257,12 @@ def local_files(pattern: str) -> list[Path]:
 
 def local_units(pattern: str, columns: list[str]) -> list[partial]:
     """Units of at least UNIT_BYTES: large files are cut, small ones gathered, and what is too
-    little for a unit of its own joins the last one."""
+    little for a unit of its own joins the last one. In units of 16 MiB,
+
+        a.jsonl  40 MiB            becomes   unit 0  a.jsonl, bytes 0 to 20 Mi
+        b.jsonl   6 MiB                      unit 1  a.jsonl, bytes 20 Mi to 40 Mi
+        c.jsonl  12 MiB                      unit 2  b.jsonl and c.jsonl
+    """
     pieces = []
     remaining = 0
     for path in local_files(pattern):
@@ -321,8 +326,12 @@ def text_documents(lines):
 
 
 def lines_of(path: Path, start: int, end: int):
-    """(place, line) of each line that begins in bytes start to end of a file. A compressed file
-    cannot be cut: it gives all its lines."""
+    """(place, line) of each line that begins in bytes start to end of a file: of the lines
+
+        one|two|three|        where | ends a line,
+
+    bytes 0 to 6 have "one" and "two", and bytes 6 to 14 have "three". A compressed file cannot be
+    cut: it gives all its lines."""
     if path.suffix in COMPRESSED:
         start = 0
         end = math.inf
@@ -417,7 +426,8 @@ def hub_commit(name: str, options: dict) -> str:
 
 
 def hub_units(name: str, columns: list[str], options: dict) -> list[partial]:
-    """One unit for each file of a Hub dataset."""
+    """One unit for each file of a Hub dataset. The commit is asked for even if it is pinned: where
+    there is no network, `datasets` would take half a minute to say so."""
     options = {**options, "revision": hub_commit(name, options)}
     try:
         dataset = with_retries(partial(open_hub, name, options), ATTEMPTS)
@@ -460,8 +470,13 @@ def read_hub(name: str, columns: list[str], options: dict, i: int, files: int,
 
 def hub_rows(name: str, columns: list[str], options: dict, i: int, files: int,
              skipped: SkippedRows):
-    """(place, row) of each row of file i. A stream that breaks is opened again at the next row. If
-    not the connection but the library failed, the row at which it did is left out."""
+    """(place, row) of each row of file i. A stream that breaks is opened again at the next row:
+
+        rows 0, 1, 2 | connection lost | wait 1 s, open, skip 3 | rows 3, 4, ...
+
+    If not the connection but the library failed, the row at which it did is left out, and the
+    stream is opened again behind it. What fails ATTEMPTS times without a row between is given up.
+    """
     number = 0    # of the next row
     failures = 0  # since the last row
     while True:

@@ -224,11 +224,15 @@ class Hub:
 
 
 class Stream:
+    """Stands in for datasets.IterableDataset: rows from number `start` on of some files."""
     n_shards = 3
     column_names = ["id", "text"]
 
     def __init__(self, hub, files, start, columns):
-        self.hub, self.files, self.start, self.columns = hub, files, start, columns
+        self.hub = hub
+        self.files = files
+        self.start = start
+        self.columns = columns
 
     def shard(self, files, i):
         assert files == 3

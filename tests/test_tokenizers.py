@@ -8,7 +8,8 @@ import huggingface_hub
 import pytest
 import tiktoken
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (AddedToken, Regex, decoders, models, normalizers, pre_tokenizers,
+                        processors, trainers)
 
 from configurator import UserError
 from support.tokenizer import (BEGIN, BYTE_OF, END, GPT2_PATTERN, SPECIALS, TiktokenTokenizer,
@@ -124,8 +125,9 @@ def test_a_tokenizer_of_many_steps_gives_the_ids_of_the_tokenizers_library():
         pre_tokenizers.Split(Regex(r"\p{Han}+"), "isolated"),
         pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    library.add_tokens([AddedToken("<think>", normalized=False), AddedToken("cat", single_word=True),
-                        AddedToken("<b>", lstrip=True, rstrip=True), AddedToken("ÉTÉ")])
+    library.add_tokens([
+        AddedToken("<think>", normalized=False), AddedToken("<b>", lstrip=True, rstrip=True),
+        AddedToken("cat", single_word=True), AddedToken("ÉTÉ")])
     library.add_special_tokens([AddedToken("<role>", lstrip=True)])
     library.save("tokenizer.json")
     tokenizer = load_tokenizer("tokenizer.json")
