@@ -29,7 +29,7 @@ import support.conversations
 import synthetic.conversations
 import synthetic.texts
 from configurator import Count, NonNegative, UserError, one_line
-from data import feistel_permutation, hash_key
+from data import random_order
 from model import MotifConfig
 from pretrain import TrainConfig
 from support.conversations import HELD_OUT, check_conversation, load_conversations
@@ -470,8 +470,7 @@ class PackedChatDataset:
         readings = math.ceil(tokens / lengths.sum() + 1e-9)
         orders = []
         for reading in range(readings):
-            key = hash_key(self.seed, name, reading)
-            orders.append(feistel_permutation(np.arange(n), n, key))
+            orders.append(random_order(n, self.seed, name, reading))
         order = np.concatenate(orders)
         middles = lengths[order].cumsum() - lengths[order] / 2
         return order, middles
@@ -483,8 +482,7 @@ class PackedChatDataset:
         batches = [[] for _ in range(n)]
         for start in range(0, len(rows), n):
             neighbours = rows[start:start + n]
-            key = hash_key(self.seed, "rows", epoch, start)
-            places = feistel_permutation(np.arange(len(neighbours)), n, key)
+            places = random_order(n, self.seed, "rows", epoch, start)
             for batch, row in zip(places, neighbours):
                 batches[batch].append(row)
         return batches
@@ -541,7 +539,7 @@ def held_out_rows(chats: TokenizedChats, tokens: int,
     """About `tokens` tokens of held-out conversations, from all over them and at least one, packed
     -> ids, targets and doc_ids, each (rows, T) int64."""
     n = len(chats)
-    order = feistel_permutation(np.arange(n), n, hash_key("held out"))
+    order = random_order(n, "held out")
     count = int(chats.lengths[order].cumsum().searchsorted(tokens, side="right"))
     order = order[:max(1, count)]
     rows = []

@@ -333,7 +333,7 @@ def test_what_is_held_out_is_never_asked_in_training():
     reserved = single[:5]
     parts = sft.train_val_split(single + double, sft.all_question_hashes(reserved))
 
-    assert len(questions(parts["val"])) == pytest.approx(1200 / data.VAL_EVERY, abs=15)
+    assert len(questions(parts["val"])) == pytest.approx(1200 / VAL_EVERY, abs=15)
     assert not questions(parts["train"]) & questions(parts["val"] + reserved)
     assert len(parts["train"]) > 0.9 * len(single + double)
 
