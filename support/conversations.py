@@ -47,6 +47,12 @@ def load_conversations(source: str):
                         ".parquet, or a dataset owner/name of the Hub")
 
 
+def source_files(source: str) -> list[Path]:
+    """The local files that a source reads; none where it is a generator or a dataset of the Hub."""
+    place = source.partition("?")[0]
+    return local_files(place) if place.endswith(READABLE) else []
+
+
 def builtin_conversations(source: str, kind: str, options: dict):
     chats = synthetic.conversations.CHATS
     if kind not in chats:

@@ -1,8 +1,9 @@
-"""Which conversations are worth reading: the measures that stages 2 and 3 choose by."""
+"""Which conversations a stage trains on: those worth reading, and none with a held-out question."""
+import hashlib
 import json
 import re
 
-from support.conversations import nonblank_lines
+from support.conversations import HELD_OUT, load_conversations, nonblank_lines
 from support.sources import local_files, read_each
 
 # ---- what is worth reading
@@ -18,6 +19,23 @@ from support.sources import local_files, read_each
 
 MIN_DISTINCT = 0.5   # below it dedup_and_filter calls a conversation repetitive
 MIN_COHERENCE = 0.3  # below it, incoherent
+
+
+def choose(conversations: list, benchmark: set[int], best_share: float | None,
+           duplicate_share: float | None) -> tuple[list, list[str]]:
+    """The training conversations of a domain -> those worth reading, and lines for the report.
+    benchmark: what benchmark_grams gives. None: that measure drops nothing."""
+    report = []
+    if benchmark:
+        conversations, line = decontaminate(conversations, benchmark)
+        report.append(f"  {line}")
+    if best_share is not None:
+        conversations, line = filter_by_quality(conversations, best_share)
+        report.append(f"  {line}")
+    if duplicate_share is not None:
+        conversations, line = dedup_and_filter(conversations, duplicate_share)
+        report.append(f"  {line}")
+    return conversations, report
 
 
 def replies(messages: list[dict]) -> list[str]:
@@ -208,3 +226,88 @@ def texts_in(value):
     elif isinstance(value, list):
         for part in value:
             yield from texts_in(part)
+
+
+# ---- holding out
+
+# One question in VAL_EVERY is held out for validation. Not one conversation in 50: the same
+# question occurs in several conversations, domains and stages, and a model that has read its answer
+# in one of them is not tested by it in another. So the *hash of the question's text* decides, which
+# needs no list and comes out the same everywhere: held out if it is below 2^64 / 50.
+#
+# Two kinds of questions are held out whatever their hash. A domain of weight 0 is for evaluation
+# only, and so are all its questions. And a domain so small that it has no first question below
+# 2^64 / 50 holds out the one with the smallest hash. The other domains of the stage leave these
+# out, too; other stages do not know of them.
+
+VAL_EVERY = 50
+HELD_OUT_BELOW = 2**64 // VAL_EVERY
+
+
+def question_hashes(messages: list[dict]) -> list[int]:
+    """A 64-bit hash of each question. The first question is all that the user says before the first
+    reply. After it each of the user's messages of five words or more is a question of its own:
+    "And then?" is none.
+
+    >>> chat = [{"role": "user", "content": "Name a river."},
+    ...         {"role": "assistant", "content": "The Seine."},
+    ...         {"role": "user", "content": "And then?"},
+    ...         {"role": "assistant", "content": "The sea."},
+    ...         {"role": "user", "content": "Through which cities does it flow?"}]
+    >>> len(question_hashes(chat))
+    2
+    """
+    first_reply = index_of_first_reply(messages)
+    opening = [m["content"] for m in messages[:first_reply] if m["role"] == "user"]
+    questions = ["\n\n".join(opening)]
+    for message in messages[first_reply:]:
+        if message["role"] == "user" and len(words(message["content"])) >= 5:
+            questions.append(message["content"])
+    return [hash_text(question) for question in questions]
+
+
+def index_of_first_reply(messages: list[dict]) -> int:
+    return [message["role"] for message in messages].index("assistant")
+
+
+def hash_text(text: str) -> int:
+    """The first 64 bits of SHA-256: the same in every process, unlike Python's hash."""
+    return int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8], "big")
+
+
+def held_out_by_name(domains: dict) -> set[int]:
+    """The hashes of the questions that are held out whatever their hash: those of domains of weight
+    0 and of the chains that eval.py asks, and the first question of each small domain that has the
+    smallest hash."""
+    held_out = set()
+    for source, weight in [*HELD_OUT.values(), *domains.values()]:
+        hashes = [question_hashes(messages) for messages in load_conversations(source)]
+        smallest = min((questions[0] for questions in hashes), default=0)
+        if weight == 0:
+            held_out.update(*hashes)
+        elif smallest >= HELD_OUT_BELOW:
+            held_out.add(smallest)
+    return held_out
+
+
+def train_val_split(conversations: list, held_out: set[int]) -> dict[str, list]:
+    """Split a domain -> {"val": [...], "train": [...]}. held_out: hashes of held_out_by_name.
+
+    val     conversations whose first question is held out by this domain: its hash is below
+            2^64 / 50, or the smallest where none is. They end after the first reply, since what the
+            user asks next may be a question of the training conversations
+    train   conversations in which no question is held out
+
+    Conversations of neither kind are dropped: in training they would tell a held-out answer.
+    """
+    hashes = [question_hashes(messages) for messages in conversations]
+    smallest = min((questions[0] for questions in hashes), default=0)
+    bound = max(HELD_OUT_BELOW, smallest + 1)
+
+    parts = {"val": [], "train": []}
+    for messages, questions in zip(conversations, hashes):
+        if questions[0] < bound:
+            parts["val"].append(messages[:index_of_first_reply(messages) + 1])
+        elif min(questions) >= bound and held_out.isdisjoint(questions):
+            parts["train"].append(messages)
+    return parts

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -331,35 +330,34 @@ def test_what_is_held_out_is_never_asked_in_training():
     single = [chat(f"What is question number {i % 1200}?", f"Answer {i}.") for i in range(2400)]
     double = [first + second for first, second in zip(single, single[37:])]
     reserved = single[:5]
-    parts = sft.train_val_split(single + double, sft.all_question_hashes(reserved))
+    held_out = {selection.question_hashes(messages)[0] for messages in reserved}
+    parts = selection.train_val_split(single + double, held_out)
 
-    assert len(questions(parts["val"])) == pytest.approx(1200 / data.VAL_EVERY, abs=15)
+    assert len(questions(parts["val"])) == pytest.approx(1200 / selection.VAL_EVERY, abs=15)
     assert not questions(parts["train"]) & questions(parts["val"] + reserved)
     assert len(parts["train"]) > 0.9 * len(single + double)
 
-    # A conversation whose second question is not held out is cut before it.
-    whole = [messages for messages in parts["val"] if len(messages) == 4]
-    cut = [messages for messages in double
-           if messages[0]["content"] in questions(parts["val"]) and messages not in whole]
+    # A held-out conversation ends after its first reply: what is asked next may be in training.
+    assert all(len(messages) == 2 for messages in parts["val"])
+    cut = [messages for messages in double if messages[0]["content"] in questions(parts["val"])]
     assert cut and all(messages[:2] in parts["val"] for messages in cut)
 
     # Another domain with the same questions holds out the same.
-    other = sft.train_val_split(double[::-7], set())
+    other = selection.train_val_split(double[::-7], set())
     assert questions(other["val"]) <= questions(parts["val"])
 
 
 def test_a_small_domain_s_held_out_question_is_in_no_training_domain(tmp_path):
     """It is held out by its domain alone: its hash is not below the bound that all domains share."""
     small = [chat(f"What is number {i}?", "Nothing.") for i in range(40)]
-    small = [m for m in small if sft.question_hashes(m)[0][1] >= sft.HELD_OUT_BELOW][:3]
+    small = [m for m in small if selection.question_hashes(m)[0] >= selection.HELD_OUT_BELOW][:3]
     large = [chat(f"What is question number {i}?", "Something.") for i in range(300)] + small
     sources = {}
     for name, conversations in (("a_large", large), ("b_small", small)):
         file = tmp_path / f"{name}.jsonl"
         file.write_text("".join(json.dumps({"messages": m}) + "\n" for m in conversations))
         sources[name] = [str(file), 1.0]
-    stage = replace(sft.STAGES[1], data=sources, seq_len=256)
-    sft.prepare_domains(stage, [], load_tokenizer("byte"), tmp_path)
+    sft.prepare_domains(sft.Config(data=sources, seq_len=256), BYTE, tmp_path)
 
     held_out = bytes(sft.TokenizedChats(tmp_path / "val-b_small")[0][0].astype("u1")).split(b"?")[0]
     question = held_out[held_out.index(b"What"):]
@@ -369,9 +367,9 @@ def test_a_small_domain_s_held_out_question_is_in_no_training_domain(tmp_path):
 
 
 def test_a_small_domain_holds_out_one_question():
-    parts = sft.train_val_split([chat(f"What is {i}?", "Nothing.") for i in range(3)], set())
+    parts = selection.train_val_split([chat(f"What is {i}?", "Nothing.") for i in range(3)], set())
     assert (len(parts["val"]), len(parts["train"])) == (1, 2)
-    assert sft.train_val_split([], set()) == {"val": [], "train": []}
+    assert selection.train_val_split([], set()) == {"val": [], "train": []}
 
 
 def test_no_stage_trains_on_a_question_held_out_or_kept_for_evaluation(tmp_path, monkeypatch):
@@ -388,9 +386,8 @@ def test_no_stage_trains_on_a_question_held_out_or_kept_for_evaluation(tmp_path,
                    HELD_OUT["held_chains"][0]):
         mine += load_conversations(source)
     file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in mine))
-    stage = sft.Stage(lr=1.0, seq_len=512, data={
-        "mine": [str(file), 1.0], "reserved": ["builtin:chains?n=30&steps=3&seed=9", 0.0]})
-    sft.prepare(stage, [], BYTE, str(tmp_path / "data"))
+    sft.prepare(sft.Config(seq_len=512, data_dir=str(tmp_path / "data"), data={
+        "mine": [str(file), 1.0], "reserved": ["builtin:chains?n=30&steps=3&seed=9", 0.0]}), BYTE)
 
     assert written.keys() == {"val-reserved", "val-mine", "train-mine"}
     trained = [BYTE.decode(ids) for ids, _ in written["train-mine"]]
