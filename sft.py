@@ -211,10 +211,10 @@ def begin_turn(tokenizer: Tokenizer, role: str) -> list[int]:
 
 def truncate_to_turn(tokenizer: Tokenizer, messages: list[dict],
                      T: int) -> tuple[list, list, bool] | None:
-    """The longest beginning of a conversation that ends with a reply and has at most T tokens ->
-    ids, targets, whether a reply was cut off; None if not even the first reply fits.
-
-    Half a reply would teach the model to stop in mid-sentence."""
+    """Cut a conversation after the last reply that ends within T tokens -> ids, targets, whether a
+    reply was cut off. None if the first reply ends beyond T tokens: such a conversation is dropped.
+    To cut its prompt would hide from the model what the reply is about, and half a reply would teach
+    it to stop in mid-sentence."""
     ends = [i for i, message in enumerate(messages, 1) if message["role"] == "assistant"]
     for end in reversed(ends):
         ids, targets = encode_chat(tokenizer, messages[:end])
@@ -227,9 +227,10 @@ def truncate_to_turn(tokenizer: Tokenizer, messages: list[dict],
 
 # Conversations are short and rows are long: in stage 1 a built-in conversation has 150 tokens on
 # average, and a row 16,384. One conversation to a row would be 99% padding. So we *pack*: fill each
-# row with whole conversations. That is bin packing, which is NP-hard. The rule "longest first, each
-# where it leaves least room" needs at most about 11/9 of the fewest possible rows (Johnson et al.,
-# 1974), and in practice short conversations fill the gaps: stage 1 in rows of 512 has 3% padding.
+# row with whole conversations. To find the fewest rows is bin packing, which is NP-hard. A simple
+# rule takes the longest conversation first, and puts each into the row where it leaves least room.
+# It needs at most about 11/9 of the fewest rows (Johnson et al., 1974). In practice the short
+# conversations, which come last, fill the gaps: stage 1 in rows of 512 has 3% padding.
 #
 # Four conversations a, b, c, d of 4, 3, 6 and 5 tokens, in rows of T = 10 (pack() below):
 #
@@ -237,8 +238,9 @@ def truncate_to_turn(tokenizer: Tokenizer, messages: list[dict],
 #     doc_ids    0  0  0  0  0  0  1  1  1  1        doc_ids    0  0  0  0  0  1  1  1 -1 -1
 #     positions  0  1  2  3  4  5  0  1  2  3        positions  0  1  2  3  4  0  1  2  0  1
 #
-# Each conversation must be read as if it were alone. doc_ids tell the model where one ends: its
-# attention masks the others out, and its rotary positions restart. Row 1's mask (x: is seen):
+# Each conversation must be read as if it were alone. doc_ids tell the model which tokens belong
+# together: attention masks all others out, and rotary positions restart. The mask of row 1 (x: the
+# query sees the key):
 #
 #     key         d  d  d  d  d  b  b  b  .  .
 #     query  d    x
@@ -258,8 +260,8 @@ def truncate_to_turn(tokenizer: Tokenizer, messages: list[dict],
 
 
 def pack(lengths: np.ndarray, T: int) -> list[list[int]]:
-    """lengths (n,), each at most T -> rows, lists of indices whose lengths sum to at most T. Best
-    fit, longest first.
+    """lengths (n,), each at most T -> rows: lists of indices, whose lengths sum to at most T each.
+    The longest comes first, and each goes where it leaves least room ("best fit decreasing").
 
     >>> pack(np.array([4, 3, 6, 5]), T=10)
     [[2, 0], [3, 1]]
@@ -330,18 +332,18 @@ def collate(rows: list[list[np.ndarray]], T: int) -> tuple[np.ndarray, np.ndarra
 # and so on. With a quota of q tokens per epoch, epoch e takes the tape from token e q to (e + 1) q,
 # and a conversation that lies on the border belongs to the epoch in which its middle falls.
 #
-# An epoch's conversations, of all domains, are packed together. Best fit begins with the longest,
-# so the first rows hold a few long conversations, perhaps all of one domain, and the last rows many
-# short ones. Batches must not follow that order. So rows are dealt to n batches like cards: each
+# An epoch's conversations, of all domains, are packed together. Packing begins with the longest, so
+# the first rows hold a few long conversations, perhaps all of one domain, and the last rows many
+# short ones. A batch should have rows of all kinds. So rows are dealt to n batches like cards: each
 # batch gets one of the first n rows, one of the next n, and so on; a keyed permutation says which.
-# Eight rows, of which a batch takes at most three, make n = 3 batches:
+# Eight rows, and at most three rows in a batch, make n = 3 batches:
 #
 #     rows, long to short    0  1  2 | 3  4  5 | 6  7
 #     dealt to batch         2  0  1 | 0  1  2 | 1  0          batch 0: rows 1, 3, 7
 #
-# All of it follows from the arguments. So the whole state of the data in a checkpoint is one
-# integer, the step, and any number of ranks reads the same batches. Steps, epochs and rows count
-# from 0; a checkpoint step_N is made after N steps, so the next step is step N.
+# All of it follows from the seed and the settings. So the whole state of the data in a checkpoint
+# is one integer, the step, and any number of ranks reads the same batches. Steps count from 0: the
+# checkpoint step_N is written after steps 0 to N - 1, and a run that resumes from it does step N.
 
 REPEATS = 4  # readings of a conversation per epoch, at most [ours]
 
@@ -380,7 +382,7 @@ class TokenizedChats:
 
 
 def epoch_quotas(sizes: dict[str, int], weights: dict[str, float]) -> dict[str, float]:
-    """Tokens of each domain -> tokens that an epoch reads of it.
+    """sizes: tokens of each domain -> tokens that an epoch reads of it.
 
     >>> epoch_quotas({"help": 600, "skills": 200}, {"help": 0.5, "skills": 0.5})
     {'help': 400.0, 'skills': 400.0}
@@ -517,7 +519,7 @@ class PackedChatDataset:
 
 def held_out_rows(chats: TokenizedChats, tokens: int,
                   T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """About `tokens` tokens of held-out conversations, from all over them and at least one, packed
+    """Pack a random choice of held-out conversations, about `tokens` tokens and at least one of them
     -> ids, targets and doc_ids, each (rows, T) int64."""
     n = len(chats)
     order = feistel_permutation(np.arange(n), n, hash_key("held out"))
@@ -532,10 +534,10 @@ def held_out_rows(chats: TokenizedChats, tokens: int,
 # ---- preparing
 
 def prepare(c: Config, tokenizer: Tokenizer) -> Path:
-    """Read, choose, hold out and encode a stage's conversations -> a folder with TokenizedChats
-    val-NAME of each domain, train-NAME of each with a weight, and the report data.txt. The folder
-    is named after all that decides what is in it, and is made once. A domain's text must fit in
-    memory."""
+    """Read, choose, hold out and encode a stage's conversations -> a folder with the report data.txt
+    and with TokenizedChats: val-NAME of each domain, and train-NAME of each with a weight above 0.
+    The folder is made once: its name has a hash of all that decides what is in it. A domain's text
+    must fit in memory."""
     folder = Path(c.data_dir) / f"sft-{preparation_key(c, tokenizer)}"
     if folder.exists():
         return folder

@@ -8,8 +8,8 @@ from urllib.parse import parse_qsl
 
 import synthetic.conversations
 from configurator import UserError
-from support.sources import (READABLE, check_options, lines_of, local_files, open_hub,
-                             parquet_rows, read_each)
+from support.sources import (check_options, lines_of, local_files, open_hub, parquet_rows,
+                             read_each)
 from support.tokenizer import ROLES
 
 # The chains that eval.py asks for. No stage trains on their questions, whatever its data.
@@ -17,6 +17,9 @@ HELD_OUT = {
     "held_chains": ["builtin:chains?n=100&steps=2-4&seed=2", 0.0],
     "longer_chains": ["builtin:chains?n=100&steps=5-6", 0.0],  # training has 2 to 4 steps
 }
+
+FILES = (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".jsonl.xz", ".parquet")
+
 
 def load_conversations(source: str):
     """Yield the conversations of a source, which is one of
@@ -32,25 +35,32 @@ def load_conversations(source: str):
 
     if place.startswith("builtin:"):
         yield from builtin_conversations(source, place.removeprefix("builtin:"), options)
-    elif place.endswith(READABLE):
+    elif place.endswith(FILES):
         check_options(source, options, ["messages"])
         for path in local_files(place):
             if path.suffix == ".parquet":
                 yield from read_each(path, parquet_rows(path), partial(get_messages, column))
             else:
                 yield from read_each(path, nonblank_lines(path), partial(parse_messages, column))
-    elif place.count("/") == 1 and not os.path.exists(place):
+    elif is_hub_name(place):
         check_options(source, options, ["messages", "name", "split"])
         yield from read_each(place, hub_rows(place, options), partial(get_messages, column))
     else:
-        raise UserError(f"source {source!r} must be builtin:..., files that end in .jsonl or "
-                        ".parquet, or a dataset owner/name of the Hub")
+        raise UserError(f"source {source!r} must be builtin:..., a dataset owner/name of the Hub, "
+                        f"or files that end in one of {', '.join(FILES)}")
+
+
+def is_hub_name(place: str) -> bool:
+    """Whether this may be owner/name. A name with the ending of a text file is taken for a file."""
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", place) is not None
+    is_file = os.path.exists(place) or re.search(r"\.(txt|csv|tsv|json)(\.\w+)?$", place)
+    return is_name and not is_file
 
 
 def source_files(source: str) -> list[Path]:
     """The local files that a source reads; none where it is a generator or a dataset of the Hub."""
     place = source.partition("?")[0]
-    return local_files(place) if place.endswith(READABLE) else []
+    return local_files(place) if place.endswith(FILES) else []
 
 
 def builtin_conversations(source: str, kind: str, options: dict):

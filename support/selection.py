@@ -8,17 +8,16 @@ from support.sources import local_files, read_each
 
 # ---- what is worth reading
 
-# A model imitates what it reads, bad conversations too.
-# Stages 2 and 3 choose by cheap signs in the text, since the report names its criteria and not how
-# it measures them; all measures and limits are [ours]. A measure is a share from 0 to 1, and reads
-# whole conversations.
+# A model imitates what it reads, bad conversations too. Stages 2 and 3 therefore choose. The report
+# names its criteria, but not how it measures them; so all measures and limits here are [ours]. They
+# are cheap counts in the text of a conversation, each a number from 0 to 1.
 #
-#     stages 2, 3   filter_by_quality   keeps what reasons, is complete and has structure
-#     stage 3       dedup_and_filter    drops near-duplicates, the repetitive and the incoherent
+#     stages 2, 3   filter_by_quality   keeps replies that reason, are complete and have structure
+#     stage 3       dedup_and_filter    drops near-duplicates, repetitive and incoherent replies
 #     on request    decontaminate       drops what shares 13 words in a row with a benchmark
 
-MIN_DISTINCT = 0.5   # below it dedup_and_filter calls a conversation repetitive
-MIN_COHERENCE = 0.3  # below it, incoherent
+MIN_DISTINCT = 0.5   # a conversation with a smaller distinct_3 is called repetitive
+MIN_COHERENCE = 0.3  # one with a smaller coherence is called incoherent
 
 
 def choose(conversations: list, benchmark: set[int], best_share: float | None,
@@ -43,7 +42,7 @@ def replies(messages: list[dict]) -> list[str]:
 
 
 def sentences(text: str) -> list[str]:
-    """A sentence ends with its punctuation or with its line."""
+    """Cut a text after each . ! or ? that a space follows, and at the end of each line."""
     return [part for part in re.split(r"(?<=[.!?])\s+|\n+", text) if part.strip()]
 
 
@@ -52,13 +51,13 @@ def words(text: str) -> list[str]:
 
 
 def ngrams(text: str, n: int) -> list[int]:
-    """A hash of every n words in a row. Python salts it: it is valid within this process only."""
+    """A hash of every n words in a row. Another process has other hashes for the same words."""
     found = words(text)
     return [hash(tuple(found[i:i + n])) for i in range(len(found) - n + 1)]
 
 
 def conversation_grams(messages: list[dict], n: int) -> set[int]:
-    """All n words in a row within a message, hashed."""
+    """The hashes of all n words in a row within a message."""
     grams = set()
     for message in messages:
         grams.update(ngrams(message["content"], n))
@@ -70,8 +69,8 @@ REASONING = re.compile(r"=|\b(so|because|therefore|thus|hence|since|then|if|impl
 
 
 def reasoning_density(messages: list[dict]) -> float:
-    """The share of the assistant's sentences with an equation or a word of argument: a reply that
-    shows its way to the result teaches more than the result.
+    """The share of the assistant's sentences that hold an equation or a word like "because": a reply
+    that shows how it comes to its result teaches more than one that states it.
 
     >>> reasoning_density([{"role": "assistant", "content": "A box has 4 eggs. So 3 * 4 = 12."}])
     0.5
@@ -84,8 +83,9 @@ def reasoning_density(messages: list[dict]) -> float:
 
 
 def completeness(messages: list[dict]) -> float:
-    """The share of signs that nothing was cut off: the last word is the assistant's; and each reply
-    does not end in a comma or dots, closes its code fences, and closes its brackets.
+    """The share of checks passed, of those that a conversation fails which was cut off somewhere:
+    its last message is the assistant's; and of each reply, it does not end with a comma or dots, it
+    closes its code fences, and it closes its brackets.
 
     >>> completeness([{"role": "assistant", "content": "It has three (or four,"}])
     0.5
@@ -101,8 +101,8 @@ def completeness(messages: list[dict]) -> float:
 
 
 def structure(messages: list[dict]) -> float:
-    """How far replies are laid out in lines, as steps and lists are: lines / 3, at most 1, averaged
-    over the replies.
+    """Whether replies have several lines, as steps and lists do: the number of lines / 3, at most 1,
+    averaged over the replies.
 
     >>> structure([{"role": "assistant", "content": "1. 3 * 4 = 12\\nAnswer: 12"}])
     0.6666666666666666
@@ -120,8 +120,8 @@ def quality(messages: list[dict]) -> float:
 
 
 def filter_by_quality(conversations: list, share: float) -> tuple[list, str]:
-    """Keep a share of the conversations, those of the highest quality, in their old order -> these,
-    and a line for the report."""
+    """Keep the best conversations, `share` of all, in their old order -> these, and a line for the
+    report."""
     if not conversations:
         return conversations, "there is nothing to choose from"
     scores = [quality(messages) for messages in conversations]
@@ -129,12 +129,13 @@ def filter_by_quality(conversations: list, share: float) -> tuple[list, str]:
     best = best_first[:max(1, round(share * len(scores)))]
     kept = [conversations[i] for i in sorted(best)]
     dropped = len(conversations) - len(kept)
-    return kept, f"{dropped:,d} dropped for a quality of at most {scores[best[-1]]:.3f}"
+    return kept, (f"{dropped:,d} dropped for their quality; those kept have at least "
+                  f"{scores[best[-1]]:.3f}")
 
 
 def distinct_3(messages: list[dict]) -> float:
-    """Distinct-3: different ones among all three words in a row of the replies. A low value is the
-    mark of text that turns in circles, which a model picks up at once.
+    """Distinct-3: list every three words in a row of the replies; the share of the list that is left
+    without duplicates. It is low for text that repeats itself, a habit that a model learns quickly.
 
     >>> distinct_3([{"role": "assistant", "content": "the river the river the river"}])
     0.5
@@ -146,9 +147,9 @@ def distinct_3(messages: list[dict]) -> float:
 
 
 def coherence(messages: list[dict]) -> float:
-    """The share of the assistant's sentences that take up a number, or a word of four letters or
-    more, from anything said before: the sentences of a good reply are about the same things. The
-    first sentence of a message, and those of less than five words, are not counted.
+    """The share of the assistant's sentences with a number, or a word of four letters or more, that
+    was said before in the conversation: the sentences of a good reply are about the same things.
+    The first sentence of a message, and those of less than five words, are not counted.
 
     >>> coherence([{"role": "user", "content": "Name a river."},
     ...            {"role": "assistant", "content": "The Seine. This river flows through Paris. "
@@ -169,9 +170,9 @@ def coherence(messages: list[dict]) -> float:
 
 def dedup_and_filter(conversations: list, duplicate_share: float) -> tuple[list, str]:
     """Drop near-duplicates, repetitive and incoherent conversations -> the others, and a line for
-    the report. A near-duplicate shares more than duplicate_share of its five-grams with those kept
-    before it, as generated tasks do that differ in a number only. All five-grams stay in memory,
-    some 60 bytes per word."""
+    the report. A conversation is a near-duplicate if the conversations kept before it have more than
+    duplicate_share of its five-grams (five words in a row): so do, for example, generated tasks that
+    differ in a number only. The five-grams of all take some 60 bytes of memory per word."""
     kept = []
     seen = set()
     dropped = {}  # reason -> conversations
@@ -195,8 +196,9 @@ def dedup_and_filter(conversations: list, duplicate_share: float) -> tuple[list,
 
 
 def decontaminate(conversations: list, benchmark: set[int]) -> tuple[list, str]:
-    """Drop conversations with a message that shares 13 words in a row with a benchmark, as after
-    reading it the benchmark would measure memory. (13 as in GPT-3's report, arXiv 2005.14165.)"""
+    """Drop conversations with a message that shares 13 words in a row with a benchmark. Of a model
+    that has read them the benchmark would measure the memory. (GPT-3's report, arXiv 2005.14165,
+    has 13, too.) benchmark: what benchmark_grams gives."""
     kept = []
     for messages in conversations:
         if benchmark.isdisjoint(conversation_grams(messages, 13)):

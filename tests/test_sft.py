@@ -149,7 +149,8 @@ def test_a_file_may_name_its_column_and_hold_more_than_messages(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["builtin:jokes", "builtin:chains?steps=4-2",
-                                    "builtin:help?steps=2", "talks.csv", "missing/*.jsonl"])
+                                    "builtin:help?steps=2", "talks.csv", "missing/*.jsonl",
+                                    "talks/*.txt", "talks/mine.txt", "talks/mine.txt.gz"])
 def test_a_source_that_cannot_be_is_refused(source):
     with pytest.raises(UserError) as e:
         list(load_conversations(source))
@@ -568,7 +569,7 @@ def test_resume_is_bitwise_and_needs_no_initial_weights(workplace):
 def test_a_stage_begins_with_the_one_before(workplace):
     for stage in (1, 2, 3):
         run_sft(f"out/sft{stage}", stage=stage, batch_tokens=5120)
-    assert "dropped for a quality" in Path("out/sft2/data.txt").read_text()
+    assert "dropped for their quality" in Path("out/sft2/data.txt").read_text()
     assert "stage 3 from out/sft2/step_" in Path("out/sft3/data.txt").read_text()
     final, _ = pretrain.latest_checkpoint(Path("out/sft3"))
     assert Motif.from_pretrained(final).config == TINY
