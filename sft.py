@@ -1,7 +1,11 @@
 """Supervised fine-tuning: `python sft.py --stage=1`, then 2, then 3, teaches a pre-trained Motif to
-answer. A stage is pretrain.py's loop over another dataset: conversations.
+answer. A stage is pretrain.py's loop over another dataset: conversations. It starts from the quick
+start, with config/sft_quickstart.py's settings, or from a model of yours, with the report's:
 
-    out/sftN/data.txt    what stage N reads, what it dropped and why; the rest is as in pretrain.py
+    python sft.py --stage=1 --model=PATH --data="{'mine': ['talks/*.jsonl', 1.0]}"
+
+It prints its settings first. data.txt in its out_dir tells what it reads, and what it dropped and
+why; the other files there are those of pretrain.py.
 
 Read it from the ideas to the machinery: the three stages, the chat format, packing, epochs and
 batches; then how conversations are prepared, and the run. Where they come from is told in
@@ -25,7 +29,7 @@ import numpy as np
 import configurator
 import data
 import pretrain
-from configurator import Count, NonNegative, UserError, one_line
+from configurator import Count, Fraction, NonNegative, UserError, one_line
 from data import feistel_permutation, hash_key
 from model import MotifConfig
 from pretrain import TrainConfig
@@ -101,36 +105,53 @@ STAGES = {
         best_share=0.8,      # [ours]
         duplicate_share=0.7),  # [ours]
 }
-WARMUP = 0.05  # of the steps: the learning rate rises linearly, then falls on a cosine to 0
 QUICKSTART = str(Path(__file__).parent / "config" / "sft_quickstart.py")
 
 
 @dataclass
 class Config(TrainConfig):
-    """A stage of fine-tuning."""
+    """A stage of fine-tuning. The defaults are the report's."""
     stage: Literal[1, 2, 3] = 1
     model: str | None = None        # initial weights: the folder of a run, a checkpoint or a model,
-                                    # or owner/name of the Hub; None: the stage before this one
+                                    # or owner/name of the Hub. None: the quick start's model, as
+                                    # the stage before has left it
     tokenizer: str | None = None    # None: the model's own
+
+    # Data
     data: dict | None = None        # name -> [source, weight], the weight a share of the tokens, or
                                     # 0: evaluation only. A source is "talks/*.jsonl", "owner/name"
                                     # of the Hub, "builtin:help"; see load_conversations. None: the
-                                    # stage's in STAGES
+                                    # stage's in STAGES, for the quick start's model only
     decontaminate_against: list = field(default_factory=list)  # .jsonl files of benchmarks, globs:
                                     # drop what shares 13 words in a row with one of their texts
-    lr_scale: NonNegative = 1.0     # factor on the stage's learning rate in STAGES
-    epochs: Count = 1               # how often the data are read, on average over the domains
+    epochs: Count = 1               # readings of the data, on average over the domains
+    max_steps: Count | None = None  # the run ends after so many steps if epochs has more
     batch_tokens: Count = 32_000_000  # tokens per step over all ranks
     seq_len: Count = 16_384         # tokens of a row, into which conversations are packed
+
+    # Learning rate
+    lr: NonNegative | None = None   # at its peak; None: the stage's in STAGES, times lr_scale
+    lr_scale: NonNegative = 1.0
+    warmup_fraction: Fraction = 0.05  # of the steps, in which lr rises linearly; then it falls on a
+                                    # cosine to 0
+
     prompts: list = field(default_factory=lambda: [
-        "What does the module json do?", "Start with the number 12.\n1. Add 5\n2. Multiply by 3",
-        "Start with the word lantern.\n1. Reverse it\n2. Count its letters"])
+        "What is the capital of France?", "Write two sentences about the sea."])
 
 
 def fill_in_stage(c: Config) -> None:
-    """Set what the config leaves to its stage, and check the data."""
+    """Set what the config leaves open, and check the data."""
+    if c.model and c.data is None:
+        raise UserError("--model needs --data, as the built-in conversations are for the quick "
+                        "start's model; give --data=\"{'mine': ['talks/*.jsonl', 1.0]}\"")
+    stage = STAGES[c.stage]
     if c.data is None:
-        c.data = STAGES[c.stage].data
+        c.data = stage.data
+    if c.lr is None:
+        c.lr = stage.lr * c.lr_scale
+    if c.out_dir is None:
+        c.out_dir = default_out_dir(c)
+
     for name, domain in c.data.items():
         # The name becomes that of a folder.
         is_name = isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)
@@ -140,6 +161,21 @@ def fill_in_stage(c: Config) -> None:
                             "and '.', and [source, weight] with a weight of at least 0")
     if not any(weight > 0 for _, weight in c.data.values()):
         raise UserError("data: no domain has a weight above 0, so there is nothing to train on")
+
+
+def default_out_dir(c: Config) -> str:
+    """Where a stage writes: beside the others of its model.
+
+    >>> default_out_dir(Config(stage=1)), default_out_dir(Config(stage=1, model="out/mine/step_90"))
+    ('out/sft1', 'out/mine-sft1')
+    >>> default_out_dir(Config(stage=2, model="out/mine-sft1"))
+    'out/mine-sft2'
+    """
+    if not c.model:
+        return f"out/sft{c.stage}"
+    path = Path(c.model).absolute()
+    run = path.parent if re.fullmatch(r"step_\d+", path.name) else path
+    return f"out/{re.sub(r'-sft[123]$', '', run.name)}-sft{c.stage}"
 
 
 # ---- the chat format
@@ -420,7 +456,7 @@ class PackedChatDataset:
     train: the conversations of each domain. weights: domain -> weight, above 0."""
 
     def __init__(self, train: dict[str, TokenizedChats], weights: dict[str, float], *, T: int,
-                 batch_tokens: int, epochs: int, seed: int):
+                 batch_tokens: int, epochs: int, seed: int, max_steps: int | None = None):
         self.train = train
         self.T = T
         self.seed = seed
@@ -443,6 +479,7 @@ class PackedChatDataset:
                 rows.append([chosen[k] for k in packed])
             if rows:
                 self.batches += self._shuffle_into_batches(rows, max(1, batch_tokens // T), epoch)
+        self.batches = self.batches[:max_steps]
         if not self.batches:
             raise UserError("there is no conversation to train on; give more data")
         self.curriculum = self._make_curriculum()
@@ -617,6 +654,9 @@ def encode_part(folder: Path, part: str, name: str, conversations: list, tokeniz
 
 # ---- the run
 
+FEW_STEPS = 20  # fewer are noted [ours]
+
+
 def initial_folder(c: Config) -> Path:
     """The folder of the model that the stage starts from."""
     before = "out/quickstart"
@@ -685,7 +725,8 @@ def check_sizes(c: Config, shape: MotifConfig, tokenizer: Tokenizer, folder: Pat
                         f"the turn format, more than the vocab_size={shape.vocab_size} of {folder}")
     if c.seq_len > shape.max_position_embeddings:
         raise UserError(f"seq_len={c.seq_len} is longer than the max_position_embeddings="
-                        f"{shape.max_position_embeddings} of {folder}; lower it")
+                        f"{shape.max_position_embeddings} of {folder}; give --seq_len="
+                        f"{shape.max_position_embeddings} or less")
     if c.batch_tokens < c.seq_len:
         raise UserError(f"batch_tokens={c.batch_tokens} is less than a row of "
                         f"seq_len={c.seq_len}; raise it")
@@ -703,7 +744,7 @@ def open_dataset(c: Config, folder: Path) -> tuple[PackedChatDataset, dict]:
             train[name] = TokenizedChats(folder / f"train-{name}")
             weights[name] = weight
     dataset = PackedChatDataset(train, weights, T=c.seq_len, batch_tokens=c.batch_tokens,
-                                epochs=c.epochs, seed=c.seed)
+                                epochs=c.epochs, seed=c.seed, max_steps=c.max_steps)
     if len(set(all_gather_object(dataset.fingerprint()))) > 1:
         raise UserError(f"the machines hold different data in {c.data_dir}; copy one's to all")
     return dataset, held_out
@@ -716,9 +757,9 @@ def to_pretrain_config(c: Config, shape: MotifConfig, tokenizer: Tokenizer, init
     domains = {name: [source, weight, weight] for name, (source, weight) in c.data.items()}
     return pretrain.Config(
         **asdict(shape), **common, tokenizer=tokenizer.name, init=init, domains=domains,
-        batch_tokens=c.batch_tokens, seq_len=c.seq_len, max_steps=steps,
-        lr=STAGES[c.stage].lr * c.lr_scale, warmup_steps=round(WARMUP * steps), decay="cosine",
-        decay_fraction=1 - WARMUP, min_lr=0.0)
+        batch_tokens=c.batch_tokens, seq_len=c.seq_len, max_steps=steps, lr=c.lr,
+        warmup_steps=round(c.warmup_fraction * steps), decay="cosine",
+        decay_fraction=1 - c.warmup_fraction, min_lr=0.0)
 
 
 def encode_chat_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -726,7 +767,18 @@ def encode_chat_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
 
 
-def describe(c: Config, dataset: PackedChatDataset) -> str:
+def describe_settings(c: Config, init: str) -> str:
+    """What the stage starts from, where it writes, and how it learns."""
+    lines = [f"stage {c.stage} from {init} into {c.out_dir}"]
+    for key in ("lr", "warmup_fraction", "epochs", "max_steps", "batch_tokens", "seq_len"):
+        place = c.came_from[key]
+        if key == "lr" and place == "default":
+            place = f"{STAGES[c.stage].lr:g} of STAGES, lr_scale={c.lr_scale:g}"
+        lines.append(f"  {key} = {getattr(c, key)}  # {place}")
+    return "\n".join(lines)
+
+
+def describe_data(c: Config, dataset: PackedChatDataset) -> str:
     """How much of each domain the run reads."""
     curriculum = dataset.curriculum
     total = curriculum.tokens[-1]
@@ -740,18 +792,22 @@ def describe(c: Config, dataset: PackedChatDataset) -> str:
     rows = sum(curriculum.rows)
     lines.append(f"{curriculum.steps:,d} steps, {rows:,d} rows; padding "
                  f"{1 - total / (rows * c.seq_len):.2%}")
+    if curriculum.steps < FEW_STEPS:
+        lines.append(f"note: {curriculum.steps} steps are few; a smaller --batch_tokens gives more")
     return "\n".join(lines)
 
 
 def setup(c: Config, out: Path) -> tuple:
     """What pretrain.train() takes, checked and built."""
-    fill_in_stage(c)
     if RANK == 0:
         pretrain.check_writable(out)
     device = pretrain.pick_device(c)
     pretrain.meet_ranks(c, device)
 
     checkpoint, folder, init = rank0_only(find_start, c, out)
+    settings = describe_settings(c, init)
+    if RANK == 0:
+        print(settings, flush=True)
     shape = MotifConfig.from_dict(read_json(folder / "config.json"))
     tokenizer = load_tokenizer(c.tokenizer or stored_tokenizer(folder))
     check_sizes(c, shape, tokenizer, folder)
@@ -770,18 +826,20 @@ def setup(c: Config, out: Path) -> tuple:
     model, optimizer = pretrain.build_model_and_optimizer(run, device, checkpoint, initial_weights,
                                                           out)
     if RANK == 0:
-        report = (f"stage {c.stage} from {init}\n{(prepared / 'data.txt').read_text()}"
-                  f"{describe(c, dataset)}\n")
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "data.txt").write_text(report)
+        report = f"{(prepared / 'data.txt').read_text()}{describe_data(c, dataset)}\n"
         print(report, end="", flush=True)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "data.txt").write_text(f"{settings}\n{report}")
     return (run, out, dataset, held_out, model, optimizer, tokenizer, checkpoint,
             encode_chat_prompt)
 
 
 def main() -> None:
-    c = configurator.load(Config, sys.argv[1:], default_file=QUICKSTART)
-    c.out_dir = c.out_dir or f"out/sft{c.stage}"
+    # The quick start's settings would ruin a model of another size.
+    argv = sys.argv[1:]
+    own_model = any(word.startswith("--model=") for word in argv)
+    c = configurator.load(Config, argv, default_file=None if own_model else QUICKSTART)
+    fill_in_stage(c)
     out = Path(c.out_dir)
     with pretrain.friendly_errors(c, out):
         arguments = setup(c, out)

@@ -523,6 +523,58 @@ def test_what_cannot_run_is_one_line_and_leaves_nothing(workplace, options, key)
     assert not Path("out/new").exists()
 
 
+class Loaded(Exception):
+    """Ends a run once its config is complete."""
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """argv -> the config that sft.py would run with."""
+    def load(*argv):
+        def stop(c, out):
+            raise Loaded(c)
+
+        monkeypatch.setattr(sft, "setup", stop)
+        monkeypatch.setattr(sys, "argv", ["sft.py", *argv])
+        with pytest.raises(Loaded) as e:
+            sft.main()
+        return e.value.args[0]
+    return load
+
+
+def test_the_quick_start_s_settings_are_for_its_own_model(loaded):
+    quick = loaded("--stage=2")
+    assert quick.lr == pytest.approx(2e-3) and quick.seq_len == 512
+    assert quick.data == sft.STAGES[2].data and quick.out_dir == "out/sft2"
+
+    own = loaded("--stage=2", "--model=out/mine/step_7", "--data={'mine': ['a.jsonl', 1.0]}")
+    assert own.lr == sft.STAGES[2].lr == 1e-5
+    assert (own.seq_len, own.batch_tokens) == (16_384, 32_000_000)
+    assert own.data == {"mine": ["a.jsonl", 1.0]} and own.out_dir == "out/mine-sft2"
+
+    chosen = loaded("--lr=3e-5", "--lr_scale=7")
+    assert chosen.lr == 3e-5
+
+
+def test_a_model_of_one_s_own_never_reads_the_built_in_conversations(loaded):
+    with pytest.raises(UserError) as e:
+        loaded("--stage=1", "--model=out/mine")
+    assert "--data=" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_max_steps_ends_the_run_and_its_schedule(workplace, capsys):
+    save_initial_model(Path("out/mine/step_1"))
+    run_sft("out/new", model="out/mine", max_steps=6, warmup_fraction=0.5, lr=0.01)
+    lr = [m["lr"] for m in metrics(Path("out/new")) if "lr" in m]
+    assert lr[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
+    assert len(lr) == 6 and lr[3] > lr[4] > lr[5]
+    settings = (Path("out/new") / "data.txt").read_text().splitlines()[:7]
+    assert "stage 1 from out/mine/step_1" in settings[0]
+    assert "  lr = 0.01  # command line" in settings and "  max_steps = 6  # command line" in settings
+    printed = capsys.readouterr().out
+    assert printed.index(settings[1]) < printed.index("preparing")
+
+
 def test_a_stage_learns_and_reports(workplace):
     run_sft("out/sft1", stage=1)
     lines = metrics(Path("out/sft1"))
