@@ -33,7 +33,8 @@ from configurator import Count, Fraction, NonNegative, UserError, one_line
 from data import feistel_permutation, hash_key
 from model import MotifConfig
 from pretrain import TrainConfig
-from support.conversations import HELD_OUT, check_conversation, load_conversations, source_files
+from support.conversations import (HELD_OUT, Drops, check_conversation, load_conversations,
+                                   source_files)
 from support.ranks import RANK, all_gather_object, rank0_first, rank0_only, run_main
 from support.selection import benchmark_grams, choose, held_out_by_name, train_val_split
 from support.sources import local_files
@@ -249,8 +250,8 @@ def truncate_to_turn(tokenizer: Tokenizer, messages: list[dict],
                      T: int) -> tuple[list, list, bool] | None:
     """Cut a conversation after the last reply that ends within T tokens -> ids, targets, whether a
     reply was cut off. None if the first reply ends beyond T tokens: such a conversation is dropped.
-    To cut its prompt would hide from the model what the reply is about, and half a reply would teach
-    it to stop in mid-sentence."""
+    To cut its prompt would hide what the reply is about, and half a reply would teach the model to
+    stop in mid-sentence."""
     ends = [i for i, message in enumerate(messages, 1) if message["role"] == "assistant"]
     for end in reversed(ends):
         ids, targets = encode_chat(tokenizer, messages[:end])
@@ -359,10 +360,10 @@ def collate(rows: list[list[np.ndarray]], T: int) -> tuple[np.ndarray, np.ndarra
 # ---- epochs and batches
 
 # Let all domains together have N tokens. In an epoch, a domain with a share w of the weights has a
-# *quota* of w N tokens. A domain with more tokens than its quota is read in part, and the next epoch
-# continues from there. A domain with fewer is repeated, but at most REPEATS times per epoch, since a
-# model learns by heart what it reads too often: this caps its quota. So an epoch reads N tokens, or
-# fewer where a quota is capped.
+# *quota* of w N tokens. A domain with more tokens than that is read in part, and the next epoch
+# continues from there. A domain with fewer is repeated, but at most REPEATS times per epoch, since
+# a model learns by heart what it reads too often: this caps its quota. So an epoch reads N tokens,
+# or fewer where a quota is capped.
 #
 # Think of a domain as a tape: all its conversations in a random order, then all in another order,
 # and so on. With a quota of q tokens per epoch, epoch e takes the tape from token e q to (e + 1) q,
@@ -556,8 +557,8 @@ class PackedChatDataset:
 
 def held_out_rows(chats: TokenizedChats, tokens: int,
                   T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pack a random choice of held-out conversations, about `tokens` tokens and at least one of them
-    -> ids, targets and doc_ids, each (rows, T) int64."""
+    """Pack a random choice of held-out conversations, about `tokens` tokens but at least one
+    conversation -> ids, targets and doc_ids, each (rows, T) int64."""
     n = len(chats)
     order = feistel_permutation(np.arange(n), n, hash_key("held out"))
     count = int(chats.lengths[order].cumsum().searchsorted(tokens, side="right"))
@@ -571,9 +572,9 @@ def held_out_rows(chats: TokenizedChats, tokens: int,
 # ---- preparing
 
 def prepare(c: Config, tokenizer: Tokenizer) -> Path:
-    """Read, choose, hold out and encode a stage's conversations -> a folder with the report data.txt
-    and with TokenizedChats: val-NAME of each domain, and train-NAME of each with a weight above 0.
-    The folder is made once: its name has a hash of all that decides what is in it. A domain's text
+    """Read, choose, hold out and encode a stage's conversations -> a folder with the report
+    data.txt and TokenizedChats: val-NAME of each domain, and train-NAME of each with a weight above 0. The
+    folder is made once: its name has a hash of all that decides what is in it. The text of a domain
     must fit in memory."""
     folder = Path(c.data_dir) / f"sft-{preparation_key(c, tokenizer)}"
     if folder.exists():
@@ -616,8 +617,10 @@ def prepare_domains(c: Config, tokenizer: Tokenizer, folder: Path) -> list[str]:
     held_out = held_out_by_name(c.data)
     benchmark = benchmark_grams(c.decontaminate_against)
     for name, (source, weight) in c.data.items():
-        conversations = list(load_conversations(source))
+        drops = Drops()
+        conversations = list(load_conversations(source, drops))
         report.append(f"{name}: {len(conversations):,d} conversations of {source}")
+        report += drops.report()
         parts = {"val": conversations}
         if weight > 0:
             parts = train_val_split(conversations, held_out)

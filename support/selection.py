@@ -69,7 +69,7 @@ REASONING = re.compile(r"=|\b(so|because|therefore|thus|hence|since|then|if|impl
 
 
 def reasoning_density(messages: list[dict]) -> float:
-    """The share of the assistant's sentences that hold an equation or a word like "because": a reply
+    """The share of the assistant's sentences with an equation or a word like "because": a reply
     that shows how it comes to its result teaches more than one that states it.
 
     >>> reasoning_density([{"role": "assistant", "content": "A box has 4 eggs. So 3 * 4 = 12."}])
@@ -101,8 +101,8 @@ def completeness(messages: list[dict]) -> float:
 
 
 def structure(messages: list[dict]) -> float:
-    """Whether replies have several lines, as steps and lists do: the number of lines / 3, at most 1,
-    averaged over the replies.
+    """Whether replies have several lines, as steps and lists do: the number of lines / 3, at most
+    1, averaged over the replies.
 
     >>> structure([{"role": "assistant", "content": "1. 3 * 4 = 12\\nAnswer: 12"}])
     0.6666666666666666
@@ -134,8 +134,9 @@ def filter_by_quality(conversations: list, share: float) -> tuple[list, str]:
 
 
 def distinct_3(messages: list[dict]) -> float:
-    """Distinct-3: list every three words in a row of the replies; the share of the list that is left
-    without duplicates. It is low for text that repeats itself, a habit that a model learns quickly.
+    """Distinct-3: take every three words in a row of the replies; how many there are without
+    duplicates, as a share of all. It is low for text that repeats itself, a habit that a model
+    learns quickly.
 
     >>> distinct_3([{"role": "assistant", "content": "the river the river the river"}])
     0.5
@@ -170,9 +171,9 @@ def coherence(messages: list[dict]) -> float:
 
 def dedup_and_filter(conversations: list, duplicate_share: float) -> tuple[list, str]:
     """Drop near-duplicates, repetitive and incoherent conversations -> the others, and a line for
-    the report. A conversation is a near-duplicate if the conversations kept before it have more than
-    duplicate_share of its five-grams (five words in a row): so do, for example, generated tasks that
-    differ in a number only. The five-grams of all take some 60 bytes of memory per word."""
+    the report. A conversation is a near-duplicate if more than duplicate_share of its five-grams
+    (five words in a row) are in those kept before it, as they are in generated tasks that differ in
+    a number only. All five-grams stay in memory, some 60 bytes per word."""
     kept = []
     seen = set()
     dropped = {}  # reason -> conversations
