@@ -572,10 +572,9 @@ def held_out_rows(chats: TokenizedChats, tokens: int,
 # ---- preparing
 
 def prepare(c: Config, tokenizer: Tokenizer) -> Path:
-    """Read, choose, hold out and encode a stage's conversations -> a folder with the report
-    data.txt and TokenizedChats: val-NAME of each domain, and train-NAME of each with a weight above 0. The
-    folder is made once: its name has a hash of all that decides what is in it. The text of a domain
-    must fit in memory."""
+    """Read, choose, hold out and encode a stage's conversations -> a folder with data.txt, which
+    reports, and TokenizedChats: val-NAME of each domain, train-NAME of each with a weight above 0.
+    Its name has a hash of all that decides what is in it. A domain's text must fit in memory."""
     folder = Path(c.data_dir) / f"sft-{preparation_key(c, tokenizer)}"
     if folder.exists():
         return folder
@@ -683,7 +682,7 @@ def initial_folder(c: Config) -> Path:
 
 def find_start(c: Config, out: Path) -> tuple[tuple | None, Path, str]:
     """-> (the checkpoint to resume from, as pretrain.find_checkpoint gives it, or None; the folder
-    of the model to begin with; the name of the initial weights).
+    of the model to begin with; folder and hash of the weights that the stage starts from).
 
     A run that resumes does not need its initial weights any more; but if they are still there, they
     must be those that it began with, or two runs would be mixed in one folder."""
@@ -705,8 +704,8 @@ def find_start(c: Config, out: Path) -> tuple[tuple | None, Path, str]:
 
 
 def hash_of_weights(folder: Path) -> str:
-    """8 hex digits that tell a model's weights from others: a hash of the last MiB of its files. No
-    two trained models agree there."""
+    """8 hex digits that tell a model's weights from others, which differ everywhere: a hash of the
+    last MiB of the last file."""
     with open(max(tensor_files(folder, "model")), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         file.seek(max(0, size - 2**20))

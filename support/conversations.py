@@ -88,6 +88,7 @@ class Drops:
                         f"conversations; {count:,d} of them, first {self.first[reason]}: {reason}")
 
     def report(self) -> list[str]:
+        """Lines for data.txt, the commonest reason first."""
         lines = []
         for reason, count in self.rows.most_common():
             lines.append(f"  {count:,d} rows dropped, first {self.first[reason]}: {reason}")
@@ -98,9 +99,13 @@ class Drops:
 
 # ---- layouts
 
-# A row is a dict: column -> value. Its columns tell its layout, which is the first one here all of
-# whose columns it has. A layout of one column is a list of messages. In one of several the last
-# column is the reply, and the text of the others, with blank lines between, is the question.
+# A row is a dict: column -> value. Its columns tell its layout: the first one below of which it has
+# all columns. A layout of one column is a list of messages. In a layout of several, the last column
+# is the reply, and the text of the others, with a blank line between, is the question.
+#
+# From any of them we make a list of messages with "role" and "content" (check_conversation). What
+# cannot be mended without guessing is dropped: a call of a tool, as the turn format has no place
+# for one; an empty message; two replies in a row. Drops counts it, and data.txt tells.
 
 LAYOUTS = [
     ["messages"],       # {"messages": [{"role": "user", "content": "2+2?"},
@@ -140,7 +145,8 @@ def find_layout(columns, column: str | None) -> list[str]:
 
 
 def read_row(row, column: str | None, left_out: Counter) -> list[dict]:
-    """A row, or a line of JSON -> its conversation. UserError with the reason if it has none.
+    """A row, or a line of JSON -> its conversation. UserError with the reason if it has none; Drops
+    counts reasons, so the text is the same for all rows with the same fault.
 
     >>> read_row({"question": "2+2?", "answer": "4"}, None, Counter())
     [{'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'}]
@@ -167,6 +173,7 @@ def is_list(row: dict, layout: list[str]) -> bool:
 
 
 def list_turns(row: dict, layout: list[str]) -> list:
+    """The elements of the columns, which hold lists of messages, one after the other."""
     turns = []
     for column in layout:
         if not isinstance(row[column], list):
@@ -177,6 +184,12 @@ def list_turns(row: dict, layout: list[str]) -> list:
 
 
 def pair_turns(row: dict, layout: list[str]) -> list[dict]:
+    """A question, from all columns but the last, and its reply.
+
+    >>> row = {"instruction": "Add.", "input": "2 2", "output": "4"}
+    >>> pair_turns(row, ["instruction", "input", "output"])
+    [{'role': 'user', 'content': 'Add.\\n\\n2 2'}, {'role': 'assistant', 'content': '4'}]
+    """
     texts = []
     for column in layout:
         text = row[column]
@@ -269,6 +282,7 @@ def check_conversation(messages: list[dict]) -> None:
 
 
 def type_name(value) -> str:
+    """A type as people who write JSON call it, or Python."""
     return "null" if value is None else type(value).__name__
 
 
@@ -369,6 +383,7 @@ def hub_rows(name: str, options: dict):
 # ---- generators
 
 def builtin_conversations(source: str, kind: str, options: dict):
+    """Yield the conversations of a generator in synthetic/conversations.py."""
     chats = synthetic.conversations.CHATS
     if kind not in chats:
         raise UserError(f"source {source!r}: the built-in conversations are {', '.join(chats)}")
