@@ -34,7 +34,7 @@ READABLE = (".jsonl", ".txt", ".parquet", ".jsonl.gz", ".jsonl.bz2", ".jsonl.xz"
             ".txt.bz2", ".txt.xz")
 
 
-def source_units(source: str) -> list[partial]:
+def source_units(source: str, unit_bytes: int = UNIT_BYTES) -> list[partial]:
     """The units of a source: functions without arguments, each of which yields documents. They are
     partials, not closures, so that they can be sent to another process."""
     place, _, query = source.partition("?")
@@ -46,7 +46,7 @@ def source_units(source: str) -> list[partial]:
         return builtin_units(source, place.removeprefix("builtin:"))
     if place.endswith(READABLE):
         check_options(source, options, ["text"])
-        return local_units(place, columns)
+        return local_units(place, columns, unit_bytes)
     if place.count("/") == 1 and not os.path.exists(place):
         check_options(source, options, ["text", "name", "split"])
         return hub_units(place, columns, options)
@@ -80,15 +80,15 @@ def local_files(pattern: str) -> list[Path]:
     return files
 
 
-def local_units(pattern: str, columns: list[str]) -> list[partial]:
-    """Units of at least UNIT_BYTES: large files are cut, small ones gathered, and what is too
+def local_units(pattern: str, columns: list[str], unit_bytes: int) -> list[partial]:
+    """Units of at least unit_bytes: large files are cut, small ones gathered, and what is too
     little for a unit of its own joins the last one."""
     pieces = []
     remaining = 0
     for path in local_files(pattern):
         size = path.stat().st_size
         can_be_cut = path.suffix in (".jsonl", ".txt")
-        count = max(1, size // UNIT_BYTES) if can_be_cut else 1
+        count = max(1, size // unit_bytes) if can_be_cut else 1
         for i in range(count):
             pieces.append((path, i * size // count, (i + 1) * size // count))
         remaining += size
@@ -96,7 +96,7 @@ def local_units(pattern: str, columns: list[str]) -> list[partial]:
     units = [[]]
     filled = 0
     for path, start, end in pieces:
-        if filled >= UNIT_BYTES and remaining >= UNIT_BYTES:
+        if filled >= unit_bytes and remaining >= unit_bytes:
             units.append([])
             filled = 0
         units[-1].append((path, start, end))
@@ -217,3 +217,18 @@ def hub_rows(name: str, options: dict, i: int, files: int):
     """(place, row) of each row of file i."""
     for number, row in enumerate(open_hub(name, options).shard(files, i)):
         yield f"file {i}, row {number}", row
+
+
+def source_identity(source: str) -> str:
+    """Differs where the text of a source may differ: a hash of its files' sizes and dates."""
+    import hashlib
+    import sys
+    place = source.partition("?")[0]
+    what = []
+    if place.startswith("builtin:"):
+        what.append(sys.version)  # another Python's library has other text
+    elif place.endswith(READABLE):
+        for path in local_files(place):
+            stat = path.stat()
+            what.append((str(path), stat.st_size, stat.st_mtime_ns))
+    return hashlib.sha256(repr(what).encode()).hexdigest()
