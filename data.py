@@ -144,6 +144,7 @@ class Curriculum:
         check_domains(domains)
         self.names = list(domains)
         self.before = before
+        self.plans = []   # for a checkpoint: what `before` was made of
         self.seq_len = []
         self.rows = []
         self.tokens = [0]
