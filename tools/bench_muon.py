@@ -76,7 +76,7 @@ def peak_elements(group: MuonShardGroup) -> Tensor:
 def traffic(group: MuonShardGroup) -> Tensor:
     """Return (2, ranks): how many numbers each rank sends to, and receives from, the others in a
     step."""
-    u, O = group.elements_sent(group.order)
+    u, O = group.elements_sent(range(len(group.shapes)))
     total = (u + O).fill_diagonal_(0)                       # [sender, receiver]
     return torch.stack([total.sum(1), total.sum(0)])
 
@@ -86,9 +86,10 @@ def plan_table(shapes: list, world: int, replicas: int = 1) -> str:
     check_replicas(world, replicas)
     shards = world // replicas
     together = replicas_per_muon_group(shapes, world, replicas)
-    group = MuonShardGroup(shapes, [(None, 0)] * len(shapes), (together, shards))
+    mesh = torch.arange(together * shards).view(together, shards)
+    group = MuonShardGroup(shapes, [(None, 0)] * len(shapes), mesh)
 
-    tflops = torch.zeros(len(group.chunks), group.num_ranks, dtype=torch.float64)
+    tflops = torch.zeros(len(group.chunks), mesh.numel(), dtype=torch.float64)
     for k, chunk in enumerate(group.chunks):
         for i in chunk:
             tflops[k, group.owner[i]] += newton_schulz_flops(shapes[i]) / 1e12
@@ -162,7 +163,7 @@ def synchronize() -> None:
 class GatherAll(MuonClip):
     """MuonClip for sharded matrices only, in the plain way: every rank gathers every matrix."""
 
-    def _muon_step(self, group: dict, skip: Tensor | None) -> None:
+    def _muon_step(self, group: dict, skip: Tensor) -> None:
         now = self._step_scalars(group, skip)
         for p in group["params"]:
             mesh = p.device_mesh
