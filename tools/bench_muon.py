@@ -65,8 +65,8 @@ def peak_elements(group: MuonShardGroup) -> Tensor:
         held.append(results_on_their_way + now.u_received + matrices)
 
         # Phase 2: the matrices; u(k+1), as shards and as a message; O(k-1) is under way.
-        own_shards = after.O_received
-        held.append(results_on_their_way + matrices + own_shards + updates_on_their_way)
+        shards = after.u_sent
+        held.append(results_on_their_way + matrices + shards + updates_on_their_way)
 
         # Phase 5: the results, and the message with them; u(k+1) is under way.
         held.append(matrices + now.O_sent + now.O_received + updates_on_their_way)
