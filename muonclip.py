@@ -43,12 +43,10 @@ import kernels
 #
 #     X  <-  (a I + b A + c A A) X   =   U diag(a s + b s^3 + c s^5) V^T
 #
-# It leaves U and V alone and sends every singular value s to a polynomial of s. Five polynomials,
-# one after the other, bring every s of (0, 1] near 1, and no singular value is ever computed. The
-# values need not be exactly 1: Keller Jordan's leaves them between 0.7 and 1.2, and trains as well.
-#
-# What it costs. Five steps on the 280 matrices of the 12.7B model take 1.0e15 FLOPs, as many as
-# training it on 13,000 tokens; one optimizer step trains on millions of tokens.
+# It leaves U and V alone and sends every s to a polynomial of s. Five polynomials, one after the
+# other, bring every s of (0, 1] near 1. (Near is enough: Keller Jordan's leave s between 0.7 and
+# 1.2, and train as well.) Five steps on the 280 matrices of the 12.7B model take 1.0e15 FLOPs, as
+# many as training it on 13,000 tokens; one optimizer step trains on millions of tokens.
 
 # (a, b, c) of the polynomials. "Error": |O O^T - I|_F / sqrt(m) of a Gaussian 512 x 2048 matrix.
 COEFFICIENTS = {
@@ -77,8 +75,8 @@ START_MARGIN = {"quintic": 1.0, "motif": 1.0, "polar_express": 1.02}
 def plain_newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif") -> Tensor:
     """The definition: G (m, n) -> O (m, n), near U V^T. newton_schulz below is the same, faster.
 
-    What the five polynomials do to four singular values, a line for each step: the first three
-    make small values grow, and throw large ones about; the last two settle all.
+    What the five polynomials do to four singular values, a line for each step. Small ones grow, and
+    large ones are thrown about; the last two steps settle all:
 
     >>> s = torch.tensor([0.01, 0.1, 0.5, 1.0])
     >>> for a, b, c in COEFFICIENTS["motif"]:
@@ -146,10 +144,8 @@ def newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif",
 
 def normalize(matrices: Tensor, margin: float) -> Tensor:
     """Scale each matrix of (E, m, n) to the Frobenius norm SCALE / margin -> (E, m, n), in fp16 for
-    bf16 on a GPU, else in its own dtype.
-
-    Each is first divided by its largest entry: the square of 1e30 overflows fp32, and the square of
-    1e-30 is 0."""
+    bf16 on a GPU, else in its own dtype. Each is first divided by its largest entry: the square of
+    1e30 overflows fp32, and the square of 1e-30 is 0."""
     flat = matrices.flatten(1)
     if flat.is_cuda and flat.dtype == torch.bfloat16:
         working_dtype = torch.float16
@@ -257,8 +253,7 @@ def update_scale(shape) -> float:
     learning rate and one weight decay (Moonlight, arXiv 2502.16982, section 2.2).
 
     If m <= n, O has m orthonormal rows, so |O|_F^2 = m, and the root mean square (RMS) of its m n
-    entries is sqrt(m / (m n)) = 1 / sqrt(max(m, n)). The RMS of AdamW's update is usually 0.2 to
-    0.4.
+    entries is sqrt(m / (m n)) = 1 / sqrt(max(m, n)). That of AdamW's update is about 0.2 to 0.4.
 
     >>> O = torch.eye(4, 16)
     >>> round(O.square().mean().sqrt().item(), 3), update_scale(O.shape)
@@ -359,9 +354,6 @@ class MuonClip(torch.optim.Optimizer):
     qk: [(q_weight, k_weight), ...], a pair for each layer, for QK-clip; kv_map, head_dim and tau as
         in qk_clip. tau = 0 switches it off.
 
-    The momentum is a sum (mu * momentum + G) and not a mean, as its scale does not matter to
-    Newton-Schulz. Weight decay uses lr, not lr * 0.2 sqrt(max(m, n)).
-
     On many ranks all ranks of a mesh call step() together, with the same `skip`. Parameters that
     are not DTensors belong to each process, and the caller reduces their gradients.
 
@@ -376,8 +368,8 @@ class MuonClip(torch.optim.Optimizer):
         others = list(adamw_params)
         for p in matrices + others:
             if p.dtype not in (torch.float32, torch.float64):
-                raise ValueError("MuonClip trains fp32 weights, since bf16 rounds away any update "
-                                 "below 1/512 of the weight; call model.float() first")
+                # bf16 rounds away any update below 1/512 of the weight.
+                raise ValueError("MuonClip trains fp32 weights; call model.float() first")
 
         tables = [p for p in others if p.ndim > 1]
         vectors = [p for p in others if p.ndim < 2]
@@ -390,14 +382,14 @@ class MuonClip(torch.optim.Optimizer):
 
         self.ns_options = dict(coefficients=coefficients, dtype=dtype)
         self.shard_groups = build_shard_groups(matrices, dtype)
-        self.update_rms: dict[Tensor, Tensor] = {}
+        self.update_rms = {}
 
         self.qk = list(qk)
         if self.qk:
             self.kv_map = torch.as_tensor(kv_map, device=self.qk[0][0].device)
         self.head_dim = head_dim
         self.tau = tau
-        self.heads_clipped: Tensor | None = None
+        self.heads_clipped = None
 
         # The state is made now, so that a checkpoint can be read into it before the first step.
         for p in matrices:
@@ -459,9 +451,8 @@ class MuonClip(torch.optim.Optimizer):
         if p.grad is None:
             G = torch.zeros_like(momentum)      # other ranks may have theirs, and wait for this one
         else:
+            assert not is_spread(p) or p.grad.placements == p.placements, "reduce gradients first"
             G = local_shard(p.grad).contiguous()
-        if is_spread(p) and p.grad is not None:
-            assert p.grad.placements == p.placements, "a gradient is not yet summed over the ranks"
         u = add_to_momentum(momentum, G, now.mu, now.skip, self.ns_options["dtype"])
         return u.view(momentum.shape)
 
@@ -544,9 +535,8 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 # The problem. FSDP2 cuts every matrix into shards, one for each GPU: on 8 GPUs a 4096 x 4096 matrix
 # lies in 8 blocks of 512 rows. AdamW can update a shard by itself, since it treats every number by
 # itself. Muon cannot: if two blocks have identical rows, each by itself turns them into 512
-# orthonormal rows, and together they are far from orthonormal. (For a Gaussian 512 x 512 matrix in
-# 8 blocks, the result is 0.53 |O|_F away from O.) The simple way out: every rank gathers every
-# matrix, and all do the same work.
+# orthonormal rows, and together they are far from orthonormal. The simple way out: every rank
+# gathers every matrix, and all do the same work.
 #
 # The idea (Motif-2, arXiv 2511.07464). Every matrix has one owner. All ranks send the owner their
 # shards of u. The owner puts the matrix together, orthogonalises it, and sends every rank its shard
@@ -565,14 +555,14 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 #     network   u(0) | u(1)           | O(0), u(2)     | O(1)            | O(2)
 #
 # HSDP. Each replica of the model could do all of this by itself, but then all would do the same
-# work. So replicas share the owners (replicas_per_muon_group). An owner takes the shards of u from
-# its own replica, which has all of them, and sends O to every rank.
+# work. So replicas share the owners. An owner takes the shards of u from its own replica, which has
+# all of them, and sends O to every rank.
 #
-# What it costs. Let R ranks hold C replicas (FSDP: C = 1) of N numbers. A rank receives u of what it
-# owns, N / R numbers, and its shard of every O, N C / R; less what it has already, (N/R) (1 + C -
-# 2C/R). It sends as much. If every rank gathered everything, it would receive N (1 - C/R). For the
-# 12.7B model in bf16 on 8 GPUs (N = 10.9e9) that is 4.77 GB instead of 19.08, and an eighth of the
-# FLOPs.
+# What it costs. Let R ranks hold C replicas (FSDP: C = 1) of N numbers. A rank receives u of what
+# it owns, N / R numbers, and its shard of every O, N C / R, less its own shards of what it owns,
+# N C / R^2 of each: (N/R) (1 + C - 2C/R). It sends as much. If every rank gathered everything, it
+# would receive N (1 - C/R). For the 12.7B model on 8 GPUs in bf16 (N = 10.9e9) that is 4.77 GB
+# instead of 19.08, and an eighth of the FLOPs.
 
 def is_spread(p: Tensor) -> bool:
     """Whether p is a DTensor that lies on more than one rank."""
@@ -592,10 +582,7 @@ def shard_dims(t: Tensor) -> tuple[int | None, ...]:
 
 def local_slices(shape, mesh_sizes, dims, coords) -> tuple[slice, ...]:
     """Return the part of a tensor that the rank at coordinates `coords` of a mesh holds. dims: as
-    shard_dims returns them. The cuts are those of torch.chunk: all parts have the same length,
-    except that the last ones may be shorter, or empty.
-
-    5 rows on 4 ranks are 2, 2, 1 and 0 rows:
+    shard_dims returns them. The cuts are those of torch.chunk: 5 rows on 4 ranks are 2, 2, 1 and 0.
 
     >>> for rank in range(4):
     ...     print(local_slices((5, 8), mesh_sizes=(4,), dims=(0,), coords=(rank,)))
@@ -634,8 +621,7 @@ def assign_owners(shapes, ranks: int) -> tuple[list[int], list[list[int]]]:
     Four matrices take 3, 2, 2 and 1 units of time. Rank 0 starts the first at time 0 and the last
     at time 3, which is in the second window; rank 1 starts the others at times 0 and 2:
 
-    >>> owner, chunks = assign_owners([(4, 16), (4, 10), (4, 10), (4, 4)], ranks=2)
-    >>> owner, chunks
+    >>> assign_owners([(4, 16), (4, 10), (4, 10), (4, 4)], ranks=2)
     ([0, 1, 1, 0], [[0, 1, 2], [3]])
     """
     flops = [newton_schulz_flops(shape) for shape in shapes]
@@ -674,46 +660,46 @@ class MuonShardGroup:
     The constructor only computes with shapes, so it also plans for GPUs that are not there. Then
     connect() adds the process group. i is a matrix, r a rank, d a mesh dimension, k a chunk.
 
-    shapes[i]          (m, n)
-    shard_dims[i]      as the function shard_dims returns it, e.g. (None, 0)
-    mesh               the ranks; torch.arange(8).view(2, 4) is 2 replicas of 4 shards
-
-    owner[i]           the rank that orthogonalises matrix i
-    chunks[k]          the matrices of chunk k, sorted by owner
-    slices[i][r]       the part of matrix i that rank r holds
-    sends[i][r]        whether rank r sends its shard of u to the owner of matrix i"""
+    shapes[i]        (m, n)
+    shard_dims[i]    as the function shard_dims returns it, e.g. (None, 0)
+    mesh             the ranks; torch.arange(8).view(2, 4) is 2 replicas of 4 shards
+    owner[i]         the rank that orthogonalises matrix i
+    chunks[k]        the matrices of chunk k, sorted by owner
+    slices[i][r]     the part of matrix i that rank r holds
+    sends[i][r]      whether rank r sends its shard of u to the owner of matrix i
+    sent["u"][k, r, s], sent["O"][k, r, s]    how many numbers of chunk k rank r sends to rank s"""
 
     def __init__(self, shapes, shard_dims, mesh: Tensor):
+        ranks = mesh.numel()
         self.shapes = shapes
         self.mesh = mesh
-        self.owner, self.chunks = assign_owners(shapes, mesh.numel())
-        self.slices = []
-        self.sends = []
+        self.owner, self.chunks = assign_owners(shapes, ranks)
+        self.slices = {}
+        self.sends = {}
+        u_sent = torch.zeros(len(self.chunks), ranks, ranks, dtype=torch.int64)
+        O_sent = torch.zeros_like(u_sent)
+        self.sent = {"u": u_sent, "O": O_sent}
 
         # A process group numbers its ranks by their global rank, whatever their place in the mesh.
         places = torch.unravel_index(mesh.flatten().argsort(), mesh.shape)
         coords = torch.stack(places, 1)                                             # [r, d]
-        for shape, dims, owner in zip(shapes, shard_dims, self.owner):
-            slices = [local_slices(shape, mesh.shape, dims, coord) for coord in coords.tolist()]
-            self.slices.append(slices)
+        for k, chunk in enumerate(self.chunks):
+            for i in chunk:
+                owner = self.owner[i]
+                dims = shard_dims[i]
+                boxes = [local_slices(shapes[i], mesh.shape, dims, at) for at in coords.tolist()]
+                sizes = torch.tensor([math.prod(s.stop - s.start for s in box) for box in boxes])
 
-            # Rank r sends its shard if it is in the owner's replica, that is, if it has the owner's
-            # coordinate in every mesh dimension that replicates the matrix.
-            replicated = [d for d, dim in enumerate(dims) if dim is None]
-            agrees = coords[:, replicated] == coords[owner, replicated]
-            self.sends.append(agrees.all(1).tolist())
+                # The owner's replica sends u: the ranks with the owner's coordinates in all mesh
+                # dimensions that replicate the matrix.
+                replicated = [d for d, dim in enumerate(dims) if dim is None]
+                agrees = coords[:, replicated] == coords[owner, replicated]
+                sends = agrees.all(1)
 
-    def elements_sent(self, matrices) -> tuple[Tensor, Tensor]:
-        """Count how many numbers of u, and of O, of these matrices rank r sends to rank s -> two
-        tensors [r, s]. The diagonal is what a rank sends to itself."""
-        ranks = self.mesh.numel()
-        u = torch.zeros(ranks, ranks, dtype=torch.int64)
-        O = torch.zeros_like(u)
-        for i in matrices:
-            sizes = [math.prod(s.stop - s.start for s in box) for box in self.slices[i]]
-            u[:, self.owner[i]] += torch.tensor(sizes) * torch.tensor(self.sends[i])
-            O[self.owner[i], :] += torch.tensor(sizes)
-        return u, O
+                self.slices[i] = boxes
+                self.sends[i] = sends.tolist()
+                u_sent[k, :, owner] += sizes * sends
+                O_sent[k, owner, :] += sizes
 
     def connect(self, params: list[Tensor], dtype: torch.dtype) -> None:
         """Prepare to exchange shards of params, in dtype. All ranks of the mesh call this."""
@@ -725,18 +711,14 @@ class MuonShardGroup:
         self.me = ranks.index(dist.get_rank())
         self.params = params
         self.nothing = torch.empty(0, dtype=dtype, device=params[0].device)     # cat([]) would fail
-        self.i_send = self.nothing.new_tensor([sends[self.me] for sends in self.sends])
-
-        # How much this rank sends to every rank, and receives from every rank.
-        self.splits = {}
+        i_send = [self.sends[i][self.me] for i in range(len(params))]
+        self.i_send = self.nothing.new_tensor(i_send)
         self.under_way = {}
-        for k, chunk in enumerate(self.chunks):
-            for name, count in zip("uO", self.elements_sent(chunk)):
-                self.splits[name, k] = (count[self.me].tolist(), count[:, self.me].tolist())
 
     def send(self, name: str, k: int, pieces: list[Tensor]) -> None:
         """Start the all-to-all of chunk k's "u" or "O". pieces: flat, sorted by who gets them."""
-        send_sizes, receive_sizes = self.splits[name, k]
+        send_sizes = self.sent[name][k, self.me].tolist()
+        receive_sizes = self.sent[name][k, :, self.me].tolist()
         sent = torch.cat([self.nothing, *pieces])
         received = sent.new_empty(sum(receive_sizes))
         work = dist.all_to_all_single(received, sent, receive_sizes, send_sizes,
@@ -749,16 +731,14 @@ class MuonShardGroup:
         work.wait()
         return received
 
-    def all_shards(self, matrices: dict[int, Tensor]) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield (i, r, the part of matrix i that rank r holds, a view) in the order of messages: by
-        rank, and for each rank in the order of the chunk."""
+    def all_shards(self, matrices: dict) -> Iterator:
+        """Yield (i, r, a view of what rank r holds of matrix i), in the order of a message."""
         for r in range(self.mesh.numel()):
             for i, matrix in matrices.items():
                 yield i, r, matrix[self.slices[i][r]]
 
     def send_updates(self, k: int, optimizer: MuonClip, now: SimpleNamespace) -> None:
-        """Add the gradients of chunk k to the momentum, and start to send this rank's shards of
-        u(k) to the owners."""
+        """Add the gradients of chunk k to the momentum, and start to send u(k) to the owners."""
         pieces = []
         for i in self.chunks[k]:
             u = optimizer.add_gradient(self.params[i], now)
@@ -846,8 +826,7 @@ def parallel_muon_step(optimizer: MuonClip, group: MuonShardGroup, now: SimpleNa
 
     group.apply_results(last, optimizer, now)
 
-    # Every rank has its shards' part of each RMS. Of shards that several ranks hold, one counts:
-    # the one that was sent to the owner.
+    # Each rank has its shards' part of each RMS; a shard that several ranks hold counts once.
     rms = torch.stack([optimizer.update_rms[p] for p in group.params])
     mean_square = rms.square_().mul_(group.i_send)
     dist.all_reduce(mean_square, group=group.process_group)

@@ -38,8 +38,8 @@ class Buffers(NamedTuple):
     O_received: Tensor          # as many as there are in the rank's shards of the chunk
 
 
-def buffers(group: MuonShardGroup, matrices: list[int]) -> Buffers:
-    u, O = group.elements_sent(matrices)                    # [sender, receiver]
+def buffers(u: Tensor, O: Tensor) -> Buffers:
+    """u, O: how many numbers each rank sends to each, [sender, receiver]."""
     return Buffers(u.sum(1), u.sum(0), O.sum(1), O.sum(0))
 
 
@@ -49,8 +49,10 @@ def peak_elements(group: MuonShardGroup) -> Tensor:
 
     The peak is at one of three moments of muonclip.parallel_muon_step, for some chunk k. An empty
     chunk at the beginning stands for the time when only u(0) is sent."""
-    empty = buffers(group, [])
-    chunks = [empty, empty] + [buffers(group, chunk) for chunk in group.chunks] + [empty]
+    chunks = list(map(buffers, group.sent["u"], group.sent["O"]))
+    nothing = torch.zeros_like(group.sent["u"][0])
+    empty = buffers(nothing, nothing)
+    chunks = [empty, empty, *chunks, empty]
 
     held = []
     for k in range(1, len(chunks) - 1):
@@ -65,8 +67,8 @@ def peak_elements(group: MuonShardGroup) -> Tensor:
         held.append(results_on_their_way + now.u_received + matrices)
 
         # Phase 2: the matrices; u(k+1), as shards and as a message; O(k-1) is under way.
-        shards = after.u_sent
-        held.append(results_on_their_way + matrices + shards + updates_on_their_way)
+        own_shards = after.u_sent
+        held.append(results_on_their_way + matrices + own_shards + updates_on_their_way)
 
         # Phase 5: the results, and the message with them; u(k+1) is under way.
         held.append(matrices + now.O_sent + now.O_received + updates_on_their_way)
@@ -76,8 +78,8 @@ def peak_elements(group: MuonShardGroup) -> Tensor:
 def traffic(group: MuonShardGroup) -> Tensor:
     """Return (2, ranks): how many numbers each rank sends to, and receives from, the others in a
     step."""
-    u, O = group.elements_sent(range(len(group.shapes)))
-    total = (u + O).fill_diagonal_(0)                       # [sender, receiver]
+    total = (group.sent["u"] + group.sent["O"]).sum(0)      # [sender, receiver]
+    total.fill_diagonal_(0)
     return torch.stack([total.sum(1), total.sum(0)])
 
 
