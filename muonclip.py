@@ -10,10 +10,10 @@ One step of Muon on a matrix, from its gradient:
 The first half is for everybody. The second half is Parallel Muon, which takes the same step on many
 GPUs, where FSDP2 has cut the matrices into shards, bit-identical to one process.
 
-Sources: Muon (Keller Jordan, kellerjordan.github.io/posts/muon), Moonlight (arXiv 2502.16982) for
-the factor 0.2 sqrt(max(m, n)), Kimi K2 (2507.20534) for QK-clip, Motif-2 (2511.07464) for Parallel
-Muon. Letters: G is the matrix to be made orthogonal (a gradient, or u), m x n its shape, O the
-result, E how many matrices are stacked; H query heads, K key heads, D head_dim.
+Sources: Muon (kellerjordan.github.io/posts/muon), Moonlight (arXiv 2502.16982) for the factor
+0.2 sqrt(max(m, n)), Kimi K2 (2507.20534) for QK-clip, Motif-2 (2511.07464) for Parallel Muon.
+Letters: G is the matrix to be made orthogonal (a gradient, or u), m x n its shape, O the result, E
+how many matrices are stacked; H query heads, K key heads, D head_dim.
 """
 import functools
 import math
@@ -75,8 +75,7 @@ START_MARGIN = {"quintic": 1.0, "motif": 1.0, "polar_express": 1.02}
 def plain_newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif") -> Tensor:
     """The definition: G (m, n) -> O (m, n), near U V^T. newton_schulz below is the same, faster.
 
-    What the five polynomials do to four singular values, a line for each step. Small ones grow, and
-    large ones are thrown about; the last two steps settle all:
+    What the five polynomials do to four singular values, a line for each. The last two settle all:
 
     >>> s = torch.tensor([0.01, 0.1, 0.5, 1.0])
     >>> for a, b, c in COEFFICIENTS["motif"]:
@@ -106,9 +105,6 @@ def plain_newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif") 
 # and below 6.1e-5 fp16 loses bits (subnormal numbers). So we keep SCALE X instead of X. 64 is the
 # largest power of two that is safe: plain_steps holds SCALE^2 A, whose entries reach 64^2 * 1.99^2
 # = 16,000, as s reaches 1.99 with polar_express; 128 would reach 65,000, and fp16 ends at 65,504.
-#
-# Symmetry. In each step all products but the last are symmetric matrices, so half of each need not
-# be computed (kernels.symmetric_matmul).
 
 SCALE = 64.0
 
@@ -127,7 +123,8 @@ def newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif",
     if tall:
         X = X.mT
 
-    # Too few tiles do not fill a GPU; then cuBLAS, which computes both halves, is faster.
+    # All products but the last are symmetric, so half of each need not be computed. But too few
+    # tiles do not fill a GPU; then cuBLAS, which computes both halves, is faster.
     table = COEFFICIENTS[coefficients][:steps]
     tile_rows = math.ceil(X.shape[1] / kernels.TILE)
     tiles = len(X) * tile_rows * (tile_rows + 1) // 2
@@ -137,7 +134,6 @@ def newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif",
         X = gram_steps(X, table, span=3 if wide else 1)
     else:
         X = plain_steps(X, table)
-
     torch.div(X, SCALE, out=O.mT if tall else O)
     return O.view(G.shape)
 
@@ -153,7 +149,6 @@ def normalize(matrices: Tensor, margin: float) -> Tensor:
     else:
         working_dtype = flat.dtype
         largest = flat.abs().amax(1, keepdim=True)      # vector_norm is slow on a CPU
-
     largest.clamp_(torch.finfo(flat.dtype).tiny)
     X = torch.empty_like(flat, dtype=working_dtype)
     torch.div(flat, largest, out=X)
@@ -182,9 +177,8 @@ def gram_steps(X: Tensor, table: list, span: int) -> Tensor:
     Q = Z_3 Z_2 Z_1 together on (m, m) matrices, and touch the wide X once, X = Q X. A, Z and Q are
     all symmetric, since they are polynomials in one matrix.
 
-    After `span` steps A is computed from X again. Rounding makes eigenvalues of A that should be 0
-    a little negative, and the polynomials make those grow, by about a^2 = 16 in each step. In fp16
-    they stay harmless for three steps, in bf16 for two."""
+    Then compute A from X again: rounding makes eigenvalues of A that should be 0 a little negative,
+    and these grow by about a^2 = 16 in each step, harmless for three steps in fp16, two in bf16."""
     # symmetric(X, Y, alpha, addend, beta) is alpha X Y^T + beta addend.
     symmetric = kernels.symmetric_matmul
     for first in range(0, len(table), span):
@@ -287,7 +281,7 @@ def qk_clip(q_weight: Tensor, k_weight: Tensor, max_logits: Tensor, kv_map, head
     measured maxima of the logits down to tau -> gamma (H,).
 
     max_logits (H,): S, the largest, not the largest in magnitude, measured before the update.
-    kv_map (H,): the key head that each query head reads. A shard may end within a head.
+    kv_map (H,): the key head that each query head reads.
 
     Two heads share a key. The first, at 200, must come down to 100. The second, at 50, must stay,
     so its q has to grow by what the key has lost:
@@ -299,10 +293,9 @@ def qk_clip(q_weight: Tensor, k_weight: Tensor, max_logits: Tensor, kv_map, head
     (tensor([0.7071, 1.4142]), tensor([0.7071]))
     >>> torch.tensor([200.0, 50.0]) * (q * k).flatten()
     tensor([100.0000,  50.0000])
-
-    Nothing waits for the GPU. A logit that is not finite raises RuntimeError, on a GPU when the
-    host next synchronises."""
-    finite = (max_logits < torch.inf).all()             # false for NaN too
+    """
+    # A NaN is not < inf either. This raises RuntimeError, on a GPU when the host next synchronises.
+    finite = (max_logits < torch.inf).all()
     torch._assert_async(finite, "QK-clip: an attention logit is not finite")
     kv_map = torch.as_tensor(kv_map, device=max_logits.device)
     num_key_heads = len(k_weight) // head_dim
@@ -318,8 +311,8 @@ def qk_clip(q_weight: Tensor, k_weight: Tensor, max_logits: Tensor, kv_map, head
 
 
 def scale_rows(weight: Tensor, factors: Tensor) -> None:
-    """Multiply row i of weight (rows, columns) by factors[i], in place; each rank of a sharded
-    weight scales the rows that it holds."""
+    """Multiply row i of weight (rows, columns) by factors[i], in place. Each rank scales the rows
+    that it holds; a shard may end within a head."""
     if hasattr(weight, "placements"):
         mesh = weight.device_mesh
         box = local_slices(weight.shape, mesh.shape, shard_dims(weight), mesh.get_coordinate())
@@ -339,7 +332,6 @@ def batches_of_one_shape(params: list[Tensor]) -> Iterator[list[Tensor]]:
     by_shape = {}
     for p in params:
         by_shape.setdefault(p.shape, []).append(p)
-
     for shape, same in by_shape.items():
         size = max(1, MAX_BATCHED_NUMEL // shape.numel())
         for first in range(0, len(same), size):
@@ -404,8 +396,7 @@ class MuonClip(torch.optim.Optimizer):
     def step(self, *, max_logits: Tensor | None = None, skip: Tensor | None = None) -> None:
         """Update all parameters that have a gradient.
 
-        max_logits (layers, H): the largest logit of each head, for QK-clip; the maximum over ranks
-        is taken here.
+        max_logits (layers, H): the largest logit of each head that this rank has seen, for QK-clip.
         skip (0-dim bool tensor): if true, nothing changes, whatever gradients and logits hold (NaN,
         say). The device decides, without a host sync: gradients count as 0, mu as 1, lr as 0, and
         AdamW takes skip as found_inf, its flag for an overflow under loss scaling."""
@@ -425,7 +416,6 @@ class MuonClip(torch.optim.Optimizer):
     def _muon_step(self, group: dict, skip: Tensor) -> None:
         now = self._step_scalars(group, skip)
         whole = [p for p in group["params"] if p.grad is not None and not is_spread(p)]
-
         for params in batches_of_one_shape(whole):
             updates = [self.add_gradient(p, now) for p in params]
             # One matrix, which may be large, is not copied.
@@ -434,7 +424,7 @@ class MuonClip(torch.optim.Optimizer):
             for p, O in zip(params, results):
                 self.apply_result(p, O, now)
 
-        # The matrices that lie in shards on many ranks: second half.
+        # Second half: matrices that lie in shards on many ranks.
         for shard_group in self.shard_groups:
             parallel_muon_step(self, shard_group, now)
 
@@ -484,11 +474,11 @@ class MuonClip(torch.optim.Optimizer):
             amsgrad=False, maximize=False)
 
     def _qk_clip_step(self, max_logits: Tensor) -> None:
-        mesh = getattr(self.qk[0][0], "device_mesh", None)
-        if mesh is not None and mesh.size() > 1:
+        some_weight = self.qk[0][0]
+        if is_spread(some_weight):
             # Each rank has seen other sequences. A maximum over ranks may drop a NaN; inf stays.
             max_logits = torch.where(max_logits < torch.inf, max_logits, torch.inf)
-            for process_group in mesh.get_all_groups():
+            for process_group in some_weight.device_mesh.get_all_groups():
                 dist.all_reduce(max_logits, dist.ReduceOp.MAX, process_group)
 
         gammas = []
@@ -499,15 +489,13 @@ class MuonClip(torch.optim.Optimizer):
 
 def configure_optimizer(model, *, lr: float, optimizer: str = "muonclip", **options) -> MuonClip:
     """Make the optimizer of a model.Motif: Muon for the seven matrices of each layer, AdamW for all
-    else, QK-clip on every layer. "adamw", to compare with, is AdamW for everything, no QK-clip.
-    options: arguments of MuonClip."""
+    else, QK-clip on every layer. "adamw", to compare with, is AdamW for everything, no QK-clip."""
     if optimizer == "adamw":
         return MuonClip([], model.parameters(), lr=lr, **options)
 
     matrices = list(model.matrices().values())
     chosen = set(matrices)
     others = [p for p in model.parameters() if p not in chosen]
-
     qk = []
     for block in model.model.layers:
         qk.append((block.self_attn.q_proj.weight, block.self_attn.k_proj.weight))
@@ -559,10 +547,9 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 # all of them, and sends O to every rank.
 #
 # What it costs. Let R ranks hold C replicas (FSDP: C = 1) of N numbers. A rank receives u of what
-# it owns, N / R numbers, and its shard of every O, N C / R, less its own shards of what it owns,
-# N C / R^2 of each: (N/R) (1 + C - 2C/R). It sends as much. If every rank gathered everything, it
-# would receive N (1 - C/R). For the 12.7B model on 8 GPUs in bf16 (N = 10.9e9) that is 4.77 GB
-# instead of 19.08, and an eighth of the FLOPs.
+# it owns, N / R numbers, and its shard of every O, N C / R; of each it has N C / R^2 already. If it
+# gathered everything, it would receive N (1 - C/R). For the 12.7B model on 8 GPUs in bf16 (N =
+# 10.9e9) that is 4.77 GB instead of 19.08, and an eighth of the FLOPs.
 
 def is_spread(p: Tensor) -> bool:
     """Whether p is a DTensor that lies on more than one rank."""
@@ -584,12 +571,8 @@ def local_slices(shape, mesh_sizes, dims, coords) -> tuple[slice, ...]:
     """Return the part of a tensor that the rank at coordinates `coords` of a mesh holds. dims: as
     shard_dims returns them. The cuts are those of torch.chunk: 5 rows on 4 ranks are 2, 2, 1 and 0.
 
-    >>> for rank in range(4):
-    ...     print(local_slices((5, 8), mesh_sizes=(4,), dims=(0,), coords=(rank,)))
-    (slice(0, 2, None), slice(0, 8, None))
-    (slice(2, 4, None), slice(0, 8, None))
-    (slice(4, 5, None), slice(0, 8, None))
-    (slice(5, 5, None), slice(0, 8, None))
+    >>> [local_slices((5,), mesh_sizes=(4,), dims=(0,), coords=(rank,))[0] for rank in range(4)]
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None), slice(5, 5, None)]
     """
     box = [slice(0, n) for n in shape]
     for size, dim, coord in zip(mesh_sizes, dims, coords):
@@ -610,13 +593,13 @@ def newton_schulz_flops(shape) -> int:
     return 5 * math.prod(shape[:-2]) * each_step
 
 
-def assign_owners(shapes, ranks: int) -> tuple[list[int], list[list[int]]]:
+def assign_owners(shapes, ranks: int) -> tuple[list, list]:
     """Choose the owner of each matrix by the rule "longest processing time first": take the
     matrices by falling FLOPs, and give each to the rank that has the least to do so far.
 
-    This is a schedule. It is cut into windows, each as long as the largest matrix takes; the
-    matrices that start in one window are one chunk. So the ranks are balanced within each chunk
-    too, where they wait for each other -> (owner of each matrix, matrices of each chunk).
+    Cut this schedule into windows, each as long as the largest matrix takes; the matrices that
+    start in one window are one chunk. So the ranks are balanced within each chunk too, where they
+    wait for each other -> (owner of each matrix, matrices of each chunk).
 
     Four matrices take 3, 2, 2 and 1 units of time. Rank 0 starts the first at time 0 and the last
     at time 3, which is in the second window; rank 1 starts the others at times 0 and 2:
@@ -636,20 +619,18 @@ def assign_owners(shapes, ranks: int) -> tuple[list[int], list[list[int]]]:
             chunks.append([])
         chunks[k].append(i)
         busy[owner[i]] += flops[i]
-
     for chunk in chunks:
         chunk.sort(key=lambda i: (owner[i], i))     # as an all-to-all needs them
     return owner, chunks
 
 
 def replicas_per_muon_group(shapes, ranks: int, replicas: int) -> int:
-    """Choose how many replicas share the owners (HSDP): the smallest number with which the average
-    rank has no more to do than the largest matrix. More would hardly end sooner, and owners would
-    send O to more ranks."""
+    """Choose how many replicas share the owners (HSDP): so many that the largest matrix takes as
+    long as the average rank. More would hardly end sooner, and send O to more ranks."""
     flops = [newton_schulz_flops(shape) for shape in shapes]
-    shards = ranks // replicas
+    enough = sum(flops) / max(flops)                # ranks
     for count in range(1, replicas):
-        if replicas % count == 0 and count * shards * max(flops) >= sum(flops):
+        if replicas % count == 0 and count * ranks / replicas >= enough:
             return count
     return replicas
 
@@ -666,7 +647,7 @@ class MuonShardGroup:
     owner[i]         the rank that orthogonalises matrix i
     chunks[k]        the matrices of chunk k, sorted by owner
     slices[i][r]     the part of matrix i that rank r holds
-    sends[i][r]      whether rank r sends its shard of u to the owner of matrix i
+    sends[i, r]      whether rank r sends its shard of u to the owner of matrix i
     sent["u"][k, r, s], sent["O"][k, r, s]    how many numbers of chunk k rank r sends to rank s"""
 
     def __init__(self, shapes, shard_dims, mesh: Tensor):
@@ -675,7 +656,7 @@ class MuonShardGroup:
         self.mesh = mesh
         self.owner, self.chunks = assign_owners(shapes, ranks)
         self.slices = {}
-        self.sends = {}
+        self.sends = torch.zeros(len(shapes), ranks, dtype=torch.bool)
         u_sent = torch.zeros(len(self.chunks), ranks, ranks, dtype=torch.int64)
         O_sent = torch.zeros_like(u_sent)
         self.sent = {"u": u_sent, "O": O_sent}
@@ -694,11 +675,10 @@ class MuonShardGroup:
                 # dimensions that replicate the matrix.
                 replicated = [d for d, dim in enumerate(dims) if dim is None]
                 agrees = coords[:, replicated] == coords[owner, replicated]
-                sends = agrees.all(1)
+                self.sends[i] = agrees.all(1)
 
                 self.slices[i] = boxes
-                self.sends[i] = sends.tolist()
-                u_sent[k, :, owner] += sizes * sends
+                u_sent[k, :, owner] += sizes * self.sends[i]
                 O_sent[k, owner, :] += sizes
 
     def connect(self, params: list[Tensor], dtype: torch.dtype) -> None:
@@ -707,18 +687,17 @@ class MuonShardGroup:
         self.process_group = dist.group.WORLD
         if len(ranks) < dist.get_world_size():
             self.process_group = dist.new_group(ranks, use_local_synchronization=True)
-
         self.me = ranks.index(dist.get_rank())
         self.params = params
+        self.i_send = self.sends[:, self.me].to(params[0].device)
         self.nothing = torch.empty(0, dtype=dtype, device=params[0].device)     # cat([]) would fail
-        i_send = [self.sends[i][self.me] for i in range(len(params))]
-        self.i_send = self.nothing.new_tensor(i_send)
         self.under_way = {}
 
     def send(self, name: str, k: int, pieces: list[Tensor]) -> None:
         """Start the all-to-all of chunk k's "u" or "O". pieces: flat, sorted by who gets them."""
-        send_sizes = self.sent[name][k, self.me].tolist()
-        receive_sizes = self.sent[name][k, :, self.me].tolist()
+        counts = self.sent[name][k]                                                 # [r, s]
+        send_sizes = counts[self.me].tolist()
+        receive_sizes = counts[:, self.me].tolist()
         sent = torch.cat([self.nothing, *pieces])
         received = sent.new_empty(sum(receive_sizes))
         work = dist.all_to_all_single(received, sent, receive_sizes, send_sizes,
@@ -742,7 +721,7 @@ class MuonShardGroup:
         pieces = []
         for i in self.chunks[k]:
             u = optimizer.add_gradient(self.params[i], now)
-            if self.sends[i][self.me]:
+            if self.sends[i, self.me]:
                 pieces.append(u.flatten())
         self.send("u", k, pieces)
 
@@ -754,14 +733,20 @@ class MuonShardGroup:
             if self.owner[i] == self.me:
                 matrices[i] = received.new_empty(self.shapes[i])
 
-        boxes = [box for i, r, box in self.all_shards(matrices) if self.sends[i][r]]
-        for box, piece in zip(boxes, received.split([box.numel() for box in boxes])):
-            box.copy_(piece.view_as(box))
+        position = 0
+        for i, r, box in self.all_shards(matrices):
+            if self.sends[i, r]:
+                piece = received[position:position + box.numel()]
+                box.copy_(piece.view_as(box))
+                position += box.numel()
         return matrices
 
     def send_results(self, k: int, results: dict[int, Tensor]) -> None:
         """Start to send every rank its shards of the O that this rank has computed."""
-        self.send("O", k, [box.flatten() for _, _, box in self.all_shards(results)])
+        pieces = []
+        for _, _, O in self.all_shards(results):
+            pieces.append(O.flatten())
+        self.send("O", k, pieces)
 
     def apply_results(self, k: int, optimizer: MuonClip, now: SimpleNamespace) -> None:
         """Wait for O(k), and update this rank's shards of the weights of chunk k."""
@@ -772,8 +757,8 @@ class MuonShardGroup:
 
 
 def build_shard_groups(matrices: list[Tensor], dtype: torch.dtype) -> list[MuonShardGroup]:
-    """Make a connected group for each device mesh that matrices lie on: with HSDP, of those
-    replicas that share owners with this rank's replica."""
+    """Make a group for each device mesh; with HSDP, of the replicas that share owners with this
+    rank's."""
     by_mesh = {}
     for p in matrices:
         if is_spread(p):
@@ -803,7 +788,6 @@ def parallel_muon_step(optimizer: MuonClip, group: MuonShardGroup, now: SimpleNa
     """Take one step of Muon on the matrices of a group, in the order of the timeline above."""
     last = len(group.chunks) - 1
     group.send_updates(0, optimizer, now)
-
     for k in range(last + 1):
         # Phase 1: wait for u(k), and put together the matrices that this rank owns.
         matrices = group.gather_full(k)
