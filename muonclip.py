@@ -522,9 +522,9 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 #
 # The problem. FSDP2 cuts every matrix into shards, one for each GPU: on 8 GPUs a 4096 x 4096 matrix
 # lies in 8 blocks of 512 rows. AdamW can update a shard by itself, since it treats every number by
-# itself. Muon cannot: if two blocks have identical rows, each by itself turns them into 512
-# orthonormal rows, and together they are far from orthonormal. The simple way out: every rank
-# gathers every matrix, and all do the same work.
+# itself. Muon cannot: the singular values of a block of rows are not those of the matrix. Blocks
+# with identical rows, say, would each become 512 orthonormal rows, and together be far from
+# orthonormal. The simple way out: every rank gathers every matrix, and all do the same work.
 #
 # The idea (Motif-2, arXiv 2511.07464). Every matrix has one owner. All ranks send the owner their
 # shards of u. The owner puts the matrix together, orthogonalises it, and sends every rank its shard
@@ -564,7 +564,7 @@ def local_shard(p: Tensor) -> Tensor:
 def shard_dims(t: Tensor) -> tuple[int | None, ...]:
     """Say for each mesh dimension of a DTensor which tensor dimension is sharded over it, or None
     for replicas. FSDP2 has (0,), HSDP has (None, 0)."""
-    return tuple(p.dim if p.is_shard() else None for p in t.placements)
+    return tuple(place.dim if place.is_shard() else None for place in t.placements)
 
 
 def local_slices(shape, mesh_sizes, dims, coords) -> tuple[slice, ...]:
@@ -598,8 +598,8 @@ def assign_owners(shapes, ranks: int) -> tuple[list, list]:
     matrices by falling FLOPs, and give each to the rank that has the least to do so far.
 
     Cut this schedule into windows, each as long as the largest matrix takes; the matrices that
-    start in one window are one chunk. So the ranks are balanced within each chunk too, where they
-    wait for each other -> (owner of each matrix, matrices of each chunk).
+    start in one window are one chunk. So the ranks are balanced within each chunk too, at whose
+    end they wait for each other -> (the owner of each matrix, the matrices of each chunk).
 
     Four matrices take 3, 2, 2 and 1 units of time. Rank 0 starts the first at time 0 and the last
     at time 3, which is in the second window; rank 1 starts the others at times 0 and 2:
@@ -625,8 +625,8 @@ def assign_owners(shapes, ranks: int) -> tuple[list, list]:
 
 
 def replicas_per_muon_group(shapes, ranks: int, replicas: int) -> int:
-    """Choose how many replicas share the owners (HSDP): so many that the largest matrix takes as
-    long as the average rank. More would hardly end sooner, and send O to more ranks."""
+    """Choose how many replicas share the owners (HSDP): so many that the average rank has no more
+    to do than the largest matrix takes. With more, O goes to more ranks, and hardly sooner."""
     flops = [newton_schulz_flops(shape) for shape in shapes]
     enough = sum(flops) / max(flops)                # ranks
     for count in range(1, replicas):
@@ -647,7 +647,7 @@ class MuonShardGroup:
     owner[i]         the rank that orthogonalises matrix i
     chunks[k]        the matrices of chunk k, sorted by owner
     slices[i][r]     the part of matrix i that rank r holds
-    sends[i, r]      whether rank r sends its shard of u to the owner of matrix i
+    sends[i][r]      whether rank r sends its shard of u to the owner of matrix i
     sent["u"][k, r, s], sent["O"][k, r, s]    how many numbers of chunk k rank r sends to rank s"""
 
     def __init__(self, shapes, shard_dims, mesh: Tensor):
@@ -656,7 +656,7 @@ class MuonShardGroup:
         self.mesh = mesh
         self.owner, self.chunks = assign_owners(shapes, ranks)
         self.slices = {}
-        self.sends = torch.zeros(len(shapes), ranks, dtype=torch.bool)
+        self.sends = {}
         u_sent = torch.zeros(len(self.chunks), ranks, ranks, dtype=torch.int64)
         O_sent = torch.zeros_like(u_sent)
         self.sent = {"u": u_sent, "O": O_sent}
@@ -675,10 +675,11 @@ class MuonShardGroup:
                 # dimensions that replicate the matrix.
                 replicated = [d for d, dim in enumerate(dims) if dim is None]
                 agrees = coords[:, replicated] == coords[owner, replicated]
-                self.sends[i] = agrees.all(1)
+                sends = agrees.all(1)
 
                 self.slices[i] = boxes
-                u_sent[k, :, owner] += sizes * self.sends[i]
+                self.sends[i] = sends.tolist()
+                u_sent[k, :, owner] += sizes * sends
                 O_sent[k, owner, :] += sizes
 
     def connect(self, params: list[Tensor], dtype: torch.dtype) -> None:
@@ -689,8 +690,9 @@ class MuonShardGroup:
             self.process_group = dist.new_group(ranks, use_local_synchronization=True)
         self.me = ranks.index(dist.get_rank())
         self.params = params
-        self.i_send = self.sends[:, self.me].to(params[0].device)
         self.nothing = torch.empty(0, dtype=dtype, device=params[0].device)     # cat([]) would fail
+        i_send = [self.sends[i][self.me] for i in range(len(params))]
+        self.i_send = self.nothing.new_tensor(i_send)
         self.under_way = {}
 
     def send(self, name: str, k: int, pieces: list[Tensor]) -> None:
@@ -721,7 +723,7 @@ class MuonShardGroup:
         pieces = []
         for i in self.chunks[k]:
             u = optimizer.add_gradient(self.params[i], now)
-            if self.sends[i, self.me]:
+            if self.sends[i][self.me]:
                 pieces.append(u.flatten())
         self.send("u", k, pieces)
 
@@ -735,7 +737,7 @@ class MuonShardGroup:
 
         position = 0
         for i, r, box in self.all_shards(matrices):
-            if self.sends[i, r]:
+            if self.sends[i][r]:
                 piece = received[position:position + box.numel()]
                 box.copy_(piece.view_as(box))
                 position += box.numel()
