@@ -374,7 +374,7 @@ def test_a_run_can_be_prolonged_and_keeps_what_it_read(run, monkeypatch):
     assert "--lr_may_rise" in refused(run, **longer)
     run(**{**longer, "max_steps": 44, "lr_may_rise": True})
     other = {"maths": DOMAINS["math"], "science": DOMAINS["science"]}
-    assert "names" in refused(run, **{**longer, "domains": other})
+    assert "names" in refused(run, **{**longer, "out_dir": "other", "domains": other})
 
 
 @pytest.mark.parametrize("crash_at", range(10))
