@@ -1,4 +1,4 @@
-"""tools/ablate.py: a grid is run once, whatever cuts it; its table comes from the two files alone."""
+"""tools/ablate.py: a grid is run once, whatever cuts it; its table comes from two files alone."""
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +95,8 @@ def test_a_grid_goes_on_after_a_cut_and_its_table_comes_from_the_two_files(run, 
     shutil.rmtree("out")
     assert run("--table", "kept") == table
     assert run("grid.py", "kept") == table
+    with pytest.raises(UserError, match="max_steps"):              # that would be other runs
+        run("grid.py", "kept", "--max_steps=5")
     assert sorted(path.name for path in Path("kept").iterdir()) == [
         "curves.csv", "curves.png", "runs.csv"]
 
@@ -114,7 +116,7 @@ def grid_of(path) -> ablate.Grid:
     return configurator.load(ablate.Grid, [str(path)])
 
 
-def test_a_failed_run_is_named_and_the_others_are_run(run, monkeypatch):
+def test_a_failed_run_is_named(run, monkeypatch):
     monkeypatch.setattr(ablate, "prepare_data", lambda runs: None)
     Path("grid.py").write_text('''base = "base.py"
 runs = {"broken": {"tokenizer": "none.tiktoken"}}
@@ -133,6 +135,7 @@ def test_summary_by_hand():
 
     fast = summary("a", [2.0, 4.0], seconds=5)
     slow = summary("b", [1.0, 1.0], seconds=10)
+    assert fast.loss_at(5) == 3
     assert slow.loss_at(5) == 5.5                                  # half of the way from 10 to 1
     assert ablate.difference(slow, fast) == "-2.0000 ± 1.0000"     # sqrt((2 + 0) / 2)
     assert "one seed" in ablate.difference(summary("c", [1.0], 5), fast)

@@ -3,14 +3,24 @@
     python -m tools.ablate GRID OUT [--key=value ...]
     python -m tools.ablate --table OUT
 
-A GRID is a small file such as config/grids/attention.py, which says what runs differ in; Grid,
-below, has its keys. Options are keys of the grid, or of pretrain.py and then go to every run. The
-run of a name and a seed is in OUT/<name>-seed<seed>. A run that has ended is not repeated, and one
-that was cut goes on from its checkpoint, or begins anew if it has none. Grids that share OUT share
-their runs.
+A GRID is a small file, such as config/grids/attention.py, that says how runs differ:
+
+    axes = [
+        {"gqa": {"num_attention_heads": 8, "num_noise_heads": 0}, "4to1": {}},
+        {"swiglu": {"activation": "swiglu"}, "polynorm": {"activation": "poly_norm"}},
+    ]
+    seeds = [1, 2]
+
+makes eight runs: gqa-swiglu, gqa-polynorm, 4to1-swiglu and 4to1-polynorm with either seed. Options
+are keys of the grid (see Grid) or of pretrain.py; the latter go to every run.
+
+The folder of a run is OUT/<name>-seed<seed>. A run that has ended is not repeated, and one that was
+cut goes on from its checkpoint, or begins anew if it has none. So the same command goes on with a
+grid, and grids that share OUT share the runs that they have in common.
 
 Each run that ends adds a line to OUT/runs.csv and its held-out curve to OUT/curves.csv. From these
-two files alone --table prints a table for each grid, and draws OUT/curves.png.
+two files alone --table prints a table for each grid, and draws OUT/curves.png. They also tell which
+runs have ended: where the folders are gone, a run with a line in runs.csv is not repeated either.
 """
 import csv
 import itertools
@@ -54,7 +64,8 @@ class Grid:
 
 
 def cells(grid: Grid) -> dict[str, dict]:
-    """Name -> what the runs of that name set.
+    """Name -> what the runs of that name set. Later axes come after earlier ones, in names and in
+    settings:
 
     >>> attention = {"gqa": {"num_noise_heads": 0}, "4to1": {}}
     >>> for name, settings in cells(Grid(axes=[attention, {"fast": {"lr": 0.1}}])).items():
@@ -130,7 +141,8 @@ def has_ended(run: Run) -> bool:
 
 
 def check_folder(run: Run) -> None:
-    """UserError if the run's folder holds another run."""
+    """UserError if the run's folder holds a run of other settings, which the table would mix up
+    with this one."""
     path = run.folder / "config.json"
     if not path.exists():
         return
@@ -144,9 +156,10 @@ def check_folder(run: Run) -> None:
 
 # ---- running it
 #
-# Each run is a process of its own, which sees one GPU. What it prints goes to output.txt in its
-# folder. This process only waits, and keeps a note beside it, ablate.json: card, date and, once the
-# run has ended, how many seconds all of it took.
+# Each run is a process of its own, which sees one GPU. As soon as it has ended, the next one gets
+# the GPU. What a run prints goes to output.txt in its folder. This process only waits, and keeps a
+# note beside that, ablate.json: on which card the run was, the date, and once it has ended how many
+# seconds it took in all, with compiling and evaluations.
 
 POLL_SECONDS = 0.2
 REPORT_SECONDS = 30
@@ -161,7 +174,8 @@ class Job(NamedTuple):
 
 
 def find_cards(device: str) -> list[str | None]:
-    """The GPUs to run on; [None] for one run at a time on the CPU."""
+    """The GPUs to run on, as CUDA_VISIBLE_DEVICES names them; [None] for one run at a time on the
+    CPU."""
     if device == "cpu" or not torch.cuda.is_available():
         return [None]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -171,12 +185,13 @@ def find_cards(device: str) -> list[str | None]:
 
 
 def prepare_data(runs: list[Run]) -> None:
-    """Prepare what the runs read. Runs at the same time would each prepare it."""
+    """Prepare what the runs read: runs that begin at the same time would each do so. Most grids
+    read the same in all runs, and have it prepared once."""
     prepared = []
     for run in runs:
         c = run.config
-        reads = [c.domains, c.mixture, c.tokenizer, c.data_dir, c.max_steps, c.max_tokens, c.seq_len,
-                 c.batch_tokens]
+        reads = [c.domains, c.mixture, c.tokenizer, c.data_dir, c.seq_len, c.batch_tokens,
+                 c.max_steps, c.max_tokens]
         if reads in prepared:
             continue
         prepared.append(reads)
@@ -231,6 +246,7 @@ def run_all(todo: list[Run], planned: list[Run], out: Path, grid: Grid,
 
 
 def start(run: Run, card: str | None, card_name: str) -> Job:
+    """Start pretrain.py on a card."""
     run.folder.mkdir(parents=True, exist_ok=True)
     write_note(run, card_name, seconds=None)
     environment = dict(os.environ)
@@ -243,6 +259,7 @@ def start(run: Run, card: str | None, card_name: str) -> Job:
 
 
 def report_end(job: Job, card_name: str) -> None:
+    """Print what a run has come to, and note how long it took."""
     seconds = time.monotonic() - job.begun
     write_note(job.run, card_name, seconds)
     loss = [m["val_loss"] for m in read_metrics(job.run.folder) if "val_loss" in m][-1]
@@ -255,6 +272,7 @@ def write_note(run: Run, card_name: str, seconds: float | None) -> None:
 
 
 def read_note(run: Run) -> dict:
+    """What write_note has written; all unknown for a run that was started by hand."""
     path = run.folder / "ablate.json"
     if path.exists():
         return json.loads(path.read_text())
@@ -262,7 +280,8 @@ def read_note(run: Run) -> dict:
 
 
 def has_time(max_minutes: float | None, begun: float, runs: list[Run]) -> bool:
-    """Whether one more run would end in time, if it took as long as the longest so far."""
+    """Whether one more run would end in time, if it took as long as the longest so far. Of the
+    first runs nothing is known: they begin."""
     if max_minutes is None:
         return True
     longest = max(read_note(run)["seconds"] or 0 for run in runs)
@@ -277,6 +296,7 @@ def last_words(run: Run) -> str:
 
 
 def report_progress(running: list[Job]) -> None:
+    """Print the last logged line of each run that is on its way."""
     for job in running:
         logged = [m for m in read_metrics(job.run.folder) if "loss" in m]
         if logged:
@@ -287,6 +307,15 @@ def report_progress(running: list[Job]) -> None:
 
 
 # ---- runs.csv and curves.csv
+#
+# All that the table and the picture need, small enough to be kept with the code:
+#
+#     runs.csv       a line for each run of each grid. overrides and loss_by_domain are JSON;
+#                    tok_per_s is the median of the logged lines; flops_per_token counts forward and
+#                    backward pass; loss is held out, in nats per token, after the last step
+#     curves.csv     a line for each evaluation of each run: tokens seen, seconds of training, loss
+#
+# A run that several grids have in common has a line in runs.csv for each of them.
 
 RUN_COLUMNS = ["grid", "name", "seed", "baseline", "overrides", "parameters", "flops_per_token",
                "tokens", "tok_per_s", "loss", "loss_by_domain", "date", "card"]
@@ -302,6 +331,7 @@ def read_csv(path: Path) -> list[dict]:
 
 
 def write_csv(path: Path, columns: list[str], rows: list[dict]) -> None:
+    """Write a table, which appears under its name only when it is complete."""
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -338,10 +368,13 @@ def add_to_tables(out: Path, runs: list[Run], grid: Grid, grid_name: str) -> Non
 
 
 def recorded_row(run: Run, rows) -> dict | None:
-    """The line that runs.csv has of this run, of whatever grid."""
+    """The line that runs.csv has of this run, for whatever grid. UserError if that run had other
+    settings."""
     for row in rows:
-        same = row["name"] == run.name and row["seed"] == str(run.seed)
-        if same and json.loads(row["overrides"]) == json.loads(json.dumps(run.overrides)):
+        if row["name"] == run.name and row["seed"] == str(run.seed):
+            if json.loads(row["overrides"]) != json.loads(json.dumps(run.overrides)):
+                raise UserError(f"runs.csv has {run} with {row['overrides']}, not "
+                                f"{json.dumps(run.overrides)}; give another OUT or name")
             return row
     return None
 
@@ -380,9 +413,9 @@ def median_speed(metrics: list[dict]) -> float:
 
 
 def training_seconds(metrics: list[dict], tokens: int) -> float:
-    """How long it took to train on the first so many tokens, without evaluations. A logged line
-    that is less than half as fast as the median has seen torch.compile at work, and counts as if
-    it had the median speed.
+    """How long it took to train on the first so many tokens, without evaluations and compiling: a
+    logged line that is less than half as fast as the median has seen torch.compile at work, and
+    counts as if it had the median speed. Here the first line does:
 
     >>> metrics = [{"tokens": 10, "tok_per_s": 1}, {"tokens": 50, "tok_per_s": 10},
     ...            {"tokens": 90, "tok_per_s": 8}, {"tokens": 130, "tok_per_s": 8}]
@@ -402,10 +435,14 @@ def training_seconds(metrics: list[dict], tokens: int) -> float:
 
 # ---- table and picture
 #
-# Loss at equal time: each name's held-out curve over training time, read off where the fastest name
-# of the table ended. At that moment the learning rate of a slower run has not yet decayed to its
-# end, as it would have in a run planned for that time. So this column is a little too hard on slow
-# runs. (Curves of several seeds are read off one by one and averaged.)
+# Loss at equal time. An idea that costs speed must gain more per step than it loses in steps. So
+# the table also reads each name's held-out curve, over seconds of training, at the moment when the
+# fastest name of the table ended. Then the learning rate of a slower run has not yet decayed to its
+# end, as it would have in a run that was planned for that time: this column is too hard on slow
+# runs. To be fair to one, run it again with a --max_steps for which it takes as long as the fastest.
+#
+# Standard errors. With s^2 the variance over the n seeds of a name, that of a difference is
+# sqrt(s1^2 / n1 + s2^2 / n2). From two or three seeds it is itself only known to a factor of two.
 
 class Summary(NamedTuple):
     """The runs of one name in one grid."""
@@ -414,18 +451,24 @@ class Summary(NamedTuple):
     curves: list[list[dict]]    # and of curves.csv
 
     def losses(self) -> list[float]:
+        """After the last step, of each seed."""
         return [float(run["loss"]) for run in self.runs]
 
-    def end(self) -> float:
-        """Seconds of training, the mean over seeds."""
-        return statistics.fmean(float(curve[-1]["seconds"]) for curve in self.curves)
+    def mean_curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of training and loss at each evaluation, the mean over seeds."""
+        seconds = [[float(point["seconds"]) for point in curve] for curve in self.curves]
+        losses = [[float(point["loss"]) for point in curve] for curve in self.curves]
+        return np.mean(seconds, axis=0), np.mean(losses, axis=0)
 
-    def loss_at(self, seconds: float) -> float:
-        losses = []
-        for curve in self.curves:
-            times = [float(point["seconds"]) for point in curve]
-            losses.append(np.interp(seconds, times, [float(point["loss"]) for point in curve]))
-        return float(np.mean(losses))
+    def end(self) -> float:
+        """Seconds of training in all."""
+        seconds, _ = self.mean_curve()
+        return seconds[-1]
+
+    def loss_at(self, moment: float) -> float:
+        """The loss after so many seconds of training, on the straight line between evaluations."""
+        seconds, losses = self.mean_curve()
+        return float(np.interp(moment, seconds, losses))
 
 
 def summarize(out: Path) -> dict[str, list[Summary]]:
@@ -526,7 +569,7 @@ def show(out: Path) -> None:
 # ---- the command
 
 def read_arguments(argv: list[str]) -> tuple[str, Path, Grid, dict[str, str]]:
-    """-> the grid's name, OUT, the grid, and the options for every run."""
+    """The command line -> the grid's name, OUT, the grid, and the options for every run."""
     places = [word for word in argv if not word.startswith("-")]
     if len(places) != 2:
         raise UserError("give a grid and a folder: python -m tools.ablate config/grids/X.py OUT")

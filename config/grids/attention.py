@@ -1,7 +1,7 @@
 # ablate.py: attention and activation, at equal parameters
 #
-# The MLP is as wide as it takes to have 115.3 to 115.5M parameters. All attentions have 4 key heads.
-# Names say how many signal heads there are for each noise head.
+# The MLP is as wide as it takes to have 115.3 to 115.5M parameters. All attentions have 4 key
+# heads. Names say how many signal heads there are for each noise head.
 
 axes = [
     {

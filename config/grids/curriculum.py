@@ -1,6 +1,6 @@
 # ablate.py: the curriculum as scheduled, its mean from first to last step, and reversed
 #
-# All three read the same number of tokens of each domain. To be judged by domain: see runs.csv.
+# All three read as many tokens of each domain, to 0.1%. Judge them by domain: runs.csv has that.
 
 runs = {
     "scheduled": {"activation": "swiglu"},
