@@ -439,7 +439,7 @@ def training_seconds(metrics: list[dict], tokens: int) -> float:
 # the table also reads each name's held-out curve, over seconds of training, at the moment when the
 # fastest name of the table ended. Then the learning rate of a slower run has not yet decayed to its
 # end, as it would have in a run that was planned for that time: this column is too hard on slow
-# runs. To be fair to one, run it again with a --max_steps for which it takes as long as the fastest.
+# runs. To be fair to one, run it again with a --max_steps that lets it end with the fastest.
 #
 # Standard errors. With s^2 the variance over the n seeds of a name, that of a difference is
 # sqrt(s1^2 / n1 + s2^2 / n2). From two or three seeds it is itself only known to a factor of two.
