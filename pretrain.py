@@ -47,7 +47,7 @@ from configurator import Count, Fraction, NonNegative, Size, UserError, one_line
 from model import Linear, Motif, MotifConfig
 from muonclip import local_shard
 from support.log import Log, StepTimer, training_line
-from support.ranks import (LOCAL_RANK, RANK, WORLD, all_gather_object, all_reduce_sum, any_rank,
+from support.ranks import (LOCAL_RANK, RANK, WORLD, all_gather_object, all_reduce_sum, any_rank, barrier,
                            init_distributed, install_signal_handlers, rank0_first, rank0_only,
                            run_main, sync_errors)
 from support.tokenizer import (END, TURN_END, Tokenizer, bytes_per_token, encode_document,
@@ -135,7 +135,10 @@ class Config(TrainConfig, MotifConfig):
                                     # name -> [source, first share, last share] of the tokens
     mixture: list | None = None     # [[fraction of the run, {name: share}], ...] instead of shares
     prepare_part: str = "1/1"       # tools.prepare: part i/n of the data, for machine i of n
-    workers: Count | None = None    # processes that prepare data; None: one per core
+    verify: bool = False            # tools.prepare: check what is prepared, and make nothing
+    workers: Count | None = None    # processes that prepare data at a time; None: one per core
+    keep_read_pieces: Size | None = None  # pieces of some 4M tokens of each domain that are kept
+                                    # behind the run; None: all
 
 
 def model_config(c: Config) -> MotifConfig:
@@ -1050,7 +1053,8 @@ def setup(c: Config, out: Path) -> tuple:
     start = rank0_only(find_checkpoint, c, out)
     if start:
         check_compatible(*start, c, curriculum)
-    dataset, held_out = load_data(c, curriculum)
+    step = start[1]["step"] if start else 0
+    dataset, held_out = load_data(c, curriculum, tokenizer, min(step, curriculum.steps - 1))
 
     init_from = None
     if c.init:
@@ -1059,22 +1063,54 @@ def setup(c: Config, out: Path) -> tuple:
     return dataset, held_out, model, optimizer, tokenizer, start
 
 
-def load_data(c: Config, curriculum: data.Curriculum) -> tuple[data.TokenDataset, dict]:
-    """Prepare what is missing, and open it -> (training data, {domain: held-out rows})."""
-    def prepare():
-        return data.prepare(c.domains, c.tokenizer, c.data_dir, curriculum.need(),
-                            workers=c.workers)
+def load_data(c: Config, curriculum: data.Curriculum, tokenizer: Tokenizer,
+              step: int) -> tuple[data.TokenDataset, dict]:
+    """Open the data, and wait until what `step` reads is prepared -> (training data, {domain:
+    held-out rows})."""
+    def open_domains():
+        domains = {}
+        for name, domain in c.domains.items():
+            domains[name] = data.Domain(name, domain[0], tokenizer, c.data_dir)
+        return domains
 
-    stores = rank0_first(prepare)
-    dataset = data.TokenDataset(curriculum, stores, c.seed)
-    if len(set(all_gather_object(dataset.fingerprint()))) > 1:
+    domains = sync_errors(open_domains)
+    preparer = data.Preparer(c.workers) if prepares_data(Path(c.data_dir)) else None
+    dataset = data.TokenDataset(curriculum, domains, c.seed, preparer, c.keep_read_pieces)
+
+    def read_first() -> tuple[dict, str]:
+        dataset.wait_for(step)
+        held_out = {}
+        if c.eval_every:
+            for name in curriculum.names:
+                held_out[name] = dataset.validation(name, c.eval_tokens, max(curriculum.seq_len))
+        return held_out, dataset.fingerprint()
+
+    # Ranks that prepare go first: if one of them fails, no other waits for its data.
+    held_out, fingerprint = rank0_first(read_first)
+    if len(set(all_gather_object(fingerprint))) > 1:
         raise UserError(f"the machines hold different data in {c.data_dir}; copy one's to all")
-
-    held_out = {}
-    if c.eval_every:
-        for name in curriculum.names:
-            held_out[name] = dataset.validation(name, c.eval_tokens, max(curriculum.seq_len))
+    if preparer and preparer.domains:
+        made = sum(sum(domain.unit_tokens.values()) for domain in domains.values())
+        print(f"{made:,d} tokens are prepared; more will be, ahead of what training reads",
+              flush=True)
     return dataset, held_out
+
+
+def prepares_data(data_dir: Path) -> bool:
+    """Whether this rank prepares data: rank 0 does, and the first rank of each machine that does
+    not see rank 0's disk."""
+    def write_mark() -> Path:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        mark = data_dir / f"rank0-{os.getpid()}.tmp"
+        mark.touch()
+        return mark
+
+    mark = rank0_only(write_mark)
+    sees_it = mark.exists()
+    barrier()
+    if RANK == 0:
+        mark.unlink(missing_ok=True)
+    return RANK == 0 or (LOCAL_RANK == 0 and not sees_it)
 
 
 def build_model_and_optimizer(c: Config, device: torch.device, start: tuple | None, init_from,

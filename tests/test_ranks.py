@@ -82,8 +82,6 @@ def steps_with_set_gradients(out: Path, first: int, last: int) -> None:
 
 def run_worlds(folder: Path) -> None:
     shards = folder / "shards"
-    data.prepare(OPTIONS["domains"], "byte", str(shards), {"math": 20_000, "science": 20_000},
-                 workers=1)
     world(1, train, folder / "one", shards)
     world(4, train, folder / "four", shards)
     world(4, train, folder / "replicas", shards, dp_replicate=2, max_steps=12, eval_every=None,
