@@ -33,6 +33,6 @@ min_lr = 0.1
 
 log_every = 10
 eval_every = 100
-eval_tokens = 2**18
+eval_tokens = 2**18           # of each domain, or as many as it holds out
 save_every = None              # a run that is cut begins anew
 prompts = []

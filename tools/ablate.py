@@ -185,13 +185,13 @@ def find_cards(device: str) -> list[str | None]:
 
 
 def prepare_data(runs: list[Run]) -> None:
-    """Prepare what the runs read: runs that begin at the same time would each do so. Most grids
-    read the same in all runs, and have it prepared once."""
+    """Prepare what the runs read: runs that begin at the same time would each do so. (The seed is
+    also that of the order in which a domain is read.)"""
     prepared = []
     for run in runs:
         c = run.config
         reads = [c.domains, c.mixture, c.tokenizer, c.data_dir, c.seq_len, c.batch_tokens,
-                 c.max_steps, c.max_tokens]
+                 c.max_steps, c.max_tokens, c.seed]
         if reads in prepared:
             continue
         prepared.append(reads)
