@@ -144,6 +144,7 @@ class Curriculum:
         check_domains(domains)
         self.names = list(domains)
         self.before = before
+        self.plans = []   # for a checkpoint: what `before` was made of
         self.seq_len = []
         self.rows = []
         self.tokens = [0]
@@ -509,6 +510,14 @@ class TokenDataset:
 
         self._window_orders = {}                    # window -> the order of its sequences
         self.positions = dict.fromkeys(domains, 0)  # where the window begins that is being read
+        self.run_ends = {}                          # where the run ends on each tape
+        self.ahead = {}                             # how far ahead to prepare: a piece for each
+                                                    # process that this domain keeps busy
+        workers = preparer.limit if preparer else 1
+        for d, name in enumerate(curriculum.names):
+            _, self.run_ends[name] = self.stretch(curriculum.steps - 1, d)
+            share = curriculum.shares[:, d].max()
+            self.ahead[name] = PIECE_TOKENS * math.ceil(workers * share)
 
     def fingerprint(self) -> str:
         """16 hex digits of a hash of the first piece of each domain."""
@@ -624,19 +633,13 @@ class TokenDataset:
         return self.tapes[name].extend(end, self.positions[name])
 
     def _request(self, ends: dict[str, int]) -> None:
-        """Have prepared what is missing up to these ends; then, as far as processes are free, about
-        a piece more for each of them, so that all have work. But nothing beyond the end of the
-        run."""
+        """Have prepared what is missing up to these ends; then, as far as processes are free, what
+        comes next, but nothing beyond the end of the run."""
         if not self.preparer:
             return
         self.preparer.collect()
-        further = {}
-        for d, name in enumerate(self.curriculum.names):
-            share = self.curriculum.shares[:, d].max()
-            _, last = self.stretch(self.curriculum.steps - 1, d)
-            ahead = PIECE_TOKENS * math.ceil(self.preparer.limit * share)
-            further[name] = min(last, ends[name] + ahead)
-
+        further = {name: min(self.run_ends[name], end + self.ahead[name])
+                   for name, end in ends.items()}
         for targets in (ends, further):
             for name, end in targets.items():
                 self._extend(name, end)
