@@ -358,6 +358,7 @@ class MotifConfig:
     rope_theta: Annotated[float, 1] = 10_000.0    # base of the rotary wavelengths
     max_position_embeddings: Dim = 4096       # longest sequence
     tie_word_embeddings: bool = False         # the head is the embedding
+    poly_norm_scale: NonNegative = 1.0        # [ours] PolyNorm's first weights: 1/3 times it
 
     @property
     def value_heads(self) -> tuple[int, int]:
@@ -619,7 +620,7 @@ class Motif(nn.Module):
             elif isinstance(module, RMSNorm):
                 module.weight.fill_(1)
             elif isinstance(module, PolyNorm):
-                module.weight.fill_(1 / 3)
+                module.weight.fill_(self.config.poly_norm_scale / 3)
                 module.bias.zero_()
             elif isinstance(module, Attention) and module.noise_heads:
                 for name in LAMBDAS:

@@ -107,6 +107,7 @@ def released_config(shape: dict) -> dict:
     """The released config.json of a model with these fields of MotifConfig."""
     config = dict(shape)
     config["hidden_act"] = ACTIVATIONS[config.pop("activation")]
+    del config["poly_norm_scale"]                    # of fresh weights: no released file has it
     code = {"AutoConfig": f"{MODELING_REPO}--configuration_motif.MotifConfig",
             "AutoModelForCausalLM": f"{MODELING_REPO}--modeling_motif.MotifForCausalLM"}
     return {"architectures": ["MotifForCausalLM"], "model_type": "motif", **config,
