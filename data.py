@@ -16,7 +16,7 @@ import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import count
 
 import numpy as np
@@ -234,7 +234,7 @@ class Curriculum:
 
     @cached_property
     def first(self) -> np.ndarray:
-        """(steps, domains) int64: the first sequence that each step reads of each domain."""
+        """(steps, domains) int64: the first place that each step takes of each domain."""
         first = np.zeros_like(self.taken)
         for t in range(1, self.steps):
             if self.seq_len[t] == self.seq_len[t - 1]:
@@ -242,8 +242,8 @@ class Curriculum:
         return first
 
     @cached_property
-    def last(self) -> np.ndarray:
-        """(steps, domains) int64: the sequence after the last one that each step reads."""
+    def end(self) -> np.ndarray:
+        """(steps, domains) int64: the place after the last one that each step takes."""
         return self.first + self.taken
 
     @cached_property
@@ -253,8 +253,8 @@ class Curriculum:
         for t in range(self.steps):
             if t == 0 or self.seq_len[t] != self.seq_len[t - 1]:
                 if t > 0:
-                    phases[-1].count = self.last[t - 1]
-                    start = start + self.last[t - 1] * self.seq_len[t - 1]
+                    phases[-1].count = self.end[t - 1]
+                    start = start + self.end[t - 1] * self.seq_len[t - 1]
                 phases.append(Phase(t, self.seq_len[t], start, None))
         return phases
 
@@ -432,6 +432,9 @@ def random_order(n: int, *key) -> np.ndarray:
     return np.argsort(np.frombuffer(noise, "<u8"), kind="stable")
 
 
+kept_order = lru_cache(maxsize=64)(random_order)  # of the units and windows being read
+
+
 class Tape:
     """The pieces of a domain in the order in which a run reads them, as far as they are there."""
 
@@ -442,7 +445,7 @@ class Tape:
         self.ends = []        # how long the tape is at the end of each
         self.next_unit = 0    # the number on the tape of the unit that comes next,
         self.next_piece = 0   # and its piece
-        self._orders = {}     # epoch -> the order of its units
+        self.epoch = math.inf  # tokens of an epoch, once its end is there
 
     def __len__(self) -> int:
         """Tokens."""
@@ -450,11 +453,9 @@ class Tape:
 
     def unit_at(self, k: int) -> int:
         """The unit that is number k on the tape. Every epoch has all units, in its own order."""
-        epoch, place = divmod(k, self.domain.num_units)
-        if epoch not in self._orders:
-            units = self.domain.num_units
-            self._orders = {epoch: random_order(units, self.seed, "units", self.domain.name, epoch)}
-        return int(self._orders[epoch][place])
+        units = self.domain.num_units
+        order = kept_order(units, self.seed, "units", self.domain.name, k // units)
+        return int(order[k % units])
 
     def extend(self, end: int, start: int = 0) -> bool:
         """Go on until the tape has `end` tokens -> whether it has. What comes before `start` will
@@ -475,15 +476,22 @@ class Tape:
             if record["last"]:
                 self.next_piece = 0
                 self.next_unit += 1
-                if self.next_unit == self.domain.num_units and length == 0:
-                    raise UserError(f"domain {self.domain.name!r}: {self.domain.source} has fewer "
-                                    "than two documents with text; one is held out for validation")
+                if self.next_unit == self.domain.num_units:
+                    self._end_epoch()
         return True
 
-    def units_to_come(self) -> Iterator[int]:
-        """The units that come after what is there, in order, for ever."""
-        for k in count(self.next_unit):
-            yield self.unit_at(k)
+    def _end_epoch(self) -> None:
+        """Take note of the length of the first epoch, which all have."""
+        self.epoch = len(self)
+        if self.epoch == 0:
+            raise UserError(f"domain {self.domain.name!r}: {self.domain.source} has fewer than two "
+                            "documents with text; one is held out for validation")
+
+    def units_to_come(self) -> Iterator[tuple[int, int]]:
+        """What comes after what is there: (unit, its first piece that is wanted), for ever."""
+        yield self.unit_at(self.next_unit), self.next_piece
+        for k in count(self.next_unit + 1):
+            yield self.unit_at(k), 0
 
     def read(self, start: int, length: int) -> np.ndarray:
         """(length,) ids from place `start` on."""
@@ -521,14 +529,10 @@ class TokenDataset:
         self.deleted = dict.fromkeys(domains, 0)    # so many pieces of each tape
         self.tapes = {name: Tape(domain, seed) for name, domain in domains.items()}
 
-        self._window_orders = {}                    # window -> the order of its sequences
         self.positions = dict.fromkeys(domains, 0)  # where the window begins that is being read
-        self.run_ends = {}                          # where the run ends on each tape
-        self.ahead = {}                             # how far ahead to prepare: a piece for each
-                                                    # process that this domain keeps busy
         workers = preparer.limit if preparer else 1
+        self.ahead = {}  # how far ahead to prepare: a piece for each process it can keep busy
         for d, name in enumerate(curriculum.names):
-            _, self.run_ends[name] = self.stretch(curriculum.steps - 1, d)
             share = curriculum.shares[:, d].max()
             self.ahead[name] = PIECE_TOKENS * math.ceil(workers * share)
 
@@ -536,7 +540,7 @@ class TokenDataset:
         """16 hex digits of a hash of the first piece of each domain."""
         checksums = []
         for domain in self.domains.values():
-            self._wait_for_piece(domain, 0)
+            self._wait_for_held_out(domain, 0)
             checksums.append(domain.records[0, 0]["sha256"])
         return hashlib.sha256("".join(checksums).encode()).hexdigest()[:16]
 
@@ -545,37 +549,38 @@ class TokenDataset:
         return self.curriculum.rows[step] * self.curriculum.seq_len[step]
 
     def rows(self, step: int) -> list[tuple[str, int]]:
-        """(domain, place on its tape) where each row of the step's global batch begins. The rows
+        """(domain, where on its tape it begins) of each row of the step's global batch. The rows
         are shuffled, so that every rank gets a mixture of the domains."""
         c = self.curriculum
         phase = c.phase_of(step)
         rows = []
         for d, name in enumerate(c.names):
-            places = np.arange(c.first[step, d], c.last[step, d])
-            for start in self._starts(d, phase, places):
-                rows.append((name, int(start)))
-
+            for place in range(c.first[step, d], c.end[step, d]):
+                first, end = self.window(phase, d, place)
+                order = kept_order(end - first, self.seed, name, int(phase.start[d]), first)
+                sequence = first + int(order[place - first])
+                rows.append((name, int(phase.start[d]) + sequence * phase.T))
         return [rows[i] for i in random_order(len(rows), self.seed, "rows", step)]
 
-    def _starts(self, d: int, phase: Phase, places: np.ndarray) -> np.ndarray:
-        """Where on domain d's tape the sequences begin that come at places of a phase."""
-        starts = np.empty_like(places)
-        windows = places // sequences_per_window(phase.T)
-        for window in np.unique(windows).tolist():
-            first, last = window_bounds(phase, d, window)
-            here = windows == window
-            start = int(phase.start[d])
-            order = self._window_order(last - first, self.curriculum.names[d], start, window)
-            starts[here] = start + (first + order[places[here] - first]) * phase.T
-        return starts
+    def window(self, phase: Phase, d: int, place: int) -> tuple[int, int]:
+        """The window around a place of a phase -> its first sequence, and the one after its last.
 
-    def _window_order(self, n: int, *window) -> np.ndarray:
-        """The order of a window's n sequences. That of the windows last read is kept."""
-        if window not in self._window_orders:
-            if len(self._window_orders) == 4 * len(self.domains):
-                self._window_orders.clear()
-            self._window_orders[window] = random_order(n, self.seed, *window)
-        return self._window_orders[window]
+        Say windows have 3 sequences, the phase has 8, and an epoch of the tape ends within
+        sequence 4, counted from 0. The windows are then 0 to 2, 3 to 4, 5 to 7."""
+        T = phase.T
+        start = int(phase.start[d])
+        size = max(1, WINDOW_TOKENS // T)
+        epoch = self.tapes[self.curriculum.names[d]].epoch
+        begin, end = 0, math.inf
+        if epoch < math.inf:
+            # The sequences that begin in this epoch of the tape.
+            number = (start + place * T) // epoch
+            begin = max(0, ceil_div(number * epoch - start, T))
+            end = ceil_div(number * epoch + epoch - start, T)
+        if phase.count is not None:
+            end = min(end, int(phase.count[d]))
+        first = begin + (place - begin) // size * size
+        return first, min(first + size, end)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """Rows rank, rank + world, rank + 2 world, ... of the step's global batch -> (rows, T + 1)
@@ -598,7 +603,7 @@ class TokenDataset:
         for unit in range(min(VAL_UNITS, domain.num_units)):
             if len(held_out) > rows * T and documents >= VAL_DOCUMENTS:
                 break
-            self._wait_for_piece(domain, unit)
+            self._wait_for_held_out(domain, unit)
             held_out = np.concatenate([held_out, domain.read_held_out(unit)])
             documents += domain.records[unit, 0]["held_out_documents"]
 
@@ -614,49 +619,54 @@ class TokenDataset:
 
     def wait_for(self, step: int) -> None:
         """Wait until what a step reads is there, and ask for what comes after it."""
-        ends = {}
-        for d, name in enumerate(self.curriculum.names):
-            self.positions[name], ends[name] = self.stretch(step, d)
-        self._request(ends)
         begun = time.monotonic()
         while True:
-            missing = [name for name, end in ends.items() if not self._extend(name, end)]
+            self._request(step)
+            missing = [name for d, name in enumerate(self.curriculum.names)
+                       if not self._reaches(step, d, name)]
             if not missing:
                 break
             begun = self._wait(missing[0], begun)
-            self._request(ends)
         if self.preparer and self.keep_read is not None:
             self._delete_read()
 
-    def stretch(self, step: int, d: int) -> tuple[int, int]:
-        """The windows that a step reads of domain d -> where they begin and end on its tape. The
-        end includes one token more, the last one's target."""
+    def _reaches(self, step: int, d: int, name: str) -> bool:
+        """Go on with a tape as far as a step reads it -> whether it goes so far. Once the end of an
+        epoch is there, the windows end at it, and the step may need less."""
+        tape = self.tapes[name]
+        epoch = None
+        while epoch != tape.epoch:
+            epoch = tape.epoch
+            self.positions[name], end = self.windows_of(step, d)
+            reaches = tape.extend(end, self.positions[name])
+        return reaches
+
+    def windows_of(self, step: int, d: int) -> tuple[int, int]:
+        """Where the windows that a step reads of a domain begin and end on its tape. The end
+        includes one token more, the last one's target."""
         phase = self.curriculum.phase_of(step)
         start = int(phase.start[d])
-        if self.curriculum.last[step, d] == 0:
+        end_place = int(self.curriculum.end[step, d])
+        if end_place == 0:
             return start, start
-        size = sequences_per_window(phase.T)
-        first_window = self.curriculum.first[step, d] // size
-        last_window = max(first_window, (self.curriculum.last[step, d] - 1) // size)
-        begin, _ = window_bounds(phase, d, int(first_window))
-        _, end = window_bounds(phase, d, int(last_window))
-        return start + begin * phase.T, start + end * phase.T + 1
+        first, _ = self.window(phase, d, min(int(self.curriculum.first[step, d]), end_place - 1))
+        _, end = self.window(phase, d, end_place - 1)
+        return start + first * phase.T, start + end * phase.T + 1
 
-    def _extend(self, name: str, end: int) -> bool:
-        return self.tapes[name].extend(end, self.positions[name])
-
-    def _request(self, ends: dict[str, int]) -> None:
-        """Have prepared what is missing up to these ends; then, as far as processes are free, what
-        comes next, but nothing beyond the end of the run."""
+    def _request(self, step: int) -> None:
+        """Have prepared what a step needs; then, as far as processes are free, a piece more for
+        each of them, but nothing beyond the window in which the run ends."""
         if not self.preparer:
             return
         self.preparer.collect()
-        further = {name: min(self.run_ends[name], end + self.ahead[name])
-                   for name, end in ends.items()}
-        for targets in (ends, further):
-            for name, end in targets.items():
-                self._extend(name, end)
+        for ahead in (False, True):
+            for d, name in enumerate(self.curriculum.names):
+                _, end = self.windows_of(step, d)
+                if ahead:
+                    _, run_end = self.windows_of(self.curriculum.steps - 1, d)
+                    end = min(run_end, end + self.ahead[name])
                 tape = self.tapes[name]
+                tape.extend(end, self.positions[name])
                 self.preparer.request(self.domains[name], end - len(tape), tape.units_to_come())
 
     def _wait(self, name: str, begun: float) -> float:
@@ -673,13 +683,19 @@ class TokenDataset:
         print(f"waiting for text of {name}, of which {tokens:,d} tokens are prepared", flush=True)
         return time.monotonic()
 
-    def _wait_for_piece(self, domain: Domain, unit: int) -> None:
-        """Wait for the first piece of a unit."""
+    def _wait_for_held_out(self, domain: Domain, unit: int) -> None:
+        """Wait for the first piece of a unit, and what is held out of it."""
+        if domain.has_held_out(unit):
+            return
+        if (unit, 0) in domain.records:
+            domain.forget(unit, 0)  # somebody has deleted the file
         begun = time.monotonic()
-        while (unit, 0) not in domain.records:
+        while not domain.has_held_out(unit):
             if self.preparer:
-                self.preparer.request(domain, 1, [unit])
+                self.preparer.request(domain, 1, [(unit, 0)])
             begun = self._wait(domain.name, begun)
+        if self.preparer:
+            self.preparer.release(domain)
 
     def _delete_read(self) -> None:
         """Delete the pieces that lie further behind than keep_read."""
@@ -692,21 +708,5 @@ class TokenDataset:
                 self.deleted[name] = k + 1
 
 
-def sequences_per_window(T: int) -> int:
-    return max(1, WINDOW_TOKENS // T)
-
-
-def window_bounds(phase: Phase, d: int, window: int) -> tuple[int, int]:
-    """The first sequence of a window, and the one after its last. The window in which a phase ends
-    ends with it.
-
-    >>> phase = Phase(first_step=0, T=WINDOW_TOKENS // 3, start=np.array([0]), count=np.array([5]))
-    >>> window_bounds(phase, 0, 0), window_bounds(phase, 0, 1)
-    ((0, 3), (3, 5))
-    """
-    size = sequences_per_window(phase.T)
-    bounds = (window * size, window * size + size)
-    if phase.count is not None:
-        end = int(phase.count[d])
-        bounds = (min(bounds[0], end), min(bounds[1], end))
-    return bounds
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

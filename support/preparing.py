@@ -6,13 +6,13 @@
         00000-held-out.bin            token ids that are held out, of the first VAL_UNITS units
 
 A *unit* is what support/sources.py cuts a source into: some 16 MB of local text, or a file of a
-data set, of whatever size. A *piece* is at least PIECE_TOKENS of one unit, in whole documents. So a
-run can begin to read a large file long before it is prepared as a whole, and need not prepare all
-of it.
+data set, of whatever size. A unit is made in *pieces* of PIECE_TOKENS each, in whole documents; its
+last piece is shorter. So a run can begin to read a large file long before it is prepared as a
+whole, and need not prepare all of it.
 
 What is in a piece follows from source and tokenizer alone: it is the same whoever makes it, however
-often, and in whatever order. So it does not matter where a process that made pieces was killed, or
-if two make the same piece: the next one makes it again.
+often, and in whatever order. So two processes may make the same piece, and where one was killed,
+the next one makes the piece again.
 """
 import hashlib
 import json
@@ -36,10 +36,10 @@ from support import sources
 from support.sources import SkippedRows, pin_source, source_identity, source_units
 from support.tokenizer import Tokenizer, encode_document, load_tokenizer
 
-PIECE_TOKENS = 2**22  # 8 to 16 MB on the disk
+PIECE_TOKENS = 2**22  # 8 MB on the disk; 16 MB if the tokenizer has more than 65,536 tokens
 VAL_EVERY = 20        # one document in so many is held out for validation,
 VAL_UNITS = 16        # of the first piece of so many units: a bounded number of documents
-MAX_FAILURES = 3      # so often a process may be killed over the same unit
+MAX_FAILURES = 3      # at so many ends of a process over the same unit the run ends
 
 # ---- what is on the disk
 
@@ -127,9 +127,19 @@ class Domain:
         """Whether a piece is there. Its file may have been deleted, behind a run that read it."""
         return (unit, piece) in self.records and self.path(unit, piece).exists()
 
-    def first_missing(self, unit: int) -> int | None:
-        """The first piece of a unit that is not there; None if the unit is whole."""
-        piece = 0
+    def has_held_out(self, unit: int) -> bool:
+        """Whether the text is there that is held out of a unit, which may be none."""
+        record = self.records.get((unit, 0))
+        return record is not None and (record["held_out"] == 0
+                                       or self.held_out_path(unit).exists())
+
+    def forget(self, unit: int, piece: int) -> None:
+        """Take a piece for one that is not there, so that it is made again."""
+        record = self.records.pop((unit, piece))
+        self.unit_tokens[unit] -= record["tokens"]
+
+    def first_missing(self, unit: int, piece: int = 0) -> int | None:
+        """The first piece from `piece` on that is not there; None if the unit has no such piece."""
         while self.has(unit, piece):
             if self.records[unit, piece]["last"]:
                 return None
@@ -137,8 +147,8 @@ class Domain:
         return piece
 
     def expected_tokens(self, unit: int) -> float:
-        """How many tokens there will be of a unit beside those that are there; all of it, if it is
-        whole. A unit is taken to be as long as the whole ones are on average."""
+        """How many tokens a unit still adds to a tape: all of a whole one; of another one the mean
+        length of the whole ones, less what is there of it."""
         made = self.unit_tokens[unit]
         if unit in self.whole_units:
             return made
@@ -177,12 +187,12 @@ class Domain:
         """Read all pieces -> the damaged files."""
         damaged = []
         for (unit, piece), record in sorted(self.records.items()):
-            path = self.path(unit, piece)
-            if path.exists() and checksum(path.read_bytes()) != record["sha256"]:
-                damaged.append(path)
-            path = self.held_out_path(unit)
-            if record.get("held_out") and checksum(path.read_bytes()) != record["held_out_sha256"]:
-                damaged.append(path)
+            expected = {self.path(unit, piece): record["sha256"]}
+            if record["held_out"]:
+                expected[self.held_out_path(unit)] = record["held_out_sha256"]
+            for path, sha256 in expected.items():
+                if path.exists() and checksum(path.read_bytes()) != sha256:
+                    damaged.append(path)
         return damaged
 
 
@@ -218,7 +228,8 @@ def blocks(texts: Iterable[str], tokenizer: Tokenizer, unit: int, piece: int, do
         if not text.strip():
             continue
         ids = np.array(encode_document(tokenizer, text), dtype=np.uint32)
-        if piece == 0 and unit < VAL_UNITS and is_held_out(text, unit, block.documents):
+        is_first = unit == 0 and piece == 0 and not block.ids and not block.held_out
+        if piece == 0 and unit < VAL_UNITS and (is_first or is_held_out(text)):
             block.held_out.append(ids)
         else:
             block.ids.append(ids)
@@ -227,11 +238,12 @@ def blocks(texts: Iterable[str], tokenizer: Tokenizer, unit: int, piece: int, do
     yield block
 
 
-def is_held_out(text: str, unit: int, number: int) -> bool:
-    """Chosen by a hash of the text, so that two copies of a document are not one on each side. The
-    first document of a source always is, as a source may have few."""
+def is_held_out(text: str) -> bool:
+    """Whether a document of a unit's first piece is held out, by a hash of its text: copies of it
+    in these pieces are held out as well. (Copies elsewhere are not looked for.) The first document
+    of a source always is, as a source may have few."""
     digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % VAL_EVERY == 0 or (unit == 0 and number == 1)
+    return int.from_bytes(digest, "little") % VAL_EVERY == 0
 
 
 def shuffled(documents: list[np.ndarray], unit: int, piece: int) -> np.ndarray:
@@ -281,11 +293,15 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-# The process that makes pieces: `python -m support.preparing`. It is a process of its own and no
-# fork, as the training process has threads and a GPU, and its memory. Its parent writes lines to
-# it: a unit in JSON, then an empty line for each piece that it may make. It answers with a line of
-# JSON for each piece. If the parent ends, however it ends, the next line never comes, and the
-# process ends too.
+# The process that makes pieces: `python -m support.preparing`. It is no fork of its parent: that
+# would copy the training process's threads, its memory, and its hold on the GPU. They speak through
+# pipes, a line at a time:
+#
+#     parent    {"unit": 17, "piece": 0, ...}     make the pieces of this unit
+#     parent    an empty line                     you may make one piece
+#     child     {"unit": 17, "piece": 0, ...}     I have made it: its line for the manifest
+#
+# If the parent ends, however it ends, the next line never comes, and the child ends too.
 
 def work() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -293,9 +309,13 @@ def work() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     os.nice(5)
     for line in iter(sys.stdin.readline, ""):
+        if not line.strip():
+            continue  # a permit for a unit that has ended
         try:
             for answer in make_unit(json.loads(line)):
                 print(json.dumps(answer), file=answers, flush=True)
+        except BrokenPipeError:  # the parent has ended
+            os._exit(0)
         except (UserError, OSError) as e:
             print(json.dumps({"error": one_line(e)}), file=answers, flush=True)
 
@@ -345,7 +365,7 @@ class Worker:
         self.domain = None
         self.unit = None
         self.piece = None     # that it makes next
-        self.is_busy = False  # makes a piece; or else waits for a permit or for a unit
+        self.permits = 0      # pieces that it may make and has not made
         threading.Thread(target=self._listen, args=(answers,), daemon=True).start()
 
     def _listen(self, answers: queue.SimpleQueue) -> None:
@@ -367,9 +387,11 @@ class Worker:
             "unit_bytes": sources.UNIT_BYTES}))
 
     def permit(self) -> None:
-        """Let it make a piece."""
-        self._send("")
-        self.is_busy = True
+        """Let it make a piece. It may have two permits: with one in hand it need not wait for the
+        parent, which is busy with a training step."""
+        if self.permits < 2:
+            self._send("")
+            self.permits += 1
 
     def _send(self, line: str) -> None:
         try:
@@ -382,7 +404,8 @@ class Worker:
 class Preparer:
     """Keeps processes busy with what is wanted.
 
-    workers     how many pieces are made at a time; None: as many as this process may use cores
+    workers     how many pieces are made at a time; None: as many as this process may use cores.
+                There may be more processes, one for each domain, that wait at the unit that is read
     manifest    the file that its lines go to
     """
 
@@ -395,28 +418,34 @@ class Preparer:
         self.failures = Counter()   # (domain, unit) -> how often its process was killed
 
     def num_busy(self) -> int:
-        return sum(worker.is_busy for worker in self.workers)
+        return sum(worker.permits > 0 for worker in self.workers)
 
-    def request(self, domain: Domain, tokens: int, units: Iterable[int],
+    def request(self, domain: Domain, tokens: int, units: Iterable[tuple[int, int]],
                 part: tuple[int, int] = (0, 1)) -> None:
-        """Have about so many tokens made of these units, in their order, as far as there are
-        processes free. How long a unit will be is not known: it is taken to be as long as the
-        others. part (i, n): make only units i, i + n, i + 2 n, ... of the source."""
-        for unit in units:
-            if tokens <= 0 or self.num_busy() == self.limit:
+        """Have about so many tokens made of these units, in their order, as far as processes are
+        free. How long a unit will be is not known: it is taken to be as long as the others.
+
+        units: (unit, its first piece that is wanted).
+        part (i, n): make only units i, i + n, i + 2 n, ... of the source."""
+        for unit, piece in units:
+            if tokens <= 0:
                 return
-            missing = domain.first_missing(unit)
+            missing = domain.first_missing(unit, piece)
             if missing is not None and unit % part[1] == part[0]:
                 worker = self._worker_at(domain, unit, missing)
-                if not worker.is_busy:
-                    worker.permit()
+                if worker is None:
+                    return
+                worker.permit()
             tokens -= domain.expected_tokens(unit)
 
-    def _worker_at(self, domain: Domain, unit: int, piece: int) -> Worker:
-        """The process that is at a unit and has not passed a piece of it; or one that begins it."""
+    def _worker_at(self, domain: Domain, unit: int, piece: int) -> Worker | None:
+        """The process that works on a unit and will still come to this piece; else one that begins
+        there, unless as many as may be are busy."""
         for worker in self.workers:
             if worker.domain is domain and worker.unit == unit and worker.piece <= piece:
                 return worker
+        if self.num_busy() >= self.limit:
+            return None
 
         free = [worker for worker in self.workers if worker.domain is None]
         if not free:
@@ -451,13 +480,14 @@ class Preparer:
     def _take_answer(self, worker: Worker, answer: dict | None) -> None:
         domain = worker.domain
         unit = worker.unit
-        worker.is_busy = False
         if answer is None:
-            self.workers.remove(worker)
+            if worker in self.workers:
+                self.workers.remove(worker)
             if domain is not None:
                 self._take_failure(domain, unit)
         elif "error" in answer:
             worker.domain = None
+            worker.permits = 0
             raise UserError(f"preparing {domain.name}: {answer['error']}")
         else:
             known = domain.records.get((unit, answer["piece"]), answer)
@@ -466,20 +496,32 @@ class Preparer:
                                 f"{answer['piece']} of unit {unit} differs; choose another "
                                 "--data_dir")
             worker.piece += 1
+            worker.permits -= 1
             domain.write(answer, self.manifest)
             self.failures.pop((domain.name, unit), None)
             if answer["last"]:
                 worker.domain = None
+                worker.permits = 0
                 if answer["skipped"]:
                     print(answer["skipped"], flush=True)
 
     def _take_failure(self, domain: Domain, unit: int) -> None:
         self.failures[domain.name, unit] += 1
         if self.failures[domain.name, unit] == MAX_FAILURES:
-            raise UserError(f"the process that prepared unit {unit} of {domain.name} was killed "
-                            f"{MAX_FAILURES} times, perhaps for lack of memory; try --workers=1")
-        print(f"the process that prepared unit {unit} of {domain.name} was killed; another one "
+            raise UserError(f"the process that prepared unit {unit} of {domain.name} has ended "
+                            f"{MAX_FAILURES} times: by an error that is printed above, or killed "
+                            "for lack of memory; try --workers=1")
+        print(f"the process that prepared unit {unit} of {domain.name} has ended; another one "
               "takes over", flush=True)
+
+    def release(self, domain: Domain) -> None:
+        """End the processes that wait for a permit at a unit of a domain. Another one can go on
+        with the unit at any time."""
+        for worker in list(self.workers):
+            if worker.domain is domain and worker.permits == 0:
+                worker.domain = None
+                worker.process.kill()
+                self.workers.remove(worker)
 
     def close(self) -> None:
         """End the processes."""

@@ -39,7 +39,7 @@ def prepare(dataset: TokenDataset, part: tuple[int, int] = (0, 1)) -> None:
         dataset.preparer.collect(seconds=0.2)
         for d, name in enumerate(curriculum.names):
             domain = dataset.domains[name]
-            _, end = dataset.stretch(curriculum.steps - 1, d)
+            _, end = dataset.windows_of(curriculum.steps - 1, d)
             tape = dataset.tapes[name]
             tape.extend(end)
             dataset.preparer.request(domain, end - len(tape), tape.units_to_come(), part)
