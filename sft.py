@@ -35,6 +35,7 @@ from pretrain import TrainConfig
 from support.conversations import HELD_OUT, check_conversation, load_conversations
 from support.preparing import VAL_EVERY
 from support.ranks import RANK, all_gather_object, rank0_first, rank0_only, run_main
+from support.run_folder import latest_checkpoint
 from support.selection import (benchmark_grams, decontaminate, dedup_and_filter,
                                filter_by_quality, words)
 from support.tokenizer import BEGIN, END, ROLES, TURN, TURN_END, Tokenizer, load_tokenizer
@@ -772,7 +773,7 @@ def resolve_init_checkpoint(c: Config) -> Origin:
         before = f"out/sft{c.stage - 1}"
         command = f"python sft.py --stage={c.stage - 1}"
 
-    checkpoint = pretrain.latest_checkpoint(Path(c.model or before))
+    checkpoint = latest_checkpoint(Path(c.model or before))
     if checkpoint:
         folder = checkpoint[0]
     elif c.model:

@@ -24,23 +24,37 @@ from configurator import UserError
 #     2. What decides where the code goes (resume? evaluate? stop?) is the same on all ranks: it
 #        follows from the config and the step, or it is exchanged first.
 #
-# Objects and flags travel over gloo, between the hosts, which need not wait for their GPUs to do
-# so; gradients and losses travel over NCCL, between the GPUs. Without torchrun there is one rank.
+# Objects and flags are exchanged over gloo, between CPUs, so that no rank has to wait until its GPU
+# is idle. Gradients and losses are exchanged over NCCL, between GPUs. Without torchrun there is one
+# rank, and all these functions return at once.
 
-RANK = int(os.environ.get("RANK", 0))                # this process among all
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))    # and among those of its machine
-WORLD = int(os.environ.get("WORLD_SIZE", 1))         # number of all
+RANK = int(os.environ.get("RANK", 0))                # number of this process among all
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))    # its number among those of its machine
+WORLD = int(os.environ.get("WORLD_SIZE", 1))         # how many processes there are
+
+
+def pick_device(c) -> torch.device:
+    """The device that the config names. "cuda" is another GPU for each rank of a machine."""
+    name = c.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{LOCAL_RANK}"
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as e:  # there is no such device
+        raise UserError(f"device={c.device}: {str(e).splitlines()[0]}") from None
 
 
 def init_distributed(device: torch.device, timeout_seconds: int, even_alone: bool) -> None:
-    """Meet the other ranks. even_alone: make a process group of one rank, too."""
+    """Form a process group with the other ranks. even_alone: also where there is one rank."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
     timeout = timedelta(seconds=timeout_seconds)
     if WORLD > 1:
-        # Ranks that torchrun restarts reuse the store of the old ranks. The prefix keeps them
-        # from finding the addresses of ranks that are gone.
+        # Ranks find each other's addresses in a key-value store. When torchrun restarts them, the
+        # store still has the addresses of the ranks that are gone; the prefix hides those.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -55,8 +69,8 @@ def init_distributed(device: torch.device, timeout_seconds: int, even_alone: boo
 
 @functools.cache
 def slow_group():
-    """All ranks once more, with a timeout of 30 days: while one rank prepares data or writes a
-    checkpoint, which may take hours, the others wait and must not give up."""
+    """A second process group of all ranks, with a timeout of 30 days. While one rank prepares data
+    or writes a checkpoint, which may take hours, the others wait and must not give up."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=30))
 
 
@@ -75,7 +89,7 @@ def broadcast_object(value):
 
 
 def barrier() -> None:
-    """Wait until all ranks are here: for what one rank may do only once all have done something."""
+    """Wait until all ranks have come to this call."""
     all_gather_object(None)
 
 
@@ -123,7 +137,8 @@ def all_reduce_sum(t: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether at least one rank has the flag set. On the CPU, where no GPU's queue has to empty."""
+    """Whether the flag is set on at least one rank. The CPUs exchange it, so that no GPU has to
+    finish its queue first."""
     flag = torch.tensor(flag, dtype=torch.int32)
     if WORLD > 1:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
@@ -172,9 +187,10 @@ def run_main(main) -> None:
 
 
 def exit_rank(message: str | None) -> None:
-    """End one of several ranks. Rank 0 prints at once, and torchrun then ends the others. A rank
-    that is still alive after 3 s has failed alone, and prints too. The process group is not
-    destroyed, as that would wait for ranks that are gone."""
+    """End one of several ranks. When all fail in the same way, one message is enough: rank 0 prints
+    it at once, and torchrun then ends the others. A rank that is still alive after 3 s has failed
+    alone, and prints its own. The process group is not destroyed, as that would wait for ranks that
+    are gone."""
     if message:
         if RANK != 0:
             time.sleep(3)

@@ -21,8 +21,10 @@ import pretrain
 import tools.plots
 from configurator import UserError
 from model import Motif
-from pretrain import Config, checkpoint_steps, lr_at, make_curriculum
+from pretrain import Config, lr_at, make_curriculum
+from support import run_folder
 from support.ranks import run_main
+from support.run_folder import checkpoint_steps
 from support.tokenizer import load_tokenizer
 
 ROOT = Path(pretrain.__file__).parent
@@ -347,7 +349,7 @@ def test_resume_is_exact_whatever_was_left_behind(run, straight, capsys):
 @pytest.mark.parametrize("crash_at", range(10))
 def test_a_crash_inside_a_save_costs_nothing(run, monkeypatch, straight, crash_at):
     """The process ends before one of the file operations of the second save."""
-    real = {"fsync": pretrain.fsync_path, "replace": os.replace}
+    real = {"fsync": run_folder.fsync_path, "replace": os.replace}
     calls = []
 
     def crashing(name):
@@ -360,7 +362,7 @@ def test_a_crash_inside_a_save_costs_nothing(run, monkeypatch, straight, crash_a
         return call
 
     with monkeypatch.context() as m:
-        m.setattr(pretrain, "fsync_path", crashing("fsync"))
+        m.setattr(run_folder, "fsync_path", crashing("fsync"))
         m.setattr(os, "replace", crashing("replace"))
         with pytest.raises(KeyboardInterrupt):
             run()

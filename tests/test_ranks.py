@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import distribute_tensor
 from worlds import world
 
-import data
 import muonclip
 from model import Motif
 
@@ -61,8 +60,9 @@ def steps_with_set_gradients(out: Path, first: int, last: int) -> None:
     """Steps first + 1 to `last` of a model, from a checkpoint on and into one. The gradients are
     random and known, so that nothing is summed in another order."""
     import pretrain
+    from support.ranks import pick_device
     c = pretrain.Config(**OPTIONS)
-    device = pretrain.pick_device(c)
+    device = pick_device(c)
     pretrain.meet_ranks(c, device)
     model = pretrain.build(c, device)
     optimizer = muonclip.configure_optimizer(model, lr=0.01, tau=0.5)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import selection
+from support.run_folder import latest_checkpoint
 from support.conversations import HELD_OUT, load_conversations
 from support.tokenizer import BEGIN, END, ROLES, TURN, TURN_END, load_tokenizer
 from worlds import world
@@ -573,7 +574,7 @@ def test_a_stage_begins_with_the_one_before(workplace):
         run_sft(f"out/sft{stage}", stage=stage, batch_tokens=5120)
     assert "dropped for a quality" in Path("out/sft2/data.txt").read_text()
     assert "stage 3 from out/sft2/step_" in Path("out/sft3/data.txt").read_text()
-    final, _ = pretrain.latest_checkpoint(Path("out/sft3"))
+    final, _ = latest_checkpoint(Path("out/sft3"))
     assert Motif.from_pretrained(final).config == TINY
 
 
