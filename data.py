@@ -144,6 +144,7 @@ class Curriculum:
         check_domains(domains)
         self.names = list(domains)
         self.before = before
+        self.plans = []   # for a checkpoint: what `before` was made of
         self.seq_len = []
         self.rows = []
         self.tokens = [0]
@@ -395,9 +396,8 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
 #     places      0 1 2   3 4   0 1 2 ...
 #     sequences   2 0 1   4 3   1 2 0 ...
 #
-# A shuffled list would have to be made and kept. Instead the order is *computed*: a keyed
-# permutation says which sequence comes at a place. So a batch is a pure function of (seed, step),
-# on any number of ranks, and all that a checkpoint has to say about the data is the step.
+# The order follows from the seed and the window. So a batch is a pure function of (seed, step), on
+# any number of ranks, and all that a checkpoint has to say about the data is the step.
 #
 # Why not shuffle the whole domain? Then all of it would have to be there before the first step, 22
 # terabytes for the 12.7B config. A tape is needed a window ahead of the reader only, and is
@@ -408,42 +408,15 @@ WINDOW_TOKENS = 2**20
 VAL_DOCUMENTS = 8
 
 
-def hash_key(*what) -> bytes:
-    """48 bytes that depend on `what`: six round keys of a permutation."""
-    return hashlib.blake2b(repr(what).encode(), digest_size=48).digest()
+def random_order(n: int, *key) -> np.ndarray:
+    """(n,) int64: range(n) in an order that follows from the key, by sorting hashes of it. (NumPy's
+    generators may give another order in another version.)
 
-
-def feistel_permutation(i: np.ndarray, n: int, key: bytes) -> np.ndarray:
-    """A keyed pseudo-random permutation of range(n), evaluated at places i without storing it.
-
-    >>> feistel_permutation(np.arange(8), 8, hash_key("epoch 0")).tolist()
-    [6, 3, 2, 5, 0, 1, 4, 7]
-    >>> feistel_permutation(np.array([3]), 10**9, hash_key("epoch 1")).tolist()
-    [192577323]
-
-    This is a Feistel network, which ciphers are built from. Split the bits of a number into halves
-    (left, right), then six times: (left, right) -> (right, left xor f(right)). A round can be
-    undone whatever f is, so the network permutes the numbers of that many bits. Here f mixes
-    `right` with the round's key as SplitMix64 does. Where the result is not below n, the network is
-    applied again ("cycle walking"), and so permutes range(n). There are at most 4 n numbers of that
-    many bits, so a place takes at most 4 turns on average.
+    >>> random_order(8, "window", 0).tolist()
+    [7, 2, 4, 1, 6, 0, 5, 3]
     """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    round_keys = np.frombuffer(key, "<u8")
-    out = i.astype(np.uint64)
-    outside = np.ones(len(i), dtype=bool)
-    while outside.any():
-        left = out[outside] >> half
-        right = out[outside] & mask
-        for round_key in round_keys:
-            x = (right + round_key) * np.uint64(0xBF58476D1CE4E5B9)  # modulo 2^64
-            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            mixed = (x >> np.uint64(31)) & mask
-            left, right = right, left ^ mixed
-        out[outside] = (left << half) | right
-        outside = out >= n
-    return out.astype(np.int64)
+    noise = hashlib.shake_128(repr(key).encode()).digest(8 * n)
+    return np.argsort(np.frombuffer(noise, "<u8"), kind="stable")
 
 
 class Tape:
@@ -456,7 +429,7 @@ class Tape:
         self.ends = []        # how long the tape is at the end of each
         self.next_unit = 0    # the number on the tape of the unit that comes next,
         self.next_piece = 0   # and its piece
-        self._order = {}      # (epoch, block of 4,096 units) -> their numbers in the source
+        self._orders = {}     # epoch -> the order of its units
 
     def __len__(self) -> int:
         """Tokens."""
@@ -464,14 +437,11 @@ class Tape:
 
     def unit_at(self, k: int) -> int:
         """The unit that is number k on the tape. Every epoch has all units, in its own order."""
-        n = self.domain.num_units
-        epoch = k // n
-        block = k % n // 4096
-        if (epoch, block) not in self._order:
-            places = np.arange(4096 * block, min(n, 4096 * block + 4096))
-            key = hash_key(self.seed, "units", self.domain.name, epoch)
-            self._order = {(epoch, block): feistel_permutation(places, n, key)}
-        return int(self._order[epoch, block][k % n % 4096])
+        epoch, place = divmod(k, self.domain.num_units)
+        if epoch not in self._orders:
+            units = self.domain.num_units
+            self._orders = {epoch: random_order(units, self.seed, "units", self.domain.name, epoch)}
+        return int(self._orders[epoch][place])
 
     def extend(self, end: int, start: int = 0) -> bool:
         """Go on until the tape has `end` tokens -> whether it has. What comes before `start` will
@@ -538,7 +508,16 @@ class TokenDataset:
         self.deleted = dict.fromkeys(domains, 0)    # so many pieces of each tape
         self.tapes = {name: Tape(domain, seed) for name, domain in domains.items()}
 
+        self._window_orders = {}                    # window -> the order of its sequences
         self.positions = dict.fromkeys(domains, 0)  # where the window begins that is being read
+        self.run_ends = {}                          # where the run ends on each tape
+        self.ahead = {}                             # how far ahead to prepare: a piece for each
+                                                    # process that this domain keeps busy
+        workers = preparer.limit if preparer else 1
+        for d, name in enumerate(curriculum.names):
+            _, self.run_ends[name] = self.stretch(curriculum.steps - 1, d)
+            share = curriculum.shares[:, d].max()
+            self.ahead[name] = PIECE_TOKENS * math.ceil(workers * share)
 
     def fingerprint(self) -> str:
         """16 hex digits of a hash of the first piece of each domain."""
@@ -563,9 +542,7 @@ class TokenDataset:
             for start in self._starts(d, phase, places):
                 rows.append((name, int(start)))
 
-        key = hash_key(self.seed, "order", step)
-        order = feistel_permutation(np.arange(len(rows)), len(rows), key)
-        return [rows[i] for i in order]
+        return [rows[i] for i in random_order(len(rows), self.seed, "rows", step)]
 
     def _starts(self, d: int, phase: Phase, places: np.ndarray) -> np.ndarray:
         """Where on domain d's tape the sequences begin that come at places of a phase."""
@@ -574,10 +551,18 @@ class TokenDataset:
         for window in np.unique(windows).tolist():
             first, last = window_bounds(phase, d, window)
             here = windows == window
-            key = hash_key(self.seed, self.curriculum.names[d], int(phase.start[d]), window)
-            permuted = feistel_permutation(places[here] - first, last - first, key)
-            starts[here] = phase.start[d] + (first + permuted) * phase.T
+            start = int(phase.start[d])
+            order = self._window_order(last - first, self.curriculum.names[d], start, window)
+            starts[here] = start + (first + order[places[here] - first]) * phase.T
         return starts
+
+    def _window_order(self, n: int, *window) -> np.ndarray:
+        """The order of a window's n sequences. That of the windows last read is kept."""
+        if window not in self._window_orders:
+            if len(self._window_orders) == 4 * len(self.domains):
+                self._window_orders.clear()
+            self._window_orders[window] = random_order(n, self.seed, *window)
+        return self._window_orders[window]
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """Rows rank, rank + world, rank + 2 world, ... of the step's global batch -> (rows, T + 1)
@@ -648,19 +633,13 @@ class TokenDataset:
         return self.tapes[name].extend(end, self.positions[name])
 
     def _request(self, ends: dict[str, int]) -> None:
-        """Have prepared what is missing up to these ends; then, as far as processes are free, about
-        a piece more for each of them, so that all have work. But nothing beyond the end of the
-        run."""
+        """Have prepared what is missing up to these ends; then, as far as processes are free, what
+        comes next, but nothing beyond the end of the run."""
         if not self.preparer:
             return
         self.preparer.collect()
-        further = {}
-        for d, name in enumerate(self.curriculum.names):
-            share = self.curriculum.shares[:, d].max()
-            _, last = self.stretch(self.curriculum.steps - 1, d)
-            ahead = PIECE_TOKENS * math.ceil(self.preparer.limit * share)
-            further[name] = min(last, ends[name] + ahead)
-
+        further = {name: min(self.run_ends[name], end + self.ahead[name])
+                   for name, end in ends.items()}
         for targets in (ends, further):
             for name, end in targets.items():
                 self._extend(name, end)

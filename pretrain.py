@@ -29,11 +29,12 @@ set-up. What any training run needs is in support/: how ranks talk (ranks.py), t
 the folder of a run (run_folder.py).
 """
 import functools
+import json
 import math
 import os
 import shutil
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Protocol
 
@@ -135,6 +136,8 @@ class Config(TrainConfig, MotifConfig):
     decay: Literal["linear", "cosine", "inverse_sqrt"] = "linear"  # the shape of that fall
     min_lr: Fraction = 0.1          # where the fall ends, as a fraction of lr
 
+    lr_may_rise: bool = False       # a prolonged run may go on with a higher learning rate
+
     # Data
     tokenizer: str = "byte"         # byte, a tiktoken name, a .tiktoken file, a tokenizer.json or a
                                     # folder with one, owner/name of the Hub
@@ -153,11 +156,34 @@ def model_config(c: Config) -> MotifConfig:
     return MotifConfig(**{f.name: getattr(c, f.name) for f in fields(MotifConfig)})
 
 
-def make_curriculum(c: Config) -> data.Curriculum:
-    """The part of the config that says what each step reads."""
-    curriculum = data.Curriculum(
-        c.domains, batch_tokens=c.batch_tokens, seq_len=c.seq_len, mixture=c.mixture,
-        max_steps=c.max_steps, max_tokens=c.max_tokens)
+PLAN_KEYS = ("domains", "batch_tokens", "seq_len", "mixture", "max_steps", "max_tokens")
+
+
+def plan_of(config: dict) -> dict:
+    """The part of a config that says what each step reads, as it is after a way through JSON."""
+    return json.loads(json.dumps({key: config[key] for key in PLAN_KEYS}))
+
+
+def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
+    """What each step reads. state: the checkpoint's that the run goes on from. If c plans the run
+    otherwise than it did, say because it is prolonged, then what was read stays as it was planned,
+    and the new plan begins at this step."""
+    plan = plan_of(asdict(c))
+    plans = []  # [[step, the plan that was followed up to it], ...]
+    if state:
+        plans = list(state["plans"])
+        old = plan_of(state["config"])
+        if old["domains"].keys() != plan["domains"].keys():
+            raise UserError(f"domains: the checkpoint's run reads {', '.join(old['domains'])}; their "
+                            "shares may change, but not their names")
+        if old != plan:
+            plans.append([state["step"], old])
+
+    before = None
+    for step, old in plans:
+        before = (data.Curriculum(**old, before=before), step)
+    curriculum = data.Curriculum(**plan, before=before)
+    curriculum.plans = plans
     if max(curriculum.seq_len) > c.max_position_embeddings:
         raise UserError(f"seq_len={c.seq_len} is longer than max_position_embeddings="
                         f"{c.max_position_embeddings}; raise that or shorten the sequence")
@@ -208,6 +234,24 @@ def lr_at(c: Config, curriculum: data.Curriculum, step: int) -> float:
     else:
         factor = (1 + x * (max(c.min_lr, 1e-3)**-2 - 1))**-0.5
     return c.lr * factor
+
+
+def check_lr_goes_on(c: Config, curriculum: data.Curriculum, state: dict) -> None:
+    """UserError if the new plan of a run that goes on would raise the learning rate again after it
+    has begun to fall. During the stable part it stays as it is."""
+    if not curriculum.before or c.lr_may_rise:
+        return
+    old_curriculum, step = curriculum.before
+    if step != state["step"]:
+        return  # an earlier change of plan
+    old = {f.name: state["config"][f.name] for f in fields(Config) if f.name in state["config"]}
+    lr_before = lr_at(Config(**old), old_curriculum, step)
+    lr_after = lr_at(c, curriculum, step)
+    if step >= c.warmup_steps and lr_after > 1.001 * lr_before:
+        raise UserError(f"at step {step} the learning rate has already fallen to {lr_before:.2e}, "
+                        f"and the longer run has {lr_after:.2e} there: go on from a checkpoint "
+                        "before it began to fall, with --resume=PATH and another --out_dir, or "
+                        "accept the rise with --lr_may_rise=true")
 
 
 def theta_at(c: Config, tokens: int) -> float:
@@ -376,7 +420,7 @@ class Dataset(Protocol):
     number of ranks does not matter, and all that a checkpoint holds of the data is the step."""
 
     curriculum: data.Curriculum      # or an object with its steps, seq_len, rows, tokens, context,
-                                     # shares and names
+                                     # shares, names and plans
 
     def batch(self, step: int, rank: int, world: int) -> np.ndarray | tuple:
         """Rows rank, rank + world, ... of the step's global batch, R of them, in int64. Either rows
@@ -795,7 +839,8 @@ def train(c: Config, out: Path, dataset: Dataset, held_out: dict, model: Motif, 
             layers = layer_stats(model.model.layers, optimizer)
             log_evaluation(log, curriculum, step, losses, layers, samples)
         if save_now:
-            state = {"skipped": nonfinite.in_a_row, "data": dataset.fingerprint()}
+            state = {"skipped": nonfinite.in_a_row, "data": dataset.fingerprint(),
+                     "plans": curriculum.plans}
             save_checkpoint(out, step, model, optimizer, state, c)
         if (save_now or stop) and RANK == 0:
             from tools.plots import plot_training
@@ -851,7 +896,9 @@ def setup(c: Config, out: Path) -> tuple:
     meet_ranks(c, device)
     start = rank0_only(find_checkpoint, c, out)
     if start:
+        curriculum = make_curriculum(c, start[1])
         check_compatible(*start, c, curriculum)
+        check_lr_goes_on(c, curriculum, start[1])
     step = start[1]["step"] if start else 0
     dataset, held_out = load_data(c, curriculum, tokenizer, min(step, curriculum.steps - 1))
 

@@ -33,7 +33,7 @@ import numpy as np
 
 from configurator import UserError, one_line
 from support import sources
-from support.sources import source_identity, source_units
+from support.sources import SkippedRows, pin_source, source_identity, source_units
 from support.tokenizer import Tokenizer, encode_document, load_tokenizer
 
 PIECE_TOKENS = 2**22  # 8 to 16 MB on the disk
@@ -49,19 +49,19 @@ class Domain:
     another source or tokenizer has another folder.
 
     name         of the domain
-    source       where its text comes from (support/sources.py)
+    source       where its text comes from (support/sources.py); of the Hub with its revision
     dtype        of token ids on the disk
     num_units    of the source
     """
 
     def __init__(self, name: str, source: str, tokenizer: Tokenizer, data_dir: str | Path):
         self.name = name
-        self.source = source
+        self.source = pin_source(source, Path(data_dir) / "hub_revisions.json")
         self.tokenizer = tokenizer.name
         self.dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
 
-        self.identity = source_identity(source)
-        what = [source, self.identity, tokenizer.fingerprint().hex(), self.dtype.str,
+        self.identity = source_identity(self.source)
+        what = [self.source, self.identity, tokenizer.fingerprint().hex(), self.dtype.str,
                 PIECE_TOKENS, VAL_EVERY, VAL_UNITS, sources.UNIT_BYTES]
         key = hashlib.sha256(repr(what).encode()).hexdigest()[:10]
         self.folder = Path(data_dir) / f"{name}-{key}"
@@ -72,7 +72,7 @@ class Domain:
         self._read = {}    # manifest -> how many bytes of it were read
         self.refresh()
         if self.num_units is None:
-            self.num_units = len(source_units(source, sources.UNIT_BYTES))
+            self.num_units = len(source_units(self.source))
 
     # A machine that prepares a part of the data has a manifest of its own, as two machines cannot
     # safely append to one file. Whoever reads takes all of them together.
@@ -308,12 +308,16 @@ def make_unit(job: dict) -> Iterator[dict]:
     if source_identity(job["source"]) != job["identity"]:
         raise UserError(f"{job['source']} has changed since the run began; start the run again")
     tokenizer = load_tokenizer(job["tokenizer"])
-    texts = source_units(job["source"], job["unit_bytes"])[job["unit"]]()
+    skipped = SkippedRows()
+    texts = source_units(job["source"], job["unit_bytes"])[job["unit"]](skipped)
     piece = job["piece"]
+    making = blocks(texts, tokenizer, job["unit"], piece, job["documents"], job["piece_tokens"])
     wait_for_permit()
-    for block in blocks(texts, tokenizer, job["unit"], piece, job["documents"],
-                        job["piece_tokens"]):
-        yield write_piece(job, piece, block)
+    for block in making:
+        record = write_piece(job, piece, block)
+        if block.is_last:
+            record["skipped"] = skipped.report()
+        yield record
         piece += 1
         if not block.is_last:
             wait_for_permit()
@@ -466,6 +470,8 @@ class Preparer:
             self.failures.pop((domain.name, unit), None)
             if answer["last"]:
                 worker.domain = None
+                if answer["skipped"]:
+                    print(answer["skipped"], flush=True)
 
     def _take_failure(self, domain: Domain, unit: int) -> None:
         self.failures[domain.name, unit] += 1
