@@ -55,8 +55,8 @@ from support.log import (Log, NonFiniteSteps, StepTimer, layer_stats, log_end, l
 from support.ranks import (LOCAL_RANK, RANK, WORLD, all_gather_object, all_reduce_sum, any_rank,
                            barrier, init_distributed, install_signal_handlers, pick_device,
                            rank0_first, rank0_only, run_main, sync_errors)
-from support.run_folder import (check_writable, find_checkpoint, finish_checkpoint,
-                                friendly_errors, last_good, remove_old_checkpoints,
+from support.run_folder import (check_shared, find_checkpoint, finish_checkpoint, friendly_errors,
+                                last_good, lock_folder, remove_old_checkpoints,
                                 remove_temporaries, safetensors_errors)
 from support.tokenizer import (END, TURN_END, Tokenizer, bytes_per_token, encode_document,
                                load_tokenizer)
@@ -174,8 +174,8 @@ def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
         plans = list(state["plans"])
         old = plan_of(state["config"])
         if old["domains"].keys() != plan["domains"].keys():
-            raise UserError(f"domains: the checkpoint's run reads {', '.join(old['domains'])}; their "
-                            "shares may change, but not their names")
+            raise UserError(f"domains: the checkpoint's run reads {', '.join(old['domains'])}; "
+                            "their shares may change, but not their names")
         if old != plan:
             plans.append([state["step"], old])
 
@@ -523,12 +523,14 @@ def uses_fsdp(c: TrainConfig, device: torch.device) -> bool:
 
 
 def meet_ranks(c: TrainConfig, device: torch.device) -> None:
-    """Wait for the other ranks, and form a process group with them. FSDP2 needs one even for a
-    single rank."""
+    """Form a process group with the other ranks, and check that they share out_dir. FSDP2 needs a
+    group even for a single rank."""
     if WORLD % c.dp_replicate:
         raise UserError(f"{WORLD} ranks cannot be dp_replicate={c.dp_replicate} copies of the same "
                         "size; give a divisor")
     init_distributed(device, c.timeout_seconds, even_alone=uses_fsdp(c, device))
+    if WORLD > 1 and c.out_dir:
+        check_shared(Path(c.out_dir))
 
 
 def build(c: Config, device: torch.device) -> Motif:
@@ -883,8 +885,6 @@ def setup(c: Config, out: Path) -> tuple:
     curriculum = make_curriculum(c)
     model_config(c).check()
     theta_at(c, 0)
-    if RANK == 0:
-        check_writable(out)
     device = pick_device(c)
     check_fp8(c, curriculum, device)
     tokenizer = load_tokenizer(c.tokenizer)
@@ -1032,11 +1032,11 @@ def main() -> None:
             if RANK == 0:
                 export_checkpoint(c, out)
             return
-        parts = setup(c, out)
-        if RANK == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            configurator.save(c, out / "config.json")
-        train(c, out, *parts)
+        with lock_folder(out):
+            parts = setup(c, out)
+            if RANK == 0:
+                configurator.save(c, out / "config.json")
+            train(c, out, *parts)
 
 
 if __name__ == "__main__":

@@ -801,8 +801,6 @@ def describe_data(c: Config, dataset: PackedChatDataset) -> str:
 
 def setup(c: Config, out: Path) -> tuple:
     """What pretrain.train() takes, checked and built."""
-    if RANK == 0:
-        pretrain.check_writable(out)
     device = pretrain.pick_device(c)
     pretrain.meet_ranks(c, device)
 
@@ -843,7 +841,7 @@ def main() -> None:
     c = configurator.load(Config, argv, default_file=None if own_model else QUICKSTART)
     fill_in_stage(c)
     out = Path(c.out_dir)
-    with pretrain.friendly_errors(c, out):
+    with pretrain.friendly_errors(c, out), pretrain.lock_folder(out):
         arguments = setup(c, out)
         if RANK == 0:
             configurator.save(c, out / "config.json")

@@ -1,18 +1,89 @@
-"""The folder of a run, out_dir: which checkpoints it holds, and how one gets there whole."""
+"""The folder of a run, out_dir: one run at a time, seen by all ranks, with whole checkpoints."""
+import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
+import socket
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from configurator import UserError, one_line
-from support.ranks import WORLD
+from support.ranks import RANK, WORLD, all_gather_object, barrier
 from support.weights import tensor_files
+
+# ---- one run at a time, in a folder that all ranks see
+#
+# Rank 0 holds a lock (flock) on the file out_dir/lock as long as the run lasts. The kernel frees it
+# when the process ends, however that happens, so a run that was killed locks nobody out. The text
+# in the file is for people, who want to know which run holds the lock; and a random number in it
+# tells the other ranks whether the file that they see is the one that rank 0 has written.
+
+@contextmanager
+def lock_folder(out: Path):
+    """Make the folder, and let no other run into it until the end of the `with`. UserError if there
+    is one already."""
+    if RANK != 0:
+        yield
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open_locked(out)
+    except OSError as e:
+        raise UserError(f"{out} cannot be written ({one_line(e)}); give another "
+                        "--out_dir") from None
+    try:
+        yield
+    finally:
+        (out / "lock").unlink(missing_ok=True)
+        file.close()
+        with suppress(OSError):      # remains unless it is empty, as after a mistake in the config
+            out.rmdir()
+
+
+def open_locked(out: Path):
+    """out/lock, opened and locked."""
+    while True:
+        file = open(out / "lock", "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.readline().strip() or "another run"
+            raise UserError(f"{out} is in use by {holder}; end that run or give another "
+                            "--out_dir") from None
+        except OSError:
+            pass                     # this file system has no locks: go on without
+        if os.fstat(file.fileno()).st_nlink > 0:
+            break
+        file.close()                 # a run that has just ended has removed this file: once more
+
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(16)}\n")
+    file.flush()
+    os.fsync(file.fileno())
+    return file
+
+
+def check_shared(out: Path) -> None:
+    """UserError unless all ranks see the lock that rank 0 holds. They write the files of a
+    checkpoint together, so out_dir must be one folder on all machines."""
+    barrier()
+    seen = None
+    with suppress(OSError):
+        seen = (out / "lock").read_text(encoding="utf-8")
+    for rank, (text, host) in enumerate(all_gather_object((seen, socket.gethostname()))):
+        if rank == 0:
+            expected = text
+        elif text != expected:
+            raise UserError(f"{out} of rank {rank}, on {host}, is not the folder of rank 0; "
+                            "--out_dir must be a folder that all machines share")
+
 
 # ---- which checkpoints there are
 #
@@ -92,12 +163,8 @@ def remove_temporaries(out: Path) -> None:
 
 def finish_checkpoint(temporary: Path, folder: Path, state: dict, c) -> None:
     """Check that all files have arrived, add state.json, flush, rename."""
-    try:
-        tensor_files(temporary, "model")
-        tensor_files(temporary / "optimizer", "state")
-    except UserError as e:
-        raise UserError(f"{e}; out_dir must be a folder that all machines share") from None
-
+    tensor_files(temporary, "model")
+    tensor_files(temporary / "optimizer", "state")
     sizes = {}
     for file in temporary.rglob("*"):
         if file.is_file():
@@ -140,15 +207,6 @@ def safetensors_errors():
         yield
     except SafetensorError as e:
         raise OSError(str(e)) from None
-
-
-def check_writable(out: Path) -> None:
-    """UserError unless out is a folder that can be written, or made. Makes nothing."""
-    folder = out.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"{out} cannot be written; give another --out_dir")
 
 
 @contextmanager

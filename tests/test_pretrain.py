@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from functools import partial
@@ -471,6 +472,27 @@ def test_two_runs_never_mix_in_one_folder(run, straight):
     assert samples().count("=== step") == 3
 
 
+def test_one_run_at_a_time_has_the_folder(run, shards, capsys):
+    """While another process trains in a folder, a run there ends in a line that names it. Once that
+    process is killed, or has ended, the folder is free."""
+    options = {**TINY, "data_dir": shards, "max_steps": 1000, "save_every": 20}
+    command = [sys.executable, str(ROOT / "pretrain.py"), *arguments(options)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 21/"):
+                break
+        before = Path("out/config.json").stat()
+        message = refused(run, seed=3)
+        assert f"process {process.pid} on {socket.gethostname()}" in message and "out" in message
+        assert Path("out/config.json").stat() == before
+        process.kill()
+        process.communicate()
+    assert f"process {process.pid}" in Path("out/lock").read_text()
+    run(max_steps=22, lr_may_rise=True)
+    assert "resumed from out/step_20" in capsys.readouterr().out
+    assert not Path("out/lock").exists()
+
+
 def test_a_run_may_keep_and_evaluate_nothing(run):
     run(save_every=None, eval_every=None)
     assert len(metrics()) == 12 and not checkpoint_steps(Path("out"))
@@ -481,11 +503,11 @@ def test_old_checkpoints_go_and_multiples_stay(run):
     assert sorted(checkpoint_steps(Path("out"))) == [4, 8, 10, 11, 12]
 
 
-def test_domains_may_change_on_the_way(run):
-    """The curve then has gaps, and is drawn."""
+def test_shares_may_change_on_the_way_and_are_drawn(run):
     run(max_steps=4, out_dir="cost$_$")                    # nor is this a formula
-    run(max_steps=8, out_dir="cost$_$", domains={"science": ["builtin:science", 1.0, 1.0]})
-    assert metrics("cost$_$")[-1]["val_loss_by_domain"].keys() == {"science"}
+    alone = {"math": ["builtin:math", 0.0, 0.0], "science": ["builtin:science", 1.0, 1.0]}
+    run(max_steps=8, out_dir="cost$_$", domains=alone, lr_may_rise=True)
+    assert metrics("cost$_$")[-2]["mixture"] == {"math": 0, "science": 1}
     plot_training(Path("cost$_$"))
     assert Path("cost$_$/loss.png").stat().st_size > 10_000
 

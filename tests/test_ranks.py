@@ -56,6 +56,21 @@ def train(out: Path, shards: Path, sigterm_at: int = 0, **options) -> None:
     pretrain.main()
 
 
+def refuse_folders_of_their_own(folder: Path, shards: Path) -> None:
+    """A run whose ranks see different folders under the same name ends before it reads data."""
+    from configurator import UserError
+    own = folder / f"machine{os.environ['RANK']}"
+    (own / "out").mkdir(parents=True)
+    os.chdir(own)
+    try:
+        train(Path("out"), shards)
+    except UserError as e:
+        assert "out of rank 1, on " in str(e) and "--out_dir" in str(e) and "\n" not in str(e)
+    else:
+        raise AssertionError("the run began")
+    assert not Path("out/metrics.jsonl").exists()
+
+
 def steps_with_set_gradients(out: Path, first: int, last: int) -> None:
     """Steps first + 1 to `last` of a model, from a checkpoint on and into one. The gradients are
     random and known, so that nothing is summed in another order."""
@@ -87,6 +102,7 @@ def run_worlds(folder: Path) -> None:
     world(4, train, folder / "replicas", shards, dp_replicate=2, max_steps=12, eval_every=None,
           micro_batch_tokens=64)
     world(4, train, folder / "interrupted", shards, sigterm_at=5, max_steps=24)
+    world(2, refuse_folders_of_their_own, folder / "machines", shards)
     world(1, steps_with_set_gradients, folder / "still", 0, 5)
     world(4, steps_with_set_gradients, folder / "moving", 0, 2)
     world(2, steps_with_set_gradients, folder / "moving", 2, 3)
