@@ -597,6 +597,30 @@ def shard(model: Motif, c: Config, device: torch.device) -> None:
     register_fsdp_forward_method(model, "token_losses")
 
 
+# Sampling. Each new token takes a forward pass, and to all-gather the whole model for each of them
+# would take minutes. So all matrices are gathered once, and freed when the last prompt has been
+# continued. Where they would take too much memory, nothing is sampled.
+
+SAMPLE_BYTES = 30 * 10**9    # of the gathered model [ours]: Motif-2-12.7B has 25 GB in bf16
+NO_SAMPLES = (f"no samples: over several ranks only a model of at most {SAMPLE_BYTES / 1e9:.0f} GB "
+              "(SAMPLE_BYTES) is gathered for that")
+
+
+def can_be_gathered(model: Motif) -> bool:
+    """Whether each rank has room for all matrices at once. A single rank has them anyway."""
+    if WORLD == 1:
+        return True
+    parameters = sum(p.numel() for p in model.parameters())
+    return parameters * model.compute_dtype.itemsize <= SAMPLE_BYTES
+
+
+def reshard_after_forward(model: Motif, free: bool) -> None:
+    """Tell FSDP2 whether to free the matrices of a block after its forward pass."""
+    for block in model.model.layers:
+        if hasattr(block, "reshard"):
+            block.set_reshard_after_forward(free, recurse=False)
+
+
 def reshard(model: Motif) -> None:
     """Free the gathered matrices. After a backward pass FSDP2 does so by itself."""
     for module in model.modules():
@@ -782,35 +806,49 @@ def sample_prompts(model: Motif, tokenizer: Tokenizer, c: Config, encode_prompt)
 class Validation:
     """What each evaluation reads: the held-out rows, which stay on the device, and the prompts."""
 
-    def __init__(self, c: Config, held_out: dict, tokenizer: Tokenizer, encode_prompt,
+    def __init__(self, c: Config, held_out, tokenizer: Tokenizer, encode_prompt,
                  device: torch.device):
         self.c = c
+        self.held_out = held_out
         self.tokenizer = tokenizer
         self.encode_prompt = encode_prompt
+        self.device = device
         self.token_bytes = torch.from_numpy(bytes_per_token(tokenizer)).to(device)
-        self.held_out = {}
-        for name, rows in held_out.items():
-            self.held_out[name] = tuple(t.to(device) for t in to_tensors(rows))
+        self.rows = {}  # T -> domain -> ids, targets[, doc_ids], each (R, T)
 
-    def evaluate_and_sample(self, model: Motif) -> tuple[dict, str]:
-        """-> (result of evaluate, text of sample_prompts)"""
+    def rows_of_length(self, T: int) -> dict[str, tuple]:
+        if T not in self.rows:
+            held_out = self.held_out(T) if callable(self.held_out) else self.held_out
+            self.rows[T] = {}
+            for name, rows in held_out.items():
+                self.rows[T][name] = tuple(t.to(self.device) for t in to_tensors(rows))
+        return self.rows[T]
+
+    def evaluate_and_sample(self, model: Motif, T: int) -> tuple[dict, str]:
+        """-> (result of evaluate, text of sample_prompts). T: the sequence length of the step."""
+        held_out = self.rows_of_length(T)
         # Not compiled: held-out rows have a shape of their own, for which torch.compile would make
         # more graphs, or replace those of training by slower ones for any shape.
         with torch.compiler.set_stance("force_eager"):
-            result = evaluate(model, self.held_out, self.c.micro_batch_tokens, self.token_bytes)
-            samples = sample_prompts(model, self.tokenizer, self.c, self.encode_prompt)
+            result = evaluate(model, held_out, self.c.micro_batch_tokens, self.token_bytes)
+            samples = f"{NO_SAMPLES}\n"
+            if can_be_gathered(model):
+                reshard_after_forward(model, False)
+                samples = sample_prompts(model, self.tokenizer, self.c, self.encode_prompt)
+                reshard_after_forward(model, WORLD > 1)
         reshard(model)
         return result, samples
 
 
 # ---- the training loop
 
-def train(c: Config, out: Path, dataset: Dataset, held_out: dict, model: Motif, optimizer,
+def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimizer,
           tokenizer: Tokenizer, start: tuple | None, encode_prompt=encode_text_prompt) -> None:
     """Train to the end of the dataset's curriculum, or until a signal comes.
 
     start           the checkpoint to go on from, its folder and state; None: begin at step 0
-    held_out        domain -> rows to evaluate on, in the form of a Dataset's batch
+    held_out        domain -> rows to evaluate on, in the form of a Dataset's batch; or a function
+                    that returns that for a sequence length T
     encode_prompt   (tokenizer, text of a prompt) -> ids"""
     curriculum = dataset.curriculum
     device = model.head_weight.device
@@ -820,6 +858,8 @@ def train(c: Config, out: Path, dataset: Dataset, held_out: dict, model: Motif, 
     log.print(describe_run(c, curriculum, model, optimizer))
     if start:
         log_resumed(log, start, c, dataset.fingerprint())
+    if c.eval_every and not can_be_gathered(model):
+        log.print(NO_SAMPLES)
     validation = Validation(c, held_out, tokenizer, encode_prompt, device)
     timer = StepTimer(start_step, optimizer, device)
     signals = []
@@ -837,7 +877,8 @@ def train(c: Config, out: Path, dataset: Dataset, held_out: dict, model: Motif, 
             nonfinite.read(step, c, log)
         timer.pause()
         if evaluate_now:
-            losses, samples = validation.evaluate_and_sample(model)
+            T = curriculum.seq_len[min(step, curriculum.steps - 1)]
+            losses, samples = validation.evaluate_and_sample(model, T)
             layers = layer_stats(model.model.layers, optimizer)
             log_evaluation(log, curriculum, step, losses, layers, samples)
         if save_now:
@@ -900,7 +941,12 @@ def setup(c: Config, out: Path) -> tuple:
         check_compatible(*start, c, curriculum)
         check_lr_goes_on(c, curriculum, start[1])
     step = start[1]["step"] if start else 0
-    dataset, held_out = load_data(c, curriculum, tokenizer, min(step, curriculum.steps - 1))
+    dataset, _ = load_data(c, curriculum, tokenizer, min(step, curriculum.steps - 1))
+
+    def held_out(T: int) -> dict[str, np.ndarray]:
+        def read():
+            return {name: dataset.validation(name, c.eval_tokens, T) for name in curriculum.names}
+        return rank0_first(read)
 
     init_from = None
     if c.init:

@@ -57,6 +57,16 @@ def straight(tmp_path_factory, shards):
     return folder / "out"
 
 
+@pytest.fixture(scope="session")
+def lengthened(tmp_path_factory, shards):
+    """The out_dir of TINY's run with sequences of 16 tokens, and of 32 from the ninth step on."""
+    folder = tmp_path_factory.mktemp("lengthened")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        run_script(monkeypatch, [], data_dir=shards, save_every=6, seq_len=[[0, 16], [2048, 32]])
+    return folder / "out"
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch, shards):
     """run(key=value, ...) runs the script in an empty folder, in this process."""
@@ -166,16 +176,17 @@ def test_a_run_logs_what_others_rely_on(straight):
     assert len((straight / "log.txt").read_text().splitlines()) == 4 + 12 + 3 + 1
 
 
-def test_validation_is_the_loss_of_the_held_out_rows(straight, shards):
-    model = Motif.from_pretrained(straight / "step_12")
+@pytest.mark.parametrize("step, T", [(6, 16), (12, 32)])
+def test_validation_is_the_loss_of_held_out_rows_as_long_as_the_steps(lengthened, shards, step, T):
+    model = Motif.from_pretrained(lengthened / f"step_{step}")
     c = Config(**TINY)
     curriculum = make_curriculum(c)
     byte = load_tokenizer("byte")
     domains = {name: data.Domain(name, DOMAINS[name][0], byte, shards) for name in DOMAINS}
     dataset = data.TokenDataset(curriculum, domains, c.seed)
-    logged = metrics(straight)[-1]
+    logged = next(m for m in metrics(lengthened) if "val_loss" in m and m["step"] == step)
     for name in DOMAINS:
-        rows = torch.from_numpy(dataset.validation(name, 256, 32))
+        rows = torch.from_numpy(dataset.validation(name, 256, T))
         ids = rows[:, :-1]
         targets = rows[:, 1:]
         nats = model(ids, targets, reduction="sum").item()
