@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import secrets
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -44,7 +45,7 @@ class Log:
             except ImportError:
                 raise UserError("--wandb needs: pip install wandb") from None
             self.wandb = wandb.init(project=c.wandb, name=str(self.out), config=asdict(c),
-                                    dir=self.out)
+                                    dir=self.out, id=wandb_id(self.out, step), resume="allow")
         return max([m["step"] for m in kept if "val_loss" in m], default=-1)
 
     def print(self, text: str) -> None:
@@ -69,6 +70,14 @@ class Log:
         if RANK == 0:
             with open(self.out / name, "a", encoding="utf-8") as f:
                 f.write(text)
+
+
+def wandb_id(out: Path, step: int) -> str:
+    """The run's id at Weights & Biases. A run that resumes continues there under the same id."""
+    file = out / "wandb_id.txt"
+    if step < 0 or not file.exists():
+        replace_text(file, secrets.token_hex(4))
+    return file.read_text(encoding="utf-8")
 
 
 def read_metrics(out: Path) -> list[dict]:

@@ -196,6 +196,8 @@ def exit_rank(message: str | None) -> None:
             time.sleep(3)
             message = f"rank {RANK}: {message}"
         print(message, file=sys.stderr)
+    if "wandb" in sys.modules:       # which sends what is left when Python ends, but not by _exit
+        sys.modules["wandb"].finish(exit_code=1 if message else 0)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1 if message else 0)

@@ -504,6 +504,45 @@ def test_one_run_at_a_time_has_the_folder(run, shards, capsys):
     assert not Path("out/lock").exists()
 
 
+class StandInWandb:
+    """What pretrain.py uses of the module wandb."""
+
+    def __init__(self):
+        self.started = []
+        self.logged = []
+
+    def init(self, **options):
+        self.started.append(options)
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+
+def test_a_run_that_resumes_continues_its_wandb_run(run, monkeypatch):
+    wandb = StandInWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run(wandb="project", max_steps=4)
+    run(wandb="project", max_steps=8, lr_may_rise=True)
+    run(wandb="project", max_steps=4, out_dir="other")
+    first, resumed, other = wandb.started
+    assert first["id"] == resumed["id"] != other["id"]
+    assert first["project"] == "project" and resumed["resume"] == "allow"
+    assert [step for step, values in wandb.logged if "loss" in values] == [*range(1, 9), 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("ending, code", [("pass", 0), ("raise ranks.UserError('a mistake')", 1)])
+def test_wandb_is_finished_under_torchrun(tmp_path, ending, code):
+    """Ranks end by os._exit, which skips wandb's own clean-up."""
+    (tmp_path / "wandb.py").write_text("def finish(exit_code): print('finished', exit_code)")
+    program = f"import wandb\nfrom support import ranks\ndef main():\n    {ending}\nranks.run_main(main)"
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2",
+                   "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, text=True,
+                          capture_output=True)
+    assert (done.returncode, done.stdout) == (code, f"finished {code}\n")
+
+
 def test_a_run_may_keep_and_evaluate_nothing(run):
     run(save_every=None, eval_every=None)
     assert len(metrics()) == 12 and not checkpoint_steps(Path("out"))
