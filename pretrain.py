@@ -32,7 +32,6 @@ import functools
 import json
 import math
 import os
-import shutil
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -660,7 +659,7 @@ def save_checkpoint(out: Path, step: int, model: Motif, optimizer, state: dict, 
         rank0_only(finish_checkpoint, temporary, folder, {"step": step, **state}, c)
     except (OSError, UserError) as e:
         if RANK == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_temporaries(out)
         raise UserError(f"checkpoint {folder} could not be written: {one_line(e)}; "
                         f"{last_good(out)}") from None
     if RANK == 0:
@@ -885,9 +884,8 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
             state = {"skipped": nonfinite.in_a_row, "data": dataset.fingerprint(),
                      "plans": curriculum.plans}
             save_checkpoint(out, step, model, optimizer, state, c)
-        if (save_now or stop) and RANK == 0:
-            from tools.plots import plot_training
-            plot_training(out)
+        if save_now or stop:
+            log.draw()
         if stop:
             break
         timer.resume()

@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configurator import UserError
+from configurator import UserError, one_line
 from support.ranks import RANK, WORLD, rank0_only
 from support.run_folder import checkpoint_steps, last_good
 
@@ -37,7 +38,8 @@ class Log:
         replace_text(self.out / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
         samples = self.out / "samples.txt"
         if samples.exists():
-            replace_text(samples, samples_until(step, samples.read_text(encoding="utf-8")))
+            text = samples.read_text(encoding="utf-8", errors="replace")
+            replace_text(samples, samples_until(step, text))
 
         if c.wandb:
             try:
@@ -66,6 +68,15 @@ class Log:
         if self.wandb:
             self.wandb.log(finite, step=values["step"])
 
+    def draw(self) -> None:
+        """Draw loss.png. A run does not end because its picture cannot be drawn."""
+        if RANK == 0:
+            from tools.plots import plot_training
+            try:
+                plot_training(self.out)
+            except Exception as e:
+                self.print(f"{self.out}/loss.png could not be drawn: {one_line(e)}")
+
     def _append(self, name: str, text: str) -> None:
         if RANK == 0:
             with open(self.out / name, "a", encoding="utf-8") as f:
@@ -81,15 +92,17 @@ def wandb_id(out: Path, step: int) -> str:
 
 
 def read_metrics(out: Path) -> list[dict]:
-    """The lines of metrics.jsonl, up to one that was cut."""
+    """The lines of metrics.jsonl. One that was cut, or has another form, is passed over."""
     path = out / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = []
+    if path.exists():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     metrics = []
     for line in lines:
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+        with suppress(ValueError, RecursionError):
+            values = json.loads(line)
+            if isinstance(values, dict) and type(values.get("step")) is int:
+                metrics.append(values)
     return metrics
 
 

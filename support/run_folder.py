@@ -105,10 +105,13 @@ def read_state(folder: Path) -> dict:
     """A checkpoint's state.json. UserError unless all its files are there, in full length."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        is_step = type(state["step"]) is int and state["step"] >= 0
+        if not is_step or not isinstance(state["config"], dict):
+            raise UserError("its state.json has another form")
         for name, size in state["files"].items():
             if (folder / name).stat().st_size != size:
                 raise UserError(f"{name} is cut short")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"checkpoint {folder} is not whole ({one_line(e)})") from None
     return state
 
@@ -118,7 +121,10 @@ def latest_checkpoint(out: Path) -> tuple[Path, dict] | None:
     for step in sorted(checkpoint_steps(out), reverse=True):
         folder = out / f"step_{step}"
         try:
-            return folder, read_state(folder)
+            state = read_state(folder)
+            if state["step"] == step:
+                return folder, state
+            print(f"checkpoint {folder} is of step {state['step']}; passing it over")
         except UserError as e:
             print(f"{e}; passing it over")
     return None
@@ -158,7 +164,19 @@ def find_checkpoint(c, out: Path) -> tuple[Path, dict] | None:
 
 def remove_temporaries(out: Path) -> None:
     for path in out.glob("step_*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, or a file; of a link, the link alone. What cannot be
+    removed stays, with a line that says so: a run does not end for that."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as e:
+        print(f"{path} could not be removed: {one_line(e)}", flush=True)
 
 
 def finish_checkpoint(temporary: Path, folder: Path, state: dict, c) -> None:
@@ -177,7 +195,7 @@ def finish_checkpoint(temporary: Path, folder: Path, state: dict, c) -> None:
     for path in [*temporary.rglob("*"), temporary]:
         fsync_path(path)
     # A folder of this name must be damaged; otherwise the run would have resumed from it.
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     os.replace(temporary, folder)
     fsync_path(folder.parent)
 
@@ -194,7 +212,7 @@ def remove_old_checkpoints(out: Path, step: int, c) -> None:
     steps = sorted(s for s in checkpoint_steps(out) if s <= step)
     for old in steps[:-c.keep_last]:
         if not c.keep_every or old % c.keep_every:
-            shutil.rmtree(out / f"step_{old}", ignore_errors=True)
+            remove(out / f"step_{old}")
 
 
 # ---- what the environment does to a run

@@ -77,9 +77,9 @@ def run(tmp_path, monkeypatch, shards):
     return call
 
 
-def run_script(monkeypatch, argv, **options) -> None:
+def run_script(monkeypatch, argv, plot=lambda out: None, **options) -> None:
     monkeypatch.setattr(pretrain, "install_signal_handlers", list)
-    monkeypatch.setattr(tools.plots, "plot_training", lambda out: None)
+    monkeypatch.setattr(tools.plots, "plot_training", plot)
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *argv, *arguments({**TINY, **options})])
     pretrain.main()
 
@@ -502,6 +502,52 @@ def test_one_run_at_a_time_has_the_folder(run, shards, capsys):
     run(max_steps=22, lr_may_rise=True)
     assert "resumed from out/step_20" in capsys.readouterr().out
     assert not Path("out/lock").exists()
+
+
+def test_decoration_and_odd_names_do_not_end_a_run(run, monkeypatch, capsys, straight):
+    """A link, a file and a folder where checkpoints are to go, names that look like checkpoints,
+    lines of other forms, an old checkpoint that cannot be removed, and a picture that cannot be
+    drawn."""
+    Path("elsewhere").mkdir()
+    Path("elsewhere/kept").touch()
+    out = Path("out$_$")
+    for name in ("step_00004", "step_²", "step_8"):
+        (out / name).mkdir(parents=True)
+    (out / "step_4").symlink_to(Path("elsewhere").absolute())
+    (out / "step_8.tmp").write_text("a file")
+    (out / "step_12").write_text("a file")
+    with open(out / "metrics.jsonl", "wb") as f:
+        f.write(b'[1]\n{"step": "1"}\n\xff\xfe\nnull\n' + b"[" * 100_000 + b"\n")
+
+    rmtree = shutil.rmtree
+
+    def locked(path, *args, **options):
+        if Path(path).name == "step_4":
+            raise PermissionError(13, "Permission denied")
+        rmtree(path, *args, **options)
+    monkeypatch.setattr(shutil, "rmtree", locked)
+
+    run(out_dir=out, keep_last=2, plot=lambda out: 1 / 0)
+    printed = capsys.readouterr().out
+    assert "out$_$/step_4 could not be removed" in printed
+    assert "out$_$/loss.png could not be drawn: ZeroDivisionError" in printed
+    assert same(out / "step_12", straight / "step_12") and metrics(out) == metrics(straight)
+    assert Path("elsewhere/kept").exists() and not (out / "step_4").is_symlink()
+    assert sorted(f.name for f in out.glob("step_*")) == [
+        "step_00004", "step_12", "step_4", "step_8", "step_²"]
+
+
+@pytest.mark.parametrize("text", [
+    "[]", "null", "{}", "[" * 100_000, '{"step": "12", "config": {}, "files": {}}',
+    '{"step": 2, "config": {}, "files": {}}', '{"step": 12, "config": [], "files": {}}'])
+def test_a_state_of_another_form_is_passed_over(run, straight, capsys, text):
+    shutil.copytree(straight, "out")
+    Path("out/step_12/state.json").write_text(text)
+    run()
+    printed = capsys.readouterr().out
+    assert re.search("^checkpoint out/step_12 .* passing it over$", printed, re.M)
+    assert "resumed from out/step_8" in printed
+    assert same("out/step_12", straight / "step_12")
 
 
 class StandInWandb:
