@@ -54,9 +54,9 @@ from support.log import (Log, NonFiniteSteps, StepTimer, layer_stats, log_end, l
 from support.ranks import (LOCAL_RANK, RANK, WORLD, all_gather_object, all_reduce_sum, any_rank,
                            barrier, init_distributed, install_signal_handlers, pick_device,
                            rank0_first, rank0_only, run_main, sync_errors)
-from support.run_folder import (check_shared, find_checkpoint, finish_checkpoint, friendly_errors,
-                                last_good, lock_folder, remove_old_checkpoints,
-                                remove_temporaries, safetensors_errors)
+from support.run_folder import (check_files, check_shared, checksums, find_checkpoint,
+                                finish_checkpoint, friendly_errors, last_good, lock_folder,
+                                remove_old_checkpoints, remove_temporaries, safetensors_errors)
 from support.tokenizer import (END, TURN_END, Tokenizer, bytes_per_token, encode_document,
                                load_tokenizer)
 from support.weights import iter_checkpoint, save_tensors
@@ -634,7 +634,7 @@ def reshard(model: Motif) -> None:
 #                                           Motif.from_pretrained reads, and so sft.py and eval.py
 #         optimizer/state.safetensors       "<parameter>.momentum", "<parameter>.exp_avg", ...
 #         state.json                        step, config, skipped steps in a row, the data's
-#                                           fingerprint, and the size of each file
+#                                           fingerprint, and each file's size and checksum
 #
 # To resume a run needs no more: the data follow from the step, and no step draws random numbers.
 # (Where a file would be larger than SHARD_BYTES, there are several files and an index.)
@@ -656,7 +656,8 @@ def save_checkpoint(out: Path, step: int, model: Motif, optimizer, state: dict, 
     try:
         rank0_only(remove_temporaries, out)
         sync_errors(write_tensors, temporary, model, optimizer)
-        rank0_only(finish_checkpoint, temporary, folder, {"step": step, **state}, c)
+        state = {"step": step, **state, "checksums": checksums(temporary)}
+        rank0_only(finish_checkpoint, temporary, folder, state, c)
     except (OSError, UserError) as e:
         if RANK == 0:
             remove_temporaries(out)
@@ -690,6 +691,7 @@ def optimizer_tensors(model: Motif, optimizer) -> dict[str, Tensor]:
 def load_checkpoint(folder: Path, model: Motif, optimizer) -> None:
     """Copy a checkpoint's weights and optimizer state into these, in place."""
     try:
+        check_files(folder)
         load_into(model.state_dict(), folder, "model")
         load_into(optimizer_tensors(model, optimizer), folder / "optimizer", "state")
     except UserError as e:

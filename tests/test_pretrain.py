@@ -550,6 +550,20 @@ def test_a_state_of_another_form_is_passed_over(run, straight, capsys, text):
     assert same("out/step_12", straight / "step_12")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer/state.safetensors"])
+def test_a_flipped_bit_is_found_on_resume(run, straight, name):
+    shutil.copytree(straight, "out")
+    file = Path("out/step_12", name)
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
+    message = refused(run, max_steps=14, lr_may_rise=True)
+    assert name in message and "delete out/step_12" in message
+    shutil.rmtree("out/step_12")
+    run()
+    assert same("out/step_12", straight / "step_12")
+
+
 class StandInWandb:
     """What pretrain.py uses of the module wandb."""
 
