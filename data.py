@@ -153,6 +153,9 @@ class Curriculum:
             self.seq_len = old.seq_len[:step]
             self.rows = old.rows[:step]
             self.tokens = old.tokens[:step + 1]
+            if step > (max_steps or step) or self.tokens[-2] >= (max_tokens or math.inf):
+                raise UserError(f"max_steps={max_steps}, max_tokens={max_tokens}: the run is at step "
+                                f"{step} already; make it longer, or give another --out_dir")
         self._plan_steps(batch_tokens, seq_len, max_steps or math.inf, max_tokens or math.inf)
         self.steps = len(self.rows)
         self.context = self.seq_len
@@ -164,7 +167,17 @@ class Curriculum:
         check_mixture(mixture, domains)
         self.shares = self._interpolate(mixture)
         if before:
-            self.shares[:step] = old.shares[:step]
+            self.shares[:step] = self._past(old.shares)
+
+    def _past(self, array: np.ndarray) -> np.ndarray:
+        """(steps, domains) of the plan before -> its part that was followed, with a column for each
+        of our domains. A domain that is new has read nothing."""
+        old, step = self.before
+        past = np.zeros((step, len(self.names)), dtype=array.dtype)
+        for d, name in enumerate(self.names):
+            if name in old.names:
+                past[:, d] = array[:step, old.names.index(name)]
+        return past
 
     def _plan_steps(self, batch_tokens, seq_len, last_step: float, last_token: float) -> None:
         """Add the steps up to the end of the run to rows, seq_len and tokens."""
@@ -214,7 +227,7 @@ class Curriculum:
             return assign_rows(quotas, self.seq_len, self.rows)
 
         old, step = self.before
-        past = old.taken[:step]
+        past = self._past(old.taken)
         read = (past * np.array(self.seq_len[:step])[:, None]).sum(axis=0)
         to_come = assign_rows(quotas[step:], self.seq_len[step:], self.rows[step:], read.tolist())
         return np.concatenate([past, to_come])

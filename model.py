@@ -353,6 +353,7 @@ class MotifConfig:
     rope_theta: Annotated[float, 1] = 10_000.0       # base of the rotary wavelengths
     max_position_embeddings: Annotated[int, 1] = 4096  # longest sequence
     tie_word_embeddings: bool = False                # the head is the embedding
+    poly_norm_scale: Annotated[float, 0] = 1.0       # [ours] PolyNorm's first weights: 1/3 times it
 
     @property
     def kv_map(self) -> list[int]:
@@ -437,6 +438,7 @@ class MotifConfig:
         """The released config.json."""
         config = {field.name: getattr(self, field.name) for field in fields(MotifConfig)}
         config["hidden_act"] = ACTIVATIONS[config.pop("activation")]
+        del config["poly_norm_scale"]      # of fresh weights: no released file has it
         code = {"AutoConfig": f"{MODELING_REPO}--configuration_motif.MotifConfig",
                 "AutoModelForCausalLM": f"{MODELING_REPO}--modeling_motif.MotifForCausalLM"}
         return {"architectures": ["MotifForCausalLM"], "model_type": "motif", **config,
@@ -630,7 +632,7 @@ class Motif(nn.Module):
             elif isinstance(module, RMSNorm):
                 module.weight.fill_(1)
             elif isinstance(module, PolyNorm):
-                module.weight.fill_(1 / 3)
+                module.weight.fill_(self.config.poly_norm_scale / 3)
                 module.bias.zero_()
             elif isinstance(module, Attention) and module.noise_heads:
                 for name in LAMBDAS:

@@ -469,7 +469,7 @@ class MuonClip(torch.optim.Optimizer):
             max_exp_avg_sqs=[],
             state_steps=[state["step"] for state in states],
             found_inf=skip.float(),
-            lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
+            lr=group["lr"] * group.get("lr_scale", 1.0), beta1=beta1, beta2=beta2, eps=group["eps"],
             weight_decay=group["weight_decay"], fused=group["fused"],
             amsgrad=False, maximize=False)
 
@@ -487,9 +487,28 @@ class MuonClip(torch.optim.Optimizer):
         self.heads_clipped = (torch.stack(gammas) < 1).sum()
 
 
-def configure_optimizer(model, *, lr: float, optimizer: str = "muonclip", **options) -> MuonClip:
-    """Make the optimizer of a model.Motif: Muon for the seven matrices of each layer, AdamW for all
-    else, QK-clip on every layer. "adamw", to compare with, is AdamW for everything, no QK-clip."""
+def configure_optimizer(model, *, poly_norm_lr_scale: float = 1.0, **options) -> MuonClip:
+    """Make the optimizer of a model.Motif, and let PolyNorm's weights and biases train with
+    poly_norm_lr_scale times the learning rate. options: see route_parameters."""
+    optimizer = route_parameters(model, **options)
+    poly_norm = set()
+    for block in model.model.layers:
+        if block.mlp.act_fn is not None:
+            poly_norm.update(block.mlp.act_fn.parameters())
+
+    if poly_norm and poly_norm_lr_scale != 1:
+        vectors = optimizer.param_groups[-1]
+        params = [p for p in vectors["params"] if p in poly_norm]
+        own = dict(vectors, params=params, lr_scale=poly_norm_lr_scale)
+        vectors["params"] = [p for p in vectors["params"] if p not in poly_norm]
+        optimizer.param_groups.append(own)
+    return optimizer
+
+
+def route_parameters(model, *, lr: float, optimizer: str = "muonclip", **options) -> MuonClip:
+    """Muon for the seven matrices of each layer, AdamW for all else, QK-clip on every layer.
+    "adamw", to compare with, is AdamW for everything, no QK-clip. options: arguments of
+    MuonClip."""
     if optimizer == "adamw":
         return MuonClip([], model.parameters(), lr=lr, **options)
 

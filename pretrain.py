@@ -92,6 +92,7 @@ class TrainConfig:
     weight_decay: NonNegative = 0.1  # of matrices and embeddings, per step, times lr
     ns_coefficients: Literal["quintic", "motif", "polar_express"] = "motif"  # of Newton-Schulz
     qk_clip_threshold: NonNegative = 100.0  # largest attention logit [ours]; 0: no QK-clip
+    poly_norm_lr_scale: NonNegative = 1.0  # PolyNorm's weights learn at lr times this [ours]
     grad_clip: NonNegative = 1.0    # largest norm of the whole gradient; 0: no clipping
     max_nonfinite_steps: Count = 10  # so many steps in a row with NaN or inf end the run
 
@@ -172,9 +173,6 @@ def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
     if state:
         plans = list(state["plans"])
         old = plan_of(state["config"])
-        if old["domains"].keys() != plan["domains"].keys():
-            raise UserError(f"domains: the checkpoint's run reads {', '.join(old['domains'])}; "
-                            "their shares may change, but not their names")
         if old != plan:
             plans.append([state["step"], old])
 
@@ -723,7 +721,7 @@ def check_compatible(folder: Path, state: dict, c: Config, curriculum: data.Curr
     for key in [*[f.name for f in fields(MotifConfig)], "optimizer"]:
         ours = getattr(c, key)
         theirs = state["config"].get(key)
-        if ours != theirs:
+        if ours != theirs and key != "poly_norm_scale":     # of fresh weights alone
             raise UserError(f"checkpoint {folder} has {key}={theirs}, not {ours}; give --{key}="
                             f"{theirs}, or another --out_dir for a new run")
 
@@ -1013,6 +1011,7 @@ def build_model_and_optimizer(c: Config, device: torch.device, start: tuple | No
     optimizer = muonclip.configure_optimizer(
         model, lr=c.lr, optimizer=c.optimizer, momentum=c.momentum, weight_decay=c.weight_decay,
         coefficients=c.ns_coefficients, tau=c.qk_clip_threshold,
+        poly_norm_lr_scale=c.poly_norm_lr_scale,
         dtype=COMPUTE_DTYPE[compute_precision(c, device)])
     if start:
         sync_errors(load_checkpoint, start[0], model, optimizer)

@@ -37,7 +37,7 @@ from support.sources import SkippedRows, pin_source, source_identity, source_uni
 from support.tokenizer import Tokenizer, encode_document, load_tokenizer
 
 PIECE_TOKENS = 2**22  # 8 to 16 MB on the disk
-VAL_EVERY = 50        # one document in so many is held out for validation,
+VAL_EVERY = 20        # one document in so many is held out for validation,
 VAL_UNITS = 16        # of the first piece of so many units: a bounded number of documents
 MAX_FAILURES = 3      # so often a process may be killed over the same unit
 

@@ -243,7 +243,7 @@ def texts_in(value):
 # 2^64 / 50 holds out the one with the smallest hash. The other domains of the stage leave these
 # out, too; other stages do not know of them.
 
-VAL_EVERY = 50  # questions, as support/preparing.py has of documents
+VAL_EVERY = 50
 HELD_OUT_BELOW = 2**64 // VAL_EVERY
 
 

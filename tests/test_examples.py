@@ -7,7 +7,7 @@ import pytest
 MODULES = ("configurator", "model", "muonclip", "kernels", "data", "pretrain", "sft", "eval",
            "support.tokenizer", "support.sources", "support.log", "support.tasks",
            "support.conversations", "support.selection", "synthetic.texts",
-           "synthetic.conversations", "tools.grow", "tools.plan", "tools.sandbox")
+           "synthetic.conversations", "tools.ablate", "tools.grow", "tools.plan", "tools.sandbox")
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -138,7 +138,7 @@ def test_20_steps_of_the_quick_start_are_pinned(run):
         "max_steps": 20, "batch_tokens": 512, "seq_len": 128, "micro_batch_tokens": 512,
         "eval_every": 20, "eval_tokens": 1024, "sample_tokens": 1})
     first, last = val_losses()
-    assert first == pytest.approx(5.6733, abs=0.01)
+    assert first == pytest.approx(5.6534, abs=0.01)
     assert last == pytest.approx(2.932, abs=0.03)     # other CPUs and threads round otherwise
 
 
@@ -387,8 +387,6 @@ def test_a_run_can_be_prolonged_and_keeps_what_it_read(run, monkeypatch):
     longer = dict(max_steps=80, out_dir="more", resume="out/step_40", **stable)
     assert "--lr_may_rise" in refused(run, **longer)
     run(**{**longer, "max_steps": 44, "lr_may_rise": True})
-    other = {"maths": DOMAINS["math"], "science": DOMAINS["science"]}
-    assert "names" in refused(run, **{**longer, "out_dir": "other", "domains": other})
 
 
 @pytest.mark.parametrize("crash_at", range(10))
@@ -613,11 +611,12 @@ def test_old_checkpoints_go_and_multiples_stay(run):
     assert sorted(checkpoint_steps(Path("out"))) == [4, 8, 10, 11, 12]
 
 
-def test_shares_may_change_on_the_way_and_are_drawn(run):
+def test_domains_may_change_on_the_way(run):
+    """The curve then has gaps, and is drawn."""
     run(max_steps=4, out_dir="cost$_$")                    # nor is this a formula
-    alone = {"math": ["builtin:math", 0.0, 0.0], "science": ["builtin:science", 1.0, 1.0]}
-    run(max_steps=8, out_dir="cost$_$", domains=alone, lr_may_rise=True)
-    assert metrics("cost$_$")[-2]["mixture"] == {"math": 0, "science": 1}
+    run(max_steps=8, out_dir="cost$_$", lr_may_rise=True,
+        domains={"science": ["builtin:science", 1.0, 1.0]})
+    assert metrics("cost$_$")[-1]["val_loss_by_domain"].keys() == {"science"}
     plot_training(Path("cost$_$"))
     assert Path("cost$_$/loss.png").stat().st_size > 10_000
 
@@ -728,7 +727,7 @@ def test_wrong_input_is_one_line(run, options, key):
 def test_a_checkpoint_of_another_run_is_refused(run):
     run(max_steps=2)
     assert "intermediate_size=64" in refused(run, max_steps=4, intermediate_size=96)
-    assert "step 1" in refused(run, max_steps=1)           # it is beyond the end
+    assert "max_steps=1" in refused(run, max_steps=1)
     assert "optimizer=muonclip" in refused(run, max_steps=4, optimizer="adamw")
 
 

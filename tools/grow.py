@@ -391,7 +391,7 @@ def check_same_shape(c, model: Motif) -> None:
     """UserError unless the averaged model has the config's shape. rope_theta is checked apart."""
     for key, expected in asdict(model_config(c)).items():
         found = getattr(model.config, key)
-        if found != expected and key != "rope_theta":
+        if found != expected and key not in ("rope_theta", "poly_norm_scale"):
             raise UserError(f"init={c.init}: that model has {key}={found}, not {expected}")
 
 
