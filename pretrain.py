@@ -52,8 +52,8 @@ from muonclip import local_shard
 from support.log import (Log, NonFiniteSteps, StepTimer, layer_stats, log_end, log_evaluation,
                          log_resumed, log_step)
 from support.ranks import (LOCAL_RANK, RANK, WORLD, all_gather_object, all_reduce_sum, any_rank,
-                           barrier, init_distributed, install_signal_handlers, pick_device,
-                           rank0_first, rank0_only, run_main, sync_errors)
+                           barrier, init_distributed, install_signal_handlers, pad_rows,
+                           pick_device, rank0_first, rank0_only, run_main, split_rows, sync_errors)
 from support.run_folder import (check_files, check_shared, checksums, find_checkpoint,
                                 finish_checkpoint, friendly_errors, last_good, lock_folder,
                                 remove_old_checkpoints, remove_temporaries, safetensors_errors)
@@ -445,43 +445,6 @@ def read_batch(dataset: Dataset, step: int) -> tuple[Tensor, ...]:
     return pad_rows(batch, own, padded)
 
 
-def split_rows(rows: int, rank: int = RANK, world: int = WORLD) -> tuple[int, int, int]:
-    """Deal the rows of a batch out to the ranks, one after the other -> (this rank's first row, how
-    many rows it gets, how many rows each rank has after padding). For example, of 10 rows four
-    ranks get 3, 3, 2 and 2, and rank 2 gets rows 2 and 6:
-
-    >>> [split_rows(10, rank, world=4) for rank in range(4)]
-    [(0, 3, 3), (1, 3, 3), (2, 2, 3), (3, 2, 3)]
-
-    Where there are fewer rows than ranks, a rank that gets none pads with another rank's row:
-
-    >>> [split_rows(2, rank, world=4) for rank in range(4)]
-    [(0, 1, 1), (1, 1, 1), (0, 0, 1), (1, 0, 1)]
-    """
-    first = rank % rows
-    own = len(range(rank, rows, world))
-    padded = math.ceil(rows / world)
-    return first, own, padded
-
-
-def pad_rows(batch: tuple, own: int, padded: int) -> tuple[Tensor, ...]:
-    """Pad ids, targets, ..., each (R, T), to `padded` rows, so that all ranks run the same number
-    of micro-batches. The rows after the first `own` repeat the first row, with targets of -1, which
-    have no loss.
-
-    >>> ids, targets = pad_rows((torch.tensor([[5, 6]]), torch.tensor([[6, 7]])), own=1, padded=2)
-    >>> ids.tolist(), targets.tolist()
-    ([[5, 6], [5, 6]], [[6, 7], [-1, -1]])
-    """
-    tensors = []
-    for t in batch:
-        filling = t[:1].expand(padded - own, -1)
-        tensors.append(torch.cat([t[:own], filling]))
-    targets = tensors[1]
-    targets[own:] = -1
-    return tuple(tensors)
-
-
 # ---- the model over many GPUs: FSDP2
 #
 # The problem. The 12.7B model takes 4 bytes a parameter for weights, 4 for gradients and 4 for
@@ -594,21 +557,18 @@ def shard(model: Motif, c: Config, device: torch.device) -> None:
     register_fsdp_forward_method(model, "token_losses")
 
 
-# Sampling. Each new token takes a forward pass, and to all-gather the whole model for each of them
-# would take minutes. So all matrices are gathered once, and freed when the last prompt has been
-# continued. Where they would take too much memory, nothing is sampled.
+# Sampling takes a forward pass for each new token. To all-gather the whole model for each of them
+# would take minutes, so it is gathered once, and freed after the last prompt. A model that is too
+# large for that writes no samples.
 
 SAMPLE_BYTES = 30 * 10**9    # of the gathered model [ours]: Motif-2-12.7B has 25 GB in bf16
-NO_SAMPLES = (f"no samples: over several ranks only a model of at most {SAMPLE_BYTES / 1e9:.0f} GB "
-              "(SAMPLE_BYTES) is gathered for that")
+NO_SAMPLES = "no samples: the model is larger than SAMPLE_BYTES, and no rank could gather it"
 
 
 def can_be_gathered(model: Motif) -> bool:
-    """Whether each rank has room for all matrices at once. A single rank has them anyway."""
-    if WORLD == 1:
-        return True
+    """Whether a rank has room for all matrices at once. A single rank has them anyway."""
     parameters = sum(p.numel() for p in model.parameters())
-    return parameters * model.compute_dtype.itemsize <= SAMPLE_BYTES
+    return WORLD == 1 or parameters * model.compute_dtype.itemsize <= SAMPLE_BYTES
 
 
 def reshard_after_forward(model: Motif, free: bool) -> None:
@@ -805,17 +765,20 @@ def sample_prompts(model: Motif, tokenizer: Tokenizer, c: Config, encode_prompt)
 class Validation:
     """What each evaluation reads: the held-out rows, which stay on the device, and the prompts."""
 
-    def __init__(self, c: Config, held_out, tokenizer: Tokenizer, encode_prompt,
-                 device: torch.device):
+    def __init__(self, c: Config, held_out, curriculum: data.Curriculum, tokenizer: Tokenizer,
+                 encode_prompt, device: torch.device):
         self.c = c
         self.held_out = held_out
+        self.seq_len = curriculum.seq_len
         self.tokenizer = tokenizer
         self.encode_prompt = encode_prompt
         self.device = device
         self.token_bytes = torch.from_numpy(bytes_per_token(tokenizer)).to(device)
         self.rows = {}  # T -> domain -> ids, targets[, doc_ids], each (R, T)
 
-    def rows_of_length(self, T: int) -> dict[str, tuple]:
+    def rows_at(self, step: int) -> dict[str, tuple]:
+        """Rows of the sequence length of the step; after the last one, of that one's."""
+        T = self.seq_len[min(step, len(self.seq_len) - 1)]
         if T not in self.rows:
             held_out = self.held_out(T) if callable(self.held_out) else self.held_out
             self.rows[T] = {}
@@ -823,9 +786,9 @@ class Validation:
                 self.rows[T][name] = tuple(t.to(self.device) for t in to_tensors(rows))
         return self.rows[T]
 
-    def evaluate_and_sample(self, model: Motif, T: int) -> tuple[dict, str]:
-        """-> (result of evaluate, text of sample_prompts). T: the sequence length of the step."""
-        held_out = self.rows_of_length(T)
+    def evaluate_and_sample(self, model: Motif, step: int) -> tuple[dict, str]:
+        """-> (result of evaluate, text of sample_prompts)"""
+        held_out = self.rows_at(step)
         # Not compiled: held-out rows have a shape of their own, for which torch.compile would make
         # more graphs, or replace those of training by slower ones for any shape.
         with torch.compiler.set_stance("force_eager"):
@@ -846,23 +809,16 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
     """Train to the end of the dataset's curriculum, or until a signal comes.
 
     start           the checkpoint to go on from, its folder and state; None: begin at step 0
-    held_out        domain -> rows to evaluate on, in the form of a Dataset's batch; or a function
-                    that returns that for a sequence length T
+    held_out        domain -> rows to evaluate on, as a Dataset's batch; or a function of T to that
     encode_prompt   (tokenizer, text of a prompt) -> ids"""
     curriculum = dataset.curriculum
     device = model.head_weight.device
     start_step = start[1]["step"] if start else 0
     nonfinite = NonFiniteSteps(start[1]["skipped"] if start else 0)
-    log = Log(out, start_step if start else -1, c)
-    log.print(describe_run(c, curriculum, model, optimizer))
-    if start:
-        log_resumed(log, start, c, dataset.fingerprint())
-    if c.eval_every and not can_be_gathered(model):
-        log.print(NO_SAMPLES)
-    validation = Validation(c, held_out, tokenizer, encode_prompt, device)
+    log = begin_log(c, out, dataset, model, optimizer, start)
+    validation = Validation(c, held_out, curriculum, tokenizer, encode_prompt, device)
     timer = StepTimer(start_step, optimizer, device)
     signals = []
-
     step = start_step
     while True:
         finished = step == curriculum.steps
@@ -876,8 +832,7 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
             nonfinite.read(step, c, log)
         timer.pause()
         if evaluate_now:
-            T = curriculum.seq_len[min(step, curriculum.steps - 1)]
-            losses, samples = validation.evaluate_and_sample(model, T)
+            losses, samples = validation.evaluate_and_sample(model, step)
             layers = layer_stats(model.model.layers, optimizer)
             log_evaluation(log, curriculum, step, losses, layers, samples)
         if save_now:
@@ -909,6 +864,24 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
             log_step(log, timer, optimizer, curriculum, step, lr, result, flops)
 
     log_end(log, c, step, finished)
+
+
+def begin_log(c: Config, out: Path, dataset: Dataset, model: Motif, optimizer,
+              start: tuple | None) -> Log:
+    """Open the log, and say what is trained."""
+    log = Log(out, start[1]["step"] if start else -1, c)
+    curriculum = dataset.curriculum
+    device = model.head_weight.device
+    where = f"{device} and {WORLD - 1} more" if WORLD > 1 else device
+    parameters = sum(p.numel() for p in model.parameters())
+    log.print(f"{parameters:,d} parameters on {where} in {compute_precision(c, device)}; "
+              f"{curriculum.steps:,d} steps, {curriculum.tokens[-1]:,d} tokens")
+    log.print(muonclip.describe_routing(model, optimizer))
+    if start:
+        log_resumed(log, start, c, dataset.fingerprint())
+    if c.eval_every and not can_be_gathered(model):
+        log.print(NO_SAMPLES)
+    return log
 
 
 def is_due(step: int, every: int | None, anyway: bool) -> bool:
@@ -1047,16 +1020,6 @@ def check_prompts(c: Config, tokenizer: Tokenizer, encode_prompt=encode_text_pro
         if len(encode_prompt(tokenizer, prompt)) >= c.max_position_embeddings:
             raise UserError(f"prompt {prompt[:20]!r}... is longer than max_position_embeddings="
                             f"{c.max_position_embeddings}; shorten it")
-
-
-def describe_run(c: Config, curriculum: data.Curriculum, model: Motif, optimizer) -> str:
-    """The first lines of the log."""
-    device = model.head_weight.device
-    where = f"{device} and {WORLD - 1} more" if WORLD > 1 else device
-    parameters = sum(p.numel() for p in model.parameters())
-    return (f"{parameters:,d} parameters on {where} in {compute_precision(c, device)}; "
-            f"{curriculum.steps:,d} steps, {curriculum.tokens[-1]:,d} tokens\n"
-            + muonclip.describe_routing(model, optimizer))
 
 
 def main() -> None:

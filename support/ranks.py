@@ -1,6 +1,7 @@
 """Ranks: what the processes that torchrun starts say to each other, and how they end."""
 import atexit
 import functools
+import math
 import os
 import signal
 import sys
@@ -143,6 +144,45 @@ def any_rank(flag: bool) -> bool:
     if WORLD > 1:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
+
+
+# ---- which rows of a batch a rank has
+
+def split_rows(rows: int, rank: int = RANK, world: int = WORLD) -> tuple[int, int, int]:
+    """Deal the rows of a batch out to the ranks, one after the other -> (this rank's first row, how
+    many rows it gets, how many rows each rank has after padding). For example, of 10 rows four
+    ranks get 3, 3, 2 and 2, and rank 2 gets rows 2 and 6:
+
+    >>> [split_rows(10, rank, world=4) for rank in range(4)]
+    [(0, 3, 3), (1, 3, 3), (2, 2, 3), (3, 2, 3)]
+
+    Where there are fewer rows than ranks, a rank that gets none pads with another rank's row:
+
+    >>> [split_rows(2, rank, world=4) for rank in range(4)]
+    [(0, 1, 1), (1, 1, 1), (0, 0, 1), (1, 0, 1)]
+    """
+    first = rank % rows
+    own = len(range(rank, rows, world))
+    padded = math.ceil(rows / world)
+    return first, own, padded
+
+
+def pad_rows(batch: tuple, own: int, padded: int) -> tuple[Tensor, ...]:
+    """Pad ids, targets, ..., each (R, T), to `padded` rows, so that all ranks run the same number
+    of micro-batches. The rows after the first `own` repeat the first row, with targets of -1, which
+    have no loss.
+
+    >>> ids, targets = pad_rows((torch.tensor([[5, 6]]), torch.tensor([[6, 7]])), own=1, padded=2)
+    >>> ids.tolist(), targets.tolist()
+    ([[5, 6], [5, 6]], [[6, 7], [-1, -1]])
+    """
+    tensors = []
+    for t in batch:
+        filling = t[:1].expand(padded - own, -1)
+        tensors.append(torch.cat([t[:own], filling]))
+    targets = tensors[1]
+    targets[own:] = -1
+    return tuple(tensors)
 
 
 # ---- how a run ends

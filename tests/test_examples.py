@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 MODULES = ("configurator", "model", "muonclip", "kernels", "data", "pretrain", "sft", "eval",
-           "support.tokenizer", "support.sources", "support.log", "support.tasks",
+           "support.tokenizer", "support.ranks", "support.sources", "support.log", "support.tasks",
            "support.conversations", "support.selection", "synthetic.texts",
            "synthetic.conversations", "tools.ablate", "tools.grow", "tools.plan", "tools.sandbox")
 

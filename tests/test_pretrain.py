@@ -593,7 +593,8 @@ def test_a_run_that_resumes_continues_its_wandb_run(run, monkeypatch):
 def test_wandb_is_finished_under_torchrun(tmp_path, ending, code):
     """Ranks end by os._exit, which skips wandb's own clean-up."""
     (tmp_path / "wandb.py").write_text("def finish(exit_code): print('finished', exit_code)")
-    program = f"import wandb\nfrom support import ranks\ndef main():\n    {ending}\nranks.run_main(main)"
+    program = "import wandb\nfrom support import ranks\n"
+    program += f"def main():\n    {ending}\nranks.run_main(main)"
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2",
                    "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, text=True,

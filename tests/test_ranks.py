@@ -83,13 +83,13 @@ def write_samples(folder: Path) -> None:
     pretrain.meet_ranks(c, device)
     model = pretrain.build(c, device)
     rows = {"text": torch.arange(66).view(2, 33).numpy()}
-    validation = pretrain.Validation(c, rows, load_tokenizer("byte"),
+    validation = pretrain.Validation(c, rows, pretrain.make_curriculum(c), load_tokenizer("byte"),
                                      pretrain.encode_text_prompt, device)
     gathers = []
     for bound in (pretrain.SAMPLE_BYTES, 0):
         pretrain.SAMPLE_BYTES = bound
         with AllGathers() as communication:
-            _, samples = validation.evaluate_and_sample(model, 32)
+            _, samples = validation.evaluate_and_sample(model, 0)
         assert (samples == f"{pretrain.NO_SAMPLES}\n") == (bound == 0 and WORLD > 1)
         gathers.append(communication.count)
         if bound > 0 and RANK == 0:
