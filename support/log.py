@@ -19,6 +19,12 @@ from support.ranks import RANK, WORLD, rank0_only
 from support.run_folder import checkpoint_steps, last_good
 
 # ---- the files
+#
+#     log.txt         what is printed
+#     metrics.jsonl   an object for each logged step (loss, lr, ...) and each evaluation (val_loss)
+#     samples.txt     below a line "=== step N, ...": what the model wrote after N steps
+#
+# "Step N" is, everywhere here, the state after N steps, or the N-th step.
 
 class Log:
     """Writes to the console, log.txt, metrics.jsonl and samples.txt, on rank 0. A run that resumes
@@ -125,7 +131,7 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-# ---- what is logged
+# ---- what is logged: when a run resumes, at an evaluation, at a step, at the end
 
 def log_resumed(log: Log, start: tuple, c, fingerprint: str) -> None:
     """Which checkpoint a run resumes from, and what has changed since. fingerprint: of the data."""
@@ -156,8 +162,10 @@ def log_evaluation(log: Log, curriculum, step: int, result: dict, layers: list,
 
 def log_step(log: Log, timer: "StepTimer", optimizer, curriculum, step: int, lr: float, result,
              flops_per_token: float) -> None:
-    """Log the last step, the step-th, whose StepResult is `result`. The device must be done with
-    it."""
+    """Log the step-th step, the last one, and the speed since the last logged line.
+
+    lr, result        its learning rate and StepResult, with which the device must be done
+    flops_per_token   forward and backward, at its sequence length, for the MFU"""
     if WORLD > 1:
         dist.all_reduce(result.max_logits, dist.ReduceOp.MAX)
     speed = timer.read(curriculum, step, flops_per_token)
@@ -177,6 +185,7 @@ def log_step(log: Log, timer: "StepTimer", optimizer, curriculum, step: int, lr:
 
 
 def log_end(log: Log, c, step: int, finished: bool) -> None:
+    """Say where the run has ended, and where its files are. finished: no signal has stopped it."""
     out = log.out
     how = "finished" if finished else "stopped"
     saved = "nothing new to save"
@@ -234,12 +243,16 @@ def head_norms(weight: Tensor, head_dim: int) -> list[float]:
 
 
 class NonFiniteSteps:
-    """Counts the steps that were skipped. The device knows at once; the host reads it where it
-    waits for the device anyway."""
+    """Counts the steps that were skipped because the loss or the gradient was not finite. Whether a
+    step was skipped is known to the device; the host reads that for several steps at once, where it
+    waits for the device anyway.
+
+    in_a_row   skipped steps in a row, up to the last step that was read
+    unread     StepResult.skipped of the steps since, on the device"""
 
     def __init__(self, in_a_row: int):
-        self.in_a_row = in_a_row     # skipped steps up to the last that was read
-        self.unread = []             # StepResult.skipped of the steps since
+        self.in_a_row = in_a_row
+        self.unread = []
 
     def read(self, step: int, c, log: Log) -> None:
         """Report the unread steps, of which the step-th is the last, and end the run if too many in

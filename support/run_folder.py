@@ -49,7 +49,7 @@ def lock_folder(out: Path):
 
 
 def open_locked(out: Path):
-    """out/lock, opened and locked."""
+    """Open and lock out/lock, and write into it who this is -> the file, which must stay open."""
     while True:
         file = open(out / "lock", "a+", encoding="utf-8")
         try:
@@ -107,8 +107,8 @@ def read_state(folder: Path) -> dict:
     """A checkpoint's state.json. UserError unless all its files are there, in full length."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        is_step = type(state["step"]) is int and state["step"] >= 0
-        if not is_step or not isinstance(state["config"], dict):
+        step = state.get("step", 0)
+        if type(step) is not int or step < 0 or not isinstance(state["config"], dict):
             raise UserError("its state.json has another form")
         for name, size in state["files"].items():
             if (folder / name).stat().st_size != size:
@@ -119,12 +119,13 @@ def read_state(folder: Path) -> dict:
 
 
 def latest_checkpoint(out: Path) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint in out, and its state."""
+    """The newest checkpoint in out that is whole, and its state; None if there is none. Those that
+    are damaged are passed over, with a line for each."""
     for step in sorted(checkpoint_steps(out), reverse=True):
         folder = out / f"step_{step}"
         try:
             state = read_state(folder)
-            if state["step"] == step:
+            if state.get("step", step) == step:
                 return folder, state
             print(f"checkpoint {folder} is of step {state['step']}; passing it over")
         except UserError as e:
@@ -141,18 +142,24 @@ def last_good(out: Path) -> str:
 def find_checkpoint(c, out: Path) -> tuple[Path, dict] | None:
     """The checkpoint that the knob `resume` asks for, and its state; None: start at step 0."""
     if c.resume == "auto":
-        return latest_checkpoint(out)
-
-    start = None
-    step = 0
-    if c.resume != "no":
+        start = latest_checkpoint(out)
+    elif c.resume == "no":
+        start = None
+    else:
         folder = Path(c.resume)
         start = (folder, read_state(folder))
-        step = start[1]["step"]
+
+    step = 0
+    if start:
+        folder, state = start
+        missing = {"step", "skipped", "data"} - state.keys()
+        if missing:
+            raise UserError(f"checkpoint {folder}: its state.json lacks {', '.join(missing)}")
+        step = state["step"]
 
     # Two runs must not mix in one folder.
     newest = max(checkpoint_steps(out), default=0)
-    if newest > step:
+    if c.resume != "auto" and newest > step:
         raise UserError(f"resume={c.resume}, but {out} holds a run up to step {newest}; delete it "
                         "or give another --out_dir")
     return start
@@ -182,7 +189,8 @@ def remove(path: Path) -> None:
 
 
 def finish_checkpoint(temporary: Path, folder: Path, state: dict, c) -> None:
-    """Check that all files have arrived, add state.json, flush, rename."""
+    """Make a checkpoint of a folder in which the ranks have written all tensors: check that all
+    files have arrived, add state.json, flush everything to the disk, and rename the folder."""
     tensor_files(temporary, "model")
     tensor_files(temporary / "optimizer", "state")
     sizes = {name: (temporary / name).stat().st_size for name in files_in(temporary)}
@@ -243,7 +251,8 @@ def fsync_path(path: Path) -> None:
 
 
 def remove_old_checkpoints(out: Path, step: int, c) -> None:
-    """Keep the last c.keep_last up to this step, and multiples of c.keep_every."""
+    """Remove all but the last c.keep_last checkpoints up to this step and those at multiples of
+    c.keep_every."""
     steps = sorted(s for s in checkpoint_steps(out) if s <= step)
     for old in steps[:-c.keep_last]:
         if not c.keep_every or old % c.keep_every:
