@@ -44,8 +44,8 @@ import data
 import sft
 from configurator import Count, NonNegative, Size, UserError, one_line
 from model import Decoder, KVCache, Motif
-from pretrain import (COMPUTE_DTYPE, checkpoint_steps, compute_precision, latest_checkpoint,
-                      pick_device, read_state)
+from pretrain import COMPUTE_DTYPE, compute_precision, pick_device
+from support.run_folder import checkpoint_steps, latest_checkpoint, read_state
 from support.log import replace_text
 from support.ranks import RANK, WORLD, all_gather_object, broadcast_object, run_main
 from support.tasks import CHAINS, TASKS, Example, Task

@@ -36,6 +36,7 @@ from pretrain import TrainConfig
 from support.conversations import (HELD_OUT, Drops, check_conversation, load_conversations,
                                    source_files)
 from support.ranks import RANK, all_gather_object, rank0_first, rank0_only, run_main
+from support.run_folder import latest_checkpoint
 from support.selection import benchmark_grams, choose, held_out_by_name, train_val_split
 from support.sources import local_files
 from support.tokenizer import BEGIN, ROLES, TURN, TURN_END, Tokenizer, load_tokenizer
@@ -666,7 +667,7 @@ def initial_folder(c: Config) -> Path:
         before = f"out/sft{c.stage - 1}"
         command = f"python sft.py --stage={c.stage - 1}"
 
-    checkpoint = pretrain.latest_checkpoint(Path(c.model or before))
+    checkpoint = latest_checkpoint(Path(c.model or before))
     if checkpoint:
         folder, state = checkpoint
         max_steps = state["config"].get("max_steps") or 0
@@ -800,8 +801,6 @@ def describe_data(c: Config, dataset: PackedChatDataset) -> str:
 
 def setup(c: Config, out: Path) -> tuple:
     """What pretrain.train() takes, checked and built."""
-    if RANK == 0:
-        pretrain.check_writable(out)
     device = pretrain.pick_device(c)
     pretrain.meet_ranks(c, device)
 
@@ -842,7 +841,7 @@ def main() -> None:
     c = configurator.load(Config, argv, default_file=None if own_model else QUICKSTART)
     fill_in_stage(c)
     out = Path(c.out_dir)
-    with pretrain.friendly_errors(c, out):
+    with pretrain.friendly_errors(c, out), pretrain.lock_folder(out):
         arguments = setup(c, out)
         if RANK == 0:
             configurator.save(c, out / "config.json")

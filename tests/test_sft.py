@@ -34,6 +34,7 @@ if __name__ != "__main__":
     import pretrain
     import sft
     import tools.plots
+    from support import run_folder
 
 TINY = MotifConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=5,
                    num_noise_heads=1, num_key_value_heads=2, head_dim=8)
@@ -765,12 +766,19 @@ def test_resume_is_bitwise_and_needs_no_initial_weights(workplace):
         run_sft("out/sft1", stage=1)
 
 
+def test_a_stage_does_not_run_in_a_folder_in_use(workplace):
+    with run_folder.lock_folder(Path("out/sft1")):
+        with pytest.raises(UserError, match=f"process {os.getpid()}"):
+            run_sft("out/sft1", stage=1)
+    assert not Path("out/sft1").exists()
+
+
 def test_a_stage_begins_with_the_one_before(workplace):
     for stage in (1, 2, 3):
         run_sft(f"out/sft{stage}", stage=stage, batch_tokens=5120)
     assert "dropped for their quality" in Path("out/sft2/data.txt").read_text()
     assert "stage 3 from out/sft2/step_" in Path("out/sft3/data.txt").read_text()
-    final, _ = pretrain.latest_checkpoint(Path("out/sft3"))
+    final, _ = run_folder.latest_checkpoint(Path("out/sft3"))
     assert Motif.from_pretrained(final).config == TINY
 
 

@@ -58,7 +58,8 @@ from torch import Tensor
 from configurator import UserError
 from kernels import upcast
 from model import LAMBDAS, Attention, Motif, MotifConfig
-from pretrain import SHARD_BYTES, checkpoint_steps, model_config, theta_at
+from pretrain import SHARD_BYTES, model_config, theta_at
+from support.run_folder import checkpoint_steps
 
 
 def grow(model: Motif, config: MotifConfig, noise_db: float = 10.0, seed: int = 0) -> Motif:
