@@ -5,7 +5,7 @@ from functools import partial
 from typing import Callable, Literal
 
 from configurator import UserError
-from support.conversations import HELD_OUT, load_conversations
+from support.conversations import EVAL_DOMAINS, load_conversations
 from synthetic.conversations import answer_of
 
 # ---- what a task is
@@ -227,8 +227,8 @@ def chain_scores(example: Example, reply: str) -> dict[str, float]:
 # ---- the table of tasks
 
 # Chains of skills that fine-tuning never trains on: as many in a row as it does, or more.
-SHORT_CHAINS = partial(load_conversations, HELD_OUT["held_chains"][0])
-LONG_CHAINS = partial(load_conversations, HELD_OUT["longer_chains"][0])
+SHORT_CHAINS = partial(load_conversations, EVAL_DOMAINS["held_chains"][0])
+LONG_CHAINS = partial(load_conversations, EVAL_DOMAINS["longer_chains"][0])
 CHAINS = Task(read_chain, "generation", source=SHORT_CHAINS, always_chat=True,
               metric=chain_scores, max_new_tokens=200)
 HUMANEVAL = Task(

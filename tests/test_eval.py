@@ -24,7 +24,7 @@ import tools.chat
 from eval import Config, LoglikelihoodRequest, PromptEncoder
 from model import KVCache, Motif, MotifConfig
 from support import ranks
-from support.conversations import HELD_OUT, load_conversations
+from support.conversations import EVAL_DOMAINS, load_conversations
 from support.ranks import run_main
 from support.tasks import TASKS, Example, Task, number_in, read_chain
 from support.tokenizer import BEGIN, ROLES, TURN, TURN_END, load_tokenizer
@@ -178,7 +178,7 @@ def test_the_numbers_found_in_gsm8k_replies_are_those_of_the_harness():
     ("chains", "held_chains", {2, 3, 4}), ("longer_chains", "longer_chains", {5, 6})])
 def test_chains_are_asked_in_turns_and_their_answers_compared(
         run, text, monkeypatch, name, domain, lengths):
-    chains = list(load_conversations(HELD_OUT[domain][0]))[:30]
+    chains = list(load_conversations(EVAL_DOMAINS[domain][0]))[:30]
     right = [chain[1]["content"].split("\n") for chain in chains]
     assert {len(lines) - 1 for lines in right} == lengths
 
@@ -404,7 +404,7 @@ def test_replies_of_a_batch_are_those_of_one_prompt_at_a_time(model, text):
 
 
 def test_a_run_generates_greedily_unless_a_temperature_is_given(run, model, text):
-    chain = next(iter(load_conversations(HELD_OUT["held_chains"][0])))
+    chain = next(iter(load_conversations(EVAL_DOMAINS["held_chains"][0])))
     prompt = sft.encode_prompt(text.tokenizer, chain[:1])
     greedy = cut_reply(plain_greedy(model, prompt, 200), text)
     assert len(greedy) > 5
