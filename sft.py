@@ -277,19 +277,17 @@ def truncate_to_turn(tokenizer: Tokenizer, messages: list[dict],
 #     positions  0  1  2  3  4  5  0  1  2  3        positions  0  1  2  3  4  0  1  2  0  1
 #
 # Each conversation must be read as if it were alone. doc_ids tell the model which tokens belong
-# together: attention masks all others out, and rotary positions restart. The keys that four of row
-# 1's queries see:
+# together: attention masks all others out, and rotary positions restart. Queries of row 1 see (x):
 #
-#     key         d  d  d  d  d  b  b  b  .  .
+#     keys        d  d  d  d  d  b  b  b  .  .
 #     last d      x  x  x  x  x
 #     first b                    x
 #     second b                   x  x
 #     last .                              x  x
 #
-# Padding is a document of its own, whose targets are all -1. So loss and gradients are the sums of
-# those that the conversations would give one by one, with the same divisor |A| (a test compares
-# them). And the work of attention is the sum of their squared lengths: the fused kernel skips the
-# empty blocks of the mask.
+# Padding is a document of its own, with targets of -1. So loss and gradients are the sums that the
+# conversations would give one by one, with the same divisor |A| (a test compares them). The work of
+# attention is the sum of squared lengths, as the fused kernel skips empty blocks of the mask.
 
 
 def pack(lengths: np.ndarray, T: int) -> list[list[int]]:
@@ -353,9 +351,8 @@ def collate(rows: list[list[np.ndarray]], T: int) -> tuple[np.ndarray, np.ndarra
 
 # ---- epochs and batches
 
-# In each epoch a domain has a *budget* of tokens, by its weight (epoch_budgets). A domain with more
-# tokens than that is read in part, and the next epoch continues from there. A domain with fewer is
-# repeated.
+# In each epoch a domain has a *budget* of tokens, by its weight (epoch_budgets). If the domain has
+# more tokens, the next epoch continues where this one ends; if it has fewer, they are repeated.
 #
 # A domain's *reading order* is all its conversations in a random order, then all in another order,
 # and so on. With a budget of q tokens, epoch e reads from token e q of it to token (e + 1) q, and a
@@ -699,7 +696,7 @@ def find_start(c: Config, out: Path) -> tuple[tuple | None, Path, str]:
     if checkpoint is None:
         return None, folder, init
     # The hashes must agree. The same folder may be written in another way.
-    if init.rpartition(" ")[2] != began_with.rpartition(" ")[2]:
+    if str(init).rpartition(" ")[2] != str(began_with).rpartition(" ")[2]:
         raise UserError(f"{out} holds a run that began with {began_with}, not with {init}; delete "
                         "it or give another --out_dir")
     return checkpoint, checkpoint[0], began_with
