@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 MODULES = ("configurator", "model", "muonclip", "kernels", "data", "pretrain", "sft", "eval",
-           "support.tokenizer", "support.sources", "support.log", "support.tasks",
+           "support.tokenizer", "support.sources", "support.log", "support.tasks", "support.scores",
            "support.conversations", "support.selection", "synthetic.texts",
            "synthetic.conversations", "tools.grow", "tools.plan", "tools.sandbox")
 
