@@ -47,13 +47,13 @@ from configurator import Count, NonNegative, Size, UserError, one_line
 from model import Decoder, KVCache, Motif
 from pretrain import (COMPUTE_DTYPE, checkpoint_steps, compute_precision, latest_checkpoint,
                       pick_device, read_state)
-from support.log import replace_text
 from support.ranks import RANK, WORLD, all_gather_object, broadcast_object, run_main
-from support.scores import format_table, scores_by_metric, summarize
+from support.scores import (format_table, load_previous, save_results, scores_by_metric,
+                            summarize)
 from support.sources import source_units
 from support.tasks import CHAINS, TASKS, Example, Task, judge_replies, read_questions
 from support.tokenizer import BEGIN, END, TURN_END, Tokenizer, load_tokenizer
-from support.weights import model_folder, read_json
+from support.weights import model_folder
 
 # ---- how a multiple-choice question is scored
 #
@@ -164,7 +164,7 @@ class PromptEncoder:
 GPU_KV_BYTES = 16 * 2**30       # of keys and values, if --kv_cache_tokens is not given
 CPU_KV_BYTES = 2**30
 GPU_BATCH_TOKENS = 8192         # tokens in one forward pass of the scorer
-CPU_BATCH_TOKENS = 512          # larger passes have more padding and no gain
+CPU_BATCH_TOKENS = 512          # larger passes are not faster, and have more padding
 MIN_SHARED_PREFIX = 32          # tokens; a shorter common beginning does not repay stage 1
 
 
@@ -174,8 +174,9 @@ class LoglikelihoodRequest:
     rows[j]             the ids of context and choice j, one after the other. Only the last
                         max_length + 1 are kept; the last one is predicted and not read
     num_scored[j]       how many ids at the end of row j are scored: those of the choice
-    prompt              the ids that all rows begin with, as far as none of them is scored
-    group               requests of one group are expected to begin alike
+    was_cut             whether a row lost its beginning
+    prompt              the ids that all rows begin with, up to the first scored one
+    group               requests of one group go through stage 1 together
     """
 
     def __init__(self, number: int, pairs: list[tuple[list, list]], max_length: int,
@@ -184,13 +185,16 @@ class LoglikelihoodRequest:
         self.number = number
         self.rows = []
         self.num_scored = []
-        was_cut = False
+        self.was_cut = False
         for context, choice in pairs:
+            if not 1 <= len(choice) <= max_length:
+                raise UserError(f"question {number}: an answer to be scored has {len(choice)} "
+                                "tokens; it must have at least 1, and at most "
+                                f"max_position_embeddings={max_length}; take the question out")
             row = context + choice
-            was_cut = was_cut or len(row) > max_length + 1
-            row = row[-(max_length + 1):]
-            self.rows.append(row)
-            self.num_scored.append(min(len(choice), len(row) - 1))
+            self.was_cut = self.was_cut or len(row) > max_length + 1
+            self.rows.append(row[-(max_length + 1):])
+            self.num_scored.append(len(choice))
 
         length = common_prefix_length(self.rows)
         for row, n in zip(self.rows, self.num_scored):
@@ -198,7 +202,7 @@ class LoglikelihoodRequest:
         self.prompt = self.rows[0][:length]
 
         # Rows that lost their beginning do not begin as the others of the group do.
-        self.group = "" if was_cut else group
+        self.group = "" if self.was_cut else group
 
 
 def common_prefix_length(rows: list) -> int:
@@ -386,6 +390,16 @@ def score_batch(model: Motif, batch: list[LoglikelihoodRequest], prefix_cache: K
     return scores
 
 
+def finite_sum(log_p: Tensor) -> float:
+    """The sum of log-probabilities. It is an error if the model's logits were not finite: NaN is
+    neither less nor more than anything, and the first choice would count as the likeliest."""
+    total = log_p.sum().item()
+    if not math.isfinite(total):
+        raise UserError("the model's logits are not finite; check its weights, or give "
+                        "--precision=fp32")
+    return total
+
+
 def multiple_choice(task: Task, examples: dict[int, Example], model: Motif, text: PromptEncoder,
                     c: "Config") -> Iterator[tuple[int, dict]]:
     """Score questions: {number: example} -> yields (number, record) as they are done."""
@@ -406,12 +420,12 @@ def multiple_choice(task: Task, examples: dict[int, Example], model: Motif, text
 
     for request, log_p in loglikelihoods(model, requests, c.kv_cache_tokens):
         example = examples[request.number]
-        sums = [x.sum().item() for x in log_p]
+        sums = [finite_sum(x) for x in log_p]
         scores = choice_scores(sums, example.choices, example.answer)
         if not task.acc_norm:
             del scores["acc_norm"]
         yield request.number, {"prompt": example.fewshot_context + example.text, "output": sums,
-                               "answer": example.answer, **scores}
+                               "answer": example.answer, "cut": request.was_cut, **scores}
 
 
 # ---- generation
@@ -425,12 +439,13 @@ def generate_replies(model: Motif, text: PromptEncoder, prompts: list[list[int]]
                      seeds: list[int] | None = None) -> Iterator[tuple[int, str]]:
     """Continue prompts, in batches of similar length: yields (index of the prompt, reply) as
     replies end. A reply ends before the first of the strings `until`, at a token that ends a text,
-    or after max_new_tokens. A prompt that leaves no room for these loses its beginning. A batch
-    draws its tokens with the seed of its first prompt."""
+    or after max_new_tokens, of which there are at most half of the model's context. A prompt loses
+    its beginning if it is longer than prompt_room(). A batch draws its tokens with the seed of its
+    first prompt."""
     device = model.head_weight.device
-    max_length = model.config.max_position_embeddings
-    max_new_tokens = min(max_new_tokens, max_length // 2)
-    prompts = [ids[-(max_length - max_new_tokens):] for ids in prompts]
+    room = prompt_room(model, max_new_tokens)
+    max_new_tokens = model.config.max_position_embeddings - room
+    prompts = [ids[-room:] for ids in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
 
     while order:
@@ -444,7 +459,15 @@ def generate_replies(model: Motif, text: PromptEncoder, prompts: list[list[int]]
         seed = seeds[batch[0]] if seeds else None
         decoder = Decoder(model, pad_rows(ids, device), max_new_tokens, temperature, seed=seed,
                           prompt_lengths=prompt_lengths)
+        finite_sum(decoder.logits.float())               # an error unless all logits are finite
         yield from decode_until_stop(decoder, batch, text, until, max_new_tokens)
+
+
+def prompt_room(model: Motif, max_new_tokens: int) -> int:
+    """How many tokens of a prompt are read: as many as leave room for max_new_tokens, but at least
+    half of the model's context."""
+    max_length = model.config.max_position_embeddings
+    return max_length - min(max_new_tokens, max_length // 2)
 
 
 def decode_until_stop(decoder: Decoder, rows: list[int], text: PromptEncoder, until: tuple,
@@ -496,9 +519,12 @@ def generation(task: Task, examples: dict[int, Example], model: Motif, text: Pro
     shown = {}           # number -> the prompt as text, for the record
     prompts = []         # num_samples times the ids of every question
     numbers = []         # the question of each prompt
+    room = prompt_room(model, task.max_new_tokens)
+    was_cut = {}         # number -> whether the prompt loses its beginning
     seeds = []           # of each prompt its own, so that no two batches draw the same numbers
     for i, example in examples.items():
         shown[i], ids = generation_prompt(task, example, text, c.chat or task.always_chat)
+        was_cut[i] = len(ids) > room
         for _ in range(num_samples):
             seeds.append(random.Random(f"{c.seed} {i} {len(prompts)}").getrandbits(32))
             prompts.append(ids)
@@ -506,7 +532,7 @@ def generation(task: Task, examples: dict[int, Example], model: Motif, text: Pro
 
     def judge(i: int, replies: list[str]) -> tuple[int, dict]:
         scores = judge_replies(task, examples[i], replies, c.chat)
-        return i, {"prompt": shown[i], "output": replies, **scores}
+        return i, {"prompt": shown[i], "output": replies, "cut": was_cut[i], **scores}
 
     replies = {i: [] for i in examples}
     jobs = []
@@ -564,17 +590,19 @@ def bits_per_byte(task: Task, examples: dict[int, Example], model: Motif, text: 
             window = ids[start:start + max_length + 1]
             requests.append(LoglikelihoodRequest(i, [(window[:1], window[1:])], max_length))
 
-    windows_left = Counter(request.number for request in requests)
+    num_windows = Counter(request.number for request in requests)
+    windows_left = num_windows.copy()
     bits = Counter()
     num_bytes = Counter()
     for request, (log_p,) in loglikelihoods(model, requests, c.kv_cache_tokens):
         i = request.number
-        bits[i] -= log_p.double().sum().item() / math.log(2)
+        bits[i] -= finite_sum(log_p.double()) / math.log(2)
         for token in request.rows[0][-len(log_p):]:
             num_bytes[i] += len(text.tokenizer.token_bytes(token))
         windows_left[i] -= 1
         if windows_left[i] == 0:
-            yield i, {"prompt": examples[i].text[:80], "bits": bits[i], "bytes": num_bytes[i]}
+            yield i, {"prompt": examples[i].text[:80], "bits": bits[i], "bytes": num_bytes[i],
+                      "cut": num_windows[i] > 1 or request.was_cut}
 
 
 # ---- the run: what is measured
@@ -592,9 +620,10 @@ class Config:
     model: str | None = None      # a checkpoint, a run (its newest one), or owner/name of the
                                   # Hub; None: the newest of out/quickstart, sft1, sft2 and sft3
     tokenizer: str | None = None  # None: the model's own
-    tasks: str = "bpb,chains"     # names in TASKS, separated by commas; bpb:SOURCE is bits per byte
-                                  # of a file or another source of data.py (write a comma as %2C);
-                                  # bpb all the builtin sources and replies to chains; or chat
+    tasks: str = "bpb,chains"     # names in TASKS, separated by commas. bpb:SOURCE: bits per byte
+                                  # of a source of support/sources.py, such as a file (write a comma
+                                  # in it as %2C). bpb: of all builtin sources, and of replies to
+                                  # chains. Or chat, alone: a conversation
     num_fewshot: Size | None = None   # examples before each question; None: as many as the report
     limit: Count | None = None    # questions per task, for mmlu per subject; None: all
     chat: bool = False            # ask in the turn format, as fine-tuned models expect
@@ -666,40 +695,23 @@ def read_texts(source: str, limit: int | None) -> list[str]:
 # A record is written to samples.jsonl as soon as its question is measured. A later run in the same
 # folder uses a record again if nothing that decides it has changed:
 #
-#     the model and the settings     which results.json notes, and which hold for all records; if one
-#                                    has changed, all records are dropped
-#     the question                   whose hash is in the record, few-shot examples included
+#     the model and the settings     results.json notes them for all records; if one has changed, all
+#                                    records are dropped
+#     the question                   its hash, few-shot examples included, is in the record
 
-def load_previous(out: Path, settings: dict) -> tuple[dict, dict]:
-    """What an earlier run with the same settings left in out: records {(task, number): record} and
-    results {task: result}. All else is removed from the files."""
-    out.mkdir(parents=True, exist_ok=True)
-    samples = out / "samples.jsonl"
-    earlier = {}
-    if samples.exists() and (out / "results.json").exists():
-        earlier = read_json(out / "results.json")
+def settings_of(folder: Path, text: PromptEncoder, c: Config) -> dict:
+    """What decides a record, besides its question. The stamp is a hash of the model: of config.json
+    and of the tokenizer; and, as the weights would take long to read, of the size of their files
+    and of the time when each was changed."""
+    parts = [(folder / "config.json").read_bytes(), text.tokenizer.fingerprint(), text.begin]
+    for file in sorted(folder.glob("*.safetensors")):
+        parts.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
+    stamp = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
-    records = {}
-    results = {}
-    if settings.items() <= earlier.items():
-        results = earlier["tasks"]
-        for line in samples.read_text().split("\n"):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:     # the empty last line, or one that was cut
-                continue
-            records[record["task"], record["doc"]] = record
-    elif earlier:
-        print(f"{out}: another model or other settings before; its samples are dropped")
-    save_results(out, settings, records, results)
-    return records, results
-
-
-def save_results(out: Path, settings: dict, records: dict, results: dict) -> None:
-    lines = [json.dumps(records[key]) + "\n" for key in sorted(records)]
-    replace_text(out / "samples.jsonl", "".join(lines))
-    text = json.dumps({**settings, "tasks": results}, indent=1)
-    replace_text(out / "results.json", text + "\n")
+    settings = {"model": str(folder), "stamp": stamp}
+    for key in ("chat", "temperature", "num_samples", "seed", "precision"):
+        settings[key] = getattr(c, key)
+    return settings
 
 
 def evaluate_model(folder: Path, tasks: dict[str, tuple], out: Path, c: Config,
@@ -710,10 +722,7 @@ def evaluate_model(folder: Path, tasks: dict[str, tuple], out: Path, c: Config,
     if c.kv_cache_tokens is None:
         c = replace(c, kv_cache_tokens=default_kv_cache_tokens(model, device))
 
-    changed = max(file.stat().st_mtime_ns for file in folder.glob("*.safetensors"))
-    settings = {"model": str(folder), "stamp": changed}
-    for key in ("tokenizer", "chat", "temperature", "num_samples", "seed", "precision"):
-        settings[key] = getattr(c, key)
+    settings = settings_of(folder, text, c)
     previous = load_previous(out, settings) if RANK == 0 else None
     records, earlier_results = broadcast_object(previous)
 
@@ -827,7 +836,9 @@ def open_model(folder: Path, c: Config, device: torch.device) -> tuple[Motif, Pr
         raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens, more than the "
                         f"model's vocab_size={model.config.vocab_size}; give the model's own "
                         "--tokenizer")
-    for p in model.parameters():
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise UserError(f"{folder}: {name} holds NaN or infinity; give another model")
         p.data = p.data.to(COMPUTE_DTYPE[c.precision] if p.ndim > 1 else torch.float32)
 
     if RANK == 0:

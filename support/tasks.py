@@ -127,8 +127,9 @@ def read_examples(task: Task, is_fewshot: bool, benchmark_dir: str | None) -> li
                 continue
             example = task.read(row)
             example.row = row
-            if task.program:
-                task.program(example, reply="")      # so that a bad row is noticed now
+            judge = task.program or task.metric
+            if judge:
+                judge(example, reply="")             # so that a bad row is noticed now
         except KeyError as e:
             raise UserError(f"{place}: there is no {e}; the row has {', '.join(row)}") from None
         except (ValueError, TypeError, IndexError, AttributeError) as e:
@@ -165,12 +166,16 @@ def read_rows(task: Task, is_fewshot: bool,
         raise UserError(f"{len(paths)} files match {Path(benchmark_dir) / file}; put one there, "
                         f"with a JSON object on each line, a row of {task.hf_name}, {split}"
                         f"{without_examples}")
-    lines = paths[0].read_text(encoding="utf-8").rstrip("\n").split("\n")
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(paths[0].read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise UserError(f"{paths[0]}:{number}: not JSON: {e}; correct the line") from None
+            row = json.loads(line.decode("utf-8-sig"))       # -sig: a byte order mark is left out
+        except ValueError as e:
+            raise UserError(f"{paths[0]}:{number}: not JSON: {one_line(e)}; correct the "
+                            "line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{paths[0]}:{number}: not a JSON object; correct the line")
         yield f"{paths[0]}:{number}", row
 
 
@@ -187,12 +192,18 @@ def choices_and_answer(row: dict) -> tuple[list[str], int]:
     return choices, row["answer"]
 
 
+def check_choices(choices: list, answer: int) -> None:
+    """UserError unless each choice has something to score, and one of them is the answer."""
+    if not isinstance(choices, list) or type(answer) is not int or not 0 <= answer < len(choices):
+        raise UserError(f"the answer {answer!r} is none of the choices, counted from 0: {choices!r}")
+    for choice in choices:
+        if not str(choice).strip():
+            raise UserError("a choice is empty")
+
+
 def choose(text: str, choices: list[str], answer: int, subject: str = "") -> Example:
     """A question whose choices follow it after a space."""
-    if not 0 <= answer < len(choices):
-        raise UserError(f"answer {answer} must be below {len(choices)}, the number of choices")
-    if not all(choices):
-        raise UserError("a choice is empty")
+    check_choices(choices, answer)
     continuations = [f" {choice}" for choice in choices]
     return Example(text, continuations[answer], continuations, answer, subject=subject)
 
@@ -246,11 +257,15 @@ def read_hellaswag(row: dict) -> Example:
 def read_winogrande(row: dict) -> Example:
     """The choices fill a gap; what is scored is the text after the gap, behind each of them."""
     if "option1" in row:
-        choices, answer = [row["option1"], row["option2"]], int(row["answer"]) - 1
+        choices = [row["option1"], row["option2"]]
+        answer = int(row["answer"]) - 1
     else:
         choices, answer = choices_and_answer(row)
+    check_choices(choices, answer)
     sentence = row.get("sentence") or row["question"]
-    gap = sentence.index("_")
+    gap = sentence.find("_")
+    if gap < 0 or not sentence[gap + 1:].strip():
+        raise UserError("the sentence needs a gap, written _, and a text after it")
     rest = " " + sentence[gap + 1:].strip()
     contexts = [sentence[:gap] + choice for choice in choices]
     return Example(contexts[answer], rest, [rest] * len(contexts), answer, contexts)
@@ -372,12 +387,16 @@ def judge_replies(task: Task, example: Example, replies: list[str], chat: bool) 
 
 
 def first_fence(reply: str) -> str:
-    """The code in the first ``` fence of a reply; the whole reply if there is no fence.
+    """The code in the first ``` fence of a reply that is not marked as another language. A fence
+    that is never closed extends to the end. Without a fence the whole reply counts as code.
 
     >>> first_fence("It is:\\n```python\\nx = 1\\n```\\nand short.")
     'x = 1\\n'
     """
-    return re.sub(r"(?s)^.*?```(?:python)?\n(.*?)```.*", r"\1", reply)
+    for language, code in re.findall(r"(?s)```([\w+#.-]*)[ \t]*\r?\n(.*?)(?:```|\Z)", reply):
+        if language.lower() in ("", "py", "python", "python3"):
+            return code
+    return reply
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
