@@ -84,17 +84,14 @@ def load(Config: type, argv: list[str], default_file: str | None = None) -> Any:
     config.came_from = {}
 
     for key, value in vars(Config()).items():
-        set_key(config, key, types, value, "default")
-
+        set_key(config, types, "default", key, value)
     if file:
-        for line, key, value in read_file(file, script):
-            set_key(config, key, types, value, f"{file}:{line}")
-
+        for place, key, value in read_file(file, script):
+            set_key(config, types, place, key, value)
     for option in options:
         key, equals, text = option[2:].partition("=")
-        check_key(key, types, "command line")
-        value = parse(types[key], text) if equals else True
-        set_key(config, key, types, value, "command line")
+        value = parse(types.get(key, str), text) if equals else True
+        set_key(config, types, "command line", key, value)
 
     if "--help" in argv or "-h" in argv:
         print(f"usage: python {script} [config/X.py] [--key=value ...]\n\n{describe(config)}")
@@ -124,38 +121,34 @@ def describe(config: Any) -> str:
 
 # ---- one key and its value
 
-def check_key(key: str, types: dict[str, Any], place: str) -> None:
-    """UserError, with the most likely correction, unless the key is one of those in types."""
-    if key in types:
-        return
-    hint = "--help lists all keys"
-    similar = difflib.get_close_matches(key, types, n=1)
-    if similar:
-        hint = f"did you mean {similar[0]!r}?"
-    if RENAMED_KEYS.get(key) in types:
-        hint = f"it is now called {RENAMED_KEYS[key]!r}"
-    raise UserError(f"{place}: unknown key {key!r}; {hint}")
-
-
-def set_key(config: Any, key: str, types: dict[str, Any], value: Any, place: str) -> None:
+def set_key(config: Any, types: dict[str, Any], place: str, key: str, value: Any) -> None:
     """Check key and value, then set the key and note the place that it came from."""
-    check_key(key, types, place)
-    try:
-        value = coerce(types[key], value)
-    except UserError as e:
-        raise UserError(f"{place}: {key} {e}") from None
-    setattr(config, key, value)
+    if key not in types:
+        hint = "--help lists all keys"
+        similar = difflib.get_close_matches(key, types, n=1)
+        if similar:
+            hint = f"did you mean {similar[0]!r}?"
+        if RENAMED_KEYS.get(key) in types:
+            hint = f"it is now called {RENAMED_KEYS[key]!r}"
+        raise UserError(f"{place}: unknown key {key!r}; {hint}")
+    setattr(config, key, check_value(f"{place}: {key}", types[key], value))
     config.came_from[key] = place
+
+
+def check_value(name: str, hint: Any, value: Any) -> Any:
+    """coerce(), with this name in front of the error."""
+    try:
+        return coerce(hint, value)
+    except UserError as e:
+        raise UserError(f"{name} {e}") from None
 
 
 def coerce(hint: Any, value: Any) -> Any:
     """Return the value if it fits the type, else raise a UserError "must be ..., not ...". An int
     becomes a float and a tuple a list where the type asks for that; nothing else is converted.
 
-    >>> coerce(float, 3)
-    3.0
-    >>> coerce(Count | list, (1, 2))
-    [1, 2]
+    >>> coerce(float, 3), coerce(Count | list, (1, 2))
+    (3.0, [1, 2])
     >>> coerce(Fraction, 1.5)
     Traceback (most recent call last):
     configurator.UserError: must be 0 <= float <= 1, not 1.5
@@ -166,20 +159,15 @@ def coerce(hint: Any, value: Any) -> Any:
         value = coerce(get_args(hint)[0], value)
         if low <= value <= high:
             return value
-
     elif kind is Literal:
         for choice in get_args(hint):
             # 1 == 1.0 == True in Python: only the types tell them apart.
             if value == choice and type(value) is type(choice):
                 return value
-
     elif kind in (Union, UnionType):
         for member in get_args(hint):
-            try:
+            with suppress(UserError):
                 return coerce(member, value)
-            except UserError:
-                continue
-
     else:
         if hint is float and type(value) is int:
             value = float(value)
@@ -187,7 +175,6 @@ def coerce(hint: Any, value: Any) -> Any:
             value = list(value)
         if type(value) is hint and is_json(value):
             return value
-
     raise UserError(f"must be {show(hint)}, not {short(value)}")
 
 
@@ -199,19 +186,14 @@ def bounds(hint: Any) -> tuple[float, float]:
 
 def is_json(value: Any) -> bool:
     """Can save() write the value? Not if nan, inf or, say, a set is anywhere inside."""
-    try:
+    with suppress(TypeError, ValueError):
         json.dumps(value, allow_nan=False)
         return True
-    except (TypeError, ValueError):
-        return False
+    return False
 
 
 def show(hint: Any) -> str:
-    """A type as a user reads it.
-
-    >>> show(Count | list | None)
-    'int >= 1 | list | None'
-    """
+    """A type as a user reads it: Count | list | None is "int >= 1 | list | None"."""
     kind = get_origin(hint)
     if kind is Annotated:
         name = show(get_args(hint)[0])
@@ -230,18 +212,12 @@ def short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-# ---- the command line
+# ---- the command line and config files
 
 def split_argv(argv: list[str], default_file: str | None = None) -> tuple[str | None, list[str]]:
     """argv -> the config file or None, and the options as they were written, without --help."""
-    files = []
-    options = []
-    for word in argv:
-        if not word.startswith("-"):
-            files.append(word)
-        elif word not in ("-h", "--help"):
-            options.append(word)
-
+    files = [word for word in argv if not word.startswith("-")]
+    options = [word for word in argv if word.startswith("-") and word not in ("-h", "--help")]
     if len(files) > 1:
         raise UserError(f"{' '.join(files)}: at most one config file; options are --key=value")
     file = files[0] if files else default_file
@@ -268,23 +244,19 @@ def parse(hint: Any, text: str) -> Any:
     >>> parse(float, "1e-3"), parse(bool, "true"), parse(str | None, "None"), parse(str, "None")
     (0.001, True, None, 'None')
     """
-    literal = {"true": True, "false": False}.get(text, text)
-    # What is no Python literal raises one of these, and stays as it is.
+    literal = {"true": True, "false": False}.get(text)
+    # What is no Python literal raises one of these, and stays the text that it is. So does what
+    # does not fit the type: UserError is a ValueError.
     with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        literal = ast.literal_eval(text)
-
-    if isinstance(literal, str):
-        return text
-    try:
-        return coerce(hint, literal)
-    except UserError:
-        return text
+        if literal is None:
+            literal = ast.literal_eval(text)
+        if not isinstance(literal, str):
+            return coerce(hint, literal)
+    return text
 
 
-# ---- config files
-
-def read_file(file: str, script: str) -> list[tuple[int, str, Any]]:
-    """Run a config file -> (line number, key, value) of each of its lines `key = expression`.
+def read_file(file: str, script: str) -> list[tuple[str, str, Any]]:
+    """Run a config file -> ("file:line", key, value) of each of its lines `key = expression`.
 
     An expression may use Python's builtins and the keys above it: `batch_tokens = 4 * seq_len`. The
     first line may name the script that the file is for, as in `# pretrain.py: a small model`.
@@ -315,5 +287,5 @@ def read_file(file: str, script: str) -> list[tuple[int, str, Any]]:
             values[key] = eval(compile(ast.Expression(statement.value), file, "eval"), values)
         except Exception as e:
             raise UserError(f"{place}: {key}: {type(e).__name__}: {e}") from None
-        settings.append((statement.lineno, key, values[key]))
+        settings.append((place, key, values[key]))
     return settings

@@ -1,41 +1,28 @@
-"""Data: text -> shards of tokens -> a curriculum -> batches.
+"""Data: a curriculum, a tape for each domain, and the batches that are cut from the tapes.
 
 A run reads several *domains* (web text, code, maths, ...), each of which has a *source* of text.
 
-    prepare(...)                     sources -> shards of tokens on disk; parallel, resumable
     Curriculum(...)                  step -> sequence length, batch, and each domain's share of it
+    Tape(...)                        a domain's text as one long row of tokens
     TokenDataset(...).batch(step)    the step's token ids, a pure function of (seed, step)
 
-The file is read from the idea to the machinery: curriculum, shards, batches; then what makes them:
-preparing. Tokenizers and sources are in support/. `python -m tools.prepare config/X.py` prepares a run's data ahead
-of it and prints its curriculum.
+Tokenizers, sources of text, and the processes that turn text into tokens while training reads them
+are in support/. `python -m tools.prepare config/X.py` prepares all of a run's data ahead of it.
 """
 import hashlib
-import json
 import math
-import multiprocessing
-import os
 import re
-import shutil
-import signal
-import struct
-import sys
-import threading
 import time
-from bisect import bisect_left
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
-from functools import cached_property, partial
-from pathlib import Path
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import count
 
 import numpy as np
 
-from configurator import UserError, one_line
-from support import sources
-from support.sources import READABLE, local_files, source_units
-from support.tokenizer import Tokenizer, encode_document, load_tokenizer
-from synthetic.texts import PROBLEMS_PER_UNIT
+from configurator import UserError
+from support.preparing import PIECE_TOKENS, VAL_UNITS, Domain, Preparer
 
 # ---- the curriculum
 
@@ -111,6 +98,19 @@ def is_share(x) -> bool:
     return type(x) in (int, float) and 0 <= x < math.inf
 
 
+MAX_STEPS = 5_000_000  # of a plan: beyond it planning takes minutes and gigabytes
+
+
+@dataclass
+class Phase:
+    """Steps of one sequence length, of which each domain reads one stretch of its tape."""
+    first_step: int
+    T: int
+    start: np.ndarray         # (domains,) where the stretch begins, in tokens
+    count: np.ndarray | None  # (domains,) its sequences; None: the run's last phase, which has as
+                              # many as one likes
+
+
 class Curriculum:
     """What every step reads, from the config alone.
 
@@ -120,14 +120,13 @@ class Curriculum:
     seq_len       tokens per sequence, and
     batch_tokens  tokens per step over all ranks: numbers or schedules by tokens seen
     max_steps, max_tokens    the run ends at whichever comes first
+    before        (curriculum, step): a plan that was followed up to a step, from which this one
+                  goes on. What was read stays as it was
 
     Step t reads rows[t] sequences of seq_len[t] tokens after tokens[t] tokens (tokens[steps] is the
     run's total); shares[t, d] is domain d's share of them. context[t] is the sequence length that
-    its FLOPs are counted with. Of domain d the step reads sequences first[t, d] to last[t, d] - 1.
-
-    WARNING: sequences are numbered per length, so the numbers begin again at 0 where seq_len
-    changes. From there on a run reads text again that it has read before, also if the domain has
-    more text than the run needs.
+    its FLOPs are counted with. Of domain d the step reads sequences first[t, d] to last[t, d] - 1
+    of its phase.
 
     >>> domains = {"web": ["web.txt", 0.9, 0.5], "math": ["math.txt", 0.1, 0.5]}
     >>> c = Curriculum(domains, batch_tokens=[[0, 40], [120, 80]], seq_len=10, max_tokens=400)
@@ -138,22 +137,56 @@ class Curriculum:
     """
 
     def __init__(self, domains: dict, *, batch_tokens, seq_len, max_steps: int | None = None,
-                 max_tokens: int | None = None, mixture: list | None = None):
+                 max_tokens: int | None = None, mixture: list | None = None,
+                 before: tuple["Curriculum", int] | None = None):
         if not (max_steps or max_tokens):
             raise UserError("nothing ends the run: set max_steps or max_tokens")
+        check_domains(domains)
+        self.names = list(domains)
+        self.before = before
+        self.plans = []   # for a checkpoint: what `before` was made of
+        self.seq_len = []
+        self.rows = []
+        self.tokens = [0]
+        if before:
+            old, step = before
+            self.seq_len = old.seq_len[:step]
+            self.rows = old.rows[:step]
+            self.tokens = old.tokens[:step + 1]
+            if step > (max_steps or step) or self.tokens[-2] >= (max_tokens or math.inf):
+                raise UserError(f"max_steps={max_steps}, max_tokens={max_tokens}: the run is at step "
+                                f"{step} already; make it longer, or give another --out_dir")
+        self._plan_steps(batch_tokens, seq_len, max_steps or math.inf, max_tokens or math.inf)
+        self.steps = len(self.rows)
+        self.context = self.seq_len
 
+        if mixture is None:
+            first = {name: domain[1] for name, domain in domains.items()}
+            last = {name: domain[2] for name, domain in domains.items()}
+            mixture = [(0, first), (1, last)]
+        check_mixture(mixture, domains)
+        self.shares = self._interpolate(mixture)
+        if before:
+            self.shares[:step] = self._past(old.shares)
+
+    def _past(self, array: np.ndarray) -> np.ndarray:
+        """(steps, domains) of the plan before -> its part that was followed, with a column for each
+        of our domains. A domain that is new has read nothing."""
+        old, step = self.before
+        past = np.zeros((step, len(self.names)), dtype=array.dtype)
+        for d, name in enumerate(self.names):
+            if name in old.names:
+                past[:, d] = array[:step, old.names.index(name)]
+        return past
+
+    def _plan_steps(self, batch_tokens, seq_len, last_step: float, last_token: float) -> None:
+        """Add the steps up to the end of the run to rows, seq_len and tokens."""
         lengths = parse_schedule("seq_len", seq_len)
         batches = parse_schedule("batch_tokens", batch_tokens)
         numbers = [number for _, number in lengths]
         if numbers != sorted(numbers):
             raise UserError(f"seq_len={seq_len}: the length may rise, not fall")
 
-        self.names = list(domains)
-        self.seq_len = []
-        self.rows = []
-        self.tokens = [0]
-        last_step = max_steps or math.inf
-        last_token = max_tokens or math.inf
         while len(self.rows) < last_step and self.tokens[-1] < last_token:
             seen = self.tokens[-1]
             T = value_at(lengths, seen)
@@ -161,19 +194,12 @@ class Curriculum:
             if rows == 0:
                 raise UserError(f"batch_tokens={value_at(batches, seen)} holds no sequence of "
                                 f"seq_len={T}; raise it")
+            if len(self.rows) == MAX_STEPS:
+                raise UserError(f"the run has more than {MAX_STEPS:,d} steps; lower max_steps or "
+                                "max_tokens, or raise batch_tokens")
             self.seq_len.append(T)
             self.rows.append(rows)
             self.tokens.append(seen + rows * T)
-
-        self.steps = len(self.rows)
-        self.context = self.seq_len
-        check_domains(domains)
-        if mixture is None:
-            first = {name: domain[1] for name, domain in domains.items()}
-            last = {name: domain[2] for name, domain in domains.items()}
-            mixture = [(0, first), (1, last)]
-        check_mixture(mixture, domains)
-        self.shares = self._interpolate(mixture)
 
     def _interpolate(self, mixture: list) -> np.ndarray:
         """(steps, domains): the shares at the beginning of each step."""
@@ -197,11 +223,18 @@ class Curriculum:
     def taken(self) -> np.ndarray:
         """(steps, domains) int64: how many sequences of each domain each step reads."""
         quotas = self.step_shares.cumsum(axis=0)
-        return assign_rows(quotas, self.seq_len, self.rows)
+        if not self.before:
+            return assign_rows(quotas, self.seq_len, self.rows)
+
+        old, step = self.before
+        past = self._past(old.taken)
+        read = (past * np.array(self.seq_len[:step])[:, None]).sum(axis=0)
+        to_come = assign_rows(quotas[step:], self.seq_len[step:], self.rows[step:], read.tolist())
+        return np.concatenate([past, to_come])
 
     @cached_property
     def first(self) -> np.ndarray:
-        """(steps, domains) int64: the first sequence that each step reads of each domain."""
+        """(steps, domains) int64: the first place that each step takes of each domain."""
         first = np.zeros_like(self.taken)
         for t in range(1, self.steps):
             if self.seq_len[t] == self.seq_len[t - 1]:
@@ -209,21 +242,28 @@ class Curriculum:
         return first
 
     @cached_property
-    def last(self) -> np.ndarray:
-        """(steps, domains) int64: the sequence after the last one that each step reads."""
+    def end(self) -> np.ndarray:
+        """(steps, domains) int64: the place after the last one that each step takes."""
         return self.first + self.taken
 
-    def need(self) -> dict[str, int]:
-        """Tokens to prepare of each domain: its quota, 2% more, as the end of a shard does not fill
-        a sequence, and two sequences."""
-        need = {}
-        for name, quota in zip(self.names, self.step_shares.sum(axis=0)):
-            need[name] = int(1.02 * quota) + 2 * max(self.seq_len)
-        return need
+    @cached_property
+    def phases(self) -> list[Phase]:
+        phases = []
+        start = np.zeros(len(self.names), dtype=np.int64)
+        for t in range(self.steps):
+            if t == 0 or self.seq_len[t] != self.seq_len[t - 1]:
+                if t > 0:
+                    phases[-1].count = self.end[t - 1]
+                    start = start + self.end[t - 1] * self.seq_len[t - 1]
+                phases.append(Phase(t, self.seq_len[t], start, None))
+        return phases
 
-    def table(self, stores: dict[str, "DomainShards"] | None = None) -> str:
-        """The mixture at ten points of the run; then per domain the tokens that the run needs and,
-        given its shards, the tokens that there are and how often the run reads them."""
+    def phase_of(self, step: int) -> Phase:
+        first_steps = [phase.first_step for phase in self.phases]
+        return self.phases[bisect_right(first_steps, step) - 1]
+
+    def table(self) -> str:
+        """The mixture at ten points of the run; then the tokens that it reads of each domain."""
         width = max(9, *map(len, self.names)) + 1
         header = "run     step        tokens  length   rows"
         lines = [header + "".join(f"{name:>{width}s}" for name in self.names)]
@@ -232,16 +272,8 @@ class Curriculum:
             line = (f"{i / 9:4.0%} {t:7,d} {self.tokens[t]:13.4g} {self.seq_len[t]:7,d} "
                     f"{self.rows[t]:6,d}")
             lines.append(line + "".join(f"{share:{width}.1%}" for share in self.shares[t]))
-
-        totals = {"needed": self.step_shares.sum(axis=0)}
-        if stores is not None:
-            there = []
-            for name, need in self.need().items():
-                there.append(sum(shard.tokens for shard in stores[name].shards("train", need)))
-            totals["there"] = np.array(there)
-            totals["epochs"] = totals["needed"] / totals["there"]
-        for key, numbers in totals.items():
-            lines.append(f"{key:41s}" + "".join(f"{number:{width}.4g}" for number in numbers))
+        needed = self.step_shares.sum(axis=0)
+        lines.append(f"{'needed':41s}" + "".join(f"{number:{width}.4g}" for number in needed))
         return "\n".join(lines)
 
 
@@ -301,11 +333,13 @@ def check_mixture(mixture: list, domains: dict) -> None:
 ROUNDING = 1e-6  # of a sequence: a quota is a sum of floats
 
 
-def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int]) -> np.ndarray:
+def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
+                read_before: list[int] | None = None) -> np.ndarray:
     """How many sequences each step reads of each domain -> (steps, domains) int64.
 
     quotas: (steps, domains), the tokens that each domain should have given by the end of a step.
     seq_len, rows: (steps,), a step's sequence length and number of sequences.
+    read_before: (domains,), the tokens that it had given before the first of these steps.
 
     >>> quotas = np.outer([20, 40, 60, 80, 100], [0.5, 0.3, 0.2])
     >>> assign_rows(quotas, seq_len=[10] * 5, rows=[2] * 5).tolist()
@@ -316,7 +350,7 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int]) -> np.n
     steps, num_domains = quotas.shape
     domains = range(num_domains)
     quota = quotas.T.tolist()  # quota[d][t]: plain lists are faster than arrays of 8 numbers
-    read = [0] * num_domains   # tokens
+    read = list(read_before or [0] * num_domains)  # tokens
     taken = []
 
     for t in range(steps):
@@ -353,483 +387,326 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int]) -> np.n
     return np.array(taken, dtype=np.int64).reshape(steps, num_domains)
 
 
-# ---- shards: tokens on disk
+# ---- the tape
 
-# A shard is a file of token ids: documents one after the other, each as BEGIN ... END. It is never
-# read whole: it is mapped into memory, and cut into sequences of T tokens wherever they fall, as
-# GPT-2's training text was. Sequence i is tokens i T to i T + T, one more than T, since the last
-# token's target is the first one of the next sequence.
+# A domain is a *tape*: its text, end to end, which training reads forward, each token once. What a
+# run has read of a domain is a number of tokens, whatever the lengths of its sequences were. Where
+# seq_len changes, the tape is cut anew from the place that was reached. Where the text ends, the
+# next epoch begins, with the pieces of text in another order. Say the lengths are 4, then 8:
+#
+#     tape        the_miller_s_lamp_burns_low_he_reads_until_dawn . . .
+#     seq_len 4   |--0-|--1-|--2-|--3-|--4-|
+#     seq_len 8                            |---0----|---1----|---2----|
+#
+# A sequence of T tokens takes one more from the tape, the target of its last token, which is also
+# the first token of the next sequence. It begins wherever it falls, as in GPT-2's training: in the
+# midst of a document, or with the end of one and the beginning of the next.
+#
+# Sequences that follow each other are often of the same document, and a step should read many. So
+# within each *window* of WINDOW_TOKENS the sequences are read in a random order. Here are windows
+# of three sequences; seq_len changes within the second window, which is cut short there:
+#
+#     places      0 1 2   3 4   0 1 2 ...
+#     sequences   2 0 1   4 3   1 2 0 ...
+#
+# The order follows from the seed and the window. So a batch is a pure function of (seed, step), on
+# any number of ranks, and all that a checkpoint has to say about the data is the step.
+#
+# Why not shuffle the whole domain? Then all of it would have to be there before the first step, 22
+# terabytes for the 12.7B config. A tape is needed a window ahead of the reader only, and is
+# prepared while training reads it (support/preparing.py). Larger scales are mixed as well: the
+# pieces of text come in a random order, and so do the documents in a piece.
 
-MAGIC = b"nnMotif\0"
-VERSION = 1
-HEADER = struct.Struct("<"     # 88 bytes, little-endian, before the ids:
-                       "8s"    # MAGIC
-                       "I"     # VERSION
-                       "I"     # bytes per id, 2 or 4
-                       "Q"     # number of tokens
-                       "32s"   # SHA-256 of the ids
-                       "32s")  # the tokenizer's fingerprint
-
-
-class ShardWriter:
-    """Writes a shard, which has a temporary name until close()."""
-
-    def __init__(self, path: Path, tokenizer: "Tokenizer"):
-        self.path = path
-        self.tokenizer = tokenizer.fingerprint()
-        self.dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
-        self.tokens = 0
-        self.checksum = hashlib.sha256()
-        self.file = open(f"{path}.tmp", "wb")
-        self.file.seek(HEADER.size)
-
-    def add(self, ids: list[int]) -> None:
-        data = np.array(ids, self.dtype).tobytes()
-        self.checksum.update(data)
-        self.file.write(data)
-        self.tokens += len(ids)
-
-    def close(self) -> int:
-        """Write the header and give the shard its name -> its number of tokens."""
-        self.file.seek(0)
-        self.file.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, self.tokens,
-                                    self.checksum.digest(), self.tokenizer))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        os.replace(f"{self.path}.tmp", self.path)
-        return self.tokens
+WINDOW_TOKENS = 2**20
+VAL_DOCUMENTS = 8
 
 
-class Shard:
-    """A shard on disk. Opening it checks its header and size, reading from it first its checksum:
-    a damaged file is a UserError that names it."""
+def random_order(n: int, *key) -> np.ndarray:
+    """(n,) int64: range(n) in an order that follows from the key, by sorting hashes of it. (NumPy's
+    generators may give another order in another version.)
 
-    def __init__(self, path: Path, tokenizer: bytes | None = None):
-        """tokenizer: the fingerprint that the shard must have."""
-        self.path = path
-        self.verified = False
-        try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                header = file.read(HEADER.size)
-        except OSError as e:
-            raise self._damage(one_line(e)) from None
+    >>> random_order(8, "window", 0).tolist()
+    [7, 2, 4, 1, 6, 0, 5, 3]
+    """
+    noise = hashlib.shake_128(repr(key).encode()).digest(8 * n)
+    return np.argsort(np.frombuffer(noise, "<u8"), kind="stable")
 
-        if len(header) < HEADER.size or not header.startswith(MAGIC):
-            raise self._damage("it is not a shard of this project")
-        _, version, itemsize, self.tokens, self.checksum, made_by = HEADER.unpack(header)
-        if version != VERSION or itemsize not in (2, 4):
-            raise self._damage(f"it has version {version}, not {VERSION}")
-        if tokenizer not in (None, made_by):
-            raise self._damage("it was made with another tokenizer")
-        whole = HEADER.size + itemsize * self.tokens
-        if size != whole:
-            raise self._damage(f"it is truncated: {size} bytes, not {whole}")
 
-        dtype = f"<u{itemsize}"
-        if self.tokens:
-            self.ids = np.memmap(path, dtype, "r", HEADER.size, shape=(self.tokens,))
-        else:
-            self.ids = np.empty(0, dtype)  # an empty file cannot be mapped
+kept_order = lru_cache(maxsize=64)(random_order)  # of the units and windows being read
 
-    def _damage(self, what: str) -> UserError:
-        return UserError(f"shard {self.path}: {what}; delete {self.path.parent} and prepare again")
 
-    def num_sequences(self, T: int) -> int:
-        return max(0, self.tokens - 1) // T
+class Tape:
+    """The pieces of a domain in the order in which a run reads them, as far as they are there."""
 
-    def read(self, i: int, T: int) -> np.ndarray:
-        """Sequence i: T + 1 ids."""
-        if not self.verified:
-            if hashlib.sha256(self.ids).digest() != self.checksum:
-                raise self._damage("it is corrupted: its checksum differs")
-            self.verified = True
-        return self.ids[i * T:i * T + T + 1]
+    def __init__(self, domain: Domain, seed: int):
+        self.domain = domain
+        self.seed = seed
+        self.pieces = []      # (unit, piece)
+        self.ends = []        # how long the tape is at the end of each
+        self.next_unit = 0    # the number on the tape of the unit that comes next,
+        self.next_piece = 0   # and its piece
+        self.epoch = math.inf  # tokens of an epoch, once its end is there
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return self.ends[-1] if self.ends else 0
+
+    def unit_at(self, k: int) -> int:
+        """The unit that is number k on the tape. Every epoch has all units, in its own order."""
+        units = self.domain.num_units
+        order = kept_order(units, self.seed, "units", self.domain.name, k // units)
+        return int(order[k % units])
+
+    def extend(self, end: int, start: int = 0) -> bool:
+        """Go on until the tape has `end` tokens -> whether it has. What comes before `start` will
+        not be read again, so its files may be gone."""
+        records = self.domain.records
+        while len(self) < end:
+            unit = self.unit_at(self.next_unit)
+            record = records.get((unit, self.next_piece))
+            if record is None:
+                return False
+            length = len(self) + record["tokens"]
+            if length > start and not self.domain.has(unit, self.next_piece):
+                return False
+
+            self.pieces.append((unit, self.next_piece))
+            self.ends.append(length)
+            self.next_piece += 1
+            if record["last"]:
+                self.next_piece = 0
+                self.next_unit += 1
+                if self.next_unit == self.domain.num_units:
+                    self._end_epoch()
+        return True
+
+    def _end_epoch(self) -> None:
+        """Take note of the length of the first epoch, which all have."""
+        self.epoch = len(self)
+        if self.epoch == 0:
+            raise UserError(f"domain {self.domain.name!r}: {self.domain.source} has fewer than two "
+                            "documents with text; one is held out for validation")
+
+    def units_to_come(self) -> Iterator[tuple[int, int]]:
+        """What comes after what is there: (unit, its first piece that is wanted), for ever."""
+        yield self.unit_at(self.next_unit), self.next_piece
+        for k in count(self.next_unit + 1):
+            yield self.unit_at(k), 0
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """(length,) ids from place `start` on."""
+        parts = []
+        k = bisect_right(self.ends, start)
+        while length > 0:
+            begin = self.ends[k - 1] if k > 0 else 0
+            n = min(length, self.ends[k] - start)
+            if n > 0:
+                parts.append(self.domain.read(*self.pieces[k], start - begin, n))
+            start += n
+            length -= n
+            k += 1
+        return np.concatenate(parts)
 
 
 # ---- batches
 
-# The sequences of a domain are read in a random order, another one in each epoch. A shuffled list
-# of them would have to be made and kept, and the 12.7B config reads a billion sequences. Instead
-# the order is *computed*: a keyed permutation says which sequence comes at place i. So a batch is a
-# function of (seed, step) on any number of ranks, and all that a checkpoint has to say about the
-# data is the step.
-
-
-def hash_key(*what) -> bytes:
-    """48 bytes that depend on `what`: six round keys of a permutation."""
-    return hashlib.blake2b(repr(what).encode(), digest_size=48).digest()
-
-
-def feistel_permutation(i: np.ndarray, n: int, key: bytes) -> np.ndarray:
-    """A keyed pseudo-random permutation of range(n), evaluated at places i without storing it.
-
-    >>> feistel_permutation(np.arange(8), 8, hash_key("epoch 0")).tolist()
-    [6, 3, 2, 5, 0, 1, 4, 7]
-    >>> feistel_permutation(np.array([3]), 10**9, hash_key("epoch 1")).tolist()
-    [192577323]
-
-    This is a Feistel network, which ciphers are built from. Split the bits of a number into halves
-    (left, right), then six times: (left, right) -> (right, left xor f(right)). A round can be
-    undone whatever f is, so the network permutes the numbers of that many bits. Here f mixes
-    `right` with the round's key as SplitMix64 does. Where the result is not below n, the network is
-    applied again ("cycle walking"), and so permutes range(n). There are at most 4 n numbers of that
-    many bits, so a place takes at most 4 turns on average.
-    """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    round_keys = np.frombuffer(key, "<u8")
-    out = i.astype(np.uint64)
-    outside = np.ones(len(i), dtype=bool)
-    while outside.any():
-        left = out[outside] >> half
-        right = out[outside] & mask
-        for round_key in round_keys:
-            x = (right + round_key) * np.uint64(0xBF58476D1CE4E5B9)  # modulo 2^64
-            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            mixed = (x >> np.uint64(31)) & mask
-            left, right = right, left ^ mixed
-        out[outside] = (left << half) | right
-        outside = out >= n
-    return out.astype(np.int64)
-
-
-class Sequences:
-    """The sequences of T tokens in a list of shards, one shard's after the other's."""
-
-    def __init__(self, shards: list[Shard], T: int):
-        self.shards = shards
-        self.T = T
-        self.ends = np.cumsum([shard.num_sequences(T) for shard in shards])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        """(T + 1,) ids."""
-        k = int(self.ends.searchsorted(i, side="right"))
-        before = int(self.ends[k - 1]) if k > 0 else 0
-        return self.shards[k].read(i - before, self.T)
-
 
 class TokenDataset:
-    """The batches of a curriculum, read from prepared shards (stores: domain -> its shards)."""
+    """The batches of a curriculum, read from tapes.
 
-    def __init__(self, curriculum: Curriculum, stores: dict[str, "DomainShards"], seed: int):
+    domains     name -> its Domain
+    preparer    makes the pieces that are not there; None: another process does
+    keep_read   how many pieces of each domain are kept behind the run; None: all
+    """
+
+    def __init__(self, curriculum: Curriculum, domains: dict[str, Domain], seed: int,
+                 preparer: Preparer | None = None, keep_read: int | None = None):
         self.curriculum = curriculum
+        self.domains = domains
         self.seed = seed
-        self.train = {}
-        self.val = {}
-        for name, need in curriculum.need().items():
-            self.train[name] = stores[name].shards("train", need)
-            self.val[name] = stores[name].shards("val", need)
-        self._sequences = {}  # (part, domain, T) -> Sequences
+        self.preparer = preparer
+        self.keep_read = keep_read
+        self.deleted = dict.fromkeys(domains, 0)    # so many pieces of each tape
+        self.tapes = {name: Tape(domain, seed) for name, domain in domains.items()}
 
-        # The end of a shard that does not fill a sequence is never read.
-        T = max(curriculum.seq_len)
-        for name, shards in self.train.items():
-            there = sum(shard.tokens for shard in shards)
-            filled = T * len(self.sequences("train", name, T))
-            if 2 * filled < there:
-                raise UserError(f"domain {name!r}: of {there:,d} tokens in {len(shards)} shards "
-                                f"only {filled:,d} fill sequences of {T}; lower seq_len or give it "
-                                "longer text")
-
-    def sequences(self, part: str, name: str, T: int) -> Sequences:
-        """The sequences of T tokens of a domain. part: "train" or "val"."""
-        key = (part, name, T)
-        if key not in self._sequences:
-            shards = self.train[name] if part == "train" else self.val[name]
-            self._sequences[key] = Sequences(shards, T)
-        return self._sequences[key]
+        self.positions = dict.fromkeys(domains, 0)  # where the window begins that is being read
+        workers = preparer.limit if preparer else 1
+        self.ahead = {}  # how far ahead to prepare: a piece for each process it can keep busy
+        for d, name in enumerate(curriculum.names):
+            share = curriculum.shares[:, d].max()
+            self.ahead[name] = PIECE_TOKENS * math.ceil(workers * share)
 
     def fingerprint(self) -> str:
-        """16 hex digits of a hash of all training shards that the run may read."""
-        checksums = [shard.checksum for shards in self.train.values() for shard in shards]
-        return hashlib.sha256(b"".join(checksums)).hexdigest()[:16]
+        """16 hex digits of a hash of the first piece of each domain."""
+        checksums = []
+        for domain in self.domains.values():
+            self._wait_for_held_out(domain, 0)
+            checksums.append(domain.records[0, 0]["sha256"])
+        return hashlib.sha256("".join(checksums).encode()).hexdigest()[:16]
 
     def num_targets(self, step: int) -> int:
         """Targets in the step's global batch."""
         return self.curriculum.rows[step] * self.curriculum.seq_len[step]
 
     def rows(self, step: int) -> list[tuple[str, int]]:
-        """(domain, sequence) of each row of the step's global batch.
-
-        Place p of a domain is place p % n of its epoch p // n, where n is how many sequences it
-        has. Each epoch has a permutation of its own, so that it reads each sequence once. The rows
-        of the batch are then shuffled, so that every rank gets a mixture of the domains."""
-        T = self.curriculum.seq_len[step]
+        """(domain, where on its tape it begins) of each row of the step's global batch. The rows
+        are shuffled, so that every rank gets a mixture of the domains."""
+        c = self.curriculum
+        phase = c.phase_of(step)
         rows = []
-        for d, name in enumerate(self.curriculum.names):
-            n = len(self.sequences("train", name, T))
-            places = np.arange(self.curriculum.first[step, d], self.curriculum.last[step, d])
-            epochs = places // n
-            for epoch in sorted(set(epochs.tolist())):
-                key = hash_key(self.seed, name, T, epoch)
-                for i in feistel_permutation(places[epochs == epoch] - epoch * n, n, key):
-                    rows.append((name, i))
+        for d, name in enumerate(c.names):
+            for place in range(c.first[step, d], c.end[step, d]):
+                first, end = self.window(phase, d, place)
+                order = kept_order(end - first, self.seed, name, int(phase.start[d]), first)
+                sequence = first + int(order[place - first])
+                rows.append((name, int(phase.start[d]) + sequence * phase.T))
+        return [rows[i] for i in random_order(len(rows), self.seed, "rows", step)]
 
-        key = hash_key(self.seed, "order", step)
-        order = feistel_permutation(np.arange(len(rows)), len(rows), key)
-        return [rows[i] for i in order]
+    def window(self, phase: Phase, d: int, place: int) -> tuple[int, int]:
+        """The window around a place of a phase -> its first sequence, and the one after its last.
+
+        Say windows have 3 sequences, the phase has 8, and an epoch of the tape ends within
+        sequence 4, counted from 0. The windows are then 0 to 2, 3 to 4, 5 to 7."""
+        T = phase.T
+        start = int(phase.start[d])
+        size = max(1, WINDOW_TOKENS // T)
+        epoch = self.tapes[self.curriculum.names[d]].epoch
+        begin, end = 0, math.inf
+        if epoch < math.inf:
+            # The sequences that begin in this epoch of the tape.
+            number = (start + place * T) // epoch
+            begin = max(0, ceil_div(number * epoch - start, T))
+            end = ceil_div(number * epoch + epoch - start, T)
+        if phase.count is not None:
+            end = min(end, int(phase.count[d]))
+        first = begin + (place - begin) // size * size
+        return first, min(first + size, end)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """Rows rank, rank + world, rank + 2 world, ... of the step's global batch -> (rows, T + 1)
-        int64: inputs are [:, :-1], targets [:, 1:]."""
+        int64: inputs are [:, :-1], targets [:, 1:]. Waits until what it reads is prepared."""
+        self.wait_for(step)
         T = self.curriculum.seq_len[step]
         rows = self.rows(step)[rank::world]
         out = np.empty((len(rows), T + 1), dtype=np.int64)
-        for b, (name, i) in enumerate(rows):
-            out[b] = self.sequences("train", name, T)[i]
+        for b, (name, start) in enumerate(rows):
+            out[b] = self.tapes[name].read(start, T + 1)
         return out
 
     def validation(self, name: str, tokens: int, T: int) -> np.ndarray:
-        """About `tokens` held-out tokens of a domain -> (rows, T + 1) int64. The rows are spread
-        evenly over what is held out, as files often begin with prefaces."""
-        held_out = self.sequences("val", name, T)
-        there = len(held_out)
-        n = min(there, max(1, tokens // T))
-        if n == 0:
-            raise UserError(f"domain {name!r} holds out no sequence of {T} tokens (one document in "
-                            f"{VAL_EVERY} is held out); lower seq_len or give it more documents")
-        rows = [held_out[i * there // n] for i in range(n)]
-        return np.stack(rows).astype(np.int64)
-
-
-# ---- preparing: sources -> shards
-
-# prepare() gives units to processes until every domain has the tokens that the run needs. It can be
-# interrupted at any time: the shards of a unit are written under temporary names and get their
-# names when they are complete, the training shard last. The next call counts the units that it
-# finds and prepares the others.
-#
-# A run reads units 0, 1, ..., up to the first one with which it has the tokens that it needs. So
-# its data follows from its config alone, however many units are prepared, by whatever machines.
-
-VAL_EVERY = 50  # one document in so many is held out for validation
-
-
-class DomainShards:
-    """The shards of one domain: a folder, data_dir/<domain>-<key>, with
-
-        train-00000.bin, val-00000.bin, train-00001.bin, ...    a pair for each unit
-        manifest.json      the training tokens of units 0, 1, ... and whether those are all units
-
-    The key is a hash of what decides the shards' content, such as the source and the tokenizer. So
-    a run with another source or tokenizer never finds these shards.
-    """
-
-    def __init__(self, domain: str, source: str, tokenizer: Tokenizer, data_dir: str):
-        self.domain = domain
-        self.source = source
-        self.tokenizer = tokenizer.fingerprint()
-        what = [source, self.tokenizer.hex(), VAL_EVERY, sources.UNIT_BYTES, PROBLEMS_PER_UNIT]
-        place = source.partition("?")[0]
-        if place.startswith("builtin:"):
-            what.append(sys.version)  # another Python's library has other text
-        elif place.endswith(READABLE):
-            for path in local_files(place):
-                stat = path.stat()
-                what.append((str(path), stat.st_size, stat.st_mtime_ns))
-        key = hashlib.sha256(repr(what).encode()).hexdigest()[:10]
-        self.folder = Path(data_dir) / f"{domain}-{key}"
-
-        self.manifest = self.folder / "manifest.json"
-        self.tokens = []  # of units 0, 1, ...
-        self.complete = False
-        if self.manifest.exists():
-            try:
-                state = json.loads(self.manifest.read_text())
-                self.tokens = list(state["tokens"])
-                self.complete = bool(state["whole"])
-            except (OSError, ValueError, LookupError, TypeError) as e:
-                raise UserError(f"{self.manifest} is damaged: {one_line(e)}; delete it and prepare "
-                                "again: the shards are kept") from None
-
-    def path(self, part: str, unit: int) -> Path:
-        """part: "train" or "val"."""
-        return self.folder / f"{part}-{unit:05d}.bin"
-
-    def has(self, need: int) -> bool:
-        """Whether the units in the manifest have `need` tokens, or are all units of the source."""
-        return self.complete or sum(self.tokens) >= need
-
-    def shards(self, part: str, need: int) -> list[Shard]:
-        """The shards of the first units that have `need` training tokens together."""
-        found = []
-        tokens = 0
-        for unit, unit_tokens in enumerate(self.tokens):
-            if tokens >= need and found:
+        """About `tokens` held-out tokens of a domain -> (rows, T + 1) int64. They are of at least
+        VAL_DOCUMENTS documents, if there are so many, over which the rows are spread evenly."""
+        domain = self.domains[name]
+        rows = max(1, tokens // T)
+        held_out = np.empty(0, dtype=np.int64)
+        documents = 0
+        for unit in range(min(VAL_UNITS, domain.num_units)):
+            if len(held_out) > rows * T and documents >= VAL_DOCUMENTS:
                 break
-            found.append(Shard(self.path(part, unit), self.tokenizer))
-            tokens += unit_tokens
-        return found
+            self._wait_for_held_out(domain, unit)
+            held_out = np.concatenate([held_out, domain.read_held_out(unit)])
+            documents += domain.records[unit, 0]["held_out_documents"]
 
-    # The methods below are for prepare().
+        there = (len(held_out) - 1) // T
+        if there < 1:
+            raise UserError(f"domain {name!r} holds out {len(held_out)} tokens, which is no "
+                            f"sequence of {T}; lower seq_len or give it more documents")
+        rows = min(rows, there)
+        starts = [i * there // rows * T for i in range(rows)]
+        return np.stack([held_out[start:start + T + 1] for start in starts])
 
-    def begin(self, need: int, part: tuple[int, int]) -> None:
-        """List the units to prepare for `need` tokens. part (i, n): only units i, i + n, i + 2 n,
-        ..., as machine i of n."""
-        self.units = source_units(self.source)
-        self.goal = need / part[1]
-        self.queue = list(range(part[0], len(self.units), part[1]))[::-1]  # the next one last
-        self.running = set()
-        self.tokens_done = 0
-        self.scan_done()
+    # Waiting for what is prepared meanwhile.
 
-    def scan_done(self) -> None:
-        """Take finished units off the queue and count their tokens, up to the first unit that is
-        not finished. Those after it do not count yet, as a run reads units without a gap."""
-        while self.queue and self.path("train", self.queue[-1]).exists():
-            shard = Shard(self.path("train", self.queue.pop()), self.tokenizer)
-            self.tokens_done += shard.tokens
-
-    def wants_more(self) -> bool:
-        return bool(self.queue) and self.tokens_done < self.goal
-
-    def start_next(self) -> int:
-        """Take the next unit off the queue -> its number."""
-        unit = self.queue.pop()
-        self.running.add(unit)
-        self.scan_done()
-        return unit
-
-    def unit_done(self, unit: int, tokens: int) -> None:
-        self.running.remove(unit)
-        self.tokens_done += tokens
-
-    def clear(self) -> None:
-        """Remove the files of units that were started and did not finish, and the folder if it is
-        empty then."""
-        for unit in self.running:
-            for part in ("train", "val"):
-                Path(f"{self.path(part, unit)}.tmp").unlink(missing_ok=True)
-            if not self.path("train", unit).exists():
-                self.path("val", unit).unlink(missing_ok=True)
-        with suppress(OSError):
-            self.folder.rmdir()
-
-    def finish(self) -> None:
-        """Write the manifest of the units from 0 on, up to the first one that is not there."""
-        for unit in range(len(self.tokens), len(self.units)):
-            if not self.path("train", unit).exists():
-                break
-            self.tokens.append(Shard(self.path("train", unit), self.tokenizer).tokens)
-        self.complete = len(self.tokens) == len(self.units)
-
-        if sum(self.tokens) == 0:
-            shutil.rmtree(self.folder)
-            raise UserError(f"domain {self.domain!r}: {self.source} has fewer than two documents "
-                            "with text; one is held out for validation")
-
-        state = {"source": self.source, "tokens": self.tokens, "whole": self.complete}
-        with open(f"{self.manifest}.tmp", "w") as file:
-            file.write(json.dumps(state) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{self.manifest}.tmp", self.manifest)
-
-
-def prepare(domains: dict, tokenizer_name: str, data_dir: str, need: dict[str, int],
-            part: tuple[int, int] = (0, 1), workers: int | None = None) -> dict[str, DomainShards]:
-    """Prepare what is missing of need[name] tokens of each domain -> {name: its DomainShards}.
-
-    domains: name -> [source, ...].
-    part (i, n): this machine is number i of n that share data_dir, and prepares every n-th unit.
-    When all have ended, one more call without part writes the manifests.
-    workers: number of processes; None: one for each core."""
-    tokenizer = load_tokenizer(tokenizer_name)
-    stores = {}
-    for name, domain in domains.items():
-        stores[name] = DomainShards(name, domain[0], tokenizer, data_dir)
-    todo = [store for name, store in stores.items() if not store.has(need[name])]
-    if not todo:
-        return stores
-
-    workers = workers or os.cpu_count()
-    names = ", ".join(store.domain for store in todo)
-    print(f"preparing {names} in {data_dir}/ on {workers} processes", flush=True)
-    begun = time.time()
-    for store in todo:
-        store.begin(need[store.domain], part)
-    try:
-        for store in todo:
-            store.folder.mkdir(parents=True, exist_ok=True)
-        prepare_units(todo, tokenizer_name, workers)
-        if part[1] == 1:
-            for store in todo:
-                store.finish()
-    except OSError as e:
-        raise UserError(f"{data_dir} cannot be written: {one_line(e)}; free some space or choose "
-                        "another --data_dir") from None
-    except BrokenProcessPool:
-        raise UserError("a process that prepared data was killed, perhaps for lack of memory; "
-                        "try --workers=1") from None
-    finally:
-        for store in todo:
-            store.clear()
-    done = sum(store.tokens_done for store in todo)
-    print(f"prepared {done:,d} tokens in {time.time() - begun:.0f} s")
-    return stores
-
-
-def prepare_units(todo: list[DomainShards], tokenizer_name: str, workers: int) -> None:
-    """Keep `workers` processes busy with units until every domain has its tokens."""
-    running = {}  # future -> (store, unit)
-    with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
+    def wait_for(self, step: int) -> None:
+        """Wait until what a step reads is there, and ask for what comes after it."""
+        begun = time.monotonic()
         while True:
-            while len(running) < workers:
-                store = furthest_behind(todo)
-                if store is None:
-                    break
-                unit = store.start_next()
-                future = pool.submit(tokenize_unit, tokenizer_name, store.units[unit], unit,
-                                     store.path("train", unit), store.path("val", unit))
-                running[future] = (store, unit)
-            if not running:
+            self._request(step)
+            missing = [name for d, name in enumerate(self.curriculum.names)
+                       if not self._reaches(step, d, name)]
+            if not missing:
                 break
+            begun = self._wait(missing[0], begun)
+        if self.preparer and self.keep_read is not None:
+            self._delete_read()
 
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                tokens = future.result()
-                store, unit = running.pop(future)
-                store.unit_done(unit, tokens)
-            if sys.stderr.isatty():
-                done = sum(store.tokens_done for store in todo)
-                print(f"\r  {done:,d} tokens", end="\r", file=sys.stderr, flush=True)
+    def _reaches(self, step: int, d: int, name: str) -> bool:
+        """Go on with a tape as far as a step reads it -> whether it goes so far. Once the end of an
+        epoch is there, the windows end at it, and the step may need less."""
+        tape = self.tapes[name]
+        epoch = None
+        while epoch != tape.epoch:
+            epoch = tape.epoch
+            self.positions[name], end = self.windows_of(step, d)
+            reaches = tape.extend(end, self.positions[name])
+        return reaches
+
+    def windows_of(self, step: int, d: int) -> tuple[int, int]:
+        """Where the windows that a step reads of a domain begin and end on its tape. The end
+        includes one token more, the last one's target."""
+        phase = self.curriculum.phase_of(step)
+        start = int(phase.start[d])
+        end_place = int(self.curriculum.end[step, d])
+        if end_place == 0:
+            return start, start
+        first, _ = self.window(phase, d, min(int(self.curriculum.first[step, d]), end_place - 1))
+        _, end = self.window(phase, d, end_place - 1)
+        return start + first * phase.T, start + end * phase.T + 1
+
+    def _request(self, step: int) -> None:
+        """Have prepared what a step needs; then, as far as processes are free, a piece more for
+        each of them, but nothing beyond the window in which the run ends."""
+        if not self.preparer:
+            return
+        self.preparer.collect()
+        for ahead in (False, True):
+            for d, name in enumerate(self.curriculum.names):
+                _, end = self.windows_of(step, d)
+                if ahead:
+                    _, run_end = self.windows_of(self.curriculum.steps - 1, d)
+                    end = min(run_end, end + self.ahead[name])
+                tape = self.tapes[name]
+                tape.extend(end, self.positions[name])
+                self.preparer.request(self.domains[name], end - len(tape), tape.units_to_come())
+
+    def _wait(self, name: str, begun: float) -> float:
+        """Wait a little for a domain. Say so after ten seconds, and every ten seconds."""
+        if self.preparer:
+            self.preparer.collect(seconds=0.2)
+        else:
+            time.sleep(0.2)
+        for domain in self.domains.values():
+            domain.refresh()
+        if time.monotonic() - begun < 10 or not self.preparer:
+            return begun
+        tokens = sum(self.domains[name].unit_tokens.values())
+        print(f"waiting for text of {name}, of which {tokens:,d} tokens are prepared", flush=True)
+        return time.monotonic()
+
+    def _wait_for_held_out(self, domain: Domain, unit: int) -> None:
+        """Wait for the first piece of a unit, and what is held out of it."""
+        if domain.has_held_out(unit):
+            return
+        if (unit, 0) in domain.records:
+            domain.forget(unit, 0)  # somebody has deleted the file
+        begun = time.monotonic()
+        while not domain.has_held_out(unit):
+            if self.preparer:
+                self.preparer.request(domain, 1, [(unit, 0)])
+            begun = self._wait(domain.name, begun)
+        if self.preparer:
+            self.preparer.release(domain)
+
+    def _delete_read(self) -> None:
+        """Delete the pieces that lie further behind than keep_read."""
+        for name, tape in self.tapes.items():
+            read = bisect_right(tape.ends, self.positions[name])
+            to_come = set(tape.pieces[read:])  # the next epoch has the same pieces
+            for k in range(self.deleted[name], read - self.keep_read):
+                if tape.pieces[k] not in to_come:
+                    self.domains[name].path(*tape.pieces[k]).unlink(missing_ok=True)
+                self.deleted[name] = k + 1
 
 
-def furthest_behind(todo: list[DomainShards]) -> DomainShards | None:
-    """The domain to prepare a unit of: of those that want more, one with the fewest units running,
-    and among these the one with the smallest part of its goal done."""
-    candidates = [store for store in todo if store.wants_more()]
-    if not candidates:
-        return None
-    return min(candidates, key=lambda store: (len(store.running), store.tokens_done / store.goal))
-
-
-def start_worker() -> None:
-    """Set up a process of the pool: it leaves Ctrl-C to its parent, and ends when its parent has
-    ended, even if that was killed."""
-    def watch_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=watch_parent, daemon=True).start()
-
-
-def tokenize_unit(tokenizer_name: str, unit: partial, number: int, train: Path, val: Path) -> int:
-    """Write the two shards of a unit -> its number of training tokens. One document in VAL_EVERY is
-    held out. The count begins at the unit's number, so that units of a few documents do not all
-    hold out their first one."""
-    tokenizer = load_tokenizer(tokenizer_name)
-    held_out = ShardWriter(val, tokenizer)
-    kept = ShardWriter(train, tokenizer)
-    for i, text in enumerate(filter(str.strip, unit())):
-        writer = held_out if (number + i) % VAL_EVERY == 0 else kept
-        writer.add(encode_document(tokenizer, text))
-
-    # The training shard last: a unit counts as finished once that is there.
-    held_out.close()
-    return kept.close()
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

@@ -41,13 +41,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 import configurator
-import data
 import sft
 from configurator import Count, NonNegative, Size, UserError, one_line
 from model import Decoder, KVCache, Motif
-from pretrain import (COMPUTE_DTYPE, checkpoint_steps, compute_precision, latest_checkpoint,
-                      pick_device, read_state)
+from pretrain import COMPUTE_DTYPE, compute_precision, pick_device
+from support.preparing import is_held_out
 from support.ranks import RANK, WORLD, all_gather_object, broadcast_object, run_main
+from support.run_folder import checkpoint_steps, latest_checkpoint, read_state
 from support.scores import (format_table, load_previous, save_results, scores_by_metric,
                             summarize)
 from support.sources import source_units
@@ -675,19 +675,20 @@ def select_tasks(c: Config) -> dict[str, Task]:
 
 def read_texts(source: str, limit: int | None) -> list[str]:
     """The first documents of a source of text (support/sources.py). Builtin sources are what the
-    quick start trains on. Of each unit of these, the first document that data.py holds out counts,
-    and of that the beginning."""
-    if source.startswith("builtin:"):
-        texts = []
-        for number, unit in enumerate(source_units(source)[:BUILTIN_DOCS]):
-            for i, text in enumerate(filter(str.strip, unit()), start=number):
-                if i % data.VAL_EVERY == 0:
-                    texts.append(text[:BUILTIN_DOC_CHARS])
-                    break
-        return texts[:limit]
+    quick start trains on. Of each unit of these, the first document that training holds out
+    counts, and of that the beginning."""
+    units = source_units(source)
+    if not source.startswith("builtin:"):
+        documents = chain.from_iterable(unit() for unit in units)
+        return list(islice(filter(str.strip, documents), limit))
 
-    documents = chain.from_iterable(unit() for unit in source_units(source))
-    return list(islice(filter(str.strip, documents), limit))
+    texts = []
+    for unit in units[:BUILTIN_DOCS]:
+        for text in filter(str.strip, unit()):
+            if is_held_out(text):
+                texts.append(text[:BUILTIN_DOC_CHARS])
+                break
+    return texts[:limit]
 
 
 # ---- the run: samples and results

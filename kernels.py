@@ -26,7 +26,6 @@ import functools
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -123,9 +122,10 @@ def custom_op(fake: Callable, mutates_args: tuple[str, ...] = ()) -> Callable:
 #     tl.sum(z), tl.dot(a, b, c)   the sum of a block; a @ b + c on the tensor cores
 #
 # Names in capitals that are marked tl.constexpr are known when the kernel is compiled: an `if` on
-# one of them costs nothing, and each combination of them is a kernel of its own. At the launch,
-# num_warps says how many warps (of 32 threads) share a program, and num_stages how many steps
-# ahead a loop loads. A @jit function that a kernel calls is inlined into it.
+# one of them costs nothing, and each combination of them is a kernel of its own. An argument that is
+# None is known as well. At the launch, num_warps says how many warps (of 32 threads) share a
+# program, and num_stages how many steps ahead a loop loads. A @jit function that a kernel calls is
+# inlined into it.
 #
 # The simplest kernel here multiplies a tensor by a number, in place. Program p takes the elements
 # p * BLOCK_SIZE to (p + 1) * BLOCK_SIZE - 1. Offsets are int64 where a tensor may have over 2^31
@@ -142,11 +142,7 @@ def scale_kernel(x_ptr, factor_ptr, n, BLOCK_SIZE: tl.constexpr):
         tl.store(x_ptr + offsets, (x * factor).to(x_ptr.dtype.element_ty), mask=mask)
 
 
-def fake_scale_(x, factor):
-    return None
-
-
-@custom_op(fake_scale_, mutates_args=("x",))
+@custom_op(lambda x, factor: None, mutates_args=("x",))
 def scale_(x: Tensor, factor: Tensor) -> None:
     """x *= factor, for a contiguous x and a factor that is a scalar on x's device."""
     if not use_triton(x):
@@ -156,29 +152,26 @@ def scale_(x: Tensor, factor: Tensor) -> None:
         scale_kernel[grid](x, factor, x.numel(), BLOCK_SIZE=8192, num_warps=8)
 
 
-# ---- PolyNorm (arXiv 2411.03884): model.poly_norm(x) * up
+# ---- PolyNorm: model.poly_norm(x) * up
 #
-# The activation of Motif-2's MLP, for a row x of n numbers (12.7B: n = F = 16,384):
+# The activation of Motif-2's MLP, for a row x of n numbers (12.7B: n = F = 16,384). A subscript is
+# the power of x that a number goes with. The weight tensor holds (w3, w2, w1), the cubic first.
 #
-#     y = w1 r1 x + w2 r2 x^2 + w3 r3 x^3 + b,      r_p = 1 / sqrt(mean(x^2p) + eps)
+#     r_p = 1 / sqrt(mean((x^p)^2) + eps)           normalises x^p: r3 comes from the mean of x^6
+#     y   = b + x (w1 r1 + x (w2 r2 + x w3 r3))
 #
-# The weight tensor holds (w3, w2, w1) in this order, the cubic first. Here a subscript is always
-# the power of x that it goes with.
+# model.py derives the gradient (r_p is s_m there). For g = dL/dy it is computed here as
 #
-# Its gradient in closed form. Let g = dL/dy. An x_j acts on y_j directly, and on every y_i of the
-# row through the r_p, since d r_p / d x_j = -p r_p^3 x_j^(2p-1) / n. The sum of both is
+#     s_p  = r_p sum(g x^p)                         dw_p sums s_p over all rows, and db sums g
+#     k_p  = p w_p r_p^2 s_p / n
+#     dx   = g (w1 r1 + x (2 w2 r2 + x 3 w3 r3)) - x (k1 + x^2 (k2 + x^2 k3))
 #
-#     dx_j = sum over p of  w_p p r_p x_j^(p-1) (g_j - r_p^2 x_j^p mean(g x^p))
-#
-# That is the whole derivation. With s_p = r_p sum(g x^p) and k_p = p w_p r_p^2 s_p / n it reads
-#
-#     dx = g (w1 r1 + x (2 w2 r2 + x 3 w3 r3)) - x (k1 + x^2 (k2 + x^2 k3))
-#     dw_p = sum of s_p over all rows,     db = sum of g over all rows
+# k_p has the r_p^3 of the derivative of r_p: one r_p is in s_p, two come on top. They stay apart
+# because gates of large models reach |x| = 3e5, where r3^3 = 5e-50 is 0 in fp32. Polynomials are
+# evaluated from the inside (Horner's rule), so that x^5 is never formed either.
 #
 # Why by hand: autograd would keep a dozen tensors as large as x for the backward pass. In this form
-# x, up and three numbers per row are enough, and y is computed again. And polynomials are evaluated
-# by Horner's rule, c0 + x (c1 + x (c2 + ...)), which never forms x^5: at |x| = 3e5, where gates of
-# large models do get, powers of that size would cost digits.
+# x, up and r1, r2, r3 of each row are enough, and y is computed again.
 
 def poly_norm_forward_plain(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor,
                             eps: float) -> tuple[Tensor, Tensor]:
@@ -282,6 +275,7 @@ def poly_norm_forward_kernel(x_ptr, up_ptr, weight_ptr, bias_ptr, out_ptr, inv_r
     mask = i < n
     x = tl.load(x_ptr + row * x_row_stride + i, mask=mask, other=0).to(tl.float32)
 
+    # r_p normalises x^p, so it needs the mean of x^(2p).
     x2 = x * x
     r1 = tl.rsqrt(tl.sum(x2) / n + eps)
     r2 = tl.rsqrt(tl.sum(x2 * x2) / n + eps)
@@ -342,7 +336,8 @@ def poly_norm_backward_kernel(d_out_ptr, x_ptr, up_ptr, weight_ptr, bias_ptr, in
     k1 = c1 * r1 * s1 / n
     k2 = 2 * c2 * r2 * s2 / n
     k3 = 3 * c3 * r3 * s3 / n
-    # The second pass: dx = g (c1 + x (2 c2 + x 3 c3)) - x (k1 + x^2 (k2 + x^2 k3)).
+
+    # The second pass.
     for start in range(0, n, BLOCK_SIZE):
         i = start + tl.arange(0, BLOCK_SIZE)
         x = load_row(x_ptr, row * x_row_stride, i, n, "evict_first").to(tl.float32)
@@ -362,17 +357,18 @@ def poly_norm_backward_kernel(d_out_ptr, x_ptr, up_ptr, weight_ptr, bias_ptr, in
     tl.store(sums_ptr + 3 * num_rows + row, tl.sum(g0))
 
 
-def fake_poly_norm_forward(x, up, weight, bias, eps):
-    return x.new_empty(x.shape), empty_per_row(x, 3)
+def empty_poly_norm_outputs(x, up, weight, bias, eps):
+    """out (rows, n), and inv_rms (rows, 3) in fp32. x.shape[0] and not len(x): with len(),
+    torch.compile would compile again for every number of rows."""
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], 3, dtype=torch.float32)
 
 
-@custom_op(fake_poly_norm_forward)
+@custom_op(empty_poly_norm_outputs)
 def poly_norm_forward(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor,
                       eps: float) -> tuple[Tensor, Tensor]:
     """poly_norm_forward_plain by a kernel."""
     num_rows, n = x.shape
-    out = x.new_empty(x.shape)
-    inv_rms = empty_per_row(x, 3)
+    out, inv_rms = empty_poly_norm_outputs(x, up, weight, bias, eps)
     if num_rows > 0:
         block_size = triton.next_power_of_2(n)
         up_row_stride = 0 if up is None else up.stride(0)
@@ -404,12 +400,6 @@ def poly_norm_backward(d_out: Tensor, x: Tensor, up: Tensor | None, weight: Tens
             up_row_stride, GATED=up is not None, BLOCK_SIZE=block_size,
             num_warps=max(block_size // 512, 4))
     return dx, d_up, sums.sum(1)
-
-
-def empty_per_row(x: Tensor, count: int) -> Tensor:
-    """Uninitialised fp32 tensor (rows of x, count). x.shape[0] and not len(x): with len(),
-    torch.compile would compile again for every number of rows."""
-    return x.new_empty(x.shape[0], count, dtype=torch.float32)
 
 
 def contiguous_last_dim(t: Tensor) -> Tensor:
@@ -480,11 +470,12 @@ def differential_norm_forward_kernel(signal_ptr, noise_ptr, lambda_ptr, weight_p
     offsets = (g * r + h) * width + i
 
     weight = tl.load(weight_ptr + i, mask=i < width, other=0).to(tl.float32)
-    z = tl.load(signal_ptr + offsets, mask=noise_mask & (h < r), other=0).to(tl.float32)
+    mask = noise_mask & (h < r)
+    z = tl.load(signal_ptr + offsets, mask=mask, other=0).to(tl.float32)
     noise = tl.load(noise_ptr + g * width + i, mask=noise_mask, other=0).to(tl.float32)
     z -= tl.load(lambda_ptr).to(tl.float32) * noise
     z *= tl.rsqrt(tl.sum(z * z, 2, keep_dims=True) / width + eps) * weight
-    tl.store(out_ptr + offsets, z.to(out_ptr.dtype.element_ty), mask=noise_mask & (h < r))
+    tl.store(out_ptr + offsets, z.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -506,19 +497,19 @@ def differential_norm_backward_kernel(dy_ptr, signal_ptr, noise_ptr, lambda_ptr,
     for start in range(first_group, num_groups, tl.num_programs(0) * GROUPS):
         g = start + tl.arange(0, GROUPS)[:, None, None]
         noise_mask = (g < num_groups) & (i < width)
+        mask = noise_mask & (h < r)
         offsets = (g * r + h) * width + i
         noise = tl.load(noise_ptr + g * width + i, mask=noise_mask, other=0).to(tl.float32)
-        signal = tl.load(signal_ptr + offsets, mask=noise_mask & (h < r), other=0).to(tl.float32)
+        signal = tl.load(signal_ptr + offsets, mask=mask, other=0).to(tl.float32)
         z = signal - lambda_ * noise
-        dy = tl.load(dy_ptr + offsets, mask=noise_mask & (h < r), other=0).to(tl.float32)
+        dy = tl.load(dy_ptr + offsets, mask=mask, other=0).to(tl.float32)
 
         inv_rms = tl.rsqrt(tl.sum(z * z, 2, keep_dims=True) / width + eps)
         normed = z * inv_rms
         d_weight += tl.sum(dy * normed, 1, keep_dims=True)
         d_normed = dy * weight
         dz = inv_rms * (d_normed - normed * (tl.sum(d_normed * normed, 2, keep_dims=True) / width))
-        tl.store(d_signal_ptr + offsets, dz.to(d_signal_ptr.dtype.element_ty),
-                 mask=noise_mask & (h < r))
+        tl.store(d_signal_ptr + offsets, dz.to(d_signal_ptr.dtype.element_ty), mask=mask)
 
         # Lanes r to R hold no head and must not count.
         dz = tl.sum(tl.where(h < r, dz, 0.0), 1, keep_dims=True)
@@ -531,11 +522,7 @@ def differential_norm_backward_kernel(dy_ptr, signal_ptr, noise_ptr, lambda_ptr,
     tl.store(sums_ptr + width, tl.sum(d_lambda, 0, keep_dims=True), mask=i < width)
 
 
-def fake_differential_norm_forward(signal, noise, lambda_, weight, eps):
-    return torch.empty_like(signal)
-
-
-@custom_op(fake_differential_norm_forward)
+@custom_op(lambda signal, *others: torch.empty_like(signal))
 def differential_norm_forward(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Tensor,
                               eps: float) -> Tensor:
     """All inputs contiguous; see fused_differential_norm."""
@@ -644,6 +631,7 @@ def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, scale_ptr, V, GRAD
 
     # logsumexp in one pass: each lane keeps its largest logit so far, and the sum of exp(logit -
     # largest), which shrinks when a larger one comes. One reduction at the end joins the lanes.
+    # A lane that no logit has reached yet starts at -1e30 and not at -inf: (-inf) - (-inf) is NaN.
     lane_max = tl.full((BLOCK_SIZE,), -1e30, tl.float32)
     lane_sum = tl.zeros((BLOCK_SIZE,), tl.float32)
     for start in range(0, V, BLOCK_SIZE):
@@ -664,6 +652,7 @@ def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, scale_ptr, V, GRAD
             i = start + tl.arange(0, BLOCK_SIZE)
             p = tl.exp(tl.load(logits_ptr + i, mask=i < V, other=0).to(tl.float32) - lse)
             dlogits = (p - tl.where(i == target, 1.0, 0.0)) * factor
+            # factor is 0 for an ignored token, but 0 * NaN is NaN, where its logits are NaN.
             dlogits = tl.where(is_real, dlogits, 0.0)
             tl.store(logits_ptr + i, dlogits.to(logits_ptr.dtype.element_ty), mask=i < V)
 
@@ -693,20 +682,20 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor | None,
     return losses
 
 
-def fake_linear_cross_entropy_forward(x, weight, targets, scale, needs_dx, needs_dw):
+def empty_loss_outputs(x, weight, targets, scale, needs_dx, needs_dw):
+    total = upcast(x.new_empty(()))
     dx = torch.empty_like(x if needs_dx else x[:0])
     dw = torch.empty_like(weight if needs_dw else weight[:0])
-    return upcast(x.new_empty(())), dx, dw
+    return total, dx, dw
 
 
-@custom_op(fake_linear_cross_entropy_forward)
+@custom_op(empty_loss_outputs)
 def linear_cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor,
                                  needs_dx: bool, needs_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
     """-> the sum of the losses, unscaled, and the scaled gradients (no rows if not needed)."""
     num_rows = x.shape[0]
-    total = upcast(x.new_zeros(()))
-    dx = torch.empty_like(x if needs_dx else x[:0])
-    dw = torch.empty_like(weight if needs_dw else weight[:0])
+    total, dx, dw = empty_loss_outputs(x, weight, targets, scale, needs_dx, needs_dw)
+    total.zero_()
     if num_rows == 0:
         dw.zero_()
 
@@ -730,7 +719,10 @@ def linear_cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, sca
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """scale * (sum of the losses). Backward returns the gradients that forward has made."""
+    """scale * (sum of the losses). Backward returns the gradients that forward has made.
+
+    grad_enabled is torch.is_grad_enabled() of the caller: inside forward it is always False, and
+    needs_input_grad does not know of torch.no_grad()."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, scale, grad_enabled):
@@ -765,7 +757,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: 
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
-    scale = upcast(x.new_full((), scale, dtype=torch.promote_types(x.dtype, torch.float32)))
+    scale = x.new_full((), scale, dtype=torch.promote_types(x.dtype, torch.float32))
     if reduction == "mean":
         scale = scale / (targets >= 0).sum().clamp(min=1)
     return LinearCrossEntropy.apply(x, weight, targets.contiguous(), scale,
@@ -792,18 +784,30 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # that the value heads are twice as wide as the keys (2D), that signal and noise heads are computed
 # by one launch, and that it returns the largest logit of each head, which QK-clip wants.
 #
-# Who reads what. Query heads are numbered pair by pair, group by group, noise head last:
+# Who reads what. Query heads stand group after group, each group's noise head last. `group` counts
+# all groups of a sequence, and GP of them share one pair of key heads:
 #
-#     q head index h = (pair * GP + group) * (R + N) + i          12.7B: 8 pairs, GP = 1, R = 4, N = 1
+#     h     = group * (R + N) + i                                 12.7B: P = 8, GP = 1, R = 4, N = 1
+#     pair  = group // GP
 #     i < R    a signal head: reads key head 2 * pair             h = 0 .. 3 read key head 0
 #     i == R   the noise head: reads key head 2 * pair + 1        h = 4 reads key head 1
 #     both read value head `pair`, which is DV = 2D wide          h = 5 .. 8 read key head 2, ...
 #
-# GP is the number of groups that share a pair of key heads, R is r, and N is 1. For plain
-# grouped-query attention N is 0: then a "pair" is one key head, and a group is the R query heads
-# that read it. q, k and v are seen as matrices of B * T rows, q with H * D columns and so on. So the
-# data of sequence b begin at row b * T, and those of head h at column h * D. TMA copies blocks of
-# them: desc.load([row, column]).
+# So is_noise = i // R. R is r, and N is 1. For plain grouped-query attention N is 0: then a "pair"
+# is one key head, and a group is the R query heads that read it. The heads of one pair are
+# neighbours, and head_in_pair counts them: h = pair * GP * (R + N) + head_in_pair.
+#
+# q, k and v are seen as matrices of B * T rows, q with H * D columns and so on. So sequence b begins
+# at row b * T, and head h at column h * D. TMA copies blocks of them: desc.load([row, column]). The
+# last block of a sequence may have more than its T rows. What do its loads without a mask read?
+#
+#     behind the last sequence    zeros: TMA reads nothing outside a tensor.
+#     behind sequence b           rows of sequence b + 1. As keys they come after all queries of
+#                                 sequence b, so the causal mask takes them out. As queries their
+#                                 results are not stored, and in the backward pass their p is 0.
+#
+# KNOWN LIMITATION: p = 0 does not take out a NaN, as 0 * NaN is NaN. A NaN at the beginning of
+# sequence b + 1 reaches the outputs and gradients at the end of sequence b.
 #
 # One program computes BM query rows of one head. It walks over the keys, BN at a time. With the
 # largest logit of a row still unknown it keeps, as in FlashAttention, for each row
@@ -822,12 +826,8 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # log2(e) / sqrt(D), and exp2 is applied. Saved for the backward pass is only lse = m_i + log2(l_i)
 # of each row, from which p = exp2(q.k * qk_scale - lse) can be had again.
 #
-# Documents. Rows may be packed with several: a query then sees the keys doc_start[t], ..., t. Blocks
+# Documents. Rows may be packed with several: query t then sees the keys doc_start[t], ..., t. Blocks
 # of keys before the first row's document are skipped.
-#
-# KNOWN LIMITATION: a block at the end of sequence b sticks out into sequence b + 1. What it reads
-# there is multiplied by 0, and 0 * NaN is NaN: a NaN at the beginning of sequence b + 1 reaches the
-# outputs and gradients at the end of sequence b.
 
 @jit
 def attention_forward_sweep(Q, acc, m_i, l_i, k_desc, v_desc, seq_row, k_col, v_col, rows,
@@ -853,14 +853,14 @@ def attention_forward_sweep(Q, acc, m_i, l_i, k_desc, v_desc, seq_row, k_col, v_
 @jit
 def output_of_head(signal_ptr, noise_ptr, h, H, R: tl.constexpr, N: tl.constexpr):
     """The tensor that query head h writes, how many heads it has, and h's place among them."""
+    num_groups = H // (R + N)
     group = h // (R + N)
     i = h % (R + N)
-    num_heads = H // (R + N)
-    if i // R == 0:
-        out_ptr, num_heads, index = signal_ptr, num_heads * R, group * R + i
+    is_noise = i // R
+    if is_noise == 0:
+        return signal_ptr, num_groups * R, group * R + i
     else:
-        out_ptr, num_heads, index = noise_ptr, num_heads, group
-    return out_ptr, num_heads, index
+        return noise_ptr, num_groups, group
 
 
 @jit
@@ -892,23 +892,27 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 
     Q = q_desc.load([b * T + m0, h * D])
     acc = tl.zeros([BM, DV], tl.float32)
+    # Not -inf: a row may see no key of a block, and its logits there are -inf. Then m_new would be
+    # -inf too, and (-inf) - (-inf) is NaN. From -1e38, p = exp2(-inf) = 0 and alpha = 1.
     m_i = tl.full([BM], -1e38, tl.float32)
     l_i = tl.zeros([BM], tl.float32)
     doc_start = tl.zeros([BM], tl.int32)
     hi = tl.minimum(m0 + BM, T)
     if doc_start_ptr is None:
-        # Every row of this block sees all keys before m0: no mask is needed up to there.
-        lo = m0 // BN * BN
+        # Every row of this block sees all keys before m0, so whole blocks of them need no mask.
+        masked_lo = m0 // BN * BN
         acc, m_i, l_i = attention_forward_sweep(Q, acc, m_i, l_i, k_desc, v_desc, b * T, k_col,
-                                                v_col, rows, doc_start, 0, lo, qk_scale, False, BN)
+                                                v_col, rows, doc_start, 0, masked_lo, qk_scale,
+                                                False, BN)
     else:
         # Documents lie one after the other: none of the later rows looks further back than the first.
-        lo = tl.load(doc_start_ptr + b * T + m0) // BN * BN
+        masked_lo = tl.load(doc_start_ptr + b * T + m0) // BN * BN
         doc_start = tl.load(doc_start_ptr + b * T + rows, rows < T, 0)
     acc, m_i, l_i = attention_forward_sweep(Q, acc, m_i, l_i, k_desc, v_desc, b * T, k_col, v_col,
-                                            rows, doc_start, lo, hi, qk_scale, True, BN)
+                                            rows, doc_start, masked_lo, hi, qk_scale, True, BN)
 
-    # Rows beyond T get lse = inf, so that the backward pass finds p = exp2(... - inf) = 0 there.
+    # Rows beyond T get lse = inf, so that the backward pass finds p = exp2(... - inf) = 0 there. lse
+    # has room for them: each head has tl.num_programs(0) whole blocks.
     lse = tl.where(rows < T, m_i + tl.log2(l_i), float("inf"))
     tl.store(lse_ptr + tl.cast(bh, tl.int64) * (tl.num_programs(0) * BM) + rows, lse)
     tl.store(max_logit_ptr + bh * tl.num_programs(0) + block,
@@ -942,9 +946,14 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 # kernel writes dS to memory in bf16 and the second reads it: five products (six where dV has a pass
 # of its own), and no atomics.
 #
-# dS of one pair of key heads at T = 16,384 is 1.3 GiB, so only the pairs that fit DS_BYTES are done
-# at one time (at least one). Its lower triangle is cut into tiles of TILE x TILE. Tile (t, s) has the
-# queries of tile row t and the keys of tile column s <= t, and is number t (t + 1) / 2 + s of its head:
+# Pairs of key heads are numbered over the whole batch: a sequence has P of them, `pair` is a pair's
+# number within sequence b, and pair_in_batch = b * P + pair. dS of one pair at T = 16,384 is
+# 1.3 GiB, so only as many pairs as fit DS_BYTES are done at one time (at least one): those from
+# first_pair on. In the memory for dS these pairs, and their heads, count from 0: pair_in_ds and
+# head_in_ds.
+#
+# The lower triangle of dS is cut into tiles of TILE x TILE. Tile (t, s) has the queries of tile row
+# t and the keys of tile column s <= t, and is number t (t + 1) / 2 + s of its head:
 #
 #                     keys s = 0     1     2     3
 #     queries t = 0            0
@@ -975,27 +984,27 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 
 @jit
 def attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc, ds_desc, ds_row,
-                         seq_row, first_head, pair, n0, doc_end, lo, hi, T, qk_scale,
+                         tiles_per_head, seq_row, first_head, pair, n0, doc_end, lo, hi, qk_scale,
                          IS_NOISE: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr,
                          N: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                          BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
                          NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
     """What the query rows lo to hi add to dK and dV of the keys K (BN, D). One loop goes over all
     heads of the pair that are signal heads, or noise heads if IS_NOISE, and over their rows. The
-    products are transposed: P^T and dS^T are (BN, BM), keys by queries."""
+    products are transposed: P^T and dS^T are (BN, BM), keys by queries. seq_row is the sequence's
+    first row in q; first_head is the pair's first row in lse and delta, ds_row in ds."""
     heads_per_group: tl.constexpr = 1 if IS_NOISE else R
     num_blocks = (hi - lo + BM - 1) // BM
-    tile_rows = (T + TILE - 1) // TILE
-    tiles_per_head = tile_rows * (tile_rows + 1) // 2
     for step in range(0, GP * heads_per_group * num_blocks):
-        # a: the head's place among the pair's signal (or noise) heads; h: among all its heads.
-        a = step // num_blocks
+        # index_in_pair counts the pair's signal (or noise) heads, head_in_pair all its heads.
+        index_in_pair = step // num_blocks
         m0 = lo + step % num_blocks * BM
-        h = a // heads_per_group * (R + N) + IS_NOISE * R + a % heads_per_group
+        group_in_pair = index_in_pair // heads_per_group
+        head_in_pair = group_in_pair * (R + N) + IS_NOISE * R + index_in_pair % heads_per_group
         rows = m0 + tl.arange(0, BM)
-        Q = q_desc.load([seq_row + m0, (pair * (GP * (R + N)) + h) * D])
-        dO = d_out_desc.load([seq_row + m0, (pair * (GP * heads_per_group) + a) * DV])
-        lse = lse_desc.load([first_head + h, m0]).reshape(BM)
+        Q = q_desc.load([seq_row + m0, (pair * (GP * (R + N)) + head_in_pair) * D])
+        dO = d_out_desc.load([seq_row + m0, (pair * (GP * heads_per_group) + index_in_pair) * DV])
+        lse = lse_desc.load([first_head + head_in_pair, m0]).reshape(BM)
 
         p = tl.exp2(tl.dot(K, Q.T) * qk_scale - lse[None, :])
         if MASKED:
@@ -1006,10 +1015,10 @@ def attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
             dV = tl.dot(p.to(dO.dtype), dO, dV)
         if NEED_DK:
             dP = tl.dot(V, dO.T)
-            delta = delta_desc.load([first_head + h, m0]).reshape(1, BM)
+            delta = delta_desc.load([first_head + head_in_pair, m0]).reshape(1, BM)
             dS = (p * (dP - delta)).to(Q.dtype)
             t = m0 // TILE
-            tile = h * tiles_per_head + t * (t + 1) // 2 + n0 // TILE
+            tile = head_in_pair * tiles_per_head + t * (t + 1) // 2 + n0 // TILE
             ds_desc.store([ds_row + tile * TILE + n0 % TILE, m0 % TILE], dS)
             dK = tl.dot(dS, Q, dK)
     return dK, dV
@@ -1022,16 +1031,18 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
                           DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
                           NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
     """One program: BN keys of one pair: dK of its signal and its noise key head, dV, and their part
-    of dS. The grid is (blocks of keys, pairs); pairs of all sequences are counted in one row."""
+    of dS. The grid is (blocks of keys, pairs whose dS has room)."""
     pair_in_ds = tl.program_id(1)
-    b = (first_pair + pair_in_ds) // P
-    pair = (first_pair + pair_in_ds) % P
+    pair_in_batch = first_pair + pair_in_ds
+    b = pair_in_batch // P
+    pair = pair_in_batch % P
     n0 = tl.program_id(0) * BN
     n = tl.arange(0, BN)
     heads_per_pair: tl.constexpr = GP * (R + N)
     first_head = (b * P + pair) * heads_per_pair
     tile_rows = (T + TILE - 1) // TILE
-    ds_row = pair_in_ds * heads_per_pair * (tile_rows * (tile_rows + 1) // 2) * TILE
+    tiles_per_head = tile_rows * (tile_rows + 1) // 2
+    ds_row = pair_in_ds * heads_per_pair * tiles_per_head * TILE
 
     # Start at the tile's first row, although those queries may precede the keys: their dS is 0, but
     # it must be written, since attention_dq_kernel loads whole tiles.
@@ -1047,21 +1058,22 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
     V = v_desc.load([b * T + n0, pair * DV]) if NEED_DK else 0
     dV = tl.zeros([BN, DV], tl.float32) if NEED_DV else 0
     first_row = tl.cast(b * T + n0, tl.int64)
+    # The compiler unrolls this loop: the signal key head, then the noise key head.
     for IS_NOISE in tl.static_range(1 + N):
         key_head = pair * (1 + N) + IS_NOISE
         K = k_desc.load([b * T + n0, key_head * D])
         dK = tl.zeros([BN, D], tl.float32) if NEED_DK else 0
         d_out_desc = d_noise_desc if IS_NOISE else d_signal_desc
         dK, dV = attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
-                                      ds_desc, ds_row, b * T, first_head, pair, n0, doc_end, lo,
-                                      masked_hi, T, qk_scale, IS_NOISE, True, R, N, GP, D, DV, BM,
-                                      BN, TILE, NEED_DK, NEED_DV)
+                                      ds_desc, ds_row, tiles_per_head, b * T, first_head, pair, n0,
+                                      doc_end, lo, masked_hi, qk_scale, IS_NOISE, True, R, N, GP,
+                                      D, DV, BM, BN, TILE, NEED_DK, NEED_DV)
         if doc_end_ptr is None:
             # All later queries see all of these keys.
             dK, dV = attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
-                                          ds_desc, ds_row, b * T, first_head, pair, n0, doc_end,
-                                          masked_hi, T, T, qk_scale, IS_NOISE, False, R, N, GP, D,
-                                          DV, BM, BN, TILE, NEED_DK, NEED_DV)
+                                          ds_desc, ds_row, tiles_per_head, b * T, first_head, pair,
+                                          n0, doc_end, masked_hi, T, qk_scale, IS_NOISE, False, R,
+                                          N, GP, D, DV, BM, BN, TILE, NEED_DK, NEED_DV)
         if NEED_DK:
             first_vector = first_row * (P * (1 + N)) + key_head
             dk_ptrs = block_pointers(dk_ptr, first_vector, P * (1 + N), BN, D)
@@ -1082,12 +1094,15 @@ def attention_dq_kernel(ds_desc, k_desc, doc_start_ptr, dq_ptr, first_pair, T, P
     heads_per_pair: tl.constexpr = GP * (R + N)
     t = tl.num_programs(0) - 1 - tl.program_id(0)
     head_in_ds = tl.program_id(1)
-    b = (first_pair + head_in_ds // heads_per_pair) // P
-    pair = (first_pair + head_in_ds // heads_per_pair) % P
-    h = head_in_ds % heads_per_pair
-    k_col = (pair * (1 + N) + h % (R + N) // R) * D
+    pair_in_batch = first_pair + head_in_ds // heads_per_pair
+    b = pair_in_batch // P
+    pair = pair_in_batch % P
+    head_in_pair = head_in_ds % heads_per_pair
+    is_noise = head_in_pair % (R + N) // R
+    k_col = (pair * (1 + N) + is_noise) * D
     tile_rows = (T + TILE - 1) // TILE
-    ds_row = (head_in_ds * (tile_rows * (tile_rows + 1) // 2) + t * (t + 1) // 2) * TILE
+    tiles_per_head = tile_rows * (tile_rows + 1) // 2
+    ds_row = (head_in_ds * tiles_per_head + t * (t + 1) // 2) * TILE
 
     # With documents, start at the key block in which the document of this tile's first row begins;
     # attention_dkdv_kernel has written dS for it and for every later block.
@@ -1101,52 +1116,27 @@ def attention_dq_kernel(ds_desc, k_desc, doc_start_ptr, dq_ptr, first_pair, T, P
 
     rows = tl.arange(0, TILE)
     first_row = tl.cast(b * T + t * TILE, tl.int64)
-    first_vector = first_row * (P * heads_per_pair) + pair * heads_per_pair + h
+    first_vector = first_row * (P * heads_per_pair) + pair * heads_per_pair + head_in_pair
     dq_ptrs = block_pointers(dq_ptr, first_vector, P * heads_per_pair, TILE, D)
     dQ = (dQ * sm_scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptrs, dQ, (t * TILE + rows < T)[:, None])
 
 
-@dataclass
 class AttentionShape:
-    """Sizes of one call. DV is the width of a value head; R, N and GP are explained above."""
-    B: int
-    T: int
-    H: int
-    D: int
-    P: int
-    DV: int
-    G: int
-    R: int
-    N: int
-    GP: int
+    """Sizes of one call. DV is the width of a value head, P the number of pairs of key heads, and
+    R, N and GP are explained above. Without noise heads each key head is a pair with one group."""
 
-    @classmethod
-    def of(cls, q: Tensor, v: Tensor, num_noise_heads: int) -> "AttentionShape":
-        B, T, H, D = q.shape
-        P, DV = v.shape[2:]
-        N = 1 if num_noise_heads else 0
-        G = num_noise_heads or P
-        return cls(B, T, H, D, P, DV, G, R=H // G - N, N=N, GP=G // P)
-
-    @property
-    def heads(self) -> dict[str, int]:
-        """The constants that every attention kernel takes."""
-        return {"R": self.R, "N": self.N, "GP": self.GP}
-
-    @property
-    def tile_rows(self) -> int:
-        return -(-self.T // TILE)
-
-    @property
-    def sm_scale(self) -> float:
-        """What logits are multiplied by."""
-        return self.D**-0.5
-
-    @property
-    def qk_scale(self) -> float:
-        """The same for logits in base 2."""
-        return self.D**-0.5 / math.log(2)
+    def __init__(self, q: Tensor, v: Tensor, num_noise_heads: int):
+        self.B, self.T, self.H, self.D = q.shape
+        self.P, self.DV = v.shape[2:]
+        self.N = 1 if num_noise_heads else 0
+        self.G = num_noise_heads or self.P
+        self.R = self.H // self.G - self.N
+        self.GP = self.G // self.P
+        self.heads = {"R": self.R, "N": self.N, "GP": self.GP}
+        self.tile_rows = -(-self.T // TILE)
+        self.sm_scale = self.D**-0.5                  # what logits are multiplied by
+        self.qk_scale = self.sm_scale / math.log(2)   # the same for logits in base 2
 
 
 def flatten_batch_for_tma(x: Tensor) -> Tensor:
@@ -1167,7 +1157,7 @@ def tma(x: Tensor, *block: int):
 
 def empty_attention_outputs(q, k, v, doc_start, num_noise_heads):
     """signal, noise, lse (B * H, T rounded up to whole tiles) and the largest logits (H,)."""
-    s = AttentionShape.of(q, v, num_noise_heads)
+    s = AttentionShape(q, v, num_noise_heads)
     signal = q.new_empty(s.B, s.T, s.G, s.R, s.DV)
     noise = q.new_empty(s.B, s.T, s.G, s.N, s.DV)
     lse = q.new_empty(s.B * s.H, s.tile_rows * TILE, dtype=torch.float32)
@@ -1179,7 +1169,7 @@ def empty_attention_outputs(q, k, v, doc_start, num_noise_heads):
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
                       num_noise_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> signal, noise, lse in base 2, the largest logit of each head (H,)."""
-    s = AttentionShape.of(q, v, num_noise_heads)
+    s = AttentionShape(q, v, num_noise_heads)
     signal, noise, lse, _ = empty_attention_outputs(q, k, v, doc_start, num_noise_heads)
     max_logit = q.new_empty(s.B, s.H, s.tile_rows, dtype=torch.float32)   # of each block of rows
     BN, num_stages = (128, 2) if s.DV > s.D else (64, 3)
@@ -1198,17 +1188,16 @@ DV_PASS = dict(BM=64, BN=128, NEED_DK=False, NEED_DV=True, num_warps=8, num_stag
 DK_PASS = dict(BM=64, BN=128, NEED_DK=True, NEED_DV=False, num_warps=8, num_stages=2)
 
 
-def fake_attention_backward(d_signal, d_noise, q, k, v, doc_start, num_noise_heads, signal, noise,
-                            lse):
+def empty_attention_gradients(d_signal, d_noise, q, k, v, *others):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-@custom_op(fake_attention_backward)
+@custom_op(empty_attention_gradients)
 def attention_backward(d_signal: Tensor, d_noise: Tensor, q: Tensor, k: Tensor, v: Tensor,
                        doc_start: Tensor | None, num_noise_heads: int, signal: Tensor,
                        noise: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq, dk, dv."""
-    s = AttentionShape.of(q, v, num_noise_heads)
+    s = AttentionShape(q, v, num_noise_heads)
     d_signal = d_signal.contiguous()
     d_noise = d_noise.contiguous()
     delta = torch.empty_like(lse)
@@ -1216,9 +1205,7 @@ def attention_backward(d_signal: Tensor, d_noise: Tensor, q: Tensor, k: Tensor, 
         signal, noise, d_signal, d_noise, delta, s.T, s.H, R=s.R, N=s.N, DV=s.DV, BM=16,
         num_warps=4)
 
-    dq = q.new_empty(q.shape)
-    dk = k.new_empty(k.shape)
-    dv = v.new_empty(v.shape)
+    dq, dk, dv = empty_attention_gradients(d_signal, d_noise, q, k, v)
     q = flatten_batch_for_tma(q)
     k = flatten_batch_for_tma(k)
     v = flatten_batch_for_tma(v)
@@ -1317,47 +1304,49 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
 # and to write each one twice, the second time transposed. BLAS calls this syrk. That is half of the
 # FLOPs: for a 4096 x 16384 matrix 0.27 instead of 0.55 TFLOP a product.
 #
-# lower_tile tells a program which tile is its own. Row by row would be the natural numbering, t =
-# i (i + 1) / 2 + j. But the programs that run at one time should share rows of X and Y, which then
-# come from the L2 cache. So the tile rows are taken in bands of eight, and a band is walked column by
-# column; its last columns, which form a triangle, row by row. lower_tile_numbers draws it.
+# lower_tile tells a program which tile is its own. Row by row would be the natural numbering: row i
+# begins at t = i (i + 1) / 2. But the programs that run at one time should share rows of X and Y,
+# which then come from the L2 cache. So the tile rows are taken in bands of eight, and a band is
+# walked column by column; its last columns, which form a triangle, row by row. With bands of two:
+#
+#     0
+#     1  2            the first band, a triangle only
+#     3  5  7
+#     4  6  8  9      the second band: 3 to 6 go down the columns, 7 to 9 are the triangle
+#
+# At the edges a tile may stick out of a matrix: TMA reads zeros there, and writes nothing.
 
-def lower_tile_numbers(num_rows: int, band: int = 8) -> list[list[int]]:
-    """The number of each tile of the lower triangle, as lower_tile has them, row by row.
+def lower_tiles(num_rows: int, band: int = 8) -> list[tuple[int, int]]:
+    """Plain form of lower_tile: row and column of each tile, in the order of their numbers.
 
-    With bands of two rows, 3 to 6 walk column by column and 7 to 9 are the triangle at the end:
-
-    >>> for row in lower_tile_numbers(num_rows=4, band=2):
-    ...     print(row)
-    [0]
-    [1, 2]
-    [3, 5, 7]
-    [4, 6, 8, 9]
+    >>> lower_tiles(num_rows=4, band=2)
+    [(0, 0), (1, 0), (1, 1), (2, 0), (3, 0), (2, 1), (3, 1), (2, 2), (3, 2), (3, 3)]
     """
-    numbers = [[] for _ in range(num_rows)]
-    t = 0
+    tiles = []
     for top in range(0, num_rows, band):
         rows = range(top, min(top + band, num_rows))
-        for _ in range(top):              # the columns before the triangle
-            for i in rows:
-                numbers[i].append(t)
-                t += 1
-        for i in rows:                    # the triangle
-            for _ in range(top, i + 1):
-                numbers[i].append(t)
-                t += 1
-    return numbers
+        tiles += [(i, j) for j in range(top) for i in rows]             # before the triangle
+        tiles += [(i, j) for i in rows for j in range(top, i + 1)]      # the triangle
+    return tiles
 
 
 @jit
 def lower_tile(t, num_rows):
-    """Row and column of tile number t: the inverse of lower_tile_numbers, with bands of eight.
+    """Row and column of tile number t, with bands of eight.
 
-    Solving t = i (i + 1) / 2 gives i = (sqrt(8 t + 1) - 1) / 2, rounded down. With 5 in place of 1
-    the result is the same for whole numbers, and a square root that is rounded down does no harm.
+    Row by row, tile t would be in row i = (sqrt(8 t + 1) - 1) / 2, rounded down. (With 5 in place
+    of 1 it is the same, and a square root that comes out a little too small does no harm.) Row i is
+    in the right band, since a band has the same numbers in either order. Two tiles of the picture
+    above, which has bands of two; everything is counted from 0:
+
+        t = 5    i = 2: the band of rows 2 and 3. It begins at number 2 * 3 / 2 = 3, so t is its
+                 number 2. Each of its 2 columns before the triangle has 2 tiles, so 2 is the top
+                 tile of column 1: row 2, column 1.
+        t = 9    i = 3: the same band, its number 6. The triangle begins after 2 * 2 = 4 tiles, so t
+                 is number 2 in it, which is row 1 and column 1 there: row 3, column 3.
     """
     i = ((tl.sqrt(8.0 * t + 5.0) - 1.0) * 0.5).to(tl.int32)
-    top = i // 8 * 8
+    top = i // 8 * 8                      # first row of the band
     height = min(num_rows - top, 8)
     t -= top * (top + 1) // 2             # the number within the band
     v = t - top * height                  # the number within the triangle; < 0: left of it
@@ -1454,7 +1443,8 @@ def can_use_symmetric_matmul(X: Tensor, *others: Tensor) -> bool:
 
 
 def fits_tma(t: Tensor) -> bool:
-    """TMA needs one contiguous dimension, and all other steps, and the start, at 16 bytes."""
+    """Whether TMA can read matrices (E, rows, columns): rows or columns must be contiguous, and the
+    address, the other strides and, for the result's rows, the sizes be multiples of 16 bytes."""
     steps = [size * t.dtype.itemsize for size in (*t.shape[1:], *t.stride()) if size != 1]
     aligned = all(step % 16 == 0 for step in steps) and t.data_ptr() % 16 == 0
     return aligned and 1 in t.stride()[1:]
@@ -1469,18 +1459,21 @@ def fits_tma(t: Tensor) -> bool:
 #
 #     s = max|x| / 448,      q = round(x / s) in FP8,      x is about s q
 #
-# One scale for a whole tensor would let one outlier push everything else towards 0. So each row
-# has a scale of its own. This works as long as a row is what the product sums over, since then the
-# scales can be pulled out of the sum: sum over k of (s_i q_ik)(t_j p_jk) = s_i t_j sum of q_ik p_jk.
-# Training a linear layer takes three products, and each sums over another dimension:
+# One scale for a whole tensor would let one outlier push everything else towards 0. So there is a
+# scale for each index of the axis that the product keeps, shared by all numbers along the axis that
+# it sums over. Then the scales can be pulled out of the sum: sum over k of (s_i q_ik)(t_j p_jk) =
+# s_i t_j sum of q_ik p_jk. Training a linear layer of K inputs and N outputs on M tokens, x (M, K),
+# W (N, K), dy (M, N), takes three products, and each sums over another axis:
 #
-#     y  = x W^T         sums over inputs:   x scaled by token,    W by output
-#     dx = dy W          sums over outputs:  dy scaled by token,   W by input
-#     dW = dy^T x        sums over tokens:   dy scaled by output,  x by input
+#                     sums over    scales of the first factor     of the second
+#     y  = x W^T      inputs       x:  one per token  (M,)        W: one per output (N,)
+#     dx = dy W       outputs      dy: one per token  (M,)        W: one per input  (K,)
+#     dW = dy^T x     tokens       dy: one per output (N,)        x: one per input  (K,)
 #
-# Each of x, W and dy is used twice, in two directions, so it is quantised twice: q of the rows of x,
-# and qt of the rows of x^T. For 12.7B and 8,192 tokens, x of a down_proj is (8192, 16384), W (4096,
-# 16384). What is saved for the backward pass are the transposes in FP8, half of the bf16 bytes.
+# Each of x, W and dy is scaled along both of its axes, so it is quantised twice: q with a scale for
+# each row of x, and qt with a scale for each row of x^T. For 12.7B and 8,192 tokens, x of a
+# down_proj is (8192, 16384), W (4096, 16384). What is saved for the backward pass are the
+# transposes in FP8, half of the bf16 bytes.
 #
 # Gradients are in E4M3 as well. E5M2 has more range, which they do not need with a scale per row,
 # and half the precision. Sums are in fp32 (use_fast_accum=False): the fast accumulation of Hopper
@@ -1528,6 +1521,7 @@ def load_scale(absmax_ptr, mask):
     absmax = tl.load(absmax_ptr, mask=mask, other=0).to(tl.float32, bitcast=True)
     # 1e-30 is TINY. A NaN is not below it and stays.
     s = tl.where(absmax < 1e-30, 1e-30, absmax) * (1 / 448)
+    # Rounded as PyTorch rounds it, so that q has the bits of quantize_rows.
     return s, tl.div_rn(tl.full(s.shape, 1, tl.float32), s)
 
 
@@ -1596,7 +1590,7 @@ def scaled_mm(a: Tensor, sa: Tensor, b: Tensor, sb: Tensor) -> Tensor:
 
 
 class LinearFP8(torch.autograd.Function):
-    """See linear_fp8."""
+    """See linear_fp8; grad_enabled as in LinearCrossEntropy."""
 
     @staticmethod
     def forward(ctx, x, weight, grad_enabled):

@@ -40,16 +40,14 @@ One row of 4,096 tokens on its way through the 12.7B model, whose residual strea
     x = x + down_proj(polynorm(gate) * up)     (1, 4096, 4096)         ... and so on, 40 blocks
     logits = lm_head(norm(x))                  (1, 4096, 219520)       B, T, V
 
-The same model written with loops over single heads and tokens, in float64, is tests/reference.py:
-read it where a formula here seems too terse.
+tests/reference.py is the same model in loops over single heads and tokens, in float64: read it
+where a formula here seems too terse.
 """
-import copy
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
@@ -57,9 +55,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from configurator import UserError
+from configurator import NonNegative, UserError, check_value
 from kernels import upcast
-from support.weights import (iter_checkpoint, model_folder, read_json, save_tensors,
+from support.generation import Decoder, KVCache, LayerCache
+from support.released_config import read_released_config, released_config
+from support.weights import (check_finite, iter_checkpoint, model_folder, read_json, save_tensors,
                              write_json)
 
 # ---- normalisation and positions
@@ -67,7 +67,8 @@ from support.weights import (iter_checkpoint, model_folder, read_json, save_tens
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension, in fp32."""
-    return F.rms_norm(upcast(x), x.shape[-1:], upcast(weight), eps).to(x.dtype)
+    y = F.rms_norm(upcast(x), x.shape[-1:], upcast(weight), eps)
+    return y.to(x.dtype)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -76,7 +77,8 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     positions (B, T) -> two tensors (B, T, 1, D/2) in fp32, which fit any number of heads.
     """
     i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angle = positions[:, :, None, None].float() * theta ** (-i / head_dim)
+    frequency = theta ** (-i / head_dim)                                 # (D/2,)
+    angle = positions[:, :, None, None].float() * frequency              # (B, T, 1, D/2)
     return angle.cos(), angle.sin()
 
 
@@ -92,9 +94,10 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     >>> rope(torch.tensor([1.0, 0.0]).view(1, 1, 1, 2), cos, sin).flatten()
     tensor([0.5403, 0.8415])
     """
-    a, b = upcast(x).chunk(2, dim=-1)
-    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-    return turned.to(x.dtype)
+    a, b = upcast(x).chunk(2, dim=-1)                                    # (B, T, heads, D/2)
+    turned_a = a * cos - b * sin
+    turned_b = b * cos + a * sin
+    return torch.cat([turned_a, turned_b], dim=-1).to(x.dtype)
 
 
 # ---- PolyNorm: a polynomial as activation (PolyCom, arXiv 2411.03884)
@@ -107,20 +110,14 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 #     y = w3 n(x^3) + w2 n(x^2) + w1 n(x) + b        n(z) = z / rms(z)
 #
 # It costs four scalars a layer, stored as weight = (w3, w2, w1) and bias = b, and three means over
-# the features. If it is fused, as in kernels.py, it moves no more memory than SiLU.
-#
-# kernels.py computes the gradient in closed form. With s_m = 1 / rms(x^m) for the powers m = 1, 2,
-# 3, the derivative d s_m / d x_j is -s_m^3 m x_j^(2m-1) / F. So, with e = dL/dy,
-#
-#     dL/dx_j = sum over m of  w_m m s_m x_j^(m-1) (e_j - s_m^2 x_j^m mean(e x^m))
+# the features. Fused, as in kernels.py, it moves no more memory than SiLU.
 
 
 def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
-    """weight[0] n(x^3) + weight[1] n(x^2) + weight[2] n(x) + bias, each n with root mean square 1.
+    """x (..., F), weight (3,), bias (1,) -> (..., F), computed in fp32.
 
-    x (..., F), weight (3,), bias (1,) -> (..., F), computed in fp32. The powers of
-    x = (1, -2, 0.5, -0.25) have root mean squares 4.03 (cube), 2.07 and 1.15, so its first feature
-    becomes 0.4 / 4.03 + 0.3 / 2.07 + 0.3 / 1.15 + 0.05 = 0.555:
+    The powers of x = (1, -2, 0.5, -0.25) have root mean squares 4.03 (cube), 2.07 and 1.15, so its
+    first feature becomes 0.4 / 4.03 + 0.3 / 2.07 + 0.3 / 1.15 + 0.05 = 0.555:
 
     >>> x = torch.tensor([1.0, -2.0, 0.5, -0.25])
     >>> poly_norm(x, torch.tensor([0.4, 0.3, 0.3]), torch.tensor([0.05]))
@@ -136,7 +133,8 @@ def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Ten
 
 
 def divide_by_rms(z: Tensor, eps: float) -> Tensor:
-    return z / (z.square().mean(-1, keepdim=True) + eps).sqrt()
+    mean_square = z.square().mean(-1, keepdim=True)
+    return z / (mean_square + eps).sqrt()
 
 
 # ---- attention: which tokens a query may see
@@ -156,8 +154,10 @@ def document_starts(doc_ids: Tensor) -> Tensor:
     [[0, 1, 0, 1, 2]]
     """
     column = torch.arange(doc_ids.shape[1], device=doc_ids.device)
-    begins = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
-    return (column * begins).cummax(dim=1).values.int()
+    differs = doc_ids[:, 1:] != doc_ids[:, :-1]                          # from the token before
+    begins = F.pad(differs, (1, 0), value=True)                          # (B, T)
+    latest = (column * begins).cummax(dim=1).values
+    return latest.int()
 
 
 def visibility_mask(T: int, S: int, doc_start: Tensor | None, query_slots: Tensor | None,
@@ -167,13 +167,14 @@ def visibility_mask(T: int, S: int, doc_start: Tensor | None, query_slots: Tenso
     A query sees the keys doc_start to query_slots, both (B, T) and both inclusive. Without
     query_slots the T queries are the last T of the S keys."""
     key = torch.arange(S, device=like.device)
-    own = key[S - T:] if query_slots is None else query_slots
-    masked = key > own[..., None]
+    last = key[S - T:] if query_slots is None else query_slots
+    masked = key > last[..., None]
     if doc_start is not None:
         masked = masked | (key < doc_start[..., None])
     if masked.ndim == 3:                        # (B, T, S): rows differ
         masked = masked[:, None, None]
-    return torch.zeros_like(masked, dtype=like.dtype).masked_fill_(masked, -torch.inf)
+    zeros = torch.zeros_like(masked, dtype=like.dtype)
+    return zeros.masked_fill_(masked, -torch.inf)
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None,
@@ -193,14 +194,18 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None 
     S = k.shape[1]
 
     # The h query heads of a key head become rows of one matrix product.
-    q = (q * D**-0.5).permute(0, 2, 3, 1, 4).flatten(2, 3)              # (B, K, hT, D)
-    logits = upcast(q @ k.permute(0, 2, 3, 1)).unflatten(2, (h, T))     # (B, K, h, T, S)
-    logits = logits.add_(visibility_mask(T, S, doc_start, query_slots, like=logits))
+    q = (q * D**-0.5).permute(0, 2, 3, 1, 4)                            # (B, K, h, T, D)
+    q = q.flatten(2, 3)                                                 # (B, K, hT, D)
+    logits = upcast(q @ k.permute(0, 2, 3, 1))                          # (B, K, hT, S)
+    logits = logits.unflatten(2, (h, T))                                # (B, K, h, T, S)
+    mask = visibility_mask(T, S, doc_start, query_slots, like=logits)
+    logits = logits.add_(mask)
     max_logits = logits.detach().amax(dim=(0, 3, 4))                    # (K, h)
 
     weights = logits.softmax(-1).to(v.dtype).flatten(2, 3)              # (B, K, hT, S)
-    out = (weights @ v.transpose(1, 2)).unflatten(2, (h, T))            # (B, K, h, T, Dv)
-    return out.permute(0, 3, 1, 2, 4), max_logits
+    out = weights @ v.transpose(1, 2)                                   # (B, K, hT, Dv)
+    out = out.unflatten(2, (h, T)).permute(0, 3, 1, 2, 4)               # (B, T, K, h, Dv)
+    return out, max_logits
 
 
 # ---- grouped differential attention (arXiv 2510.06949), the idea of Motif-2's attention
@@ -214,18 +219,16 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None 
 #     signal map  (0.50, 0.25, 0.25)
 #     noise map   (0.00, 0.50, 0.50)       lambda = 0.5:  signal - lambda noise = (0.50, 0, 0)
 #
-# The Differential Transformer gives every head a noise map of its own, so half of the query heads
-# carry noise. But the noise is much the same for all of them. So here r signal heads form a group
-# with one noise head (section 3 of 2510.06949; r = 4 in the 12.7B model), and for signal head
-# c = 1 .. r of a group
+# There, every head has a noise map of its own, so half of the query heads carry noise, which is
+# much the same for all of them. Here r signal heads form a group with one noise head (section 3 of
+# 2510.06949; r = 4 in the 12.7B model), and for signal head c = 1 .. r of a group
 #
 #     out_c = (softmax(q_c k1^T / sqrt D) - lambda softmax(q_noise k2^T / sqrt D)) v
 #     y_c   = (1 - lambda_init) RMSNorm(out_c)                          each head by itself
 #
-# where lambda_init is the value at which the layer's lambda starts.
-#
-# Keys come in pairs, k1 for signal and k2 for noise. A pair's two value heads lie side by side
-# and both maps read them as one, 2D wide. One group, g = 0 .. 7 in 12.7B, where P = G:
+# where lambda_init is the value at which the layer's lambda starts. Keys come in pairs, k1 for
+# signal and k2 for noise. A pair's two value heads lie side by side and both maps read them as one,
+# 2D wide. One group, g = 0 .. 7 in 12.7B, where P = G:
 #
 #     query heads     5g      5g+1    5g+2    5g+3         5g+4
 #                     signal  signal  signal  signal       noise
@@ -242,16 +245,15 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None 
 # lists who reads which key. Two special cases: r = 1 is the Differential Transformer, and
 # num_noise_heads = 0 switches to plain grouped-query attention, to compare with.
 #
-# The cost against plain grouped-query attention with the same 32 signal heads: 40 query heads (with
-# r = 1 they would be 64), values of 256 numbers and not 128 for o_proj, so 71.3M parameters in a
-# layer's attention and not 50.3M. The KV cache is the same.
+# Beside grouped-query attention with the same 32 signal heads it costs 8 more query heads and, for
+# values of 256 numbers, an o_proj twice as wide: 71.3M parameters in a layer's attention and not
+# 50.3M. The KV cache is the same.
 
 
 def grouped_differential_attention(
         q: Tensor, k: Tensor, v: Tensor, num_noise_heads: int, doc_start: Tensor | None = None,
         query_slots: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The first half of the formula: softmax times values for both maps, not yet subtracted.
-    differential_norm, below, is the second half.
 
     q (B, T, H, D)          group after group: r signal heads, then the noise head
     k (B, S, 2P, D)         pair after pair: signal key, noise key
@@ -273,8 +275,10 @@ def grouped_differential_attention(
     P = k.shape[2] // 2
     r = H // G - 1
 
-    q_signal, q_noise = q.unflatten(2, (G, r + 1)).split([r, 1], dim=3)  # (B, T, G, r or 1, D)
-    k_signal, k_noise = k.unflatten(2, (P, 2)).unbind(dim=3)             # (B, S, P, D)
+    q = q.unflatten(2, (G, r + 1))                                       # (B, T, G, r + 1, D)
+    k = k.unflatten(2, (P, 2))                                           # (B, S, P, 2, D)
+    q_signal, q_noise = q.split([r, 1], dim=3)                           # (B, T, G, r or 1, D)
+    k_signal, k_noise = k.unbind(dim=3)                                  # (B, S, P, D)
 
     # The G / P groups of a pair stand next to each other, so that cutting the heads, group after
     # group, into P equal parts puts all h that read one key head together: (B, T, P, h, D).
@@ -286,20 +290,23 @@ def grouped_differential_attention(
     # The order of the heads is still group after group: (P, h) becomes (G, r) and (G, 1).
     signal = signal.reshape(B, T, G, r, 2 * D)
     noise = noise.reshape(B, T, G, 1, 2 * D)
-    max_logits = torch.cat([signal_max.view(G, r), noise_max.view(G, 1)], dim=1)
+    signal_max = signal_max.view(G, r)
+    noise_max = noise_max.view(G, 1)
+    max_logits = torch.cat([signal_max, noise_max], dim=1)               # (G, r + 1)
     return signal, noise, max_logits.flatten()
 
 
 def differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Tensor,
                       scale: Tensor | float, eps: float) -> Tensor:
-    """scale * RMSNorm(signal - lambda noise), each head by itself, in fp32.
+    """The second half: scale * RMSNorm(signal - lambda noise), each head by itself, in fp32.
 
     signal (B, T, G, r, 2D), noise (B, T, G, 1, 2D), lambda_ a scalar, weight (2D,), the same for
     all heads -> (B, T, G r 2D), what o_proj reads. The norm gives every head the same scale:
     without it, a head whose maps nearly cancel would contribute next to nothing."""
     weight = upcast(weight) * scale
     if kernels.can_fuse_differential_norm(signal):
-        return kernels.fused_differential_norm(signal, noise, lambda_, weight, eps).flatten(2)
+        y = kernels.fused_differential_norm(signal, noise, lambda_, weight, eps)
+        return y.flatten(2)
     difference = upcast(signal) - lambda_ * upcast(noise)
     y = F.rms_norm(difference, difference.shape[-1:], weight, eps)
     return y.to(signal.dtype).flatten(2)
@@ -315,44 +322,50 @@ def lambda_init(layer: Tensor) -> Tensor:
     >>> [round(lambda_init(torch.tensor(layer)).item(), 4) for layer in (0, 1, 2, 39)]
     [-0.0099, 0.2, 0.3555, 0.8]
     """
-    return 0.8 - 0.6 * (-0.3 * (layer - 1).double()).exp()
+    exponent = -0.3 * (layer - 1).double()
+    return 0.8 - 0.6 * exponent.exp()
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None,
                      query_slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Plain grouped-query attention, to compare with. Arguments as in softmax_attention."""
     if query_slots is None and kernels.can_fuse_attention(q, k, v):
-        out, _, max_logits = kernels.fused_attention(q.flatten(2, 3), k, v, doc_start, 0)
-        return out, max_logits.view(q.shape[2:4])
+        heads = q.flatten(2, 3)                                          # (B, T, H, D)
+        out, _, max_logits = kernels.fused_attention(heads, k, v, doc_start, num_noise_heads=0)
+        return out, max_logits.view(q.shape[2:4])                        # (K, h)
     return softmax_attention(q, k, v, doc_start, query_slots)
 
 
 # ---- the shape of a model
 
-# MotifConfig.activation -> hidden_act of config.json
-ACTIVATIONS = {"poly_norm": "poly_norm", "swiglu": "silu"}
-
-# The Hub repository whose Python code transformers and vLLM run for a config.json of ours.
-MODELING_REPO = "Motif-Technologies/Motif-2-12.7B-Base"
+Dim = Annotated[int, 1, 2**24]      # positions and sizes beyond 2^24 are not exact in fp32
 
 
 @dataclass
 class MotifConfig:
     """The shape of a model. Fields are named as in the released config.json."""
-    vocab_size: Annotated[int, 1] = 272           # rows of the embedding; at least the tokenizer's
-    hidden_size: Annotated[int, 1] = 256          # width of the residual stream
-    intermediate_size: Annotated[int, 1] = 768    # width of the MLP
-    num_hidden_layers: Annotated[int, 1] = 4      # blocks
-    num_attention_heads: Annotated[int, 1] = 10   # query heads, signal and noise together
-    num_key_value_heads: Annotated[int, 1] = 4    # key heads; with noise heads they come in pairs
-    num_noise_heads: Annotated[int, 0] = 2        # 0: plain grouped-query attention, to compare
-    head_dim: Annotated[int, 2] = 32              # per query and key head; values are twice as wide
+    vocab_size: Dim = 272             # rows of the embedding; at least the tokenizer's
+    hidden_size: Dim = 256            # width of the residual stream
+    intermediate_size: Dim = 768      # width of the MLP
+    num_hidden_layers: Annotated[int, 1, 10_000] = 4    # blocks
+    num_attention_heads: Dim = 10     # query heads, signal and noise together
+    num_key_value_heads: Dim = 4      # key heads; with noise heads they come in pairs
+    num_noise_heads: Annotated[int, 0, 2**24] = 2       # 0: grouped-query attention, to compare
+    head_dim: Annotated[int, 2, 2**24] = 32     # per query and key head; values are twice as wide
     activation: Literal["poly_norm", "swiglu"] = "poly_norm"  # of the MLP's gate; swiglu to compare
-    rms_norm_eps: Annotated[float, 0] = 1e-6         # block and final norms, and PolyNorm
-    attn_rms_norm_eps: Annotated[float, 0] = 1e-5    # per-head norm
-    rope_theta: Annotated[float, 1] = 10_000.0       # base of the rotary wavelengths
-    max_position_embeddings: Annotated[int, 1] = 4096  # longest sequence
-    tie_word_embeddings: bool = False                # the head is the embedding
+    rms_norm_eps: NonNegative = 1e-6          # block and final norms, and PolyNorm
+    attn_rms_norm_eps: NonNegative = 1e-5     # per-head norm
+    rope_theta: Annotated[float, 1] = 10_000.0    # base of the rotary wavelengths
+    max_position_embeddings: Dim = 4096       # longest sequence
+    tie_word_embeddings: bool = False         # the head is the embedding
+    poly_norm_scale: NonNegative = 1.0        # [ours] PolyNorm's first weights: 1/3 times it
+
+    @property
+    def value_heads(self) -> tuple[int, int]:
+        """How many value heads there are, and their width Dv."""
+        if self.num_noise_heads == 0:
+            return self.num_key_value_heads, self.head_dim
+        return self.num_key_value_heads // 2, 2 * self.head_dim
 
     @property
     def kv_map(self) -> list[int]:
@@ -369,20 +382,17 @@ class MotifConfig:
         groups_per_pair = G // (K // 2)
         keys = []
         for head in range(H):
-            group = head // heads_per_group
+            group, place = divmod(head, heads_per_group)
             pair = group // groups_per_pair
-            is_noise = head % heads_per_group == heads_per_group - 1
+            is_noise = place == heads_per_group - 1
             keys.append(2 * pair + is_noise)
         return keys
 
     def check(self) -> None:
-        """UserError for a size below the bound in its type, or heads that do not divide."""
+        """UserError for a value that does not fit its type, for heads that do not divide and for
+        sizes that no computer has room for."""
         for field in fields(MotifConfig):
-            value = getattr(self, field.name)
-            bound = getattr(field.type, "__metadata__", None)
-            is_number = isinstance(value, (int, float))
-            if bound is not None and not (is_number and value >= bound[0]):
-                raise UserError(f"{field.name} must be at least {bound[0]}, not {value!r}")
+            check_value(field.name, field.type, getattr(self, field.name))
 
         H, K, G = self.num_attention_heads, self.num_key_value_heads, self.num_noise_heads
         if self.head_dim % 2:
@@ -396,51 +406,20 @@ class MotifConfig:
         if G and (K % 2 or G % (K // 2)):
             raise UserError(f"num_key_value_heads={K} must be pairs that divide "
                             f"num_noise_heads={G}")
+        if flops_per_token(self, seq_len=1)[0] > 2**41:      # two for each parameter
+            raise UserError("hidden_size, intermediate_size, vocab_size and num_hidden_layers "
+                            "make more than 2^40 parameters; is one of them mistyped?")
 
     @classmethod
     def from_dict(cls, config: dict) -> "MotifConfig":
-        """From a released config.json. Keys that we do not know are ignored."""
-        config = dict(config)
-        for key, value in {"use_bias": False, "k_ratio": 1, "use_sliding_window": False}.items():
-            if config.get(key, value) not in (value, None):
-                raise UserError(f"config.json has {key}={config[key]}; only {value} is supported")
-        required = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                    "num_attention_heads", "num_key_value_heads"]
-        missing = [key for key in required if key not in config]
-        if missing:
-            raise UserError(f"config.json lacks {', '.join(missing)}")
-
-        # transformers 5 writes rope_theta into rope_parameters.
-        for key in "rope_scaling", "rope_parameters":
-            rope_options = config.get(key) or {}
-            is_plain = rope_options.get("rope_type", "default") == "default"
-            if not is_plain or rope_options.keys() - {"rope_type", "rope_theta"}:
-                raise UserError(f"config.json has {key}={rope_options}; only plain RoPE is known")
-            if "rope_theta" in rope_options:
-                config["rope_theta"] = rope_options["rope_theta"]
-
-        act = config.get("hidden_act", "poly_norm")
-        ours = {theirs: name for name, theirs in ACTIVATIONS.items()}
-        if act not in ours:
-            raise UserError(f"config.json has hidden_act={act!r}; known: {', '.join(ours)}")
-        config["activation"] = ours[act]
-
-        # Motif-2.6B states neither num_noise_heads nor head_dim; half of its heads are noise heads.
-        heads = config["num_attention_heads"]
-        if config.get("num_noise_heads") is None:
-            config["num_noise_heads"] = heads // 2
-        if config.get("head_dim") is None:
-            config["head_dim"] = config["hidden_size"] // heads
-        return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
+        """From a released config.json; UserError if it describes another kind of model."""
+        shape = cls(**read_released_config(config))
+        shape.check()
+        return shape
 
     def to_dict(self) -> dict:
         """The released config.json."""
-        config = {field.name: getattr(self, field.name) for field in fields(MotifConfig)}
-        config["hidden_act"] = ACTIVATIONS[config.pop("activation")]
-        code = {"AutoConfig": f"{MODELING_REPO}--configuration_motif.MotifConfig",
-                "AutoModelForCausalLM": f"{MODELING_REPO}--modeling_motif.MotifForCausalLM"}
-        return {"architectures": ["MotifForCausalLM"], "model_type": "motif", **config,
-                "k_ratio": 1, "use_bias": False, "auto_map": code}
+        return released_config({f.name: getattr(self, f.name) for f in fields(MotifConfig)})
 
 
 # ---- the transformer. Modules and parameters are named as in the released checkpoints, so that a
@@ -496,10 +475,11 @@ class Attention(nn.Module):
 
     def __init__(self, config: MotifConfig, layer: int):
         super().__init__()
-        c, D = config, config.head_dim
+        c = config
         self.noise_heads = c.num_noise_heads
         self.kv_heads = c.num_key_value_heads
-        self.head_dim = D
+        self.head_dim = c.head_dim
+        self.value_heads = c.value_heads
 
         # The layer's number, which lambda_init needs, is
         #   - a tensor, because torch.compile would make a graph for each Python int;
@@ -508,35 +488,34 @@ class Attention(nn.Module):
         #     device, where nothing has a value, and no file stores this one.
         self.register_buffer("layer", torch.tensor(layer, device="cpu"), persistent=False)
 
-        signal_heads = c.num_attention_heads - c.num_noise_heads
-        self.values = (self.kv_heads, D)               # value heads, and their width Dv
-        if self.noise_heads:
-            self.values = (self.kv_heads // 2, 2 * D)
-        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * D, bias=False)
-        self.k_proj = Linear(c.hidden_size, self.kv_heads * D, bias=False)
-        self.v_proj = Linear(c.hidden_size, self.kv_heads * D, bias=False)
-        self.o_proj = Linear(signal_heads * self.values[1], c.hidden_size, bias=False)
+        kv_width = c.num_key_value_heads * c.head_dim
+        o_width = (c.num_attention_heads - c.num_noise_heads) * c.value_heads[1]
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
+        self.k_proj = Linear(c.hidden_size, kv_width, bias=False)
+        self.v_proj = Linear(c.hidden_size, kv_width, bias=False)
+        self.o_proj = Linear(o_width, c.hidden_size, bias=False)
         if self.noise_heads:
             for name in LAMBDAS:
-                self.register_parameter(name, nn.Parameter(torch.empty(D)))
+                self.register_parameter(name, nn.Parameter(torch.empty(c.head_dim)))
             # Of this module only the weight is used: differential_norm has the norm itself.
-            self.subln = RMSNorm(2 * D, c.attn_rms_norm_eps)
+            self.subln = RMSNorm(2 * c.head_dim, c.attn_rms_norm_eps)
 
     def lambda_init(self) -> Tensor:
         return lambda_init(self.layer)
 
     def lambda_(self) -> Tensor:
-        first = (upcast(self.lambda_q1) * upcast(self.lambda_k1)).sum().exp()
-        second = (upcast(self.lambda_q2) * upcast(self.lambda_k2)).sum().exp()
-        return first - second + self.lambda_init().to(first.dtype)
+        first = upcast(self.lambda_q1) * upcast(self.lambda_k1)
+        second = upcast(self.lambda_q2) * upcast(self.lambda_k2)
+        difference = first.sum().exp() - second.sum().exp()
+        return difference + self.lambda_init().to(difference.dtype)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], doc_start: Tensor | None = None,
-                cache: "LayerCache | None" = None) -> tuple[Tensor, Tensor]:
+                cache: LayerCache | None = None) -> tuple[Tensor, Tensor]:
         """x (B, T, hidden) -> the same, and the largest visible logit of each query head (H,)."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)                 # (B, T, H, D)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)      # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, *self.values)                      # (B, T, P, Dv)
+        v = self.v_proj(x).view(B, T, *self.value_heads)                 # (B, T, P, Dv)
         q = rope(q, *angles)
         k = rope(k, *angles)
 
@@ -547,12 +526,14 @@ class Attention(nn.Module):
         if self.noise_heads == 0:
             q = q.unflatten(2, (self.kv_heads, -1))                      # (B, T, K, h, D)
             out, max_logits = causal_attention(q, k, v, doc_start, query_slots)
-            return self.o_proj(out.flatten(2)), max_logits.flatten()
+            out = out.flatten(2)                                         # (B, T, H D)
+            return self.o_proj(out), max_logits.flatten()
 
         signal, noise, max_logits = grouped_differential_attention(
             q, k, v, self.noise_heads, doc_start, query_slots)
-        out = differential_norm(signal, noise, self.lambda_(), self.subln.weight,
-                                1 - self.lambda_init(), self.subln.eps)  # (B, T, G r 2D)
+        scale = 1 - self.lambda_init()
+        out = differential_norm(signal, noise, self.lambda_(), self.subln.weight, scale,
+                                self.subln.eps)                          # (B, T, G r 2D)
         return self.o_proj(out), max_logits
 
 
@@ -588,11 +569,20 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], doc_start: Tensor | None = None,
-                cache: "LayerCache | None" = None) -> tuple[Tensor, Tensor]:
-        out, max_logits = self.self_attn(self.input_layernorm(x), angles, doc_start, cache)
+                cache: LayerCache | None = None) -> tuple[Tensor, Tensor]:
+        normed = self.input_layernorm(x)
+        out, max_logits = self.self_attn(normed, angles, doc_start, cache)
         x = x + out
-        x = x + self.mlp(self.post_attention_layernorm(x))
+        normed = self.post_attention_layernorm(x)
+        x = x + self.mlp(normed)
         return x, max_logits
+
+
+@functools.cache
+def compiled_block() -> Callable:
+    """Block.forward under torch.compile. The block is its first argument, so that all layers share
+    one graph. It fits any number of rows but one: PyTorch treats a size of 1 as a constant."""
+    return torch.compile(Block.forward, dynamic=True)
 
 
 class Motif(nn.Module):
@@ -630,7 +620,7 @@ class Motif(nn.Module):
             elif isinstance(module, RMSNorm):
                 module.weight.fill_(1)
             elif isinstance(module, PolyNorm):
-                module.weight.fill_(1 / 3)
+                module.weight.fill_(self.config.poly_norm_scale / 3)
                 module.bias.zero_()
             elif isinstance(module, Attention) and module.noise_heads:
                 for name in LAMBDAS:
@@ -652,7 +642,7 @@ class Motif(nn.Module):
         return found
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, doc_ids: Tensor | None = None, *,
-                reduction: str = "mean", scale: float = 1.0, cache: "KVCache | None" = None,
+                reduction: str = "mean", scale: float = 1.0, cache: KVCache | None = None,
                 row_lengths: Tensor | None = None, last_only: bool = False) -> Tensor:
         """Logits (B, T, V), or with targets the loss, an fp32 scalar.
 
@@ -662,25 +652,31 @@ class Motif(nn.Module):
         reduction, scale     the loss is scale times the "mean" or "sum" over the targets, in nats
         cache                continue the rows of this KVCache, and add ids to them
         row_lengths (B,)     right-padded rows: only the first row_lengths[b] ids of row b are there
-        last_only            logits of each row's last token alone, (B, 1, V), see last_tokens
+        last_only            logits of each row's last token alone, (B, 1, V); those of a row of no
+                             tokens mean nothing
         """
         x = self.hidden_states(ids, doc_ids, cache, row_lengths)
         if targets is not None:
-            return kernels.linear_cross_entropy(x.flatten(0, 1), self.head_weight,
-                                                targets.flatten(), reduction, scale)
-        if last_only:
-            x = last_tokens(x, row_lengths)
+            x = x.flatten(0, 1)                                          # (B T, hidden)
+            return kernels.linear_cross_entropy(x, self.head_weight, targets.flatten(),
+                                                reduction, scale)
+        if last_only and row_lengths is None:
+            x = x[:, -1:]
+        elif last_only:
+            rows = torch.arange(len(x), device=x.device)
+            x = x[rows, row_lengths - 1][:, None]                        # (B, 1, hidden)
         return F.linear(x, self.head_weight)
 
     @torch.no_grad()
     def token_losses(self, ids: Tensor, targets: Tensor, doc_ids: Tensor | None = None, *,
-                     cache: "KVCache | None" = None, row_lengths: Tensor | None = None) -> Tensor:
+                     cache: KVCache | None = None, row_lengths: Tensor | None = None) -> Tensor:
         """The cross entropy of each target in nats, (B, T) in fp32: 0 where target < 0."""
         x = self.hidden_states(ids, doc_ids, cache, row_lengths)
-        losses = kernels.token_losses(x.flatten(0, 1), self.head_weight, targets.flatten())
+        x = x.flatten(0, 1)                                              # (B T, hidden)
+        losses = kernels.token_losses(x, self.head_weight, targets.flatten())
         return losses.view(targets.shape)
 
-    def hidden_states(self, ids: Tensor, doc_ids: Tensor | None, cache: "KVCache | None",
+    def hidden_states(self, ids: Tensor, doc_ids: Tensor | None, cache: KVCache | None,
                       row_lengths: Tensor | None) -> Tensor:
         """All blocks and the final norm: ids (B, T) -> (B, T, hidden). Sets max_logits."""
         c = self.config
@@ -701,15 +697,14 @@ class Motif(nn.Module):
             positions = positions + cache.lengths[:, None]               # (B, T)
             layer_caches = cache.open(positions, row_lengths)
 
-        compiled = self.compile_steps and cache is not None and T == 1
+        run_block = Block.__call__
+        if self.compile_steps and cache is not None and T == 1:
+            run_block = compiled_block()
         angles = rotary_angles(positions, c.head_dim, c.rope_theta)
         x = self.model.embed_tokens(ids)
         max_logits = []
         for block, layer_cache in zip(self.model.layers, layer_caches):
-            if compiled:
-                x, block_max = compiled_block()(block, x, angles, doc_start, layer_cache)
-            else:
-                x, block_max = block(x, angles, doc_start, layer_cache)
+            x, block_max = run_block(block, x, angles, doc_start, layer_cache)
             max_logits.append(block_max)
 
         self.max_logits = torch.stack(max_logits)
@@ -721,8 +716,10 @@ class Motif(nn.Module):
                  top_k: int | None = None, seed: int | None = None) -> Tensor:
         """Continue ids (B, T) by max_new_tokens -> (B, T + max_new_tokens); see Decoder."""
         decoder = Decoder(self, ids, max_new_tokens, temperature, top_k, seed)
-        new = [decoder.next_tokens() for _ in range(max_new_tokens)]
-        return torch.cat([ids, *new], dim=1)
+        columns = [ids]
+        for _ in range(max_new_tokens):
+            columns.append(decoder.next_tokens())
+        return torch.cat(columns, dim=1)
 
     @classmethod
     def from_pretrained(cls, path, device=None, dtype=None) -> "Motif":
@@ -737,6 +734,7 @@ class Motif(nn.Module):
         tensors = {}
         for name, read in iter_checkpoint(path, "model", shapes, device):
             tensors[name] = read().to(dtype)
+            check_finite(path, name, tensors[name])
         model.load_state_dict(tensors, assign=True)
         return model.to(device or "cpu").requires_grad_()
 
@@ -752,22 +750,6 @@ class Motif(nn.Module):
         if is_first_rank:
             dtype = str(self.head_weight.dtype).removeprefix("torch.")
             write_json(path / "config.json", self.config.to_dict() | {"torch_dtype": dtype})
-
-
-@functools.cache
-def compiled_block() -> Callable:
-    """Block.forward under torch.compile. The block is its first argument, so that all layers share
-    one graph. It fits any number of rows but one: PyTorch treats a size of 1 as a constant."""
-    return torch.compile(Block.forward, dynamic=True)
-
-
-def last_tokens(x: Tensor, row_lengths: Tensor | None) -> Tensor:
-    """The last token of each right-padded row: (B, T, hidden) -> (B, 1, hidden). A row of no tokens
-    gives a vector without meaning, which Decoder.prefill discards."""
-    if row_lengths is None:
-        return x[:, -1:]
-    rows = torch.arange(len(x), device=x.device)
-    return x[rows, row_lengths - 1][:, None]
 
 
 def init_normal_(p: Tensor, std: float) -> None:
@@ -788,276 +770,15 @@ def flops_per_token(config: MotifConfig, seq_len: int, causal: bool = True) -> t
     logit and 2 Dv for the value. Backward: twice that, as each product has two gradients; nothing
     is recomputed. causal=False counts masked keys too."""
     c = config
-    value_dim = 2 * c.head_dim if c.num_noise_heads else c.head_dim
-    o_width = (c.num_attention_heads - c.num_noise_heads) * value_dim
+    value_dim = c.value_heads[1]
     qkv_width = c.head_dim * (c.num_attention_heads + 2 * c.num_key_value_heads)
+    o_width = value_dim * (c.num_attention_heads - c.num_noise_heads)
     weights = c.hidden_size * (qkv_width + o_width + 3 * c.intermediate_size)
-    visible_keys = (seq_len + 1) / 2 if causal else seq_len
+    visible_keys = seq_len
+    if causal:
+        visible_keys = (seq_len + 1) / 2
     attention = c.num_attention_heads * visible_keys * 2 * (c.head_dim + value_dim)
+    layer = 2 * weights + attention
     head = 2 * c.hidden_size * c.vocab_size
-    forward = int(c.num_hidden_layers * (2 * weights + attention) + head)
+    forward = int(c.num_hidden_layers * layer + head)
     return forward, 2 * forward
-
-
-# ---- the KV cache
-#
-# A token's keys and values depend on the tokens before it alone, so generation computes them once
-# and keeps them. Slot i of a row holds the token at position i. Rows are filled from the left and
-# padded on the right (_ below). Each row has its own length, and the tensors stay rectangular:
-#
-#     slot                  0      1      2      3
-#     row 0                 The    cat    sat    _            lengths = [3, 1]
-#     row 1                 Hi     _      _      _
-#
-# To add "on" to row 0 and "there !" to row 1 is one call of model(ids, cache=cache, row_lengths=n),
-# where n = [1, 2] and the rows of ids are [on _] and [there !]:
-#
-#     row 0                 The    cat    sat    on           lengths = [4, 3]
-#     row 1                 Hi     there  !      _
-#
-# What lies beyond a row's length (a padding token's keys, zeros, an earlier token's) is never seen,
-# because a query sees the slots up to its own position and no further, and the next token
-# overwrites it.
-#
-# The 12.7B model keeps 2 x 16 heads x 128 numbers per token and layer: 320 KiB a token in bf16.
-
-
-class KVCache:
-    """Keys and values of batch_size rows of at most max_length tokens.
-
-    keys[layer] (B, K, slots, D), values[layer] (B, P, slots, Dv), lengths (B,) int64: how many
-    tokens each row has. slots is at least max_length + 1, see slots_for.
-
-    >>> model = Motif(MotifConfig())
-    >>> ids = torch.tensor([[1, 2, 3, 4, 5]])
-    >>> cache = KVCache(model, batch_size=1, max_length=5)
-    >>> first = model(ids[:, :2], cache=cache)
-    >>> rest = model(ids[:, 2:], cache=cache)
-    >>> torch.allclose(torch.cat([first, rest], dim=1), model(ids), atol=1e-5)
-    True
-    """
-
-    def __init__(self, model: Motif, batch_size: int, max_length: int):
-        c = model.config
-        if max_length > c.max_position_embeddings:
-            raise UserError(f"prompt and new tokens need {max_length} positions, but "
-                            f"max_position_embeddings={c.max_position_embeddings}; shorten them")
-        weight = model.model.layers[0].self_attn.k_proj.weight
-        dtype = model.compute_dtype or weight.dtype
-        slots = slots_for(max_length)
-        self.max_length = max_length
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
-
-        # Zeros, not empty: unseen slots get a weight of 0, but 0 times NaN would be NaN. Heads
-        # come before slots, so that the matrix products read the cache as it lies.
-        self.keys = []
-        self.values = []
-        for block in model.model.layers:
-            key_shape = (batch_size, c.num_key_value_heads, slots, c.head_dim)
-            value_heads, value_dim = block.self_attn.values
-            value_shape = (batch_size, value_heads, slots, value_dim)
-            self.keys.append(torch.zeros(key_shape, dtype=dtype, device=weight.device))
-            self.values.append(torch.zeros(value_shape, dtype=dtype, device=weight.device))
-
-    def open(self, positions: Tensor, row_lengths: Tensor | None) -> "list[LayerCache]":
-        """What each layer needs for a pass over tokens at these positions (B, T)."""
-        T = positions.shape[1]
-        num_slots = self.keys[0].shape[2]
-
-        # A step, T = 1, uses all slots, however few are full. So its shapes are fixed and the host
-        # need not ask the GPU for the lengths, both of which a CUDA graph demands.
-        was_empty = False
-        visible = num_slots
-        if T > 1:
-            longest = int(self.lengths.max())
-            was_empty = longest == 0
-            visible = min(longest + T, num_slots)
-            new = T if row_lengths is None else row_lengths
-            if int((self.lengths + new).max()) > self.max_length:
-                raise ValueError(f"a row would exceed the cache's {self.max_length} tokens")
-
-        # Padding whose position is beyond the last slot goes into that slot: it is a spare one.
-        slots = positions.clamp(max=num_slots - 1)
-        return [LayerCache(keys, values, slots, visible, was_empty)
-                for keys, values in zip(self.keys, self.values)]
-
-    def select_rows(self, rows: Tensor | list[int], max_length: int | None = None) -> "KVCache":
-        """A new cache with copies of these rows, which may repeat, and room for max_length tokens
-        (None: as before)."""
-        rows = torch.as_tensor(rows, device=self.lengths.device)
-        selected = copy.copy(self)
-        selected.lengths = self.lengths[rows]
-        if max_length is not None:
-            if int(selected.lengths.max()) > max_length:
-                raise ValueError(f"a row has more than {max_length} tokens")
-            selected.max_length = max_length
-        more = slots_for(selected.max_length) - self.keys[0].shape[2]    # negative: cut off
-        selected.keys = [F.pad(keys[rows], (0, 0, 0, more)) for keys in self.keys]
-        selected.values = [F.pad(values[rows], (0, 0, 0, more)) for values in self.values]
-        return selected
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drop all other rows, layer by layer, so that there are never two whole caches."""
-        self.lengths = self.lengths[rows]
-        for i in range(len(self.keys)):
-            self.keys[i] = self.keys[i][rows]
-            self.values[i] = self.values[i][rows]
-
-
-def slots_for(max_length: int) -> int:
-    """One slot more than tokens, for padding, and a multiple of 8, for aligned products."""
-    return math.ceil((max_length + 1) / 8) * 8
-
-
-class LayerCache(NamedTuple):
-    """One layer of a KVCache during one forward pass."""
-    keys: Tensor            # (B, K, num_slots, D)
-    values: Tensor          # (B, P, num_slots, Dv)
-    slots: Tensor           # (B, T): where the new tokens go
-    visible: int            # S: the new tokens look at the first so many slots
-    was_empty: bool         # there was nothing before them
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store the keys (B, T, K, D) and values (B, T, P, Dv) of the new tokens -> the keys and
-        values that they look at, (B, S, K, D) and (B, S, P, Dv), and each query's slot (B, T).
-
-        In an empty cache they look at each other, as in training, and need no slots: causal
-        attention of T queries over T keys, which kernels.py may fuse."""
-        # Indices on both sides of a slice: the indexed dimensions come first, (B, T, K, D).
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]        # (B, 1)
-        self.keys[rows, :, self.slots] = k
-        self.values[rows, :, self.slots] = v
-        if self.was_empty:
-            return k, v, None
-        keys = self.keys[:, :, :self.visible].transpose(1, 2)
-        values = self.values[:, :, :self.visible].transpose(1, 2)
-        return keys, values, self.slots
-
-
-# ---- generation
-#
-# First the model processes the prompts, many tokens in a pass. Then each step processes one token
-# of each row and draws the next. A step multiplies every weight with only B vectors, so it need not
-# take longer than the GPU's memory takes to deliver the weights, 8 ms for 25 GB at 3.3 TB/s. But
-# Python and the launching of hundreds of small kernels do take longer; hence the CUDA graph: one
-# step is recorded and from then on replayed whole. A graph replays fixed kernels on fixed memory,
-# which is why a step looks at all slots of the cache and keeps the lengths on the GPU.
-
-PREFILL_TOKENS = 2**14      # prompt tokens in one forward pass, over all rows
-
-
-class Decoder:
-    """Draws one token after another for a batch of prompts.
-
-    ids (B, T)             prompts, padded on the right
-    max_new_tokens         how often next_tokens can be called
-    temperature            0 is greedy
-    top_k                  draw from the top_k likeliest tokens; None: from all
-    seed                   makes the draws repeatable; None: torch's global generator
-    prompt_lengths (B,)    tokens of each prompt; None: all T
-    """
-
-    @torch.no_grad()
-    def __init__(self, model: Motif, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
-                 top_k: int | None = None, seed: int | None = None,
-                 prompt_lengths: Tensor | None = None):
-        B, T = ids.shape
-        if T == 0 or max_new_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
-            raise UserError("generate needs a token to begin with, max_new_tokens >= 0, "
-                            "temperature >= 0 and top_k >= 1")
-        self.model = model
-        self.remaining = max_new_tokens
-        self.temperature = temperature
-        self.top_k = top_k
-        self.generator = None
-        if seed is not None:
-            self.generator = torch.Generator(ids.device).manual_seed(seed)
-
-        max_length = T + max(0, max_new_tokens - 1)       # the last new token is drawn only
-        self.cache = KVCache(model, B, max_length)
-        self.graph = None            # the CUDA graph of a step, recorded at the first one
-        self.new = None              # the tokens drawn last, (B, 1), which are not yet in the cache
-        self.logits = self.prefill(ids, prompt_lengths)                  # (B, 1, V)
-
-    def prefill(self, ids: Tensor, prompt_lengths: Tensor | None) -> Tensor:
-        """Process the prompts -> logits after the last token of each, (B, 1, V)."""
-        B, T = ids.shape
-        if prompt_lengths is None:
-            prompt_lengths = torch.full((B,), T, device=ids.device)
-        width = max(1, PREFILL_TOKENS // B)
-        logits = None
-        for start in range(0, T, width):
-            piece = ids[:, start:start + width]
-            n = (prompt_lengths - start).clamp(0, piece.shape[1])        # (B,) tokens in the piece
-            new_logits = self.model(piece, cache=self.cache, row_lengths=n, last_only=True)
-            if logits is None:
-                logits = new_logits
-            else:
-                # A prompt that ended in an earlier piece keeps its logits from there.
-                logits = torch.where((n > 0)[:, None, None], new_logits, logits)
-        return logits
-
-    @torch.no_grad()
-    def next_tokens(self) -> Tensor:
-        """One more token of each row: (B, 1)."""
-        if self.remaining == 0:
-            raise ValueError("max_new_tokens have been drawn; there is no room for more")
-        self.remaining -= 1
-        if self.new is not None:
-            self.logits = self.step(self.new)
-        self.new = sample_next_token(upcast(self.logits[:, -1]), self.temperature, self.top_k,
-                                     self.generator)
-        return self.new
-
-    def keep_rows(self, rows: Tensor | list[int]) -> None:
-        """Go on with these rows alone, because the others have ended."""
-        rows = torch.as_tensor(rows, device=self.logits.device)
-        self.graph = None            # it has the shapes of all rows
-        self.logits = self.logits[rows]
-        self.cache.keep_rows(rows)
-        if self.new is not None:
-            self.new = self.new[rows]
-
-    def step(self, new: Tensor) -> Tensor:
-        """Process one token of each row (B, 1) -> logits of the next, (B, 1, V)."""
-        # FSDP2, which has a compute_dtype, gathers weights as it goes: no graph can hold that.
-        if not new.is_cuda or self.model.compute_dtype is not None:
-            return self.model(new, cache=self.cache)
-        if self.graph is None:
-            self.record_graph(new)
-        self.graph_input.copy_(new)
-        self.graph.replay()
-        return self.graph_logits
-
-    def record_graph(self, new: Tensor) -> None:
-        """Record a step from graph_input to graph_logits."""
-        self.graph_input = new.clone()
-        lengths = self.cache.lengths.clone()
-
-        # Libraries allocate at their first calls, which must happen before the recording, on a
-        # stream of their own. These calls write only slots that the first real step overwrites.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self.model(self.graph_input, cache=self.cache)
-                self.cache.lengths.copy_(lengths)
-        torch.cuda.current_stream().wait_stream(stream)
-
-        # Recording executes nothing, so the lengths are still those from before the step.
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.graph_logits = self.model(self.graph_input, cache=self.cache)
-
-
-def sample_next_token(logits: Tensor, temperature: float, top_k: int | None,
-                      generator: torch.Generator | None) -> Tensor:
-    """Draw from softmax(logits / temperature) of each row: (B, V) -> (B, 1)."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    if top_k is not None:
-        most = min(top_k, logits.shape[1])
-        least = logits.topk(most).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    probabilities = (logits / temperature).softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator)

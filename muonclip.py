@@ -10,19 +10,15 @@ One step of Muon on a matrix, from its gradient:
 The first half is for everybody. The second half is Parallel Muon, which takes the same step on many
 GPUs, where FSDP2 has cut the matrices into shards, bit-identical to one process.
 
-Sources: Muon (Keller Jordan, kellerjordan.github.io/posts/muon), Moonlight (arXiv 2502.16982) for
-the factor 0.2 sqrt(max(m, n)), Kimi K2 (2507.20534) for QK-clip, Motif-2 (2511.07464) for Parallel
-Muon. Letters in this file: G is the matrix to be made orthogonal (a gradient, or u), m x n its
-shape, O the result, E how many matrices are stacked; X, A, B and Q are the matrices of
-Newton-Schulz; H query heads, K key heads, D head_dim.
-
-`python -m tools.bench_muon` times all of this, and plans Parallel Muon for any number of GPUs.
+Sources: Muon (kellerjordan.github.io/posts/muon), Moonlight (arXiv 2502.16982) for the factor
+0.2 sqrt(max(m, n)), Kimi K2 (2507.20534) for QK-clip, Motif-2 (2511.07464) for Parallel Muon.
+Letters: G is the matrix to be made orthogonal (a gradient, or u), m x n its shape, O the result, E
+how many matrices are stacked; H query heads, K key heads, D head_dim.
 """
 import functools
-import itertools
 import math
-import re
-from typing import NamedTuple
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -33,10 +29,9 @@ import kernels
 
 # ---- Why orthogonalise, and how
 #
-# The problem. A gradient G (m x n) has a few large singular values and many small ones: as a map it
-# acts mostly along a handful of directions. Stepping along G, or along its momentum, moves the
-# weight far in those and hardly at all in the others, although the rare directions may hold what is
-# left to learn. (Adam rescales each entry of G by itself, and so does not see directions at all.)
+# The problem. A gradient G (m x n) has a few large singular values and many small ones. A step
+# along G moves the weight far in a few directions and hardly at all in the others, although these
+# may hold what is left to learn. (Adam rescales each entry of G by itself, and sees no directions.)
 #
 # The idea. Write G = U diag(s) V^T, its singular value decomposition, and replace every s by 1:
 # O = U V^T is the semi-orthogonal matrix nearest to G, and moves the weight equally far in every
@@ -48,17 +43,12 @@ import kernels
 #
 #     X  <-  (a I + b A + c A A) X   =   U diag(a s + b s^3 + c s^5) V^T
 #
-# It leaves U and V alone and sends every singular value s to a polynomial of s. So choose
-# polynomials that, one after the other, bring every s of (0, 1] near 1, and never compute a
-# singular value at all. The values need not be exactly 1: Keller Jordan's polynomial leaves them
-# between 0.7 and 1.2, and trains as well.
-#
-# What it costs. If m <= n, X X^T and the last product take 2 m^2 n FLOPs each, and A A takes 2 m^3.
-# Five steps on the 280 matrices of the 12.7B model take 1.0e15 FLOPs, as many as training it on
-# 13,000 tokens; one optimizer step trains on millions of tokens.
+# It leaves U and V alone and sends every s to a polynomial of s. Five polynomials, one after the
+# other, bring every s of (0, 1] near 1. (Near is enough: Keller Jordan's leave s between 0.7 and
+# 1.2, and train as well.) Five steps on the 280 matrices of the 12.7B model take 1.0e15 FLOPs, as
+# many as training it on 13,000 tokens; one optimizer step trains on millions of tokens.
 
-# (a, b, c) of the five polynomials. "Error" is |O O^T - I|_F / sqrt(m) of a Gaussian 512 x 2048
-# matrix.
+# (a, b, c) of the polynomials. "Error": |O O^T - I|_F / sqrt(m) of a Gaussian 512 x 2048 matrix.
 COEFFICIENTS = {
     # Keller Jordan's: one polynomial five times, steep at 0, which never settles. Error 0.27.
     "quintic": 5 * [(3.4445, -4.7750, 2.0315)],
@@ -77,17 +67,15 @@ COEFFICIENTS = {
         (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)]}
 
-# The start X is divided by this too. The first polynomial of polar_express is made for s <= 1 and
-# climbs steeply there: s = 1.03, left by a norm that was rounded down, would go to 2.24, 5.7, 2575
-# and on. Dividing by 1.02 keeps s away from that edge. The other tables tolerate s just above 1.
+# The start X is divided by this too. The first polynomial of polar_express climbs steeply at s = 1:
+# s = 1.03, left by a norm that was rounded down, would go to 2.24, 5.7, 2575 and on.
 START_MARGIN = {"quintic": 1.0, "motif": 1.0, "polar_express": 1.02}
 
 
 def plain_newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif") -> Tensor:
     """The definition: G (m, n) -> O (m, n), near U V^T. newton_schulz below is the same, faster.
 
-    What the five polynomials do to four singular values, a line for each step: the first three
-    make small values grow, and throw large ones about; the last two settle all.
+    What the five polynomials do to four singular values, a line for each. The last two settle all:
 
     >>> s = torch.tensor([0.01, 0.1, 0.5, 1.0])
     >>> for a, b, c in COEFFICIENTS["motif"]:
@@ -98,12 +86,6 @@ def plain_newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif") 
     0.579  0.582  0.800  1.219
     1.134  1.135  1.087  1.057
     1.018  1.019  0.986  0.978
-
-    The same on a matrix: one direction is 10 times as strong as the other, then both are alike.
-
-    >>> O = plain_newton_schulz(torch.tensor([[10.0, 0.0, 0.0], [0.0, 0.0, 1.0]]))
-    >>> [[round(x, 2) for x in row] for row in O.tolist()]
-    [[1.0, 0.0, 0.0], [0.0, 0.0, 1.02]]
     """
     X = G / (START_MARGIN[coefficients] * G.norm())
     for a, b, c in COEFFICIENTS[coefficients][:steps]:
@@ -116,19 +98,13 @@ def plain_newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif") 
 # ---- Newton-Schulz, fast
 #
 # Precision. u is cast to bf16 first, since Parallel Muon sends bf16; one process does it too, to
-# get the same bits. On a GPU the iteration itself runs in fp16. Tensor cores multiply both at the
-# same speed, and fp16 has 3 more bits of mantissa; bf16 has the larger range, which is not needed,
-# since we know how large X is.
+# get the same bits. On a GPU the iteration runs in fp16, which tensor cores multiply as fast, and
+# which has 3 more bits of mantissa. The larger range of bf16 is not needed.
 #
-# Scale. We also know how small X is. |X|_F = 1 means that its entries are about 1 / sqrt(m n),
-# which is 1.2e-4 for 4096 x 16384, and below 6.1e-5 fp16 loses bits (subnormal numbers). So we
-# keep SCALE X instead of X. A power of two changes no bit of the mantissa. 64 is the largest that
-# is safe: plain_steps holds SCALE^2 A, whose entries reach 64^2 * 1.99^2 = 16,000 with
-# polar_express, whose s reaches 1.99; 128 would reach 65,000, and fp16 ends at 65,504. (gram_steps
-# holds only SCALE A.)
-#
-# Symmetry. In each step all products but the last are symmetric matrices, so half of each need not
-# be computed. kernels.symmetric_matmul does that where the matrices are large enough to pay.
+# Scale. |X|_F = 1 means that the entries of X are about 1 / sqrt(m n), 1.2e-4 for 4096 x 16384,
+# and below 6.1e-5 fp16 loses bits (subnormal numbers). So we keep SCALE X instead of X. 64 is the
+# largest power of two that is safe: plain_steps holds SCALE^2 A, whose entries reach 64^2 * 1.99^2
+# = 16,000, as s reaches 1.99 with polar_express; 128 would reach 65,000, and fp16 ends at 65,504.
 
 SCALE = 64.0
 
@@ -137,12 +113,6 @@ def newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif",
                   dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Compute plain_newton_schulz of each matrix in G (..., m, n), cast to `dtype` first -> O
     (..., m, n) in `dtype`. 1e30 G and 1e-30 G give the same O; 0 gives 0."""
-    if coefficients not in COEFFICIENTS:
-        raise ValueError(f"newton_schulz knows the coefficients {', '.join(COEFFICIENTS)}, "
-                         f"not {coefficients!r}")
-    if not 1 <= steps <= 5:
-        raise ValueError(f"newton_schulz takes 1 to 5 steps, not {steps}")
-
     m, n = G.shape[-2:]
     matrices = G.to(dtype).contiguous().view(-1, m, n)
     O = torch.empty_like(matrices)
@@ -153,24 +123,25 @@ def newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif",
     if tall:
         X = X.mT
 
+    # All products but the last are symmetric, so half of each need not be computed. But too few
+    # tiles do not fill a GPU; then cuBLAS, which computes both halves, is faster.
     table = COEFFICIENTS[coefficients][:steps]
-    if symmetric_products_pay(X):
+    tile_rows = math.ceil(X.shape[1] / kernels.TILE)
+    tiles = len(X) * tile_rows * (tile_rows + 1) // 2
+    if tiles >= kernels.SYMMETRIC_TILES and kernels.can_use_symmetric_matmul(X):
         # A nearly square X is about as small as A, so working on A alone would save nothing.
         wide = X.shape[2] >= 1.2 * X.shape[1]
         X = gram_steps(X, table, span=3 if wide else 1)
     else:
         X = plain_steps(X, table)
-
     torch.div(X, SCALE, out=O.mT if tall else O)
     return O.view(G.shape)
 
 
 def normalize(matrices: Tensor, margin: float) -> Tensor:
     """Scale each matrix of (E, m, n) to the Frobenius norm SCALE / margin -> (E, m, n), in fp16 for
-    bf16 on a GPU, else in its own dtype.
-
-    Each is first divided by its largest entry: the square of 1e30 overflows fp32, and the square of
-    1e-30 is 0."""
+    bf16 on a GPU, else in its own dtype. Each is first divided by its largest entry: the square of
+    1e30 overflows fp32, and the square of 1e-30 is 0."""
     flat = matrices.flatten(1)
     if flat.is_cuda and flat.dtype == torch.bfloat16:
         working_dtype = torch.float16
@@ -178,7 +149,6 @@ def normalize(matrices: Tensor, margin: float) -> Tensor:
     else:
         working_dtype = flat.dtype
         largest = flat.abs().amax(1, keepdim=True)      # vector_norm is slow on a CPU
-
     largest.clamp_(torch.finfo(flat.dtype).tiny)
     X = torch.empty_like(flat, dtype=working_dtype)
     torch.div(flat, largest, out=X)
@@ -203,13 +173,12 @@ def gram_steps(X: Tensor, table: list, span: int) -> Tensor:
     """Run Newton-Schulz on SCALE X (E, m, n), `span` steps at a time on A = X X^T alone, which is
     small if X is wide (Gram Newton-Schulz; Dao-AILab, 2026).
 
-    One step turns X into Z X, where Z = a I + B and B = b A + c A A as above. So it turns A into
-    Z A Z. Multiply Q = Z_3 Z_2 Z_1 together on (m, m) matrices, and touch the wide X once, X = Q X.
-    A, Z and Q are all symmetric, since they are polynomials in one matrix.
+    One step turns X into Z X, where Z = a I + B and B = b A + c A A, and so A into Z A Z. Multiply
+    Q = Z_3 Z_2 Z_1 together on (m, m) matrices, and touch the wide X once, X = Q X. A, Z and Q are
+    all symmetric, since they are polynomials in one matrix.
 
-    After `span` steps A is computed from X again. Rounding makes eigenvalues of A that should be 0
-    a little negative. The exact X X^T has no negative ones, and the polynomials make them grow, by
-    about a^2 = 16 in each step. In fp16 they stay harmless for three steps, in bf16 for two."""
+    Then compute A from X again: rounding makes eigenvalues of A that should be 0 a little negative,
+    and these grow by about a^2 = 16 in each step, harmless for three steps in fp16, two in bf16."""
     # symmetric(X, Y, alpha, addend, beta) is alpha X Y^T + beta addend.
     symmetric = kernels.symmetric_matmul
     for first in range(0, len(table), span):
@@ -223,7 +192,7 @@ def gram_steps(X: Tensor, table: list, span: int) -> Tensor:
                 ZA = symmetric(B, A, 1 / SCALE, A, a)
                 A = symmetric(ZA, B, 1 / SCALE, ZA, a)
 
-            # Q = Z Q, and at first Q = Z. B is not read again, so Z may overwrite it.
+            # Q = Z Q, and at first Q = Z = a I + B, in B's place.
             if i == 0:
                 Q = B
                 Q.diagonal(dim1=1, dim2=2).add_(a * SCALE)
@@ -232,14 +201,6 @@ def gram_steps(X: Tensor, table: list, span: int) -> Tensor:
 
         X = torch.baddbmm(X, Q, X, beta=0, alpha=1 / SCALE, out=torch.empty_like(X))
     return X
-
-
-def symmetric_products_pay(X: Tensor) -> bool:
-    """Whether it is faster for X (E, m, n) to compute only half of each symmetric product. Too few
-    tiles do not fill a GPU; then cuBLAS, which computes all, is faster."""
-    tile_rows = math.ceil(X.shape[1] / kernels.TILE)
-    tiles = len(X) * tile_rows * (tile_rows + 1) // 2
-    return tiles >= kernels.SYMMETRIC_TILES and kernels.can_use_symmetric_matmul(X)
 
 
 # ---- The update
@@ -264,16 +225,13 @@ def compile_rowwise(function):
 
 
 @compile_rowwise
-def add_to_momentum(momentum: Tensor, G: Tensor, mu: Tensor, skip: Tensor | None, nesterov: bool,
+def add_to_momentum(momentum: Tensor, G: Tensor, mu: Tensor, skip: Tensor,
                     dtype: torch.dtype) -> Tensor:
-    """momentum = mu * momentum + G, in place -> u in dtype, which is G + mu * momentum with
-    Nesterov, else the momentum. If `skip` is true (see MuonClip.step), G counts as 0."""
-    if skip is not None:
-        G = G.masked_fill(skip, 0)
+    """momentum = mu * momentum + G, in place -> u = G + mu * momentum, in dtype. If `skip` is true
+    (see MuonClip.step), G counts as 0."""
+    G = G.masked_fill(skip, 0)
     torch.addcmul(G, momentum, mu, out=momentum)
-    if nesterov:
-        return torch.addcmul(G, momentum, mu).to(dtype)
-    return momentum.to(dtype)
+    return torch.addcmul(G, momentum, mu).to(dtype)
 
 
 @compile_rowwise
@@ -289,8 +247,7 @@ def update_scale(shape) -> float:
     learning rate and one weight decay (Moonlight, arXiv 2502.16982, section 2.2).
 
     If m <= n, O has m orthonormal rows, so |O|_F^2 = m, and the root mean square (RMS) of its m n
-    entries is sqrt(m / (m n)) = 1 / sqrt(max(m, n)). The RMS of AdamW's update is usually 0.2 to
-    0.4, so O is multiplied by 0.2 sqrt(max(m, n)).
+    entries is sqrt(m / (m n)) = 1 / sqrt(max(m, n)). That of AdamW's update is about 0.2 to 0.4.
 
     >>> O = torch.eye(4, 16)
     >>> round(O.square().mean().sqrt().item(), 3), update_scale(O.shape)
@@ -304,15 +261,10 @@ def update_scale(shape) -> float:
 # The problem. A logit q . k contains two projections, so it can grow as fast as the product of the
 # spectral norms of W_q and W_k. All singular values of Muon's update are equal, so, more than with
 # AdamW, the largest directions of a weight keep growing. In a large model the logits of some heads
-# pass 1000, their softmax becomes one-hot, and the loss spikes (Kimi K2, arXiv 2507.20534, section
-# 2.1).
+# pass 1000, their softmax becomes one-hot, and the loss spikes (Kimi K2, section 2.1).
 #
 # The idea. Let S_h be the largest logit of head h in this step's own forward pass. After the update
-# multiply the weights of q and k so that a logit of S_h > tau would become tau, and leave other
-# heads alone:
-#
-#     gamma_h = min(1, tau / S_h)         the factor that head h's logits are to get
-#
+# scale the weights of q and k, so that head h's logits get the factor gamma_h = min(1, tau / S_h).
 # If each head has a key of its own, q and k each get sqrt(gamma_h). But here heads share keys: in
 # the 12.7B model 40 query heads read 16 key heads, and the 4 signal heads of a group share one. A
 # head below tau must not change because its neighbour is above. So
@@ -329,10 +281,10 @@ def qk_clip(q_weight: Tensor, k_weight: Tensor, max_logits: Tensor, kv_map, head
     measured maxima of the logits down to tau -> gamma (H,).
 
     max_logits (H,): S, the largest, not the largest in magnitude, measured before the update.
-    kv_map (H,): the key head that each query head reads. A shard may end within a head.
+    kv_map (H,): the key head that each query head reads.
 
-    Two heads share a key. The first is at 200 and must come down to 100. The second is at 50 and
-    must stay, so its q has to grow by what the key has lost:
+    Two heads share a key. The first, at 200, must come down to 100. The second, at 50, must stay,
+    so its q has to grow by what the key has lost:
 
     >>> q, k = torch.ones(2, 1), torch.ones(1, 1)
     >>> qk_clip(q, k, torch.tensor([200.0, 50.0]), kv_map=[0, 0], head_dim=1, tau=100.0)
@@ -341,10 +293,9 @@ def qk_clip(q_weight: Tensor, k_weight: Tensor, max_logits: Tensor, kv_map, head
     (tensor([0.7071, 1.4142]), tensor([0.7071]))
     >>> torch.tensor([200.0, 50.0]) * (q * k).flatten()
     tensor([100.0000,  50.0000])
-
-    Nothing waits for the GPU. If a logit is not finite, RuntimeError is raised, on a GPU only when
-    the host next synchronises."""
-    finite = (max_logits < torch.inf).all()             # false for NaN too
+    """
+    # A NaN is not < inf either. This raises RuntimeError, on a GPU when the host next synchronises.
+    finite = (max_logits < torch.inf).all()
     torch._assert_async(finite, "QK-clip: an attention logit is not finite")
     kv_map = torch.as_tensor(kv_map, device=max_logits.device)
     num_key_heads = len(k_weight) // head_dim
@@ -360,8 +311,8 @@ def qk_clip(q_weight: Tensor, k_weight: Tensor, max_logits: Tensor, kv_map, head
 
 
 def scale_rows(weight: Tensor, factors: Tensor) -> None:
-    """Multiply row i of weight (rows, columns) by factors[i], in place; each rank of a sharded
-    weight scales the rows that it holds."""
+    """Multiply row i of weight (rows, columns) by factors[i], in place. Each rank scales the rows
+    that it holds; a shard may end within a head."""
     if hasattr(weight, "placements"):
         mesh = weight.device_mesh
         box = local_slices(weight.shape, mesh.shape, shard_dims(weight), mesh.get_coordinate())
@@ -376,42 +327,24 @@ def scale_rows(weight: Tensor, factors: Tensor) -> None:
 MAX_BATCHED_NUMEL = 2**25
 
 
-def batches_of_one_shape(params: list[Tensor]) -> list[list[Tensor]]:
-    """Split params into lists of one shape each, of at most MAX_BATCHED_NUMEL numbers (or one
-    larger matrix)."""
+def batches_of_one_shape(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield params in lists of one shape each."""
     by_shape = {}
     for p in params:
         by_shape.setdefault(p.shape, []).append(p)
-
-    batches = []
     for shape, same in by_shape.items():
-        size = max(1, MAX_BATCHED_NUMEL // max(1, shape.numel()))
+        size = max(1, MAX_BATCHED_NUMEL // shape.numel())
         for first in range(0, len(same), size):
-            batches.append(same[first:first + size])
-    return batches
-
-
-class StepScalars(NamedTuple):
-    """What all matrices share in one step, on the device, where `skip` can change it."""
-    lr: Tensor
-    mu: Tensor
-    decay: Tensor               # 1 - lr * weight_decay
-    nesterov: bool
-    skip: Tensor | None
+            yield same[first:first + size]
 
 
 class MuonClip(torch.optim.Optimizer):
     """Muon trains muon_params, AdamW trains adamw_params.
 
-    muon_params: matrices (m, n), or stacks (..., m, n), of which each matrix is treated by itself.
+    muon_params: contiguous matrices (m, n), or stacks of matrices (..., m, n).
     adamw_params: anything. Vectors and scalars get no weight decay.
     qk: [(q_weight, k_weight), ...], a pair for each layer, for QK-clip; kv_map, head_dim and tau as
         in qk_clip. tau = 0 switches it off.
-    steps, coefficients, dtype: as in newton_schulz. chunk: as in assign_owners.
-
-    The momentum is a sum (mu * momentum + G) and not a mean, as its scale does not matter to
-    Newton-Schulz. Weight decay uses lr, not lr * 0.2 sqrt(max(m, n)). Weights must be fp32, since
-    bf16 rounds away any update below 1/512 of the weight.
 
     On many ranks all ranks of a mesh call step() together, with the same `skip`. Parameters that
     are not DTensors belong to each process, and the caller reduces their gradients.
@@ -420,31 +353,35 @@ class MuonClip(torch.optim.Optimizer):
     heads_clipped how many heads QK-clip scaled. Only reading these tensors waits for the device."""
 
     def __init__(self, muon_params, adamw_params, *, lr: float, momentum: float = 0.95,
-                 nesterov: bool = True, weight_decay: float = 0.1, betas=(0.9, 0.95),
-                 eps: float = 1e-8, steps: int = 5, coefficients: str = "motif",
-                 dtype: torch.dtype = torch.bfloat16, qk=(), kv_map=None,
-                 head_dim: int | None = None, tau: float = 100.0, chunk: int = 1):
+                 weight_decay: float = 0.1, betas=(0.9, 0.95), eps: float = 1e-8,
+                 coefficients: str = "motif", dtype: torch.dtype = torch.bfloat16,
+                 qk=(), kv_map=None, head_dim: int | None = None, tau: float = 100.0):
         matrices = list(muon_params)
         others = list(adamw_params)
-        check_params(matrices, others)
+        for p in matrices + others:
+            if p.dtype not in (torch.float32, torch.float64):
+                # bf16 rounds away any update below 1/512 of the weight.
+                raise ValueError("MuonClip trains fp32 weights; call model.float() first")
 
-        muon = dict(kind="muon", momentum=momentum, nesterov=nesterov)
-        adam = dict(kind="adamw", betas=betas, eps=eps, fused=True)
+        tables = [p for p in others if p.ndim > 1]
+        vectors = [p for p in others if p.ndim < 2]
         groups = [
-            dict(muon, params=matrices, weight_decay=weight_decay),
-            dict(adam, params=[p for p in others if p.ndim > 1], weight_decay=weight_decay),
-            dict(adam, params=[p for p in others if p.ndim < 2], weight_decay=0.0)]
-        super().__init__([group for group in groups if group["params"]], dict(lr=lr))
+            dict(kind="muon", params=matrices, weight_decay=weight_decay),
+            dict(kind="adamw", params=tables, weight_decay=weight_decay),
+            dict(kind="adamw", params=vectors, weight_decay=0.0)]
+        defaults = dict(lr=lr, momentum=momentum, betas=betas, eps=eps, fused=True)
+        super().__init__([group for group in groups if group["params"]], defaults)
 
-        self.ns_options = dict(steps=steps, coefficients=coefficients, dtype=dtype)
+        self.ns_options = dict(coefficients=coefficients, dtype=dtype)
+        self.shard_groups = build_shard_groups(matrices, dtype)
+        self.update_rms = {}
+
         self.qk = list(qk)
-        self.head_dim = head_dim
-        self.tau = tau
         if self.qk:
             self.kv_map = torch.as_tensor(kv_map, device=self.qk[0][0].device)
-        self.heads_clipped: Tensor | None = None
-        self.update_rms: dict[Tensor, Tensor] = {}
-        self.shard_groups = build_shard_groups(matrices, chunk, dtype)
+        self.head_dim = head_dim
+        self.tau = tau
+        self.heads_clipped = None
 
         # The state is made now, so that a checkpoint can be read into it before the first step.
         for p in matrices:
@@ -456,18 +393,16 @@ class MuonClip(torch.optim.Optimizer):
                 "exp_avg_sq": torch.zeros_like(local_shard(p))}
 
     @torch.no_grad()
-    def step(self, closure=None, *, max_logits: Tensor | None = None, skip: Tensor | None = None):
+    def step(self, *, max_logits: Tensor | None = None, skip: Tensor | None = None) -> None:
         """Update all parameters that have a gradient.
 
-        max_logits (layers, H): the largest logit of each head, for QK-clip; the maximum over ranks
-        is taken here.
+        max_logits (layers, H): the largest logit of each head that this rank has seen, for QK-clip.
         skip (0-dim bool tensor): if true, nothing changes, whatever gradients and logits hold (NaN,
         say). The device decides, without a host sync: gradients count as 0, mu as 1, lr as 0, and
         AdamW takes skip as found_inf, its flag for an overflow under loss scaling."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        if skip is None:
+            device = self.param_groups[0]["params"][0].device
+            skip = torch.zeros((), dtype=torch.bool, device=device)
 
         for group in self.param_groups:
             if group["kind"] == "muon":
@@ -476,52 +411,49 @@ class MuonClip(torch.optim.Optimizer):
                 self._adamw_step(group, skip)
 
         if max_logits is not None and self.qk and self.tau:
-            if skip is not None:
-                max_logits = max_logits.masked_fill(skip, 0)
-            self._qk_clip_step(max_logits)
-        return loss
+            self._qk_clip_step(max_logits.masked_fill(skip, 0))
 
-    def _muon_step(self, group: dict, skip: Tensor | None) -> None:
+    def _muon_step(self, group: dict, skip: Tensor) -> None:
         now = self._step_scalars(group, skip)
         whole = [p for p in group["params"] if p.grad is not None and not is_spread(p)]
-
         for params in batches_of_one_shape(whole):
             updates = [self.add_gradient(p, now) for p in params]
             # One matrix, which may be large, is not copied.
             stacked = torch.stack(updates) if len(updates) > 1 else updates[0][None]
             results = newton_schulz(stacked, **self.ns_options)
             for p, O in zip(params, results):
-                self.update_rms[p] = self.apply_result(p, O, now)
+                self.apply_result(p, O, now)
 
-        # The matrices that lie in shards on many ranks: second half.
+        # Second half: matrices that lie in shards on many ranks.
         for shard_group in self.shard_groups:
             parallel_muon_step(self, shard_group, now)
 
-    def _step_scalars(self, group: dict, skip: Tensor | None) -> StepScalars:
-        device = group["params"][0].device
-        lr = torch.full((), group["lr"], device=device)
-        mu = torch.full((), group["momentum"], device=device)
-        if skip is not None:
-            lr = lr.masked_fill(skip, 0)
-            mu = mu.masked_fill(skip, 1)
+    def _step_scalars(self, group: dict, skip: Tensor) -> SimpleNamespace:
+        """Return what all matrices share in one step, on the device, where `skip` can change it."""
+        lr = torch.full((), group["lr"], device=skip.device).masked_fill(skip, 0)
+        mu = torch.full((), group["momentum"], device=skip.device).masked_fill(skip, 1)
         decay = 1 - lr * group["weight_decay"]
-        return StepScalars(lr, mu, decay, group["nesterov"], skip)
+        return SimpleNamespace(lr=lr, mu=mu, decay=decay, skip=skip)
 
-    def add_gradient(self, p: Tensor, now: StepScalars) -> Tensor:
+    def add_gradient(self, p: Tensor, now: SimpleNamespace) -> Tensor:
         """Add p's gradient to its momentum -> u, in the dtype that Newton-Schulz gets."""
         momentum = self.state[p]["momentum"]
-        G = local_gradient(p)
-        u = add_to_momentum(momentum, G, now.mu, now.skip, now.nesterov, self.ns_options["dtype"])
+        if p.grad is None:
+            G = torch.zeros_like(momentum)      # other ranks may have theirs, and wait for this one
+        else:
+            assert not is_spread(p) or p.grad.placements == p.placements, "reduce gradients first"
+            G = local_shard(p.grad).contiguous()
+        u = add_to_momentum(momentum, G, now.mu, now.skip, self.ns_options["dtype"])
         return u.view(momentum.shape)
 
-    def apply_result(self, p: Tensor, O: Tensor, now: StepScalars) -> Tensor:
-        """Update this rank's part of p by its part of O -> the RMS of scaled O, which is that of
-        the update over lr; for a shard, sqrt of its share of the whole's mean square."""
+    def apply_result(self, p: Tensor, O: Tensor, now: SimpleNamespace) -> None:
+        """Update this rank's part of p by its part of O, and set update_rms[p] to the RMS of scaled
+        O; for a shard, to the sqrt of its share of the whole's mean square."""
         scale = update_scale(p.shape)
         row_norms = apply_update(local_shard(p), O, now.decay, now.lr * scale)
-        return torch.linalg.vector_norm(row_norms) * (scale / p.numel() ** 0.5)
+        self.update_rms[p] = torch.linalg.vector_norm(row_norms) * (scale / p.numel() ** 0.5)
 
-    def _adamw_step(self, group: dict, skip: Tensor | None) -> None:
+    def _adamw_step(self, group: dict, skip: Tensor) -> None:
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
             return
@@ -536,17 +468,17 @@ class MuonClip(torch.optim.Optimizer):
             exp_avg_sqs=[state["exp_avg_sq"] for state in states],
             max_exp_avg_sqs=[],
             state_steps=[state["step"] for state in states],
-            found_inf=None if skip is None else skip.float(),
-            lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
+            found_inf=skip.float(),
+            lr=group["lr"] * group.get("lr_scale", 1.0), beta1=beta1, beta2=beta2, eps=group["eps"],
             weight_decay=group["weight_decay"], fused=group["fused"],
             amsgrad=False, maximize=False)
 
     def _qk_clip_step(self, max_logits: Tensor) -> None:
-        mesh = getattr(self.qk[0][0], "device_mesh", None)
-        if mesh is not None and mesh.size() > 1:
+        some_weight = self.qk[0][0]
+        if is_spread(some_weight):
             # Each rank has seen other sequences. A maximum over ranks may drop a NaN; inf stays.
             max_logits = torch.where(max_logits < torch.inf, max_logits, torch.inf)
-            for process_group in mesh.get_all_groups():
+            for process_group in some_weight.device_mesh.get_all_groups():
                 dist.all_reduce(max_logits, dist.ReduceOp.MAX, process_group)
 
         gammas = []
@@ -555,30 +487,34 @@ class MuonClip(torch.optim.Optimizer):
         self.heads_clipped = (torch.stack(gammas) < 1).sum()
 
 
-def check_params(matrices: list[Tensor], others: list[Tensor]) -> None:
-    for p in matrices:
-        if p.ndim < 2:
-            raise ValueError("Muon takes matrices; give vectors and scalars to adamw_params")
-        if not p.is_contiguous():
-            raise ValueError("MuonClip takes contiguous matrices; call contiguous() on them first")
-    for p in matrices + others:
-        if p.dtype not in (torch.float32, torch.float64):
-            raise ValueError("MuonClip trains fp32 weights; call model.float() first")
+def configure_optimizer(model, *, poly_norm_lr_scale: float = 1.0, **options) -> MuonClip:
+    """Make the optimizer of a model.Motif, and let PolyNorm's weights and biases train with
+    poly_norm_lr_scale times the learning rate. options: see route_parameters."""
+    optimizer = route_parameters(model, **options)
+    poly_norm = set()
+    for block in model.model.layers:
+        if block.mlp.act_fn is not None:
+            poly_norm.update(block.mlp.act_fn.parameters())
+
+    if poly_norm and poly_norm_lr_scale != 1:
+        vectors = optimizer.param_groups[-1]
+        params = [p for p in vectors["params"] if p in poly_norm]
+        own = dict(vectors, params=params, lr_scale=poly_norm_lr_scale)
+        vectors["params"] = [p for p in vectors["params"] if p not in poly_norm]
+        optimizer.param_groups.append(own)
+    return optimizer
 
 
-def configure_optimizer(model, *, lr: float, optimizer: str = "muonclip", **options) -> MuonClip:
-    """Make the optimizer of a model.Motif: Muon for the seven matrices of each layer, AdamW for all
-    else, QK-clip on every layer. "adamw", to compare with, is AdamW for everything, no QK-clip.
-    options: arguments of MuonClip."""
+def route_parameters(model, *, lr: float, optimizer: str = "muonclip", **options) -> MuonClip:
+    """Muon for the seven matrices of each layer, AdamW for all else, QK-clip on every layer.
+    "adamw", to compare with, is AdamW for everything, no QK-clip. options: arguments of
+    MuonClip."""
     if optimizer == "adamw":
         return MuonClip([], model.parameters(), lr=lr, **options)
-    if optimizer != "muonclip":
-        raise ValueError(f"optimizer must be 'muonclip' or 'adamw', not {optimizer!r}")
 
     matrices = list(model.matrices().values())
     chosen = set(matrices)
     others = [p for p in model.parameters() if p not in chosen]
-
     qk = []
     for block in model.model.layers:
         qk.append((block.self_attn.q_proj.weight, block.self_attn.k_proj.weight))
@@ -588,13 +524,13 @@ def configure_optimizer(model, *, lr: float, optimizer: str = "muonclip", **opti
 
 def describe_routing(model, optimizer: MuonClip) -> str:
     """Say, in a line for each group, its rule and its parameters, without their layers' numbers."""
-    place = r"^model\.|layers\.\d+\.|self_attn\.|mlp\.|\.weight$"
-    names = {p: re.sub(place, "", name) for name, p in model.named_parameters()}
+    last_words = {p: name.removesuffix(".weight").split(".")[-1]
+                  for name, p in model.named_parameters()}
     lines = []
     for group in optimizer.param_groups:
         params = group["params"]
         count = sum(p.numel() for p in params)
-        kinds = dict.fromkeys(names[p] for p in params)
+        kinds = dict.fromkeys(last_words[p] for p in params)
         lines.append(f"{group['kind']}, weight decay {group['weight_decay']}: "
                      f"{count:,d} in {len(params)} tensors: {', '.join(kinds)}")
     return "\n".join(lines)
@@ -605,23 +541,19 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 #
 # The problem. FSDP2 cuts every matrix into shards, one for each GPU: on 8 GPUs a 4096 x 4096 matrix
 # lies in 8 blocks of 512 rows. AdamW can update a shard by itself, since it treats every number by
-# itself. Muon cannot: the singular values of a block of rows are not those of the matrix. If two
-# blocks have identical rows, each by itself turns them into 512 orthonormal rows, and together they
-# are far from orthonormal. (For a Gaussian 512 x 512 matrix in 8 blocks, the result is 0.53 |O|_F
-# away from O.) The simple way out: every rank gathers every matrix, and all do the same work.
+# itself. Muon cannot: the singular values of a block of rows are not those of the matrix. Blocks
+# with identical rows, say, would each become 512 orthonormal rows, and together be far from
+# orthonormal. The simple way out: every rank gathers every matrix, and all do the same work.
 #
 # The idea (Motif-2, arXiv 2511.07464). Every matrix has one owner. All ranks send the owner their
 # shards of u. The owner puts the matrix together, orthogonalises it, and sends every rank its shard
 # of O. So each matrix is orthogonalised once, different ranks do different ones at the same time,
 # and the result is bit-identical to that of one process.
 #
-# The plan. Owners are chosen so that all ranks have equally many FLOPs to do (assign_owners). A
-# step goes in chunks, of about one large matrix for each rank, so that a rank holds few whole
-# matrices at a time, and one chunk can travel while another is computed. For each chunk k, one
-# all-to-all carries u(k) to the owners and another carries O(k) back.
-#
-# The timeline. The messages travel while the GPUs compute. With 4 ranks and 12 equal matrices there
-# are 3 chunks, of matrices 0 to 3, 4 to 7 and 8 to 11:
+# The timeline. A step goes in chunks, of about one large matrix for each rank, so that a rank holds
+# few whole matrices at a time, and one chunk can travel while another is computed. For each chunk k
+# one all-to-all carries u(k) to the owners and another carries O(k) back. With 4 ranks and 12 equal
+# matrices there are 3 chunks, of matrices 0 to 3, 4 to 7 and 8 to 11:
 #
 #     rank 0         | NS of matrix 0 | NS of matrix 4 | NS of matrix 8  |
 #     rank 1         | NS of matrix 1 | NS of matrix 5 | NS of matrix 9  |
@@ -629,20 +561,14 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 #     rank 3         | NS of matrix 3 | NS of matrix 7 | NS of matrix 11 |
 #     network   u(0) | u(1)           | O(0), u(2)     | O(1)            | O(2)
 #
-# What it costs. Let N be the numbers in all matrices, on R ranks, which hold C copies (replicas) of
-# the model, each of R / C shards (FSDP: C = 1; HSDP: more). A rank owns N / R numbers. It receives
+# HSDP. Each replica of the model could do all of this by itself, but then all would do the same
+# work. So replicas share the owners. An owner takes the shards of u from its own replica, which has
+# all of them, and sends O to every rank.
 #
-#     u    of all that it owns, except its own shard          N/R - (N/R) C/R
-#     O    its shard of everything, except what it owns       N C/R - (N/R) C/R
-#     both                                                    (N/R) (1 + C - 2C/R)
-#
-# and sends as much. If every rank gathered everything it would receive N (1 - C/R). For the 12.7B
-# model in bf16 on 8 GPUs (N = 10.9e9, R = 8, C = 1) that is 4.77 GB instead of 19.08, and an eighth
-# of the FLOPs.
-#
-# HSDP. Each replica could do all of this by itself, but then all replicas would do the same work.
-# So replicas share the owners; C above counts those that do (replicas_per_muon_group). An owner
-# takes the shards of u from its own replica, which has all of them, and sends O to every rank.
+# What it costs. Let R ranks hold C replicas (FSDP: C = 1) of N numbers. A rank receives u of what
+# it owns, N / R numbers, and its shard of every O, N C / R; of each it has N C / R^2 already. If it
+# gathered everything, it would receive N (1 - C/R). For the 12.7B model on 8 GPUs in bf16 (N =
+# 10.9e9) that is 4.77 GB instead of 19.08, and an eighth of the FLOPs.
 
 def is_spread(p: Tensor) -> bool:
     """Whether p is a DTensor that lies on more than one rank."""
@@ -654,323 +580,242 @@ def local_shard(p: Tensor) -> Tensor:
     return p.to_local() if hasattr(p, "to_local") else p
 
 
-def local_gradient(p: Tensor) -> Tensor:
-    """Return this rank's part of p's gradient; zeros if p has none, as other ranks may have theirs
-    and wait for this one."""
-    if p.grad is None:
-        return torch.zeros_like(local_shard(p))
-    if is_spread(p) and p.grad.placements != p.placements:
-        raise ValueError(f"a gradient is placed by {p.grad.placements}, its parameter by "
-                         f"{p.placements}; redistribute the gradient first")
-    return local_shard(p.grad).contiguous()
-
-
 def shard_dims(t: Tensor) -> tuple[int | None, ...]:
     """Say for each mesh dimension of a DTensor which tensor dimension is sharded over it, or None
     for replicas. FSDP2 has (0,), HSDP has (None, 0)."""
-    from torch.distributed.tensor import Replicate, Shard
-    dims = []
-    for placement in t.placements:
-        if type(placement) not in (Shard, Replicate):
-            raise ValueError(f"MuonClip takes parameters placed by Shard and Replicate, not by "
-                             f"{t.placements}")
-        dims.append(placement.dim if type(placement) is Shard else None)
-    return tuple(dims)
+    return tuple(place.dim if place.is_shard() else None for place in t.placements)
 
 
 def local_slices(shape, mesh_sizes, dims, coords) -> tuple[slice, ...]:
     """Return the part of a tensor that the rank at coordinates `coords` of a mesh holds. dims: as
-    shard_dims returns them. The cuts are those of torch.chunk: all parts have the same length,
-    except that the last ones may be shorter, or empty.
+    shard_dims returns them. The cuts are those of torch.chunk: 5 rows on 4 ranks are 2, 2, 1 and 0.
 
-    5 rows on 4 ranks are 2, 2, 1 and 0 rows:
-
-    >>> for rank in range(4):
-    ...     print(local_slices((5, 8), mesh_sizes=(4,), dims=(0,), coords=(rank,)))
-    (slice(0, 2, None), slice(0, 8, None))
-    (slice(2, 4, None), slice(0, 8, None))
-    (slice(4, 5, None), slice(0, 8, None))
-    (slice(5, 5, None), slice(0, 8, None))
+    >>> [local_slices((5,), mesh_sizes=(4,), dims=(0,), coords=(rank,))[0] for rank in range(4)]
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None), slice(5, 5, None)]
     """
     box = [slice(0, n) for n in shape]
     for size, dim, coord in zip(mesh_sizes, dims, coords):
-        if dim is None:
-            continue
-        first = box[dim].start
-        last = box[dim].stop
-        length = math.ceil((last - first) / size)
-        box[dim] = slice(min(first + coord * length, last), min(first + (coord + 1) * length, last))
+        if dim is not None:
+            last = box[dim].stop
+            length = math.ceil((last - box[dim].start) / size)
+            first = min(box[dim].start + coord * length, last)
+            box[dim] = slice(first, min(first + length, last))
     return tuple(box)
 
 
 # ---- The plan: who owns what, and when
 
-def newton_schulz_flops(shape, steps: int = 5) -> int:
-    """Count the FLOPs of Newton-Schulz on (..., m, n).
-
-    >>> f"{newton_schulz_flops((4096, 16384)):.2e}"
-    '6.18e+12'
-    """
+def newton_schulz_flops(shape) -> int:
+    """Count the FLOPs of Newton-Schulz on (..., m, n): 6.2e12 for 4096 x 16384."""
     m, n = sorted(shape[-2:])
     each_step = 4 * m * m * n + 2 * m**3            # X X^T and B X; A A
-    return steps * math.prod(shape[:-2]) * each_step
+    return 5 * math.prod(shape[:-2]) * each_step
 
 
-def assign_owners(shapes, ranks: int, chunk: int = 1) -> list[tuple[int, int]]:
-    """Choose (chunk, owner) of each matrix by the rule "longest processing time first": take the
+def assign_owners(shapes, ranks: int) -> tuple[list, list]:
+    """Choose the owner of each matrix by the rule "longest processing time first": take the
     matrices by falling FLOPs, and give each to the rank that has the least to do so far.
 
-    This is a schedule of what each rank does when. It is cut into windows, each as long as
-    `chunk` of the largest matrices; the matrices that start in one window are one chunk. So the
-    ranks are balanced within each chunk too, where they wait for each other.
+    Cut this schedule into windows, each as long as the largest matrix takes; the matrices that
+    start in one window are one chunk. So the ranks are balanced within each chunk too, at whose
+    end they wait for each other -> (the owner of each matrix, the matrices of each chunk).
 
     Four matrices take 3, 2, 2 and 1 units of time. Rank 0 starts the first at time 0 and the last
     at time 3, which is in the second window; rank 1 starts the others at times 0 and 2:
 
     >>> assign_owners([(4, 16), (4, 10), (4, 10), (4, 4)], ranks=2)
-    [(0, 0), (0, 1), (0, 1), (1, 0)]
+    ([0, 1, 1, 0], [[0, 1, 2], [3]])
     """
     flops = [newton_schulz_flops(shape) for shape in shapes]
-    window = chunk * max(flops)
+    window = max(flops)
     busy = [0] * ranks                              # FLOPs given to each rank so far
-    placed = [(0, 0)] * len(shapes)
-
-    largest_first = sorted(range(len(shapes)), key=lambda i: -flops[i])
-    for i in largest_first:
-        owner = busy.index(min(busy))
-        placed[i] = (busy[owner] // window, owner)
-        busy[owner] += flops[i]
-    return placed
+    owner = [0] * len(shapes)
+    chunks = []
+    for i in sorted(range(len(shapes)), key=lambda i: -flops[i]):
+        owner[i] = busy.index(min(busy))
+        k = busy[owner[i]] // window
+        if k == len(chunks):
+            chunks.append([])
+        chunks[k].append(i)
+        busy[owner[i]] += flops[i]
+    for chunk in chunks:
+        chunk.sort(key=lambda i: (owner[i], i))     # as an all-to-all needs them
+    return owner, chunks
 
 
 def replicas_per_muon_group(shapes, ranks: int, replicas: int) -> int:
-    """Choose how many replicas share the owners (HSDP): the smallest number that leaves the busiest
-    rank the fewest FLOPs. A larger one only adds traffic, since O goes to every rank."""
-    if ranks % replicas:
-        raise ValueError(f"{ranks} ranks are not {replicas} replicas of the same size")
-
-    best = 1
-    least = math.inf
-    for count in range(1, replicas + 1):
-        if replicas % count:
-            continue
-        load = [0] * (count * ranks // replicas)
-        for shape, (_, owner) in zip(shapes, assign_owners(shapes, len(load))):
-            load[owner] += newton_schulz_flops(shape)
-        if max(load) < least:
-            best = count
-            least = max(load)
-    return best
-
-
-class Transfer:
-    """An all-to-all that is under way."""
-
-    def __init__(self, work: dist.Work, received: Tensor):
-        self.work = work                            # holds the buffer that is sent
-        self.received = received
-
-    def wait(self) -> Tensor:
-        """Return what arrived, and drop both references, to free the buffers early."""
-        self.work.wait()
-        received = self.received
-        self.work = None
-        self.received = None
-        return received
+    """Choose how many replicas share the owners (HSDP): so many that the average rank has no more
+    to do than the largest matrix takes. With more, O goes to more ranks, and hardly sooner."""
+    flops = [newton_schulz_flops(shape) for shape in shapes]
+    enough = sum(flops) / max(flops)                # ranks
+    for count in range(1, replicas):
+        if replicas % count == 0 and count * ranks / replicas >= enough:
+            return count
+    return replicas
 
 
 class MuonShardGroup:
-    """The matrices that lie on one device mesh: who owns which, and how their shards are exchanged.
+    """The matrices that lie on one device mesh: who owns which, and how their shards travel.
 
     The constructor only computes with shapes, so it also plans for GPUs that are not there. Then
     connect() adds the process group. i is a matrix, r a rank, d a mesh dimension, k a chunk.
 
-    shapes[i]          (m, n)
-    shard_dims[i]      as the function shard_dims returns it, e.g. (None, 0)
-    mesh_sizes[d]      e.g. (2, 4) for 2 replicas of 4 shards
-    coords[r]          rank r's coordinates in the mesh; None: row by row
+    shapes[i]        (m, n)
+    shard_dims[i]    as the function shard_dims returns it, e.g. (None, 0)
+    mesh             the ranks; torch.arange(8).view(2, 4) is 2 replicas of 4 shards
+    owner[i]         the rank that orthogonalises matrix i
+    chunks[k]        the matrices of chunk k, sorted by owner
+    slices[i][r]     the part of matrix i that rank r holds
+    sends[i][r]      whether rank r sends its shard of u to the owner of matrix i
+    sent["u"][k, r, s], sent["O"][k, r, s]    how many numbers of chunk k rank r sends to rank s"""
 
-    owner[i]           the rank that orthogonalises matrix i
-    order              all matrices, chunk by chunk
-    chunks[k]          the matrices of chunk k, sorted by owner as an all-to-all needs them
-    slices[i][r]       the part of matrix i that rank r holds
-    send_counts[i][r]  how many numbers of u rank r sends to the owner of matrix i
-    recv_counts[i][r]  how many numbers of O rank r receives from it, the size of its shard
-    num_copies[i]      how many ranks hold the same shard of matrix i"""
-
-    def __init__(self, shapes, shard_dims, mesh_sizes, coords=None, chunk: int = 1):
-        if coords is None:
-            coords = list(itertools.product(*[range(size) for size in mesh_sizes]))
+    def __init__(self, shapes, shard_dims, mesh: Tensor):
+        ranks = mesh.numel()
         self.shapes = shapes
-        self.num_ranks = len(coords)
+        self.mesh = mesh
+        self.owner, self.chunks = assign_owners(shapes, ranks)
+        self.slices = {}
+        self.sends = {}
+        u_sent = torch.zeros(len(self.chunks), ranks, ranks, dtype=torch.int64)
+        O_sent = torch.zeros_like(u_sent)
+        self.sent = {"u": u_sent, "O": O_sent}
 
-        placed = assign_owners(shapes, self.num_ranks, chunk)
-        self.owner = [owner for _, owner in placed]
-        self.order = sorted(range(len(shapes)), key=lambda i: placed[i])
-        self.chunks = [[] for _ in range(max(placed)[0] + 1)]
-        for i in self.order:
-            self.chunks[placed[i][0]].append(i)
+        # A process group numbers its ranks by their global rank, whatever their place in the mesh.
+        places = torch.unravel_index(mesh.flatten().argsort(), mesh.shape)
+        coords = torch.stack(places, 1)                                             # [r, d]
+        for k, chunk in enumerate(self.chunks):
+            for i in chunk:
+                owner = self.owner[i]
+                dims = shard_dims[i]
+                boxes = [local_slices(shapes[i], mesh.shape, dims, at) for at in coords.tolist()]
+                sizes = torch.tensor([math.prod(s.stop - s.start for s in box) for box in boxes])
 
-        self.slices = []
-        self.recv_counts = []
-        known = {}                                  # hundreds of matrices have few shapes
-        for kind in zip(shapes, shard_dims):
-            if kind not in known:
-                known[kind] = slices_of_ranks(*kind, mesh_sizes, coords)
-            slices, sizes = known[kind]
-            self.slices.append(slices)
-            self.recv_counts.append(sizes)
+                # The owner's replica sends u: the ranks with the owner's coordinates in all mesh
+                # dimensions that replicate the matrix.
+                replicated = [d for d, dim in enumerate(dims) if dim is None]
+                agrees = coords[:, replicated] == coords[owner, replicated]
+                sends = agrees.all(1)
 
-        # Rank r sends its shard of matrix i if it is in the owner's replica, that is, if it has the
-        # owner's coordinate in every mesh dimension that replicates the matrix.
-        coords = torch.tensor(coords)                                               # [r, d]
-        sharded = torch.tensor([[dim is not None for dim in dims] for dims in shard_dims])  # [i, d]
-        at_owner = coords[self.owner]                                               # [i, d]
-        agrees = at_owner[:, None, :] == coords[None, :, :]                         # [i, r, d]
-        same_replica = (sharded[:, None, :] | agrees).all(2)                        # [i, r]
-        self.send_counts = (same_replica * torch.tensor(self.recv_counts)).tolist()
-        self.num_copies = torch.where(sharded, 1, torch.tensor(mesh_sizes)).prod(1)
+                self.slices[i] = boxes
+                self.sends[i] = sends.tolist()
+                u_sent[k, :, owner] += sizes * sends
+                O_sent[k, owner, :] += sizes
 
-    def elements_sent(self, matrices: list[int]) -> tuple[Tensor, Tensor]:
-        """Count how many numbers of u, and of O, of these matrices rank r sends to rank s -> two
-        tensors [r, s]. The diagonal is what a rank sends to itself."""
-        u = torch.zeros(self.num_ranks, self.num_ranks, dtype=torch.int64)
-        O = torch.zeros_like(u)
-        for i in matrices:
-            u[:, self.owner[i]] += torch.tensor(self.send_counts[i])
-            O[self.owner[i], :] += torch.tensor(self.recv_counts[i])
-        return u, O
-
-    def connect(self, process_group, me: int, params: list[Tensor], dtype: torch.dtype) -> None:
-        """Prepare to exchange shards of params, in dtype, as rank `me` of the process group."""
-        self.process_group = process_group
-        self.me = me
+    def connect(self, params: list[Tensor], dtype: torch.dtype) -> None:
+        """Prepare to exchange shards of params, in dtype. All ranks of the mesh call this."""
+        ranks = sorted(self.mesh.flatten().tolist())
+        self.process_group = dist.group.WORLD
+        if len(ranks) < dist.get_world_size():
+            self.process_group = dist.new_group(ranks, use_local_synchronization=True)
+        self.me = ranks.index(dist.get_rank())
         self.params = params
-        self.copies_in_order = self.num_copies[self.order].to(params[0].device)
         self.nothing = torch.empty(0, dtype=dtype, device=params[0].device)     # cat([]) would fail
+        i_send = [self.sends[i][self.me] for i in range(len(params))]
+        self.i_send = self.nothing.new_tensor(i_send)
+        self.under_way = {}
 
-        # For each chunk: how much this rank sends to every rank, and receives from every rank.
-        self.u_splits = []
-        self.O_splits = []
-        for chunk in self.chunks:
-            u, O = self.elements_sent(chunk)
-            self.u_splits.append((u[me].tolist(), u[:, me].tolist()))
-            self.O_splits.append((O[me].tolist(), O[:, me].tolist()))
-
-    def all_to_all(self, pieces: list[Tensor], splits: tuple[list, list]) -> Transfer:
-        """Start to send flat pieces, sorted by the rank that gets them."""
-        send_sizes, receive_sizes = splits
+    def send(self, name: str, k: int, pieces: list[Tensor]) -> None:
+        """Start the all-to-all of chunk k's "u" or "O". pieces: flat, sorted by who gets them."""
+        counts = self.sent[name][k]                                                 # [r, s]
+        send_sizes = counts[self.me].tolist()
+        receive_sizes = counts[:, self.me].tolist()
         sent = torch.cat([self.nothing, *pieces])
         received = sent.new_empty(sum(receive_sizes))
         work = dist.all_to_all_single(received, sent, receive_sizes, send_sizes,
                                       group=self.process_group, async_op=True)
-        return Transfer(work, received)
+        self.under_way[name, k] = (work, received)
 
-    def send_updates(self, k: int, updates: list[Tensor]) -> Transfer:
-        """Start to send this rank's shards of u(k) to the owners."""
+    def receive(self, name: str, k: int) -> Tensor:
+        """Wait for what send() started, and free the buffer that was sent, which `work` holds."""
+        work, received = self.under_way.pop((name, k))
+        work.wait()
+        return received
+
+    def all_shards(self, matrices: dict) -> Iterator:
+        """Yield (i, r, a view of what rank r holds of matrix i), in the order of a message."""
+        for r in range(self.mesh.numel()):
+            for i, matrix in matrices.items():
+                yield i, r, matrix[self.slices[i][r]]
+
+    def send_updates(self, k: int, optimizer: MuonClip, now: SimpleNamespace) -> None:
+        """Add the gradients of chunk k to the momentum, and start to send u(k) to the owners."""
         pieces = []
-        for i, u in zip(self.chunks[k], updates):
-            if self.send_counts[i][self.me]:
+        for i in self.chunks[k]:
+            u = optimizer.add_gradient(self.params[i], now)
+            if self.sends[i][self.me]:
                 pieces.append(u.flatten())
-        return self.all_to_all(pieces, self.u_splits[k])
+        self.send("u", k, pieces)
 
-    def gather_full(self, k: int, transfer: Transfer) -> dict[int, Tensor]:
+    def gather_full(self, k: int) -> dict[int, Tensor]:
         """Wait for u(k) -> {i: the whole u} for the matrices of chunk k that this rank owns."""
-        received = transfer.wait()
+        received = self.receive("u", k)
         matrices = {}
         for i in self.chunks[k]:
             if self.owner[i] == self.me:
                 matrices[i] = received.new_empty(self.shapes[i])
 
-        # What arrived is sorted by sender, and within a sender in the order of the chunk.
         position = 0
-        for r in range(self.num_ranks):
-            for i, matrix in matrices.items():
-                count = self.send_counts[i][r]
-                if count:
-                    box = matrix[self.slices[i][r]]
-                    box.copy_(received[position:position + count].view_as(box))
-                    position += count
+        for i, r, box in self.all_shards(matrices):
+            if self.sends[i][r]:
+                piece = received[position:position + box.numel()]
+                box.copy_(piece.view_as(box))
+                position += box.numel()
         return matrices
 
-    def send_results(self, k: int, results: dict[int, Tensor]) -> Transfer:
+    def send_results(self, k: int, results: dict[int, Tensor]) -> None:
         """Start to send every rank its shards of the O that this rank has computed."""
         pieces = []
-        for r in range(self.num_ranks):
-            for i, O in results.items():
-                pieces.append(O[self.slices[i][r]].flatten())
-        return self.all_to_all(pieces, self.O_splits[k])
+        for _, _, O in self.all_shards(results):
+            pieces.append(O.flatten())
+        self.send("O", k, pieces)
 
-    def wait_results(self, k: int, transfer: Transfer) -> list[Tensor]:
-        """Wait for O(k) -> this rank's shards, flat, in the order of chunk k."""
-        sizes = [self.recv_counts[i][self.me] for i in self.chunks[k]]
-        return list(transfer.wait().split(sizes))
-
-
-def slices_of_ranks(shape, dims, mesh_sizes, coords) -> tuple[list, list[int]]:
-    """Return each rank's slices of one matrix, and how many numbers they hold."""
-    slices = []
-    sizes = []
-    for coord in coords:
-        box = local_slices(shape, mesh_sizes, dims, coord)
-        slices.append(box)
-        sizes.append(math.prod(s.stop - s.start for s in box))
-    return slices, sizes
+    def apply_results(self, k: int, optimizer: MuonClip, now: SimpleNamespace) -> None:
+        """Wait for O(k), and update this rank's shards of the weights of chunk k."""
+        params = [self.params[i] for i in self.chunks[k]]
+        sizes = [local_shard(p).numel() for p in params]
+        for p, O in zip(params, self.receive("O", k).split(sizes)):
+            optimizer.apply_result(p, O, now)
 
 
-def build_shard_groups(matrices: list[Tensor], chunk: int, dtype) -> list[MuonShardGroup]:
-    """Make a group for each device mesh that matrices lie on. All ranks of a mesh call this."""
+def build_shard_groups(matrices: list[Tensor], dtype: torch.dtype) -> list[MuonShardGroup]:
+    """Make a group for each device mesh; with HSDP, of the replicas that share owners with this
+    rank's."""
     by_mesh = {}
     for p in matrices:
         if is_spread(p):
             by_mesh.setdefault(p.device_mesh, []).append(p)
-    return [build_shard_group(mesh, params, chunk, dtype) for mesh, params in by_mesh.items()]
 
+    groups = []
+    for device_mesh, params in by_mesh.items():
+        shapes = [p.shape for p in params]
+        dims = [shard_dims(p) for p in params]
 
-def build_shard_group(mesh, params: list[Tensor], chunk: int, dtype) -> MuonShardGroup:
-    """Make the connected group of the DTensors on one mesh: with HSDP, of those replicas that share
-    owners with this rank's replica."""
-    shapes = [p.shape for p in params]
-    dims = [shard_dims(p) for p in params]
+        # If the first dimension replicates every matrix, cut the mesh into groups along it.
+        mesh = device_mesh.mesh
+        if all(d[0] is None for d in dims):
+            together = replicas_per_muon_group(shapes, mesh.numel(), len(mesh))
+            first = device_mesh.get_coordinate()[0] // together * together
+            mesh = mesh[first:first + together]
 
-    # Cut the mesh along its first dimension into groups of `together` replicas.
-    together = mesh.shape[0]
-    if all(d[0] is None for d in dims):
-        together = replicas_per_muon_group(shapes, mesh.size(), mesh.shape[0])
-    first = mesh.get_coordinate()[0] // together * together
-    sizes = (together, *mesh.shape[1:])
-
-    # A process group numbers its ranks by their global rank, whatever their place in the mesh.
-    global_ranks = mesh.mesh[first:first + together].flatten().tolist()
-    row_major = itertools.product(*[range(size) for size in sizes])
-    coords_of = dict(zip(global_ranks, row_major))
-    ranks = sorted(global_ranks)
-    if len(ranks) == dist.get_world_size():
-        process_group = dist.group.WORLD
-    else:
-        process_group = dist.new_group(ranks, use_local_synchronization=True)
-
-    group = MuonShardGroup(shapes, dims, sizes, [coords_of[rank] for rank in ranks], chunk)
-    group.connect(process_group, ranks.index(dist.get_rank()), params, dtype)
-    return group
+        group = MuonShardGroup(shapes, dims, mesh)
+        group.connect(params, dtype)
+        groups.append(group)
+    return groups
 
 
 # ---- The step
 
-def parallel_muon_step(optimizer: MuonClip, group: MuonShardGroup, now: StepScalars) -> None:
-    """Take one step of Muon on the matrices of a group, in the order of the timeline above. A
-    transfer_u or transfer_O is on its way while this rank computes."""
-    rms = []
-    transfer_O = None
-    transfer_u = send_next_updates(optimizer, group, 0, now)
-
-    for k in range(len(group.chunks)):
+def parallel_muon_step(optimizer: MuonClip, group: MuonShardGroup, now: SimpleNamespace) -> None:
+    """Take one step of Muon on the matrices of a group, in the order of the timeline above."""
+    last = len(group.chunks) - 1
+    group.send_updates(0, optimizer, now)
+    for k in range(last + 1):
         # Phase 1: wait for u(k), and put together the matrices that this rank owns.
-        matrices = group.gather_full(k, transfer_u)
+        matrices = group.gather_full(k)
 
         # Phase 2: start to send u(k+1). It travels during phase 3.
-        if k + 1 < len(group.chunks):
-            transfer_u = send_next_updates(optimizer, group, k + 1, now)
+        if k < last:
+            group.send_updates(k + 1, optimizer, now)
 
         # Phase 3: orthogonalise whole matrices, as one process does.
         for i in matrices:
@@ -978,33 +823,17 @@ def parallel_muon_step(optimizer: MuonClip, group: MuonShardGroup, now: StepScal
 
         # Phase 4: wait for O(k-1), which travelled during phase 3, and update this rank's shards.
         if k > 0:
-            rms += apply_results(optimizer, group, k - 1, transfer_O, now)
+            group.apply_results(k - 1, optimizer, now)
 
         # Phase 5: start to send O(k). The buffer that is sent is a copy, so free O itself.
-        transfer_O = group.send_results(k, matrices)
+        group.send_results(k, matrices)
         del matrices
 
-    last = len(group.chunks) - 1
-    rms += apply_results(optimizer, group, last, transfer_O, now)
+    group.apply_results(last, optimizer, now)
 
-    # Every rank has its shards' part of each RMS; shards that several ranks hold count once.
-    mean_square = torch.stack(rms).square_().div_(group.copies_in_order)
+    # Each rank has its shards' part of each RMS; a shard that several ranks hold counts once.
+    rms = torch.stack([optimizer.update_rms[p] for p in group.params])
+    mean_square = rms.square_().mul_(group.i_send)
     dist.all_reduce(mean_square, group=group.process_group)
-    for i, value in zip(group.order, mean_square.sqrt_()):
-        optimizer.update_rms[group.params[i]] = value
-
-
-def send_next_updates(optimizer: MuonClip, group: MuonShardGroup, k: int, now) -> Transfer:
-    """Add the gradients of chunk k to the momentum, and start to send u(k)."""
-    updates = [optimizer.add_gradient(group.params[i], now) for i in group.chunks[k]]
-    return group.send_updates(k, updates)
-
-
-def apply_results(optimizer: MuonClip, group: MuonShardGroup, k: int, transfer_O: Transfer,
-                  now) -> list[Tensor]:
-    """Wait for O(k), and update this rank's shards of the weights -> their parts of the RMS."""
-    shards = group.wait_results(k, transfer_O)
-    rms = []
-    for i, O in zip(group.chunks[k], shards):
-        rms.append(optimizer.apply_result(group.params[i], O, now))
-    return rms
+    for p, value in zip(group.params, mean_square.sqrt_()):
+        optimizer.update_rms[p] = value

@@ -14,22 +14,25 @@ and writes
     out_dir/samples.txt    the fixed prompts, continued by the model at each evaluation
     out_dir/log.txt        what was printed
 
+Steps. The code counts from 0: step 0 reads batch 0 with the learning rate of step 0. The logs and
+the names of folders count the steps that are done: "step N" is the state after N steps. So step_0
+would hold the initial weights, and the line "step 10" reports the loss of batch 9.
+
 To resume, give the same command again: it continues from the newest checkpoint in out_dir, bit for
 bit as if nothing had interrupted it, and on any number of GPUs. Ctrl-C, or the SIGTERM that a
-cluster sends, lets the current step end, saves a checkpoint and exits with status 0.
+cluster sends, lets the current step end, saves a checkpoint and exits with status 0; until the
+first step is done there is nothing to save, and they end the run at once.
 
 The loop is `train`, and reading may begin there. The file has, in this order: the knobs, the
-schedules, the ranks, one training step, FSDP2, checkpoints, validation, the loop; then the log, the
-set-up, and how a run ends.
+schedules, one training step, what a step reads, FSDP2, checkpoints, validation, the loop, the
+set-up. What any training run needs is in support/: how ranks talk (ranks.py), the log (log.py), and
+the folder of a run (run_folder.py).
 """
 import functools
 import json
 import math
 import os
-import re
-import shutil
 import sys
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Protocol
@@ -44,15 +47,19 @@ import configurator
 import data
 import muonclip
 from configurator import Count, Fraction, NonNegative, Size, UserError, one_line
-from model import Linear, Motif, MotifConfig
+from model import Linear, Motif, MotifConfig, flops_per_token
 from muonclip import local_shard
-from support.log import Log, StepTimer, training_line
+from support.log import (Log, NonFiniteSteps, StepTimer, layer_stats, log_end, log_evaluation,
+                         log_resumed, log_step)
 from support.ranks import (LOCAL_RANK, RANK, WORLD, all_gather_object, all_reduce_sum, any_rank,
-                           init_distributed, install_signal_handlers, rank0_first, rank0_only,
-                           run_main, sync_errors)
+                           barrier, init_distributed, install_signal_handlers, pad_rows,
+                           pick_device, rank0_first, rank0_only, run_main, split_rows, sync_errors)
+from support.run_folder import (check_files, check_shared, checksums, find_checkpoint,
+                                finish_checkpoint, friendly_errors, last_good, lock_folder,
+                                remove_old_checkpoints, remove_temporaries, safetensors_errors)
 from support.tokenizer import (END, TURN_END, Tokenizer, bytes_per_token, encode_document,
                                load_tokenizer)
-from support.weights import iter_checkpoint, save_tensors, tensor_files
+from support.weights import iter_checkpoint, save_tensors
 
 QUICKSTART = str(Path(__file__).parent / "config" / "quickstart.py")
 
@@ -85,6 +92,7 @@ class TrainConfig:
     weight_decay: NonNegative = 0.1  # of matrices and embeddings, per step, times lr
     ns_coefficients: Literal["quintic", "motif", "polar_express"] = "motif"  # of Newton-Schulz
     qk_clip_threshold: NonNegative = 100.0  # largest attention logit [ours]; 0: no QK-clip
+    poly_norm_lr_scale: NonNegative = 1.0  # PolyNorm's weights learn at lr times this [ours]
     grad_clip: NonNegative = 1.0    # largest norm of the whole gradient; 0: no clipping
     max_nonfinite_steps: Count = 10  # so many steps in a row with NaN or inf end the run
 
@@ -96,8 +104,9 @@ class TrainConfig:
     prompts: list = field(default_factory=lambda: ["The "])  # continued at each evaluation
     sample_tokens: Size = 100       # tokens that each prompt is continued by
     save_every: Count | None = 100  # steps between checkpoints, with one at the end; None: none
-    keep_last: Annotated[int, 2] = 2  # checkpoints that are kept: the newest might be damaged
-    keep_every: Count | None = None  # checkpoints at multiples of so many steps are kept for ever
+    keep_last: Annotated[int, 2] = 2  # so many of the newest checkpoints are kept: one of them
+                                    # might be damaged
+    keep_every: Count | None = None  # checkpoints at multiples of so many steps are never removed
     wandb: str | None = None        # name of a Weights & Biases project, to log there too
 
 
@@ -127,6 +136,8 @@ class Config(TrainConfig, MotifConfig):
     decay: Literal["linear", "cosine", "inverse_sqrt"] = "linear"  # the shape of that fall
     min_lr: Fraction = 0.1          # where the fall ends, as a fraction of lr
 
+    lr_may_rise: bool = False       # a prolonged run may go on with a higher learning rate
+
     # Data
     tokenizer: str = "byte"         # byte, a tiktoken name, a .tiktoken file, a tokenizer.json or a
                                     # folder with one, owner/name of the Hub
@@ -134,7 +145,10 @@ class Config(TrainConfig, MotifConfig):
                                     # name -> [source, first share, last share] of the tokens
     mixture: list | None = None     # [[fraction of the run, {name: share}], ...] instead of shares
     prepare_part: str = "1/1"       # tools.prepare: part i/n of the data, for machine i of n
-    workers: Count | None = None    # processes that prepare data; None: one per core
+    verify: bool = False            # tools.prepare: check what is prepared, and make nothing
+    workers: Count | None = None    # processes that prepare data at a time; None: one per core
+    keep_read_pieces: Size | None = None  # pieces of some 4M tokens of each domain that are kept
+                                    # behind the run; None: all
 
 
 def model_config(c: Config) -> MotifConfig:
@@ -142,11 +156,31 @@ def model_config(c: Config) -> MotifConfig:
     return MotifConfig(**{f.name: getattr(c, f.name) for f in fields(MotifConfig)})
 
 
-def make_curriculum(c: Config) -> data.Curriculum:
-    """The part of the config that says what each step reads."""
-    curriculum = data.Curriculum(
-        c.domains, batch_tokens=c.batch_tokens, seq_len=c.seq_len, mixture=c.mixture,
-        max_steps=c.max_steps, max_tokens=c.max_tokens)
+PLAN_KEYS = ("domains", "batch_tokens", "seq_len", "mixture", "max_steps", "max_tokens")
+
+
+def plan_of(config: dict) -> dict:
+    """The part of a config that says what each step reads, as it is after a way through JSON."""
+    return json.loads(json.dumps({key: config[key] for key in PLAN_KEYS}))
+
+
+def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
+    """What each step reads. state: the checkpoint's that the run goes on from. If c plans the run
+    otherwise than it did, say because it is prolonged, then what was read stays as it was planned,
+    and the new plan begins at this step."""
+    plan = plan_of(asdict(c))
+    plans = []  # [[step, the plan that was followed up to it], ...]
+    if state:
+        plans = list(state["plans"])
+        old = plan_of(state["config"])
+        if old != plan:
+            plans.append([state["step"], old])
+
+    before = None
+    for step, old in plans:
+        before = (data.Curriculum(**old, before=before), step)
+    curriculum = data.Curriculum(**plan, before=before)
+    curriculum.plans = plans
     if max(curriculum.seq_len) > c.max_position_embeddings:
         raise UserError(f"seq_len={c.seq_len} is longer than max_position_embeddings="
                         f"{c.max_position_embeddings}; raise that or shorten the sequence")
@@ -170,14 +204,15 @@ def make_curriculum(c: Config) -> data.Curriculum:
 #              warmup_steps                       decay_fraction of the tokens
 
 def lr_at(c: Config, curriculum: data.Curriculum, step: int) -> float:
-    """The learning rate of a step. With x the part of the decay that is over, in tokens, and
-    m = min_lr, the decay is
+    """The learning rate of a step, counted from 0. The warm-up rises in steps of equal size. In the
+    decay the peak is multiplied by one of
 
         linear        1 - (1 - m) x
         cosine        m + (1 - m) (1 + cos(pi x)) / 2
         inverse_sqrt  1 / sqrt(1 + x (1 / m^2 - 1)), where m is at least 1e-3
 
-    times lr. All three go from 1 to m.
+    Here m is min_lr, and x is the fraction of the decay's tokens that was read before the step. All
+    three are 1 at x = 0 and m at x = 1. The last step begins before x = 1: below, at x = 0.75.
 
     >>> c = Config(lr=1.0, warmup_steps=3, decay_fraction=0.4, min_lr=0.1, max_steps=10)
     >>> curriculum = make_curriculum(c)
@@ -198,8 +233,27 @@ def lr_at(c: Config, curriculum: data.Curriculum, step: int) -> float:
     return c.lr * factor
 
 
+def check_lr_goes_on(c: Config, curriculum: data.Curriculum, state: dict) -> None:
+    """UserError if the new plan of a run that goes on would raise the learning rate again after it
+    has begun to fall. During the stable part it stays as it is."""
+    if not curriculum.before or c.lr_may_rise:
+        return
+    old_curriculum, step = curriculum.before
+    if step != state["step"]:
+        return  # an earlier change of plan
+    old = {f.name: state["config"][f.name] for f in fields(Config) if f.name in state["config"]}
+    lr_before = lr_at(Config(**old), old_curriculum, step)
+    lr_after = lr_at(c, curriculum, step)
+    if step >= c.warmup_steps and lr_after > 1.001 * lr_before:
+        raise UserError(f"at step {step} the learning rate has already fallen to {lr_before:.2e}, "
+                        f"and the longer run has {lr_after:.2e} there: go on from a checkpoint "
+                        "before it began to fall, with --resume=PATH and another --out_dir, or "
+                        "accept the rise with --lr_may_rise=true")
+
+
 def theta_at(c: Config, tokens: int) -> float:
-    """RoPE's base once so many tokens are seen. One raises it as the sequences get longer.
+    """RoPE's base for a step before which so many tokens were read. One raises the base as the
+    sequences get longer.
 
     >>> c = Config(rope_theta_schedule=[[0, 10_000], [1_000_000, 500_000]])
     >>> theta_at(c, tokens=999_999), theta_at(c, tokens=1_000_000)
@@ -209,41 +263,6 @@ def theta_at(c: Config, tokens: int) -> float:
         return float(c.rope_theta)
     schedule = data.parse_schedule("rope_theta_schedule", c.rope_theta_schedule)
     return float(data.value_at(schedule, tokens))
-
-
-def split_rows(rows: int, rank: int = RANK, world: int = WORLD) -> tuple[int, int, int]:
-    """Deal out the rows of a batch in turn -> (first row of this rank, how many rows it gets, how
-    many each rank has once padded). Of 10 rows four ranks get 3, 3, 2 and 2; rank 2 rows 2 and 6:
-
-    >>> [split_rows(10, rank, world=4) for rank in range(4)]
-    [(0, 3, 3), (1, 3, 3), (2, 2, 3), (3, 2, 3)]
-
-    With fewer rows than ranks, a surplus rank reads another rank's row as filler, without loss:
-
-    >>> [split_rows(2, rank, world=4) for rank in range(4)]
-    [(0, 1, 1), (1, 1, 1), (0, 0, 1), (1, 0, 1)]
-    """
-    first = rank % rows
-    own = len(range(rank, rows, world))
-    padded = math.ceil(rows / world)
-    return first, own, padded
-
-
-def pad_rows(batch: tuple, own: int, padded: int) -> tuple[Tensor, ...]:
-    """Pad ids, targets, ..., each (R, T), to `padded` rows, so that all ranks run the same number
-    of micro-batches. Rows from `own` on repeat the first row, with targets of -1: no loss.
-
-    >>> ids, targets = pad_rows((torch.tensor([[5, 6]]), torch.tensor([[6, 7]])), own=1, padded=2)
-    >>> ids.tolist(), targets.tolist()
-    ([[5, 6], [5, 6]], [[6, 7], [-1, -1]])
-    """
-    tensors = []
-    for t in batch:
-        filling = t[:1].expand(padded - own, -1)
-        tensors.append(torch.cat([t[:own], filling]))
-    targets = tensors[1]
-    targets[own:] = -1
-    return tuple(tensors)
 
 
 # ---- one training step
@@ -258,13 +277,14 @@ def pad_rows(batch: tuple, own: int, padded: int) -> tuple[Tensor, ...]:
 # and the result is the mean loss and its gradient. To average the ranks' means would be wrong: in
 # fine-tuning only replies are targets, and some ranks have more of them than others.
 #
-# The gradient. Matrices are sharded by FSDP2 (below), which sums their gradients over the ranks and
-# leaves each rank its shard. Vectors are whole on every rank, and reduce_and_clip sums theirs.
+# The gradient. FSDP2 (below) shards the matrices: it sums their gradients over the ranks, and each
+# rank keeps its own shard of the sum. Vectors are whole on every rank; reduce_and_clip sums their
+# gradients.
 #
 # NaN. A loss or gradient that is not finite must not reach the weights. But if the host read the
 # loss to find out, it would wait for the GPU, and then the GPU for the host, at every step. So the
 # decision, `skipped`, is a tensor on the GPU, which the optimizer takes. The host reads it later,
-# when it logs a line and has to wait anyway, and ends the run after too many in a row.
+# when it logs a line and has to wait anyway. Too many skipped steps in a row end the run.
 
 class StepResult(NamedTuple):
     """Tensors on the device; to read one is to wait for the step."""
@@ -276,8 +296,8 @@ class StepResult(NamedTuple):
 
 def train_step(model: Motif, optimizer, batch: tuple, micro_batch_rows: int, num_targets: int,
                lr: float, c: Config) -> StepResult:
-    """One optimizer step. batch: ids, targets, ..., each (R, T), this rank's rows, on the CPU.
-    num_targets: of the global batch."""
+    """One optimizer step. batch: ids, targets and, in fine-tuning, doc_ids, each (R, T): the R rows
+    of this rank, on the CPU. num_targets: how many targets the global batch has."""
     device = model.head_weight.device
     if device.type == "cuda":
         # From pinned memory the copy runs while the host goes on.
@@ -296,22 +316,30 @@ def train_step(model: Motif, optimizer, batch: tuple, micro_batch_rows: int, num
 
 
 def forward_backward(model: Motif, batch: tuple, micro_batch_rows: int, num_targets: int):
-    """Accumulate the gradient over the micro-batches of ids, targets, ..., each (R, T)
-    -> (this rank's part of the loss, its largest attention logits (layers, H)).
+    """Go through the rows of a batch in micro-batches, and add up their gradients in .grad -> (this
+    rank's part of the loss, the largest attention logits in its rows (layers, H)).
 
-    Say rank 0 has three targets and rank 1 has one, with these losses in nats. Divided by the 4
-    targets of the global batch, their parts add up to the mean. (The mean of means is 4.0.)
+    For example, rank 0 has targets with losses of 1, 2 and 3 nats, rank 1 has one of 6 nats. Each
+    divides by the 4 targets of the global batch, and their parts add up to the mean. (The mean of
+    the ranks' means would be 4.) The model here multiplies the losses by a weight of 1:
 
-    >>> rank0 = torch.tensor([1.0, 2.0, 3.0])
-    >>> rank1 = torch.tensor([6.0])
-    >>> (rank0.sum() / 4 + rank1.sum() / 4).item()
-    3.0
+    >>> weight = torch.ones(1, requires_grad=True)
+    >>> def model(losses, reduction, scale):
+    ...     model.max_logits = losses.max()
+    ...     return scale * (weight * losses).sum()
+    >>> rank0 = (torch.tensor([[1.0], [2.0], [3.0]]),)
+    >>> rank1 = (torch.tensor([[6.0]]),)
+    >>> loss0, _ = forward_backward(model, rank0, micro_batch_rows=2, num_targets=4)
+    >>> loss1, _ = forward_backward(model, rank1, micro_batch_rows=2, num_targets=4)
+    >>> (loss0 + loss1).item(), weight.grad.item()
+    (3.0, 3.0)
     """
     loss = torch.zeros((), device=batch[0].device)
     max_logits = None
+    is_fsdp = hasattr(model, "reshard")
     micro_batches = split_micro_batches(batch, micro_batch_rows)
     for i, micro_batch in enumerate(micro_batches):
-        if hasattr(model, "reshard"):
+        if is_fsdp:
             set_gradient_sync(model, is_last=i == len(micro_batches) - 1)
         part = model(*micro_batch, reduction="sum", scale=1 / num_targets)
         part.backward()
@@ -330,25 +358,29 @@ def split_micro_batches(batch: tuple, rows: int) -> list[tuple]:
 
 def set_gradient_sync(model: Motif, is_last: bool) -> None:
     """Tell FSDP2 what to do at the end of a micro-batch's backward pass."""
-    # Copies of the model (HSDP) exchange gradients once a step. The ranks of a copy do so after
-    # each micro-batch: none of them could hold the gradients of the whole model.
+    # The ranks that share one copy of the model exchange gradients after each micro-batch, because
+    # none of them has room for the gradients of the whole model. Several copies (HSDP) sum theirs
+    # once a step.
     model.set_requires_all_reduce(is_last)
 
-    # A single rank holds them all anyway. It casts the weights once a step, and not once a
-    # micro-batch, and hands the gradients over when they are complete.
+    # A single rank has room for all gradients. So it keeps the weights that it has cast to bf16,
+    # and adds up gradients in .grad, until the last micro-batch.
     if WORLD == 1:
         model.set_reshard_after_backward(is_last)
         model.set_requires_gradient_sync(is_last)
 
 
 def reduce_and_clip(model: Motif, loss: Tensor, max_norm: float, replicas: int):
-    """Sum over the ranks what FSDP2 does not sum, the loss and the gradients of vectors; then scale
-    the whole gradient to a norm of at most max_norm (0: leave it) -> (loss, norm before).
+    """Sum over the ranks what FSDP2 does not sum: the loss and the gradients of vectors. Then clip:
+    scale the whole gradient to a norm of at most max_norm (0: no clipping) -> (loss, the norm
+    before clipping).
 
-    The squared norm of the gradient is a sum over all its numbers. For matrices each rank adds up
-    its shards; the sum over ranks then has each number `replicas` times. Vectors are the same on
-    all ranks and count once. For example, a matrix with rows (3, 0) and (0, 4), which may be on two
-    ranks, and a vector (0, 12): sqrt(9 + 16 + 144) = 13. Clipping to a norm of 6.5 halves it all.
+    The norm is the root of the sum of squares. Each rank sums the squares of its shards of
+    matrices. Summed over the ranks that counts each number `replicas` times, once for each copy of
+    the model, hence the division. Vectors are the same on all ranks, and are counted once.
+
+    For example, the matrix [[3, 0], [0, 4]] and the vector (0, 12) have the norm
+    sqrt(9 + 16 + 144) = 13. Clipping to 6.5 halves all numbers, and 12 becomes 6.
 
     >>> model = torch.nn.Linear(2, 2)
     >>> model.weight.grad = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
@@ -376,43 +408,16 @@ def reduce_and_clip(model: Motif, loss: Tensor, max_norm: float, replicas: int):
     return loss, norm
 
 
-class NonFiniteSteps:
-    """Counts the steps that were skipped. The device knows at once; the host reads it where it
-    waits for the device anyway."""
-
-    def __init__(self, in_a_row: int):
-        self.in_a_row = in_a_row     # skipped steps up to the last that was read
-        self.unread = []             # StepResult.skipped of the steps since
-
-    def read(self, step: int, c: Config, log: "Log") -> None:
-        """Report the unread steps, of which `step` is the last, and end the run if too many in a
-        row were skipped."""
-        flags = torch.stack(self.unread).tolist() if self.unread else []
-        self.unread.clear()
-        first = step - len(flags) + 1
-        skipped = [str(first + i) for i, flag in enumerate(flags) if flag]
-        if skipped:
-            log.print(f"no update at step {', '.join(skipped)}: loss or gradient not finite")
-
-        for flag in flags:
-            self.in_a_row = self.in_a_row + 1 if flag else 0
-            if self.in_a_row >= c.max_nonfinite_steps:
-                raise UserError(f"{self.in_a_row} steps in a row were not finite; "
-                                f"{last_good(log.out)}: lower lr, or look at the data of these "
-                                "steps")
-
-
 # ---- what a training step reads
 
 class Dataset(Protocol):
     """What `train` trains on. data.TokenDataset and sft.PackedChatDataset implement it.
 
-    A batch is a pure function of the step. So a run that resumes reads what it would have read, a
-    batch does not depend on the number of ranks, and a checkpoint holds nothing of the data but
-    the step."""
+    A batch is a pure function of the step. So a run that resumes reads what it would have read, the
+    number of ranks does not matter, and all that a checkpoint holds of the data is the step."""
 
     curriculum: data.Curriculum      # or an object with its steps, seq_len, rows, tokens, context,
-                                     # shares and names
+                                     # shares, names and plans
 
     def batch(self, step: int, rank: int, world: int) -> np.ndarray | tuple:
         """Rows rank, rank + world, ... of the step's global batch, R of them, in int64. Either rows
@@ -423,7 +428,7 @@ class Dataset(Protocol):
         """How many targets count in the step's global batch."""
 
     def fingerprint(self) -> str:
-        """Differs where the data differ, so that a run that resumes can tell."""
+        """A hash of the data, by which a run that resumes can tell whether they have changed."""
 
 
 def to_tensors(batch) -> tuple[Tensor, ...]:
@@ -457,12 +462,12 @@ def read_batch(dataset: Dataset, step: int) -> tuple[Tensor, ...]:
 # the ranks form several such groups, each with a copy of the model. So all-gathers can stay within
 # a machine, and between machines there is one all-reduce of gradients a step.
 #
-# Vectors and scalars (norms, lambdas, PolyNorm) are left out, as `ignored_params`. They are one
-# parameter in 35,000, so that there is nothing to save, and they are to be used in fp32, for which
-# FSDP2 would need three more groups in each block. Every rank has them whole.
+# Vectors and scalars (norms, lambdas, PolyNorm) are left out, as `ignored_params`: every rank has
+# them whole. They are one parameter in 35,000, so sharding would save nothing; and they are used in
+# fp32, for which FSDP2 would need three more groups in each block.
 #
-# One GPU goes the same way, for the sake of bf16 copies of fp32 weights. Only fp32 in a single
-# process on a CPU does not.
+# A single GPU uses FSDP2 too, because it makes the bf16 copies of fp32 weights. Only a single
+# process that trains in fp32 on a CPU does without.
 
 COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
@@ -478,16 +483,19 @@ def uses_fsdp(c: TrainConfig, device: torch.device) -> bool:
 
 
 def meet_ranks(c: TrainConfig, device: torch.device) -> None:
-    """Meet the other ranks. FSDP2 wants a process group, even of one."""
+    """Form a process group with the other ranks, and check that they share out_dir. FSDP2 needs a
+    group even for a single rank."""
     if WORLD % c.dp_replicate:
         raise UserError(f"{WORLD} ranks cannot be dp_replicate={c.dp_replicate} copies of the same "
                         "size; give a divisor")
     init_distributed(device, c.timeout_seconds, even_alone=uses_fsdp(c, device))
+    if WORLD > 1 and c.out_dir:
+        check_shared(Path(c.out_dir))
 
 
 def build(c: Config, device: torch.device) -> Motif:
-    """A model that is ready for training, with random weights. They do not depend on the number of
-    ranks."""
+    """A model that is ready for training. Its weights are random, by c.seed, and do not depend on
+    the number of ranks."""
     # On the meta device tensors have no memory. So a model that fits no GPU can be built, sharded,
     # and given memory for its shards alone.
     with torch.device("meta"):
@@ -502,7 +510,8 @@ def build(c: Config, device: torch.device) -> Motif:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
                                               preserve_rng_state=False)
         if c.compile or (c.compile is None and device.type == "cuda"):
-            # One graph for each shape: of the curriculum, and of the last rows of a batch.
+            # Each shape of a micro-batch gets a graph of its own: one for each sequence length of
+            # the curriculum, and one more where the last micro-batch has fewer rows.
             torch._dynamo.config.recompile_limit = 64
             block.forward = torch.compile(block.forward, dynamic=False)
 
@@ -515,8 +524,8 @@ def build(c: Config, device: torch.device) -> Motif:
 
 
 def shard(model: Motif, c: Config, device: torch.device) -> None:
-    """Give FSDP2 its groups, each of which is gathered and freed at once: every block; and
-    embedding, final norm and head."""
+    """Hand the model to FSDP2. It gathers and frees the matrices of a group together: each block is
+    a group, and the embedding and the head form one more."""
     from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
                                         register_fsdp_forward_method)
     precision = compute_precision(c, device)
@@ -535,7 +544,8 @@ def shard(model: Motif, c: Config, device: torch.device) -> None:
 
     vectors = {p for p in model.parameters() if p.ndim < 2}
     for module in [*model.model.layers, model]:
-        # The head is not freed after the forward pass: the backward pass begins with it.
+        # `model` is here the group of the embedding and the head. The backward pass begins with the
+        # head, so that group is not freed after the forward pass.
         free = WORLD > 1 and module is not model
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=vectors,
                     reshard_after_forward=free)
@@ -547,8 +557,29 @@ def shard(model: Motif, c: Config, device: torch.device) -> None:
     register_fsdp_forward_method(model, "token_losses")
 
 
+# Sampling takes a forward pass for each new token. To all-gather the whole model for each of them
+# would take minutes, so it is gathered once, and freed after the last prompt. A model that is too
+# large for that writes no samples.
+
+SAMPLE_BYTES = 30 * 10**9    # of the gathered model [ours]: Motif-2-12.7B has 25 GB in bf16
+NO_SAMPLES = "no samples: the model is larger than SAMPLE_BYTES, and no rank could gather it"
+
+
+def can_be_gathered(model: Motif) -> bool:
+    """Whether a rank has room for all matrices at once. A single rank has them anyway."""
+    parameters = sum(p.numel() for p in model.parameters())
+    return WORLD == 1 or parameters * model.compute_dtype.itemsize <= SAMPLE_BYTES
+
+
+def reshard_after_forward(model: Motif, free: bool) -> None:
+    """Tell FSDP2 whether to free the matrices of a block after its forward pass."""
+    for block in model.model.layers:
+        if hasattr(block, "reshard"):
+            block.set_reshard_after_forward(free, recurse=False)
+
+
 def reshard(model: Motif) -> None:
-    """Free the gathered matrices that a forward pass without a backward pass has left."""
+    """Free the gathered matrices. After a backward pass FSDP2 does so by itself."""
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
@@ -561,17 +592,16 @@ def reshard(model: Motif) -> None:
 #                                           Motif.from_pretrained reads, and so sft.py and eval.py
 #         optimizer/state.safetensors       "<parameter>.momentum", "<parameter>.exp_avg", ...
 #         state.json                        step, config, skipped steps in a row, the data's
-#                                           fingerprint, and the size of each file
+#                                           fingerprint, and each file's size and checksum
 #
-# There is no more to a run: the data follow from the step, and nothing in a step is random. (Where
-# a file would be larger than SHARD_BYTES, there are several and an index.)
+# To resume a run needs no more: the data follow from the step, and no step draws random numbers.
+# (Where a file would be larger than SHARD_BYTES, there are several files and an index.)
 #
-# Atomic. Everything is written into step_120.tmp and flushed to the disk (fsync). Only then the
-# folder is renamed to step_120, and old checkpoints are removed. A crash before the rename leaves a
-# step_120.tmp, which nobody reads and the next save removes.
+# Atomic. The files are written into step_120.tmp, which becomes step_120 when all are on the disk.
+# So a crash, at whatever moment, leaves the checkpoint before as it was (run_folder.py).
 #
-# From any number of ranks to any other. Each tensor is whole in one file, however many ranks wrote
-# it together, and a rank that loads it reads the rows of its own shard.
+# From any number of ranks to any other. The ranks assemble each tensor, and a file has it whole. A
+# rank that loads a checkpoint reads the rows of its own shards.
 
 SHARD_BYTES = 5 * 10**9
 
@@ -584,19 +614,15 @@ def save_checkpoint(out: Path, step: int, model: Motif, optimizer, state: dict, 
     try:
         rank0_only(remove_temporaries, out)
         sync_errors(write_tensors, temporary, model, optimizer)
-        rank0_only(finish_checkpoint, temporary, folder, {"step": step, **state}, c)
+        state = {"step": step, **state, "checksums": checksums(temporary)}
+        rank0_only(finish_checkpoint, temporary, folder, state, c)
     except (OSError, UserError) as e:
         if RANK == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_temporaries(out)
         raise UserError(f"checkpoint {folder} could not be written: {one_line(e)}; "
                         f"{last_good(out)}") from None
     if RANK == 0:
         remove_old_checkpoints(out, step, c)
-
-
-def remove_temporaries(out: Path) -> None:
-    for path in out.glob("step_*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_tensors(temporary: Path, model: Motif, optimizer) -> None:
@@ -606,59 +632,10 @@ def write_tensors(temporary: Path, model: Motif, optimizer) -> None:
                      SHARD_BYTES)
 
 
-def finish_checkpoint(temporary: Path, folder: Path, state: dict, c: Config) -> None:
-    """Check that all files have arrived, add state.json, flush, rename."""
-    try:
-        tensor_files(temporary, "model")
-        tensor_files(temporary / "optimizer", "state")
-    except UserError as e:
-        raise UserError(f"{e}; out_dir must be a folder that all machines share") from None
-
-    sizes = {}
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            sizes[str(file.relative_to(temporary))] = file.stat().st_size
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-    state = {**state, "config": asdict(c), "files": sizes, "versions": versions}
-    (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
-
-    for path in [*temporary.rglob("*"), temporary]:
-        fsync_path(path)
-    # A folder of this name must be damaged; otherwise the run would have resumed from it.
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-    fsync_path(folder.parent)
-
-
-def fsync_path(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def remove_old_checkpoints(out: Path, step: int, c: Config) -> None:
-    """Keep the last c.keep_last up to this step, and multiples of c.keep_every."""
-    steps = sorted(s for s in checkpoint_steps(out) if s <= step)
-    for old in steps[:-c.keep_last]:
-        if not c.keep_every or old % c.keep_every:
-            shutil.rmtree(out / f"step_{old}", ignore_errors=True)
-
-
-@contextmanager
-def safetensors_errors():
-    """safetensors has an exception of its own for a full disk and the like: make it an OSError."""
-    from safetensors import SafetensorError
-    try:
-        yield
-    except SafetensorError as e:
-        raise OSError(str(e)) from None
-
-
 def optimizer_tensors(model: Motif, optimizer) -> dict[str, Tensor]:
-    """"<parameter>.<state>" -> the tensor itself, not a copy. Where FSDP2 shards the parameter, the
-    optimizer's state is a plain tensor, the shard; here it is a DTensor, which is saved and loaded
-    as the parameter is."""
+    """"<parameter>.<state>" -> the optimizer's own tensor, not a copy. Where FSDP2 shards the
+    parameter, the optimizer keeps this rank's shard as a plain tensor; here it becomes a DTensor,
+    which knows the whole shape, so that it is saved and loaded as the parameter is."""
     tensors = {}
     for name, p in model.named_parameters():
         for key, value in optimizer.state[p].items():
@@ -672,6 +649,7 @@ def optimizer_tensors(model: Motif, optimizer) -> dict[str, Tensor]:
 def load_checkpoint(folder: Path, model: Motif, optimizer) -> None:
     """Copy a checkpoint's weights and optimizer state into these, in place."""
     try:
+        check_files(folder)
         load_into(model.state_dict(), folder, "model")
         load_into(optimizer_tensors(model, optimizer), folder / "optimizer", "state")
     except UserError as e:
@@ -680,7 +658,8 @@ def load_checkpoint(folder: Path, model: Motif, optimizer) -> None:
 
 @torch.no_grad()
 def load_into(tensors: dict[str, Tensor], folder: Path, stem: str) -> None:
-    """Copy stored tensors into these, in place. Of a sharded one only this rank's rows are read."""
+    """Copy stored tensors into these, in place. Where one is sharded, only this rank's rows are
+    read."""
     shapes = {name: t.shape for name, t in tensors.items()}
     for name, read in iter_checkpoint(folder, stem, shapes):
         t = tensors[name]
@@ -694,66 +673,6 @@ def load_into(tensors: dict[str, Tensor], folder: Path, stem: str) -> None:
             own.copy_(read(*slices))
 
 
-# Which checkpoint a run starts from: `start` is its folder and its state.json, or None.
-
-def checkpoint_steps(out: Path) -> list[int]:
-    """The steps of the checkpoints in a folder, whole or damaged."""
-    steps = []
-    for path in out.glob("step_*"):
-        number = path.name.removeprefix("step_")
-        if number.isdecimal() and path.name == f"step_{int(number)}":
-            steps.append(int(number))
-    return steps
-
-
-def read_state(folder: Path) -> dict:
-    """A checkpoint's state.json. UserError unless all its files are there, in full length."""
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        for name, size in state["files"].items():
-            if (folder / name).stat().st_size != size:
-                raise UserError(f"{name} is cut short")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise UserError(f"checkpoint {folder} is not whole ({one_line(e)})") from None
-    return state
-
-
-def latest_checkpoint(out: Path) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint in out, and its state."""
-    for step in sorted(checkpoint_steps(out), reverse=True):
-        folder = out / f"step_{step}"
-        try:
-            return folder, read_state(folder)
-        except UserError as e:
-            print(f"{e}; passing it over")
-    return None
-
-
-def last_good(out: Path) -> str:
-    start = latest_checkpoint(out)
-    return f"the last good checkpoint is {start[0]}" if start else "there is no checkpoint"
-
-
-def find_checkpoint(c: TrainConfig, out: Path) -> tuple[Path, dict] | None:
-    """The checkpoint that `resume` asks for, and its state; None: the run starts at step 0."""
-    if c.resume == "auto":
-        return latest_checkpoint(out)
-
-    start = None
-    step = 0
-    if c.resume != "no":
-        folder = Path(c.resume)
-        start = (folder, read_state(folder))
-        step = start[1]["step"]
-
-    # Two runs must not mix in one folder.
-    newest = max(checkpoint_steps(out), default=0)
-    if newest > step:
-        raise UserError(f"resume={c.resume}, but {out} holds a run up to step {newest}; delete it "
-                        "or give another --out_dir")
-    return start
-
-
 def check_compatible(folder: Path, state: dict, c: Config, curriculum: data.Curriculum) -> None:
     """UserError if the run cannot go on from this checkpoint."""
     if state["step"] > curriculum.steps:
@@ -762,51 +681,56 @@ def check_compatible(folder: Path, state: dict, c: Config, curriculum: data.Curr
     for key in [*[f.name for f in fields(MotifConfig)], "optimizer"]:
         ours = getattr(c, key)
         theirs = state["config"].get(key)
-        if ours != theirs:
+        if ours != theirs and key != "poly_norm_scale":     # of fresh weights alone
             raise UserError(f"checkpoint {folder} has {key}={theirs}, not {ours}; give --{key}="
                             f"{theirs}, or another --out_dir for a new run")
 
 
 # ---- validation
 #
-# The loss, in nats per token, depends on the tokenizer: long tokens are harder to predict, and a
-# text has fewer of them. Bits per byte do not: nats / ln 2 / bytes of text. The losses by quarter
-# of the context tell whether a model uses what it has read: they should fall from first to last.
+# The loss, in nats per token, cannot be compared between tokenizers: the longer the tokens, the
+# fewer of them a text has, and the harder each is to predict. Bits per byte can be compared:
+#
+#     sum of the losses of a text's tokens in nats / ln 2 / length of the text in bytes (UTF-8)
+#
+# For example, "2 + 2" has 5 bytes. In 2 tokens with losses of 1 and 2.47 nats it has 3.47 / 0.693 =
+# 5 bits, 1 bit per byte. So it has in 5 tokens with losses of 0.693 nats each, although their mean
+# loss is much lower. The token that ends a document is predicted too; its length is 0 bytes.
+#
+# The losses by quarter of the context tell whether a model uses what it has read: the loss of the
+# last quarter of a row should be lower than that of the first.
 
 @torch.no_grad()
 def evaluate(model: Motif, held_out: dict[str, tuple], micro_batch_tokens: int,
              token_bytes: Tensor) -> dict:
-    """Validation loss and bits per byte, overall and by domain; and the loss by quarter of the
-    context, unless several documents are packed into a row.
+    """Validation loss and bits per byte, over all domains and of each; and the loss by quarter of
+    the context, unless a row holds several documents.
 
-    held_out: domain -> (ids, targets[, doc_ids]), each (R, T), on the device; the ranks share the
-    rows. token_bytes (V,): how many bytes of text each token stands for."""
-    nats = torch.zeros(len(held_out), 4, dtype=torch.float64, device=token_bytes.device)
-    for d, batch in enumerate(held_out.values()):
+    held_out: domain -> (ids, targets[, doc_ids]), each (R, T), on the device and the same on all
+    ranks, which divide the rows among them. token_bytes (V,): the length of each token in bytes."""
+    # Per domain: nats, tokens and bytes of the targets, each by quarter of the context.
+    totals = torch.zeros(len(held_out), 3, 4, dtype=torch.float64, device=token_bytes.device)
+    packed = False
+    for total, batch in zip(totals, held_out.values()):
+        packed = packed or len(batch) > 2
         rows, T = batch[0].shape
         first, own, padded = split_rows(rows)
         batch = pad_rows([t[first::WORLD] for t in batch], own, padded)
         for micro_batch in split_micro_batches(batch, max(1, micro_batch_tokens // T)):
-            nats[d] += sum_quarters(model.token_losses(*micro_batch).double())
-    nats = all_reduce_sum(nats).cpu()                                       # (domains, 4)
+            targets = micro_batch[1]
+            counted = targets >= 0
+            total[0] += sum_quarters(model.token_losses(*micro_batch).double())
+            total[1] += sum_quarters(counted)
+            total[2] += sum_quarters(counted * token_bytes[targets.clamp(min=0)])
+    totals = all_reduce_sum(totals).cpu()
 
-    packed = False
-    tokens = []
-    text_bytes = []
-    quarter_tokens = torch.zeros(4)
-    for ids, targets, *doc_ids in held_out.values():
-        counted = targets >= 0
-        tokens.append(counted.sum().item())
-        text_bytes.append(token_bytes[targets[counted]].sum().item())
-        quarter_tokens += sum_quarters(counted).cpu()
-        packed = packed or bool(doc_ids)
-
-    domain_nats = nats.sum(1).tolist()
-    result = {"val_loss": sum(domain_nats) / sum(tokens),
-              "val_bpb": sum(domain_nats) / math.log(2) / sum(text_bytes)}
+    nats, tokens, text_bytes = totals.sum(2).T.tolist()                     # each a list by domain
+    result = {"val_loss": sum(nats) / sum(tokens),
+              "val_bpb": sum(nats) / math.log(2) / sum(text_bytes)}
     if not packed:
-        result["val_loss_by_quarter"] = (nats.sum(0) / quarter_tokens).tolist()
-    by_domain = list(zip(held_out, domain_nats, tokens, text_bytes))
+        nats_by_quarter, tokens_by_quarter, _ = totals.sum(0)
+        result["val_loss_by_quarter"] = (nats_by_quarter / tokens_by_quarter).tolist()
+    by_domain = list(zip(held_out, nats, tokens, text_bytes))
     result["val_loss_by_domain"] = {name: x / n for name, x, n, _ in by_domain}
     result["val_bpb_by_domain"] = {name: x / math.log(2) / n for name, x, _, n in by_domain}
     return result
@@ -815,35 +739,6 @@ def evaluate(model: Motif, held_out: dict[str, tuple], micro_batch_tokens: int,
 def sum_quarters(t: Tensor) -> Tensor:
     """(R, T) -> (4,), the sum of each quarter of the columns."""
     return torch.stack([quarter.sum() for quarter in t.tensor_split(4, dim=1)])
-
-
-@torch.no_grad()
-def layer_stats(model: Motif, optimizer) -> list[dict]:
-    """What Motif's own ideas do, per layer: lambda, PolyNorm's weights and bias, the norms of query
-    and key heads (QK-clip), the RMS of each matrix's last update over lr (Muon: about 0.2)."""
-    layers = []
-    for block in model.model.layers:
-        attention = block.self_attn
-        polynorm = block.mlp.act_fn
-        stats = {}
-        if attention.noise_heads:
-            stats["lambda"] = attention.lambda_().item()
-        if polynorm is not None:
-            stats["polynorm"] = polynorm.weight.tolist() + polynorm.bias.tolist()
-        stats["q_norm"] = head_norms(attention.q_proj.weight, attention.head_dim)
-        stats["k_norm"] = head_norms(attention.k_proj.weight, attention.head_dim)
-        rms = optimizer.update_rms
-        stats["update_rms"] = [rms[p].item() for p in block.parameters() if p in rms]
-        layers.append({key: np.round(value, 4).tolist() for key, value in stats.items()})
-    return layers
-
-
-def head_norms(weight: Tensor, head_dim: int) -> list[float]:
-    """The Frobenius norm of each head's rows of a projection (heads D, hidden)."""
-    if hasattr(weight, "full_tensor"):
-        weight = weight.full_tensor()
-    heads = weight.unflatten(0, (-1, head_dim))
-    return torch.linalg.matrix_norm(heads).tolist()
 
 
 def encode_text_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -868,45 +763,62 @@ def sample_prompts(model: Motif, tokenizer: Tokenizer, c: Config, encode_prompt)
 
 
 class Validation:
-    """What every evaluation reads: held-out rows, which stay on the device, and prompts."""
+    """What each evaluation reads: the held-out rows, which stay on the device, and the prompts."""
 
-    def __init__(self, c: Config, held_out: dict, tokenizer: Tokenizer, encode_prompt,
-                 device: torch.device):
+    def __init__(self, c: Config, held_out, curriculum: data.Curriculum, tokenizer: Tokenizer,
+                 encode_prompt, device: torch.device):
         self.c = c
+        self.held_out = held_out
+        self.seq_len = curriculum.seq_len
         self.tokenizer = tokenizer
         self.encode_prompt = encode_prompt
+        self.device = device
         self.token_bytes = torch.from_numpy(bytes_per_token(tokenizer)).to(device)
-        self.held_out = {}
-        for name, rows in held_out.items():
-            self.held_out[name] = tuple(t.to(device) for t in to_tensors(rows))
+        self.rows = {}  # T -> domain -> ids, targets[, doc_ids], each (R, T)
 
-    def evaluate_and_sample(self, model: Motif) -> tuple[dict, str]:
+    def rows_at(self, step: int) -> dict[str, tuple]:
+        """Rows of the sequence length of the step; after the last one, of that one's."""
+        T = self.seq_len[min(step, len(self.seq_len) - 1)]
+        if T not in self.rows:
+            held_out = self.held_out(T) if callable(self.held_out) else self.held_out
+            self.rows[T] = {}
+            for name, rows in held_out.items():
+                self.rows[T][name] = tuple(t.to(self.device) for t in to_tensors(rows))
+        return self.rows[T]
+
+    def evaluate_and_sample(self, model: Motif, step: int) -> tuple[dict, str]:
         """-> (result of evaluate, text of sample_prompts)"""
-        # Eager: one shape more, and torch.compile would make training's graphs dynamic.
+        held_out = self.rows_at(step)
+        # Not compiled: held-out rows have a shape of their own, for which torch.compile would make
+        # more graphs, or replace those of training by slower ones for any shape.
         with torch.compiler.set_stance("force_eager"):
-            result = evaluate(model, self.held_out, self.c.micro_batch_tokens, self.token_bytes)
-            samples = sample_prompts(model, self.tokenizer, self.c, self.encode_prompt)
+            result = evaluate(model, held_out, self.c.micro_batch_tokens, self.token_bytes)
+            samples = f"{NO_SAMPLES}\n"
+            if can_be_gathered(model):
+                reshard_after_forward(model, False)
+                samples = sample_prompts(model, self.tokenizer, self.c, self.encode_prompt)
+                reshard_after_forward(model, WORLD > 1)
         reshard(model)
         return result, samples
 
 
 # ---- the training loop
 
-def train(c: Config, out: Path, dataset: Dataset, held_out: dict, model: Motif, optimizer,
+def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimizer,
           tokenizer: Tokenizer, start: tuple | None, encode_prompt=encode_text_prompt) -> None:
-    """Train from `start`, a checkpoint's folder and state, or from step 0 (None), to the end of the
-    dataset's curriculum. held_out: domain -> rows to evaluate on, as a Dataset's batch has them.
-    encode_prompt: how prompts are read."""
+    """Train to the end of the dataset's curriculum, or until a signal comes.
+
+    start           the checkpoint to go on from, its folder and state; None: begin at step 0
+    held_out        domain -> rows to evaluate on, as a Dataset's batch; or a function of T to that
+    encode_prompt   (tokenizer, text of a prompt) -> ids"""
     curriculum = dataset.curriculum
     device = model.head_weight.device
     start_step = start[1]["step"] if start else 0
     nonfinite = NonFiniteSteps(start[1]["skipped"] if start else 0)
-    log = Log(out, start_step if start else -1, c)
-    log_start(log, c, dataset, model, optimizer, start)
-    validation = Validation(c, held_out, tokenizer, encode_prompt, device)
+    log = begin_log(c, out, dataset, model, optimizer, start)
+    validation = Validation(c, held_out, curriculum, tokenizer, encode_prompt, device)
     timer = StepTimer(start_step, optimizer, device)
     signals = []
-
     step = start_step
     while True:
         finished = step == curriculum.steps
@@ -920,14 +832,15 @@ def train(c: Config, out: Path, dataset: Dataset, held_out: dict, model: Motif, 
             nonfinite.read(step, c, log)
         timer.pause()
         if evaluate_now:
-            losses, samples = validation.evaluate_and_sample(model)
-            log_evaluation(log, curriculum, step, losses, layer_stats(model, optimizer), samples)
+            losses, samples = validation.evaluate_and_sample(model, step)
+            layers = layer_stats(model.model.layers, optimizer)
+            log_evaluation(log, curriculum, step, losses, layers, samples)
         if save_now:
-            state = {"skipped": nonfinite.in_a_row, "data": dataset.fingerprint()}
+            state = {"skipped": nonfinite.in_a_row, "data": dataset.fingerprint(),
+                     "plans": curriculum.plans}
             save_checkpoint(out, step, model, optimizer, state, c)
-        if (save_now or stop) and RANK == 0:
-            from tools.plots import plot_training
-            plot_training(out)
+        if save_now or stop:
+            log.draw()
         if stop:
             break
         timer.resume()
@@ -940,29 +853,23 @@ def train(c: Config, out: Path, dataset: Dataset, held_out: dict, model: Motif, 
                             lr, c)
         nonfinite.unread.append(result.skipped)
         if step == start_step:
-            # From here on only. Before the first step there is nothing to save; and if we survived
-            # a SIGTERM that ended the worker processes of torch.compile, we would wait for them.
+            # Not earlier: during the first step torch.compile has worker processes. A SIGTERM to
+            # the process group ends them, and if this process survived it would wait for them.
             signals = install_signal_handlers()
         step += 1
 
         if is_due(step, c.log_every, step in (1, curriculum.steps)):
             nonfinite.read(step, c, log)
-            log_step(log, timer, model, optimizer, curriculum, step, lr, result)
+            flops = sum(flops_per_token(model.config, curriculum.context[step - 1]))
+            log_step(log, timer, optimizer, curriculum, step, lr, result, flops)
 
     log_end(log, c, step, finished)
 
 
-def is_due(step: int, every: int | None, anyway: bool) -> bool:
-    """At multiples of `every`, and anyway where that is true; never if `every` is None."""
-    return every is not None and (step % every == 0 or anyway)
-
-
-# ---- the log
-
-
-def log_start(log: Log, c: Config, dataset: Dataset, model: Motif, optimizer,
-              start: tuple | None) -> None:
-    """What is trained; and on resuming, what has changed since the checkpoint."""
+def begin_log(c: Config, out: Path, dataset: Dataset, model: Motif, optimizer,
+              start: tuple | None) -> Log:
+    """Open the log, and say what is trained."""
+    log = Log(out, start[1]["step"] if start else -1, c)
     curriculum = dataset.curriculum
     device = model.head_weight.device
     where = f"{device} and {WORLD - 1} more" if WORLD > 1 else device
@@ -970,73 +877,26 @@ def log_start(log: Log, c: Config, dataset: Dataset, model: Motif, optimizer,
     log.print(f"{parameters:,d} parameters on {where} in {compute_precision(c, device)}; "
               f"{curriculum.steps:,d} steps, {curriculum.tokens[-1]:,d} tokens")
     log.print(muonclip.describe_routing(model, optimizer))
-    if start is None:
-        return
-
-    folder, state = start
-    log.print(f"resumed from {folder} at step {state['step']}")
-    old = {**state["config"], "data": state["data"]}
-    new = json.loads(json.dumps({**asdict(c), "data": dataset.fingerprint()}))
-    for key in new:
-        if key not in ("resume", "out_dir") and old.get(key) != new[key]:
-            log.print(f"changed since then: {key} was {old.get(key)}, is {new[key]}")
+    if start:
+        log_resumed(log, start, c, dataset.fingerprint())
+    if c.eval_every and not can_be_gathered(model):
+        log.print(NO_SAMPLES)
+    return log
 
 
-def log_evaluation(log: Log, curriculum: data.Curriculum, step: int, result: dict, layers: list,
-                   samples: str) -> None:
-    tokens = curriculum.tokens[step]
-    log.samples(f"=== step {step}, validation loss {result['val_loss']:.4f}\n{samples}")
-    log.metrics({"step": step, "tokens": tokens, **result, "layers": layers})
-
-    by_domain = "  ".join(f"{name} {x:.4f}" for name, x in result["val_loss_by_domain"].items())
-    line = (f"step {step}/{curriculum.steps}  validation loss {result['val_loss']:.4f}  "
-            f"bits per byte {result['val_bpb']:.4f}  ({by_domain})")
-    if "val_loss_by_quarter" in result:
-        quarters = " ".join(f"{x:.3f}" for x in result["val_loss_by_quarter"])
-        line += f"  by quarter of the context {quarters}"
-    log.print(line)
-
-
-def log_step(log: Log, timer: StepTimer, model: Motif, optimizer, curriculum: data.Curriculum,
-             step: int, lr: float, result: StepResult) -> None:
-    """Log the last step. The device must be done with it."""
-    if WORLD > 1:
-        dist.all_reduce(result.max_logits, dist.ReduceOp.MAX)
-    speed = timer.read(model, curriculum, step)
-    shares = np.round(curriculum.shares[step - 1], 4).tolist()
-    metrics = {
-        "step": step,
-        "tokens": curriculum.tokens[step],
-        "loss": result.loss.item(),
-        "lr": lr,
-        "grad_norm": result.grad_norm.item(),
-        "max_logit": result.max_logits.max().item(),
-        "heads_clipped": int(optimizer.heads_clipped or 0),
-        "mixture": dict(zip(curriculum.names, shares)),
-        **speed}
-    log.metrics(metrics)
-    log.print(training_line(curriculum, metrics))
-
-
-def log_end(log: Log, c: Config, step: int, finished: bool) -> None:
-    out = log.out
-    has_checkpoint = step in checkpoint_steps(out)
-    log.print(f"{'finished' if finished else 'stopped'} at step {step}; "
-              f"{f'model in {out}/step_{step}' if has_checkpoint else 'nothing new to save'}, "
-              f"curve in {out}/loss.png"
-              + (f", samples in {out}/samples.txt" if c.eval_every else ""))
+def is_due(step: int, every: int | None, anyway: bool) -> bool:
+    """Whether step is a multiple of `every`, or `anyway` is true. If `every` is None: no."""
+    return every is not None and (step % every == 0 or anyway)
 
 
 # ---- setting up a run
 
 def setup(c: Config, out: Path) -> tuple:
-    """Check the config and build what train takes. What needs neither data nor other ranks is
-    checked first, so that it fails at once."""
+    """Check the config and build what train takes. Mistakes that can be found without the data and
+    the other ranks are found first, at once."""
     curriculum = make_curriculum(c)
     model_config(c).check()
     theta_at(c, 0)
-    if RANK == 0:
-        check_writable(out)
     device = pick_device(c)
     check_fp8(c, curriculum, device)
     tokenizer = load_tokenizer(c.tokenizer)
@@ -1048,8 +908,16 @@ def setup(c: Config, out: Path) -> tuple:
     meet_ranks(c, device)
     start = rank0_only(find_checkpoint, c, out)
     if start:
+        curriculum = make_curriculum(c, start[1])
         check_compatible(*start, c, curriculum)
-    dataset, held_out = load_data(c, curriculum)
+        check_lr_goes_on(c, curriculum, start[1])
+    step = start[1]["step"] if start else 0
+    dataset = load_data(c, curriculum, tokenizer, min(step, curriculum.steps - 1))
+
+    def held_out(T: int) -> dict[str, np.ndarray]:
+        def read():
+            return {name: dataset.validation(name, c.eval_tokens, T) for name in curriculum.names}
+        return rank0_first(read)
 
     init_from = None
     if c.init:
@@ -1058,32 +926,63 @@ def setup(c: Config, out: Path) -> tuple:
     return dataset, held_out, model, optimizer, tokenizer, start
 
 
-def load_data(c: Config, curriculum: data.Curriculum) -> tuple[data.TokenDataset, dict]:
-    """Prepare what is missing, and open it -> (training data, {domain: held-out rows})."""
-    def prepare():
-        return data.prepare(c.domains, c.tokenizer, c.data_dir, curriculum.need(),
-                            workers=c.workers)
+def load_data(c: Config, curriculum: data.Curriculum, tokenizer: Tokenizer,
+              step: int) -> data.TokenDataset:
+    """Open the data, and wait until what `step` reads is prepared, and what is held out."""
+    def open_domains():
+        domains = {}
+        for name, domain in c.domains.items():
+            domains[name] = data.Domain(name, domain[0], tokenizer, c.data_dir)
+        return domains
 
-    stores = rank0_first(prepare)
-    dataset = data.TokenDataset(curriculum, stores, c.seed)
-    if len(set(all_gather_object(dataset.fingerprint()))) > 1:
+    domains = sync_errors(open_domains)
+    preparer = data.Preparer(c.workers) if prepares_data(Path(c.data_dir)) else None
+    dataset = data.TokenDataset(curriculum, domains, c.seed, preparer, c.keep_read_pieces)
+
+    def read_first() -> str:
+        dataset.wait_for(step)
+        if c.eval_every:
+            for name in curriculum.names:
+                dataset.validation(name, c.eval_tokens, max(curriculum.seq_len))
+        return dataset.fingerprint()
+
+    # Ranks that prepare go first: if one of them fails, no other waits for its data.
+    fingerprint = rank0_first(read_first)
+    if len(set(all_gather_object(fingerprint))) > 1:
         raise UserError(f"the machines hold different data in {c.data_dir}; copy one's to all")
+    if preparer and preparer.domains:
+        made = sum(sum(domain.unit_tokens.values()) for domain in domains.values())
+        print(f"{made:,d} tokens are prepared; more will be, ahead of what training reads",
+              flush=True)
+    return dataset
 
-    held_out = {}
-    if c.eval_every:
-        for name in curriculum.names:
-            held_out[name] = dataset.validation(name, c.eval_tokens, max(curriculum.seq_len))
-    return dataset, held_out
+
+def prepares_data(data_dir: Path) -> bool:
+    """Whether this rank prepares data: rank 0 does, and the first rank of each machine that does
+    not see rank 0's disk."""
+    def write_mark() -> Path:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        mark = data_dir / f"rank0-{os.getpid()}.tmp"
+        mark.touch()
+        return mark
+
+    mark = rank0_only(write_mark)
+    sees_it = mark.exists()
+    barrier()
+    if RANK == 0:
+        mark.unlink(missing_ok=True)
+    return RANK == 0 or (LOCAL_RANK == 0 and not sees_it)
 
 
 def build_model_and_optimizer(c: Config, device: torch.device, start: tuple | None, init_from,
                               out: Path) -> tuple[Motif, muonclip.MuonClip]:
-    """Model and optimizer as the checkpoint `start` has them; else with the weights in the folder
-    that init_from(c, out) makes, called on rank 0; else with random weights."""
+    """The weights are those of the checkpoint `start`; without one, those in the folder that
+    init_from(c, out) makes, on rank 0; without that, random ones."""
     model = build(c, device)
     optimizer = muonclip.configure_optimizer(
         model, lr=c.lr, optimizer=c.optimizer, momentum=c.momentum, weight_decay=c.weight_decay,
         coefficients=c.ns_coefficients, tau=c.qk_clip_threshold,
+        poly_norm_lr_scale=c.poly_norm_lr_scale,
         dtype=COMPUTE_DTYPE[compute_precision(c, device)])
     if start:
         sync_errors(load_checkpoint, start[0], model, optimizer)
@@ -1093,21 +992,8 @@ def build_model_and_optimizer(c: Config, device: torch.device, start: tuple | No
     return model, optimizer
 
 
-def pick_device(c: TrainConfig) -> torch.device:
-    """The device that the config names. "cuda" is another GPU for each rank of a machine."""
-    name = c.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{LOCAL_RANK}"
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as e:  # there is no such device
-        raise UserError(f"device={c.device}: {str(e).splitlines()[0]}") from None
-
-
 def check_fp8(c: Config, curriculum: data.Curriculum, device: torch.device) -> None:
-    """UserError if precision=fp8 is asked for, and the GPU or a matrix is not made for it."""
+    """UserError if precision is fp8, and the GPU or the size of a matrix does not allow it."""
     if compute_precision(c, device) != "fp8":
         return
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
@@ -1134,35 +1020,6 @@ def check_prompts(c: Config, tokenizer: Tokenizer, encode_prompt=encode_text_pro
                             f"{c.max_position_embeddings}; shorten it")
 
 
-def check_writable(out: Path) -> None:
-    """UserError unless out is a folder that can be written, or made. Makes nothing."""
-    folder = out.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"{out} cannot be written; give another --out_dir")
-
-
-# ---- how a run ends
-
-
-@contextmanager
-def friendly_errors(c: TrainConfig, out: Path):
-    """Make a UserError of what the environment does to a run: too little memory, a full disk, a
-    lost rank. Errors of our code keep their traceback."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise UserError(f"out of memory; halve --micro_batch_tokens={c.micro_batch_tokens}, or "
-                        "raise --activation_checkpoint_layers") from None
-    except OSError as e:
-        raise UserError(f"{e.filename or out}: {one_line(e)}") from None
-    except RuntimeError as e:
-        if WORLD == 1 or not re.search("gloo|NCCL|Connection|[Tt]imed out", str(e)):
-            raise
-        raise UserError(f"lost touch with another rank ({one_line(e)}); {last_good(out)}") from None
-
-
 def main() -> None:
     c = configurator.load(Config, sys.argv[1:], default_file=QUICKSTART)
     if not c.out_dir:
@@ -1171,33 +1028,21 @@ def main() -> None:
     out = Path(c.out_dir)
 
     with friendly_errors(c, out):
-        if c.dry_run or c.export:
+        if c.dry_run:
+            from tools.plan import dry_run_report
             if RANK == 0:
-                plan_or_export(c, out)
+                print(dry_run_report(c, make_curriculum(c)))
             return
-        parts = setup(c, out)
-        if RANK == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            configurator.save(c, out / "config.json")
-        train(c, out, *parts)
-
-
-def plan_or_export(c: Config, out: Path) -> None:
-    """What needs neither data nor other ranks."""
-    if c.dry_run:
-        from tools.plan import dry_run_report
-        print(dry_run_report(c, make_curriculum(c)))
-        return
-
-    from tools.export import export
-    if c.resume == "auto":
-        found = latest_checkpoint(out)
-    else:
-        found = (Path(c.resume), read_state(Path(c.resume)))
-    if not found:
-        raise UserError(f"{out} holds no checkpoint to export; give --resume=PATH")
-    with safetensors_errors():
-        export(*found, Path(c.export))
+        if c.export:
+            from tools.export import export_checkpoint
+            if RANK == 0:
+                export_checkpoint(c, out)
+            return
+        with lock_folder(out):
+            parts = setup(c, out)
+            if RANK == 0:
+                configurator.save(c, out / "config.json")
+            train(c, out, *parts)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """Supervised fine-tuning: `python sft.py --stage=1`, then 2, then 3, teaches a pre-trained Motif to
-answer. A stage is pretrain.py's loop over another dataset: conversations.
+answer. A stage is pretrain.py's loop over another dataset: conversations. It starts from the quick
+start, with config/sft_quickstart.py's settings, or from a model of yours, with the report's:
 
-    out/sftN/data.txt    what stage N reads, what it dropped and why; the rest is as in pretrain.py
+    python sft.py --stage=1 --model=PATH --data="{'mine': ['talks/*.jsonl', 1.0]}"
+
+It prints its settings first. data.txt in its out_dir tells what it reads, and what it dropped and
+why; the other files there are those of pretrain.py.
 
 Read it from the ideas to the machinery: the three stages, the chat format, packing, epochs and
-batches, which conversations are worth reading, which are held out; then where conversations come
-from, how they are prepared, and the run. --model=PATH starts from a model of your own.
+batches; then how conversations are prepared, and the run. Where they come from is told in
+support/conversations.py; which are worth reading, and which are held out, in support/selection.py.
 """
-import glob
 import hashlib
 import math
 import os
@@ -15,7 +18,8 @@ import re
 import shutil
 import sys
 from bisect import bisect_left, insort
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -25,18 +29,17 @@ import numpy as np
 import configurator
 import data
 import pretrain
-import support.conversations
-import synthetic.conversations
-import synthetic.texts
-from configurator import Count, NonNegative, UserError, one_line
-from data import VAL_EVERY, feistel_permutation, hash_key
+from configurator import Count, Fraction, NonNegative, UserError, one_line
+from data import random_order
 from model import MotifConfig
 from pretrain import TrainConfig
-from support.conversations import HELD_OUT, check_conversation, load_conversations
+from support.conversations import (HELD_OUT, Drops, check_conversation, load_conversations,
+                                   source_files)
 from support.ranks import RANK, all_gather_object, rank0_first, rank0_only, run_main
-from support.selection import (benchmark_grams, decontaminate, dedup_and_filter,
-                               filter_by_quality, words)
-from support.tokenizer import BEGIN, END, ROLES, TURN, TURN_END, Tokenizer, load_tokenizer
+from support.run_folder import latest_checkpoint
+from support.selection import benchmark_grams, choose, held_out_by_name, train_val_split
+from support.sources import local_files
+from support.tokenizer import BEGIN, ROLES, TURN, TURN_END, Tokenizer, load_tokenizer
 from support.weights import model_folder, read_json, tensor_files
 
 # ---- the three stages
@@ -62,8 +65,9 @@ from support.weights import model_folder, read_json, tensor_files
 #       precision             value, by diversity and coherence                   continuation
 #
 # The report gives stage 1 rows of 16,384 tokens, 32M tokens per step (1,953 rows), MuonClip with
-# weight decay 0.1, and a cosine to about 0 after 5% warm-up; the other stages have the same here.
-# Its data are not public. synthetic/conversations.py generates stand-ins, and --data gives others:
+# weight decay 0.1, and a cosine to about 0 after 5% warm-up. It gives none of these for the other
+# stages, which have the same here. The report's data are not public. Unless --data names others, a
+# stage reads conversations that synthetic/conversations.py generates:
 #
 #     help      what a module or function of Python's library does, by its docstring
 #     skills    one or two small tasks: "Add 5", "Sort its letters", "Give its day of the week"
@@ -74,14 +78,11 @@ from support.weights import model_folder, read_json, tensor_files
 
 @dataclass
 class Stage:
-    """What a stage reads, and how fast it learns."""
-    data: dict          # name -> [source, weight]: share of the tokens; weight 0: evaluation only
+    """What differs between the stages."""
+    data: dict          # as Config.data
     lr: float           # at its peak
     best_share: float | None = None       # how much of a domain filter_by_quality keeps; None: all
     duplicate_share: float | None = None  # dedup_and_filter's limit; None: it drops nothing
-    epochs: int = 1
-    batch_tokens: int = 32_000_000
-    seq_len: int = 16_384
 
 
 STAGES = {
@@ -106,49 +107,77 @@ STAGES = {
         best_share=0.8,      # [ours]
         duplicate_share=0.7),  # [ours]
 }
-WARMUP = 0.05  # of the steps: the learning rate rises linearly, then falls on a cosine to 0
 QUICKSTART = str(Path(__file__).parent / "config" / "sft_quickstart.py")
 
 
 @dataclass
 class Config(TrainConfig):
-    """A stage of fine-tuning. What is None here is as STAGES has it."""
+    """A stage of fine-tuning. The defaults are the report's."""
     stage: Literal[1, 2, 3] = 1
     model: str | None = None        # initial weights: the folder of a run, a checkpoint or a model,
-                                    # or owner/name of the Hub; None: the stage before this one
+                                    # or owner/name of the Hub. None: the quick start's model, as
+                                    # the stage before has left it
     tokenizer: str | None = None    # None: the model's own
+
+    # Data
     data: dict | None = None        # name -> [source, weight], the weight a share of the tokens, or
                                     # 0: evaluation only. A source is "talks/*.jsonl", "owner/name"
-                                    # of the Hub, "builtin:help"; see load_conversations
+                                    # of the Hub, "builtin:help"; see load_conversations. None: the
+                                    # stage's in STAGES, for the quick start's model only
     decontaminate_against: list = field(default_factory=list)  # .jsonl files of benchmarks, globs:
                                     # drop what shares 13 words in a row with one of their texts
-    lr_scale: NonNegative = 1.0     # factor on the stage's learning rate
-    epochs: Count | None = None     # an epoch has as many tokens as the data
-    batch_tokens: Count | None = None  # tokens per step over all ranks
-    seq_len: Count | None = None    # tokens of a row, into which conversations are packed
+    epochs: Count = 1               # readings of the data, on average over the domains
+    max_steps: Count | None = None  # the run ends after so many steps if epochs has more
+    batch_tokens: Count = 32_000_000  # tokens per step over all ranks
+    seq_len: Count = 16_384         # tokens of a row, into which conversations are packed
+
+    # Learning rate
+    lr: NonNegative | None = None   # at its peak; None: the stage's in STAGES, times lr_scale
+    lr_scale: NonNegative = 1.0
+    warmup_fraction: Fraction = 0.05  # of the steps, in which lr rises linearly; then it falls on a
+                                    # cosine to 0
+
     prompts: list = field(default_factory=lambda: [
-        "What does the module json do?", "Start with the number 12.\n1. Add 5\n2. Multiply by 3",
-        "Start with the word lantern.\n1. Reverse it\n2. Count its letters"])
+        "What is the capital of France?", "Write two sentences about the sea."])
 
 
-def configured_stage(c: Config) -> Stage:
-    """The stage of STAGES with what the config overrides."""
-    stage = replace(STAGES[c.stage])  # a copy
-    stage.lr *= c.lr_scale
-    for key in ("data", "epochs", "batch_tokens", "seq_len"):
-        if getattr(c, key) is not None:
-            setattr(stage, key, getattr(c, key))
+def fill_in_stage(c: Config) -> None:
+    """Set what the config leaves open, and check the data."""
+    if c.model and c.data is None:
+        raise UserError("--model needs --data, as the built-in conversations are for the quick "
+                        "start's model; give --data=\"{'mine': ['talks/*.jsonl', 1.0]}\"")
+    stage = STAGES[c.stage]
+    if c.data is None:
+        c.data = stage.data
+    if c.lr is None:
+        c.lr = stage.lr * c.lr_scale
+    if c.out_dir is None:
+        c.out_dir = default_out_dir(c)
 
-    for name, domain in stage.data.items():
+    for name, domain in c.data.items():
         # The name becomes that of a folder.
         is_name = isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)
         is_pair = isinstance(domain, (list, tuple)) and len(domain) == 2
         if not (is_name and is_pair and isinstance(domain[0], str) and data.is_share(domain[1])):
             raise UserError(f"data: {name!r}: {domain} must be a name of letters, digits, '_', '-' "
                             "and '.', and [source, weight] with a weight of at least 0")
-    if not any(weight > 0 for _, weight in stage.data.values()):
+    if not any(weight > 0 for _, weight in c.data.values()):
         raise UserError("data: no domain has a weight above 0, so there is nothing to train on")
-    return stage
+
+
+def default_out_dir(c: Config) -> str:
+    """Where a stage writes: beside the others of its model.
+
+    >>> default_out_dir(Config(stage=1)), default_out_dir(Config(stage=1, model="out/mine/step_90"))
+    ('out/sft1', 'out/mine-sft1')
+    >>> default_out_dir(Config(stage=2, model="out/mine-sft1"))
+    'out/mine-sft2'
+    """
+    if not c.model:
+        return f"out/sft{c.stage}"
+    path = Path(c.model).absolute()
+    run = path.parent if re.fullmatch(r"step_\d+", path.name) else path
+    return f"out/{re.sub(r'-sft[123]$', '', run.name)}-sft{c.stage}"
 
 
 # ---- the chat format
@@ -157,13 +186,16 @@ def configured_stage(c: Config) -> Stage:
 # The model sees it as one sequence, in the turn format of the Motif family:
 #
 #     <|beginoftext|> <|startofturn|><|user|>\n\n{content}<|endofturn|>
-#                     <|startofturn|><|assistant|>\n\n{content}<|endofturn|> ... <|endoftext|>
+#                     <|startofturn|><|assistant|>\n\n{content}<|endofturn|> ...
 #
 # Each <|...|> is a single token, which encode() never gives for a user's text, so that nobody can
 # forge the end of a turn. What the assistant says carries loss, and so does its <|endofturn|>: a
-# model that did not learn it would never stop. At generation the prompt ends where encode_prompt()
-# ends, with "\n\n". Therefore "\n\n" and content are encoded apart: a tokenizer that merged "\n\n"
-# with the reply's first word would train on ids that no prompt ends in.
+# model that did not learn it would never stop.
+#
+# A prompt ends with <|assistant|>\n\n, and the model writes what follows. Training must divide the
+# text into tokens at the same place, so "\n\n" and content are encoded separately. A tokenizer that
+# sees both at once may make one token of "\n\n" and the reply's first word; after a prompt, which
+# has the "\n\n" already, the model could never write that token.
 
 
 def encode_chat(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
@@ -186,13 +218,10 @@ def encode_chat(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], 
     """
     check_conversation(messages)
     ids, loss_mask = render_conversation(tokenizer, messages)
-    ids.append(tokenizer.special[END])
-    loss_mask.append(False)
-
     targets = []
     for next_id, has_loss in zip(ids[1:], loss_mask[1:]):
         targets.append(next_id if has_loss else -1)
-    return ids[:-1], targets
+    return ids, targets + [-1]
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
@@ -202,7 +231,7 @@ def encode_prompt(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
 
 
 def render_conversation(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list, list]:
-    """The turns -> ids and loss mask, which says of each id whether the assistant says it."""
+    """The turns -> ids, and loss_mask: whether the assistant says that id."""
     ids = [tokenizer.special[BEGIN]]
     loss_mask = [False]
     for message in messages:
@@ -220,10 +249,10 @@ def begin_turn(tokenizer: Tokenizer, role: str) -> list[int]:
 
 def truncate_to_turn(tokenizer: Tokenizer, messages: list[dict],
                      T: int) -> tuple[list, list, bool] | None:
-    """The longest beginning of a conversation that ends with a reply and has at most T tokens ->
-    ids, targets, whether a reply was cut off; None if not even the first reply fits.
-
-    Half a reply would teach the model to stop in mid-sentence."""
+    """Cut a conversation after the last reply that ends within T tokens -> ids, targets, whether a
+    reply was cut off. None if the first reply ends beyond T tokens: such a conversation is dropped.
+    To cut its prompt would hide what the reply is about, and half a reply would teach the model to
+    stop in mid-sentence."""
     ends = [i for i, message in enumerate(messages, 1) if message["role"] == "assistant"]
     for end in reversed(ends):
         ids, targets = encode_chat(tokenizer, messages[:end])
@@ -236,9 +265,10 @@ def truncate_to_turn(tokenizer: Tokenizer, messages: list[dict],
 
 # Conversations are short and rows are long: in stage 1 a built-in conversation has 150 tokens on
 # average, and a row 16,384. One conversation to a row would be 99% padding. So we *pack*: fill each
-# row with whole conversations. That is bin packing, which is NP-hard. The rule "longest first, each
-# where it leaves least room" needs at most about 11/9 of the fewest possible rows (Johnson et al.,
-# 1974), and in practice short conversations fill the gaps: stage 1 in rows of 512 has 3% padding.
+# row with whole conversations. To find the fewest rows is bin packing, which is NP-hard. A simple
+# rule takes the longest conversation first, and puts each into the row where it leaves least room.
+# It needs at most about 11/9 of the fewest rows (Johnson et al., 1974). In practice the short
+# conversations, which come last, fill the gaps: stage 1 in rows of 512 has 3% padding.
 #
 # Four conversations a, b, c, d of 4, 3, 6 and 5 tokens, in rows of T = 10 (pack() below):
 #
@@ -246,8 +276,9 @@ def truncate_to_turn(tokenizer: Tokenizer, messages: list[dict],
 #     doc_ids    0  0  0  0  0  0  1  1  1  1        doc_ids    0  0  0  0  0  1  1  1 -1 -1
 #     positions  0  1  2  3  4  5  0  1  2  3        positions  0  1  2  3  4  0  1  2  0  1
 #
-# Each conversation must be read as if it were alone. doc_ids tell the model where one ends: its
-# attention masks the others out, and its rotary positions restart. Row 1's mask (x: is seen):
+# Each conversation must be read as if it were alone. doc_ids tell the model which tokens belong
+# together: attention masks all others out, and rotary positions restart. The mask of row 1 (x: the
+# query sees the key):
 #
 #     key         d  d  d  d  d  b  b  b  .  .
 #     query  d    x
@@ -267,8 +298,8 @@ def truncate_to_turn(tokenizer: Tokenizer, messages: list[dict],
 
 
 def pack(lengths: np.ndarray, T: int) -> list[list[int]]:
-    """lengths (n,), each at most T -> rows, lists of indices whose lengths sum to at most T. Best
-    fit, longest first.
+    """lengths (n,), each at most T -> rows: lists of indices, whose lengths sum to at most T each.
+    The longest comes first, and each goes where it leaves least room ("best fit decreasing").
 
     >>> pack(np.array([4, 3, 6, 5]), T=10)
     [[2, 0], [3, 1]]
@@ -277,17 +308,15 @@ def pack(lengths: np.ndarray, T: int) -> list[list[int]]:
     0; 3 goes to row 1. In the order given, the four would need three rows: 4 3 | 6 | 5.
     """
     rows = []
-    open_rows = {}  # room left -> the rows that have just that
-    rooms = []      # its keys, sorted: at most T, however many rows there are
+    open_rows = defaultdict(list)  # tokens of room -> the rows that have just so much left
+    rooms = []                     # the rooms of open rows, sorted; at most T different ones
     for i in np.argsort(-lengths, kind="stable").tolist():
         n = int(lengths[i])
-
         smallest_fit = bisect_left(rooms, n)
         if smallest_fit < len(rooms):
             room = rooms[smallest_fit]
             row = open_rows[room].pop()
             if not open_rows[room]:
-                del open_rows[room]
                 rooms.pop(smallest_fit)
         else:
             room = T
@@ -297,8 +326,7 @@ def pack(lengths: np.ndarray, T: int) -> list[list[int]]:
         row.append(i)
         room -= n
         if room > 0:
-            if room not in open_rows:
-                open_rows[room] = []
+            if not open_rows[room]:
                 insort(rooms, room)
             open_rows[room].append(row)
     return rows
@@ -332,33 +360,36 @@ def collate(rows: list[list[np.ndarray]], T: int) -> tuple[np.ndarray, np.ndarra
 
 # ---- epochs and batches
 
-# An epoch reads as many tokens as all domains have together, split by weight. A domain with more
-# than its share is read in part, and the next epoch goes on from there; one with less is repeated,
-# at most REPEATS times per epoch, since a model learns by heart what it reads too often.
+# Let all domains together have N tokens. In an epoch, a domain with a share w of the weights has a
+# *quota* of w N tokens. A domain with more tokens than that is read in part, and the next epoch
+# continues from there. A domain with fewer is repeated, but at most REPEATS times per epoch, since
+# a model learns by heart what it reads too often: this caps its quota. So an epoch reads N tokens,
+# or fewer where a quota is capped.
 #
 # Think of a domain as a tape: all its conversations in a random order, then all in another order,
 # and so on. With a quota of q tokens per epoch, epoch e takes the tape from token e q to (e + 1) q,
 # and a conversation that lies on the border belongs to the epoch in which its middle falls.
 #
-# An epoch's conversations, of all domains, are packed together. Best fit begins with the longest,
-# so the first rows hold a few long conversations, perhaps all of one domain, and the last rows many
-# short ones. Batches must not follow that order. So rows are dealt to n batches like cards: each
+# An epoch's conversations, of all domains, are packed together. Packing begins with the longest, so
+# the first rows hold a few long conversations, perhaps all of one domain, and the last rows many
+# short ones. A batch should have rows of all kinds. So rows are dealt to n batches like cards: each
 # batch gets one of the first n rows, one of the next n, and so on; a keyed permutation says which.
-# Eight rows, of which a batch takes at most three, make n = 3 batches:
+# Eight rows, and at most three rows in a batch, make n = 3 batches:
 #
 #     rows, long to short    0  1  2 | 3  4  5 | 6  7
 #     dealt to batch         2  0  1 | 0  1  2 | 1  0          batch 0: rows 1, 3, 7
 #
-# All of it follows from the arguments. So the whole state of the data in a checkpoint is one
-# integer, the step, and any number of ranks reads the same batches.
+# All of it follows from the seed and the settings. So the whole state of the data in a checkpoint
+# is one integer, the step, and any number of ranks reads the same batches. Steps count from 0: the
+# checkpoint step_N is written after steps 0 to N - 1, and a run that resumes from it does step N.
 
 REPEATS = 4  # readings of a conversation per epoch, at most [ours]
 
 
 class TokenizedChats:
-    """Encoded conversations in a folder, end to end. Indexing gives (2, n): ids and targets.
+    """The encoded conversations of a domain, in a folder. chats[i] is (2, n): ids and targets.
 
-        tokens.npy  (2, N) int32   ids, targets; memory-mapped
+        tokens.npy  (2, N) int32   ids, targets of all conversations, end to end; memory-mapped
         spans.npy   (2, n) int64   where each conversation ends, how many of its targets count
     """
 
@@ -374,13 +405,11 @@ class TokenizedChats:
     @staticmethod
     def save(folder: Path, encoded: list[tuple[list, list]]) -> None:
         """encoded: (ids, targets) of each conversation."""
-        ids = np.concatenate([np.array(ids, "<i4") for ids, _ in encoded])
-        targets = np.concatenate([np.array(targets, "<i4") for _, targets in encoded])
         lengths = [len(ids) for ids, _ in encoded]
         num_targets = [sum(target >= 0 for target in targets) for _, targets in encoded]
         folder.mkdir()
-        save_array(folder / "tokens.npy", np.stack([ids, targets]))
-        save_array(folder / "spans.npy", np.array([np.cumsum(lengths), num_targets], "<i8"))
+        np.save(folder / "tokens.npy", np.concatenate(encoded, axis=1, dtype="<i4"))
+        np.save(folder / "spans.npy", np.array([np.cumsum(lengths), num_targets], "<i8"))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -390,15 +419,8 @@ class TokenizedChats:
         return self.tokens[:, end - self.lengths[i]:end]
 
 
-def save_array(path: Path, array: np.ndarray) -> None:
-    with open(path, "wb") as file:
-        np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def epoch_quotas(sizes: dict[str, int], weights: dict[str, float]) -> dict[str, float]:
-    """Tokens of each domain -> tokens that an epoch reads of it.
+    """sizes: tokens of each domain -> tokens that an epoch reads of it.
 
     >>> epoch_quotas({"help": 600, "skills": 200}, {"help": 0.5, "skills": 0.5})
     {'help': 400.0, 'skills': 400.0}
@@ -418,23 +440,26 @@ def epoch_quotas(sizes: dict[str, int], weights: dict[str, float]) -> dict[str, 
 
 @dataclass
 class ChatCurriculum:
-    """What pretrain.train() reads of a dataset's curriculum, as in data.Curriculum. Padding is not
-    counted as tokens."""
+    """What each step reads, for pretrain.train(), as data.Curriculum has it. Tokens are those of
+    conversations: padding is not counted."""
     names: list[str]      # domains
     steps: int
     seq_len: list[int]    # [t]: tokens of a row, T
     rows: list[int]       # [t]: rows of the step's global batch
     tokens: list[int]     # [t]: tokens before step t; [steps]: of the whole run
-    context: list[int]    # [t]: sum(len^2) / sum(len), the sequence length with the same attention
-                          # cost, by which FLOPs are counted
+    context: list[int]    # [t]: sum(len^2) / sum(len) over the step's conversations, the length at
+                          # which attention costs as much per token; FLOPs are counted with it
     shares: np.ndarray    # [t, d]: the domain's share of the step's tokens
+    plans: list = field(default_factory=list)  # none: a stage is not prolonged
 
 
 class PackedChatDataset:
-    """The batches of a stage, for pretrain.train()."""
+    """The batches of a stage, for pretrain.train(): it implements pretrain.Dataset.
+
+    train: the conversations of each domain. weights: domain -> weight, above 0."""
 
     def __init__(self, train: dict[str, TokenizedChats], weights: dict[str, float], *, T: int,
-                 batch_tokens: int, epochs: int, seed: int):
+                 batch_tokens: int, epochs: int, seed: int, max_steps: int | None = None):
         self.train = train
         self.T = T
         self.seed = seed
@@ -442,7 +467,7 @@ class PackedChatDataset:
         quotas = epoch_quotas(sizes, weights)
         tapes = {name: self._tape(name, epochs * quotas[name]) for name in train}
 
-        self.batches = []  # [step][row] -> list of (domain, conversation)
+        self.batches = []  # [step][row] -> list of (domain, index of a conversation)
         for epoch in range(epochs):
             chosen = []
             for name, (order, middles) in tapes.items():
@@ -457,6 +482,7 @@ class PackedChatDataset:
                 rows.append([chosen[k] for k in packed])
             if rows:
                 self.batches += self._shuffle_into_batches(rows, max(1, batch_tokens // T), epoch)
+        self.batches = self.batches[:max_steps]
         if not self.batches:
             raise UserError("there is no conversation to train on; give more data")
         self.curriculum = self._make_curriculum()
@@ -469,8 +495,7 @@ class PackedChatDataset:
         readings = math.ceil(tokens / lengths.sum() + 1e-9)
         orders = []
         for reading in range(readings):
-            key = hash_key(self.seed, name, reading)
-            orders.append(feistel_permutation(np.arange(n), n, key))
+            orders.append(random_order(n, self.seed, name, reading))
         order = np.concatenate(orders)
         middles = lengths[order].cumsum() - lengths[order] / 2
         return order, middles
@@ -482,8 +507,7 @@ class PackedChatDataset:
         batches = [[] for _ in range(n)]
         for start in range(0, len(rows), n):
             neighbours = rows[start:start + n]
-            key = hash_key(self.seed, "rows", epoch, start)
-            places = feistel_permutation(np.arange(len(neighbours)), n, key)
+            places = random_order(n, self.seed, "rows", epoch, start)
             for batch, row in zip(places, neighbours):
                 batches[batch].append(row)
         return batches
@@ -491,7 +515,7 @@ class PackedChatDataset:
     def _make_curriculum(self) -> ChatCurriculum:
         names = list(self.train)
         steps = len(self.batches)
-        spent = np.zeros((steps, len(names)), dtype=np.int64)
+        spent = np.zeros((steps, len(names)), dtype=np.int64)  # tokens
         squares = np.zeros(steps, dtype=np.int64)
         for step in range(steps):
             for name, i in self.conversations(step):
@@ -522,12 +546,8 @@ class PackedChatDataset:
             rows.append([self.train[name][i] for name, i in row])
         return collate(rows, self.T)
 
-    def padding(self) -> float:
-        """The share of all rows that no conversation fills."""
-        return 1 - self.curriculum.tokens[-1] / (sum(self.curriculum.rows) * self.T)
-
     def fingerprint(self) -> str:
-        """Of the conversations that the run may read."""
+        """16 hex digits of a hash of the conversations that the run may read."""
         checksum = hashlib.sha256()
         for chats in self.train.values():
             checksum.update(chats.tokens)
@@ -537,10 +557,10 @@ class PackedChatDataset:
 
 def held_out_rows(chats: TokenizedChats, tokens: int,
                   T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """About `tokens` tokens of held-out conversations, from all over them and at least one, packed
-    -> ids, targets and doc_ids, each (rows, T) int64."""
+    """Pack a random choice of held-out conversations, about `tokens` tokens but at least one
+    conversation -> ids, targets and doc_ids, each (rows, T) int64."""
     n = len(chats)
-    order = feistel_permutation(np.arange(n), n, hash_key("held out"))
+    order = random_order(n, "held out")
     count = int(chats.lengths[order].cumsum().searchsorted(tokens, side="right"))
     order = order[:max(1, count)]
     rows = []
@@ -549,102 +569,20 @@ def held_out_rows(chats: TokenizedChats, tokens: int,
     return collate(rows, T)
 
 
-# ---- holding out
-
-# One question in VAL_EVERY = 50 is held out for validation. Not one conversation in 50: the same
-# question occurs in several conversations, domains and stages, and a model that has read its answer
-# in one of them is not tested by it in another. So the *hash of the question's text* decides, which
-# needs no list and comes out the same everywhere: held out if it is below 2^64 / 50. The exception
-# is a domain so small that it has no such question. It holds out one of its own, which the other
-# domains of its stage then leave out too; other stages do not know of it.
-
-HELD_OUT_BELOW = 2**64 // VAL_EVERY
-
-
-def question_hashes(messages: list[dict]) -> list[tuple[int, int]]:
-    """(index of the message, 64-bit hash) of each question: the user's messages before the first
-    reply, joined, count as one at index 0; after it each of the user's messages of five words or
-    more. "And then?" is no question to hold out.
-
-    >>> chat = [{"role": "user", "content": "Name a river."},
-    ...         {"role": "assistant", "content": "The Seine."},
-    ...         {"role": "user", "content": "And then?"},
-    ...         {"role": "assistant", "content": "The sea."},
-    ...         {"role": "user", "content": "Through which cities does it flow?"}]
-    >>> [index for index, _ in question_hashes(chat)]
-    [0, 4]
-    """
-    first_reply = [message["role"] for message in messages].index("assistant")
-    opening = []
-    questions = []
-    for i, message in enumerate(messages):
-        if message["role"] != "user":
-            continue
-        if i < first_reply:
-            opening.append(message["content"])
-        elif len(words(message["content"])) >= 5:
-            questions.append((i, hash_text(message["content"])))
-    return [(0, hash_text("\n\n".join(opening)))] + questions
-
-
-def hash_text(text: str) -> int:
-    """The first 64 bits of SHA-256: the same in every process, unlike Python's hash."""
-    return int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8], "big")
-
-
-def train_val_split(conversations: list, held_out: set[int]) -> dict[str, list]:
-    """Split a domain -> {"val": [...], "train": [...]}. A question is held out if its hash is below
-    2^64 / 50, or if it is in `held_out`, the hashes of questions that are for evaluation only.
-
-    val     conversations whose first question is below 2^64 / 50, each cut before the first of the
-            user's later messages that is not such a question
-    train   conversations in which no question is held out
-
-    Conversations of neither kind are dropped: in training they would tell a held-out answer. If a
-    small domain has no first question below 2^64 / 50, the one with the smallest hash is held out.
-    """
-    hashes = [question_hashes(messages) for messages in conversations]
-    bound = HELD_OUT_BELOW
-    if hashes:
-        least = min(questions[0][1] for questions in hashes)
-        bound = max(bound, least + 1)
-
-    parts = {"val": [], "train": []}
-    for messages, questions in zip(conversations, hashes):
-        below = [i for i, number in questions if number < bound]
-        if questions[0][1] < bound:
-            parts["val"].append(cut_at_other_question(messages, below))
-        elif not below and held_out.isdisjoint(number for _, number in questions):
-            parts["train"].append(messages)
-    return parts
-
-
-def cut_at_other_question(messages: list[dict], below: list[int]) -> list[dict]:
-    """The messages up to the first one of the user that comes after a reply and is not in `below`,
-    a list of indices."""
-    has_reply = False
-    for i, message in enumerate(messages):
-        if message["role"] == "user" and has_reply and i not in below:
-            return messages[:i]
-        has_reply = has_reply or message["role"] == "assistant"
-    return messages
-
-
 # ---- preparing
 
-def prepare(stage: Stage, benchmarks: list[str], tokenizer: Tokenizer, data_dir: str) -> Path:
-    """Read, choose, hold out and encode a stage's conversations -> a folder with TokenizedChats
-    val-NAME of each domain, train-NAME of each with a weight, and the report data.txt. The folder
-    is named after all that decides what is in it, and is made once. A domain's text must fit in
-    memory."""
-    folder = Path(data_dir) / f"sft-{preparation_key(stage, benchmarks, tokenizer)}"
+def prepare(c: Config, tokenizer: Tokenizer) -> Path:
+    """Read, choose, hold out and encode a stage's conversations -> a folder with data.txt, which
+    reports, and TokenizedChats: val-NAME of each domain, train-NAME of each with a weight above 0.
+    Its name has a hash of all that decides what is in it. A domain's text must fit in memory."""
+    folder = Path(c.data_dir) / f"sft-{preparation_key(c, tokenizer)}"
     if folder.exists():
         return folder
-    print(f"preparing {', '.join(stage.data)} in {folder}", flush=True)
+    print(f"preparing {', '.join(c.data)} in {folder}", flush=True)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
-        report = prepare_domains(stage, benchmarks, tokenizer, temporary)
+        report = prepare_domains(c, tokenizer, temporary)
         (temporary / "data.txt").write_text("\n".join(report) + "\n")
         os.replace(temporary, folder)
     finally:
@@ -652,85 +590,48 @@ def prepare(stage: Stage, benchmarks: list[str], tokenizer: Tokenizer, data_dir:
     return folder
 
 
-def preparation_key(stage: Stage, benchmarks: list[str], tokenizer: Tokenizer) -> str:
+def preparation_key(c: Config, tokenizer: Tokenizer) -> str:
     """A hash of the settings, of the files' sizes and dates, of the tokenizer and of the code."""
     files = []
-    for pattern in [source for source, _ in stage.data.values()] + benchmarks:
-        for file in sorted(glob.glob(pattern.partition("?")[0], recursive=True)):
-            stat = os.stat(file)
-            files.append((file, stat.st_size, stat.st_mtime_ns))
+    for source, _ in c.data.values():
+        files += source_files(source)
+    for pattern in c.decontaminate_against:
+        files += local_files(pattern)
+    dates = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
     # builtin:help reads the docstrings of the Python that runs.
     code = [sys.version]
-    for file in (__file__, data.__file__, synthetic.conversations.__file__,
-                 synthetic.texts.__file__):
-        code.append(Path(file).read_bytes())
-    what = (stage.data, stage.seq_len, stage.best_share, stage.duplicate_share, benchmarks, files,
-            code, tokenizer.fingerprint())
+    for pattern in ("sft.py", "data.py", "support/*.py", "synthetic/*.py"):
+        for file in sorted(Path(__file__).parent.glob(pattern)):
+            code.append(file.read_bytes())
+    what = (STAGES[c.stage], c.data, c.seq_len, c.decontaminate_against, dates, code,
+            tokenizer.fingerprint())
     return hashlib.sha256(repr(what).encode()).hexdigest()[:10]
 
 
-def prepare_domains(stage: Stage, benchmarks: list[str], tokenizer: Tokenizer,
-                    folder: Path) -> list[str]:
-    """Write the conversations of all domains into the folder -> lines of report.
-
-    Weight 0 means evaluation only. Those domains come first: all of each is held out, and its
-    questions are then kept out of the training conversations of every other domain."""
-    T = stage.seq_len
+def prepare_domains(c: Config, tokenizer: Tokenizer, folder: Path) -> list[str]:
+    """Write the conversations of all domains into the folder -> lines of report."""
+    stage = STAGES[c.stage]
     report = []
-    held_out = set()
-    for source, _ in HELD_OUT.values():
-        held_out |= all_question_hashes(load_conversations(source))
-
-    eval_only = [name for name, (_, weight) in stage.data.items() if weight == 0]
-    for name in eval_only:
-        source = stage.data[name][0]
-        conversations = list(load_conversations(source))
-        held_out |= all_question_hashes(conversations)
+    held_out = held_out_by_name(c.data)
+    benchmark = benchmark_grams(c.decontaminate_against)
+    for name, (source, weight) in c.data.items():
+        drops = Drops()
+        conversations = list(load_conversations(source, drops))
         report.append(f"{name}: {len(conversations):,d} conversations of {source}")
-        report.append(encode_part(folder, "val", name, conversations, tokenizer, T))
-
-    benchmark = benchmark_grams(benchmarks)
-    training = [name for name, (_, weight) in stage.data.items() if weight > 0]
-    for name in training:
-        # A small domain may hold out a question that no rule of all domains holds out: the others
-        # must hear of it before any of them is split.
-        first_questions = opening_hashes(load_conversations(stage.data[name][0]))
-        if min(first_questions, default=0) >= HELD_OUT_BELOW:
-            held_out.add(min(first_questions))
-
-    for name in training:
-        source = stage.data[name][0]
-        conversations = list(load_conversations(source))
-        parts = train_val_split(conversations, held_out)
-        dropped = len(conversations) - len(parts["train"]) - len(parts["val"])
-        report.append(f"{name}: {len(conversations):,d} conversations of {source}")
-        if dropped:
-            report.append(f"  {dropped:,d} dropped as one of their questions is held out")
-        chosen = parts["train"]
-        if benchmarks:
-            chosen, line = decontaminate(chosen, benchmark)
-            report.append(f"  {line}")
-        if stage.best_share is not None:
-            chosen, line = filter_by_quality(chosen, stage.best_share)
-            report.append(f"  {line}")
-        if stage.duplicate_share is not None:
-            chosen, line = dedup_and_filter(chosen, stage.duplicate_share)
-            report.append(f"  {line}")
-        report.append(encode_part(folder, "val", name, parts["val"], tokenizer, T))
-        report.append(encode_part(folder, "train", name, chosen, tokenizer, T))
+        report += drops.report()
+        parts = {"val": conversations}
+        if weight > 0:
+            parts = train_val_split(conversations, held_out)
+            dropped = len(conversations) - len(parts["train"]) - len(parts["val"])
+            if dropped:
+                report.append(f"  {dropped:,d} dropped as one of their questions is held out")
+            parts["train"], lines = choose(parts["train"], benchmark, stage.best_share,
+                                           stage.duplicate_share)
+            report += lines
+        for part, chosen in parts.items():
+            report.append(encode_part(folder, part, name, chosen, tokenizer, c.seq_len))
     return report
-
-
-def opening_hashes(conversations) -> set[int]:
-    """The hashes of the first questions."""
-    return {question_hashes(messages)[0][1] for messages in conversations}
-
-
-def all_question_hashes(conversations) -> set[int]:
-    found = set()
-    for messages in conversations:
-        found.update(number for _, number in question_hashes(messages))
-    return found
 
 
 def encode_part(folder: Path, part: str, name: str, conversations: list, tokenizer: Tokenizer,
@@ -749,115 +650,118 @@ def encode_part(folder: Path, part: str, name: str, conversations: list, tokeniz
                         f"{part}; give more data or raise seq_len")
     TokenizedChats.save(folder / f"{part}-{name}", encoded)
     too_long = len(conversations) - len(encoded)
-    return (f"  {part}: {len(encoded):,d}, of which {truncated:,d} were cut at a turn to fit {T} "
-            f"tokens; {too_long:,d} dropped, as even the first reply ends beyond")
+    return (f"  {part}: {len(encoded):,d}, of which {truncated:,d} were cut after a reply to fit "
+            f"{T} tokens; {too_long:,d} dropped, as the first reply ends beyond")
 
 
 # ---- the run
 
-@dataclass
-class Origin:
-    """Where the weights of a stage come from."""
-    folder: Path      # a model, with its config.json
-    tokenizer: str    # name for load_tokenizer
-    identity: str     # the initial weights: their folder and a hash
+FEW_STEPS = 20  # fewer are noted [ours]
 
 
-def resolve_init_checkpoint(c: Config) -> Origin:
-    """The initial weights: --model, or what the stage before has left."""
+def initial_folder(c: Config) -> Path:
+    """The folder of the model that the stage starts from."""
     before = "out/quickstart"
     command = "python pretrain.py"
     if c.stage > 1:
         before = f"out/sft{c.stage - 1}"
         command = f"python sft.py --stage={c.stage - 1}"
 
-    checkpoint = pretrain.latest_checkpoint(Path(c.model or before))
+    checkpoint = latest_checkpoint(Path(c.model or before))
     if checkpoint:
-        folder = checkpoint[0]
-    elif c.model:
-        folder = model_folder(c.model)
-    else:
-        raise UserError(f"stage {c.stage} starts from {before}, which holds no whole checkpoint; "
-                        f"run first: {command}")
-
-    # Other weights differ everywhere, so the last MiB of the last file tells them apart.
-    with open(max(tensor_files(folder, "model")), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        file.seek(max(0, size - 2**20))
-        identity = f"{folder} ({hashlib.sha256(file.read()).hexdigest()[:8]})"
-
-    tokenizer = str(folder)
-    if (folder / "state.json").exists():
-        state = read_json(folder / "state.json")
-        tokenizer = state["config"]["tokenizer"]
+        folder, state = checkpoint
         max_steps = state["config"].get("max_steps") or 0
         if state["step"] < max_steps:
             print(f"note: {folder} is not the end of its run, which has {max_steps} steps")
-    return Origin(folder, c.tokenizer or tokenizer, identity)
+        return folder
+    if c.model:
+        return model_folder(c.model)
+    raise UserError(f"stage {c.stage} starts from {before}, which holds no whole checkpoint; "
+                    f"run first: {command}")
 
 
-def find_start(c: Config, out: Path) -> tuple[tuple | None, Origin]:
-    """The checkpoint to resume from, as pretrain.find_checkpoint gives it, or None; and the origin.
+def find_start(c: Config, out: Path) -> tuple[tuple | None, Path, str]:
+    """-> (the checkpoint to resume from, as pretrain.find_checkpoint gives it, or None; the folder
+    of the model to begin with; folder and hash of the weights that the stage starts from).
 
     A run that resumes does not need its initial weights any more; but if they are still there, they
     must be those that it began with, or two runs would be mixed in one folder."""
     checkpoint = pretrain.find_checkpoint(c, out)
-    if checkpoint is None:
-        return None, resolve_init_checkpoint(c)
-
-    folder, state = checkpoint
-    began_with = state["config"]["init"]
     try:
-        identity = resolve_init_checkpoint(c).identity
-    except UserError:  # they are gone
-        identity = began_with
-    if identity != began_with:
-        raise UserError(f"{out} holds a run that began with {began_with}, not with {identity}; "
-                        "delete it or give another --out_dir")
-    return checkpoint, Origin(folder, state["config"]["tokenizer"], began_with)
+        folder = initial_folder(c)
+        init = f"{folder} ({hash_of_weights(folder)})"
+    except UserError:
+        if checkpoint is None:
+            raise
+        init = checkpoint[1]["config"]["init"]
+
+    if checkpoint is not None:
+        folder, state = checkpoint
+        if init != state["config"]["init"]:
+            raise UserError(f"{out} holds a run that began with {state['config']['init']}, not "
+                            f"with {init}; delete it or give another --out_dir")
+    return checkpoint, folder, init
 
 
-def check_sizes(stage: Stage, shape: MotifConfig, tokenizer: Tokenizer, folder: Path) -> None:
+def hash_of_weights(folder: Path) -> str:
+    """8 hex digits that tell a model's weights from others, which differ everywhere: a hash of the
+    last MiB of the last file."""
+    with open(max(tensor_files(folder, "model")), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - 2**20))
+        return hashlib.sha256(file.read()).hexdigest()[:8]
+
+
+def stored_tokenizer(folder: Path) -> str:
+    """The tokenizer of a model, for load_tokenizer: a checkpoint of ours names it in its
+    state.json, and the folder of another model holds it."""
+    if (folder / "state.json").exists():
+        return read_json(folder / "state.json")["config"]["tokenizer"]
+    return str(folder)
+
+
+def check_sizes(c: Config, shape: MotifConfig, tokenizer: Tokenizer, folder: Path) -> None:
     """UserError if tokenizer, rows and batch do not fit the model."""
     if tokenizer.n_vocab > shape.vocab_size:
         raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens with those of "
                         f"the turn format, more than the vocab_size={shape.vocab_size} of {folder}")
-    if stage.seq_len > shape.max_position_embeddings:
-        raise UserError(f"seq_len={stage.seq_len} is longer than the max_position_embeddings="
-                        f"{shape.max_position_embeddings} of {folder}; lower it")
-    if stage.batch_tokens < stage.seq_len:
-        raise UserError(f"batch_tokens={stage.batch_tokens} is less than a row of "
-                        f"seq_len={stage.seq_len}; raise it")
+    if c.seq_len > shape.max_position_embeddings:
+        raise UserError(f"seq_len={c.seq_len} is longer than the max_position_embeddings="
+                        f"{shape.max_position_embeddings} of {folder}; give --seq_len="
+                        f"{shape.max_position_embeddings} or less")
+    if c.batch_tokens < c.seq_len:
+        raise UserError(f"batch_tokens={c.batch_tokens} is less than a row of "
+                        f"seq_len={c.seq_len}; raise it")
 
 
-def open_dataset(c: Config, stage: Stage, folder: Path) -> tuple[PackedChatDataset, dict]:
+def open_dataset(c: Config, folder: Path) -> tuple[PackedChatDataset, dict]:
     """The prepared folder -> the dataset, and held-out rows of each domain."""
-    T = stage.seq_len
+    train = {}
+    weights = {}
     held_out = {}
-    for name in stage.data:
-        held_out[name] = held_out_rows(TokenizedChats(folder / f"val-{name}"), c.eval_tokens, T)
-
-    weights = {name: weight for name, (_, weight) in stage.data.items() if weight > 0}
-    total = sum(weights.values())
-    weights = {name: weight / total for name, weight in weights.items()}
-    train = {name: TokenizedChats(folder / f"train-{name}") for name in weights}
-    dataset = PackedChatDataset(train, weights, T=T, batch_tokens=stage.batch_tokens,
-                                epochs=stage.epochs, seed=c.seed)
+    for name, (_, weight) in c.data.items():
+        chats = TokenizedChats(folder / f"val-{name}")
+        held_out[name] = held_out_rows(chats, c.eval_tokens, c.seq_len)
+        if weight > 0:
+            train[name] = TokenizedChats(folder / f"train-{name}")
+            weights[name] = weight
+    dataset = PackedChatDataset(train, weights, T=c.seq_len, batch_tokens=c.batch_tokens,
+                                epochs=c.epochs, seed=c.seed, max_steps=c.max_steps)
     if len(set(all_gather_object(dataset.fingerprint()))) > 1:
         raise UserError(f"the machines hold different data in {c.data_dir}; copy one's to all")
     return dataset, held_out
 
 
-def to_pretrain_config(c: Config, stage: Stage, shape: MotifConfig, origin: Origin,
+def to_pretrain_config(c: Config, shape: MotifConfig, tokenizer: Tokenizer, init: str,
                        steps: int) -> pretrain.Config:
     """The stage as pretrain.train() reads it, which is what its checkpoints hold."""
     common = {f.name: getattr(c, f.name) for f in fields(TrainConfig)}
-    domains = {name: [source, weight, weight] for name, (source, weight) in stage.data.items()}
+    domains = {name: [source, weight, weight] for name, (source, weight) in c.data.items()}
     return pretrain.Config(
-        **asdict(shape), **common, tokenizer=origin.tokenizer, init=origin.identity,
-        domains=domains, batch_tokens=stage.batch_tokens, seq_len=stage.seq_len, max_steps=steps,
-        lr=stage.lr, warmup_steps=round(WARMUP * steps), decay="cosine", decay_fraction=1 - WARMUP,
-        min_lr=0.0)
+        **asdict(shape), **common, tokenizer=tokenizer.name, init=init, domains=domains,
+        batch_tokens=c.batch_tokens, seq_len=c.seq_len, max_steps=steps, lr=c.lr,
+        warmup_steps=round(c.warmup_fraction * steps), decay="cosine",
+        decay_fraction=1 - c.warmup_fraction, min_lr=0.0)
 
 
 def encode_chat_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -865,64 +769,79 @@ def encode_chat_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
 
 
-def describe(dataset: PackedChatDataset, stage: Stage) -> str:
+def describe_settings(c: Config, init: str) -> str:
+    """What the stage starts from, where it writes, and how it learns."""
+    lines = [f"stage {c.stage} from {init} into {c.out_dir}"]
+    for key in ("lr", "warmup_fraction", "epochs", "max_steps", "batch_tokens", "seq_len"):
+        place = c.came_from[key]
+        if key == "lr" and place == "default":
+            place = f"{STAGES[c.stage].lr:g} of STAGES, lr_scale={c.lr_scale:g}"
+        lines.append(f"  {key} = {getattr(c, key)}  # {place}")
+    return "\n".join(lines)
+
+
+def describe_data(c: Config, dataset: PackedChatDataset) -> str:
     """How much of each domain the run reads."""
     curriculum = dataset.curriculum
+    total = curriculum.tokens[-1]
+    total_weight = sum(weight for _, weight in c.data.values())
     spent = curriculum.shares.T @ np.diff(curriculum.tokens)
-    total_weight = sum(weight for _, weight in stage.data.values())
     lines = []
     for name, tokens in zip(curriculum.names, spent):
-        weight = stage.data[name][1] / total_weight
         times = tokens / dataset.train[name].ends[-1]
-        lines.append(f"{name}: {tokens / sum(spent):.1%} of the tokens for a weight of "
-                     f"{weight:.1%}; each is read {times:.2f} times")
-    lines.append(f"{curriculum.steps:,d} steps, {sum(curriculum.rows):,d} rows; padding "
-                 f"{dataset.padding():.2%}")
+        lines.append(f"{name}: {tokens / total:.1%} of the tokens for a weight of "
+                     f"{c.data[name][1] / total_weight:.1%}; each is read {times:.2f} times")
+    rows = sum(curriculum.rows)
+    lines.append(f"{curriculum.steps:,d} steps, {rows:,d} rows; padding "
+                 f"{1 - total / (rows * c.seq_len):.2%}")
+    if curriculum.steps < FEW_STEPS:
+        lines.append(f"note: {curriculum.steps} steps are few; a smaller --batch_tokens gives more")
     return "\n".join(lines)
 
 
 def setup(c: Config, out: Path) -> tuple:
     """What pretrain.train() takes, checked and built."""
-    stage = configured_stage(c)
-    if RANK == 0:
-        pretrain.check_writable(out)
     device = pretrain.pick_device(c)
     pretrain.meet_ranks(c, device)
 
-    checkpoint, origin = rank0_only(find_start, c, out)
-    shape = MotifConfig.from_dict(read_json(origin.folder / "config.json"))
-    tokenizer = load_tokenizer(origin.tokenizer)
-    check_sizes(stage, shape, tokenizer, origin.folder)
+    checkpoint, folder, init = rank0_only(find_start, c, out)
+    settings = describe_settings(c, init)
+    if RANK == 0:
+        print(settings, flush=True)
+    shape = MotifConfig.from_dict(read_json(folder / "config.json"))
+    tokenizer = load_tokenizer(c.tokenizer or stored_tokenizer(folder))
+    check_sizes(c, shape, tokenizer, folder)
 
-    prepared = rank0_first(
-        partial(prepare, stage, c.decontaminate_against, tokenizer, c.data_dir))
-    dataset, held_out = open_dataset(c, stage, prepared)
-    run = to_pretrain_config(c, stage, shape, origin, dataset.curriculum.steps)
+    prepared = rank0_first(partial(prepare, c, tokenizer))
+    dataset, held_out = open_dataset(c, prepared)
+    run = to_pretrain_config(c, shape, tokenizer, init, dataset.curriculum.steps)
     pretrain.check_fp8(run, dataset.curriculum, device)
     pretrain.check_prompts(run, tokenizer, encode_chat_prompt)
     if checkpoint:
         pretrain.check_compatible(*checkpoint, run, dataset.curriculum)
 
     def initial_weights(c, out):
-        return origin.folder
+        return folder
 
     model, optimizer = pretrain.build_model_and_optimizer(run, device, checkpoint, initial_weights,
                                                           out)
     if RANK == 0:
-        report = (f"stage {c.stage} from {origin.identity}\n{(prepared / 'data.txt').read_text()}"
-                  f"{describe(dataset, stage)}\n")
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "data.txt").write_text(report)
+        report = f"{(prepared / 'data.txt').read_text()}{describe_data(c, dataset)}\n"
         print(report, end="", flush=True)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "data.txt").write_text(f"{settings}\n{report}")
     return (run, out, dataset, held_out, model, optimizer, tokenizer, checkpoint,
             encode_chat_prompt)
 
 
 def main() -> None:
-    c = configurator.load(Config, sys.argv[1:], default_file=QUICKSTART)
-    c.out_dir = c.out_dir or f"out/sft{c.stage}"
+    # The quick start's settings would ruin a model of another size.
+    argv = sys.argv[1:]
+    own_model = any(word.startswith("--model=") for word in argv)
+    c = configurator.load(Config, argv, default_file=None if own_model else QUICKSTART)
+    fill_in_stage(c)
     out = Path(c.out_dir)
-    with pretrain.friendly_errors(c, out):
+    with pretrain.friendly_errors(c, out), pretrain.lock_folder(out):
         arguments = setup(c, out)
         if RANK == 0:
             configurator.save(c, out / "config.json")

@@ -16,7 +16,7 @@ rope_theta = 1_000_000.0
 max_position_embeddings = 32768
 tie_word_embeddings = False
 
-tokenizer = "tokenizer.json"       # from Motif-Technologies/Motif-2-12.7B-Base on the Hub
+tokenizer = "Motif-Technologies/Motif-2-12.7B-Base"  # its tokenizer.json, from the Hub
 # The report's shares are not public. These are [ours]: the 2.6B model's, with more reasoning at the
 # end. The report keeps reasoning under 10% of the tokens; here it rises to 9%.
 domains = {

@@ -16,7 +16,7 @@ rope_theta = 10_000.0             # published: 500,000 once sequences grow; star
 max_position_embeddings = 16384
 tie_word_embeddings = True
 
-tokenizer = "tokenizer.json"      # from Motif-Technologies/Motif-2.6B on the Hub
+tokenizer = "Motif-Technologies/Motif-2.6B"  # its tokenizer.json, from the Hub
 # The shares are published; they change linearly over the run. The data sets are [ours].
 domains = {
     "web": ["HuggingFaceFW/fineweb", 0.68, 0.33],

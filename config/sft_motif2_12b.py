@@ -1,8 +1,8 @@
 # sft.py: the report's three stages at the size of the 12.7B model; never run
 #
-# Learning rates, batch and sequence length are those of STAGES in sft.py. The report's data are not
-# public: --data="{'name': ['owner/name', 1.0], ...}" names yours, and --model=out/motif2_12b the
-# pre-trained weights, from which stage 1 starts.
+# Learning rates are those of STAGES in sft.py, batch and sequence length its defaults. The report's
+# data are not public: --data="{'name': ['owner/name', 1.0], ...}" names yours. --model names the
+# weights to start from: out/motif2_12b, out/motif2_12b-sft1 and out/motif2_12b-sft2.
 
 micro_batch_tokens = 16_384        # one row
 activation_checkpoint_layers = 40  # all blocks

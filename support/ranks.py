@@ -1,6 +1,7 @@
 """Ranks: what the processes that torchrun starts say to each other, and how they end."""
 import atexit
 import functools
+import math
 import os
 import signal
 import sys
@@ -24,23 +25,37 @@ from configurator import UserError
 #     2. What decides where the code goes (resume? evaluate? stop?) is the same on all ranks: it
 #        follows from the config and the step, or it is exchanged first.
 #
-# Objects and flags travel over gloo, between the hosts, which need not wait for their GPUs to do
-# so; gradients and losses travel over NCCL, between the GPUs. Without torchrun there is one rank.
+# Objects and flags are exchanged over gloo, between CPUs, so that no rank has to wait until its GPU
+# is idle. Gradients and losses are exchanged over NCCL, between GPUs. Without torchrun there is one
+# rank, and all these functions return at once.
 
-RANK = int(os.environ.get("RANK", 0))                # this process among all
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))    # and among those of its machine
-WORLD = int(os.environ.get("WORLD_SIZE", 1))         # number of all
+RANK = int(os.environ.get("RANK", 0))                # number of this process among all
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))    # its number among those of its machine
+WORLD = int(os.environ.get("WORLD_SIZE", 1))         # how many processes there are
+
+
+def pick_device(c) -> torch.device:
+    """The device that the config names. "cuda" is another GPU for each rank of a machine."""
+    name = c.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{LOCAL_RANK}"
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as e:  # there is no such device
+        raise UserError(f"device={c.device}: {str(e).splitlines()[0]}") from None
 
 
 def init_distributed(device: torch.device, timeout_seconds: int, even_alone: bool) -> None:
-    """Meet the other ranks. even_alone: make a process group of one rank, too."""
+    """Form a process group with the other ranks. even_alone: also where there is one rank."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
     timeout = timedelta(seconds=timeout_seconds)
     if WORLD > 1:
-        # Ranks that torchrun restarts reuse the store of the old ranks. The prefix keeps them
-        # from finding the addresses of ranks that are gone.
+        # Ranks find each other's addresses in a key-value store. When torchrun restarts them, the
+        # store still has the addresses of the ranks that are gone; the prefix hides those.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -55,8 +70,8 @@ def init_distributed(device: torch.device, timeout_seconds: int, even_alone: boo
 
 @functools.cache
 def slow_group():
-    """All ranks once more, with a timeout of 30 days: while one rank prepares data or writes a
-    checkpoint, which may take hours, the others wait and must not give up."""
+    """A second process group of all ranks, with a timeout of 30 days. While one rank prepares data
+    or writes a checkpoint, which may take hours, the others wait and must not give up."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=30))
 
 
@@ -75,7 +90,7 @@ def broadcast_object(value):
 
 
 def barrier() -> None:
-    """Wait until all ranks are here: for what one rank may do only once all have done something."""
+    """Wait until all ranks have come to this call."""
     all_gather_object(None)
 
 
@@ -123,11 +138,51 @@ def all_reduce_sum(t: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether at least one rank has the flag set. On the CPU, where no GPU's queue has to empty."""
+    """Whether the flag is set on at least one rank. The CPUs exchange it, so that no GPU has to
+    finish its queue first."""
     flag = torch.tensor(flag, dtype=torch.int32)
     if WORLD > 1:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
+
+
+# ---- which rows of a batch a rank has
+
+def split_rows(rows: int, rank: int = RANK, world: int = WORLD) -> tuple[int, int, int]:
+    """Deal the rows of a batch out to the ranks, one after the other -> (this rank's first row, how
+    many rows it gets, how many rows each rank has after padding). For example, of 10 rows four
+    ranks get 3, 3, 2 and 2, and rank 2 gets rows 2 and 6:
+
+    >>> [split_rows(10, rank, world=4) for rank in range(4)]
+    [(0, 3, 3), (1, 3, 3), (2, 2, 3), (3, 2, 3)]
+
+    Where there are fewer rows than ranks, a rank that gets none pads with another rank's row:
+
+    >>> [split_rows(2, rank, world=4) for rank in range(4)]
+    [(0, 1, 1), (1, 1, 1), (0, 0, 1), (1, 0, 1)]
+    """
+    first = rank % rows
+    own = len(range(rank, rows, world))
+    padded = math.ceil(rows / world)
+    return first, own, padded
+
+
+def pad_rows(batch: tuple, own: int, padded: int) -> tuple[Tensor, ...]:
+    """Pad ids, targets, ..., each (R, T), to `padded` rows, so that all ranks run the same number
+    of micro-batches. The rows after the first `own` repeat the first row, with targets of -1, which
+    have no loss.
+
+    >>> ids, targets = pad_rows((torch.tensor([[5, 6]]), torch.tensor([[6, 7]])), own=1, padded=2)
+    >>> ids.tolist(), targets.tolist()
+    ([[5, 6], [5, 6]], [[6, 7], [-1, -1]])
+    """
+    tensors = []
+    for t in batch:
+        filling = t[:1].expand(padded - own, -1)
+        tensors.append(torch.cat([t[:own], filling]))
+    targets = tensors[1]
+    targets[own:] = -1
+    return tuple(tensors)
 
 
 # ---- how a run ends
@@ -172,14 +227,17 @@ def run_main(main) -> None:
 
 
 def exit_rank(message: str | None) -> None:
-    """End one of several ranks. Rank 0 prints at once, and torchrun then ends the others. A rank
-    that is still alive after 3 s has failed alone, and prints too. The process group is not
-    destroyed, as that would wait for ranks that are gone."""
+    """End one of several ranks. When all fail in the same way, one message is enough: rank 0 prints
+    it at once, and torchrun then ends the others. A rank that is still alive after 3 s has failed
+    alone, and prints its own. The process group is not destroyed, as that would wait for ranks that
+    are gone."""
     if message:
         if RANK != 0:
             time.sleep(3)
             message = f"rank {RANK}: {message}"
         print(message, file=sys.stderr)
+    if "wandb" in sys.modules:       # which sends what is left when Python ends, but not by _exit
+        sys.modules["wandb"].finish(exit_code=1 if message else 0)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1 if message else 0)

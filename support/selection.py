@@ -1,23 +1,40 @@
-"""Which conversations are worth reading: the measures that stages 2 and 3 choose by."""
+"""Which conversations a stage trains on: those worth reading, and none with a held-out question."""
+import hashlib
 import json
 import re
 
-from support.conversations import nonblank_lines
+from support.conversations import HELD_OUT, load_conversations, nonblank_lines
 from support.sources import local_files, read_each
 
 # ---- what is worth reading
 
-# A model imitates what it reads, bad conversations too.
-# Stages 2 and 3 choose by cheap signs in the text, since the report names its criteria and not how
-# it measures them; all measures and limits are [ours]. A measure is a share from 0 to 1, and reads
-# whole conversations.
+# A model imitates what it reads, bad conversations too. Stages 2 and 3 therefore choose. The report
+# names its criteria, but not how it measures them; so all measures and limits here are [ours]. They
+# are cheap counts in the text of a conversation, each a number from 0 to 1.
 #
-#     stages 2, 3   filter_by_quality   keeps what reasons, is complete and has structure
-#     stage 3       dedup_and_filter    drops near-duplicates, the repetitive and the incoherent
+#     stages 2, 3   filter_by_quality   keeps replies that reason, are complete and have structure
+#     stage 3       dedup_and_filter    drops near-duplicates, repetitive and incoherent replies
 #     on request    decontaminate       drops what shares 13 words in a row with a benchmark
 
-MIN_DISTINCT = 0.5   # below it dedup_and_filter calls a conversation repetitive
-MIN_COHERENCE = 0.3  # below it, incoherent
+MIN_DISTINCT = 0.5   # a conversation with a smaller distinct_3 is called repetitive
+MIN_COHERENCE = 0.3  # one with a smaller coherence is called incoherent
+
+
+def choose(conversations: list, benchmark: set[int], best_share: float | None,
+           duplicate_share: float | None) -> tuple[list, list[str]]:
+    """The training conversations of a domain -> those worth reading, and lines for the report.
+    benchmark: what benchmark_grams gives. None: that measure drops nothing."""
+    report = []
+    if benchmark:
+        conversations, line = decontaminate(conversations, benchmark)
+        report.append(f"  {line}")
+    if best_share is not None:
+        conversations, line = filter_by_quality(conversations, best_share)
+        report.append(f"  {line}")
+    if duplicate_share is not None:
+        conversations, line = dedup_and_filter(conversations, duplicate_share)
+        report.append(f"  {line}")
+    return conversations, report
 
 
 def replies(messages: list[dict]) -> list[str]:
@@ -25,7 +42,7 @@ def replies(messages: list[dict]) -> list[str]:
 
 
 def sentences(text: str) -> list[str]:
-    """A sentence ends with its punctuation or with its line."""
+    """Cut a text after each . ! or ? that a space follows, and at the end of each line."""
     return [part for part in re.split(r"(?<=[.!?])\s+|\n+", text) if part.strip()]
 
 
@@ -34,13 +51,13 @@ def words(text: str) -> list[str]:
 
 
 def ngrams(text: str, n: int) -> list[int]:
-    """A hash of every n words in a row. Python salts it: it is valid within this process only."""
+    """A hash of every n words in a row. Another process has other hashes for the same words."""
     found = words(text)
     return [hash(tuple(found[i:i + n])) for i in range(len(found) - n + 1)]
 
 
 def conversation_grams(messages: list[dict], n: int) -> set[int]:
-    """All n words in a row within a message, hashed."""
+    """The hashes of all n words in a row within a message."""
     grams = set()
     for message in messages:
         grams.update(ngrams(message["content"], n))
@@ -52,8 +69,8 @@ REASONING = re.compile(r"=|\b(so|because|therefore|thus|hence|since|then|if|impl
 
 
 def reasoning_density(messages: list[dict]) -> float:
-    """The share of the assistant's sentences with an equation or a word of argument: a reply that
-    shows its way to the result teaches more than the result.
+    """The share of the assistant's sentences with an equation or a word like "because": a reply
+    that shows how it comes to its result teaches more than one that states it.
 
     >>> reasoning_density([{"role": "assistant", "content": "A box has 4 eggs. So 3 * 4 = 12."}])
     0.5
@@ -66,8 +83,9 @@ def reasoning_density(messages: list[dict]) -> float:
 
 
 def completeness(messages: list[dict]) -> float:
-    """The share of signs that nothing was cut off: the last word is the assistant's; and each reply
-    does not end in a comma or dots, closes its code fences, and closes its brackets.
+    """The share of checks passed, of those that a conversation fails which was cut off somewhere:
+    its last message is the assistant's; and of each reply, it does not end with a comma or dots, it
+    closes its code fences, and it closes its brackets.
 
     >>> completeness([{"role": "assistant", "content": "It has three (or four,"}])
     0.5
@@ -83,8 +101,8 @@ def completeness(messages: list[dict]) -> float:
 
 
 def structure(messages: list[dict]) -> float:
-    """How far replies are laid out in lines, as steps and lists are: lines / 3, at most 1, averaged
-    over the replies.
+    """Whether replies have several lines, as steps and lists do: the number of lines / 3, at most
+    1, averaged over the replies.
 
     >>> structure([{"role": "assistant", "content": "1. 3 * 4 = 12\\nAnswer: 12"}])
     0.6666666666666666
@@ -102,8 +120,8 @@ def quality(messages: list[dict]) -> float:
 
 
 def filter_by_quality(conversations: list, share: float) -> tuple[list, str]:
-    """Keep a share of the conversations, those of the highest quality, in their old order -> these,
-    and a line for the report."""
+    """Keep the best conversations, `share` of all, in their old order -> these, and a line for the
+    report."""
     if not conversations:
         return conversations, "there is nothing to choose from"
     scores = [quality(messages) for messages in conversations]
@@ -111,12 +129,14 @@ def filter_by_quality(conversations: list, share: float) -> tuple[list, str]:
     best = best_first[:max(1, round(share * len(scores)))]
     kept = [conversations[i] for i in sorted(best)]
     dropped = len(conversations) - len(kept)
-    return kept, f"{dropped:,d} dropped for a quality of at most {scores[best[-1]]:.3f}"
+    return kept, (f"{dropped:,d} dropped for their quality; those kept have at least "
+                  f"{scores[best[-1]]:.3f}")
 
 
 def distinct_3(messages: list[dict]) -> float:
-    """Distinct-3: different ones among all three words in a row of the replies. A low value is the
-    mark of text that turns in circles, which a model picks up at once.
+    """Distinct-3: take every three words in a row of the replies; how many there are without
+    duplicates, as a share of all. It is low for text that repeats itself, a habit that a model
+    learns quickly.
 
     >>> distinct_3([{"role": "assistant", "content": "the river the river the river"}])
     0.5
@@ -128,9 +148,9 @@ def distinct_3(messages: list[dict]) -> float:
 
 
 def coherence(messages: list[dict]) -> float:
-    """The share of the assistant's sentences that take up a number, or a word of four letters or
-    more, from anything said before: the sentences of a good reply are about the same things. The
-    first sentence of a message, and those of less than five words, are not counted.
+    """The share of the assistant's sentences with a number, or a word of four letters or more, that
+    was said before in the conversation: the sentences of a good reply are about the same things.
+    The first sentence of a message, and those of less than five words, are not counted.
 
     >>> coherence([{"role": "user", "content": "Name a river."},
     ...            {"role": "assistant", "content": "The Seine. This river flows through Paris. "
@@ -151,9 +171,9 @@ def coherence(messages: list[dict]) -> float:
 
 def dedup_and_filter(conversations: list, duplicate_share: float) -> tuple[list, str]:
     """Drop near-duplicates, repetitive and incoherent conversations -> the others, and a line for
-    the report. A near-duplicate shares more than duplicate_share of its five-grams with those kept
-    before it, as generated tasks do that differ in a number only. All five-grams stay in memory,
-    some 60 bytes per word."""
+    the report. A conversation is a near-duplicate if more than duplicate_share of its five-grams
+    (five words in a row) are in those kept before it, as they are in generated tasks that differ in
+    a number only. All five-grams stay in memory, some 60 bytes per word."""
     kept = []
     seen = set()
     dropped = {}  # reason -> conversations
@@ -177,8 +197,9 @@ def dedup_and_filter(conversations: list, duplicate_share: float) -> tuple[list,
 
 
 def decontaminate(conversations: list, benchmark: set[int]) -> tuple[list, str]:
-    """Drop conversations with a message that shares 13 words in a row with a benchmark, as after
-    reading it the benchmark would measure memory. (13 as in GPT-3's report, arXiv 2005.14165.)"""
+    """Drop conversations with a message that shares 13 words in a row with a benchmark. Of a model
+    that has read them the benchmark would measure the memory. (GPT-3's report, arXiv 2005.14165,
+    has 13, too.) benchmark: what benchmark_grams gives."""
     kept = []
     for messages in conversations:
         if benchmark.isdisjoint(conversation_grams(messages, 13)):
@@ -208,3 +229,88 @@ def texts_in(value):
     elif isinstance(value, list):
         for part in value:
             yield from texts_in(part)
+
+
+# ---- holding out
+
+# One question in VAL_EVERY is held out for validation. Not one conversation in 50: the same
+# question occurs in several conversations, domains and stages, and a model that has read its answer
+# in one of them is not tested by it in another. So the *hash of the question's text* decides, which
+# needs no list and comes out the same everywhere: held out if it is below 2^64 / 50.
+#
+# Two kinds of questions are held out whatever their hash. A domain of weight 0 is for evaluation
+# only, and so are all its questions. And a domain so small that it has no first question below
+# 2^64 / 50 holds out the one with the smallest hash. The other domains of the stage leave these
+# out, too; other stages do not know of them.
+
+VAL_EVERY = 50
+HELD_OUT_BELOW = 2**64 // VAL_EVERY
+
+
+def question_hashes(messages: list[dict]) -> list[int]:
+    """A 64-bit hash of each question. The first question is all that the user says before the first
+    reply. After it each of the user's messages of five words or more is a question of its own:
+    "And then?" is none.
+
+    >>> chat = [{"role": "user", "content": "Name a river."},
+    ...         {"role": "assistant", "content": "The Seine."},
+    ...         {"role": "user", "content": "And then?"},
+    ...         {"role": "assistant", "content": "The sea."},
+    ...         {"role": "user", "content": "Through which cities does it flow?"}]
+    >>> len(question_hashes(chat))
+    2
+    """
+    first_reply = index_of_first_reply(messages)
+    opening = [m["content"] for m in messages[:first_reply] if m["role"] == "user"]
+    questions = ["\n\n".join(opening)]
+    for message in messages[first_reply:]:
+        if message["role"] == "user" and len(words(message["content"])) >= 5:
+            questions.append(message["content"])
+    return [hash_text(question) for question in questions]
+
+
+def index_of_first_reply(messages: list[dict]) -> int:
+    return [message["role"] for message in messages].index("assistant")
+
+
+def hash_text(text: str) -> int:
+    """The first 64 bits of SHA-256: the same in every process, unlike Python's hash."""
+    return int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8], "big")
+
+
+def held_out_by_name(domains: dict) -> set[int]:
+    """The hashes of the questions that are held out whatever their hash: those of domains of weight
+    0 and of the chains that eval.py asks, and the first question of each small domain that has the
+    smallest hash."""
+    held_out = set()
+    for source, weight in [*HELD_OUT.values(), *domains.values()]:
+        hashes = [question_hashes(messages) for messages in load_conversations(source)]
+        smallest = min((questions[0] for questions in hashes), default=0)
+        if weight == 0:
+            held_out.update(*hashes)
+        elif smallest >= HELD_OUT_BELOW:
+            held_out.add(smallest)
+    return held_out
+
+
+def train_val_split(conversations: list, held_out: set[int]) -> dict[str, list]:
+    """Split a domain -> {"val": [...], "train": [...]}. held_out: hashes of held_out_by_name.
+
+    val     conversations whose first question is held out by this domain: its hash is below
+            2^64 / 50, or the smallest where none is. They end after the first reply, since what the
+            user asks next may be a question of the training conversations
+    train   conversations in which no question is held out
+
+    Conversations of neither kind are dropped: in training they would tell a held-out answer.
+    """
+    hashes = [question_hashes(messages) for messages in conversations]
+    smallest = min((questions[0] for questions in hashes), default=0)
+    bound = max(HELD_OUT_BELOW, smallest + 1)
+
+    parts = {"val": [], "train": []}
+    for messages, questions in zip(conversations, hashes):
+        if questions[0] < bound:
+            parts["val"].append(messages[:index_of_first_reply(messages) + 1])
+        elif min(questions) >= bound and held_out.isdisjoint(questions):
+            parts["train"].append(messages)
+    return parts

@@ -1,6 +1,17 @@
-"""Tokenizers: text <-> ids, with the special tokens of the turn format."""
+"""Tokenizers: text <-> ids, with the special tokens of the turn format.
+
+Byte-level BPE, which most tokenizers are, in one example. A pattern cuts "the lamp" into "the" and
+" lamp". Within each piece every byte begins as a token, and the vocabulary is a list of merges:
+
+    t h e   ->   th e   ->   the            by the merges "t"+"h", "th"+"e"
+
+Libraries do this work: tiktoken for .tiktoken files and its own names, Hugging Face's `tokenizers`
+for any tokenizer.json. What is here makes both of them look the same, and keeps special tokens and
+text apart: text cannot spell a special token, and a library's panic becomes a line of text.
+"""
 import base64
 import hashlib
+import json
 import os
 import re
 from contextlib import contextmanager
@@ -11,8 +22,6 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str as GPT2_PATTERN
 
 from configurator import UserError, one_line
-
-# ---- tokenizers
 
 # Special tokens of the Motif family's turn format, in which sft.py writes conversations. A
 # tokenizer that lacks some of them gets them here, with ids after its own.
@@ -45,8 +54,8 @@ class Tokenizer:
     """
 
     def __init__(self, name: str, special: dict[str, int], bytes_of: dict[int, bytes]):
-        """special: the special tokens that the tokenizer itself has. bytes_of: {id: the text that
-        it stands for} of all its other tokens."""
+        """special: the special tokens that the tokenizer itself has, {token: id}. bytes_of: {id:
+        the bytes of text that it stands for} of all its other tokens."""
         self.name = name
         self.special = dict(special)
         self.bytes_of = bytes_of
@@ -58,6 +67,7 @@ class Tokenizer:
         self.spelling = {i: token for token, i in self.special.items()}
 
     def encode(self, text: str) -> list[int]:
+        """The ids of a text, without any special token."""
         with library_errors(self.name):
             return self._encode(text)
 
@@ -105,15 +115,50 @@ class TiktokenTokenizer(Tokenizer):
                                              special_tokens=self.special)
 
     def _encode(self, text: str) -> list[int]:
-        return self.library.encode_ordinary(text)
+        # Only what the library cannot encode is cut, so that its ids stay its own wherever it has
+        # some. The ids of the words before and after a long blank stay the same when it is cut.
+        try:
+            return self.library.encode_ordinary(text)
+        except BaseException as e:  # a panic of Rust code is not an Exception
+            parts = cut_long_blanks(text)
+            if isinstance(e, KeyboardInterrupt) or len(parts) == 1:
+                raise
+
+        ids = []
+        for part in parts:
+            ids += self.library.encode_ordinary(part)
+        return ids
 
     def _decode(self, ids: list[int]) -> str:
         return b"".join(self.bytes_of[i] for i in ids).decode("utf-8", "replace")
 
 
+LONG_BLANK = 100_000  # characters; [ours], a tenth of what tiktoken can take
+
+
+def cut_long_blanks(text: str) -> list[str]:
+    """The text in parts: each run of white space is cut after every LONG_BLANK characters. tiktoken
+    panics at a run of a million: to match "\\s+(?!\\S)", its engine for patterns remembers a place
+    to go back to for each character, and its stack is full.
+
+    >>> [len(part) for part in cut_long_blanks("two" + 250_000 * " " + "words")]
+    [100003, 100000, 50005]
+    """
+    parts = []
+    begin = 0
+    for run in re.finditer(rf"\s{{{LONG_BLANK},}}", text):
+        for end in range(run.start() + LONG_BLANK, run.end(), LONG_BLANK):
+            parts.append(text[begin:end])
+            begin = end
+    parts.append(text[begin:])
+    return parts
+
+
 class JsonTokenizer(Tokenizer):
-    """A tokenizer.json, read by Hugging Face's `tokenizers`. Its normalizer, its model and its
-    added tokens that are not special (Motif's <think>) do what they do in that library."""
+    """A tokenizer.json, read by Hugging Face's `tokenizers`. Its normalizer, its splits, its model
+    and its added tokens that are not special (Motif's <think>) do what they do in that library. We
+    change three things: texts are neither cut nor padded, no token is put before or after them, and
+    special tokens do not come from text."""
 
     def __init__(self, name: str, file: Path):
         from tokenizers import Tokenizer as Library
@@ -130,8 +175,10 @@ class JsonTokenizer(Tokenizer):
             library.add_special_tokens([token for token in SPECIALS if token in ids])
             library.encode_special_tokens = True
 
+            # Which token the file puts before a text is seen in how it encodes one.
             added = library.get_added_tokens_decoder()
             with_begin = library.encode("a", add_special_tokens=True)
+            self.in_letters = special_in_letters(json.loads(self.identity)["model"], ids, added)
 
         special = {token.content: i for i, token in added.items() if token.special}
         byte_level = "ByteLevel(" in f"{library.pre_tokenizer} {library.decoder}"
@@ -152,11 +199,34 @@ class JsonTokenizer(Tokenizer):
             text.encode("utf-8")
         except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self.library.encode(text, add_special_tokens=False).ids
+        found = self.library.encode(text, add_special_tokens=False).ids
+        if self.in_letters.keys().isdisjoint(found):
+            return found
+
+        ids = []
+        for i in found:
+            ids += self.in_letters.get(i, [i])
+        return ids
 
     def _decode(self, ids: list[int]) -> str:
         with library_errors(self.name):
             return self.library.decode(ids, skip_special_tokens=False)
+
+
+def special_in_letters(model: dict, ids: dict[str, int], added: dict) -> dict[int, list[int]]:
+    """{special token: the tokens of its letters} for special tokens that are words of the model's
+    vocabulary as well. A Unigram model, as T5 has, finds the word </s> in a text like any other,
+    and the library then gives the id of the special token. We put < / s > in its place."""
+    unknown = model.get("unk_id")
+    if unknown is None:
+        unknown = ids.get(model.get("unk_token"))
+
+    in_letters = {}
+    for i, token in added.items():
+        if token.special and i != unknown:
+            letters = [ids.get(letter, unknown) for letter in token.content]
+            in_letters[i] = [letter for letter in letters if letter is not None]
+    return in_letters
 
 
 def byte_letters() -> dict[str, int]:

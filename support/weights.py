@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,13 +17,15 @@ from configurator import UserError
 # A released model is a folder, and so is a training checkpoint, with the optimizer's tensors under
 # another stem:
 #
-#     config.json                           the shape: MotifConfig.to_dict
+#     config.json                           the shape, see released_config.py
 #     model.safetensors                     all tensors by name, if they fit into one file; else
 #     model-00001-of-00011.safetensors ...  several files (11 of at most 5 GB for 12.7B in fp32)
 #     model.safetensors.index.json          {"weight_map": {tensor name: file name}, ...}
 
 INDEX = ".safetensors.index.json"
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")        # of weights, in the names of safetensors
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"              # of a tied model the head, too
 
 
 def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes: int) -> None:
@@ -113,6 +116,7 @@ def check_stored_tensors(path: Path, files: dict[Path, set | None], shapes: dict
     """UserError unless the files hold just these tensors, each in the file that the index says."""
     from safetensors import SafetensorError, safe_open
     stored = {}
+    file_of = {}
     problems = []
     for file, indexed in files.items():
         try:
@@ -124,10 +128,24 @@ def check_stored_tensors(path: Path, files: dict[Path, set | None], shapes: dict
             if name.endswith("rotary_emb.inv_freq"):      # in some releases; follows from theta
                 continue
             stored[name] = tuple(part.get_shape())
+            file_of[name] = file
             if part.get_dtype() not in STORED_DTYPES:
                 problems.append(f"{name} is of {part.get_dtype()}, not {', '.join(STORED_DTYPES)}")
             if indexed is not None and name not in indexed:
                 problems.append(f"{name} is in {file.name}, not where the index says")
+
+    for name in stored.keys() - shapes.keys():
+        wrapper = re.match(r"(.*\.)?(_orig_mod|module)\.", name)
+        if wrapper:
+            raise UserError(f"{path}: tensor names contain {wrapper[2] + '.'!r}, which a wrapper "
+                            "(torch.compile, DistributedDataParallel) adds; remove it from them")
+
+    # Some programs write the head of a tied model as well.
+    if HEAD in stored and HEAD not in shapes and EMBEDDING in stored:
+        del stored[HEAD]
+        if not same_numbers(file_of, HEAD, EMBEDDING):
+            problems.append(f"{HEAD} differs from {EMBEDDING}, but config.json has "
+                            "tie_word_embeddings=true")
 
     for name, shape in shapes.items():
         if name not in stored:
@@ -138,6 +156,23 @@ def check_stored_tensors(path: Path, files: dict[Path, set | None], shapes: dict
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise UserError(f"{path}: tensors do not fit: {'; '.join(problems[:4])}{more}")
+
+
+def same_numbers(file_of: dict[str, Path], first: str, second: str) -> bool:
+    """Whether these two stored tensors are equal."""
+    from safetensors import safe_open
+    with safe_open(file_of[first], "pt") as f, safe_open(file_of[second], "pt") as g:
+        a = f.get_tensor(first)
+        b = g.get_tensor(second)
+    return torch.equal(a, b.to(a.dtype))
+
+
+def check_finite(path: Path, name: str, t: Tensor) -> None:
+    """UserError if a number of t is NaN or infinite. Its sum tells, unless finite numbers add up to
+    an infinity."""
+    if not torch.isfinite(t.sum()) and not torch.isfinite(t).all():
+        raise UserError(f"{path}: {name} has numbers that are NaN or infinite; "
+                        "take another checkpoint")
 
 
 def tensor_files(path: Path, stem: str) -> dict[Path, set | None]:
@@ -153,7 +188,9 @@ def tensor_files(path: Path, stem: str) -> dict[Path, set | None]:
         for tensor, file in weight_map.items():
             names.setdefault(str(file), set()).add(tensor)
     for name in names:
-        if not (path / name).exists():
+        if Path(name).name != name:                       # ../x, /x: not to be read for others
+            raise UserError(f"{index}: {name} is not a file of this folder")
+        if not (path / name).is_file():
             raise UserError(f"{path}: {name} is missing")
     return {path / name: names[name] for name in sorted(names)}
 
@@ -177,7 +214,7 @@ def read_json(file: Path) -> dict:
         found = json.loads(file.read_text())
     except OSError:
         raise UserError(f"{file} cannot be read; a model folder has one") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{file}: not JSON: {e}") from None
     if not isinstance(found, dict):
         raise UserError(f"{file}: not a JSON object")

@@ -1,31 +1,27 @@
 """The curriculum, shards, batches, sources, preparing, and the text that the quick start reads."""
 import ast
 import base64
-import bz2
-import gzip
 import json
-import lzma
 import math
-import os
 import re
+import resource
 import statistics
 from collections import Counter
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 import data
 from configurator import UserError
-from data import (HEADER, Curriculum, DomainShards, Shard, ShardWriter, TokenDataset,
-                  feistel_permutation, parse_schedule, prepare)
-from support import sources
-from support.sources import source_units
+from data import Curriculum, Tape, TokenDataset, parse_schedule, random_order
+from support import preparing, sources
+from support.preparing import Domain, Preparer
 from support.tokenizer import BEGIN, END, load_tokenizer
 from synthetic.texts import PROBLEMS_PER_UNIT, library, problems
+from tools.prepare import prepare
 
 BYTE = load_tokenizer("byte")
 
@@ -43,10 +39,6 @@ def texts(n, seed=0):
 def write_jsonl(path, documents):
     lines = [json.dumps({"id": 1, "text": document}) + "\n" for document in documents]
     Path(path).write_text("".join(lines))
-
-
-def read(source):
-    return [document for unit in source_units(source) for document in unit()]
 
 
 def refused(call, *words):
@@ -95,14 +87,10 @@ def test_no_domain_strays_a_sequence_from_its_quota_at_any_step(D, points, rows)
     T = np.array(curriculum.seq_len)
     assert set(T) == {8, 10, 24} and (np.diff(tokens) == T * curriculum.rows).all()
 
-    taken = curriculum.last - curriculum.first
+    taken = curriculum.end - curriculum.first
     assert (taken >= 0).all() and (taken.sum(1) == curriculum.rows).all()
     quotas = np.cumsum(shares * np.diff(tokens)[:, None], axis=0)
     assert (abs((taken * T[:, None]).cumsum(0) - quotas) < T[:, None]).all()
-
-    new_length = np.append(True, T[1:] != T[:-1])
-    assert (curriculum.first[new_length] == 0).all()
-    assert (curriculum.first[1:] == curriculum.last[:-1])[~new_length[1:]].all()
 
 
 def test_the_mixture_is_linear_in_tokens():
@@ -152,302 +140,343 @@ def test_a_wrong_schedule_names_its_key():
 
 # ---- batches
 
-def test_a_permutation_is_a_bijection_that_depends_on_its_key():
+def test_an_order_is_a_permutation_that_depends_on_its_key():
     for n in (*range(1, 71), 255, 256, 257, 4097, 100_003):
-        places = np.arange(n)
-        images = [feistel_permutation(places, n, bytes([k]) * 48) for k in range(3)]
-        assert all((np.sort(image) == places).all() for image in images)
-        assert n < 20 or len({image.tobytes() for image in (*images, places)}) == 4
-        for i in range(min(n, 9)):
-            assert feistel_permutation(places[i:i + 1], n, bytes(48)) == images[0][i]
+        orders = [random_order(n, "key", k) for k in range(3)]
+        assert all((np.sort(order) == np.arange(n)).all() for order in orders)
+        assert n < 20 or len({order.tobytes() for order in orders}) == 3
+        assert (random_order(n, "key", 0) == orders[0]).all()
 
 
-@pytest.fixture
-def make_dataset(monkeypatch):
-    """Makes the dataset of two domains of several shards, for a seed and a curriculum."""
-    monkeypatch.setattr(sources, "UNIT_BYTES", 1500)
-    domains = {"a": ("a.jsonl", 0.7, 0.2), "b": ("b.jsonl", 0.3, 0.8)}
-    write_jsonl("a.jsonl", texts(150, 1))
-    write_jsonl("b.jsonl", texts(60, 2))
-    default = Curriculum(domains, batch_tokens=[[0, 100], [9000, 300]],
-                         seq_len=[[0, 20], [50_000, 32]], max_steps=500)
-    stores = prepare(domains, "byte", "d", default.need(), workers=1)
-    return lambda seed=1, curriculum=default: TokenDataset(curriculum, stores, seed)
+class MemoryDomain:
+    """A domain whose tokens are all different, in units of odd sizes, in one or several pieces."""
+
+    def __init__(self, name, seed, unit_sizes):
+        rng = np.random.default_rng(seed)
+        self.name = name
+        self.source = name
+        self.num_units = len(unit_sizes)
+        self.records = {}
+        self.ids = {}
+        begin = 0
+        for unit, size in enumerate(unit_sizes):
+            cuts = sorted(rng.integers(0, size + 1, rng.integers(0, 3)).tolist())
+            for piece, (a, b) in enumerate(zip([0, *cuts], [*cuts, size])):
+                self.ids[unit, piece] = np.arange(begin + a, begin + b, dtype="<u4")
+                self.records[unit, piece] = {"tokens": b - a, "last": b == size and piece == len(cuts),
+                                             "sha256": f"{name}{unit}{piece}"}
+            begin += size
+        self.tokens = begin
+
+    def has(self, unit, piece):
+        return (unit, piece) in self.records
+
+    def read(self, unit, piece, start, count):
+        return self.ids[unit, piece][start:start + count]
+
+    def refresh(self):
+        pass
 
 
-def sequences_on_disk(shards, T):
-    """The sequences of T tokens, as bytes, by the definition of a shard."""
-    found = []
-    for shard in shards:
-        ids = np.fromfile(shard.path, "<u2", offset=HEADER.size)
-        for i in range((len(ids) - 1) // T):
-            found.append(ids[i * T:i * T + T + 1].tobytes())
-    return found
+def tape_of(domain, seed, length):
+    """The first tokens of a domain's tape, by its definition."""
+    tape = []
+    epoch = 0
+    while len(tape) < length:
+        for unit in random_order(domain.num_units, seed, "units", domain.name, epoch):
+            for (u, _), ids in domain.ids.items():
+                if u == unit:
+                    tape += ids.tolist()
+        epoch += 1
+    return tape
 
 
-def test_every_sequence_comes_once_before_any_comes_twice(make_dataset):
-    dataset = make_dataset()
-    curriculum = dataset.curriculum
-    epochs = Counter()
+def random_run(seed, window):
+    """A curriculum with random ramps of length, batch and shares, and domains to read."""
+    rng = np.random.default_rng(seed)
+    names = ["a", "b", "c"][:rng.integers(1, 4)]
+    lengths = sorted(rng.integers(3, 40, 3).tolist())
+    places = [0, *sorted(rng.choice(np.arange(1, 8000), 2, replace=False).tolist())]
+    batch = [[0, 40 * int(rng.integers(1, 6))], [3000, 40 * int(rng.integers(1, 12))]]
+    shares = [dict(zip(names, rng.dirichlet(np.ones(len(names))).tolist())) for _ in range(2)]
+    domains = {name: (f"{name}.txt", shares[0][name], shares[1][name]) for name in names}
+    curriculum = Curriculum(domains, batch_tokens=batch, max_tokens=12_000,
+                            seq_len=[[place, T] for place, T in zip(places, lengths)])
+    texts = {name: MemoryDomain(name, seed, rng.integers(0, 900, rng.integers(1, 9)).tolist() + [7])
+             for name in names}
+    return curriculum, texts
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_every_token_of_a_tape_is_read_once_whatever_the_ramps(monkeypatch, seed):
+    monkeypatch.setattr(data, "WINDOW_TOKENS", [50, 300, 5000][seed % 3])
+    curriculum, domains = random_run(seed, 300)
+    dataset = TokenDataset(curriculum, domains, seed)
+    tapes = {name: tape_of(domain, seed, 30_000) for name, domain in domains.items()}
+    read = {name: [] for name in domains}
     for step in range(curriculum.steps):
-        T = curriculum.seq_len[step]
-        if step == 0 or T != curriculum.seq_len[step - 1]:
-            counts = {}
-            for name, shards in dataset.train.items():
-                assert len(shards) > 2
-                counts[name] = dict.fromkeys(sequences_on_disk(shards, T), 0)
-
         batch = dataset.batch(step)
+        T = curriculum.seq_len[step]
+        rows = dataset.rows(step)
         assert batch.shape == (curriculum.rows[step], T + 1) and batch.dtype == np.int64
-        assert dataset.num_targets(step) == batch[:, 1:].size
-        for row in batch.astype("<u2"):
-            name = "a" if row.tobytes() in counts["a"] else "b"
-            counts[name][row.tobytes()] += 1
+        for row, (name, start) in zip(batch.tolist(), rows):
+            assert row == tapes[name][start:start + T + 1]
+            read[name] += range(start, start + T)
 
-        for name, last in zip(curriculum.names, curriculum.last[step]):
-            often = counts[name].values()
-            assert sum(often) == last and max(often) - min(often) <= 1
-            epochs[name, T] = min(often)
-    assert len(epochs) == 4 and min(epochs.values()) >= 2
+        is_end = step + 1 < curriculum.steps and curriculum.seq_len[step + 1] != T
+        if is_end:
+            # Up to here the tape was read without a gap.
+            for name, places in read.items():
+                assert sorted(places) == list(range(len(places)))
+    T = curriculum.seq_len[-1]
+    for name, places in read.items():
+        assert len(set(places)) == len(places)
+        window = min(data.WINDOW_TOKENS, domains[name].tokens)
+        assert max(places, default=0) < len(places) + window + T
+        # So each token of a small domain comes as often as any other, also if its text is shorter
+        # than a window. (A sequence may reach into the next epoch, before this one is all read.)
+        often = Counter(tapes[name][place] for place in places)
+        counts = [often[token] for token in range(domains[name].tokens)]
+        assert max(counts) - min(counts) <= 1 + math.ceil(2 * T / domains[name].tokens)
 
-
-def test_every_epoch_and_seed_has_another_order(make_dataset):
-    one_domain = Curriculum({"a": ("a.jsonl", 1, 1)}, batch_tokens=20, seq_len=20, max_steps=1500)
-    orders = []
-    for seed in (1, 2):
-        dataset = make_dataset(seed, one_domain)
-        order = [int(dataset.rows(step)[0][1]) for step in range(1500)]
-        n = max(order) + 1
-        orders += [tuple(order[epoch * n:epoch * n + n]) for epoch in range(3)]
-    assert all(sorted(order) == list(range(n)) for order in orders)
-    assert len({*orders, tuple(range(n))}) == 7
-
-
-def test_a_batch_depends_on_seed_and_step_alone(make_dataset):
-    straight = make_dataset()
-    batches = {step: straight.batch(step) for step in range(500)}
-    resumed = make_dataset()
-    for step in (499, 0, 250, 250, 3):
-        for world in (1, 2, 3, 8):
-            merged = np.zeros_like(batches[step])
+    # One rank or several, from the beginning or resumed.
+    resumed = TokenDataset(curriculum, domains, seed)
+    for step in (curriculum.steps - 1, curriculum.steps // 2, 0):
+        whole = dataset.batch(step)
+        for world in (2, 3, 8):
+            merged = np.zeros_like(whole)
             for rank in range(world):
                 merged[rank::world] = resumed.batch(step, rank, world)
-            assert (merged == batches[step]).all()
-    assert (make_dataset(2).batch(250) != batches[250]).any()
-    assert straight.fingerprint() == resumed.fingerprint()
-
-    # The rows of the domains are mixed in a batch.
-    names = [[name for name, _ in straight.rows(step)] for step in range(250)]
-    assert sum(order == sorted(order) for order in names) < 150
+            assert (merged == whole).all()
 
 
-def test_validation_is_spread_over_what_is_held_out(make_dataset):
-    dataset = make_dataset()
-    expected = [dataset.val["a"][0].ids[i:i + 21] for i in (0, 20)]
-    assert (dataset.validation("a", 40, 20) == expected).all()
-    few = dataset.validation("a", 9, 3)
-    whole = dataset.validation("a", 10**6, 3)
-    assert len(whole) > 6
-    assert (few == whole[[0, len(whole) // 3, 2 * len(whole) // 3]]).all()
+def test_every_epoch_has_all_units_in_an_order_of_its_own():
+    orders = []
+    for seed in (1, 2):
+        tape = Tape(MemoryDomain("a", 0, [5] * 40), seed)
+        orders += [tuple(tape.unit_at(40 * epoch + k) for k in range(40)) for epoch in range(3)]
+    assert all(sorted(order) == list(range(40)) for order in orders)
+    assert len({*orders, tuple(range(40))}) == 7
 
 
-# ---- shards
-
-def test_shards_keep_ids_of_two_and_of_four_bytes(tmp_path):
-    tokens = [bytes([i]) for i in range(256)] + [i.to_bytes(2, "big") for i in range(2**16)]
-    lines = [f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)]
-    Path("large.tiktoken").write_text("".join(lines))
-    for tokenizer, size in ((BYTE, 2), (load_tokenizer("large.tiktoken"), 4)):
-        ids = list(range(0, tokenizer.n_vocab, 3))
-        path = tmp_path / f"{size}.bin"
-        writer = ShardWriter(path, tokenizer)
-        writer.add(ids[:10])
-        writer.add(ids[10:])
-        assert not path.exists() and writer.close() == len(ids)
-        assert [p.name for p in tmp_path.glob(f"{size}.*")] == [path.name]
-        shard = Shard(path, tokenizer.fingerprint())
-        assert shard.ids.tolist() == ids and shard.ids.itemsize == size
-        assert shard.num_sequences(7) == (len(ids) - 1) // 7
-        assert shard.num_sequences(len(ids)) == 0
-        assert shard.read(2, 7).tolist() == ids[14:22]
+def test_the_rows_of_the_domains_are_mixed_in_a_batch():
+    curriculum, domains = random_run(3, 300)
+    assert len(domains) > 1
+    dataset = TokenDataset(curriculum, domains, 3)
+    names = [[name for name, _ in dataset.rows(step)] for step in range(curriculum.steps)]
+    assert sum(order == sorted(order) for order in names) < curriculum.steps / 2
 
 
-@pytest.mark.parametrize("damage", [
-    lambda b: b[:-1], lambda b: b + b"\0\0", lambda b: b[:50], lambda b: b"X" + b[1:],
-    lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b[:8] + b"\2" + b[9:],
-    lambda b: b[:60] + bytes([b[60] ^ 1]) + b[61:]],
-    ids=["cut", "longer", "no header", "magic", "token", "version", "tokenizer"])
-def test_a_damaged_shard_is_named(tmp_path, damage):
-    path = tmp_path / "s.bin"
-    writer = ShardWriter(path, BYTE)
-    writer.add(list(range(200)))
-    writer.close()
-    assert Shard(path, BYTE.fingerprint()).read(0, 10).tolist() == list(range(11))
-    path.write_bytes(damage(path.read_bytes()))
-    refused(lambda: Shard(path, BYTE.fingerprint()).read(0, 10), str(path))
+def test_a_plan_that_is_prolonged_keeps_what_was_read():
+    domains = {"a": ("a.txt", 0.9, 0.2), "b": ("b.txt", 0.1, 0.8)}
+    options = {"batch_tokens": 64, "seq_len": [[0, 8], [4000, 16]]}
+    short = Curriculum(domains, max_steps=100, **options)
+    longer = Curriculum(domains, max_steps=300, before=(short, 80), **options)
+    again = Curriculum(domains, max_steps=400, before=(longer, 200), **options)
+    texts = {name: MemoryDomain(name, 1, [999] * 40) for name in domains}
+    datasets = [TokenDataset(c, texts, 1) for c in (short, longer, again)]
+    for step in range(200):
+        batches = [d.batch(step).tolist() for d in datasets[step >= 80:]]
+        assert all(batch == batches[0] for batch in batches)
 
-
-# ---- sources
-
-def test_all_kinds_of_files_give_the_same_documents():
-    written = [*texts(40), "é\u2028\x0c\x85\r", "two\n\nparagraphs", "", " "]
-    write_jsonl("a.jsonl", written)
-    pyarrow.parquet.write_table(pyarrow.table({"text": [*written, None]}), "a.parquet")
-    assert read("a.parquet") == [*written, ""]
-
-    text = "".join(f"{t}\n\n" for t in texts(300))
-    Path("a.txt").write_text(text)
-    pieces = read("a.txt")
-    assert "".join(pieces) == text and len(pieces) > 3 and min(map(len, pieces[:-1])) >= 4096
-
-    for end, module in ((".gz", gzip), (".bz2", bz2), (".xz", lzma)):
-        for name, documents in (("a.jsonl", written), ("a.txt", pieces)):
-            Path(name + end).write_bytes(module.compress(Path(name).read_bytes()))
-            assert read(name) == read(name + end) == documents
-
-
-def test_a_document_may_be_several_columns():
-    Path("b.jsonl").write_text('{"question": "q", "answer": "\\ud800"}\n'
-                               '{"question": null, "answer": ""}')
-    assert read("b.jsonl?text=question,answer") == ["q\n\n\ud800", "\n\n"]
-
-
-@pytest.mark.parametrize("size", [1, 64, 1000, 10**6])
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n \n"])
-def test_cutting_loses_and_repeats_no_line(monkeypatch, size, end):
-    monkeypatch.setattr(sources, "UNIT_BYTES", size)
-    written = [*texts(9), "é" * 999, *texts(9, 1)]
-    lines = [json.dumps({"text": t}) + end for t in written]
-    Path("a.jsonl").write_bytes(b"")
-    Path("b.jsonl").write_bytes(("\ufeff" + "".join(lines[:15])).encode())
-    Path("c.jsonl").write_bytes("".join(lines[15:]).rstrip().encode())
-    assert [document for document in read("[a-c].jsonl") if document] == written
-
-    sizes = [sum(end - start for _, start, end in unit.args[0]) for unit in source_units("*.jsonl")]
-    total = sum(Path(name).stat().st_size for name in ("b.jsonl", "c.jsonl"))
-    assert sum(sizes) == total and min(sizes) >= min(size, total)
-    Path("t.txt").write_bytes(("\ufeff" + end.join(written)).encode())
-    assert "".join(read("t.txt")) == end.join(written)
-
-
-GOOD = b'{"text": "' + b"x" * 14 + b'"}\n'
-BAD_FILES = {
-    "empty.jsonl": b"\n \n", "one.txt": b"a\nb", "quotes.jsonl": GOOD + b"{'text': 1}\n",
-    "late.jsonl": GOOD * 9999 + b"\n{\n", "list.jsonl": b"[1]\n", "number.jsonl": b'{"text": 1}\n',
-    "latin.txt": b"good\nsch\xf6n\n", "cut.jsonl.gz": gzip.compress(GOOD * 99)[:40],
-    "false.txt.xz": GOOD, "false.parquet": GOOD}
-
-
-@pytest.mark.parametrize("source", [
-    *BAD_FILES, "none/*.jsonl", "folder", "", "good.jsonl?text=body", "builtin:news",
-    "builtin:math?text=x", "good.jsonl?name=x", "good.jsonl?text=", "a/b?x"])
-def test_a_bad_source_is_one_line_and_leaves_nothing(source, monkeypatch):
-    monkeypatch.setattr(sources, "UNIT_BYTES", 99_000)
-    Path("folder").mkdir()
-    write_jsonl("good.jsonl", texts(200))
-    if source in BAD_FILES:
-        Path(source).write_bytes(BAD_FILES[source])
-    domains = {"a": (source, 1, 1), "ok": ("good.jsonl", 0, 0)}
-    refused(lambda: prepare(domains, "byte", "d", {"a": 10**6, "ok": 1}, workers=2),
-            source.partition("?")[0])
-    for path in Path("d").rglob("*"):
-        assert not path.name.endswith(".tmp")
-        # The units before the bad line of late.jsonl are whole, and stay.
-        assert not path.name.startswith("a-") or source == "late.jsonl"
-
-
-def test_the_place_of_a_mistake_is_named():
-    Path("late.jsonl").write_bytes(GOOD * 9 + b"{'text': 1}\n")
-    refused(lambda: read("late.jsonl"), "late.jsonl", f"byte {9 * len(GOOD)}")
+    # The shares go on to the new end, and no domain strays from its quota.
+    assert again.steps == 400 and again.shares[-1, 0] < 0.21
+    T = np.array(again.seq_len)[:, None]
+    assert (abs((again.taken * T).cumsum(0) - again.step_shares.cumsum(0)) < T).all()
+    read = {name: [] for name in domains}
+    for step in range(400):
+        for name, start in datasets[2].rows(step):
+            read[name] += range(start, start + again.seq_len[step])
+    assert all(len(set(places)) == len(places) for places in read.values())
 
 
 # ---- preparing
 
+
 @pytest.fixture
-def prepare_six(monkeypatch):
-    """Prepares a file of six units."""
+def small(monkeypatch):
+    """Two domains of several units in several pieces, and what reads them."""
     monkeypatch.setattr(sources, "UNIT_BYTES", 4000)
-    write_jsonl("s.jsonl", texts(300, 3))
-
-    def call(folder, need=10**6, part=(0, 1), workers=1):
-        return prepare({"s": ("s.jsonl", 1, 1)}, "byte", folder, {"s": need}, part, workers)["s"]
-    return call
-
-
-def mtime(path):
-    return os.stat(path).st_mtime_ns
+    monkeypatch.setattr(preparing, "PIECE_TOKENS", 1500)
+    monkeypatch.setattr(data, "PIECE_TOKENS", 1500)
+    monkeypatch.setattr(data, "WINDOW_TOKENS", 400)
+    write_jsonl("a.jsonl", texts(300, 1))
+    write_jsonl("b.jsonl", texts(60, 2))
 
 
-def files(folder, what=Path.read_bytes):
-    return {str(path): what(path) for path in Path(folder).rglob("*.*")}
+DOMAINS = {"a": ("a.jsonl", 0.7, 0.2), "b": ("b.jsonl", 0.3, 0.8)}
+PLAN = Curriculum(DOMAINS, batch_tokens=[[0, 100], [4000, 300]], seq_len=[[0, 20], [9000, 32]],
+                  max_steps=90)
 
 
-def test_preparing_goes_on_where_it_was_cut_and_does_nothing_twice(prepare_six):
-    store = prepare_six("d")
-    whole = files("d")
-    times = files("d", mtime)
-    assert (len(store.tokens), store.complete, len(whole)) == (6, True, 13)
-    assert prepare_six("d").tokens == store.tokens and files("d", mtime) == times
-
-    for cut in ([3], [0, 1], [5], [2, 4]):
-        for unit in cut:
-            store.path("train", unit).rename(f"{store.path('train', unit)}.tmp")
-        store.path("val", cut[0]).unlink()
-        store.manifest.unlink()
-        kept = files("d", mtime)
-        prepare_six("d")
-        assert files("d") == whole
-        for unit in set(range(6)) - set(cut):
-            path = store.path("train", unit)
-            assert kept[str(path)] == mtime(path)
+@contextmanager
+def open_dataset(folder, workers=2, curriculum=PLAN, **options):
+    domains = {name: Domain(name, DOMAINS[name][0], BYTE, folder) for name in curriculum.names}
+    preparer = Preparer(workers) if workers else None
+    try:
+        yield TokenDataset(curriculum, domains, 1, preparer, **options)
+    finally:
+        if preparer:
+            preparer.close()
 
 
-def test_units_behind_a_gap_do_not_count(prepare_six):
-    store = prepare_six("d")
-    whole = files("d")
-    store.path("train", 1).unlink()
-    store.manifest.unlink()
-    assert prepare_six("d", store.tokens[0]).tokens == store.tokens[:1]
-    need = sum(store.tokens[:3])
-    assert prepare_six("d", need).has(need) and files("d") == whole
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*.bin")}
 
 
-def test_the_shards_read_follow_from_the_need_alone(prepare_six):
-    def shards(store):
-        return [(shard.path.name, shard.path.read_bytes()) for part in ("train", "val")
-                for shard in store.shards(part, need)]
-
-    sizes = prepare_six("whole").tokens
-    need = 3 * min(sizes[:3])
-    expected = shards(prepare_six("one", need))
-    assert len(expected) == 6 and len(prepare_six("one", need).tokens) == 3
-    more = prepare_six("one", sum(sizes[:3]) + 1)
-    assert shards(more) == expected and len(more.tokens) == 4
-    assert shards(prepare_six("whole")) == expected
-    assert shards(prepare_six("three", need, workers=3)) == expected
-    for part in (2, 0, 1):
-        assert prepare_six("parts", need, (part, 3)).tokens == []
-    assert len(list(Path("parts").rglob("train-*.bin"))) == 3
-    assert shards(prepare_six("parts", need)) == expected
+def assert_equal_where_both(files, others):
+    """Pieces are the same whoever makes them. One or another may have been made ahead of need."""
+    both = files.keys() & others.keys()
+    assert len(both) > 1 and all(files[name] == others[name] for name in both)
 
 
-def test_held_out_and_training_documents_are_together_all(prepare_six):
-    store = prepare_six("d")
-    kept = Counter()
-    held_out = Counter()
-    for unit in range(6):
-        train, val = [BYTE.decode(Shard(store.path(part, unit)).ids.tolist()).split(END)[:-1]
-                      for part in ("train", "val")]
-        assert len(val) == sum((unit + i) % 50 == 0 for i in range(len(train) + len(val)))
-        kept.update(train)
-        held_out.update(val)
-    assert kept + held_out == Counter(BEGIN + text for text in texts(300, 3))
-    assert not kept & held_out
+@pytest.fixture
+def whole(small):
+    """All batches, and the files of a folder in which everything is prepared."""
+    with open_dataset("whole") as dataset:
+        prepare(dataset)
+        batches = [dataset.batch(step).tolist() for step in range(PLAN.steps)]
+    return batches, files("whole")
+
+
+def test_preparing_ahead_behind_killed_or_in_parts_gives_the_same_batches(whole, capsys):
+    batches, everything = whole
+    with open_dataset("ahead") as dataset:
+        for step in range(PLAN.steps):
+            assert dataset.batch(step).tolist() == batches[step]
+            # A process is killed while it works or waits: another one takes over.
+            if step in (3, 20, 21) and dataset.preparer.workers:
+                dataset.preparer.workers[0].process.kill()
+    assert_equal_where_both(files("ahead"), everything)
+
+    # The run is killed, again and again, and each time it goes on from where it was.
+    for begin in (0, 30, 60):
+        with open_dataset("killed", workers=1) as dataset:
+            for step in range(begin, begin + 30):
+                assert dataset.batch(step).tolist() == batches[step]
+    assert_equal_where_both(files("killed"), everything)
+
+    # Two machines share a folder and prepare a part each.
+    for part in (1, 0):
+        with open_dataset("parts") as dataset:
+            dataset.preparer.manifest = f"manifest-{part + 1}-of-2.jsonl"
+            prepare(dataset, (part, 2))
+    with open_dataset("parts", workers=0) as dataset:
+        assert [dataset.batch(step).tolist() for step in range(PLAN.steps)] == batches
+
+
+def test_no_more_is_prepared_than_a_little_ahead(small):
+    with open_dataset("d", workers=1) as dataset:
+        dataset.batch(0)
+        dataset.preparer.collect(1)
+        made = sum(dataset.domains["a"].unit_tokens.values())
+        assert 0 < made <= 4 * 1700 and len(dataset.tapes["a"]) >= 400
+
+
+def test_what_was_read_can_be_deleted_and_is_made_again_when_it_is_needed(whole):
+    batches, everything = whole
+    with open_dataset("d", keep_read=1) as dataset:
+        most = 0
+        for step in range(PLAN.steps):
+            assert dataset.batch(step).tolist() == batches[step]
+            most = max(most, len(files("d")))
+        assert len(files("d")) < most < len(everything)
+    with open_dataset("d", keep_read=1) as dataset:
+        for step in (0, 40, PLAN.steps - 1):
+            assert dataset.batch(step).tolist() == batches[step]
+    assert_equal_where_both(files("d"), everything)
+
+
+def test_a_long_unit_is_made_once_while_it_is_deleted_behind_the_run(small, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 10**6)
+    plan = Curriculum({"a": DOMAINS["a"]}, batch_tokens=100, seq_len=20, max_steps=150,
+                      mixture=[[0, {"a": 1}]])
+    made = []
+    monkeypatch.setattr(Domain, "write", lambda self, line, manifest, real=Domain.write:
+                        made.append((line.get("unit"), line.get("piece"))) or
+                        real(self, line, manifest))
+    with open_dataset("d", workers=1, curriculum=plan, keep_read=1) as dataset:
+        for step in range(plan.steps):
+            dataset.batch(step)
+        assert len(dataset.preparer.workers) == 1
+        assert len(set(made)) == len(made) > 9 and len(files("d")) < 6
+
+
+def test_no_process_waits_that_nobody_needs(small):
+    with open_dataset("d", workers=1) as dataset:
+        for name in dataset.domains:
+            dataset.validation(name, 500, 20)
+        assert len(dataset.preparer.workers) <= 1
+        dataset.batch(0)
+        assert len(dataset.preparer.workers) <= 1 + len(dataset.domains)
+
+
+def test_held_out_and_training_documents_are_together_all_and_apart(small):
+    plan = Curriculum({"a": DOMAINS["a"]}, batch_tokens=100, seq_len=20, max_steps=400,
+                      mixture=[[0, {"a": 1}]])
+    with open_dataset("d", curriculum=plan) as dataset:
+        prepare(dataset)
+        domain = dataset.domains["a"]
+        kept = Counter()
+        held_out = Counter()
+        for unit in range(domain.num_units):
+            piece = 0
+            while (unit, piece) in domain.records:
+                record = domain.records[unit, piece]
+                ids = domain.read(unit, piece, 0, record["tokens"]).tolist()
+                kept.update(BYTE.decode(ids).split(END)[:-1])
+                piece += 1
+            if unit < preparing.VAL_UNITS:
+                held_out.update(BYTE.decode(domain.read_held_out(unit).tolist()).split(END)[:-1])
+    assert kept + held_out == Counter(BEGIN + text for text in texts(300, 1))
+    assert not kept & held_out and 1 <= len(held_out) < 40
+
+
+def test_validation_is_spread_over_what_is_held_out(small, monkeypatch):
+    monkeypatch.setattr(data, "VAL_DOCUMENTS", 2)
+    with open_dataset("d") as dataset:
+        domain = dataset.domains["a"]
+        few = dataset.validation("a", 40, 20)
+        units = max(unit for unit, _ in domain.records) + 1
+        held_out = np.concatenate([domain.read_held_out(unit) for unit in range(units)])
+        assert len(np.flatnonzero(held_out == BYTE.special[BEGIN])) >= data.VAL_DOCUMENTS
+        there = (len(held_out) - 1) // 20
+        assert (few[0] == held_out[:21]).all()
+        assert (few[1] == held_out[there // 2 * 20:there // 2 * 20 + 21]).all()
+        refused(lambda: dataset.validation("a", 10**6, 10**5), "'a'", "seq_len")
+
+
+def test_damage_is_named_and_made_good(whole):
+    batches, everything = whole
+    with open_dataset("whole", workers=0) as dataset:
+        dataset.batch(0)
+        path = dataset.domains["a"].path(*dataset.tapes["a"].pieces[0])
+        good = path.read_bytes()
+        assert [domain.verify() for domain in dataset.domains.values()] == [[], []]
+        path.write_bytes(good[:50] + bytes([good[50] ^ 1]) + good[51:])
+        assert dataset.domains["a"].verify() == [path]
+        path.write_bytes(good[:-2])
+        refused(lambda: [dataset.batch(step) for step in range(PLAN.steps)], str(path))
+    path.unlink()
+    held_out = next(Path("whole").rglob("*held-out.bin"))
+    held_out.unlink()
+    with open_dataset("whole") as dataset:
+        dataset.validation("a", 40, 20)
+        dataset.validation("b", 40, 20)
+        assert held_out.exists()
+        assert [dataset.batch(step).tolist() for step in range(PLAN.steps)] == batches
+    assert_equal_where_both(files("whole"), everything)
+
+    # A line of the manifest that was cut is a piece that is not there.
+    manifest = path.parent / "manifest.jsonl"
+    manifest.write_bytes(manifest.read_bytes()[:-20])
+    with open_dataset("whole") as dataset:
+        assert [dataset.batch(step).tolist() for step in range(PLAN.steps)] == batches
 
 
 def test_another_file_column_or_tokenizer_has_another_folder():
     def folder(source="s.jsonl", tokenizer=BYTE):
-        return DomainShards("s", source, tokenizer, "d").folder
+        return Domain("s", source, tokenizer, "d").folder
 
     write_jsonl("s.jsonl", texts(5))
     lines = [f"{base64.b64encode(bytes([i])).decode()} {255 - i}\n" for i in range(256)]
@@ -458,29 +487,62 @@ def test_another_file_column_or_tokenizer_has_another_folder():
     assert len(seen) == 3 and folder() not in seen
 
 
-def die(*_):
-    os._exit(1)
+def test_ids_of_four_bytes_are_kept():
+    tokens = [bytes([i]) for i in range(256)] + [i.to_bytes(2, "big") for i in range(2**16)]
+    lines = [f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)]
+    Path("large.tiktoken").write_text("".join(lines))
+    tokenizer = load_tokenizer("large.tiktoken")
+    write_jsonl("a.jsonl", texts(40, 1))
+    domain = Domain("a", "a.jsonl", tokenizer, "d")
+    dataset = TokenDataset(Curriculum({"a": ("a.jsonl", 1, 1)}, batch_tokens=900, seq_len=9,
+                                      max_steps=1), {"a": domain}, 1, Preparer(1))
+    batch = dataset.batch(0)
+    dataset.preparer.close()
+    assert domain.dtype.itemsize == 4 and batch.max() > 2**16
 
 
-def test_a_killed_process_is_one_line_and_leaves_nothing(prepare_six, monkeypatch):
-    monkeypatch.setattr(data, "tokenize_unit", die)
-    refused(lambda: prepare_six("new", workers=2), "killed")
-    assert os.listdir("new") == []
+def run_out_of_space(call):
+    """Call with a limit on the size of files, which processes inherit."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        call()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_what_a_run_cannot_read_is_one_line(prepare_six):
-    def dataset(T):
-        curriculum = Curriculum({"s": ("s.jsonl", 1, 1)}, batch_tokens=T, seq_len=T, max_steps=1)
-        return TokenDataset(curriculum, {"s": store}, 0)
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(whole):
+    batches, everything = whole
+    with open_dataset("full", workers=1) as dataset:
+        refused(lambda: run_out_of_space(lambda: dataset.batch(0)), "a", "large")
+    assert not list(Path("full").rglob("*.tmp"))
+    with open_dataset("full") as dataset:
+        assert dataset.batch(0).tolist() == batches[0]
 
-    store = prepare_six("d")
-    refused(lambda: dataset(5000), "'s'", "seq_len")
-    refused(lambda: dataset(2000).validation("s", 1, 2000), "'s'", "seq_len")
-    store.path("val", 0).unlink()
-    refused(lambda: dataset(32), str(store.path("val", 0)))
-    store.manifest.write_text('{"tokens": [1')
-    refused(lambda: prepare_six("d"), str(store.manifest))
-    refused(lambda: prepare_six("s.jsonl"), "s.jsonl")
+
+def test_a_process_that_is_always_killed_is_one_line(small, monkeypatch):
+    monkeypatch.setattr(preparing.Worker, "permit", lambda worker: worker.process.kill())
+    with open_dataset("d", workers=1) as dataset:
+        refused(lambda: dataset.batch(0), "killed", "--workers")
+
+
+def test_a_bad_source_is_one_line(small):
+    Path("a.jsonl").write_text('{"text": "good"}\n' * 9 + "{'text': 1}\n" * 200)
+    with open_dataset("d", workers=1) as dataset:
+        refused(lambda: dataset.batch(0), "a.jsonl")
+    Path("a.jsonl").write_text('{"text": " "}\n' * 9)
+    with open_dataset("d", workers=1) as dataset:
+        refused(lambda: dataset.batch(0), "'a'", "documents")
+    Path("d").rename("e")
+    Path("d").touch()
+    with open_dataset("d", workers=1) as dataset:
+        refused(lambda: dataset.batch(0), "d/a-")
+
+
+def test_a_source_that_changes_under_way_is_one_line(small):
+    with open_dataset("d", workers=1) as dataset:
+        write_jsonl("a.jsonl", texts(299, 1))
+        refused(lambda: dataset.batch(0), "a.jsonl", "changed")
 
 
 # ---- the text that the quick start reads

@@ -5,9 +5,10 @@ import importlib
 import pytest
 
 MODULES = ("configurator", "model", "muonclip", "kernels", "data", "pretrain", "sft", "eval",
-           "support.tokenizer", "support.sources", "support.log", "support.tasks", "support.scores",
-           "support.conversations", "support.selection", "synthetic.texts",
-           "synthetic.conversations", "tools.grow", "tools.plan", "tools.sandbox")
+           "support.tokenizer", "support.ranks", "support.sources", "support.log", "support.tasks",
+           "support.conversations", "support.selection", "support.weights", "support.generation",
+           "support.scores", "synthetic.texts", "synthetic.conversations", "tools.ablate",
+           "tools.grow", "tools.plan", "tools.sandbox")
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -15,6 +15,7 @@ import model as motif
 import reference
 from configurator import UserError
 from model import Block, Decoder, KVCache, Motif, MotifConfig, flops_per_token
+from support import generation
 from support.tokenizer import BEGIN, END, TURN_END, load_tokenizer
 from tools.export import TOKENIZER_FILES, export
 
@@ -264,7 +265,7 @@ def test_a_selected_row_continues_as_the_row_itself():
 
 @torch.no_grad()
 def test_rows_of_a_batch_are_generated_as_each_alone(monkeypatch):
-    monkeypatch.setattr(motif, "PREFILL_TOKENS", 9)      # pieces of three columns
+    monkeypatch.setattr(generation, "PREFILL_TOKENS", 9)      # pieces of three columns
     model, ids = make(), tokens(3, 8)
     alone = []
     for row, length in enumerate([8, 2, 5]):
@@ -408,40 +409,115 @@ def test_one_rank_of_many_writes_all_of_a_model_that_is_whole(tmp_path, monkeypa
     assert all(map(torch.equal, model.parameters(), again.parameters()))
 
 
+def refused(folder, *words):
+    """Loading the folder is a user's mistake, told in one line that contains the words."""
+    with pytest.raises(UserError) as e:
+        Motif.from_pretrained(folder)
+    assert "\n" not in str(e.value)
+    for word in words:
+        assert word in str(e.value)
+
+
+def save_with(folder, **changes):
+    """A model's folder whose config.json is changed."""
+    make().save_pretrained(folder)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | changes))
+
+
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 def test_every_spelling_of_plain_rope_is_read(key):
     config = replace(BASE, rope_theta=500.0).to_dict()
     for plain in None, {}, {"rope_type": "default"}:
         assert MotifConfig.from_dict({**config, key: plain}).rope_theta == 500
     del config["rope_theta"]                             # as transformers 5 writes it
-    assert MotifConfig.from_dict(config).rope_theta == MotifConfig.rope_theta
-    moved = {"rope_theta": 500.0, "rope_type": "default"}
-    assert MotifConfig.from_dict({**config, key: moved}).rope_theta == 500
+    moved = {"rope_theta": 5e5, "rope_type": "default"}
+    assert MotifConfig.from_dict({**config, key: moved}).rope_theta == 5e5
+
+
+def test_a_config_without_rope_theta_says_which_value_is_taken(capsys):
+    config = BASE.to_dict()
+    MotifConfig.from_dict(config)
+    assert capsys.readouterr().out == ""
+    del config["rope_theta"]
+    assert MotifConfig.from_dict(config).rope_theta == 10_000
+    told = capsys.readouterr().out
+    assert "rope_theta" in told and "10000.0" in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"rope_type": "yarn", "factor": 4.0}, ["yarn"]),
+    ({"type": "linear", "factor": 2.0}, ["linear"]),     # the older name of the key
+    ({"factor": 2.0}, ["factor"]),
+    ("yarn", ["yarn"]),
+])
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_another_kind_of_rope_is_refused_by_its_name(tmp_path, key, options, words):
+    save_with(tmp_path, **{key: options})
+    refused(tmp_path, CONFIG, key, *words)
+
+
+def test_the_model_type_is_motif_in_either_spelling(tmp_path):
+    for spelling in "motif", "Motif":
+        assert MotifConfig.from_dict({**BASE.to_dict(), "model_type": spelling}) == BASE
+    save_with(tmp_path, model_type="llama")
+    refused(tmp_path, CONFIG, "model_type", "llama")
+
+
+def test_a_motif_3_is_refused_by_all_that_it_asks_for(tmp_path):
+    asked = {"kv_lora_rank": 512, "num_experts": 384, "polynorm_output_scale": 0.5,
+             "use_sliding_window": True}
+    save_with(tmp_path, model_type="Motif", **asked)
+    refused(tmp_path, CONFIG, *(f"{key}={value}" for key, value in asked.items()))
+    absent = {"kv_lora_rank": None, "num_experts": 0, "polynorm_output_scale": 1.0}
+    assert MotifConfig.from_dict({**BASE.to_dict(), **absent}) == BASE
+
+
+@pytest.mark.parametrize("key, value", [
+    ("hidden_size", "20"), ("hidden_size", 20.5), ("hidden_size", [20]), ("hidden_size", True),
+    ("num_attention_heads", "10"), ("num_attention_heads", 0), ("num_noise_heads", 2.5),
+    ("num_noise_heads", -2), ("head_dim", "6"), ("head_dim", {}), ("rope_theta", "5e5"),
+    ("rope_theta", [1e4]), ("rms_norm_eps", "1e-6"), ("rms_norm_eps", float("nan")),
+    ("attn_rms_norm_eps", -1e-5), ("max_position_embeddings", 4096.5),
+    ("tie_word_embeddings", "false"), ("hidden_act", ["poly_norm"]), ("use_bias", [1]),
+])
+def test_a_value_of_the_wrong_kind_is_named(tmp_path, key, value):
+    save_with(tmp_path, **{key: value})
+    refused(tmp_path, key)
+
+
+@pytest.mark.parametrize("changes, word", [
+    ({"num_hidden_layers": 100_000}, "num_hidden_layers"),
+    ({"hidden_size": 2**24 + 1}, "hidden_size"),
+    ({"vocab_size": 10**300}, "vocab_size"),
+    ({"head_dim": 2**25}, "head_dim"),
+    ({"hidden_size": 2**20, "intermediate_size": 2**20}, "2^40"),
+])
+def test_an_absurd_size_is_refused_before_memory_is_taken(tmp_path, monkeypatch, changes, word):
+    save_with(tmp_path, **changes)
+    monkeypatch.setattr(motif, "Block", None)            # nothing is built
+    refused(tmp_path, word)
+    with pytest.raises(UserError):
+        Motif(replace(BASE, **changes))
 
 
 @pytest.mark.parametrize("changes, key", [
     ({"use_bias": True}, "use_bias"),
     ({"hidden_act": "gelu"}, "hidden_act"),
-    ({"rope_scaling": {"factor": 2}}, "rope_scaling"),
-    ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters"),
     ({"vocab_size": None}, "vocab_size"),
-    ("[]", "config.json"),
+    ("[]", CONFIG),
     ("{}", "hidden_size"),
-    ("{", "config.json"),
-    (None, "config.json"),
+    ("{", CONFIG),
+    (100_000 * "[", CONFIG),
+    (None, CONFIG),
 ])
 def test_a_config_that_is_not_ours_is_one_line(tmp_path, changes, key):
-    make().save_pretrained(tmp_path)
-    file = tmp_path / CONFIG
+    save_with(tmp_path, **(changes if isinstance(changes, dict) else {}))
     if changes is None:
-        file.unlink()
+        (tmp_path / CONFIG).unlink()
     elif isinstance(changes, str):
-        file.write_text(changes)
-    else:
-        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    with pytest.raises(UserError, match=key) as e:
-        Motif.from_pretrained(tmp_path)
-    assert "\n" not in str(e.value)
+        (tmp_path / CONFIG).write_text(changes)
+    refused(tmp_path, key)
 
 
 def change_tensors(file, **changes):
@@ -486,21 +562,71 @@ def test_a_damaged_file_of_tensors_is_one_line(tmp_path, damage, shard_bytes):
         change_tensors(file, **{NORM: torch.ones(3)})
     elif damage == "dtype":
         change_tensors(file, **{NORM: torch.ones(20, dtype=torch.int8)})
-    with pytest.raises(UserError, match=rf"\b{named}\b") as e:
-        Motif.from_pretrained(tmp_path)
-    assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
+    refused(tmp_path, str(tmp_path), f" {named}" if damage == "extra" else named)
 
 
 @pytest.mark.parametrize("place", [None, "model-00001-of-00020.safetensors", "gone"])
 def test_an_index_that_is_wrong_is_one_line(tmp_path, place):
     make().save_pretrained(tmp_path, 4000)
     change_index(tmp_path, NORM, place)
-    with pytest.raises(UserError, match="gone" if place == "gone" else NORM) as e:
-        Motif.from_pretrained(tmp_path)
-    assert "\n" not in str(e.value)
+    refused(tmp_path, "gone" if place == "gone" else NORM)
     (tmp_path / INDEX).write_text('{"weight_map": ["x"]}')
-    with pytest.raises(UserError, match="index.json"):
+    refused(tmp_path, INDEX)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_an_index_that_names_a_file_outside_its_folder_is_refused(tmp_path, absolute):
+    folder = tmp_path / "model"
+    make().save_pretrained(folder, 4000)
+    outside = tmp_path / "x.safetensors"
+    save_file({NORM: torch.ones(20)}, outside)
+    place = str(outside) if absolute else "../x.safetensors"
+    change_index(folder, NORM, place)
+    refused(folder, INDEX, place)
+
+
+def test_a_tied_model_may_have_an_equal_head_in_its_file(tmp_path):
+    model = make(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    head = model.head_weight.detach().clone()
+    change_tensors(tmp_path / WEIGHTS, **{"lm_head.weight": head})
+    again = Motif.from_pretrained(tmp_path)
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+    assert "lm_head.weight" not in again.state_dict()
+
+    head[3, 5] += 1
+    change_tensors(tmp_path / WEIGHTS, **{"lm_head.weight": head})
+    refused(tmp_path, "lm_head.weight", "tie_word_embeddings")
+    change_tensors(tmp_path / WEIGHTS, **{"lm_head.weight": head[:3]})
+    refused(tmp_path, "lm_head.weight", "tie_word_embeddings")
+
+
+@pytest.mark.parametrize("prefix, inside", [("_orig_mod.", "model."), ("module.", "model."),
+                                            ("_orig_mod.", "self_attn.")])
+def test_a_wrappers_prefix_of_tensor_names_is_named(tmp_path, prefix, inside):
+    make().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    wrapped = {name.replace(inside, prefix + inside): t for name, t in tensors.items()}
+    save_file(wrapped, tmp_path / WEIGHTS)
+    refused(tmp_path, str(tmp_path), repr(prefix))
+    with pytest.raises(UserError) as e:
         Motif.from_pretrained(tmp_path)
+    assert "missing" not in str(e.value)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_named_by_their_tensor(tmp_path, dtype, bad):
+    model = make().to(dtype)
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = model.get_parameter(name)
+    weight.data[2, 3] = bad
+    model.save_pretrained(tmp_path)
+    refused(tmp_path, str(tmp_path), name)
+
+    weight.data.fill_(3e38)                              # finite, and their sum is not
+    model.save_pretrained(tmp_path)
+    assert torch.equal(Motif.from_pretrained(tmp_path).get_parameter(name), weight)
 
 
 # ---- export

@@ -135,21 +135,17 @@ def make_layouts(W):
 # ---- What each rank checks
 
 def check_equality(W, layouts):
-    for dtype, chunks in ((torch.float32, (1, 2)), (torch.bfloat16, (1, 3, 100))):
+    for dtype in (torch.float32, torch.bfloat16):
         expected = train(keep_whole, dtype=dtype)
         for name, place in layouts.items():
-            assert_equal_runs(train(place, dtype=dtype, chunk=1), expected)
-        for name in ("rows", "replicas 2x2", "mixed"):
-            for chunk in chunks[1:]:
-                if name in layouts:
-                    assert_equal_runs(train(layouts[name], dtype=dtype, chunk=chunk), expected)
+            assert_equal_runs(train(place, dtype=dtype), expected)
 
-    # Fewer matrices than ranks or than shards: then replicas do not share the owners.
-    for few in (SHAPES[:W - 1], SHAPES[:2], SHAPES[:1]):
-        expected = train(keep_whole, shapes=few)
+    # More chunks; and fewer matrices than ranks or than shards, where replicas do not share owners.
+    for shapes in (3 * SHAPES, SHAPES[:W - 1], SHAPES[:2], SHAPES[:1]):
+        expected = train(keep_whole, shapes=shapes)
         for name, place in layouts.items():
             if name == "rows" or name.startswith("replicas"):
-                assert_equal_runs(train(place, shapes=few), expected)
+                assert_equal_runs(train(place, shapes=shapes), expected)
 
 
 def check_missing_gradients(W, layouts):
@@ -290,11 +286,10 @@ def check_traffic_and_memory(W, layouts):
     dist.all_to_all_single = counting_exchange
     muonclip.newton_schulz = lambda u, **_: u
     for name, sizes, dims in cases:
-        for chunk in (1, 2):
-            shapes = 3 * SHAPES
-            plan = MuonShardGroup(shapes, [dims] * len(shapes), sizes, chunk=chunk)
+        for shapes in (SHAPES, 3 * SHAPES):
+            plan = MuonShardGroup(shapes, [dims] * len(shapes), torch.arange(W).view(sizes))
             calls.clear()
-            _, optimizer = train(layouts[name], steps=1, shapes=shapes, others=(), chunk=chunk)
+            _, optimizer = train(layouts[name], steps=1, shapes=shapes, others=())
             assert len(calls) == 2 * len(plan.chunks) >= 2
             assert torch.tensor(calls).sum(0).tolist() == traffic(plan)[:, dist.get_rank()].tolist()
             with HeldElements() as held:
@@ -308,7 +303,7 @@ def check_order_of_phases(layouts):
     """The messages travel beside the arithmetic: u(k+1) leaves before Newton-Schulz(k), and O(k-1)
     is waited for after it."""
     events = []
-    names = ("send_updates", "gather_full", "wait_results", "send_results")
+    names = ("send_updates", "gather_full", "apply_results", "send_results")
     originals = {name: getattr(MuonShardGroup, name) for name in names}
 
     def recording(name):
@@ -330,9 +325,9 @@ def check_order_of_phases(layouts):
         if k < last:
             expected.append(("send_updates", k + 1))
         if k > 0:
-            expected.append(("wait_results", k - 1))
+            expected.append(("apply_results", k - 1))
         expected.append(("send_results", k))
-    assert events == expected + [("wait_results", last)]
+    assert events == expected + [("apply_results", last)]
 
 
 def check_unreduced_gradient(W):
@@ -340,7 +335,7 @@ def check_unreduced_gradient(W):
     mesh = dist.init_device_mesh("cpu", (W,))
     p = shard(torch.ones(4, 4), mesh, [Replicate()]).requires_grad_()
     p.grad = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()])
-    with pytest.raises(ValueError, match="Partial.*redistribute the gradient"):
+    with pytest.raises(AssertionError, match="reduce gradients first"):
         MuonClip([p], [], lr=0.1).step()
 
 
@@ -409,11 +404,11 @@ LAYER = ((5120, 4096), (2048, 4096), (2048, 4096), (4096, 5120), (16384, 4096), 
     (8, 1.002, 1.01), (64, 1.02, 1.1), (128, 1.22, 1.3)])
 def test_owners_of_the_12b_model_are_balanced_within_each_chunk_too(ranks, overall, with_waiting):
     shapes = 40 * LAYER
-    placed = assign_owners(shapes, ranks)
-    num_chunks = max(chunk for chunk, _ in placed) + 1
-    loads = torch.zeros(num_chunks, ranks, dtype=torch.float64)
-    for shape, (chunk, owner) in zip(shapes, placed):
-        loads[chunk, owner] += newton_schulz_flops(shape)
+    owner, chunks = assign_owners(shapes, ranks)
+    loads = torch.zeros(len(chunks), ranks, dtype=torch.float64)
+    for k, chunk in enumerate(chunks):
+        for i in chunk:
+            loads[k, owner[i]] += newton_schulz_flops(shapes[i])
 
     mean = loads.sum() / ranks
     assert loads.sum(0).max() <= overall * mean
@@ -421,19 +416,14 @@ def test_owners_of_the_12b_model_are_balanced_within_each_chunk_too(ranks, overa
 
 
 def test_beyond_a_rank_for_each_matrix_some_ranks_own_none():
-    owners = {owner for _, owner in assign_owners(40 * LAYER, 1024)}
-    assert len(owners) == 280
+    owner, _ = assign_owners(40 * LAYER, 1024)
+    assert len(set(owner)) == 280
 
 
 @pytest.mark.parametrize("ranks, replicas, expected", [
     (8, 1, 1), (64, 8, 8), (1024, 1, 1), (1024, 4, 1), (1024, 16, 4), (1024, 128, 32)])
 def test_replicas_share_the_matrices_while_that_leaves_the_busiest_less(ranks, replicas, expected):
     assert replicas_per_muon_group(40 * LAYER, ranks, replicas) == expected
-
-
-def test_replicas_must_divide_the_ranks():
-    with pytest.raises(ValueError, match="9 ranks are not 2 replicas"):
-        replicas_per_muon_group(LAYER, 9, 2)
 
 
 def test_slices_are_torch_chunks_and_tile_the_tensor():
@@ -456,7 +446,8 @@ def test_traffic_is_that_of_the_formula(R, shards):
     W = R * shards
     shapes = 8 * LAYER
     P = sum(math.prod(shape) for shape in shapes)
-    group = MuonShardGroup(shapes, [(None, 0)] * len(shapes), (R, shards))
+    mesh = torch.arange(W).view(R, shards)
+    group = MuonShardGroup(shapes, [(None, 0)] * len(shapes), mesh)
     expected = P / W * (1 + R - 2 * R / W)
     assert traffic(group).tolist() == [[expected] * W] * 2
 

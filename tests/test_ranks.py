@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import world
 
-import data
 import muonclip
 from model import Motif
 
@@ -57,12 +57,69 @@ def train(out: Path, shards: Path, sigterm_at: int = 0, **options) -> None:
     pretrain.main()
 
 
+def refuse_folders_of_their_own(folder: Path, shards: Path) -> None:
+    """A run whose ranks see different folders under the same name ends before it reads data."""
+    from configurator import UserError
+    own = folder / f"machine{os.environ['RANK']}"
+    (own / "out").mkdir(parents=True)
+    os.chdir(own)
+    try:
+        train(Path("out"), shards)
+    except UserError as e:
+        assert "out of rank 1, on " in str(e) and "--out_dir" in str(e) and "\n" not in str(e)
+    else:
+        raise AssertionError("the run began")
+    assert not Path("out/metrics.jsonl").exists()
+
+
+def write_samples(folder: Path) -> None:
+    """What an untrained model writes, and how many all-gathers that takes on each rank: with what
+    Validation does, and without."""
+    import pretrain
+    from support.ranks import RANK, WORLD, pick_device
+    from support.tokenizer import load_tokenizer
+    c = pretrain.Config(**{**OPTIONS, "sample_tokens": 40, "prompts": ["The ", "x"]})
+    device = pick_device(c)
+    pretrain.meet_ranks(c, device)
+    model = pretrain.build(c, device)
+    rows = {"text": torch.arange(66).view(2, 33).numpy()}
+    validation = pretrain.Validation(c, rows, pretrain.make_curriculum(c), load_tokenizer("byte"),
+                                     pretrain.encode_text_prompt, device)
+    gathers = []
+    for bound in (pretrain.SAMPLE_BYTES, 0):
+        pretrain.SAMPLE_BYTES = bound
+        with AllGathers() as communication:
+            _, samples = validation.evaluate_and_sample(model, 0)
+        assert (samples == f"{pretrain.NO_SAMPLES}\n") == (bound == 0 and WORLD > 1)
+        gathers.append(communication.count)
+        if bound > 0 and RANK == 0:
+            folder.mkdir(exist_ok=True)
+            (folder / f"samples{WORLD}.txt").write_text(samples)
+
+    with AllGathers() as communication:      # each block is freed after each forward pass
+        pretrain.sample_prompts(model, load_tokenizer("byte"), c, pretrain.encode_text_prompt)
+    gathers.append(communication.count)
+    if RANK == 0:
+        (folder / f"gathers{WORLD}.json").write_text(json.dumps(gathers))
+
+
+class AllGathers(TorchDispatchMode):
+    """Counts the calls of all_gather_into_tensor."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "_allgather_base_" in str(function):
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
 def steps_with_set_gradients(out: Path, first: int, last: int) -> None:
     """Steps first + 1 to `last` of a model, from a checkpoint on and into one. The gradients are
     random and known, so that nothing is summed in another order."""
     import pretrain
+    from support.ranks import pick_device
     c = pretrain.Config(**OPTIONS)
-    device = pretrain.pick_device(c)
+    device = pick_device(c)
     pretrain.meet_ranks(c, device)
     model = pretrain.build(c, device)
     optimizer = muonclip.configure_optimizer(model, lr=0.01, tau=0.5)
@@ -82,13 +139,14 @@ def steps_with_set_gradients(out: Path, first: int, last: int) -> None:
 
 def run_worlds(folder: Path) -> None:
     shards = folder / "shards"
-    data.prepare(OPTIONS["domains"], "byte", str(shards), {"math": 20_000, "science": 20_000},
-                 workers=1)
     world(1, train, folder / "one", shards)
     world(4, train, folder / "four", shards)
     world(4, train, folder / "replicas", shards, dp_replicate=2, max_steps=12, eval_every=None,
           micro_batch_tokens=64)
     world(4, train, folder / "interrupted", shards, sigterm_at=5, max_steps=24)
+    world(2, refuse_folders_of_their_own, folder / "machines", shards)
+    for ranks in (1, 2, 4):
+        world(ranks, write_samples, folder / "samples")
     world(1, steps_with_set_gradients, folder / "still", 0, 5)
     world(4, steps_with_set_gradients, folder / "moving", 0, 2)
     world(2, steps_with_set_gradients, folder / "moving", 2, 3)
@@ -155,6 +213,18 @@ def test_two_copies_of_the_model_on_two_ranks_each_follow_one(folder):
     replicas = metrics(folder / "replicas")
     assert len(replicas) == 12
     check_close(replicas, one[:12])
+
+
+def test_samples_are_those_of_one_rank_and_gather_the_model_once(folder):
+    """Two blocks and the root: after an evaluation of one micro-batch the root is still gathered.
+    The two prompts, of 4 and 1 bytes, take 2 x 40 forward passes."""
+    samples = [(folder / f"samples/samples{ranks}.txt").read_text() for ranks in (1, 2, 4)]
+    assert samples[0] == samples[1] == samples[2] and len(samples[0]) > 60
+    for ranks in (2, 4):
+        with_samples, evaluation, freed = json.loads(
+            (folder / f"samples/gathers{ranks}.json").read_text())
+        assert with_samples - evaluation == 2, (with_samples, evaluation, freed)
+        assert freed == 2 * 80 + 1
 
 
 def test_a_checkpoint_moves_between_numbers_of_ranks(folder):

@@ -2,22 +2,24 @@
 what is held out, the generated tasks; and sft.py itself: stages, resume, four ranks against one."""
 import ast
 import base64
+import bz2
 import datetime
+import gzip
 import json
+import lzma
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import selection
+from support import conversations, selection
 from support.conversations import HELD_OUT, load_conversations
 from support.tokenizer import BEGIN, END, ROLES, TURN, TURN_END, load_tokenizer
 from worlds import world
@@ -32,6 +34,7 @@ if __name__ != "__main__":
     import pretrain
     import sft
     import tools.plots
+    from support import run_folder
 
 TINY = MotifConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=5,
                    num_noise_heads=1, num_key_value_heads=2, head_dim=8)
@@ -125,20 +128,165 @@ def test_a_conversation_is_cut_at_a_turn():
     assert sft.truncate_to_turn(BYTE, TWO_QUESTIONS, first - 1) is None
 
 
+# ---- where conversations come from
+
+PAIR = chat("2+2?", "4")
+
+
+def write_rows(file: Path, rows: list) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def messages_of(row) -> tuple[list[dict] | None, str | None, Counter]:
+    """What becomes of a row: its conversation, or the reason why it is dropped; parts left out."""
+    left_out = Counter()
+    try:
+        return conversations.read_row(row, None, left_out), None, left_out
+    except UserError as e:
+        assert "\n" not in str(e)
+        return None, str(e), left_out
+
+
 @pytest.mark.parametrize("row", [
-    {"messages": chat("a question alone")},
-    {"messages": chat("a question", " \n")},
-    {"messages": chat("half of \ud83d, a pair", "a reply")},
-    {"messages": [{"role": "human", "content": "x"}]},
-    {"messages": chat("a question", "a reply") + [{"role": "assistant", "content": "another"}]},
-    {"question": "x", "answer": "y"}])
-def test_a_row_that_is_not_a_conversation_is_refused_with_its_place(tmp_path, row):
-    file = tmp_path / "talks.jsonl"
-    file.write_text(f'{json.dumps({"messages": TWO_QUESTIONS})}\n\n{json.dumps(row)}\n')
-    place = file.read_text().index("\n") + 2
+    {"messages": PAIR},
+    {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
+    {"prompt": "2+2?", "completion": "4"}, {"prompt": PAIR[:1], "completion": PAIR[1:]},
+    {"prompt": "2+2?", "response": "4", "score": 1}, {"id": 7, "question": "2+2?", "answer": "4"},
+    {"instruction": "2+2?", "input": "", "output": "4"}, {"instruction": "2+2?", "output": "4"},
+    {"instruction": "2+2?", "context": None, "response": "4"}])
+def test_each_layout_gives_the_same_conversation(row):
+    assert messages_of(row)[0] == PAIR
+    assert messages_of(json.dumps(row).encode())[0] == PAIR
+    with_system = messages_of({**row, "system": "Be short."})[0]
+    assert with_system == chat("2+2?", "4", system="Be short.")
+
+
+def test_an_instruction_and_its_input_are_one_question():
+    row = {"instruction": "Add.", "input": "2 and 2", "output": "4"}
+    assert messages_of(row)[0] == chat("Add.\n\n2 and 2", "4")
+
+
+def test_content_in_parts_is_joined_and_other_parts_are_counted():
+    parts = [{"type": "text", "text": "2"}, {"type": "image_url", "image_url": {"url": "x"}},
+             {"type": "text", "text": "+2?"}]
+    found, _, left_out = messages_of({"messages": [{"role": "user", "content": parts}, PAIR[1]]})
+    assert found == chat("2\n+2?", "4") and left_out == {"image_url": 1}
+
+
+def test_empty_system_turns_and_what_follows_the_last_reply_are_left_out():
+    system = {"role": "system", "content": None}
+    row = {"messages": [system, *PAIR, *chat("And?"), *chat("Well?")]}
+    assert messages_of(row)[0] == PAIR
+    developer = {"role": "developer", "content": "S"}
+    assert messages_of({"messages": [developer, *PAIR]})[0] == chat("2+2?", "4", system="S")
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({"messages": [*PAIR[:1], {"role": "assistant", "content": None, "tool_calls": [{}]}]}, "tool"),
+    ({"messages": [*PAIR, {"role": "tool", "content": "4"}, *PAIR]}, "tool"),
+    ({"messages": [*PAIR[:1], {"role": "assistant", "content": None}]}, "no content"),
+    ({"messages": chat("2+2?", " \n")}, "no content"),
+    ({"messages": chat("a question alone")}, "no reply"),
+    ({"messages": []}, "no reply"),
+    ({"messages": PAIR[1:]}, "before the first question"),
+    ({"messages": PAIR + PAIR[1:]}, "two replies"),
+    ({"messages": chat("half of \ud83d, a pair", "a reply")}, "surrogate"),
+    ({"messages": [{"role": "narrator", "content": "x"}]}, "'narrator'"),
+    ({"messages": ["2+2?", "4"]}, "str"),
+    ({"messages": [{"role": "user", "content": 4}, PAIR[1]]}, "int"),
+    ({"messages": "2+2?"}, "'messages' is str"), ({"messages": None}, "'messages' is null"),
+    ({"question": "2+2?", "answer": 4}, "'answer' is int"),
+    ({"question": "2+2?", "answer": None}, "'answer' is null"),
+    ({"id": 1, "text": "x"}, "id, text"), ([1], "list"), (b'{"messages": [', "JSON")])
+def test_a_row_without_a_conversation_has_a_reason(row, reason):
+    assert reason in messages_of(row)[1]
+
+
+def test_dropped_rows_are_counted_by_reason_with_the_first_place(tmp_path):
+    rows = [{"messages": PAIR}] * 4 + [{"messages": []}, {"text": "x"}, {"messages": PAIR[:1]}]
+    source = write_rows(tmp_path / "talks.jsonl", rows)
+    lines = Path(source).read_text().splitlines(keepends=True)
+    drops = conversations.Drops()
+    assert list(load_conversations(source, drops)) == [PAIR] * 4
+    assert sorted(drops.rows.values()) == [1, 2]
+    first = f"{source}: byte {sum(map(len, lines[:4]))}: "
+    assert drops.report()[0].startswith(f"  2 rows dropped, first {first}")
+
+    # More than half: the source is not what it is taken for.
+    write_rows(tmp_path / "talks.jsonl", rows[1:4] + rows[4:] * 2)
     with pytest.raises(UserError) as e:
-        list(load_conversations(str(file)))
-    assert str(e.value).startswith(f"{file}: byte {place}: ") and "\n" not in str(e.value)
+        list(load_conversations(source))
+    assert "6 of 9 rows" in str(e.value) and f"{source}: byte " in str(e.value)
+    assert "there is no reply" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_data_txt_counts_what_was_dropped(tmp_path):
+    good = [{"question": f"What is number {i}?", "answer": "Odd."} for i in range(200)]
+    source = write_rows(tmp_path / "talks.jsonl", good + [{"question": "x", "answer": None}] * 3)
+    c = sft.Config(data={"mine": [source, 1.0]}, seq_len=256)
+    report = sft.prepare_domains(c, BYTE, tmp_path)
+    assert report[0].startswith("mine: 200 ") and report[1].startswith("  3 rows dropped")
+
+
+@pytest.mark.parametrize("ending", conversations.FILES)
+def test_files_of_each_ending_and_folders_of_them(tmp_path, ending):
+    pairs = [chat(f"{i}+{i}?", str(2 * i)) for i in range(3)]
+    rows = [{"id": i, "messages": pair} for i, pair in enumerate(pairs)]
+    folder = tmp_path / "talks"
+    (folder / "more").mkdir(parents=True)
+    file = folder / f"more/talks{ending}"
+    if ending == ".parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        import pyarrow
+        parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        text = "".join(json.dumps(row) + "\r\n\r\n" for row in rows)
+        if ".jsonl" not in ending:
+            text = json.dumps(rows, indent=1)
+        # A byte-order mark, CRLF and blank lines, as some editors write them.
+        file.write_bytes(compress(b"\xef\xbb\xbf" + text.encode(), file.suffix))
+    assert list(load_conversations(str(file))) == pairs
+    (folder / "README.txt").write_text("not read")
+    assert list(load_conversations(str(folder))) == pairs
+    assert conversations.source_files(str(folder)) == [file]
+
+
+def compress(text: bytes, ending: str) -> bytes:
+    if ending == ".zst":
+        zstandard = pytest.importorskip("zstandard")
+        half = len(text) // 2
+        return zstandard.compress(text[:half]) + zstandard.compress(text[half:])
+    if ending in (".gz", ".bz2", ".xz"):
+        module = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[ending]
+        return module.compress(text)
+    return text
+
+
+def test_zst_without_its_package_is_one_line_that_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "talks.jsonl.zst").write_bytes(b"x")
+    with pytest.raises(UserError) as e:
+        list(load_conversations(str(tmp_path)))
+    assert "pip install zstandard" in str(e.value) and "talks.jsonl.zst" in str(e.value)
+
+
+def test_a_json_file_may_have_a_row_on_each_line_after_all(tmp_path):
+    source = write_rows(tmp_path / "talks.json", [{"messages": PAIR}] * 2)
+    assert list(load_conversations(source)) == [PAIR] * 2
+
+
+def test_of_a_parquet_file_only_the_columns_of_its_layout_are_read(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    rows = [{"page": "x" * 50, "question": "2+2?", "answer": "4"}] * 2
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "talks.parquet")
+    read = conversations.parquet_rows(tmp_path / "talks.parquet", None)
+    assert [row for _, row in read] == [{"question": "2+2?", "answer": "4"}] * 2
+
+    with pytest.raises(UserError) as e:
+        list(load_conversations(f"{tmp_path}/talks.parquet?messages=turns"))
+    assert "page, question, answer" in str(e.value) and "talks.parquet" in str(e.value)
 
 
 def test_a_file_may_name_its_column_and_hold_more_than_messages(tmp_path):
@@ -150,7 +298,8 @@ def test_a_file_may_name_its_column_and_hold_more_than_messages(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["builtin:jokes", "builtin:chains?steps=4-2",
-                                    "builtin:help?steps=2", "talks.csv", "missing/*.jsonl"])
+                                    "builtin:help?steps=2", "talks.csv", "missing/*.jsonl",
+                                    "talks/*.txt", "talks/mine.txt", "talks/mine.txt.gz"])
 def test_a_source_that_cannot_be_is_refused(source):
     with pytest.raises(UserError) as e:
         list(load_conversations(source))
@@ -331,35 +480,33 @@ def test_what_is_held_out_is_never_asked_in_training():
     single = [chat(f"What is question number {i % 1200}?", f"Answer {i}.") for i in range(2400)]
     double = [first + second for first, second in zip(single, single[37:])]
     reserved = single[:5]
-    parts = sft.train_val_split(single + double, sft.all_question_hashes(reserved))
+    held_out = {selection.question_hashes(messages)[0] for messages in reserved}
+    parts = selection.train_val_split(single + double, held_out)
 
-    assert len(questions(parts["val"])) == pytest.approx(1200 / data.VAL_EVERY, abs=15)
+    assert len(questions(parts["val"])) == pytest.approx(1200 / selection.VAL_EVERY, abs=15)
     assert not questions(parts["train"]) & questions(parts["val"] + reserved)
     assert len(parts["train"]) > 0.9 * len(single + double)
 
-    # A conversation whose second question is not held out is cut before it.
-    whole = [messages for messages in parts["val"] if len(messages) == 4]
-    cut = [messages for messages in double
-           if messages[0]["content"] in questions(parts["val"]) and messages not in whole]
+    # A held-out conversation ends after its first reply: what is asked next may be in training.
+    assert all(len(messages) == 2 for messages in parts["val"])
+    cut = [messages for messages in double if messages[0]["content"] in questions(parts["val"])]
     assert cut and all(messages[:2] in parts["val"] for messages in cut)
 
     # Another domain with the same questions holds out the same.
-    other = sft.train_val_split(double[::-7], set())
+    other = selection.train_val_split(double[::-7], set())
     assert questions(other["val"]) <= questions(parts["val"])
 
 
 def test_a_small_domain_s_held_out_question_is_in_no_training_domain(tmp_path):
-    """It is held out by its domain alone: its hash is not below the bound that all domains share."""
+    """Its domain alone holds it out: its hash is not below the bound that all domains share."""
     small = [chat(f"What is number {i}?", "Nothing.") for i in range(40)]
-    small = [m for m in small if sft.question_hashes(m)[0][1] >= sft.HELD_OUT_BELOW][:3]
+    small = [m for m in small if selection.question_hashes(m)[0] >= selection.HELD_OUT_BELOW][:3]
     large = [chat(f"What is question number {i}?", "Something.") for i in range(300)] + small
     sources = {}
-    for name, conversations in (("a_large", large), ("b_small", small)):
-        file = tmp_path / f"{name}.jsonl"
-        file.write_text("".join(json.dumps({"messages": m}) + "\n" for m in conversations))
-        sources[name] = [str(file), 1.0]
-    stage = replace(sft.STAGES[1], data=sources, seq_len=256)
-    sft.prepare_domains(stage, [], load_tokenizer("byte"), tmp_path)
+    for name, found in {"a_large": large, "b_small": small}.items():
+        source = write_rows(tmp_path / f"{name}.jsonl", [{"messages": m} for m in found])
+        sources[name] = [source, 1.0]
+    sft.prepare_domains(sft.Config(data=sources, seq_len=256), BYTE, tmp_path)
 
     held_out = bytes(sft.TokenizedChats(tmp_path / "val-b_small")[0][0].astype("u1")).split(b"?")[0]
     question = held_out[held_out.index(b"What"):]
@@ -369,9 +516,9 @@ def test_a_small_domain_s_held_out_question_is_in_no_training_domain(tmp_path):
 
 
 def test_a_small_domain_holds_out_one_question():
-    parts = sft.train_val_split([chat(f"What is {i}?", "Nothing.") for i in range(3)], set())
+    parts = selection.train_val_split([chat(f"What is {i}?", "Nothing.") for i in range(3)], set())
     assert (len(parts["val"]), len(parts["train"])) == (1, 2)
-    assert sft.train_val_split([], set()) == {"val": [], "train": []}
+    assert selection.train_val_split([], set()) == {"val": [], "train": []}
 
 
 def test_no_stage_trains_on_a_question_held_out_or_kept_for_evaluation(tmp_path, monkeypatch):
@@ -388,9 +535,8 @@ def test_no_stage_trains_on_a_question_held_out_or_kept_for_evaluation(tmp_path,
                    HELD_OUT["held_chains"][0]):
         mine += load_conversations(source)
     file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in mine))
-    stage = sft.Stage(lr=1.0, seq_len=512, data={
-        "mine": [str(file), 1.0], "reserved": ["builtin:chains?n=30&steps=3&seed=9", 0.0]})
-    sft.prepare(stage, [], BYTE, str(tmp_path / "data"))
+    sft.prepare(sft.Config(seq_len=512, data_dir=str(tmp_path / "data"), data={
+        "mine": [str(file), 1.0], "reserved": ["builtin:chains?n=30&steps=3&seed=9", 0.0]}), BYTE)
 
     assert written.keys() == {"val-reserved", "val-mine", "train-mine"}
     trained = [BYTE.decode(ids) for ids, _ in written["train-mine"]]
@@ -525,6 +671,58 @@ def test_what_cannot_run_is_one_line_and_leaves_nothing(workplace, options, key)
     assert not Path("out/new").exists()
 
 
+class Loaded(Exception):
+    """Ends a run once its config is complete."""
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """argv -> the config that sft.py would run with."""
+    def load(*argv):
+        def stop(c, out):
+            raise Loaded(c)
+
+        monkeypatch.setattr(sft, "setup", stop)
+        monkeypatch.setattr(sys, "argv", ["sft.py", *argv])
+        with pytest.raises(Loaded) as e:
+            sft.main()
+        return e.value.args[0]
+    return load
+
+
+def test_the_quick_start_s_settings_are_for_its_own_model(loaded):
+    quick = loaded("--stage=2")
+    assert quick.lr == pytest.approx(2e-3) and quick.seq_len == 512
+    assert quick.data == sft.STAGES[2].data and quick.out_dir == "out/sft2"
+
+    own = loaded("--stage=2", "--model=out/mine/step_7", "--data={'mine': ['a.jsonl', 1.0]}")
+    assert own.lr == sft.STAGES[2].lr == 1e-5
+    assert (own.seq_len, own.batch_tokens) == (16_384, 32_000_000)
+    assert own.data == {"mine": ["a.jsonl", 1.0]} and own.out_dir == "out/mine-sft2"
+
+    chosen = loaded("--lr=3e-5", "--lr_scale=7")
+    assert chosen.lr == 3e-5
+
+
+def test_a_model_of_one_s_own_never_reads_the_built_in_conversations(loaded):
+    with pytest.raises(UserError) as e:
+        loaded("--stage=1", "--model=out/mine")
+    assert "--data=" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_max_steps_ends_the_run_and_its_schedule(workplace, capsys):
+    save_initial_model(Path("out/mine/step_1"))
+    run_sft("out/new", model="out/mine", max_steps=6, warmup_fraction=0.5, lr=0.01)
+    lr = [m["lr"] for m in metrics(Path("out/new")) if "lr" in m]
+    assert lr[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
+    assert len(lr) == 6 and lr[3] > lr[4] > lr[5]
+    settings = (Path("out/new") / "data.txt").read_text().splitlines()[:7]
+    assert "stage 1 from out/mine/step_1" in settings[0]
+    assert {"  lr = 0.01  # command line", "  max_steps = 6  # command line"} < set(settings)
+    printed = capsys.readouterr().out
+    assert printed.index(settings[1]) < printed.index("preparing")
+
+
 def test_a_stage_learns_and_reports(workplace):
     run_sft("out/sft1", stage=1)
     lines = metrics(Path("out/sft1"))
@@ -568,12 +766,19 @@ def test_resume_is_bitwise_and_needs_no_initial_weights(workplace):
         run_sft("out/sft1", stage=1)
 
 
+def test_a_stage_does_not_run_in_a_folder_in_use(workplace):
+    with run_folder.lock_folder(Path("out/sft1")):
+        with pytest.raises(UserError, match=f"process {os.getpid()}"):
+            run_sft("out/sft1", stage=1)
+    assert not Path("out/sft1").exists()
+
+
 def test_a_stage_begins_with_the_one_before(workplace):
     for stage in (1, 2, 3):
         run_sft(f"out/sft{stage}", stage=stage, batch_tokens=5120)
-    assert "dropped for a quality" in Path("out/sft2/data.txt").read_text()
+    assert "dropped for their quality" in Path("out/sft2/data.txt").read_text()
     assert "stage 3 from out/sft2/step_" in Path("out/sft3/data.txt").read_text()
-    final, _ = pretrain.latest_checkpoint(Path("out/sft3"))
+    final, _ = run_folder.latest_checkpoint(Path("out/sft3"))
     assert Motif.from_pretrained(final).config == TINY
 
 

@@ -8,11 +8,12 @@ import huggingface_hub
 import pytest
 import tiktoken
 import tokenizers
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (AddedToken, Regex, decoders, models, normalizers, pre_tokenizers,
+                        processors, trainers)
 
 from configurator import UserError
-from support.tokenizer import (BEGIN, BYTE_OF, END, GPT2_PATTERN, SPECIALS, bytes_per_token,
-                               encode_document, load_tokenizer)
+from support.tokenizer import (BEGIN, BYTE_OF, END, GPT2_PATTERN, SPECIALS, TiktokenTokenizer,
+                               bytes_per_token, encode_document, load_tokenizer, tiktoken_ids)
 
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
                   r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -113,6 +114,70 @@ def test_a_tokenizer_json_gives_the_ids_of_the_tokenizers_library(kind):
     spelled = b"".join(tokenizer.token_bytes(i) for i in ids).decode("utf-8")
     assert spelled.removeprefix(" " * (kind == "sentencepiece")) == tokenizer.decode(ids)
     assert bytes_per_token(tokenizer)[ids].sum() == len(spelled.encode("utf-8"))
+
+
+def test_a_tokenizer_of_many_steps_gives_the_ids_of_the_tokenizers_library():
+    """A normalizer, Digits and two Splits, and added tokens of every kind that are not special."""
+    library = byte_level(special=SPECIALS[:4])
+    library.normalizer = normalizers.NFC()
+    library.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.Split(Regex(r"\p{Han}+"), "isolated"),
+        pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    library.add_tokens([
+        AddedToken("<think>", normalized=False), AddedToken("<b>", lstrip=True, rstrip=True),
+        AddedToken("cat", single_word=True), AddedToken("ÉTÉ")])
+    library.add_special_tokens([AddedToken("<role>", lstrip=True)])
+    library.save("tokenizer.json")
+    tokenizer = load_tokenizer("tokenizer.json")
+
+    text = SCRIPTS + "<think>x concat cat E\u0301TE\u0301 12345"
+    assert tokenizer.encode(text) == library.encode(text).ids
+    assert tokenizer.encode("a <b> c") == library.encode("a <b> c").ids
+    for added in ("<think>", "<b>", "cat", "ÉTÉ"):
+        assert tokenizer.encode(added) == [library.token_to_id(added)]
+    forged = tokenizer.encode(f"a <role> {END}")
+    assert not set(forged) & set(tokenizer.special.values())
+    assert tokenizer.decode(forged) == f"a <role> {END}"
+
+
+def test_a_vocabulary_that_holds_special_tokens_does_not_find_them_in_text():
+    library = tokenizers.Tokenizer(models.Unigram())
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    library.decoder = decoders.Metaspace()
+    library.train_from_iterator([SCRIPTS], trainers.UnigramTrainer(
+        vocab_size=600, special_tokens=["<unk>", "</s>", *SPECIALS], unk_token="<unk>",
+        initial_alphabet=list("</|_>"), show_progress=False))
+    library.save("tokenizer.json")
+    tokenizer = load_tokenizer("tokenizer.json")
+    library.encode_special_tokens = True
+    text = "the lamp </s> " + " ".join(SPECIALS)
+    assert library.token_to_id("</s>") in library.encode(text).ids
+    ids = tokenizer.encode(text)
+    assert not set(ids) & set(tokenizer.special.values())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("a lamp") == library.encode("a lamp").ids
+
+
+@pytest.mark.parametrize("pattern", [GPT2_PATTERN, LLAMA3_PATTERN], ids=["gpt2", "llama3"])
+@pytest.mark.parametrize("blank", [" ", "\n", "\n ", "\t  "])
+def test_a_million_blanks_are_no_panic(pattern, blank):
+    write_tiktoken("t.tiktoken", byte_level())
+    tokenizer = TiktokenTokenizer("t", pattern, tiktoken_ids(Path("t.tiktoken")), {})
+    before = tokenizer.encode("The lamp burns.")
+    after = tokenizer.encode("he'll read")
+    for times in (900_000, 1_200_000):
+        text = "The lamp burns." + blank * (times // len(blank)) + " \the'll read"
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert ids[-len(after):] == after
+        if "\n" not in blank or pattern == GPT2_PATTERN:  # Llama 3's pattern joins ".\n"
+            assert ids[:len(before)] == before
+        try:
+            assert ids == tokenizer.library.encode_ordinary(text)
+        except BaseException as e:
+            assert times > 10**6 and "StackOverflow" in str(e)
 
 
 def test_tiktoken_and_the_tokenizers_library_agree():

@@ -39,8 +39,8 @@ class Buffers(NamedTuple):
     O_received: Tensor          # as many as there are in the rank's shards of the chunk
 
 
-def buffers(group: MuonShardGroup, matrices: list[int]) -> Buffers:
-    u, O = group.elements_sent(matrices)                    # [sender, receiver]
+def buffers(u: Tensor, O: Tensor) -> Buffers:
+    """u, O: how many numbers each rank sends to each, [sender, receiver]."""
     return Buffers(u.sum(1), u.sum(0), O.sum(1), O.sum(0))
 
 
@@ -50,8 +50,10 @@ def peak_elements(group: MuonShardGroup) -> Tensor:
 
     The peak is at one of three moments of muonclip.parallel_muon_step, for some chunk k. An empty
     chunk at the beginning stands for the time when only u(0) is sent."""
-    empty = buffers(group, [])
-    chunks = [empty, empty] + [buffers(group, chunk) for chunk in group.chunks] + [empty]
+    chunks = list(map(buffers, group.sent["u"], group.sent["O"]))
+    nothing = torch.zeros_like(group.sent["u"][0])
+    empty = buffers(nothing, nothing)
+    chunks = [empty, empty, *chunks, empty]
 
     held = []
     for k in range(1, len(chunks) - 1):
@@ -66,7 +68,7 @@ def peak_elements(group: MuonShardGroup) -> Tensor:
         held.append(results_on_their_way + now.u_received + matrices)
 
         # Phase 2: the matrices; u(k+1), as shards and as a message; O(k-1) is under way.
-        own_shards = after.O_received
+        own_shards = after.u_sent
         held.append(results_on_their_way + matrices + own_shards + updates_on_their_way)
 
         # Phase 5: the results, and the message with them; u(k+1) is under way.
@@ -77,8 +79,8 @@ def peak_elements(group: MuonShardGroup) -> Tensor:
 def traffic(group: MuonShardGroup) -> Tensor:
     """Return (2, ranks): how many numbers each rank sends to, and receives from, the others in a
     step."""
-    u, O = group.elements_sent(group.order)
-    total = (u + O).fill_diagonal_(0)                       # [sender, receiver]
+    total = (group.sent["u"] + group.sent["O"]).sum(0)      # [sender, receiver]
+    total.fill_diagonal_(0)
     return torch.stack([total.sum(1), total.sum(0)])
 
 
@@ -87,9 +89,10 @@ def plan_table(shapes: list, world: int, replicas: int = 1) -> str:
     check_replicas(world, replicas)
     shards = world // replicas
     together = replicas_per_muon_group(shapes, world, replicas)
-    group = MuonShardGroup(shapes, [(None, 0)] * len(shapes), (together, shards))
+    mesh = torch.arange(together * shards).view(together, shards)
+    group = MuonShardGroup(shapes, [(None, 0)] * len(shapes), mesh)
 
-    tflops = torch.zeros(len(group.chunks), group.num_ranks, dtype=torch.float64)
+    tflops = torch.zeros(len(group.chunks), mesh.numel(), dtype=torch.float64)
     for k, chunk in enumerate(group.chunks):
         for i in chunk:
             tflops[k, group.owner[i]] += newton_schulz_flops(shapes[i]) / 1e12
@@ -163,7 +166,7 @@ def synchronize() -> None:
 class GatherAll(MuonClip):
     """MuonClip for sharded matrices only, in the plain way: every rank gathers every matrix."""
 
-    def _muon_step(self, group: dict, skip: Tensor | None) -> None:
+    def _muon_step(self, group: dict, skip: Tensor) -> None:
         now = self._step_scalars(group, skip)
         for p in group["params"]:
             mesh = p.device_mesh

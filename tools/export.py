@@ -8,10 +8,22 @@ import torch
 
 from configurator import UserError
 from model import Motif, MotifConfig
-from pretrain import fsync_path
+from support.run_folder import fsync_path, latest_checkpoint, read_state, safetensors_errors
 from support.tokenizer import BEGIN, END, TURN_END, load_tokenizer
 from support.weights import (INDEX, iter_checkpoint, model_folder, read_json, tensor_files,
                              write_json)
+
+
+def export_checkpoint(c, out: Path) -> None:
+    """Export the checkpoint of the run in `out` that c.resume names, the newest by default."""
+    if c.resume == "auto":
+        start = latest_checkpoint(out)
+    else:
+        start = (Path(c.resume), read_state(Path(c.resume)))
+    if not start:
+        raise UserError(f"{out} holds no checkpoint to export; give --resume=PATH")
+    with safetensors_errors():
+        export(*start, Path(c.export))
 
 
 def export(folder: Path, state: dict, to: Path) -> None:

@@ -58,7 +58,8 @@ from torch import Tensor
 from configurator import UserError
 from kernels import upcast
 from model import LAMBDAS, Attention, Motif, MotifConfig
-from pretrain import SHARD_BYTES, checkpoint_steps, model_config, theta_at
+from pretrain import SHARD_BYTES, model_config, theta_at
+from support.run_folder import checkpoint_steps
 
 
 def grow(model: Motif, config: MotifConfig, noise_db: float = 10.0, seed: int = 0) -> Motif:
@@ -390,7 +391,7 @@ def check_same_shape(c, model: Motif) -> None:
     """UserError unless the averaged model has the config's shape. rope_theta is checked apart."""
     for key, expected in asdict(model_config(c)).items():
         found = getattr(model.config, key)
-        if found != expected and key != "rope_theta":
+        if found != expected and key not in ("rope_theta", "poly_norm_scale"):
             raise UserError(f"init={c.init}: that model has {key}={found}, not {expected}")
 
 

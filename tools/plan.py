@@ -183,7 +183,8 @@ def parallel_muon_bytes(c: Config, model: Motif) -> int:
     shapes = [p.shape for p in model.matrices().values()]
     shards = c.plan_world_size // c.dp_replicate
     replicas = replicas_per_muon_group(shapes, c.plan_world_size, c.dp_replicate)
-    group = MuonShardGroup(shapes, [(None, 0)] * len(shapes), (replicas, shards))
+    mesh = torch.arange(replicas * shards).view(replicas, shards)
+    group = MuonShardGroup(shapes, [(None, 0)] * len(shapes), mesh)
     return BF16 * peak_elements(group).max().item()
 
 

@@ -1,0 +1,22 @@
+# ablate.py: MuonClip, its parts, and AdamW at learning rates by factors of two
+#
+# All with 4:1 attention and SwiGLU. AdamW is run with two lengths of warm-up.
+
+axes = [
+    {"4to1-swiglu": {"activation": "swiglu"}},
+    {
+        "muonclip": {},
+        "muon": {"qk_clip_threshold": 0.0},                    # without QK-clip
+        "muonclip-quintic": {"ns_coefficients": "quintic"},    # other coefficients of Newton-Schulz
+        "muonclip-polar": {"ns_coefficients": "polar_express"},
+        "adamw-lr3e-4": {"optimizer": "adamw", "lr": 3e-4},
+        "adamw-lr5e-4": {"optimizer": "adamw", "lr": 5e-4},
+        "adamw-lr1e-3": {"optimizer": "adamw", "lr": 1e-3},
+        "adamw-lr2e-3": {"optimizer": "adamw", "lr": 2e-3},
+        "adamw-lr4e-3": {"optimizer": "adamw", "lr": 4e-3},
+        "adamw-lr1e-3-warmup100": {"optimizer": "adamw", "lr": 1e-3, "warmup_steps": 100},
+        "adamw-lr2e-3-warmup100": {"optimizer": "adamw", "lr": 2e-3, "warmup_steps": 100},
+        "adamw-lr4e-3-warmup100": {"optimizer": "adamw", "lr": 4e-3, "warmup_steps": 100},
+    },
+]
+baseline = "4to1-swiglu-muonclip"

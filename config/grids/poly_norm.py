@@ -1,0 +1,20 @@
+# ablate.py: why PolyNorm loses to SwiGLU in a short run: does it begin too large, or do its four
+# scalars learn too slowly or too fast?
+#
+# A fresh PolyNorm returns numbers of a root mean square of 0.71, whatever its input's. SiLU of a
+# fresh gate_proj returns 0.30, which PolyNorm does at a scale of 0.42. The first two runs are those
+# of the same names in config/grids/attention.py. lr8 means: at 8 times the learning rate.
+
+runs = {
+    "4to1-swiglu": {"activation": "swiglu"},
+    "4to1-polynorm": {"activation": "poly_norm"},
+    "polynorm-scale0.5": {"poly_norm_scale": 0.5},
+    "polynorm-scale0.25": {"poly_norm_scale": 0.25},
+    "polynorm-scale0.125": {"poly_norm_scale": 0.125},
+    "polynorm-scale2": {"poly_norm_scale": 2.0},
+    "polynorm-lr0.125": {"poly_norm_lr_scale": 0.125},
+    "polynorm-lr8": {"poly_norm_lr_scale": 8.0},
+    "polynorm-scale0.25-lr0.125": {"poly_norm_scale": 0.25, "poly_norm_lr_scale": 0.125},
+    "polynorm-scale0.25-lr8": {"poly_norm_scale": 0.25, "poly_norm_lr_scale": 8.0},
+}
+baseline = "4to1-swiglu"

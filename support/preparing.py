@@ -1,0 +1,534 @@
+"""Preparing: the pieces of text that a tape is made of, and the processes that make them.
+
+    data_dir/<domain>-<key>/          a domain: one source of text under one tokenizer
+        manifest.jsonl                a line for each piece that is there
+        00017-002.bin                 token ids of the training text: piece 2 of unit 17
+        00000-held-out.bin            token ids that are held out, of the first VAL_UNITS units
+
+A *unit* is what support/sources.py cuts a source into: some 16 MB of local text, or a file of a
+data set, of whatever size. A unit is made in *pieces* of PIECE_TOKENS each, in whole documents; its
+last piece is shorter. So a run can begin to read a large file long before it is prepared as a
+whole, and need not prepare all of it.
+
+What is in a piece follows from source and tokenizer alone: it is the same whoever makes it, however
+often, and in whatever order. So two processes may make the same piece, and where one was killed,
+the next one makes the piece again.
+"""
+import hashlib
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from configurator import UserError, one_line
+from support import sources
+from support.sources import SkippedRows, pin_source, source_identity, source_units
+from support.tokenizer import Tokenizer, encode_document, load_tokenizer
+
+PIECE_TOKENS = 2**22  # 8 MB on the disk; 16 MB if the tokenizer has more than 65,536 tokens
+VAL_EVERY = 20        # one document in so many is held out for validation,
+VAL_UNITS = 16        # of the first piece of so many units: a bounded number of documents
+MAX_FAILURES = 3      # at so many ends of a process over the same unit the run ends
+
+# ---- what is on the disk
+
+
+class Domain:
+    """A domain's folder. Its key is a hash of what decides the content of the pieces: a run with
+    another source or tokenizer has another folder.
+
+    name         of the domain
+    source       where its text comes from (support/sources.py); of the Hub with its revision
+    dtype        of token ids on the disk
+    num_units    of the source
+    """
+
+    def __init__(self, name: str, source: str, tokenizer: Tokenizer, data_dir: str | Path):
+        self.name = name
+        self.source = pin_source(source, Path(data_dir) / "hub_revisions.json")
+        self.tokenizer = tokenizer.name
+        self.dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
+
+        self.identity = source_identity(self.source)
+        what = [self.source, self.identity, tokenizer.fingerprint().hex(), self.dtype.str,
+                PIECE_TOKENS, VAL_EVERY, VAL_UNITS, sources.UNIT_BYTES]
+        key = hashlib.sha256(repr(what).encode()).hexdigest()[:10]
+        self.folder = Path(data_dir) / f"{name}-{key}"
+        self.num_units = None
+        self.records = {}  # (unit, piece) -> its line of the manifest
+        self.unit_tokens = Counter()
+        self.whole_units = set()
+        self._read = {}    # manifest -> how many bytes of it were read
+        self.refresh()
+        if self.num_units is None:
+            self.num_units = len(source_units(self.source))
+
+    # A machine that prepares a part of the data has a manifest of its own, as two machines cannot
+    # safely append to one file. Whoever reads takes all of them together.
+
+    def refresh(self) -> None:
+        """Read what the manifests say more than before."""
+        for manifest in sorted(self.folder.glob("manifest*.jsonl")):
+            with open(manifest, "rb") as file:
+                file.seek(self._read.get(manifest.name, 0))
+                new = file.read()
+            lines = new[:new.rfind(b"\n") + 1]
+            self._read[manifest.name] = self._read.get(manifest.name, 0) + len(lines)
+            for line in lines.splitlines():
+                self._take_line(line)
+
+    def _take_line(self, line: bytes) -> None:
+        try:
+            record = json.loads(line)
+            if "units" in record:
+                self.num_units = int(record["units"])
+            else:
+                self._take_record(record)
+        except (ValueError, LookupError, TypeError):
+            pass  # a line that a crash has cut: its piece is made again
+
+    def _take_record(self, record: dict) -> None:
+        key = (record["unit"], record["piece"])
+        if key not in self.records:
+            self.unit_tokens[record["unit"]] += record["tokens"]
+        if record["last"]:
+            self.whole_units.add(record["unit"])
+        self.records[key] = record
+
+    def write(self, line: dict, manifest: str) -> None:
+        """Append a line to the manifest, and take note of it."""
+        path = self.folder / manifest
+        ends_well = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+        text = json.dumps(line) + "\n"
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text if ends_well else "\n" + text)
+            file.flush()
+            os.fsync(file.fileno())
+        self._take_line(text.encode())
+
+    def path(self, unit: int, piece: int) -> Path:
+        return self.folder / f"{unit:05d}-{piece:03d}.bin"
+
+    def held_out_path(self, unit: int) -> Path:
+        return self.folder / f"{unit:05d}-held-out.bin"
+
+    def has(self, unit: int, piece: int) -> bool:
+        """Whether a piece is there. Its file may have been deleted, behind a run that read it."""
+        return (unit, piece) in self.records and self.path(unit, piece).exists()
+
+    def has_held_out(self, unit: int) -> bool:
+        """Whether the text is there that is held out of a unit, which may be none."""
+        record = self.records.get((unit, 0))
+        return record is not None and (record["held_out"] == 0
+                                       or self.held_out_path(unit).exists())
+
+    def forget(self, unit: int, piece: int) -> None:
+        """Take a piece for one that is not there, so that it is made again."""
+        record = self.records.pop((unit, piece))
+        self.unit_tokens[unit] -= record["tokens"]
+
+    def first_missing(self, unit: int, piece: int = 0) -> int | None:
+        """The first piece from `piece` on that is not there; None if the unit has no such piece."""
+        while self.has(unit, piece):
+            if self.records[unit, piece]["last"]:
+                return None
+            piece += 1
+        return piece
+
+    def expected_tokens(self, unit: int) -> float:
+        """How many tokens a unit still adds to a tape: all of a whole one; of another one the mean
+        length of the whole ones, less what is there of it."""
+        made = self.unit_tokens[unit]
+        if unit in self.whole_units:
+            return made
+        if not self.whole_units:
+            return PIECE_TOKENS
+        mean = sum(self.unit_tokens[whole] for whole in self.whole_units) / len(self.whole_units)
+        return max(mean - made, min(mean, PIECE_TOKENS), 1)
+
+    def read(self, unit: int, piece: int, start: int, count: int) -> np.ndarray:
+        """Ids start to start + count of a piece."""
+        return self._read_ids(self.path(unit, piece), self.records[unit, piece]["tokens"], start,
+                              count)
+
+    def read_held_out(self, unit: int) -> np.ndarray:
+        """All ids of a unit that are held out."""
+        tokens = self.records[unit, 0]["held_out"]
+        if tokens == 0:
+            return np.empty(0, self.dtype)
+        return self._read_ids(self.held_out_path(unit), tokens, 0, tokens)
+
+    def _read_ids(self, path: Path, tokens: int, start: int, count: int) -> np.ndarray:
+        size = self.dtype.itemsize
+        try:
+            with open(path, "rb") as file:
+                there = os.fstat(file.fileno()).st_size
+                file.seek(start * size)
+                ids = file.read(count * size)
+        except OSError as e:
+            raise UserError(f"{path}: {one_line(e)}; run again to make it again") from None
+        if there != tokens * size:
+            raise UserError(f"{path} has {there} bytes instead of {tokens * size}; delete it and "
+                            "run again to make it again")
+        return np.frombuffer(ids, self.dtype)
+
+    def verify(self) -> list[Path]:
+        """Read all pieces -> the damaged files."""
+        damaged = []
+        for (unit, piece), record in sorted(self.records.items()):
+            expected = {self.path(unit, piece): record["sha256"]}
+            if record["held_out"]:
+                expected[self.held_out_path(unit)] = record["held_out_sha256"]
+            for path, sha256 in expected.items():
+                if path.exists() and checksum(path.read_bytes()) != sha256:
+                    damaged.append(path)
+        return damaged
+
+
+def checksum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# ---- making the pieces of a unit
+
+
+@dataclass
+class Block:
+    """The documents of a piece, encoded."""
+    ids: list[np.ndarray]       # of the training documents
+    held_out: list[np.ndarray]
+    documents: int              # of the unit, up to the end of this piece
+    is_last: bool = False
+
+
+def blocks(texts: Iterable[str], tokenizer: Tokenizer, unit: int, piece: int, documents: int,
+           piece_tokens: int = PIECE_TOKENS) -> Iterator[Block]:
+    """Encode the documents of a unit from piece `piece` on, before which it has `documents`."""
+    block = Block([], [], documents)
+    tokens = 0
+    for text in islice(texts, documents, None):
+        if tokens >= piece_tokens:
+            yield block
+            piece += 1
+            block = Block([], [], block.documents)
+            tokens = 0
+
+        block.documents += 1
+        if not text.strip():
+            continue
+        ids = np.array(encode_document(tokenizer, text), dtype=np.uint32)
+        is_first = unit == 0 and piece == 0 and not block.ids and not block.held_out
+        if piece == 0 and unit < VAL_UNITS and (is_first or is_held_out(text)):
+            block.held_out.append(ids)
+        else:
+            block.ids.append(ids)
+            tokens += len(ids)
+    block.is_last = True
+    yield block
+
+
+def is_held_out(text: str) -> bool:
+    """Whether a document of a unit's first piece is held out, by a hash of its text: copies of it
+    in these pieces are held out as well. (Copies elsewhere are not looked for.) The first document
+    of a source always is, as a source may have few."""
+    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % VAL_EVERY == 0
+
+
+def shuffled(documents: list[np.ndarray], unit: int, piece: int) -> np.ndarray:
+    """The documents of a piece, end to end in an order of its own: files are often sorted."""
+    def place(i: int) -> bytes:
+        return hashlib.blake2b(repr((unit, piece, i)).encode(), digest_size=8).digest()
+
+    order = sorted(range(len(documents)), key=place)
+    return np.concatenate([np.empty(0, np.uint32), *[documents[i] for i in order]])
+
+
+def write_piece(job: dict, piece: int, block: Block) -> dict:
+    """Write the files of a piece -> its line for the manifest."""
+    unit = job["unit"]
+    folder = Path(job["folder"])
+    ids = shuffled(block.ids, unit, piece).astype(job["dtype"]).tobytes()
+    record = {"unit": unit, "piece": piece, "tokens": len(ids) // np.dtype(job["dtype"]).itemsize,
+              "documents": block.documents, "last": block.is_last, "sha256": checksum(ids),
+              "held_out": sum(map(len, block.held_out)),
+              "held_out_documents": len(block.held_out)}
+    if block.held_out:
+        held_out = np.concatenate(block.held_out).astype(job["dtype"]).tobytes()
+        record["held_out_sha256"] = checksum(held_out)
+        write_file(folder / f"{unit:05d}-held-out.bin", held_out)
+    write_file(folder / f"{unit:05d}-{piece:03d}.bin", ids)
+    return record
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name of this process's own, then give it its name."""
+    temporary = Path(f"{path}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes of this machine that were killed."""
+    for path in folder.glob(f"*.{socket.gethostname()}.*.tmp"):
+        pid = int(path.suffixes[-2][1:])
+        if not Path(f"/proc/{pid}").exists():
+            path.unlink(missing_ok=True)
+
+
+# The process that makes pieces: `python -m support.preparing`. It is no fork of its parent: that
+# would copy the training process's threads, its memory, and its hold on the GPU. They speak through
+# pipes, a line at a time:
+#
+#     parent    {"unit": 17, "piece": 0, ...}     make the pieces of this unit
+#     parent    an empty line                     you may make one piece
+#     child     {"unit": 17, "piece": 0, ...}     I have made it: its line for the manifest
+#
+# If the parent ends, however it ends, the next line never comes, and the child ends too.
+
+def work() -> None:
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # so that nothing that a library prints is taken for an answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    os.nice(5)
+    for line in iter(sys.stdin.readline, ""):
+        if not line.strip():
+            continue  # a permit for a unit that has ended
+        try:
+            for answer in make_unit(json.loads(line)):
+                print(json.dumps(answer), file=answers, flush=True)
+        except BrokenPipeError:  # the parent has ended
+            os._exit(0)
+        except (UserError, OSError) as e:
+            print(json.dumps({"error": one_line(e)}), file=answers, flush=True)
+
+
+def make_unit(job: dict) -> Iterator[dict]:
+    """Make the pieces of a unit, each when the parent allows it -> a line of manifest for each.
+
+    job    source, identity, tokenizer, dtype, folder, unit, the sizes of pieces and units; the
+           first piece to make, and how many documents come before it"""
+    if source_identity(job["source"]) != job["identity"]:
+        raise UserError(f"{job['source']} has changed since the run began; start the run again")
+    tokenizer = load_tokenizer(job["tokenizer"])
+    skipped = SkippedRows()
+    texts = source_units(job["source"], job["unit_bytes"])[job["unit"]](skipped)
+    piece = job["piece"]
+    making = blocks(texts, tokenizer, job["unit"], piece, job["documents"], job["piece_tokens"])
+    wait_for_permit()
+    for block in making:
+        record = write_piece(job, piece, block)
+        if block.is_last:
+            record["skipped"] = skipped.report()
+        yield record
+        piece += 1
+        if not block.is_last:
+            wait_for_permit()
+
+
+def wait_for_permit() -> None:
+    """Read the parent's next line; end if there is no parent any more."""
+    if not sys.stdin.readline():
+        sys.exit()
+
+
+# ---- the parent
+
+
+class Worker:
+    """A process that makes pieces, and the unit that it is at."""
+
+    def __init__(self, answers: queue.SimpleQueue):
+        root = str(Path(__file__).parent.parent)
+        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "support.preparing"], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, encoding="utf-8",
+            env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"})
+        self.domain = None
+        self.unit = None
+        self.piece = None     # that it makes next
+        self.permits = 0      # pieces that it may make and has not made
+        threading.Thread(target=self._listen, args=(answers,), daemon=True).start()
+
+    def _listen(self, answers: queue.SimpleQueue) -> None:
+        """Put what the process says into the queue, and None when it has ended."""
+        for line in self.process.stdout:
+            answers.put((self, json.loads(line)))
+        answers.put((self, None))
+
+    def begin(self, domain: Domain, unit: int, piece: int) -> None:
+        """Give it a unit, to be made from a piece on."""
+        self.domain = domain
+        self.unit = unit
+        self.piece = piece
+        before = domain.records[unit, piece - 1]["documents"] if piece > 0 else 0
+        self._send(json.dumps({
+            "source": domain.source, "identity": domain.identity, "tokenizer": domain.tokenizer,
+            "dtype": domain.dtype.str, "folder": str(domain.folder), "unit": unit, "piece": piece,
+            "documents": before, "piece_tokens": PIECE_TOKENS,
+            "unit_bytes": sources.UNIT_BYTES}))
+
+    def permit(self) -> None:
+        """Let it make a piece. It may have two permits: with one in hand it need not wait for the
+        parent, which is busy with a training step."""
+        if self.permits < 2:
+            self._send("")
+            self.permits += 1
+
+    def _send(self, line: str) -> None:
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+        except OSError:
+            pass  # it was killed, which _listen reports
+
+
+class Preparer:
+    """Keeps processes busy with what is wanted.
+
+    workers     how many pieces are made at a time; None: as many as this process may use cores.
+                There may be more processes, one for each domain, that wait at the unit that is read
+    manifest    the file that its lines go to
+    """
+
+    def __init__(self, workers: int | None = None, manifest: str = "manifest.jsonl"):
+        self.limit = workers or len(os.sched_getaffinity(0))
+        self.manifest = manifest
+        self.workers = []
+        self.domains = []           # that pieces were made of
+        self.answers = queue.SimpleQueue()
+        self.failures = Counter()   # (domain, unit) -> how often its process was killed
+
+    def num_busy(self) -> int:
+        return sum(worker.permits > 0 for worker in self.workers)
+
+    def request(self, domain: Domain, tokens: int, units: Iterable[tuple[int, int]],
+                part: tuple[int, int] = (0, 1)) -> None:
+        """Have about so many tokens made of these units, in their order, as far as processes are
+        free. How long a unit will be is not known: it is taken to be as long as the others.
+
+        units: (unit, its first piece that is wanted).
+        part (i, n): make only units i, i + n, i + 2 n, ... of the source."""
+        for unit, piece in units:
+            if tokens <= 0:
+                return
+            missing = domain.first_missing(unit, piece)
+            if missing is not None and unit % part[1] == part[0]:
+                worker = self._worker_at(domain, unit, missing)
+                if worker is None:
+                    return
+                worker.permit()
+            tokens -= domain.expected_tokens(unit)
+
+    def _worker_at(self, domain: Domain, unit: int, piece: int) -> Worker | None:
+        """The process that works on a unit and will still come to this piece; else one that begins
+        there, unless as many as may be are busy."""
+        for worker in self.workers:
+            if worker.domain is domain and worker.unit == unit and worker.piece <= piece:
+                return worker
+        if self.num_busy() >= self.limit:
+            return None
+
+        free = [worker for worker in self.workers if worker.domain is None]
+        if not free:
+            free = [Worker(self.answers)]
+            self.workers += free
+        if domain not in self.domains:
+            self._open(domain)
+        free[0].begin(domain, unit, piece)
+        return free[0]
+
+    def _open(self, domain: Domain) -> None:
+        """Make a domain's folder ready to be written."""
+        print(f"preparing {domain.name} in {domain.folder}", flush=True)
+        self.domains.append(domain)
+        try:
+            domain.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(domain.folder)
+            domain.write({"units": domain.num_units}, self.manifest)
+        except OSError as e:
+            raise UserError(f"{domain.folder} cannot be written: {one_line(e)}; free some space or "
+                            "choose another --data_dir") from None
+
+    def collect(self, seconds: float = 0.0) -> None:
+        """Take note of what the processes have made. Wait so long for something to come."""
+        try:
+            self._take_answer(*self.answers.get(timeout=seconds))
+            while True:
+                self._take_answer(*self.answers.get_nowait())
+        except queue.Empty:
+            pass
+
+    def _take_answer(self, worker: Worker, answer: dict | None) -> None:
+        domain = worker.domain
+        unit = worker.unit
+        if answer is None:
+            if worker in self.workers:
+                self.workers.remove(worker)
+            if domain is not None:
+                self._take_failure(domain, unit)
+        elif "error" in answer:
+            worker.domain = None
+            worker.permits = 0
+            raise UserError(f"preparing {domain.name}: {answer['error']}")
+        else:
+            known = domain.records.get((unit, answer["piece"]), answer)
+            if known["sha256"] != answer["sha256"]:
+                raise UserError(f"{domain.source} gives another text than it did: piece "
+                                f"{answer['piece']} of unit {unit} differs; choose another "
+                                "--data_dir")
+            worker.piece += 1
+            worker.permits -= 1
+            domain.write(answer, self.manifest)
+            self.failures.pop((domain.name, unit), None)
+            if answer["last"]:
+                worker.domain = None
+                worker.permits = 0
+                if answer["skipped"]:
+                    print(answer["skipped"], flush=True)
+
+    def _take_failure(self, domain: Domain, unit: int) -> None:
+        self.failures[domain.name, unit] += 1
+        if self.failures[domain.name, unit] == MAX_FAILURES:
+            raise UserError(f"the process that prepared unit {unit} of {domain.name} has ended "
+                            f"{MAX_FAILURES} times: by an error that is printed above, or killed "
+                            "for lack of memory; try --workers=1")
+        print(f"the process that prepared unit {unit} of {domain.name} has ended; another one "
+              "takes over", flush=True)
+
+    def release(self, domain: Domain) -> None:
+        """End the processes that wait for a permit at a unit of a domain. Another one can go on
+        with the unit at any time."""
+        for worker in list(self.workers):
+            if worker.domain is domain and worker.permits == 0:
+                worker.domain = None
+                worker.process.kill()
+                self.workers.remove(worker)
+
+    def close(self) -> None:
+        """End the processes."""
+        for worker in self.workers:
+            worker.process.kill()
+            worker.process.wait()
+
+
+if __name__ == "__main__":
+    work()

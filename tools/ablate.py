@@ -1,0 +1,632 @@
+"""Does an idea pay? A grid of training runs, on all GPUs of a machine.
+
+    python -m tools.ablate GRID OUT [--key=value ...]
+    python -m tools.ablate --table OUT
+
+A GRID is a small file, such as config/grids/attention.py, that says how runs differ:
+
+    axes = [
+        {"gqa": {"num_attention_heads": 8, "num_noise_heads": 0}, "4to1": {}},
+        {"swiglu": {"activation": "swiglu"}, "polynorm": {"activation": "poly_norm"}},
+    ]
+    seeds = [1, 2]
+
+makes eight runs: gqa-swiglu, gqa-polynorm, 4to1-swiglu and 4to1-polynorm with either seed. Options
+are keys of the grid (see Grid) or of pretrain.py; the latter go to every run.
+
+The folder of a run is OUT/<name>-seed<seed>. A run that has ended is not repeated, and one that was
+cut goes on from its checkpoint, or begins anew if it has none. So the same command goes on with a
+grid, and grids that share OUT share the runs that they have in common.
+
+Each run that ends adds a line to OUT/runs.csv and its held-out curve to OUT/curves.csv. From these
+two files alone --table prints a table for each grid, and draws OUT/curves.png. They also tell which
+runs have ended: where the folders are gone, a run with a line in runs.csv is not repeated either.
+"""
+import csv
+import itertools
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import configurator
+import pretrain
+from configurator import NonNegative, UserError
+from model import Motif, flops_per_token
+from support.log import read_metrics, replace_text
+from support.ranks import run_main
+from tools.plots import import_pyplot
+
+# ---- the grid
+
+@dataclass
+class Grid:
+    """What the runs share, and what they differ in."""
+    base: str = "config/evidence.py"    # the config file of pretrain.py that all runs have
+    axes: list = field(default_factory=list)   # [{name: {key: value}}, ...]: a run for each choice
+                                        # of one name of each axis, called "name-name"
+    runs: dict = field(default_factory=dict)   # name -> {key: value}: more runs
+    seeds: list = field(default_factory=lambda: [1337])
+    baseline: str | None = None         # the run that others are compared with; None: the first
+    max_minutes: NonNegative | None = None  # no run begins that would not end by then, if it took
+                                        # as long as the longest so far
+
+
+def cells(grid: Grid) -> dict[str, dict]:
+    """Name -> what the runs of that name set. Later axes come after earlier ones, in names and in
+    settings:
+
+    >>> attention = {"gqa": {"num_noise_heads": 0}, "4to1": {}}
+    >>> for name, settings in cells(Grid(axes=[attention, {"fast": {"lr": 0.1}}])).items():
+    ...     print(name, settings)
+    gqa-fast {'num_noise_heads': 0, 'lr': 0.1}
+    4to1-fast {'lr': 0.1}
+    """
+    found = {}
+    if grid.axes:
+        for choice in itertools.product(*[axis.items() for axis in grid.axes]):
+            name = "-".join(part for part, _ in choice)
+            found[name] = {}
+            for _, settings in choice:
+                found[name].update(settings)
+    found.update(grid.runs)
+
+    for name in found:
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise UserError(f"the name {name!r} must be letters, digits, '_', '-' and '.', as a "
+                            "folder is named after it")
+    return found
+
+
+# Keys that say where a run is, not what it computes. Neither the table nor a comparison has them.
+PLACES = {"out_dir", "data_dir", "resume", "device", "workers", "timeout_seconds", "wandb"}
+
+
+class Run(NamedTuple):
+    """One training run."""
+    name: str
+    seed: int
+    overrides: dict             # what it sets, and the base file does not
+    argv: list[str]             # the command line of pretrain.py
+    config: pretrain.Config
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.name} seed {self.seed}"
+
+
+def plan_runs(grid: Grid, out: Path, options: dict[str, str]) -> list[Run]:
+    """All runs of the grid: each name once, then each with the next seed. options: of pretrain.py,
+    for every run."""
+    planned = []
+    for seed in grid.seeds:
+        for name, settings in cells(grid).items():
+            for key in options:
+                if key in settings:
+                    raise UserError(f"--{key} is what the grid varies: {name} sets it; change the "
+                                    "grid")
+            folder = out / f"{name}-seed{seed}"
+            values = {**options, **settings, "seed": seed, "out_dir": folder}
+            argv = [grid.base] + [f"--{key}={value}" for key, value in values.items()]
+            config = configurator.load(pretrain.Config, argv)
+            if config.eval_every is None:
+                raise UserError("a grid compares held-out losses: it needs eval_every")
+
+            overrides = {}
+            for key in [*options, *settings]:
+                if key not in PLACES:
+                    overrides[key] = getattr(config, key)
+            planned.append(Run(name, seed, overrides, argv, config, folder))
+    return planned
+
+
+def has_ended(run: Run) -> bool:
+    """Whether the run has made its last evaluation."""
+    steps = pretrain.make_curriculum(run.config).steps
+    for metrics in read_metrics(run.folder):
+        if metrics["step"] == steps and "val_loss" in metrics:
+            return True
+    return False
+
+
+def check_folder(run: Run) -> None:
+    """UserError if the run's folder holds a run of other settings, which the table would mix up
+    with this one."""
+    path = run.folder / "config.json"
+    if not path.exists():
+        return
+    old = json.loads(path.read_text())
+    new = json.loads(json.dumps(asdict(run.config)))
+    for key, value in new.items():
+        if key not in PLACES and old.get(key, value) != value:
+            raise UserError(f"{run.folder} holds a run with {key}={old[key]}, not {value}; delete "
+                            "it, or give another OUT or name")
+
+
+# ---- running it
+#
+# Each run is a process of its own, which sees one GPU. As soon as it has ended, the next one gets
+# the GPU. What a run prints goes to output.txt in its folder. This process only waits, and keeps a
+# note beside that, ablate.json: on which card the run was, the date, and once it has ended how many
+# seconds it took in all, with compiling and evaluations.
+
+POLL_SECONDS = 0.2
+REPORT_SECONDS = 30
+
+
+class Job(NamedTuple):
+    """A run on its way."""
+    run: Run
+    card: str | None            # as CUDA_VISIBLE_DEVICES has it; None: no GPU
+    process: subprocess.Popen
+    begun: float
+
+
+def find_cards(device: str) -> list[str | None]:
+    """The GPUs to run on, as CUDA_VISIBLE_DEVICES names them; [None] for one run at a time on the
+    CPU."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return [None]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        return visible.split(",")
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def prepare_data(runs: list[Run]) -> None:
+    """Prepare what the runs read: runs that begin at the same time would each do so. (The seed is
+    also that of the order in which a domain is read.)"""
+    prepared = []
+    for run in runs:
+        c = run.config
+        reads = [c.domains, c.mixture, c.tokenizer, c.data_dir, c.seq_len, c.batch_tokens,
+                 c.max_steps, c.max_tokens, c.seed]
+        if reads in prepared:
+            continue
+        prepared.append(reads)
+        command = [sys.executable, "-m", "tools.prepare", *run.argv]
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+            raise UserError(f"the data of {run} could not be prepared: see above")
+
+
+def run_all(todo: list[Run], planned: list[Run], out: Path, grid: Grid,
+            grid_name: str) -> list[Run]:
+    """Run what is to do of the planned runs, as far as the time allows -> those that failed."""
+    begun = time.monotonic()
+    cards = find_cards(todo[0].config.device)
+    card_name = "CPU" if cards == [None] else torch.cuda.get_device_name()
+    print(f"{len(todo)} runs on {len(cards)} x {card_name}", flush=True)
+    prepare_data(todo)
+
+    reported = begun
+    waiting = list(todo)
+    running = []
+    failed = []
+    try:
+        while waiting or running:
+            while waiting and cards and has_time(grid.max_minutes, begun, planned):
+                running.append(start(waiting.pop(0), cards.pop(0), card_name))
+                print(f"started {running[-1].run}; {len(waiting)} wait", flush=True)
+            if not running:
+                break                       # there is no time for what waits
+
+            time.sleep(POLL_SECONDS)
+            for job in list(running):
+                if job.process.poll() is None:
+                    continue
+                running.remove(job)
+                cards.append(job.card)
+                if has_ended(job.run):
+                    report_end(job, card_name)
+                    add_to_tables(out, [job.run], grid, grid_name)
+                else:
+                    failed.append(job.run)
+                    print(f"failed {job.run}: {last_words(job.run)}", flush=True)
+            if time.monotonic() - reported > REPORT_SECONDS:
+                reported = time.monotonic()
+                report_progress(running)
+    finally:
+        # Ctrl-C, say: let them save and end.
+        for job in running:
+            job.process.terminate()
+        for job in running:
+            job.process.wait()
+    return failed
+
+
+def start(run: Run, card: str | None, card_name: str) -> Job:
+    """Start pretrain.py on a card."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_note(run, card_name, seconds=None)
+    environment = dict(os.environ)
+    if card is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = card
+    with open(run.folder / "output.txt", "w", encoding="utf-8") as output:
+        process = subprocess.Popen([sys.executable, pretrain.__file__, *run.argv], stdout=output,
+                                   stderr=subprocess.STDOUT, env=environment)
+    return Job(run, card, process, time.monotonic())
+
+
+def report_end(job: Job, card_name: str) -> None:
+    """Print what a run has come to, and note how long it took."""
+    seconds = time.monotonic() - job.begun
+    write_note(job.run, card_name, seconds)
+    loss = [m["val_loss"] for m in read_metrics(job.run.folder) if "val_loss" in m][-1]
+    print(f"ended {job.run} after {seconds:.0f} s: held-out loss {loss:.4f}", flush=True)
+
+
+def write_note(run: Run, card_name: str, seconds: float | None) -> None:
+    note = {"card": card_name, "date": date.today().isoformat(), "seconds": seconds}
+    replace_text(run.folder / "ablate.json", json.dumps(note))
+
+
+def read_note(run: Run) -> dict:
+    """What write_note has written; all unknown for a run that was started by hand."""
+    path = run.folder / "ablate.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    return {"card": "", "date": "", "seconds": None}
+
+
+def has_time(max_minutes: float | None, begun: float, runs: list[Run]) -> bool:
+    """Whether one more run would end in time, if it took as long as the longest so far. Of the
+    first runs nothing is known: they begin."""
+    if max_minutes is None:
+        return True
+    longest = max(read_note(run)["seconds"] or 0 for run in runs)
+    return time.monotonic() - begun + longest < 60 * max_minutes
+
+
+def last_words(run: Run) -> str:
+    """The last line that a run has printed."""
+    lines = (run.folder / "output.txt").read_text(encoding="utf-8").split("\n")
+    words = [line for line in lines if line.strip()]
+    return f"{words[-1] if words else 'it printed nothing'} ({run.folder}/output.txt)"
+
+
+def report_progress(running: list[Job]) -> None:
+    """Print the last logged line of each run that is on its way."""
+    for job in running:
+        logged = [m for m in read_metrics(job.run.folder) if "loss" in m]
+        if logged:
+            m = logged[-1]
+            steps = pretrain.make_curriculum(job.run.config).steps
+            print(f"  {job.run}: step {m['step']}/{steps}, loss {m['loss']:.4f}, "
+                  f"{m['tok_per_s']:,.0f} tok/s", flush=True)
+
+
+# ---- runs.csv and curves.csv
+#
+# All that the table and the picture need, small enough to be kept with the code:
+#
+#     runs.csv       a line for each run of each grid. overrides and loss_by_domain are JSON;
+#                    tok_per_s is the median of the logged lines; flops_per_token counts forward and
+#                    backward pass; loss is held out, in nats per token, after the last step
+#     curves.csv     a line for each evaluation of each run: tokens seen, seconds of training, loss
+#
+# A run that several grids have in common has a line in runs.csv for each of them.
+
+RUN_COLUMNS = ["grid", "name", "seed", "baseline", "overrides", "parameters", "flops_per_token",
+               "tokens", "tok_per_s", "loss", "loss_by_domain", "date", "card"]
+CURVE_COLUMNS = ["name", "seed", "tokens", "seconds", "loss"]
+
+
+def read_csv(path: Path) -> list[dict]:
+    """The lines of a table, as {column: text}; none if there is no file."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path: Path, columns: list[str], rows: list[dict]) -> None:
+    """Write a table, which appears under its name only when it is complete."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
+def add_to_tables(out: Path, runs: list[Run], grid: Grid, grid_name: str) -> None:
+    """Write what has ended of these runs into the two files, in place of what they have of them.
+    All other lines stay, also of runs whose folders are gone."""
+    rows = {}
+    for row in read_csv(out / "runs.csv"):
+        rows[row["grid"], row["name"], row["seed"]] = row
+    curves = {}
+    for point in read_csv(out / "curves.csv"):
+        curves.setdefault((point["name"], point["seed"]), []).append(point)
+
+    baseline = grid.baseline or next(iter(cells(grid)))
+    for run in runs:
+        seed = str(run.seed)
+        row = recorded_row(run, rows.values())
+        if has_ended(run):
+            row = measure(run)
+            curves[run.name, seed] = measure_curve(run)
+        if row is not None:
+            # To the end: so the lines of a grid come to stand in the order of its runs.
+            rows.pop((grid_name, run.name, seed), None)
+            rows[grid_name, run.name, seed] = {**row, "grid": grid_name, "baseline": baseline}
+
+    write_csv(out / "runs.csv", RUN_COLUMNS, list(rows.values()))
+    points = [point for curve in curves.values() for point in curve]
+    write_csv(out / "curves.csv", CURVE_COLUMNS, points)
+
+
+def recorded_row(run: Run, rows) -> dict | None:
+    """The line that runs.csv has of this run, for whatever grid. UserError if that run had other
+    settings."""
+    for row in rows:
+        if row["name"] == run.name and row["seed"] == str(run.seed):
+            if json.loads(row["overrides"]) != json.loads(json.dumps(run.overrides)):
+                raise UserError(f"runs.csv has {run} with {row['overrides']}, not "
+                                f"{json.dumps(run.overrides)}; give another OUT or name")
+            return row
+    return None
+
+
+def measure(run: Run) -> dict:
+    """The line of runs.csv, without grid and baseline."""
+    metrics = read_metrics(run.folder)
+    last = [m for m in metrics if "val_loss" in m][-1]
+    with torch.device("meta"):
+        model = Motif(pretrain.model_config(run.config))
+    flops = flops_per_token(model.config, pretrain.make_curriculum(run.config).context[-1])
+    by_domain = {name: round(x, 5) for name, x in last["val_loss_by_domain"].items()}
+    note = read_note(run)
+    return {"name": run.name, "seed": str(run.seed), "overrides": json.dumps(run.overrides),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "flops_per_token": sum(flops), "tokens": last["tokens"],
+            "tok_per_s": round(median_speed(metrics)), "loss": f"{last['val_loss']:.5f}",
+            "loss_by_domain": json.dumps(by_domain), "date": note["date"], "card": note["card"]}
+
+
+def measure_curve(run: Run) -> list[dict]:
+    """The lines of curves.csv: one for each evaluation."""
+    metrics = read_metrics(run.folder)
+    points = []
+    for m in metrics:
+        if "val_loss" in m:
+            points.append({"name": run.name, "seed": str(run.seed), "tokens": m["tokens"],
+                           "seconds": f"{training_seconds(metrics, m['tokens']):.1f}",
+                           "loss": f"{m['val_loss']:.5f}"})
+    return points
+
+
+def median_speed(metrics: list[dict]) -> float:
+    """Tokens per second, the median of the logged lines."""
+    return statistics.median(m["tok_per_s"] for m in metrics if "tok_per_s" in m)
+
+
+def training_seconds(metrics: list[dict], tokens: int) -> float:
+    """How long it took to train on the first so many tokens, without evaluations and compiling: a
+    logged line that is less than half as fast as the median has seen torch.compile at work, and
+    counts as if it had the median speed. Here the first line does:
+
+    >>> metrics = [{"tokens": 10, "tok_per_s": 1}, {"tokens": 50, "tok_per_s": 10},
+    ...            {"tokens": 90, "tok_per_s": 8}, {"tokens": 130, "tok_per_s": 8}]
+    >>> training_seconds(metrics, 90)            # 10 / 8 + 40 / 10 + 40 / 8
+    10.25
+    """
+    median = median_speed(metrics)
+    seconds = 0.0
+    before = 0
+    for m in metrics:
+        if "tok_per_s" in m and m["tokens"] <= tokens:
+            slow = m["tok_per_s"] < median / 2
+            seconds += (m["tokens"] - before) / (median if slow else m["tok_per_s"])
+            before = m["tokens"]
+    return seconds + (tokens - before) / median
+
+
+# ---- table and picture
+#
+# Loss at equal time. An idea that costs speed must gain more per step than it loses in steps. So
+# the table also reads each name's held-out curve, over seconds of training, at the moment when the
+# fastest name of the table ended. Then the learning rate of a slower run has not yet decayed to its
+# end, as it would have in a run that was planned for that time: this column is too hard on slow
+# runs. To be fair to one, run it again with a --max_steps that lets it end with the fastest.
+#
+# Standard errors. With s^2 the variance over the n seeds of a name, that of a difference is
+# sqrt(s1^2 / n1 + s2^2 / n2). From two or three seeds it is itself only known to a factor of two.
+
+class Summary(NamedTuple):
+    """The runs of one name in one grid."""
+    name: str
+    runs: list[dict]            # lines of runs.csv, one for each seed
+    curves: list[list[dict]]    # and of curves.csv
+
+    def losses(self) -> list[float]:
+        """After the last step, of each seed."""
+        return [float(run["loss"]) for run in self.runs]
+
+    def mean_curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of training and loss at each evaluation, the mean over seeds."""
+        seconds = [[float(point["seconds"]) for point in curve] for curve in self.curves]
+        losses = [[float(point["loss"]) for point in curve] for curve in self.curves]
+        return np.mean(seconds, axis=0), np.mean(losses, axis=0)
+
+    def end(self) -> float:
+        """Seconds of training in all."""
+        seconds, _ = self.mean_curve()
+        return seconds[-1]
+
+    def loss_at(self, moment: float) -> float:
+        """The loss after so many seconds of training, on the straight line between evaluations."""
+        seconds, losses = self.mean_curve()
+        return float(np.interp(moment, seconds, losses))
+
+
+def summarize(out: Path) -> dict[str, list[Summary]]:
+    """Grid -> its names, from the two files."""
+    curves = {}
+    for point in read_csv(out / "curves.csv"):
+        curves.setdefault((point["name"], point["seed"]), []).append(point)
+
+    grids = {}
+    for row in read_csv(out / "runs.csv"):
+        names = grids.setdefault(row["grid"], {})
+        if row["name"] not in names:
+            names[row["name"]] = Summary(row["name"], [], [])
+        if (row["name"], row["seed"]) not in curves:
+            raise UserError(f"{out}/curves.csv lacks {row['name']} seed {row['seed']}; the two "
+                            "files belong together")
+        names[row["name"]].runs.append(row)
+        names[row["name"]].curves.append(curves[row["name"], row["seed"]])
+    return {grid: list(names.values()) for grid, names in grids.items()}
+
+
+def table(grid: str, summaries: list[Summary]) -> str:
+    """The table of one grid, with a line for each name."""
+    baseline = summaries[0].runs[0]["baseline"]
+    by_name = {summary.name: summary for summary in summaries}
+    fastest = min(summaries, key=Summary.end)
+    header = ["", "seeds", "loss", "std", "difference", "parameters", "GFLOP/token", "tok/s",
+              "at equal time"]
+    cells_of_rows = [header]
+    for s in summaries:
+        losses = s.losses()
+        spread = f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "one seed"
+        speeds = [float(run["tok_per_s"]) for run in s.runs]
+        cells_of_rows.append([
+            s.name, str(len(losses)), f"{statistics.fmean(losses):.4f}", spread,
+            difference(s, by_name.get(baseline)), f"{int(s.runs[0]['parameters']):,d}",
+            f"{int(s.runs[0]['flops_per_token']) / 1e9:.3f}",
+            f"{statistics.median(speeds):,.0f}", f"{s.loss_at(fastest.end()):.4f}"])
+
+    widths = [max(len(row[i]) for row in cells_of_rows) for i in range(len(header))]
+    lines = [f"{grid}: held-out loss in nats per token; differences are to {baseline}, ± their "
+             f"standard error; equal time is {fastest.end():.0f} s, when {fastest.name} ended"]
+    for row in cells_of_rows:
+        columns = [row[0].ljust(widths[0])]
+        columns += [text.rjust(width) for text, width in zip(row[1:], widths[1:])]
+        lines.append("  ".join(columns))
+    return "\n".join(lines)
+
+
+def difference(summary: Summary, baseline: Summary | None) -> str:
+    """Its mean loss less the baseline's, with the standard error that the seeds give."""
+    if baseline is None or summary.name == baseline.name:
+        return ""
+    ours = summary.losses()
+    theirs = baseline.losses()
+    mean = statistics.fmean(ours) - statistics.fmean(theirs)
+    if len(ours) < 2 or len(theirs) < 2:
+        return f"{mean:+.4f} (one seed)"
+    variance = statistics.variance(ours) / len(ours) + statistics.variance(theirs) / len(theirs)
+    return f"{mean:+.4f} ± {variance ** 0.5:.4f}"
+
+
+def draw(out: Path, grids: dict[str, list[Summary]]) -> None:
+    """Draw out/curves.png: held-out loss over tokens, a panel for each grid. The first evaluation,
+    of a model that has learnt nothing, is left out. Without matplotlib there is no picture."""
+    plt = import_pyplot()
+    if plt is None:
+        print("no picture, as there is no matplotlib")
+        return
+    figure, axes = plt.subplots(len(grids), 1, figsize=(9, 5 * len(grids)), squeeze=False,
+                                layout="constrained")
+    for axis, (grid, summaries) in zip(axes[:, 0], grids.items()):
+        for i, summary in enumerate(summaries):
+            label = summary.name
+            for curve in summary.curves:
+                tokens = [int(point["tokens"]) for point in curve[1:]]
+                losses = [float(point["loss"]) for point in curve[1:]]
+                axis.plot(tokens, losses, marker="o", ms=3, lw=1, color=f"C{i % 10}",
+                          ls=("-", "--", ":")[i // 10 % 3], label=label)
+                label = None                # one entry of the legend for all seeds
+        axis.set(title=grid, xlabel="tokens seen", ylabel="held-out loss (nats per token)")
+        axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+        axis.grid(alpha=0.3)
+    figure.savefig(out / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+def show(out: Path) -> None:
+    """Print the tables of the runs in a folder's two files, and draw the picture."""
+    grids = summarize(out)
+    if not grids:
+        raise UserError(f"{out}/runs.csv has no runs")
+    for grid, summaries in grids.items():
+        print(table(grid, summaries) + "\n")
+    draw(out, grids)
+
+
+# ---- the command
+
+def read_arguments(argv: list[str]) -> tuple[str, Path, Grid, dict[str, str]]:
+    """The command line -> the grid's name, OUT, the grid, and the options for every run."""
+    places = [word for word in argv if not word.startswith("-")]
+    if len(places) != 2:
+        raise UserError("give a grid and a folder: python -m tools.ablate config/grids/X.py OUT")
+    grid_file, out = places
+    _, words = configurator.split_argv([grid_file, *[w for w in argv if w.startswith("-")]])
+
+    own = []
+    options = {}
+    for word in words:
+        key, equals, text = word[2:].partition("=")
+        if key in Grid.__dataclass_fields__:
+            own.append(word)
+        else:
+            options[key] = text if equals else "True"
+    grid = configurator.load(Grid, [grid_file, *own])
+    if grid.baseline not in (None, *cells(grid)):
+        raise UserError(f"baseline={grid.baseline} is none of the grid's runs: "
+                        f"{', '.join(cells(grid))}")
+    return Path(grid_file).stem, Path(out), grid, options
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if "--help" in argv or "-h" in argv:
+        print(f"{__doc__}\n{configurator.describe(configurator.load(Grid, []))}")
+        return
+    if "--table" in argv:
+        folders = [word for word in argv if word != "--table"]
+        if len(folders) != 1:
+            raise UserError("give the folder of runs.csv: python -m tools.ablate --table OUT")
+        show(Path(folders[0]))
+        return
+
+    # A cluster's SIGTERM is answered as Ctrl-C is.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    grid_name, out, grid, options = read_arguments(argv)
+    out.mkdir(parents=True, exist_ok=True)
+    planned = plan_runs(grid, out, options)
+    recorded = read_csv(out / "runs.csv")
+    todo = []
+    for run in planned:
+        check_folder(run)
+        if not has_ended(run) and recorded_row(run, recorded) is None:
+            todo.append(run)
+
+    failed = []
+    if todo:
+        failed = run_all(todo, planned, out, grid, grid_name)
+    add_to_tables(out, planned, grid, grid_name)
+    if read_csv(out / "runs.csv"):
+        show(out)
+    if failed:
+        raise UserError(f"failed: {', '.join(str(run) for run in failed)}")
+    left = [run for run in todo if not has_ended(run)]
+    if left:
+        print(f"{len(left)} runs are left; run the same command to go on")
+
+
+if __name__ == "__main__":
+    run_main(main)
