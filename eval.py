@@ -32,7 +32,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 from typing import Iterator, Literal
 
@@ -45,13 +44,12 @@ import sft
 from configurator import Count, NonNegative, Size, UserError, one_line
 from model import Decoder, KVCache, Motif
 from pretrain import COMPUTE_DTYPE, compute_precision, pick_device
-from support.preparing import is_held_out
 from support.ranks import RANK, WORLD, all_gather_object, broadcast_object, run_main
 from support.run_folder import checkpoint_steps, latest_checkpoint, read_state
 from support.scores import (format_table, load_previous, save_results, scores_by_metric,
                             summarize)
-from support.sources import source_units
-from support.tasks import CHAINS, TASKS, Example, Task, judge_replies, read_questions
+from support.tasks import (CHAINS, TASKS, Example, Task, judge_replies, read_questions,
+                           read_texts)
 from support.tokenizer import BEGIN, END, TURN_END, Tokenizer, load_tokenizer
 from support.weights import model_folder
 
@@ -488,8 +486,8 @@ def decode_until_stop(decoder: Decoder, rows: list[int], text: PromptEncoder, un
         if not unfinished:
             return
 
-        # Once half of the rows have ended, drop these. At least two rows stay, because torch.compile
-        # would compile the step anew for a single one.
+        # Once half of the rows have ended, drop these. At least two rows stay, because for a single
+        # one torch.compile would compile the step anew.
         if len(rows) > 2 and len(unfinished) <= len(rows) / 2:
             keep = sorted(range(len(rows)), key=lambda k: rows[k] not in unfinished)
             keep = keep[:max(2, len(unfinished))]
@@ -519,9 +517,9 @@ def generation(task: Task, examples: dict[int, Example], model: Motif, text: Pro
     shown = {}           # number -> the prompt as text, for the record
     prompts = []         # num_samples times the ids of every question
     numbers = []         # the question of each prompt
-    room = prompt_room(model, task.max_new_tokens)
-    was_cut = {}         # number -> whether the prompt loses its beginning
     seeds = []           # of each prompt its own, so that no two batches draw the same numbers
+    was_cut = {}         # number -> whether the prompt loses its beginning
+    room = prompt_room(model, task.max_new_tokens)
     for i, example in examples.items():
         shown[i], ids = generation_prompt(task, example, text, c.chat or task.always_chat)
         was_cut[i] = len(ids) > room
@@ -610,8 +608,6 @@ def bits_per_byte(task: Task, examples: dict[int, Example], model: Motif, text: 
 STAGE_RUNS = ("out/quickstart", "out/sft1", "out/sft2", "out/sft3")   # measured without --model
 BPB_TASKS = ["bpb:builtin:language", "bpb:builtin:code", "bpb:builtin:math",
              "bpb:builtin:science", "bpb:replies"]
-BUILTIN_DOCS = 16               # held-out documents of a builtin source
-BUILTIN_DOC_CHARS = 1024        # characters of each that are measured, from its beginning
 
 
 @dataclass
@@ -673,32 +669,14 @@ def select_tasks(c: Config) -> dict[str, Task]:
     return tasks
 
 
-def read_texts(source: str, limit: int | None) -> list[str]:
-    """The first documents of a source of text (support/sources.py). Builtin sources are what the
-    quick start trains on. Of each unit of these, the first document that training holds out
-    counts, and of that the beginning."""
-    units = source_units(source)
-    if not source.startswith("builtin:"):
-        documents = chain.from_iterable(unit() for unit in units)
-        return list(islice(filter(str.strip, documents), limit))
-
-    texts = []
-    for unit in units[:BUILTIN_DOCS]:
-        for text in filter(str.strip, unit()):
-            if is_held_out(text):
-                texts.append(text[:BUILTIN_DOC_CHARS])
-                break
-    return texts[:limit]
-
-
 # ---- the run: samples and results
 #
 # A record is written to samples.jsonl as soon as its question is measured. A later run in the same
 # folder uses a record again if nothing that decides it has changed:
 #
-#     the model and the settings     results.json notes them for all records; if one has changed, all
-#                                    records are dropped
-#     the question                   its hash, few-shot examples included, is in the record
+#     the model and the settings    results.json notes them for all records; if one has changed, all
+#                                   records are dropped
+#     the question                  its hash, few-shot examples included, is in the record
 
 def settings_of(folder: Path, text: PromptEncoder, c: Config) -> dict:
     """What decides a record, besides its question. The stamp is a hash of the model: of config.json

@@ -7,18 +7,22 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Callable, Iterator, Literal
 
 from configurator import UserError, one_line
 from support.conversations import HELD_OUT, load_conversations
+from support.preparing import is_held_out
+from support.sources import source_units
 from synthetic.conversations import answer_of
 
 # ---- what a task is
 
 @dataclass
 class Example:
-    """A question. As a few-shot example it is followed by `target`, as a prompt by nothing."""
+    """A question, or a text to measure. As a few-shot example it is followed by `target`, as a
+    prompt by nothing."""
     text: str
     target: str = ""
     choices: list = field(default_factory=list)   # possible continuations
@@ -63,7 +67,11 @@ class Task:
     reported: dict = field(default_factory=dict)      # metric -> per cent
 
 
-# ---- the questions: rows and few-shot examples
+# ---- the questions: rows, texts and few-shot examples
+
+BUILTIN_DOCS = 16               # held-out documents of a builtin source
+BUILTIN_DOC_CHARS = 1024        # characters of each that are measured, from its beginning
+
 
 def read_questions(name: str, task: Task, num_fewshot: int, limit: int | None,
                    benchmark_dir: str | None) -> dict[int, Example]:
@@ -116,6 +124,24 @@ def add_fewshot_contexts(task: Task, questions: list[Example], pool: list[Exampl
         question.fewshot_context = task.description.format(question.subject.replace("_", " "))
         for example in drawn:
             question.fewshot_context += f"{example.text}{example.target}\n\n"
+
+
+def read_texts(source: str, limit: int | None) -> list[str]:
+    """The first documents of a source of text (support/sources.py). Builtin sources are what the
+    quick start trains on. Of each unit of these, the first document that training holds out
+    counts, and of that the beginning."""
+    units = source_units(source)
+    if not source.startswith("builtin:"):
+        documents = chain.from_iterable(unit() for unit in units)
+        return list(islice(filter(str.strip, documents), limit))
+
+    texts = []
+    for unit in units[:BUILTIN_DOCS]:
+        for text in filter(str.strip, unit()):
+            if is_held_out(text):
+                texts.append(text[:BUILTIN_DOC_CHARS])
+                break
+    return texts[:limit]
 
 
 def read_examples(task: Task, is_fewshot: bool, benchmark_dir: str | None) -> list[Example]:
@@ -195,7 +221,7 @@ def choices_and_answer(row: dict) -> tuple[list[str], int]:
 def check_choices(choices: list, answer: int) -> None:
     """UserError unless each choice has something to score, and one of them is the answer."""
     if not isinstance(choices, list) or type(answer) is not int or not 0 <= answer < len(choices):
-        raise UserError(f"the answer {answer!r} is none of the choices, counted from 0: {choices!r}")
+        raise UserError(f"answer {answer!r} must be the number, from 0, of a choice in {choices!r}")
     for choice in choices:
         if not str(choice).strip():
             raise UserError("a choice is empty")
@@ -207,6 +233,9 @@ def choose(text: str, choices: list[str], answer: int, subject: str = "") -> Exa
     continuations = [f" {choice}" for choice in choices]
     return Example(text, continuations[answer], continuations, answer, subject=subject)
 
+
+# Each of these makes an Example of a row. They are named after the data sets, and each is worded as
+# in the harness's task of that name.
 
 def read_mmlu(row: dict) -> Example:
     choices, answer = choices_and_answer(row)
@@ -291,6 +320,9 @@ def plain_number(text: str) -> str:
         text = re.sub(pattern, "", text)
     return text.lower()
 
+
+# A reply's number is compared with the right one as the harness does it: strict takes the format of
+# the few-shot examples for granted, flexible does not.
 
 def gsm8k_scores(example: Example, reply: str) -> dict[str, float]:
     right = plain_number(example.row["answer"])

@@ -20,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers
 import eval as evaluation
 import model as model_module
 import sft
+import support.tasks
 import tools.chat
 from configurator import UserError
 from eval import Config, LoglikelihoodRequest, PromptEncoder
@@ -670,7 +671,7 @@ def test_a_document_that_has_changed_is_measured_again(run):
 
 def test_stages_stand_side_by_side_and_are_measured_once(
         run, model_dir, requests_scored, monkeypatch):
-    monkeypatch.setattr(evaluation, "BUILTIN_DOCS", 1)
+    monkeypatch.setattr(support.tasks, "BUILTIN_DOCS", 1)
     for name in ("quickstart/step_2", "quickstart/step_4", "sft1/step_3"):
         folder = Path("out", name)
         shutil.copytree(model_dir, folder)
