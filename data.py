@@ -154,8 +154,8 @@ class Curriculum:
             self.rows = old.rows[:step]
             self.tokens = old.tokens[:step + 1]
             if step > (max_steps or step) or self.tokens[-2] >= (max_tokens or math.inf):
-                raise UserError(f"max_steps={max_steps}, max_tokens={max_tokens}: the run is at step "
-                                f"{step} already; make it longer, or give another --out_dir")
+                raise UserError(f"max_steps={max_steps}, max_tokens={max_tokens}: the run is at "
+                                f"step {step} already; make it longer, or give another --out_dir")
         self._plan_steps(batch_tokens, seq_len, max_steps or math.inf, max_tokens or math.inf)
         self.steps = len(self.rows)
         self.context = self.seq_len

@@ -614,7 +614,7 @@ BPB_TASKS = ["bpb:builtin:language", "bpb:builtin:code", "bpb:builtin:math",
 class Config:
     """What is evaluated, and how."""
     model: str | None = None      # a checkpoint, a run (its newest one), or owner/name of the
-                                  # Hub; None: the newest of out/quickstart, sft1, sft2 and sft3
+                                  # Hub; None: those of out/quickstart, sft1, sft2 and sft3
     tokenizer: str | None = None  # None: the model's own
     tasks: str = "bpb,chains"     # names in TASKS, separated by commas. bpb:SOURCE: bits per byte
                                   # of a source of support/sources.py, such as a file (write a comma
@@ -625,7 +625,7 @@ class Config:
     chat: bool = False            # ask in the turn format, as fine-tuned models expect
     run_code: bool = False        # let humaneval and mbpp run the programs that the model writes
     benchmark_dir: str | None = None  # folder with the tasks' files; None: the Hub's data sets
-    out_dir: str | None = None    # None: out/eval/<the model's name>
+    out_dir: str | None = None    # None: out/eval/<the model's path, "-" for "/">
     kv_cache_tokens: Count | None = None  # tokens whose keys and values are in memory at once;
                                   # None: as many as fit in 16 GiB (on the CPU in 1 GiB)
     temperature: NonNegative = 0.0  # for generation tasks; 0: greedy. Chat begins with 0.7
@@ -677,6 +677,8 @@ def select_tasks(c: Config) -> dict[str, Task]:
 #     the model and the settings    results.json notes them for all records; if one has changed, all
 #                                   records are dropped
 #     the question                  its hash, few-shot examples included, is in the record
+#
+# The code of a task is not looked at: if you change it, give another --out_dir.
 
 def settings_of(folder: Path, text: PromptEncoder, c: Config) -> dict:
     """What decides a record, besides its question. The stamp is a hash of the model: of config.json
@@ -840,6 +842,8 @@ def default_kv_cache_tokens(model: Motif, device: torch.device) -> int:
 def run(c: Config) -> None:
     """Chat, or measure all tasks on all models and print the table."""
     device = pick_device(c)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # on which CUDA graphs are recorded
     models = find_models(c)
     c.precision = compute_precision(c, device)
     if c.prompt is not None or c.tasks == "chat":

@@ -160,7 +160,7 @@ def scale_(x: Tensor, factor: Tensor) -> None:
 #     r_p = 1 / sqrt(mean((x^p)^2) + eps)           normalises x^p: r3 comes from the mean of x^6
 #     y   = b + x (w1 r1 + x (w2 r2 + x w3 r3))
 #
-# model.py derives the gradient (r_p is s_m there). For g = dL/dy it is computed here as
+# model.py derives the gradient. For g = dL/dy it is computed here as
 #
 #     s_p  = r_p sum(g x^p)                         dw_p sums s_p over all rows, and db sums g
 #     k_p  = p w_p r_p^2 s_p / n

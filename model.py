@@ -111,6 +111,13 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 #
 # It costs four scalars a layer, stored as weight = (w3, w2, w1) and bias = b, and three means over
 # the features. Fused, as in kernels.py, it moves no more memory than SiLU.
+#
+# The gradient. With r_p = 1 / rms(x^p) for the powers p = 1, 2, 3, the derivative d r_p / d x_j is
+# -r_p^3 p x_j^(2p-1) / F. So, with g = dL/dy,
+#
+#     dL/dx_j = sum over p of  w_p p r_p x_j^(p-1) (g_j - r_p^2 x_j^p mean(g x^p))
+#
+# kernels.py computes it in this closed form.
 
 
 def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
@@ -468,10 +475,10 @@ class Attention(nn.Module):
 
     lambda is one scalar a layer, exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) +
     lambda_init, with four learnt vectors of D (2410.05258, section 2.1). With the initial weights
-    the two exponentials are near 1 and differ by about 0.16, so that lambda starts around
-    lambda_init and can move both ways. The factor 1 - lambda_init is from the same section: a row
-    of the difference map sums to 1 - lambda, the norm would hide that, and with the factor the
-    gradients have the size that they have in a plain transformer."""
+    the two exponentials are near 1 and differ by about 0.16 at D = 128, so that lambda starts
+    around lambda_init and can move both ways. The factor 1 - lambda_init is from the same section.
+    A row of the difference map sums to 1 - lambda, but the norm removes that scale. The factor puts
+    it back, so that gradients are as large as in a plain transformer."""
 
     def __init__(self, config: MotifConfig, layer: int):
         super().__init__()

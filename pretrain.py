@@ -18,10 +18,11 @@ Steps. The code counts from 0: step 0 reads batch 0 with the learning rate of st
 the names of folders count the steps that are done: "step N" is the state after N steps. So step_0
 would hold the initial weights, and the line "step 10" reports the loss of batch 9.
 
-To resume, give the same command again: it continues from the newest checkpoint in out_dir, bit for
-bit as if nothing had interrupted it, and on any number of GPUs. Ctrl-C, or the SIGTERM that a
-cluster sends, lets the current step end, saves a checkpoint and exits with status 0; until the
-first step is done there is nothing to save, and they end the run at once.
+To resume, give the same command again. It continues from the newest checkpoint in out_dir: bit for
+bit as if nothing had interrupted it on the same number of GPUs, up to rounding on another. Ctrl-C,
+or the SIGTERM that a cluster sends, lets the current step end, saves a checkpoint (unless
+save_every is None) and exits with status 0; until the first step is done there is nothing to save,
+and they end the run at once.
 
 The loop is `train`, and reading may begin there. The file has, in this order: the knobs, the
 schedules, one training step, what a step reads, FSDP2, checkpoints, validation, the loop, the
@@ -70,7 +71,8 @@ class TrainConfig:
     """The knobs that pre-training and fine-tuning share."""
 
     # Folders
-    out_dir: str | None = None      # all output; None: out/<name of config file>, or out/sft<stage>
+    out_dir: str | None = None      # all output; None: out/<name of config file>,
+                                    # out/sft<stage>, or <model>-sft<stage> with sft.py --model
     data_dir: str = "data"          # prepared data, of all runs
     resume: str = "auto"            # auto: the newest checkpoint in out_dir; no: none; or a path
 
@@ -160,18 +162,18 @@ PLAN_KEYS = ("domains", "batch_tokens", "seq_len", "mixture", "max_steps", "max_
 
 
 def plan_of(config: dict) -> dict:
-    """The part of a config that says what each step reads, as it is after a way through JSON."""
-    return json.loads(json.dumps({key: config[key] for key in PLAN_KEYS}))
+    """The part of a config that says what each step reads, as state.json has it (tuples become
+    lists)."""
+    return json.loads(json.dumps({key: config.get(key) for key in PLAN_KEYS}))
 
 
 def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
-    """What each step reads. state: the checkpoint's that the run goes on from. If c plans the run
-    otherwise than it did, say because it is prolonged, then what was read stays as it was planned,
-    and the new plan begins at this step."""
+    """What each step reads. state: of the checkpoint to go on from. If its config had another plan,
+    say a shorter run, the steps up to the checkpoint keep that plan, and c's begins there."""
     plan = plan_of(asdict(c))
-    plans = []  # [[step, the plan that was followed up to it], ...]
+    plans = []  # [[step, the plan that was followed up to it], ...], oldest first
     if state:
-        plans = list(state["plans"])
+        plans = list(state.get("plans", []))
         old = plan_of(state["config"])
         if old != plan:
             plans.append([state["step"], old])
@@ -198,8 +200,8 @@ def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
 #                  /                              \_
 #                 /                                 \_
 #                /                                    \_
-#     min_lr    /                                       \_
-#     0        /
+#              /                                       \_   min_lr
+#     0       /
 #              |---|------------------------------|--------|
 #              warmup_steps                       decay_fraction of the tokens
 
@@ -240,7 +242,7 @@ def check_lr_goes_on(c: Config, curriculum: data.Curriculum, state: dict) -> Non
         return
     old_curriculum, step = curriculum.before
     if step != state["step"]:
-        return  # an earlier change of plan
+        return  # the plan has changed, but not at this checkpoint
     old = {f.name: state["config"][f.name] for f in fields(Config) if f.name in state["config"]}
     lr_before = lr_at(Config(**old), old_curriculum, step)
     lr_after = lr_at(c, curriculum, step)
@@ -413,8 +415,8 @@ def reduce_and_clip(model: Motif, loss: Tensor, max_norm: float, replicas: int):
 class Dataset(Protocol):
     """What `train` trains on. data.TokenDataset and sft.PackedChatDataset implement it.
 
-    A batch is a pure function of the step. So a run that resumes reads what it would have read, the
-    number of ranks does not matter, and all that a checkpoint holds of the data is the step."""
+    A batch is a pure function of the step and of the plan that `curriculum` is. So a run that
+    resumes reads what it would have read, and the number of ranks does not matter."""
 
     curriculum: data.Curriculum      # or an object with its steps, seq_len, rows, tokens, context,
                                      # shares, names and plans
@@ -591,10 +593,12 @@ def reshard(model: Motif) -> None:
 #         config.json, model.safetensors    the model in the released layout, in fp32: a folder that
 #                                           Motif.from_pretrained reads, and so sft.py and eval.py
 #         optimizer/state.safetensors       "<parameter>.momentum", "<parameter>.exp_avg", ...
-#         state.json                        step, config, skipped steps in a row, the data's
-#                                           fingerprint, and each file's size and checksum
+#         state.json                        step, config, the plans that it followed before (if it
+#                                           was prolonged), skipped steps in a row, the data's
+#                                           fingerprint, versions, each file's size and checksum
 #
-# To resume a run needs no more: the data follow from the step, and no step draws random numbers.
+# To resume a run needs no more: the data follow from the step and the plan, and no step draws
+# random numbers.
 # (Where a file would be larger than SHARD_BYTES, there are several files and an index.)
 #
 # Atomic. The files are written into step_120.tmp, which becomes step_120 when all are on the disk.

@@ -28,7 +28,8 @@ from support.run_folder import checkpoint_steps, last_good
 
 class Log:
     """Writes to the console, log.txt, metrics.jsonl and samples.txt, on rank 0. A run that resumes
-    continues the files where its checkpoint left them: what later steps wrote is removed.
+    continues the files where its checkpoint left them: what later steps wrote is removed, but not
+    from log.txt.
 
     step              the checkpoint's; -1: the run begins
     last_evaluation   the step of the last evaluation in metrics.jsonl, or -1"""

@@ -157,9 +157,13 @@ def find_checkpoint(c, out: Path) -> tuple[Path, dict] | None:
             raise UserError(f"checkpoint {folder}: its state.json lacks {', '.join(missing)}")
         step = state["step"]
 
-    # Two runs must not mix in one folder.
+    # Two runs must not mix in one folder. But a run that began from this checkpoint goes on when
+    # the same command is given again.
     newest = max(checkpoint_steps(out), default=0)
     if c.resume != "auto" and newest > step:
+        own = latest_checkpoint(out)
+        if own and own[1].get("config", {}).get("resume") == c.resume != "no":
+            return own
         raise UserError(f"resume={c.resume}, but {out} holds a run up to step {newest}; delete it "
                         "or give another --out_dir")
     return start

@@ -386,7 +386,13 @@ def test_a_run_can_be_prolonged_and_keeps_what_it_read(run, monkeypatch):
     # Once the learning rate has fallen, it rises again on request only.
     longer = dict(max_steps=80, out_dir="more", resume="out/step_40", **stable)
     assert "--lr_may_rise" in refused(run, **longer)
-    run(**{**longer, "max_steps": 44, "lr_may_rise": True})
+    longer |= {"max_steps": 44, "lr_may_rise": True}
+    run(**longer)
+    shutil.rmtree("more/step_44")
+    run(max_steps=44, out_dir="fresh", resume="out/step_40", lr_may_rise=True, **stable)
+    run(**longer)   # the same command: the run in more/ has no checkpoint yet, and begins again
+    run(**longer)   # now it has, and nothing is left to do
+    assert same("more/step_44", "fresh/step_44")
 
 
 @pytest.mark.parametrize("crash_at", range(10))
