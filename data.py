@@ -50,7 +50,8 @@ from support.preparing import PIECE_TOKENS, VAL_UNITS, Domain, Preparer
 # step.
 #
 # All of this is arithmetic on the config and opens no data. The dry run prints it, and a run that
-# resumes needs no state of it but the number of the step.
+# resumes needs no state of it but the number of the step, and the plans that it followed before if
+# it was prolonged (`before`, below).
 
 
 def parse_schedule(key: str, value) -> list[tuple[int, int]]:
@@ -125,8 +126,9 @@ class Curriculum:
 
     Step t reads rows[t] sequences of seq_len[t] tokens after tokens[t] tokens (tokens[steps] is the
     run's total); shares[t, d] is domain d's share of them. context[t] is the sequence length that
-    its FLOPs are counted with. Of domain d the step reads sequences first[t, d] to last[t, d] - 1
-    of its phase.
+    its FLOPs are counted with. Of domain d the step takes places first[t, d] to end[t, d] - 1 of its
+    phase. A place is the number of a sequence in the order of reading; the window that it is in
+    says which sequence is there.
 
     >>> domains = {"web": ["web.txt", 0.9, 0.5], "math": ["math.txt", 0.1, 0.5]}
     >>> c = Curriculum(domains, batch_tokens=[[0, 40], [120, 80]], seq_len=10, max_tokens=400)
@@ -409,8 +411,12 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
 #     places      0 1 2   3 4   0 1 2 ...
 #     sequences   2 0 1   4 3   1 2 0 ...
 #
-# The order follows from the seed and the window. So a batch is a pure function of (seed, step), on
-# any number of ranks, and all that a checkpoint has to say about the data is the step.
+# The order follows from the seed, the window and its length. So a batch is a pure function of (seed,
+# step) under one plan, on any number of ranks. (A plan that is changed on the way to another seq_len
+# may cut a window that has begun: up to a window of each domain is then read again or passed over.)
+#
+# A window ends where an epoch of the tape ends, so that a text shorter than a window is read once
+# before any of it is read twice.
 #
 # Why not shuffle the whole domain? Then all of it would have to be there before the first step, 22
 # terabytes for the 12.7B config. A tape is needed a window ahead of the reader only, and is
@@ -422,8 +428,8 @@ VAL_DOCUMENTS = 8
 
 
 def random_order(n: int, *key) -> np.ndarray:
-    """(n,) int64: range(n) in an order that follows from the key, by sorting hashes of it. (NumPy's
-    generators may give another order in another version.)
+    """(n,) int64: range(n) in an order that follows from the key, by sorting n numbers that a
+    hash of the key gives. (NumPy's generators may give another order in another version.)
 
     >>> random_order(8, "window", 0).tolist()
     [7, 2, 4, 1, 6, 0, 5, 3]
