@@ -11,8 +11,9 @@ A task asks one of three questions:
     generation        is what the model writes right: a number, a chain of skills, a program?
     bits per byte     how well does the model predict a text?
 
-The file goes from the idea to the machinery: how a choice is scored, what a task is, then a section
-for each of the three questions, then the table of tasks, then the run and the chat. A run writes
+The file goes from the idea to the machinery: how a choice is scored, then a section for each of the
+three questions, then the run. support/tasks.py has the benchmarks: where the questions of each come
+from, how they are worded and how replies are judged. A run writes
 
     out_dir/samples.jsonl   a line per question: prompt, output, scores; an interrupted run resumes
     out_dir/results.json    score, standard error and number of questions of every task
@@ -24,7 +25,6 @@ import math
 import os
 import random
 import re
-import statistics
 import sys
 import time
 from collections import Counter, defaultdict
@@ -33,24 +33,25 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator, Literal
+from typing import Iterator, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import configurator
-import data
 import sft
 from configurator import Count, NonNegative, Size, UserError, one_line
 from model import Decoder, KVCache, Motif
 from pretrain import COMPUTE_DTYPE, compute_precision, pick_device
-from support.run_folder import checkpoint_steps, latest_checkpoint, read_state
-from support.log import replace_text
 from support.ranks import RANK, WORLD, all_gather_object, broadcast_object, run_main
-from support.tasks import CHAINS, TASKS, Example, Task
+from support.run_folder import checkpoint_steps, latest_checkpoint, read_state
+from support.scores import (format_table, load_previous, save_results, scores_by_metric,
+                            summarize)
+from support.tasks import (CHAINS, TASKS, Example, Task, judge_replies, read_questions,
+                           read_texts)
 from support.tokenizer import BEGIN, END, TURN_END, Tokenizer, load_tokenizer
-from support.weights import model_folder, read_json
+from support.weights import model_folder
 
 # ---- how a multiple-choice question is scored
 #
@@ -65,22 +66,22 @@ from support.weights import model_folder, read_json
 #     log p(c | context) = sum_t log p(c_t | context, c_1 ... c_{t-1})
 #
 # Two metrics follow. acc is 1 if the right answer has the largest sum. acc_norm is 1 if it has the
-# largest sum *per character*: every further token makes a sum smaller, so that by sums alone a long
+# largest sum *per character*. A sum gets smaller with every token, so that by sums alone a long
 # answer loses against a short one:
 #
 #     sum                  -6.0      -5.2      -9.5                      -8.0      acc = 0
 #     sum / characters     -1.50     -1.30     -0.50 (the largest)       -2.00     acc_norm = 1
 #
-# Two rules decide as much as the formula, and both are the harness's:
+# Two more rules of the harness decide as much as the formula:
 #
-#   - Tokens begin with their space: " Paris" may be one token. Hence spaces at the end of a context
-#     belong to the continuation. Context and continuation are encoded as one text, and cut where
-#     the context alone would end.
+#   - The white space at the end of a context belongs to the continuation, because a token may
+#     begin with a space: " Paris" is often one token. So the two are encoded as one text, and the
+#     ids are cut where those of the context, without that white space, end.
 #   - A text that is too long for the model loses its beginning, never its end.
 
 def choice_scores(sums: list[float], choices: list[str], answer: int) -> dict[str, float]:
     """acc and acc_norm, each 0 or 1, from the log-likelihood of every choice. The space before a
-    choice is not one of its characters. Of equal choices the first one counts as the likeliest.
+    choice does not count as one of its characters. Of equal choices the first one is the likeliest.
 
     >>> choices = [" Rome", " Lyon", " Paris, on the Seine", " Nice"]
     >>> choice_scores([-6.0, -5.2, -9.5, -8.0], choices, answer=2)
@@ -94,9 +95,9 @@ def choice_scores(sums: list[float], choices: list[str], answer: int) -> dict[st
 
 
 class PromptEncoder:
-    """A tokenizer, with what the model expects around a text.
+    """A tokenizer, with the special tokens that the model expects around a text.
 
-    begin       the id that begins every text, in a list; an empty list if there is none
+    begin       a list of the id that begins every text; empty if the model expects none
     end_ids     the ids that end a reply
 
     >>> text = PromptEncoder(load_tokenizer("byte"), begin_id=None)
@@ -113,7 +114,7 @@ class PromptEncoder:
         return self.tokenizer.encode(text)
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """The ids of both, by the rules above. There must be something to continue: an empty
+        """The ids of both, by the rules above. A model can only continue something, so an empty
         context becomes BEGIN."""
         context_ids = self.encode(context.rstrip())
         continuation_ids = self.encode(context + continuation)[len(context_ids):]
@@ -123,7 +124,7 @@ class PromptEncoder:
         return begin + context_ids, continuation_ids
 
     def encode_chat(self, question: str) -> list[int]:
-        """A conversation up to where the reply to this question begins."""
+        """The ids of a conversation that ends where the reply to this question begins."""
         return sft.encode_prompt(self.tokenizer, [{"role": "user", "content": question}])
 
 
@@ -131,57 +132,67 @@ class PromptEncoder:
 #
 # One forward pass for each choice would compute most tokens many times: all 5-shot questions of a
 # subject begin with the same examples, and all choices of a question with the same prompt.
-# Attention is causal, so the keys and values of a token depend only on what comes before it. Those
-# of a common beginning are therefore computed once, and copied for each text that goes on from it.
-# This takes three stages (a letter is a few tokens, "." is padding, [ ] is copied, not computed):
+# Attention is causal, so the keys and values of a token depend only on the tokens before it. Those
+# of a common beginning are therefore computed once, and copied for each text that continues it.
+# This takes three stages. Below, a letter is a token that is read, "=" a token whose keys and
+# values are copied from the stage above, "." padding:
 #
-#                                few-shot examples     own prompts    choices
-#     stage 1: one row           eeeeeeeeeeeeeeeee
+#                                             examples    prompts   choices
+#     stage 1: one row                        eeeeeeeeeeee
 #
-#     stage 2: a row for each    [eeeeeeeeeeeeeeee]    pppppppp
-#              question          [eeeeeeeeeeeeeeee]    qqqqq...
+#     stage 2: a row for each question        ============pppppppp
+#                                             ============qqqqq...
 #
-#     stage 3: a row for each    [eeeeeeeeeeeeeeee]    [pppppppp]     aaaaa
-#              question and      [eeeeeeeeeeeeeeee]    [qqqqq]cc      .....
-#              choice            [eeeeeeeeeeeeeeee]    [pppppppp]     b....
+#     stage 3: a row for each choice          ====================aaaaa
+#              of each question               ====================bbb..
+#                                             =================cc...
+#                                             =================dddd.
 #
-# The last token of a prompt predicts the first token of every choice, so stage 2 gives the
-# log-probabilities of all first tokens and stage 3 only those of the rest: in MMLU, whose choices
-# are the single tokens " A" to " D", there is no stage 3.
+# The last token of a prompt predicts the first token of every choice. So stage 2 gives the
+# log-probabilities of all first tokens, and stage 3 only those of the others. The choices of MMLU
+# are the single tokens " A" to " D", and need no stage 3.
 #
-# Cost: 5-shot MMLU has about 600 tokens of examples and 100 of question. Row by row that would be
-# 4 x 700 tokens for a question; here it is 100.
+# Cost: 5-shot MMLU has about 600 tokens of examples and 100 of question. Row by row, a question
+# would take 4 x 700 tokens. In stages it takes 100, and each subject 600 more.
 #
 # Memory: `kv_cache_tokens` bounds how many tokens have their keys and values in memory at once.
-# Half of it is for the prompts of stage 2, half for the copies of stage 3.
+# Half of it is for the rows of stage 2, half for those of stage 3. The single row of stage 1, at
+# most max_position_embeddings tokens, comes on top of it.
 
-GPU_KV_BYTES = 16 * 2**30       # keys and values kept at once, if --kv_cache_tokens is not given
+GPU_KV_BYTES = 16 * 2**30       # of keys and values, if --kv_cache_tokens is not given
 CPU_KV_BYTES = 2**30
 GPU_BATCH_TOKENS = 8192         # tokens in one forward pass of the scorer
-CPU_BATCH_TOKENS = 512          # larger passes have more padding and no gain
-MIN_SHARED_PREFIX = 32          # a shorter common beginning does not repay a pass of its own
+CPU_BATCH_TOKENS = 512          # larger passes are not faster, and have more padding
+MIN_SHARED_PREFIX = 32          # tokens; a shorter common beginning does not repay stage 1
 
 
 class LoglikelihoodRequest:
     """One question, for the scorer.
 
-    pairs               (context ids, continuation ids) of each choice
-    rows[j]             both together; only the last max_length + 1 ids are kept, the last of which
-                        is predicted and not read
-    num_scored[j]       how many ids at the end of row j are scored
-    prompt              the ids that all rows begin with, short of the scored ones
-    group               requests of one group are expected to begin alike
+    rows[j]             the ids of context and choice j, one after the other. Only the last
+                        max_length + 1 are kept; the last one is predicted and not read
+    num_scored[j]       how many ids at the end of row j are scored: those of the choice
+    was_cut             whether a row lost its beginning
+    prompt              the ids that all rows begin with, up to the first scored one
+    group               requests of one group go through stage 1 together
     """
 
     def __init__(self, number: int, pairs: list[tuple[list, list]], max_length: int,
                  group: str = ""):
+        """pairs: (context ids, choice ids) of each choice."""
         self.number = number
         self.rows = []
         self.num_scored = []
-        for context, continuation in pairs:
-            row = (context + continuation)[-(max_length + 1):]
-            self.rows.append(row)
-            self.num_scored.append(min(len(continuation), len(row) - 1))
+        self.was_cut = False
+        for context, choice in pairs:
+            if not 1 <= len(choice) <= max_length:
+                raise UserError(f"question {number}: an answer to be scored has {len(choice)} "
+                                "tokens; it must have at least 1, and at most "
+                                f"max_position_embeddings={max_length}; take the question out")
+            row = context + choice
+            self.was_cut = self.was_cut or len(row) > max_length + 1
+            self.rows.append(row[-(max_length + 1):])
+            self.num_scored.append(len(choice))
 
         length = common_prefix_length(self.rows)
         for row, n in zip(self.rows, self.num_scored):
@@ -189,8 +200,7 @@ class LoglikelihoodRequest:
         self.prompt = self.rows[0][:length]
 
         # Rows that lost their beginning do not begin as the others of the group do.
-        was_cut = any(len(a) + len(b) > max_length + 1 for a, b in pairs)
-        self.group = "" if was_cut else group
+        self.group = "" if self.was_cut else group
 
 
 def common_prefix_length(rows: list) -> int:
@@ -207,9 +217,14 @@ def common_prefix_length(rows: list) -> int:
 
 def micro_batches(lengths: list[int], max_tokens: int, kv_tokens: float = math.inf,
                   cached: int = 0) -> Iterator[slice]:
-    """Cut rows of these lengths, longest first, into slices for one forward pass each. A pass has
-    at most max_tokens tokens; of these at most 1/16 of max_tokens are padding; and its rows, each
-    with `cached` tokens before it, have at most kv_tokens. One row is always allowed.
+    """Cut rows of these lengths, the longest first, into slices for one forward pass each. A slice
+    ends before
+
+        its tokens, padding included, are more than max_tokens,
+        its padding is more than 1/16 of max_tokens, or
+        its rows, each behind `cached` tokens, take more than kv_tokens of the KV cache.
+
+    It has at least one row, of whatever length.
 
     >>> list(micro_batches([60, 58, 20, 20, 19], max_tokens=128))
     [slice(0, 2, None), slice(2, 5, None)]
@@ -239,8 +254,8 @@ def pad_rows(rows: list[list[int]], device: torch.device, fill: int = 0) -> Tens
 
 def score_rows(model: Motif, rows: list[list[int]], num_scored: list[int],
                cache: KVCache | None = None) -> list[Tensor]:
-    """Log-probabilities of the last num_scored[b] ids of each row, as fp32 tensors on the CPU, by
-    one forward pass. The rows continue those of the cache, if one is given."""
+    """Log-probabilities of the last num_scored[b] ids of each row b, by one forward pass: fp32
+    tensors (num_scored[b],) on the CPU. If a cache is given, the rows continue those in it."""
     device = model.head_weight.device
     inputs = [row[:-1] for row in rows]
     targets = []
@@ -251,10 +266,11 @@ def score_rows(model: Motif, rows: list[list[int]], num_scored: list[int],
     row_lengths = None
     if cache is not None:
         row_lengths = torch.tensor([len(row) for row in inputs], device=device)
-    targets = pad_rows(targets, device, fill=-1)
-    nats = model.token_losses(pad_rows(inputs, device), targets, cache=cache,
-                              row_lengths=row_lengths)
-    return list((-nats[targets >= 0]).cpu().split(num_scored))
+    targets = pad_rows(targets, device, fill=-1)                         # (B, T)
+    losses = model.token_losses(pad_rows(inputs, device), targets, cache=cache,
+                                row_lengths=row_lengths)                 # (B, T), -log p
+    log_p = -losses[targets >= 0]
+    return list(log_p.cpu().split(num_scored))
 
 
 @torch.no_grad()
@@ -301,7 +317,7 @@ def score_with_shared_prefix(
         model: Motif, requests: list[LoglikelihoodRequest], batch_tokens: int,
         kv_tokens: int) -> Iterator[tuple[LoglikelihoodRequest, list[Tensor]]]:
     """loglikelihoods() of a group of requests, by the three stages. batch_tokens bounds a forward
-    pass, kv_tokens each of the two caches of a batch."""
+    pass, kv_tokens the cache of stage 2 and that of stage 3."""
     device = model.head_weight.device
     requests = sorted(requests, key=lambda r: -len(r.prompt))
     prompts = [r.prompt for r in requests]
@@ -364,11 +380,22 @@ def score_batch(model: Motif, batch: list[LoglikelihoodRequest], prefix_cache: K
         for (i, j, _), rest in zip(remaining[part], log_p):
             scores[i][j] = torch.cat([scores[i][j], rest])
 
-    # Winogrande's contexts differ at their ends, so that not all ids after the prompt are scored.
+    # Winogrande's contexts differ, so that the last words of a context come after the prompt, which
+    # is only what all rows share. Their log-probabilities are left out.
     for request, of_rows in zip(batch, scores):
         for j, n in enumerate(request.num_scored):
             of_rows[j] = of_rows[j][-n:]
     return scores
+
+
+def finite_sum(log_p: Tensor) -> float:
+    """The sum of log-probabilities. It is an error if the model's logits were not finite: NaN is
+    neither less nor more than anything, and the first choice would count as the likeliest."""
+    total = log_p.sum().item()
+    if not math.isfinite(total):
+        raise UserError("the model's logits are not finite; check its weights, or give "
+                        "--precision=fp32")
+    return total
 
 
 def multiple_choice(task: Task, examples: dict[int, Example], model: Motif, text: PromptEncoder,
@@ -385,33 +412,38 @@ def multiple_choice(task: Task, examples: dict[int, Example], model: Motif, text
             else:
                 pairs.append(text.encode_pair(prompt, choice))
 
-        # Examples that are drawn at random are not common to the questions.
+        # Questions share their few-shot examples only if these are not drawn for each at random.
         group = example.fewshot_context if task.fewshot == "first" else ""
         requests.append(LoglikelihoodRequest(i, pairs, model.config.max_position_embeddings, group))
 
     for request, log_p in loglikelihoods(model, requests, c.kv_cache_tokens):
         example = examples[request.number]
-        sums = [x.sum().item() for x in log_p]
+        sums = [finite_sum(x) for x in log_p]
         scores = choice_scores(sums, example.choices, example.answer)
         if not task.acc_norm:
             del scores["acc_norm"]
         yield request.number, {"prompt": example.fewshot_context + example.text, "output": sums,
-                               "answer": example.answer, **scores}
+                               "answer": example.answer, "cut": request.was_cut, **scores}
 
 
 # ---- generation
+#
+# The question is the prompt. The model continues it until it writes one of the task's strings
+# `until`, or a token that ends a text. support/tasks.py judges the reply: it compares an answer, or
+# runs a program in the sandbox.
 
 def generate_replies(model: Motif, text: PromptEncoder, prompts: list[list[int]], until: tuple,
                      max_new_tokens: int, kv_cache_tokens: int, temperature: float = 0.0,
                      seeds: list[int] | None = None) -> Iterator[tuple[int, str]]:
     """Continue prompts, in batches of similar length: yields (index of the prompt, reply) as
     replies end. A reply ends before the first of the strings `until`, at a token that ends a text,
-    or after max_new_tokens. A prompt that leaves no room for these loses its beginning. A batch
-    draws its tokens with the seed of its first prompt."""
+    or after max_new_tokens, of which there are at most half of the model's context. A prompt loses
+    its beginning if it is longer than prompt_room(). A batch draws its tokens with the seed of its
+    first prompt."""
     device = model.head_weight.device
-    max_length = model.config.max_position_embeddings
-    max_new_tokens = min(max_new_tokens, max_length // 2)
-    prompts = [ids[-(max_length - max_new_tokens):] for ids in prompts]
+    room = prompt_room(model, max_new_tokens)
+    max_new_tokens = model.config.max_position_embeddings - room
+    prompts = [ids[-room:] for ids in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
 
     while order:
@@ -425,7 +457,15 @@ def generate_replies(model: Motif, text: PromptEncoder, prompts: list[list[int]]
         seed = seeds[batch[0]] if seeds else None
         decoder = Decoder(model, pad_rows(ids, device), max_new_tokens, temperature, seed=seed,
                           prompt_lengths=prompt_lengths)
+        finite_sum(decoder.logits.float())               # an error unless all logits are finite
         yield from decode_until_stop(decoder, batch, text, until, max_new_tokens)
+
+
+def prompt_room(model: Motif, max_new_tokens: int) -> int:
+    """How many tokens of a prompt are read: as many as leave room for max_new_tokens, but at least
+    half of the model's context."""
+    max_length = model.config.max_position_embeddings
+    return max_length - min(max_new_tokens, max_length // 2)
 
 
 def decode_until_stop(decoder: Decoder, rows: list[int], text: PromptEncoder, until: tuple,
@@ -446,8 +486,8 @@ def decode_until_stop(decoder: Decoder, rows: list[int], text: PromptEncoder, un
         if not unfinished:
             return
 
-        # Once half of the rows have ended, go on without them. Two rows stay at least, because
-        # torch.compile would compile the step anew for a single one.
+        # Once half of the rows have ended, drop these. At least two rows stay, because for a single
+        # one torch.compile would compile the step anew.
         if len(rows) > 2 and len(unfinished) <= len(rows) / 2:
             keep = sorted(range(len(rows)), key=lambda k: rows[k] not in unfinished)
             keep = keep[:max(2, len(unfinished))]
@@ -460,7 +500,7 @@ def decode_until_stop(decoder: Decoder, rows: list[int], text: PromptEncoder, un
 
 
 def find_first(reply: bytes, strings: tuple) -> int | None:
-    """Where the first of these strings begins; None if there is none of them.
+    """Where the first of these strings begins; None if the reply has none of them.
 
     >>> find_first(b"one; two. three", (".", ";"))
     3
@@ -472,29 +512,25 @@ def find_first(reply: bytes, strings: tuple) -> int | None:
 def generation(task: Task, examples: dict[int, Example], model: Motif, text: PromptEncoder,
                c: "Config") -> Iterator[tuple[int, dict]]:
     """Write replies and judge them: {number: example} -> yields (number, record). Replies are
-    judged in threads while the model writes the next ones; a program has its own process."""
+    judged in threads while the model writes the next ones; a program runs in its own process."""
     num_samples = c.num_samples if task.program else 1
-    use_chat = c.chat or task.always_chat
     shown = {}           # number -> the prompt as text, for the record
     prompts = []         # num_samples times the ids of every question
     numbers = []         # the question of each prompt
+    seeds = []           # of each prompt its own, so that no two batches draw the same numbers
+    was_cut = {}         # number -> whether the prompt loses its beginning
+    room = prompt_room(model, task.max_new_tokens)
     for i, example in examples.items():
-        shown[i], ids = generation_prompt(task, example, text, use_chat)
-        prompts += [ids] * num_samples
-        numbers += [i] * num_samples
-
-    # Every prompt has a seed of its own, so that no two batches draw the same numbers.
-    seeds = []
-    for k, i in enumerate(numbers):
-        seeds.append(random.Random(f"{c.seed} {i} {k}").getrandbits(32))
-
-    # A chat model puts a program between ``` fences; chat_prompt has opened the fence already.
-    unfence = bool(c.chat and task.program and not task.chat_prompt)
+        shown[i], ids = generation_prompt(task, example, text, c.chat or task.always_chat)
+        was_cut[i] = len(ids) > room
+        for _ in range(num_samples):
+            seeds.append(random.Random(f"{c.seed} {i} {len(prompts)}").getrandbits(32))
+            prompts.append(ids)
+            numbers.append(i)
 
     def judge(i: int, replies: list[str]) -> tuple[int, dict]:
-        judged = [first_fence(reply) for reply in replies] if unfence else replies
-        scores = judge_replies(task, examples[i], judged)
-        return i, {"prompt": shown[i], "output": replies, **scores}
+        scores = judge_replies(task, examples[i], replies, c.chat)
+        return i, {"prompt": shown[i], "output": replies, "cut": was_cut[i], **scores}
 
     replies = {i: [] for i in examples}
     jobs = []
@@ -526,66 +562,21 @@ def generation_prompt(task: Task, example: Example, text: PromptEncoder,
     return question, text.begin + text.encode(question)
 
 
-def first_fence(reply: str) -> str:
-    """The code in the first ``` fence of a reply; the whole reply if there is no fence.
-
-    >>> first_fence("It is:\\n```python\\nx = 1\\n```\\nand short.")
-    'x = 1\\n'
-    """
-    return re.sub(r"(?s)^.*?```(?:python)?\n(.*?)```.*", r"\1", reply)
-
-
-def judge_replies(task: Task, example: Example, replies: list[str]) -> dict:
-    """The scores of the replies to a question: those of the task's metric or, where the replies are
-    programs, pass@k."""
-    if task.metric:
-        return task.metric(example, replies[0])
-
-    from tools.sandbox import run_program
-    verdicts = [run_program(task.program(example, reply)) for reply in replies]
-    scores = {"verdicts": verdicts}
-    for k in (1, 10, 100):
-        if k <= len(replies):
-            scores[f"pass@{k}"] = pass_at_k(len(replies), verdicts.count("passed"), k)
-    return scores
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """The probability that at least one of k programs passes, estimated from n of which c passed:
-    1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, equation 1).
-
-    >>> pass_at_k(n=4, c=2, k=2)          # of 6 pairs one has no program that passes
-    0.8333333333333334
-    """
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
-
-
 # ---- bits per byte
 #
-# A loss per token depends on the tokenizer: longer tokens are harder to predict, and fewer. Bits
-# per byte do not: the sum of -log2 p over all tokens of a text, divided by the bytes of its UTF-8.
-# 8 is random bytes; 1 is what good models have on English. Since a model predicts better the more
-# it has read, bits and bytes are kept apart by position: tokens 0, 1, 2-3, 4-7, 8-15, ...
-
-def position_bucket(position: int) -> int:
-    """The first position of the bucket that this one is in.
-
-    >>> [position_bucket(i) for i in range(9)]
-    [0, 1, 2, 2, 4, 4, 4, 4, 8]
-    """
-    return 2 ** position.bit_length() // 2
-
+# The sum of -log2 p over all tokens of a text, divided by the bytes of its UTF-8. pretrain.py says
+# in its section on validation why one measures this and not the loss per token. Random bytes have
+# 8; good models reach 1 on English.
 
 def bits_per_byte(task: Task, examples: dict[int, Example], model: Motif, text: PromptEncoder,
                   c: "Config") -> Iterator[tuple[int, dict]]:
     """Measure texts: {number: example} -> yields (number, record). A text that is longer than the
-    context is cut into windows, each of which begins anew. An example with a target is a chat: the
-    target is scored, with its end of turn, as the reply to the text."""
+    model's context is cut into windows, and nothing before a window is read with it. An example
+    with a target is a chat: what is scored is the target, with its end of turn, as the reply to the
+    text."""
     max_length = model.config.max_position_embeddings
     requests = []
-    records = {}
     for i, example in examples.items():
-        records[i] = {"prompt": example.text[:80], "bits": defaultdict(float), "bytes": Counter()}
         if example.target:
             reply = text.encode(example.target) + [text.tokenizer.special[TURN_END]]
             pair = (text.encode_chat(example.text), reply)
@@ -597,26 +588,26 @@ def bits_per_byte(task: Task, examples: dict[int, Example], model: Motif, text: 
             window = ids[start:start + max_length + 1]
             requests.append(LoglikelihoodRequest(i, [(window[:1], window[1:])], max_length))
 
-    windows_left = Counter(request.number for request in requests)
+    num_windows = Counter(request.number for request in requests)
+    windows_left = num_windows.copy()
+    bits = Counter()
+    num_bytes = Counter()
     for request, (log_p,) in loglikelihoods(model, requests, c.kv_cache_tokens):
-        record = records[request.number]
-        scored_ids = request.rows[0][-request.num_scored[0]:]
-        for position, (token, nats) in enumerate(zip(scored_ids, log_p.tolist())):
-            bucket = position_bucket(position)
-            record["bits"][bucket] -= nats / math.log(2)
-            record["bytes"][bucket] += len(text.tokenizer.token_bytes(token))
-        windows_left[request.number] -= 1
-        if windows_left[request.number] == 0:
-            yield request.number, record
+        i = request.number
+        bits[i] -= finite_sum(log_p.double()) / math.log(2)
+        for token in request.rows[0][-len(log_p):]:
+            num_bytes[i] += len(text.tokenizer.token_bytes(token))
+        windows_left[i] -= 1
+        if windows_left[i] == 0:
+            yield i, {"prompt": examples[i].text[:80], "bits": bits[i], "bytes": num_bytes[i],
+                      "cut": num_windows[i] > 1 or request.was_cut}
 
 
 # ---- the run: what is measured
 
-STAGES = ("out/quickstart", "out/sft1", "out/sft2", "out/sft3")
+STAGE_RUNS = ("out/quickstart", "out/sft1", "out/sft2", "out/sft3")   # measured without --model
 BPB_TASKS = ["bpb:builtin:language", "bpb:builtin:code", "bpb:builtin:math",
              "bpb:builtin:science", "bpb:replies"]
-BUILTIN_DOCS = 16               # held-out documents of a builtin source
-BUILTIN_DOC_CHARS = 1024        # of each, its beginning
 
 
 @dataclass
@@ -625,9 +616,10 @@ class Config:
     model: str | None = None      # a checkpoint, a run (its newest one), or owner/name of the
                                   # Hub; None: the newest of out/quickstart, sft1, sft2 and sft3
     tokenizer: str | None = None  # None: the model's own
-    tasks: str = "bpb,chains"     # names in TASKS, separated by commas; bpb:SOURCE is bits per byte
-                                  # of a file or another source of data.py (write a comma as %2C);
-                                  # bpb all the builtin sources and replies to chains; or chat
+    tasks: str = "bpb,chains"     # names in TASKS, separated by commas. bpb:SOURCE: bits per byte
+                                  # of a source of support/sources.py, such as a file (write a comma
+                                  # in it as %2C). bpb: of all builtin sources, and of replies to
+                                  # chains. Or chat, alone: a conversation
     num_fewshot: Size | None = None   # examples before each question; None: as many as the report
     limit: Count | None = None    # questions per task, for mmlu per subject; None: all
     chat: bool = False            # ask in the turn format, as fine-tuned models expect
@@ -644,10 +636,6 @@ class Config:
     compile: bool = True          # compile the generation step, on CUDA; takes 10 s once
     plot: bool = False            # measure every checkpoint of the run and draw scores.png
     prompt: str | None = None     # chat: answer this, and exit
-
-
-# Samples of an earlier run count only if these settings, and the model, are the same.
-SAMPLE_SETTINGS = ("tokenizer", "chat", "temperature", "num_samples", "seed", "precision")
 
 
 def select_tasks(c: Config) -> dict[str, Task]:
@@ -681,195 +669,39 @@ def select_tasks(c: Config) -> dict[str, Task]:
     return tasks
 
 
-def read_texts(source: str, limit: int | None) -> list[str]:
-    """The first documents of a source of data.py. From builtin sources, on which the quick start
-    trains, the first held-out document of each unit is taken."""
-    units = data.source_units(source)
-    texts = []
-    if source.startswith("builtin:"):
-        for number, unit in enumerate(units[:BUILTIN_DOCS]):
-            text = first_held_out(unit, number)
-            if text:
-                texts.append(text[:BUILTIN_DOC_CHARS])
-        return texts[:limit]
-
-    for unit in units:
-        for text in filter(str.strip, unit()):
-            if len(texts) == limit:
-                return texts
-            texts.append(text)
-    return texts
-
-
-def first_held_out(unit: Callable, number: int) -> str | None:
-    """The first document of unit `number` that data.py holds out."""
-    for i, text in enumerate(filter(str.strip, unit()), start=number):
-        if i % data.VAL_EVERY == 0:
-            return text
-    return None
-
-
-def read_rows(task: Task, is_fewshot: bool,
-              benchmark_dir: str | None) -> Iterator[tuple[str, dict]]:
-    """Yield (place, row) of the questions or of the few-shot examples of a task."""
-    if task.source:
-        for i, row in enumerate(task.source()):
-            yield f"row {i}", row
-        return
-
-    split = task.fewshot_split if is_fewshot else task.eval_split
-    file = task.fewshot_file if is_fewshot else task.eval_file
-    if benchmark_dir is None:
-        try:
-            from datasets import load_dataset
-            rows = load_dataset(task.hf_name, task.hf_config, split=split)
-        except Exception as e:  # the library raises many kinds
-            raise UserError(f"dataset {task.hf_name}: {one_line(e)}; or put {file} into a folder "
-                            "and give --benchmark_dir") from None
-        for i, row in enumerate(rows):
-            yield f"{task.hf_name}, {split} row {i}", row
-        return
-
-    paths = sorted(Path(benchmark_dir).glob(file))
-    if len(paths) != 1:
-        without_examples = ", or give --num_fewshot=0" if is_fewshot else ""
-        raise UserError(f"{len(paths)} files match {Path(benchmark_dir) / file}; put one there, "
-                        f"with a JSON object on each line, a row of {task.hf_name}, {split}"
-                        f"{without_examples}")
-    lines = paths[0].read_text(encoding="utf-8").rstrip("\n").split("\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise UserError(f"{paths[0]}:{number}: not JSON: {e}; correct the line") from None
-        yield f"{paths[0]}:{number}", row
-
-
-def read_examples(task: Task, is_fewshot: bool, benchmark_dir: str | None) -> list[Example]:
-    """The questions or the few-shot examples of a task, in the order of the data set."""
-    examples = []
-    for place, row in read_rows(task, is_fewshot, benchmark_dir):
-        try:
-            if task.accept and not task.accept(row, is_fewshot):
-                continue
-            example = task.read(row)
-            example.row = row
-            if task.program:
-                task.program(example, reply="")      # so that a bad row is noticed now
-        except KeyError as e:
-            raise UserError(f"{place}: there is no {e}; the row has {', '.join(row)}") from None
-        except (ValueError, TypeError, IndexError, AttributeError) as e:
-            # A row of another form: null or a number where a text should be, too few choices, ...
-            raise UserError(f"{place}: {one_line(e)}; correct the row") from None
-        examples.append(example)
-    return examples
-
-
-def questions_of(name: str, task: Task, c: Config) -> tuple[list[Example], int]:
-    """A task's questions, each with its fewshot_context, and the number of examples in that."""
-    num_fewshot = task.num_fewshot
-    if c.num_fewshot is not None and not task.source:
-        num_fewshot = c.num_fewshot
-    if num_fewshot and task.fewshot_file is None:
-        raise UserError(f"num_fewshot={num_fewshot}, but {name} has no examples; give "
-                        "--num_fewshot=0")
-
-    questions = read_examples(task, False, c.benchmark_dir)
-    if not questions:
-        raise UserError(f"{name} has no questions; give it a file that has some")
-    pool = read_examples(task, True, c.benchmark_dir) if num_fewshot else []
-    add_fewshot_contexts(task, questions, pool, num_fewshot)
-    return questions, num_fewshot
-
-
-def add_fewshot_contexts(task: Task, questions: list[Example], pool: list[Example],
-                         num_fewshot: int) -> None:
-    """Put the description and num_fewshot examples of the pool before each question. They are drawn
-    for all questions in order, so that they depend neither on the ranks nor on what is measured
-    already. Where the questions are a validation split, the harness draws one more, and drops the
-    question itself if it is among them (0.4.9.1, samplers.py)."""
-    by_subject = defaultdict(list)
-    for example in pool:
-        by_subject[example.subject].append(example)
-
-    num_drawn = num_fewshot
-    if num_fewshot and task.eval_split == "validation":
-        num_drawn += 1
-    rng = random.Random(1234)
-    for question in questions:
-        candidates = by_subject[question.subject]
-        if len(candidates) < num_drawn:
-            of_subject = f" of {question.subject}" if question.subject else ""
-            raise UserError(f"num_fewshot={num_fewshot}, but {task.fewshot_file} has "
-                            f"{len(candidates)} examples{of_subject}, and {num_drawn} are drawn; "
-                            "give a smaller --num_fewshot")
-        drawn = candidates[:num_drawn]
-        if task.fewshot == "random":
-            drawn = rng.sample(candidates, num_drawn)
-        drawn = [example for example in drawn if example.row != question.row][:num_fewshot]
-
-        question.fewshot_context = task.description.format(question.subject.replace("_", " "))
-        for example in drawn:
-            question.fewshot_context += f"{example.text}{example.target}\n\n"
-
-
-def limit_per_subject(questions: list[Example], limit: int | None) -> list[int]:
-    """The indices of the first `limit` questions of each subject."""
-    seen = Counter()
-    chosen = []
-    for i, question in enumerate(questions):
-        seen[question.subject] += 1
-        if limit is None or seen[question.subject] <= limit:
-            chosen.append(i)
-    return chosen
-
-
 # ---- the run: samples and results
+#
+# A record is written to samples.jsonl as soon as its question is measured. A later run in the same
+# folder uses a record again if nothing that decides it has changed:
+#
+#     the model and the settings    results.json notes them for all records; if one has changed, all
+#                                   records are dropped
+#     the question                  its hash, few-shot examples included, is in the record
 
-def load_previous(out: Path, settings: dict) -> tuple[dict, dict]:
-    """What an earlier run with the same settings left in out: records {(task, number): record} and
-    results {task: result}."""
-    out.mkdir(parents=True, exist_ok=True)
-    samples = out / "samples.jsonl"
-    earlier = {}
-    if samples.exists() and (out / "results.json").exists():
-        earlier = read_json(out / "results.json")
+def settings_of(folder: Path, text: PromptEncoder, c: Config) -> dict:
+    """What decides a record, besides its question. The stamp is a hash of the model: of config.json
+    and of the tokenizer; and, as the weights would take long to read, of the size of their files
+    and of the time when each was changed."""
+    parts = [(folder / "config.json").read_bytes(), text.tokenizer.fingerprint(), text.begin]
+    for file in sorted(folder.glob("*.safetensors")):
+        parts.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
+    stamp = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
-    records = {}
-    if settings.items() <= earlier.items():
-        for line in samples.read_text().split("\n"):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:     # the empty last line, or one that was cut
-                continue
-            records[record["task"], record["doc"]] = record
-    elif earlier:
-        print(f"{out}: another model or other settings before; its samples are dropped")
-        earlier = {}
-    results = earlier.get("tasks", {})
-    save_results(out, settings, records, results)
-    return records, results
-
-
-def save_results(out: Path, settings: dict, records: dict, results: dict) -> None:
-    lines = [json.dumps(records[key]) + "\n" for key in sorted(records)]
-    replace_text(out / "samples.jsonl", "".join(lines))
-    text = json.dumps({**settings, "tasks": results}, indent=1)
-    replace_text(out / "results.json", text + "\n")
+    settings = {"model": str(folder), "stamp": stamp}
+    for key in ("chat", "temperature", "num_samples", "seed", "precision"):
+        settings[key] = getattr(c, key)
+    return settings
 
 
 def evaluate_model(folder: Path, tasks: dict[str, tuple], out: Path, c: Config,
                    device: torch.device) -> dict:
-    """Measure one model: tasks {name: (task, questions, num_fewshot)} -> {name: result}. Results of
-    other tasks that out has from before stay in its results.json."""
+    """Measure one model: tasks {name: (task, {number: question}, num_fewshot)} -> {name: result}.
+    The results of other tasks in out's results.json stay there."""
     model, text = open_model(folder, c, device)
     if c.kv_cache_tokens is None:
         c = replace(c, kv_cache_tokens=default_kv_cache_tokens(model, device))
 
-    changed = max(file.stat().st_mtime_ns for file in folder.glob("*.safetensors"))
-    settings = {"model": str(folder), "stamp": changed}
-    for key in SAMPLE_SETTINGS:
-        settings[key] = getattr(c, key)
+    settings = settings_of(folder, text, c)
     previous = load_previous(out, settings) if RANK == 0 else None
     records, earlier_results = broadcast_object(previous)
 
@@ -877,10 +709,9 @@ def evaluate_model(folder: Path, tasks: dict[str, tuple], out: Path, c: Config,
     for name, (task, questions, num_fewshot) in tasks.items():
         # A compiled step pays only where many steps follow.
         model.compile_steps = c.compile and device.type == "cuda" and task.kind == "generation"
-        numbers = limit_per_subject(questions, c.limit)
-        measure_task(name, task, questions, numbers, records, out, model, text, c)
+        measure_task(name, task, questions, records, out, model, text, c)
         results[name] = {}
-        for metric, score in summarize([records[name, i] for i in numbers]).items():
+        for metric, score in summarize([records[name, i] for i in questions]).items():
             results[name][metric] = {
                 **score, "shots": num_fewshot, "reported": task.reported.get(metric),
                 "report_shots": task.num_fewshot}
@@ -889,15 +720,14 @@ def evaluate_model(folder: Path, tasks: dict[str, tuple], out: Path, c: Config,
     return results
 
 
-def measure_task(name: str, task: Task, questions: list[Example], numbers: list[int], records: dict,
-                 out: Path, model: Motif, text: PromptEncoder, c: Config) -> None:
-    """Add to records those of the questions `numbers` that are not there yet. An earlier record
-    counts if it was made from the same question. Each rank measures every WORLD-th of the others,
-    and all ranks append to the one samples.jsonl."""
+def measure_task(name: str, task: Task, questions: dict[int, Example], records: dict, out: Path,
+                 model: Motif, text: PromptEncoder, c: Config) -> None:
+    """Measure the questions that have no record yet, and add theirs to records. The ranks share the
+    questions, and all of them append to the one samples.jsonl."""
     hashes = {}
     missing = []
-    for i in numbers:
-        hashes[i] = hashlib.sha256(repr(questions[i]).encode()).hexdigest()[:16]
+    for i, question in questions.items():
+        hashes[i] = hashlib.sha256(repr(question).encode()).hexdigest()[:16]
         if records.get((name, i), {}).get("hash") != hashes[i]:
             missing.append(i)
     mine = {i: questions[i] for i in missing[RANK::WORLD]}
@@ -930,98 +760,18 @@ def with_progress(name: str, total: int, items: Iterator) -> Iterator:
                   flush=True)
 
 
-def ratio_of_sums(values: list[float], sizes: list[float]) -> dict:
-    """sum(values) / sum(sizes) with its standard error: the deviations are those of each value from
-    ratio * size. With sizes of 1 these are the mean, and s / sqrt(n).
-
-    >>> ratio_of_sums([1, 0, 1, 1], [1, 1, 1, 1])
-    {'value': 0.75, 'stderr': 0.25, 'n': 4}
-    """
-    n = len(values)
-    ratio = sum(values) / sum(sizes)
-    stderr = math.nan
-    if n > 1:
-        deviations = [value - ratio * size for value, size in zip(values, sizes)]
-        stderr = statistics.stdev(deviations) / n**0.5 / statistics.fmean(sizes)
-    return {"value": ratio, "stderr": stderr, "n": n}
-
-
-def summarize(records: list[dict]) -> dict[str, dict]:
-    """{metric: value, standard error, n} of a task's records, in per cent except bits per byte."""
-    if "bits" in records[0]:
-        return {"bits per byte": summarize_bits(records)}
-    scores = {}
-    for metric, value in records[0].items():
-        if isinstance(value, float):
-            values = [100 * record[metric] for record in records]
-            scores[metric] = ratio_of_sums(values, [1] * len(values))
-    return scores
-
-
-def summarize_bits(records: list[dict]) -> dict:
-    bits = Counter()         # by position
-    num_bytes = Counter()
-    for record in records:
-        for position, x in record["bits"].items():
-            bits[int(position)] += x          # a record that was read back has text for keys
-        for position, x in record["bytes"].items():
-            num_bytes[int(position)] += x
-
-    score = ratio_of_sums([sum(record["bits"].values()) for record in records],
-                          [sum(record["bytes"].values()) for record in records])
-    score["by_position"] = {}
-    for position in sorted(bits):
-        if num_bytes[position]:
-            score["by_position"][position] = bits[position] / num_bytes[position]
-    return score
-
-
-def scores_by_metric(results: dict[str, dict]) -> list[tuple[str, str, list[dict]]]:
-    """Results {model: {task: {metric: score}}} -> (task, metric, the score of each model)."""
-    rows = []
-    of_any_model = next(iter(results.values()))
-    for task, metrics in of_any_model.items():
-        for metric in metrics:
-            rows.append((task, metric, [of_model[task][metric] for of_model in results.values()]))
-    return rows
-
-
-def format_table(results: dict[str, dict]) -> str:
-    """A row for each metric, with a column of scores and standard errors for each model. The last
-    column is what the report states of Motif-2-12.7B, with the number of examples in brackets."""
-    header = f"{'task':21s} {'shots':>5s} {'metric':13s} {'n':>6s}"
-    for name in results:
-        header += f"{name:>17s}"
-    lines = [header + f"{'reported':>12s}"]
-
-    for task, metric, scores in scores_by_metric(results):
-        last = scores[-1]
-        line = f"{task:21s} {last['shots']:5d} {metric:13s} {last['n']:6,d}"
-        for score in scores:
-            line += f"{score['value']:9.3f} ±{score['stderr']:6.3f}"
-        reported = "-"
-        if last["reported"] is not None:
-            reported = f"{last['reported']:.2f} ({last['report_shots']})"
-        lines.append(line + f"{reported:>12s}")
-
-        if "by_position" in last and len(results) == 1:
-            columns = [f"{at}: {x:.2f}" for at, x in last["by_position"].items()]
-            lines.append(" " * 27 + "from token " + "  ".join(columns))
-    return "\n".join(lines)
-
-
 # ---- the run: the model
 
 def find_models(c: Config) -> dict[str, Path]:
     """{name in the table: folder} of the checkpoints to measure."""
     if c.model is None:
         found = {}
-        for stage in STAGES:
-            checkpoint = latest_checkpoint(Path(stage))
+        for run_folder in STAGE_RUNS:
+            checkpoint = latest_checkpoint(Path(run_folder))
             if checkpoint:
-                found[Path(stage).name] = checkpoint[0]
+                found[Path(run_folder).name] = checkpoint[0]
         if not found:
-            raise UserError(f"there is no checkpoint in {', '.join(STAGES)}; run `python "
+            raise UserError(f"there is no checkpoint in {', '.join(STAGE_RUNS)}; run `python "
                             "pretrain.py`, or give --model=PATH")
         return found
 
@@ -1048,8 +798,8 @@ def find_models(c: Config) -> dict[str, Path]:
 
 
 def open_model(folder: Path, c: Config, device: torch.device) -> tuple[Motif, PromptEncoder]:
-    """The model, and the encoder of its prompts. Matrices get the compute dtype; vectors, such as
-    norms, become fp32, as in training."""
+    """The model, and the encoder of its prompts. As in training, matrices get the compute dtype,
+    and vectors such as the weights of norms are fp32."""
     # pretrain.py begins every document with BEGIN. Other models follow their tokenizer's rule.
     trained_here = (folder / "state.json").exists()
     own_tokenizer = str(folder)
@@ -1065,7 +815,9 @@ def open_model(folder: Path, c: Config, device: torch.device) -> tuple[Motif, Pr
         raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens, more than the "
                         f"model's vocab_size={model.config.vocab_size}; give the model's own "
                         "--tokenizer")
-    for p in model.parameters():
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise UserError(f"{folder}: {name} holds NaN or infinity; give another model")
         p.data = p.data.to(COMPUTE_DTYPE[c.precision] if p.ndim > 1 else torch.float32)
 
     if RANK == 0:
@@ -1091,23 +843,19 @@ def run(c: Config) -> None:
     models = find_models(c)
     c.precision = compute_precision(c, device)
     if c.prompt is not None or c.tasks == "chat":
-        if WORLD > 1:
-            raise UserError("a chat needs one process; start it without torchrun")
-        from tools.chat import chat, print_reply
+        from tools.chat import start_chat
         newest = list(models.values())[-1]
-        model, text = open_model(newest, c, device)
-        model.compile_steps = c.compile and device.type == "cuda"
-        if c.prompt is None:
-            chat(model, text, c)
-        else:
-            question = [{"role": "user", "content": c.prompt}]
-            print_reply(question, model, text, c.temperature, c.seed)
+        start_chat(newest, c, device)
         return
 
     tasks = {}
     for name, task in select_tasks(c).items():
-        tasks[name] = (task, *questions_of(name, task, c))
-    if RANK == 0 and any(task.program for task, *_ in tasks.values()):
+        num_fewshot = task.num_fewshot
+        if c.num_fewshot is not None and not task.source:
+            num_fewshot = c.num_fewshot
+        questions = read_questions(name, task, num_fewshot, c.limit, c.benchmark_dir)
+        tasks[name] = (task, questions, num_fewshot)
+    if RANK == 0 and any(task.program for task, _, _ in tasks.values()):
         from tools.sandbox import sandbox_gaps
         gaps = sandbox_gaps()
         if gaps:

@@ -8,12 +8,12 @@ One step of Muon on a matrix, from its gradient:
     weight   = weight - lr * (0.2 sqrt(max(m, n)) * O + weight_decay * weight)
 
 The first half is for everybody. The second half is Parallel Muon, which takes the same step on many
-GPUs, where FSDP2 has cut the matrices into shards, bit-identical to one process.
+GPUs, where FSDP2 has cut the matrices into shards.
 
 Sources: Muon (kellerjordan.github.io/posts/muon), Moonlight (arXiv 2502.16982) for the factor
 0.2 sqrt(max(m, n)), Kimi K2 (2507.20534) for QK-clip, Motif-2 (2511.07464) for Parallel Muon.
-Letters: G is the matrix to be made orthogonal (a gradient, or u), m x n its shape, O the result, E
-how many matrices are stacked; H query heads, K key heads, D head_dim.
+Letters: G is a gradient, u the matrix to be made orthogonal, O the result, all m x n; E is how many
+matrices are stacked; H query heads, K key heads, D head_dim.
 """
 import functools
 import math
@@ -29,22 +29,23 @@ import kernels
 
 # ---- Why orthogonalise, and how
 #
-# The problem. A gradient G (m x n) has a few large singular values and many small ones. A step
-# along G moves the weight far in a few directions and hardly at all in the others, although these
-# may hold what is left to learn. (Adam rescales each entry of G by itself, and sees no directions.)
+# The problem. A gradient, and so u, has a few large singular values and many small ones. A step
+# along u moves the weight far in a few directions and hardly at all in the others, although these
+# may hold what is left to learn. (Adam rescales each entry of u by itself, and sees no directions.)
 #
-# The idea. Write G = U diag(s) V^T, its singular value decomposition, and replace every s by 1:
-# O = U V^T is the semi-orthogonal matrix nearest to G, and moves the weight equally far in every
-# direction that G has. It is also steepest descent under the spectral norm: among all steps dW with
-# |dW x| <= |x| for every x, -O lowers the loss most, to first order.
+# The idea. Write u = U diag(s) V^T, its singular value decomposition, and replace every s by 1:
+# O = U V^T is the semi-orthogonal matrix nearest to u, and moves the weight equally far in every
+# direction that u has. It is also steepest descent under the spectral norm: if u is the gradient,
+# then among all steps dW with |dW x| <= |x| for every x, -O lowers the loss most, to first order.
 #
-# Newton-Schulz. An SVD is slow on a GPU; matrix products are fast. Start with X = G / |G|_F, whose
+# Newton-Schulz. An SVD is slow on a GPU; matrix products are fast. Start with X = u / |u|_F, whose
 # singular values are at most 1. With A = X X^T, one step is
 #
 #     X  <-  (a I + b A + c A A) X   =   U diag(a s + b s^3 + c s^5) V^T
 #
 # It leaves U and V alone and sends every s to a polynomial of s. Five polynomials, one after the
-# other, bring every s of (0, 1] near 1. (Near is enough: Keller Jordan's leave s between 0.7 and
+# other, bring every s above 0.002 near 1, those of "motif" to between 0.85 and 1.15. A smaller s
+# grows up to 490-fold and stays below. (Near is enough: Keller Jordan's leave s between 0.68 and
 # 1.2, and train as well.) Five steps on the 280 matrices of the 12.7B model take 1.0e15 FLOPs, as
 # many as training it on 13,000 tokens; one optimizer step trains on millions of tokens.
 
@@ -59,7 +60,8 @@ COEFFICIENTS = {
         (3.7418, -5.5913, 2.3037),
         (2.8769, -3.1427, 1.2046),
         (2.8366, -3.0525, 1.2012)],
-    # Polar Express (arXiv 2505.16932): the smallest worst error over all s. This error 0.19.
+    # Polar Express (arXiv 2505.16932): the best in the worst case of all s from 0.001 to 1, so not
+    # the best on a Gaussian matrix, whose s are larger. Error 0.19.
     "polar_express": [
         (8.156554524902461, -22.48329292557795, 15.878769915207462),
         (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -67,15 +69,15 @@ COEFFICIENTS = {
         (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)]}
 
-# The start X is divided by this too. The first polynomial of polar_express climbs steeply at s = 1:
-# s = 1.03, left by a norm that was rounded down, would go to 2.24, 5.7, 2575 and on.
+# The start X is divided by this too. Rounding in bf16 can leave s up to 1.003, and polar_express,
+# which climbs steeply there, diverges from 1.022 on: 1.03 goes to 2.24, 5.7, 2575 and so on.
 START_MARGIN = {"quintic": 1.0, "motif": 1.0, "polar_express": 1.02}
 
 
-def plain_newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif") -> Tensor:
-    """The definition: G (m, n) -> O (m, n), near U V^T. newton_schulz below is the same, faster.
+def plain_newton_schulz(u: Tensor, steps: int = 5, coefficients: str = "motif") -> Tensor:
+    """The definition: u (m, n) -> O (m, n), near U V^T. newton_schulz below is the same, faster.
 
-    What the five polynomials do to four singular values, a line for each. The last two settle all:
+    Four singular values (columns) after each of the five polynomials (rows):
 
     >>> s = torch.tensor([0.01, 0.1, 0.5, 1.0])
     >>> for a, b, c in COEFFICIENTS["motif"]:
@@ -87,7 +89,7 @@ def plain_newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif") 
     1.134  1.135  1.087  1.057
     1.018  1.019  0.986  0.978
     """
-    X = G / (START_MARGIN[coefficients] * G.norm())
+    X = u / (START_MARGIN[coefficients] * u.norm())
     for a, b, c in COEFFICIENTS[coefficients][:steps]:
         A = X @ X.mT                # (m, m)
         B = b * A + c * A @ A       # (m, m)
@@ -97,45 +99,45 @@ def plain_newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif") 
 
 # ---- Newton-Schulz, fast
 #
-# Precision. u is cast to bf16 first, since Parallel Muon sends bf16; one process does it too, to
-# get the same bits. On a GPU the iteration runs in fp16, which tensor cores multiply as fast, and
-# which has 3 more bits of mantissa. The larger range of bf16 is not needed.
+# Precision. u is first cast to `dtype`: Parallel Muon sends bf16, and one process does the same. On
+# a GPU the iteration runs in fp16, which tensor cores multiply as fast, and which has 3 more bits
+# of mantissa. The larger range of bf16 is not needed.
 #
 # Scale. |X|_F = 1 means that the entries of X are about 1 / sqrt(m n), 1.2e-4 for 4096 x 16384,
-# and below 6.1e-5 fp16 loses bits (subnormal numbers). So we keep SCALE X instead of X. 64 is the
-# largest power of two that is safe: plain_steps holds SCALE^2 A, whose entries reach 64^2 * 1.99^2
-# = 16,000, as s reaches 1.99 with polar_express; 128 would reach 65,000, and fp16 ends at 65,504.
+# and below 6.1e-5 fp16 loses bits (subnormal numbers). So we keep sX = SCALE X, and sA, sB, sQ. 64
+# is the largest safe power of two: plain_steps holds ssA = SCALE^2 A, whose entries reach 64^2 *
+# 1.99^2 = 16,000, as s reaches 1.99 with polar_express; 128 gives 65,000, and fp16 ends at 65,504.
 
 SCALE = 64.0
 
 
-def newton_schulz(G: Tensor, steps: int = 5, coefficients: str = "motif",
+def newton_schulz(u: Tensor, steps: int = 5, coefficients: str = "motif",
                   dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Compute plain_newton_schulz of each matrix in G (..., m, n), cast to `dtype` first -> O
-    (..., m, n) in `dtype`. 1e30 G and 1e-30 G give the same O; 0 gives 0."""
-    m, n = G.shape[-2:]
-    matrices = G.to(dtype).contiguous().view(-1, m, n)
+    """Compute plain_newton_schulz of each matrix in u (..., m, n), cast to `dtype` first -> O
+    (..., m, n) in `dtype`. 1e30 u and 1e-30 u give the same O; 0 gives 0."""
+    m, n = u.shape[-2:]
+    matrices = u.to(dtype).contiguous().view(-1, m, n)
     O = torch.empty_like(matrices)
-    X = normalize(matrices, START_MARGIN[coefficients])
+    sX = normalize(matrices, START_MARGIN[coefficients])
 
     # A = X X^T is to be the small square, so a tall matrix is iterated transposed.
     tall = m > n
     if tall:
-        X = X.mT
+        sX = sX.mT
 
     # All products but the last are symmetric, so half of each need not be computed. But too few
-    # tiles do not fill a GPU; then cuBLAS, which computes both halves, is faster.
+    # tiles in all do not fill a GPU; then cuBLAS, which computes both halves, is faster.
     table = COEFFICIENTS[coefficients][:steps]
-    tile_rows = math.ceil(X.shape[1] / kernels.TILE)
-    tiles = len(X) * tile_rows * (tile_rows + 1) // 2
-    if tiles >= kernels.SYMMETRIC_TILES and kernels.can_use_symmetric_matmul(X):
+    tile_rows = math.ceil(sX.shape[1] / kernels.TILE)
+    tiles = len(sX) * tile_rows * (tile_rows + 1) // 2
+    if tiles >= kernels.SYMMETRIC_TILES and kernels.can_use_symmetric_matmul(sX):
         # A nearly square X is about as small as A, so working on A alone would save nothing.
-        wide = X.shape[2] >= 1.2 * X.shape[1]
-        X = gram_steps(X, table, span=3 if wide else 1)
+        wide = sX.shape[2] >= 1.2 * sX.shape[1]
+        sX = gram_steps(sX, table, span=3 if wide else 1)
     else:
-        X = plain_steps(X, table)
-    torch.div(X, SCALE, out=O.mT if tall else O)
-    return O.view(G.shape)
+        sX = plain_steps(sX, table)
+    torch.div(sX, SCALE, out=O.mT if tall else O)
+    return O.view(u.shape)
 
 
 def normalize(matrices: Tensor, margin: float) -> Tensor:
@@ -150,28 +152,28 @@ def normalize(matrices: Tensor, margin: float) -> Tensor:
         working_dtype = flat.dtype
         largest = flat.abs().amax(1, keepdim=True)      # vector_norm is slow on a CPU
     largest.clamp_(torch.finfo(flat.dtype).tiny)
-    X = torch.empty_like(flat, dtype=working_dtype)
-    torch.div(flat, largest, out=X)
+    sX = torch.empty_like(flat, dtype=working_dtype)
+    torch.div(flat, largest, out=sX)
 
     # The largest entry is now 1, so the norm is at least 1, unless the matrix is 0.
-    norm = torch.linalg.vector_norm(X, dim=1, keepdim=True).clamp_(1)
-    X /= norm.mul_(margin / SCALE)
-    return X.view(matrices.shape)
+    norm = torch.linalg.vector_norm(sX, dim=1, keepdim=True).clamp_(1)
+    sX /= norm.mul_(margin / SCALE)
+    return sX.view(matrices.shape)
 
 
-def plain_steps(X: Tensor, table: list) -> Tensor:
-    """Run Newton-Schulz on SCALE X (E, m, n) in three calls a step, since for small matrices the
-    calls are what takes the time."""
+def plain_steps(sX: Tensor, table: list) -> Tensor:
+    """Run Newton-Schulz on sX (E, m, n) in three calls a step, since for small matrices the calls
+    are what takes the time."""
     for a, b, c in table:
-        A = torch.bmm(X, X.mT)                                              # SCALE^2 A
-        B = torch.baddbmm(A, A, A, beta=b / SCALE**2, alpha=c / SCALE**4)   # B
-        X = torch.baddbmm(X, B, X, beta=a)                                  # SCALE X
-    return X
+        ssA = torch.bmm(sX, sX.mT)
+        B = torch.baddbmm(ssA, ssA, ssA, beta=b / SCALE**2, alpha=c / SCALE**4)
+        sX = torch.baddbmm(sX, B, sX, beta=a)
+    return sX
 
 
-def gram_steps(X: Tensor, table: list, span: int) -> Tensor:
-    """Run Newton-Schulz on SCALE X (E, m, n), `span` steps at a time on A = X X^T alone, which is
-    small if X is wide (Gram Newton-Schulz; Dao-AILab, 2026).
+def gram_steps(sX: Tensor, table: list, span: int) -> Tensor:
+    """Run Newton-Schulz on sX (E, m, n), `span` steps at a time on A = X X^T alone, which is small
+    if X is wide (Gram Newton-Schulz; Dao-AILab, 2026).
 
     One step turns X into Z X, where Z = a I + B and B = b A + c A A, and so A into Z A Z. Multiply
     Q = Z_3 Z_2 Z_1 together on (m, m) matrices, and touch the wide X once, X = Q X. A, Z and Q are
@@ -183,24 +185,24 @@ def gram_steps(X: Tensor, table: list, span: int) -> Tensor:
     symmetric = kernels.symmetric_matmul
     for first in range(0, len(table), span):
         steps = table[first:first + span]
-        A = symmetric(X, X, 1 / SCALE)              # A, B and Q are kept times SCALE too
+        sA = symmetric(sX, sX, 1 / SCALE)
         for i, (a, b, c) in enumerate(steps):
-            B = symmetric(A, A, c / SCALE, A, b)
+            sB = symmetric(sA, sA, c / SCALE, sA, b)
 
             # The next step's A = Z A Z. The last step needs none.
             if i + 1 < len(steps):
-                ZA = symmetric(B, A, 1 / SCALE, A, a)
-                A = symmetric(ZA, B, 1 / SCALE, ZA, a)
+                sZA = symmetric(sB, sA, 1 / SCALE, sA, a)
+                sA = symmetric(sZA, sB, 1 / SCALE, sZA, a)
 
             # Q = Z Q, and at first Q = Z = a I + B, in B's place.
             if i == 0:
-                Q = B
-                Q.diagonal(dim1=1, dim2=2).add_(a * SCALE)
+                sQ = sB
+                sQ.diagonal(dim1=1, dim2=2).add_(a * SCALE)
             else:
-                Q = symmetric(Q, B, 1 / SCALE, Q, a)
+                sQ = symmetric(sQ, sB, 1 / SCALE, sQ, a)
 
-        X = torch.baddbmm(X, Q, X, beta=0, alpha=1 / SCALE, out=torch.empty_like(X))
-    return X
+        sX = torch.baddbmm(sX, sQ, sX, beta=0, alpha=1 / SCALE, out=torch.empty_like(sX))
+    return sX
 
 
 # ---- The update
@@ -394,7 +396,8 @@ class MuonClip(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, *, max_logits: Tensor | None = None, skip: Tensor | None = None) -> None:
-        """Update all parameters that have a gradient.
+        """Update all parameters that have a gradient, and all matrices in shards: a rank does not
+        know whether other ranks have a gradient, so one that is missing counts as 0.
 
         max_logits (layers, H): the largest logit of each head that this rank has seen, for QK-clip.
         skip (0-dim bool tensor): if true, nothing changes, whatever gradients and logits hold (NaN,
@@ -439,7 +442,7 @@ class MuonClip(torch.optim.Optimizer):
         """Add p's gradient to its momentum -> u, in the dtype that Newton-Schulz gets."""
         momentum = self.state[p]["momentum"]
         if p.grad is None:
-            G = torch.zeros_like(momentum)      # other ranks may have theirs, and wait for this one
+            G = torch.zeros_like(momentum)  # other ranks may have one, and count on our message
         else:
             assert not is_spread(p) or p.grad.placements == p.placements, "reduce gradients first"
             G = local_shard(p.grad).contiguous()
@@ -487,39 +490,34 @@ class MuonClip(torch.optim.Optimizer):
         self.heads_clipped = (torch.stack(gammas) < 1).sum()
 
 
-def configure_optimizer(model, *, poly_norm_lr_scale: float = 1.0, **options) -> MuonClip:
-    """Make the optimizer of a model.Motif, and let PolyNorm's weights and biases train with
-    poly_norm_lr_scale times the learning rate. options: see route_parameters."""
-    optimizer = route_parameters(model, **options)
+def configure_optimizer(model, *, optimizer: str = "muonclip", poly_norm_lr_scale: float = 1.0,
+                        **options) -> MuonClip:
+    """Make the optimizer of a model.Motif: Muon for the seven matrices of each layer, AdamW for all
+    else, QK-clip on every layer. "adamw", to compare with: AdamW for everything, no QK-clip.
+    PolyNorm's weights and biases train with poly_norm_lr_scale times the learning rate. options:
+    arguments of MuonClip."""
+    layers = model.model.layers
+    matrices = []
+    qk = []
+    if optimizer == "muonclip":
+        matrices = list(model.matrices().values())
+        qk = [(block.self_attn.q_proj.weight, block.self_attn.k_proj.weight) for block in layers]
+    chosen = set(matrices)
+    others = [p for p in model.parameters() if p not in chosen]
+    result = MuonClip(matrices, others, qk=qk, kv_map=model.config.kv_map,
+                      head_dim=model.config.head_dim, **options)
+
     poly_norm = set()
-    for block in model.model.layers:
+    for block in layers:
         if block.mlp.act_fn is not None:
             poly_norm.update(block.mlp.act_fn.parameters())
-
     if poly_norm and poly_norm_lr_scale != 1:
-        vectors = optimizer.param_groups[-1]
+        vectors = result.param_groups[-1]
         params = [p for p in vectors["params"] if p in poly_norm]
         own = dict(vectors, params=params, lr_scale=poly_norm_lr_scale)
         vectors["params"] = [p for p in vectors["params"] if p not in poly_norm]
-        optimizer.param_groups.append(own)
-    return optimizer
-
-
-def route_parameters(model, *, lr: float, optimizer: str = "muonclip", **options) -> MuonClip:
-    """Muon for the seven matrices of each layer, AdamW for all else, QK-clip on every layer.
-    "adamw", to compare with, is AdamW for everything, no QK-clip. options: arguments of
-    MuonClip."""
-    if optimizer == "adamw":
-        return MuonClip([], model.parameters(), lr=lr, **options)
-
-    matrices = list(model.matrices().values())
-    chosen = set(matrices)
-    others = [p for p in model.parameters() if p not in chosen]
-    qk = []
-    for block in model.model.layers:
-        qk.append((block.self_attn.q_proj.weight, block.self_attn.k_proj.weight))
-    return MuonClip(matrices, others, lr=lr, qk=qk, kv_map=model.config.kv_map,
-                    head_dim=model.config.head_dim, **options)
+        result.param_groups.append(own)
+    return result
 
 
 def describe_routing(model, optimizer: MuonClip) -> str:
@@ -547,13 +545,13 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 #
 # The idea (Motif-2, arXiv 2511.07464). Every matrix has one owner. All ranks send the owner their
 # shards of u. The owner puts the matrix together, orthogonalises it, and sends every rank its shard
-# of O. So each matrix is orthogonalised once, different ranks do different ones at the same time,
-# and the result is bit-identical to that of one process.
+# of O. So each matrix is orthogonalised once, and different ranks do different ones at the same
+# time. On CPUs the result is bit-identical to that of one process. On GPUs one process stacks small
+# matrices, and a stack may take another kernel (see newton_schulz) than each matrix alone.
 #
 # The timeline. A step goes in chunks, of about one large matrix for each rank, so that a rank holds
 # few whole matrices at a time, and one chunk can travel while another is computed. For each chunk k
-# one all-to-all carries u(k) to the owners and another carries O(k) back. With 4 ranks and 12 equal
-# matrices there are 3 chunks, of matrices 0 to 3, 4 to 7 and 8 to 11:
+# one all-to-all carries u(k) to the owners and one carries O(k) back. 12 equal matrices on 4 ranks:
 #
 #     rank 0         | NS of matrix 0 | NS of matrix 4 | NS of matrix 8  |
 #     rank 1         | NS of matrix 1 | NS of matrix 5 | NS of matrix 9  |
@@ -562,13 +560,15 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 #     network   u(0) | u(1)           | O(0), u(2)     | O(1)            | O(2)
 #
 # HSDP. Each replica of the model could do all of this by itself, but then all would do the same
-# work. So replicas share the owners. An owner takes the shards of u from its own replica, which has
-# all of them, and sends O to every rank.
+# work. So groups of replicas share owners. An owner takes the shards of u from its own replica,
+# which has all of them, and sends O to every rank of its group. A group has only so many replicas
+# that each rank has one large matrix to do (replicas_per_muon_group): more would hardly save time.
 #
-# What it costs. Let R ranks hold C replicas (FSDP: C = 1) of N numbers. A rank receives u of what
-# it owns, N / R numbers, and its shard of every O, N C / R; of each it has N C / R^2 already. If it
-# gathered everything, it would receive N (1 - C/R). For the 12.7B model on 8 GPUs in bf16 (N =
-# 10.9e9) that is 4.77 GB instead of 19.08, and an eighth of the FLOPs.
+# What it costs. A replica keeps matrices of N numbers on C ranks; a group has R replicas (FSDP: 1).
+# A rank receives u of what it owns, N / (R C) numbers, and its shard of every O, N / C; of each it
+# has N / (R C^2) already. That leaves N / (R C) (1 + R - 2 / C). If it gathered every matrix, it
+# would receive N (1 - 1 / C). For the 12.7B model on 8 GPUs in bf16 (N = 10.9e9) that is 4.77 GB
+# instead of 19.08, and an eighth of the FLOPs.
 
 def is_spread(p: Tensor) -> bool:
     """Whether p is a DTensor that lies on more than one rank."""
@@ -666,8 +666,8 @@ class MuonShardGroup:
     owner[i]         the rank that orthogonalises matrix i
     chunks[k]        the matrices of chunk k, sorted by owner
     slices[i][r]     the part of matrix i that rank r holds
-    sends[i][r]      whether rank r sends its shard of u to the owner of matrix i
-    sent["u"][k, r, s], sent["O"][k, r, s]    how many numbers of chunk k rank r sends to rank s"""
+    is_sender[i][r]  whether rank r sends its shard of u to the owner of matrix i
+    counts[name][k, r, s]  how many numbers of "u" or "O" of chunk k rank r sends to rank s"""
 
     def __init__(self, shapes, shard_dims, mesh: Tensor):
         ranks = mesh.numel()
@@ -675,10 +675,10 @@ class MuonShardGroup:
         self.mesh = mesh
         self.owner, self.chunks = assign_owners(shapes, ranks)
         self.slices = {}
-        self.sends = {}
-        u_sent = torch.zeros(len(self.chunks), ranks, ranks, dtype=torch.int64)
-        O_sent = torch.zeros_like(u_sent)
-        self.sent = {"u": u_sent, "O": O_sent}
+        self.is_sender = {}
+        u_counts = torch.zeros(len(self.chunks), ranks, ranks, dtype=torch.int64)
+        O_counts = torch.zeros_like(u_counts)
+        self.counts = {"u": u_counts, "O": O_counts}
 
         # A process group numbers its ranks by their global rank, whatever their place in the mesh.
         places = torch.unravel_index(mesh.flatten().argsort(), mesh.shape)
@@ -694,12 +694,12 @@ class MuonShardGroup:
                 # dimensions that replicate the matrix.
                 replicated = [d for d, dim in enumerate(dims) if dim is None]
                 agrees = coords[:, replicated] == coords[owner, replicated]
-                sends = agrees.all(1)
+                is_sender = agrees.all(1)
 
                 self.slices[i] = boxes
-                self.sends[i] = sends.tolist()
-                u_sent[k, :, owner] += sizes * sends
-                O_sent[k, owner, :] += sizes
+                self.is_sender[i] = is_sender.tolist()
+                u_counts[k, :, owner] += sizes * is_sender
+                O_counts[k, owner, :] += sizes
 
     def connect(self, params: list[Tensor], dtype: torch.dtype) -> None:
         """Prepare to exchange shards of params, in dtype. All ranks of the mesh call this."""
@@ -710,18 +710,17 @@ class MuonShardGroup:
         self.me = ranks.index(dist.get_rank())
         self.params = params
         self.nothing = torch.empty(0, dtype=dtype, device=params[0].device)     # cat([]) would fail
-        i_send = [self.sends[i][self.me] for i in range(len(params))]
-        self.i_send = self.nothing.new_tensor(i_send)
+        sends = [self.is_sender[i][self.me] for i in range(len(params))]
+        self.this_rank_sends = self.nothing.new_tensor(sends)
         self.under_way = {}
 
     def send(self, name: str, k: int, pieces: list[Tensor]) -> None:
         """Start the all-to-all of chunk k's "u" or "O". pieces: flat, sorted by who gets them."""
-        counts = self.sent[name][k]                                                 # [r, s]
-        send_sizes = counts[self.me].tolist()
-        receive_sizes = counts[:, self.me].tolist()
-        sent = torch.cat([self.nothing, *pieces])
-        received = sent.new_empty(sum(receive_sizes))
-        work = dist.all_to_all_single(received, sent, receive_sizes, send_sizes,
+        send_sizes = self.counts[name][k, self.me].tolist()
+        receive_sizes = self.counts[name][k, :, self.me].tolist()
+        message = torch.cat([self.nothing, *pieces])
+        received = message.new_empty(sum(receive_sizes))
+        work = dist.all_to_all_single(received, message, receive_sizes, send_sizes,
                                       group=self.process_group, async_op=True)
         self.under_way[name, k] = (work, received)
 
@@ -742,7 +741,7 @@ class MuonShardGroup:
         pieces = []
         for i in self.chunks[k]:
             u = optimizer.add_gradient(self.params[i], now)
-            if self.sends[i][self.me]:
+            if self.is_sender[i][self.me]:
                 pieces.append(u.flatten())
         self.send("u", k, pieces)
 
@@ -756,7 +755,7 @@ class MuonShardGroup:
 
         position = 0
         for i, r, box in self.all_shards(matrices):
-            if self.sends[i][r]:
+            if self.is_sender[i][r]:
                 piece = received[position:position + box.numel()]
                 box.copy_(piece.view_as(box))
                 position += box.numel()
@@ -778,14 +777,14 @@ class MuonShardGroup:
 
 
 def build_shard_groups(matrices: list[Tensor], dtype: torch.dtype) -> list[MuonShardGroup]:
-    """Make a group for each device mesh; with HSDP, of the replicas that share owners with this
-    rank's."""
+    """Make this rank's MuonShardGroup for each device mesh; with HSDP it has those replicas that
+    share owners with this rank's."""
     by_mesh = {}
     for p in matrices:
         if is_spread(p):
             by_mesh.setdefault(p.device_mesh, []).append(p)
 
-    groups = []
+    shard_groups = []
     for device_mesh, params in by_mesh.items():
         shapes = [p.shape for p in params]
         dims = [shard_dims(p) for p in params]
@@ -797,43 +796,44 @@ def build_shard_groups(matrices: list[Tensor], dtype: torch.dtype) -> list[MuonS
             first = device_mesh.get_coordinate()[0] // together * together
             mesh = mesh[first:first + together]
 
-        group = MuonShardGroup(shapes, dims, mesh)
-        group.connect(params, dtype)
-        groups.append(group)
-    return groups
+        shard_group = MuonShardGroup(shapes, dims, mesh)
+        shard_group.connect(params, dtype)
+        shard_groups.append(shard_group)
+    return shard_groups
 
 
 # ---- The step
 
-def parallel_muon_step(optimizer: MuonClip, group: MuonShardGroup, now: SimpleNamespace) -> None:
+def parallel_muon_step(optimizer: MuonClip, shard_group: MuonShardGroup,
+                       now: SimpleNamespace) -> None:
     """Take one step of Muon on the matrices of a group, in the order of the timeline above."""
-    last = len(group.chunks) - 1
-    group.send_updates(0, optimizer, now)
+    last = len(shard_group.chunks) - 1
+    shard_group.send_updates(0, optimizer, now)
     for k in range(last + 1):
         # Phase 1: wait for u(k), and put together the matrices that this rank owns.
-        matrices = group.gather_full(k)
+        matrices = shard_group.gather_full(k)
 
         # Phase 2: start to send u(k+1). It travels during phase 3.
         if k < last:
-            group.send_updates(k + 1, optimizer, now)
+            shard_group.send_updates(k + 1, optimizer, now)
 
-        # Phase 3: orthogonalise whole matrices, as one process does.
+        # Phase 3: orthogonalise whole matrices, one at a time.
         for i in matrices:
             matrices[i] = newton_schulz(matrices[i], **optimizer.ns_options)
 
         # Phase 4: wait for O(k-1), which travelled during phase 3, and update this rank's shards.
         if k > 0:
-            group.apply_results(k - 1, optimizer, now)
+            shard_group.apply_results(k - 1, optimizer, now)
 
         # Phase 5: start to send O(k). The buffer that is sent is a copy, so free O itself.
-        group.send_results(k, matrices)
+        shard_group.send_results(k, matrices)
         del matrices
 
-    group.apply_results(last, optimizer, now)
+    shard_group.apply_results(last, optimizer, now)
 
     # Each rank has its shards' part of each RMS; a shard that several ranks hold counts once.
-    rms = torch.stack([optimizer.update_rms[p] for p in group.params])
-    mean_square = rms.square_().mul_(group.i_send)
-    dist.all_reduce(mean_square, group=group.process_group)
-    for p, value in zip(group.params, mean_square.sqrt_()):
+    rms = torch.stack([optimizer.update_rms[p] for p in shard_group.params])
+    mean_square = rms.square_().mul_(shard_group.this_rank_sends)
+    dist.all_reduce(mean_square, group=shard_group.process_group)
+    for p, value in zip(shard_group.params, mean_square.sqrt_()):
         optimizer.update_rms[p] = value

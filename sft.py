@@ -7,20 +7,21 @@ start, with config/sft_quickstart.py's settings, or from a model of yours, with 
 It prints its settings first. data.txt in its out_dir tells what it reads, and what it dropped and
 why; the other files there are those of pretrain.py.
 
-Read it from the ideas to the machinery: the three stages, the chat format, packing, epochs and
-batches; then how conversations are prepared, and the run. Where they come from is told in
-support/conversations.py; which are worth reading, and which are held out, in support/selection.py.
+Ideas first: the three stages, the chat format, packing, epochs and batches; then how conversations
+are prepared, and the run. Where they come from is told in support/conversations.py; which are worth
+reading, and which are held out for validation, in support/selection.py.
 """
 import hashlib
 import math
 import os
 import re
 import shutil
+import socket
 import sys
 from bisect import bisect_left, insort
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -33,11 +34,11 @@ from configurator import Count, Fraction, NonNegative, UserError, one_line
 from data import random_order
 from model import MotifConfig
 from pretrain import TrainConfig
-from support.conversations import (HELD_OUT, Drops, check_conversation, load_conversations,
+from support.conversations import (EVAL_DOMAINS, Drops, check_conversation, load_conversations,
                                    source_files)
 from support.ranks import RANK, all_gather_object, rank0_first, rank0_only, run_main
 from support.run_folder import latest_checkpoint
-from support.selection import benchmark_grams, choose, held_out_by_name, train_val_split
+from support.selection import benchmark_grams, choose, extra_held_out, train_val_split
 from support.sources import local_files
 from support.tokenizer import BEGIN, ROLES, TURN, TURN_END, Tokenizer, load_tokenizer
 from support.weights import model_folder, read_json, tensor_files
@@ -48,7 +49,10 @@ from support.weights import model_folder, read_json, tensor_files
 # lists of questions are text, too. Supervised fine-tuning (SFT) trains it on conversations, and
 # only on what the assistant says in them: the rest is context, which it need not learn to write.
 #
-#     L = -1/|A|  sum over t in A of  log p(x_t | x_1 ... x_t-1)     A: the assistant's tokens
+#     L = -1/|A|  sum over t in A of  log p(x_t | x_1 ... x_t-1)
+#
+# A: all tokens that assistants say in the step's whole (global) batch. Each token counts alike, not
+# each conversation.
 #
 # Model, optimizer, loop and checkpoints are those of pre-training. New are the format of a
 # conversation, the packing of many short ones into long rows, and the choice of what to read.
@@ -64,22 +68,21 @@ from support.weights import model_folder, read_json, tensor_files
 #     3 linguistic            stage 2 without what is redundant or of little      a light
 #       precision             value, by diversity and coherence                   continuation
 #
-# The report gives stage 1 rows of 16,384 tokens, 32M tokens per step (1,953 rows), MuonClip with
-# weight decay 0.1, and a cosine to about 0 after 5% warm-up. It gives none of these for the other
-# stages, which have the same here. The report's data are not public. Unless --data names others, a
-# stage reads conversations that synthetic/conversations.py generates:
+# Config's defaults are what the report gives for stage 1. The others have the same here, lr aside.
+# The report's data are not public. Unless --data names others, a stage reads conversations that
+# synthetic/conversations.py generates, stages 2 and 3 in different balance:
 #
 #     help      what a module or function of Python's library does, by its docstring
 #     skills    one or two small tasks: "Add 5", "Sort its letters", "Give its day of the week"
 #     chains    tasks that compose several skills, answered step by step
 #
-# [ours] marks what the report does not state.
+# [ours] marks what the report does not state. All data here are [ours] too.
 
 
 @dataclass
 class Stage:
     """What differs between the stages."""
-    data: dict          # as Config.data
+    data: dict          # as Config.data; without the domains that only evaluate
     lr: float           # at its peak
     best_share: float | None = None       # how much of a domain filter_by_quality keeps; None: all
     duplicate_share: float | None = None  # dedup_and_filter's limit; None: it drops nothing
@@ -88,31 +91,27 @@ class Stage:
 STAGES = {
     1: Stage(
         data={"help": ["builtin:help?n=1500", 1.0],
-              "skills": ["builtin:skills?n=1000", 1.0],
-              **HELD_OUT},
+              "skills": ["builtin:skills?n=1000", 1.0]},
         lr=2e-5),
     2: Stage(
         data={"chains": ["builtin:chains?n=1500&steps=2-4", 0.7],
               "skills": ["builtin:skills?n=500", 0.2],
-              "help": ["builtin:help?n=500", 0.1],
-              **HELD_OUT},
+              "help": ["builtin:help?n=500", 0.1]},
         lr=1e-5,             # [ours]
         best_share=0.8),     # [ours]
     3: Stage(
         data={"chains": ["builtin:chains?n=1500&steps=2-4", 0.5],
               "skills": ["builtin:skills?n=500", 0.25],
-              "help": ["builtin:help?n=500", 0.25],
-              **HELD_OUT},
+              "help": ["builtin:help?n=500", 0.25]},
         lr=5e-6,             # [ours]
         best_share=0.8,      # [ours]
         duplicate_share=0.7),  # [ours]
 }
-QUICKSTART = str(Path(__file__).parent / "config" / "sft_quickstart.py")
 
 
 @dataclass
 class Config(TrainConfig):
-    """A stage of fine-tuning. The defaults are the report's."""
+    """A stage of fine-tuning. The defaults are the report's for stage 1."""
     stage: Literal[1, 2, 3] = 1
     model: str | None = None        # initial weights: the folder of a run, a checkpoint or a model,
                                     # or owner/name of the Hub. None: the quick start's model, as
@@ -126,7 +125,7 @@ class Config(TrainConfig):
                                     # stage's in STAGES, for the quick start's model only
     decontaminate_against: list = field(default_factory=list)  # .jsonl files of benchmarks, globs:
                                     # drop what shares 13 words in a row with one of their texts
-    epochs: Count = 1               # readings of the data, on average over the domains
+    epochs: Count = 1               # [ours] for what one reads see epoch_budgets
     max_steps: Count | None = None  # the run ends after so many steps if epochs has more
     batch_tokens: Count = 32_000_000  # tokens per step over all ranks
     seq_len: Count = 16_384         # tokens of a row, into which conversations are packed
@@ -148,7 +147,7 @@ def fill_in_stage(c: Config) -> None:
                         "start's model; give --data=\"{'mine': ['talks/*.jsonl', 1.0]}\"")
     stage = STAGES[c.stage]
     if c.data is None:
-        c.data = stage.data
+        c.data = {**stage.data, **EVAL_DOMAINS}
     if c.lr is None:
         c.lr = stage.lr * c.lr_scale
     if c.out_dir is None:
@@ -253,12 +252,13 @@ def truncate_to_turn(tokenizer: Tokenizer, messages: list[dict],
     reply was cut off. None if the first reply ends beyond T tokens: such a conversation is dropped.
     To cut its prompt would hide what the reply is about, and half a reply would teach the model to
     stop in mid-sentence."""
-    ends = [i for i, message in enumerate(messages, 1) if message["role"] == "assistant"]
-    for end in reversed(ends):
-        ids, targets = encode_chat(tokenizer, messages[:end])
-        if len(ids) <= T:
-            return ids, targets, end < ends[-1]
-    return None
+    ids, targets = encode_chat(tokenizer, messages)
+    # Where ids[i] has the target <|endofturn|>, ids[i + 1] is the end of a reply.
+    ends = [i + 2 for i, target in enumerate(targets) if target == tokenizer.special[TURN_END]]
+    fitting = [end for end in ends if end <= T]
+    if not fitting:
+        return None
+    return ids[:fitting[-1]], targets[:fitting[-1]], len(fitting) < len(ends)
 
 
 # ---- packing
@@ -277,35 +277,26 @@ def truncate_to_turn(tokenizer: Tokenizer, messages: list[dict],
 #     positions  0  1  2  3  4  5  0  1  2  3        positions  0  1  2  3  4  0  1  2  0  1
 #
 # Each conversation must be read as if it were alone. doc_ids tell the model which tokens belong
-# together: attention masks all others out, and rotary positions restart. The mask of row 1 (x: the
-# query sees the key):
+# together: attention masks all others out, and rotary positions restart. Queries of row 1 see (x):
 #
-#     key         d  d  d  d  d  b  b  b  .  .
-#     query  d    x
-#            d    x  x
-#            d    x  x  x
-#            d    x  x  x  x
-#            d    x  x  x  x  x
-#            b                   x
-#            b                   x  x
-#            b                   x  x  x
-#            .                            x
-#            .                            x  x
+#     keys        d  d  d  d  d  b  b  b  .  .
+#     last d      x  x  x  x  x
+#     first b                    x
+#     second b                   x  x
+#     last .                              x  x
 #
-# Padding is a document of its own, whose targets are all -1. So loss and gradients are those of the
-# conversations one by one (a test compares them), and the work of attention is the sum of their
-# squared lengths: the fused kernel skips the empty blocks of the mask.
+# Padding is a document of its own, with targets of -1. So loss and gradients are the sums that the
+# conversations would give one by one, with the same divisor |A| (a test compares them). The work of
+# attention is the sum of squared lengths, as the fused kernel skips empty blocks of the mask.
 
 
 def pack(lengths: np.ndarray, T: int) -> list[list[int]]:
     """lengths (n,), each at most T -> rows: lists of indices, whose lengths sum to at most T each.
-    The longest comes first, and each goes where it leaves least room ("best fit decreasing").
+    The longest comes first, and each goes where it leaves least room ("best fit decreasing"). In
+    the order given, these four would need three rows, 4 3 | 6 | 5:
 
     >>> pack(np.array([4, 3, 6, 5]), T=10)
     [[2, 0], [3, 1]]
-
-    6 opens row 0 and leaves 4; 5 does not fit and opens row 1; 4 fits both, and leaves least in row
-    0; 3 goes to row 1. In the order given, the four would need three rows: 4 3 | 6 | 5.
     """
     rows = []
     open_rows = defaultdict(list)  # tokens of room -> the rows that have just so much left
@@ -360,21 +351,18 @@ def collate(rows: list[list[np.ndarray]], T: int) -> tuple[np.ndarray, np.ndarra
 
 # ---- epochs and batches
 
-# Let all domains together have N tokens. In an epoch, a domain with a share w of the weights has a
-# *quota* of w N tokens. A domain with more tokens than that is read in part, and the next epoch
-# continues from there. A domain with fewer is repeated, but at most REPEATS times per epoch, since
-# a model learns by heart what it reads too often: this caps its quota. So an epoch reads N tokens,
-# or fewer where a quota is capped.
+# In each epoch a domain has a *budget* of tokens, by its weight (epoch_budgets). If the domain has
+# more tokens, the next epoch continues where this one ends; if it has fewer, they are repeated.
 #
-# Think of a domain as a tape: all its conversations in a random order, then all in another order,
-# and so on. With a quota of q tokens per epoch, epoch e takes the tape from token e q to (e + 1) q,
-# and a conversation that lies on the border belongs to the epoch in which its middle falls.
+# A domain's *reading order* is all its conversations in a random order, then all in another order,
+# and so on. With a budget of q tokens, epoch e reads from token e q of it to token (e + 1) q, and a
+# conversation that lies on the border belongs to the epoch in which its middle falls.
 #
 # An epoch's conversations, of all domains, are packed together. Packing begins with the longest, so
 # the first rows hold a few long conversations, perhaps all of one domain, and the last rows many
 # short ones. A batch should have rows of all kinds. So rows are dealt to n batches like cards: each
-# batch gets one of the first n rows, one of the next n, and so on; a keyed permutation says which.
-# Eight rows, and at most three rows in a batch, make n = 3 batches:
+# batch gets one of the first n rows, one of the next n, and so on. A permutation, hashed from seed,
+# epoch and group of rows, says which. Eight rows, at most three in a batch, make n = 3 batches:
 #
 #     rows, long to short    0  1  2 | 3  4  5 | 6  7
 #     dealt to batch         2  0  1 | 0  1  2 | 1  0          batch 0: rows 1, 3, 7
@@ -419,23 +407,25 @@ class TokenizedChats:
         return self.tokens[:, end - self.lengths[i]:end]
 
 
-def epoch_quotas(sizes: dict[str, int], weights: dict[str, float]) -> dict[str, float]:
-    """sizes: tokens of each domain -> tokens that an epoch reads of it.
+def epoch_budgets(sizes: dict[str, int], weights: dict[str, float]) -> dict[str, float]:
+    """sizes: tokens of each domain of weight > 0 -> tokens that an epoch reads of it: its share of
+    the weights, times the tokens of all.
 
-    >>> epoch_quotas({"help": 600, "skills": 200}, {"help": 0.5, "skills": 0.5})
+    >>> epoch_budgets({"help": 600, "skills": 200}, {"help": 0.5, "skills": 0.5})
     {'help': 400.0, 'skills': 400.0}
 
-    Two thirds of help are read, and skills twice. Of a tiny domain not more than REPEATS times:
+    Two thirds of help are read, and skills twice. A tiny domain is read REPEATS times at most,
+    since a model learns by heart what it reads too often; then the epoch is shorter:
 
-    >>> epoch_quotas({"help": 790, "skills": 10}, {"help": 0.5, "skills": 0.5})
+    >>> epoch_budgets({"help": 790, "skills": 10}, {"help": 0.5, "skills": 0.5})
     {'help': 400.0, 'skills': 40}
     """
     total = sum(sizes.values())
     total_weight = sum(weights.values())
-    quotas = {}
+    budgets = {}
     for name, size in sizes.items():
-        quotas[name] = min(weights[name] / total_weight * total, REPEATS * size)
-    return quotas
+        budgets[name] = min(weights[name] / total_weight * total, REPEATS * size)
+    return budgets
 
 
 @dataclass
@@ -464,14 +454,14 @@ class PackedChatDataset:
         self.T = T
         self.seed = seed
         sizes = {name: int(chats.ends[-1]) for name, chats in train.items()}
-        quotas = epoch_quotas(sizes, weights)
-        tapes = {name: self._tape(name, epochs * quotas[name]) for name in train}
+        budgets = epoch_budgets(sizes, weights)
+        orders = {name: self._reading_order(name, epochs * budgets[name]) for name in train}
 
         self.batches = []  # [step][row] -> list of (domain, index of a conversation)
         for epoch in range(epochs):
             chosen = []
-            for name, (order, middles) in tapes.items():
-                borders = [epoch * quotas[name], (epoch + 1) * quotas[name]]
+            for name, (order, middles) in orders.items():
+                borders = [epoch * budgets[name], (epoch + 1) * budgets[name]]
                 first, last = middles.searchsorted(borders)
                 for i in order[first:last].tolist():
                     chosen.append((name, i))
@@ -487,9 +477,9 @@ class PackedChatDataset:
             raise UserError("there is no conversation to train on; give more data")
         self.curriculum = self._make_curriculum()
 
-    def _tape(self, name: str, tokens: float) -> tuple[np.ndarray, np.ndarray]:
+    def _reading_order(self, name: str, tokens: float) -> tuple[np.ndarray, np.ndarray]:
         """At least `tokens` tokens of a domain -> its conversations in the order of reading, and
-        where the middle of each is on the tape, in tokens."""
+        how many tokens come before the middle of each."""
         lengths = self.train[name].lengths
         n = len(lengths)
         readings = math.ceil(tokens / lengths.sum() + 1e-9)
@@ -506,9 +496,9 @@ class PackedChatDataset:
         n = math.ceil(len(rows) / max_rows)
         batches = [[] for _ in range(n)]
         for start in range(0, len(rows), n):
-            neighbours = rows[start:start + n]
-            places = random_order(n, self.seed, "rows", epoch, start)
-            for batch, row in zip(places, neighbours):
+            group = rows[start:start + n]
+            dealt_to = random_order(n, self.seed, "rows", epoch, start)
+            for batch, row in zip(dealt_to, group):
                 batches[batch].append(row)
         return batches
 
@@ -546,6 +536,7 @@ class PackedChatDataset:
             rows.append([self.train[name][i] for name, i in row])
         return collate(rows, self.T)
 
+    @cache  # it reads all tokens, and each checkpoint asks for it
     def fingerprint(self) -> str:
         """16 hex digits of a hash of the conversations that the run may read."""
         checksum = hashlib.sha256()
@@ -555,7 +546,7 @@ class PackedChatDataset:
         return checksum.hexdigest()[:16]
 
 
-def held_out_rows(chats: TokenizedChats, tokens: int,
+def pack_val_rows(chats: TokenizedChats, tokens: int,
                   T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pack a random choice of held-out conversations, about `tokens` tokens but at least one
     conversation -> ids, targets and doc_ids, each (rows, T) int64."""
@@ -579,7 +570,8 @@ def prepare(c: Config, tokenizer: Tokenizer) -> Path:
     if folder.exists():
         return folder
     print(f"preparing {', '.join(c.data)} in {folder}", flush=True)
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    remove_leftovers(folder.parent)
+    temporary = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
         report = prepare_domains(c, tokenizer, temporary)
@@ -588,6 +580,14 @@ def prepare(c: Config, tokenizer: Tokenizer) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def remove_leftovers(data_dir: Path) -> None:
+    """Remove the temporary folders of processes of this machine that were killed."""
+    for path in data_dir.glob(f"sft-*.{socket.gethostname()}.*.tmp"):
+        pid = path.suffixes[-2][1:]
+        if not Path("/proc", pid).exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def preparation_key(c: Config, tokenizer: Tokenizer) -> str:
@@ -613,7 +613,7 @@ def prepare_domains(c: Config, tokenizer: Tokenizer, folder: Path) -> list[str]:
     """Write the conversations of all domains into the folder -> lines of report."""
     stage = STAGES[c.stage]
     report = []
-    held_out = held_out_by_name(c.data)
+    extra = extra_held_out(c.data)
     benchmark = benchmark_grams(c.decontaminate_against)
     for name, (source, weight) in c.data.items():
         drops = Drops()
@@ -622,7 +622,7 @@ def prepare_domains(c: Config, tokenizer: Tokenizer, folder: Path) -> list[str]:
         report += drops.report()
         parts = {"val": conversations}
         if weight > 0:
-            parts = train_val_split(conversations, held_out)
+            parts = train_val_split(conversations, extra)
             dropped = len(conversations) - len(parts["train"]) - len(parts["val"])
             if dropped:
                 report.append(f"  {dropped:,d} dropped as one of their questions is held out")
@@ -656,9 +656,6 @@ def encode_part(folder: Path, part: str, name: str, conversations: list, tokeniz
 
 # ---- the run
 
-FEW_STEPS = 20  # fewer are noted [ours]
-
-
 def initial_folder(c: Config) -> Path:
     """The folder of the model that the stage starts from."""
     before = "out/quickstart"
@@ -687,25 +684,27 @@ def find_start(c: Config, out: Path) -> tuple[tuple | None, Path, str]:
     A run that resumes does not need its initial weights any more; but if they are still there, they
     must be those that it began with, or two runs would be mixed in one folder."""
     checkpoint = pretrain.find_checkpoint(c, out)
+    began_with = checkpoint[1]["config"]["init"] if checkpoint else None
     try:
         folder = initial_folder(c)
         init = f"{folder} ({hash_of_weights(folder)})"
     except UserError:
         if checkpoint is None:
             raise
-        init = checkpoint[1]["config"]["init"]
+        init = began_with
 
-    if checkpoint is not None:
-        folder, state = checkpoint
-        if init != state["config"]["init"]:
-            raise UserError(f"{out} holds a run that began with {state['config']['init']}, not "
-                            f"with {init}; delete it or give another --out_dir")
-    return checkpoint, folder, init
+    if checkpoint is None:
+        return None, folder, init
+    # The hashes must agree. The same folder may be written in another way.
+    if str(init).rpartition(" ")[2] != str(began_with).rpartition(" ")[2]:
+        raise UserError(f"{out} holds a run that began with {began_with}, not with {init}; delete "
+                        "it or give another --out_dir")
+    return checkpoint, checkpoint[0], began_with
 
 
 def hash_of_weights(folder: Path) -> str:
-    """8 hex digits that tell a model's weights from others, which differ everywhere: a hash of the
-    last MiB of the last file."""
+    """8 hex digits that tell two models' weights apart: a hash of the last MiB of the last file,
+    which is enough, since training changes all weights."""
     with open(max(tensor_files(folder, "model")), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         file.seek(max(0, size - 2**20))
@@ -735,13 +734,13 @@ def check_sizes(c: Config, shape: MotifConfig, tokenizer: Tokenizer, folder: Pat
 
 
 def open_dataset(c: Config, folder: Path) -> tuple[PackedChatDataset, dict]:
-    """The prepared folder -> the dataset, and held-out rows of each domain."""
+    """The prepared folder -> the dataset, and the rows of each domain for validation."""
     train = {}
     weights = {}
-    held_out = {}
+    val_rows = {}
     for name, (_, weight) in c.data.items():
         chats = TokenizedChats(folder / f"val-{name}")
-        held_out[name] = held_out_rows(chats, c.eval_tokens, c.seq_len)
+        val_rows[name] = pack_val_rows(chats, c.eval_tokens, c.seq_len)
         if weight > 0:
             train[name] = TokenizedChats(folder / f"train-{name}")
             weights[name] = weight
@@ -749,7 +748,7 @@ def open_dataset(c: Config, folder: Path) -> tuple[PackedChatDataset, dict]:
                                 epochs=c.epochs, seed=c.seed, max_steps=c.max_steps)
     if len(set(all_gather_object(dataset.fingerprint()))) > 1:
         raise UserError(f"the machines hold different data in {c.data_dir}; copy one's to all")
-    return dataset, held_out
+    return dataset, val_rows
 
 
 def to_pretrain_config(c: Config, shape: MotifConfig, tokenizer: Tokenizer, init: str,
@@ -794,7 +793,7 @@ def describe_data(c: Config, dataset: PackedChatDataset) -> str:
     rows = sum(curriculum.rows)
     lines.append(f"{curriculum.steps:,d} steps, {rows:,d} rows; padding "
                  f"{1 - total / (rows * c.seq_len):.2%}")
-    if curriculum.steps < FEW_STEPS:
+    if curriculum.steps < 20:  # [ours]
         lines.append(f"note: {curriculum.steps} steps are few; a smaller --batch_tokens gives more")
     return "\n".join(lines)
 
@@ -813,7 +812,7 @@ def setup(c: Config, out: Path) -> tuple:
     check_sizes(c, shape, tokenizer, folder)
 
     prepared = rank0_first(partial(prepare, c, tokenizer))
-    dataset, held_out = open_dataset(c, prepared)
+    dataset, val_rows = open_dataset(c, prepared)
     run = to_pretrain_config(c, shape, tokenizer, init, dataset.curriculum.steps)
     pretrain.check_fp8(run, dataset.curriculum, device)
     pretrain.check_prompts(run, tokenizer, encode_chat_prompt)
@@ -830,7 +829,7 @@ def setup(c: Config, out: Path) -> tuple:
         print(report, end="", flush=True)
         out.mkdir(parents=True, exist_ok=True)
         (out / "data.txt").write_text(f"{settings}\n{report}")
-    return (run, out, dataset, held_out, model, optimizer, tokenizer, checkpoint,
+    return (run, out, dataset, val_rows, model, optimizer, tokenizer, checkpoint,
             encode_chat_prompt)
 
 
@@ -838,7 +837,8 @@ def main() -> None:
     # The quick start's settings would ruin a model of another size.
     argv = sys.argv[1:]
     own_model = any(word.startswith("--model=") for word in argv)
-    c = configurator.load(Config, argv, default_file=None if own_model else QUICKSTART)
+    quickstart = str(Path(__file__).parent / "config" / "sft_quickstart.py")
+    c = configurator.load(Config, argv, default_file=None if own_model else quickstart)
     fill_in_stage(c)
     out = Path(c.out_dir)
     with pretrain.friendly_errors(c, out), pretrain.lock_folder(out):

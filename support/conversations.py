@@ -14,7 +14,7 @@ from support.sources import check_options, lines_of, local_files, open_hub, read
 from support.tokenizer import ROLES
 
 # The chains that eval.py asks for. No stage trains on their questions, whatever its data.
-HELD_OUT = {
+EVAL_DOMAINS = {
     "held_chains": ["builtin:chains?n=100&steps=2-4&seed=2", 0.0],
     "longer_chains": ["builtin:chains?n=100&steps=5-6", 0.0],  # training has 2 to 4 steps
 }

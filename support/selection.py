@@ -3,18 +3,19 @@ import hashlib
 import json
 import re
 
-from support.conversations import HELD_OUT, load_conversations, nonblank_lines
+from support.conversations import EVAL_DOMAINS, load_conversations, nonblank_lines
 from support.sources import local_files, read_each
 
 # ---- what is worth reading
 
 # A model imitates what it reads, bad conversations too. Stages 2 and 3 therefore choose. The report
 # names its criteria, but not how it measures them; so all measures and limits here are [ours]. They
-# are cheap counts in the text of a conversation, each a number from 0 to 1.
+# are cheap counts in the replies of a conversation, each a number from 0 to 1. A conversation is
+# kept or dropped as a whole:
 #
-#     stages 2, 3   filter_by_quality   keeps replies that reason, are complete and have structure
-#     stage 3       dedup_and_filter    drops near-duplicates, repetitive and incoherent replies
-#     on request    decontaminate       drops what shares 13 words in a row with a benchmark
+#     stages 2, 3   filter_by_quality   keeps those that reason, are complete and have structure
+#     stage 3       dedup_and_filter    drops near-duplicates, repetitive and incoherent ones
+#     on request    decontaminate       drops those that share 13 words in a row with a benchmark
 
 MIN_DISTINCT = 0.5   # a conversation with a smaller distinct_3 is called repetitive
 MIN_COHERENCE = 0.3  # one with a smaller coherence is called incoherent
@@ -23,17 +24,14 @@ MIN_COHERENCE = 0.3  # one with a smaller coherence is called incoherent
 def choose(conversations: list, benchmark: set[int], best_share: float | None,
            duplicate_share: float | None) -> tuple[list, list[str]]:
     """The training conversations of a domain -> those worth reading, and lines for the report.
-    benchmark: what benchmark_grams gives. None: that measure drops nothing."""
+    benchmark: what benchmark_grams gives. A limit of None: that filter drops nothing."""
+    filters = [(decontaminate, benchmark or None), (filter_by_quality, best_share),
+               (dedup_and_filter, duplicate_share)]
     report = []
-    if benchmark:
-        conversations, line = decontaminate(conversations, benchmark)
-        report.append(f"  {line}")
-    if best_share is not None:
-        conversations, line = filter_by_quality(conversations, best_share)
-        report.append(f"  {line}")
-    if duplicate_share is not None:
-        conversations, line = dedup_and_filter(conversations, duplicate_share)
-        report.append(f"  {line}")
+    for apply, limit in filters:
+        if limit is not None:
+            conversations, line = apply(conversations, limit)
+            report.append(f"  {line}")
     return conversations, report
 
 
@@ -233,18 +231,18 @@ def texts_in(value):
 
 # ---- holding out
 
-# One question in VAL_EVERY is held out for validation. Not one conversation in 50: the same
-# question occurs in several conversations, domains and stages, and a model that has read its answer
-# in one of them is not tested by it in another. So the *hash of the question's text* decides, which
-# needs no list and comes out the same everywhere: held out if it is below 2^64 / 50.
+# One question in 50 is held out for validation (of the text for pre-training, one document in 20).
+# Not one conversation in 50: the same question occurs in several conversations, domains and stages,
+# and a model that has read its answer in one of them is not tested by it in another. So the *hash
+# of the question's text* decides, which needs no list and comes out the same everywhere: held out
+# if it is below 2^64 / 50.
 #
 # Two kinds of questions are held out whatever their hash. A domain of weight 0 is for evaluation
 # only, and so are all its questions. And a domain so small that it has no first question below
 # 2^64 / 50 holds out the one with the smallest hash. The other domains of the stage leave these
 # out, too; other stages do not know of them.
 
-VAL_EVERY = 50
-HELD_OUT_BELOW = 2**64 // VAL_EVERY
+HELD_OUT_BELOW = 2**64 // 50
 
 
 def question_hashes(messages: list[dict]) -> list[int]:
@@ -278,28 +276,27 @@ def hash_text(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8], "big")
 
 
-def held_out_by_name(domains: dict) -> set[int]:
-    """The hashes of the questions that are held out whatever their hash: those of domains of weight
-    0 and of the chains that eval.py asks, and the first question of each small domain that has the
-    smallest hash."""
-    held_out = set()
-    for source, weight in [*HELD_OUT.values(), *domains.values()]:
+def extra_held_out(domains: dict) -> set[int]:
+    """Hashes held out besides those below the bound: all questions of domains of weight 0 and of
+    eval.py's chains; and of each small domain the first question with the smallest hash."""
+    extra = set()
+    for source, weight in [*EVAL_DOMAINS.values(), *domains.values()]:
         hashes = [question_hashes(messages) for messages in load_conversations(source)]
         smallest = min((questions[0] for questions in hashes), default=0)
         if weight == 0:
-            held_out.update(*hashes)
+            extra.update(*hashes)
         elif smallest >= HELD_OUT_BELOW:
-            held_out.add(smallest)
-    return held_out
+            extra.add(smallest)
+    return extra
 
 
-def train_val_split(conversations: list, held_out: set[int]) -> dict[str, list]:
-    """Split a domain -> {"val": [...], "train": [...]}. held_out: hashes of held_out_by_name.
+def train_val_split(conversations: list, extra: set[int]) -> dict[str, list]:
+    """Split a domain -> {"val": [...], "train": [...]}. extra: hashes of extra_held_out.
 
-    val     conversations whose first question is held out by this domain: its hash is below
-            2^64 / 50, or the smallest where none is. They end after the first reply, since what the
+    val     conversations whose first question is held out by this domain: its hash is below the
+            bound, or the smallest where none is. They end after the first reply, since what the
             user asks next may be a question of the training conversations
-    train   conversations in which no question is held out
+    train   conversations in which no question is held out, by this domain or in extra
 
     Conversations of neither kind are dropped: in training they would tell a held-out answer.
     """
@@ -311,6 +308,6 @@ def train_val_split(conversations: list, held_out: set[int]) -> dict[str, list]:
     for messages, questions in zip(conversations, hashes):
         if questions[0] < bound:
             parts["val"].append(messages[:index_of_first_reply(messages) + 1])
-        elif min(questions) >= bound and held_out.isdisjoint(questions):
+        elif min(questions) >= bound and extra.isdisjoint(questions):
             parts["train"].append(messages)
     return parts

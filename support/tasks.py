@@ -1,18 +1,28 @@
-"""The benchmarks: what a task is, how the rows of each are read, and the table of all."""
+"""The benchmarks: what a task is, where its questions come from, how the rows of each data set are
+read, how replies are judged, and the table of all tasks."""
+import json
+import math
+import random
 import re
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Callable, Literal
+from itertools import chain, islice
+from pathlib import Path
+from typing import Callable, Iterator, Literal
 
-from configurator import UserError
-from support.conversations import HELD_OUT, load_conversations
+from configurator import UserError, one_line
+from support.conversations import EVAL_DOMAINS, load_conversations
+from support.preparing import is_held_out
+from support.sources import source_units
 from synthetic.conversations import answer_of
 
 # ---- what a task is
 
 @dataclass
 class Example:
-    """A question. As a few-shot example it is followed by `target`, as a prompt by nothing."""
+    """A question, or a text to measure. As a few-shot example it is followed by `target`, as a
+    prompt by nothing."""
     text: str
     target: str = ""
     choices: list = field(default_factory=list)   # possible continuations
@@ -57,6 +67,144 @@ class Task:
     reported: dict = field(default_factory=dict)      # metric -> per cent
 
 
+# ---- the questions: rows, texts and few-shot examples
+
+BUILTIN_DOCS = 16               # held-out documents of a builtin source
+BUILTIN_DOC_CHARS = 1024        # characters of each that are measured, from its beginning
+
+
+def read_questions(name: str, task: Task, num_fewshot: int, limit: int | None,
+                   benchmark_dir: str | None) -> dict[int, Example]:
+    """{number: question} of the first `limit` questions of each subject (None: of all), each with
+    its fewshot_context. The number is the question's place among all."""
+    if num_fewshot and task.fewshot_file is None:
+        raise UserError(f"num_fewshot={num_fewshot}, but {name} has no examples; give "
+                        "--num_fewshot=0")
+    questions = read_examples(task, False, benchmark_dir)
+    if not questions:
+        raise UserError(f"{name} has no questions; give it a file that has some")
+    pool = read_examples(task, True, benchmark_dir) if num_fewshot else []
+    add_fewshot_contexts(task, questions, pool, num_fewshot)
+
+    seen = Counter()
+    chosen = {}
+    for number, question in enumerate(questions):
+        seen[question.subject] += 1
+        if limit is None or seen[question.subject] <= limit:
+            chosen[number] = question
+    return chosen
+
+
+def add_fewshot_contexts(task: Task, questions: list[Example], pool: list[Example],
+                         num_fewshot: int) -> None:
+    """Put the description and num_fewshot examples of the pool before each question. They are drawn
+    for all questions in order, so that they depend neither on the ranks nor on what is measured
+    already. Where the questions are a validation split, the harness draws one example more, and
+    drops the question itself if it is among them (0.4.9.1, samplers.py)."""
+    by_subject = defaultdict(list)
+    for example in pool:
+        by_subject[example.subject].append(example)
+
+    num_drawn = num_fewshot
+    if num_fewshot and task.eval_split == "validation":
+        num_drawn += 1
+    rng = random.Random(1234)
+    for question in questions:
+        candidates = by_subject[question.subject]
+        if len(candidates) < num_drawn:
+            of_subject = f" of {question.subject}" if question.subject else ""
+            raise UserError(f"num_fewshot={num_fewshot}, but {task.fewshot_file} has "
+                            f"{len(candidates)} examples{of_subject}, and {num_drawn} are drawn; "
+                            "give a smaller --num_fewshot")
+        drawn = candidates[:num_drawn]
+        if task.fewshot == "random":
+            drawn = rng.sample(candidates, num_drawn)
+        drawn = [example for example in drawn if example.row != question.row][:num_fewshot]
+
+        question.fewshot_context = task.description.format(question.subject.replace("_", " "))
+        for example in drawn:
+            question.fewshot_context += f"{example.text}{example.target}\n\n"
+
+
+def read_texts(source: str, limit: int | None) -> list[str]:
+    """The first documents of a source of text (support/sources.py). Builtin sources are what the
+    quick start trains on. Of each unit of these, the first document that training holds out
+    counts, and of that the beginning."""
+    units = source_units(source)
+    if not source.startswith("builtin:"):
+        documents = chain.from_iterable(unit() for unit in units)
+        return list(islice(filter(str.strip, documents), limit))
+
+    texts = []
+    for unit in units[:BUILTIN_DOCS]:
+        for text in filter(str.strip, unit()):
+            if is_held_out(text):
+                texts.append(text[:BUILTIN_DOC_CHARS])
+                break
+    return texts[:limit]
+
+
+def read_examples(task: Task, is_fewshot: bool, benchmark_dir: str | None) -> list[Example]:
+    """The questions or the few-shot examples of a task, in the order of the data set."""
+    examples = []
+    for place, row in read_rows(task, is_fewshot, benchmark_dir):
+        try:
+            if task.accept and not task.accept(row, is_fewshot):
+                continue
+            example = task.read(row)
+            example.row = row
+            judge = task.program or task.metric
+            if judge:
+                judge(example, reply="")             # so that a bad row is noticed now
+        except KeyError as e:
+            raise UserError(f"{place}: there is no {e}; the row has {', '.join(row)}") from None
+        except (ValueError, TypeError, IndexError, AttributeError) as e:
+            # A row of another form: null or a number where a text should be, too few choices, ...
+            raise UserError(f"{place}: {one_line(e)}; correct the row") from None
+        examples.append(example)
+    return examples
+
+
+def read_rows(task: Task, is_fewshot: bool,
+              benchmark_dir: str | None) -> Iterator[tuple[str, dict]]:
+    """Yield (place, row) of the questions or of the few-shot examples of a task."""
+    if task.source:
+        for i, row in enumerate(task.source()):
+            yield f"row {i}", row
+        return
+
+    split = task.fewshot_split if is_fewshot else task.eval_split
+    file = task.fewshot_file if is_fewshot else task.eval_file
+    if benchmark_dir is None:
+        try:
+            from datasets import load_dataset
+            rows = load_dataset(task.hf_name, task.hf_config, split=split)
+        except Exception as e:  # the library raises many kinds
+            raise UserError(f"dataset {task.hf_name}: {one_line(e)}; or put {file} into a folder "
+                            "and give --benchmark_dir") from None
+        for i, row in enumerate(rows):
+            yield f"{task.hf_name}, {split} row {i}", row
+        return
+
+    paths = sorted(Path(benchmark_dir).glob(file))
+    if len(paths) != 1:
+        without_examples = ", or give --num_fewshot=0" if is_fewshot else ""
+        raise UserError(f"{len(paths)} files match {Path(benchmark_dir) / file}; put one there, "
+                        f"with a JSON object on each line, a row of {task.hf_name}, {split}"
+                        f"{without_examples}")
+    for number, line in enumerate(paths[0].read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8-sig"))       # -sig: a byte order mark is left out
+        except ValueError as e:
+            raise UserError(f"{paths[0]}:{number}: not JSON: {one_line(e)}; correct the "
+                            "line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{paths[0]}:{number}: not a JSON object; correct the line")
+        yield f"{paths[0]}:{number}", row
+
+
 # ---- the tasks: how their rows are read
 #
 # Every character of a prompt is part of the protocol; scores move by points if one is changed. The
@@ -70,15 +218,24 @@ def choices_and_answer(row: dict) -> tuple[list[str], int]:
     return choices, row["answer"]
 
 
+def check_choices(choices: list, answer: int) -> None:
+    """UserError unless each choice has something to score, and one of them is the answer."""
+    if not isinstance(choices, list) or type(answer) is not int or not 0 <= answer < len(choices):
+        raise UserError(f"answer {answer!r} must be the number, from 0, of a choice in {choices!r}")
+    for choice in choices:
+        if not str(choice).strip():
+            raise UserError("a choice is empty")
+
+
 def choose(text: str, choices: list[str], answer: int, subject: str = "") -> Example:
     """A question whose choices follow it after a space."""
-    if not 0 <= answer < len(choices):
-        raise UserError(f"answer {answer} must be below {len(choices)}, the number of choices")
-    if not all(choices):
-        raise UserError("a choice is empty")
+    check_choices(choices, answer)
     continuations = [f" {choice}" for choice in choices]
     return Example(text, continuations[answer], continuations, answer, subject=subject)
 
+
+# Each of these makes an Example of a row. They are named after the data sets, and each is worded as
+# in the harness's task of that name.
 
 def read_mmlu(row: dict) -> Example:
     choices, answer = choices_and_answer(row)
@@ -129,11 +286,15 @@ def read_hellaswag(row: dict) -> Example:
 def read_winogrande(row: dict) -> Example:
     """The choices fill a gap; what is scored is the text after the gap, behind each of them."""
     if "option1" in row:
-        choices, answer = [row["option1"], row["option2"]], int(row["answer"]) - 1
+        choices = [row["option1"], row["option2"]]
+        answer = int(row["answer"]) - 1
     else:
         choices, answer = choices_and_answer(row)
+    check_choices(choices, answer)
     sentence = row.get("sentence") or row["question"]
-    gap = sentence.index("_")
+    gap = sentence.find("_")
+    if gap < 0 or not sentence[gap + 1:].strip():
+        raise UserError("the sentence needs a gap, written _, and a text after it")
     rest = " " + sentence[gap + 1:].strip()
     contexts = [sentence[:gap] + choice for choice in choices]
     return Example(contexts[answer], rest, [rest] * len(contexts), answer, contexts)
@@ -159,6 +320,9 @@ def plain_number(text: str) -> str:
         text = re.sub(pattern, "", text)
     return text.lower()
 
+
+# A reply's number is compared with the right one as the harness does it: strict takes the format of
+# the few-shot examples for granted, flexible does not.
 
 def gsm8k_scores(example: Example, reply: str) -> dict[str, float]:
     right = plain_number(example.row["answer"])
@@ -224,11 +388,63 @@ def chain_scores(example: Example, reply: str) -> dict[str, float]:
             "steps": num_right / len(right_lines)}
 
 
+# ---- how replies are judged
+#
+# A reply is judged by the task's `metric`, or it is a program: then the sandbox runs it, and it is
+# right if it comes to its end, past all tests.
+#
+# pass@k is the probability that at least one of k programs for a question is right. To write k
+# programs and look would be a noisy estimate. So n >= k are written, --num_samples=n; if c of them
+# are right,
+#
+#     pass@k = 1 - C(n - c, k) / C(n, k)            (arXiv 2107.03374, equation 1)
+#
+# where C(n - c, k) counts the ways to choose k programs that are all wrong.
+
+def judge_replies(task: Task, example: Example, replies: list[str], chat: bool) -> dict:
+    """The scores of the replies to a question: those of the metric, or pass@k."""
+    if task.metric:
+        return task.metric(example, replies[0])
+
+    # A chat model puts a program between ``` fences, unless chat_prompt has opened the fence.
+    if chat and not task.chat_prompt:
+        replies = [first_fence(reply) for reply in replies]
+    from tools.sandbox import run_program
+    verdicts = [run_program(task.program(example, reply)) for reply in replies]
+    scores = {"verdicts": verdicts}
+    for k in (1, 10, 100):
+        if k <= len(replies):
+            scores[f"pass@{k}"] = pass_at_k(len(replies), verdicts.count("passed"), k)
+    return scores
+
+
+def first_fence(reply: str) -> str:
+    """The code in the first ``` fence of a reply that is not marked as another language. A fence
+    that is never closed extends to the end. Without a fence the whole reply counts as code.
+
+    >>> first_fence("It is:\\n```python\\nx = 1\\n```\\nand short.")
+    'x = 1\\n'
+    """
+    for language, code in re.findall(r"(?s)```([\w+#.-]*)[ \t]*\r?\n(.*?)(?:```|\Z)", reply):
+        if language.lower() in ("", "py", "python", "python3"):
+            return code
+    return reply
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """pass@k from n programs of which c passed.
+
+    >>> pass_at_k(n=4, c=2, k=2)          # of 6 pairs one has no program that passes
+    0.8333333333333334
+    """
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
 # ---- the table of tasks
 
 # Chains of skills that fine-tuning never trains on: as many in a row as it does, or more.
-SHORT_CHAINS = partial(load_conversations, HELD_OUT["held_chains"][0])
-LONG_CHAINS = partial(load_conversations, HELD_OUT["longer_chains"][0])
+SHORT_CHAINS = partial(load_conversations, EVAL_DOMAINS["held_chains"][0])
+LONG_CHAINS = partial(load_conversations, EVAL_DOMAINS["longer_chains"][0])
 CHAINS = Task(read_chain, "generation", source=SHORT_CHAINS, always_chat=True,
               metric=chain_scores, max_new_tokens=200)
 HUMANEVAL = Task(

@@ -7,8 +7,8 @@ import pytest
 MODULES = ("configurator", "model", "muonclip", "kernels", "data", "pretrain", "sft", "eval",
            "support.tokenizer", "support.ranks", "support.sources", "support.log", "support.tasks",
            "support.conversations", "support.selection", "support.weights", "support.generation",
-           "synthetic.texts", "synthetic.conversations", "tools.ablate", "tools.grow", "tools.plan",
-           "tools.sandbox")
+           "support.scores", "synthetic.texts", "synthetic.conversations", "tools.ablate",
+           "tools.grow", "tools.plan", "tools.sandbox")
 
 
 @pytest.mark.parametrize("name", MODULES)

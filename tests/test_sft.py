@@ -10,6 +10,7 @@ import lzma
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -20,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import conversations, selection
-from support.conversations import HELD_OUT, load_conversations
+from support.conversations import EVAL_DOMAINS, load_conversations
 from support.tokenizer import BEGIN, END, ROLES, TURN, TURN_END, load_tokenizer
 from worlds import world
 
@@ -480,10 +481,10 @@ def test_what_is_held_out_is_never_asked_in_training():
     single = [chat(f"What is question number {i % 1200}?", f"Answer {i}.") for i in range(2400)]
     double = [first + second for first, second in zip(single, single[37:])]
     reserved = single[:5]
-    held_out = {selection.question_hashes(messages)[0] for messages in reserved}
-    parts = selection.train_val_split(single + double, held_out)
+    extra = {selection.question_hashes(messages)[0] for messages in reserved}
+    parts = selection.train_val_split(single + double, extra)
 
-    assert len(questions(parts["val"])) == pytest.approx(1200 / selection.VAL_EVERY, abs=15)
+    assert len(questions(parts["val"])) == pytest.approx(1200 / 50, abs=15)
     assert not questions(parts["train"]) & questions(parts["val"] + reserved)
     assert len(parts["train"]) > 0.9 * len(single + double)
 
@@ -532,7 +533,7 @@ def test_no_stage_trains_on_a_question_held_out_or_kept_for_evaluation(tmp_path,
     file = tmp_path / "mine.jsonl"
     mine = []
     for source in ("builtin:skills?n=60", "builtin:chains?n=30&steps=3&seed=9",
-                   HELD_OUT["held_chains"][0]):
+                   EVAL_DOMAINS["held_chains"][0]):
         mine += load_conversations(source)
     file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in mine))
     sft.prepare(sft.Config(seq_len=512, data_dir=str(tmp_path / "data"), data={
@@ -542,9 +543,20 @@ def test_no_stage_trains_on_a_question_held_out_or_kept_for_evaluation(tmp_path,
     trained = [BYTE.decode(ids) for ids, _ in written["train-mine"]]
     assert len(trained) > 30
     reserved = list(load_conversations("builtin:chains?n=30&steps=3&seed=9"))
-    reserved += load_conversations(HELD_OUT["held_chains"][0])
+    reserved += load_conversations(EVAL_DOMAINS["held_chains"][0])
     for question in questions(reserved):
         assert not any(question in text for text in trained)
+
+
+def test_what_a_killed_preparation_left_is_removed(tmp_path):
+    host = socket.gethostname()
+    dead = tmp_path / f"sft-0123456789.{host}.999999999.tmp"
+    running = tmp_path / f"sft-0123456789.{host}.{os.getpid()}.tmp"
+    elsewhere = tmp_path / "sft-0123456789.elsewhere.999999999.tmp"
+    for folder in (dead, running, elsewhere):
+        (folder / "val-help").mkdir(parents=True)
+    sft.remove_leftovers(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([running, elsewhere])
 
 
 # ---- the generated tasks
@@ -693,7 +705,7 @@ def loaded(monkeypatch):
 def test_the_quick_start_s_settings_are_for_its_own_model(loaded):
     quick = loaded("--stage=2")
     assert quick.lr == pytest.approx(2e-3) and quick.seq_len == 512
-    assert quick.data == sft.STAGES[2].data and quick.out_dir == "out/sft2"
+    assert quick.data == {**sft.STAGES[2].data, **EVAL_DOMAINS} and quick.out_dir == "out/sft2"
 
     own = loaded("--stage=2", "--model=out/mine/step_7", "--data={'mine': ['a.jsonl', 1.0]}")
     assert own.lr == sft.STAGES[2].lr == 1e-5
@@ -712,7 +724,8 @@ def test_a_model_of_one_s_own_never_reads_the_built_in_conversations(loaded):
 
 def test_max_steps_ends_the_run_and_its_schedule(workplace, capsys):
     save_initial_model(Path("out/mine/step_1"))
-    run_sft("out/new", model="out/mine", max_steps=6, warmup_fraction=0.5, lr=0.01)
+    options = dict(max_steps=6, warmup_fraction=0.5, lr=0.01)
+    run_sft("out/new", model="out/mine", **options)
     lr = [m["lr"] for m in metrics(Path("out/new")) if "lr" in m]
     assert lr[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
     assert len(lr) == 6 and lr[3] > lr[4] > lr[5]
@@ -721,6 +734,11 @@ def test_max_steps_ends_the_run_and_its_schedule(workplace, capsys):
     assert {"  lr = 0.01  # command line", "  max_steps = 6  # command line"} < set(settings)
     printed = capsys.readouterr().out
     assert printed.index(settings[1]) < printed.index("preparing")
+
+    # The run may be resumed by another path to the same model.
+    run_sft("out/new", model=Path("out/mine").absolute(), **options)
+    printed = capsys.readouterr().out
+    assert "resum" in printed and "changed since then: init" not in printed
 
 
 def test_a_stage_learns_and_reports(workplace):

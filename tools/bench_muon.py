@@ -50,8 +50,8 @@ def peak_elements(group: MuonShardGroup) -> Tensor:
 
     The peak is at one of three moments of muonclip.parallel_muon_step, for some chunk k. An empty
     chunk at the beginning stands for the time when only u(0) is sent."""
-    chunks = list(map(buffers, group.sent["u"], group.sent["O"]))
-    nothing = torch.zeros_like(group.sent["u"][0])
+    chunks = list(map(buffers, group.counts["u"], group.counts["O"]))
+    nothing = torch.zeros_like(group.counts["u"][0])
     empty = buffers(nothing, nothing)
     chunks = [empty, empty, *chunks, empty]
 
@@ -79,7 +79,7 @@ def peak_elements(group: MuonShardGroup) -> Tensor:
 def traffic(group: MuonShardGroup) -> Tensor:
     """Return (2, ranks): how many numbers each rank sends to, and receives from, the others in a
     step."""
-    total = (group.sent["u"] + group.sent["O"]).sum(0)      # [sender, receiver]
+    total = (group.counts["u"] + group.counts["O"]).sum(0)      # [sender, receiver]
     total.fill_diagonal_(0)
     return torch.stack([total.sum(1), total.sum(0)])
 

@@ -1,22 +1,37 @@
 """A conversation in the terminal: `python eval.py --model=PATH --tasks=chat`."""
 import codecs
 import math
+from pathlib import Path
 
 import torch
 
 import sft
-from eval import Config, PromptEncoder
+from configurator import UserError
+from eval import Config, PromptEncoder, open_model
 from model import Decoder, Motif
+from support.ranks import WORLD
 
-# ---- chat
-
-CHAT_TEMPERATURE = 0.7
+CHAT_TEMPERATURE = 0.7          # unless --temperature is given
 CHAT_TOP_K = 50
 MAX_REPLY_TOKENS = 1024
 
 
+def start_chat(folder: Path, c: Config, device: torch.device) -> None:
+    """Answer --prompt with the model in this folder or, without one, converse."""
+    if WORLD > 1:
+        raise UserError("a chat needs one process; start it without torchrun")
+    model, text = open_model(folder, c, device)
+    model.compile_steps = c.compile and device.type == "cuda"
+    if c.prompt is None:
+        chat(model, text, c)
+    else:
+        question = [{"role": "user", "content": c.prompt}]
+        print_reply(question, model, text, c.temperature, c.seed)
+
+
 def chat(model: Motif, text: PromptEncoder, c: Config) -> None:
-    """A conversation in the terminal."""
+    """Read lines from the terminal and answer them, until /quit or the end of the input. Each
+    reply has a seed of its own, so that the same question may get another answer."""
     print("/reset forgets, /system TEXT instructs, /temp X, /quit; Ctrl-C stops a reply")
     system = []
     messages = []
@@ -48,6 +63,8 @@ def chat(model: Motif, text: PromptEncoder, c: Config) -> None:
 
 
 def parse_temperature(text: str, current: float) -> float:
+    """The temperature that /temp asks for; the current one, with a message, if the text is not a
+    number. A negative one counts as 0."""
     try:
         temperature = float(text)
     except ValueError:
@@ -67,7 +84,7 @@ def print_reply(messages: list[dict], model: Motif, text: PromptEncoder, tempera
     prompt = torch.tensor([prompt], device=model.head_weight.device)
 
     reply = ""
-    # A letter may be several tokens: its first bytes wait in utf8 for the rest.
+    # A letter may be several tokens: utf8 holds its first bytes back until the last one is there.
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     try:
         decoder = Decoder(model, prompt, max_new_tokens, temperature, CHAT_TOP_K, seed)
@@ -85,8 +102,9 @@ def print_reply(messages: list[dict], model: Motif, text: PromptEncoder, tempera
 
 
 def fit_conversation(messages: list[dict], text: PromptEncoder, max_tokens: int) -> list[int]:
-    """The ids of a conversation. Where they are too many, the oldest exchanges are left out, then
-    the beginning of the last question; what the system says stays as long as possible."""
+    """The ids of a conversation, at most max_tokens. If it is longer, the oldest exchanges are left
+    out, but not the system message. If the last question alone is too long, the beginning of all is
+    cut off."""
     questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
     system = messages[:questions[0]]
     ids = []

@@ -83,7 +83,7 @@ def plot_scores(scores: list[tuple], names: list[str], path: Path) -> None:
     for (unit, rows), axis in zip(panels, axes[:, 0]):
         for task, metric, of_models in rows:
             values = [score["value"] for score in of_models]
-            errors = [score["stderr"] for score in of_models]
+            errors = [score["stderr"] or 0.0 for score in of_models]    # None for one question
             axis.errorbar(names, values, errors, fmt="o-", capsize=2,
                           label=f"{task} {metric}".removesuffix(bits))
         least_top = 1 if unit == bits else 10

@@ -1,0 +1,119 @@
+"""What eval.py makes of the records of questions: its two files, scores, and the table."""
+import json
+import statistics
+from pathlib import Path
+
+from configurator import UserError
+from support.log import replace_text
+from support.weights import read_json
+
+def load_previous(out: Path, settings: dict) -> tuple[dict, dict]:
+    """What an earlier run with the same settings left in out: records {(task, number): record} and
+    results {task: result}. All else is removed from the files."""
+    out.mkdir(parents=True, exist_ok=True)
+    samples = out / "samples.jsonl"
+    earlier = {}
+    if samples.exists() and (out / "results.json").exists():
+        try:
+            earlier = read_json(out / "results.json")
+        except UserError as e:
+            print(f"{e}; all questions are measured anew")
+
+    records = {}
+    results = {}
+    if settings.items() <= earlier.items():
+        results = earlier["tasks"]
+        for line in samples.read_text().split("\n"):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:     # the empty last line, or one that was cut
+                continue
+            records[record["task"], record["doc"]] = record
+    elif earlier:
+        print(f"{out}: another model or other settings before; its samples are dropped")
+    save_results(out, settings, records, results)
+    return records, results
+
+
+def save_results(out: Path, settings: dict, records: dict, results: dict) -> None:
+    lines = [json.dumps(records[key]) + "\n" for key in sorted(records)]
+    replace_text(out / "samples.jsonl", "".join(lines))
+    text = json.dumps({**settings, "tasks": results}, indent=1, allow_nan=False)
+    replace_text(out / "results.json", text + "\n")
+
+
+def summarize(records: list[dict]) -> dict[str, dict]:
+    """{metric: score} of a task's records. A score has
+
+        value, stderr    with the standard error; in per cent, except bits per byte
+        n                how many questions there were
+        cut              how many of them were too long for the model, and lost their beginning or,
+                         for bits per byte, were cut into windows
+
+    The metrics of a record are its entries of type float."""
+    scores = {}
+    if "bits" in records[0]:
+        bits = [record["bits"] for record in records]
+        num_bytes = [record["bytes"] for record in records]
+        scores["bits per byte"] = ratio_of_sums(bits, num_bytes)
+    else:
+        for metric, value in records[0].items():
+            if isinstance(value, float):
+                values = [100 * record[metric] for record in records]
+                scores[metric] = ratio_of_sums(values, [1] * len(values))
+
+    for score in scores.values():
+        score["cut"] = sum(record["cut"] for record in records)
+    return scores
+
+
+def ratio_of_sums(values: list[float], sizes: list[float]) -> dict:
+    """sum(values) / sum(sizes) with its standard error
+
+        std(values[i] - ratio * sizes[i]) / sqrt(n) / mean(sizes)
+
+    With sizes of 1 these are the mean and std(values) / sqrt(n). A single value has no standard
+    error: None.
+
+    >>> ratio_of_sums([1, 0, 1, 1], [1, 1, 1, 1])
+    {'value': 0.75, 'stderr': 0.25, 'n': 4}
+    """
+    n = len(values)
+    ratio = sum(values) / sum(sizes)
+    stderr = None
+    if n > 1:
+        deviations = [value - ratio * size for value, size in zip(values, sizes)]
+        stderr = statistics.stdev(deviations) / n**0.5 / statistics.fmean(sizes)
+    return {"value": ratio, "stderr": stderr, "n": n}
+
+
+def scores_by_metric(results: dict[str, dict]) -> list[tuple[str, str, list[dict]]]:
+    """Results {model: {task: {metric: score}}} -> (task, metric, the score of each model)."""
+    rows = []
+    of_any_model = next(iter(results.values()))
+    for task, metrics in of_any_model.items():
+        for metric in metrics:
+            rows.append((task, metric, [of_model[task][metric] for of_model in results.values()]))
+    return rows
+
+
+def format_table(results: dict[str, dict]) -> str:
+    """A row for each metric, with a column of scores and standard errors for each model. Column
+    `cut` counts the questions that were too long (see summarize). The last column is what the
+    report states of Motif-2-12.7B, with the number of examples in brackets."""
+    header = f"{'task':21s} {'shots':>5s} {'metric':13s} {'n':>6s} {'cut':>6s}"
+    for name in results:
+        header += f"{name:>17s}"
+    lines = [header + f"{'reported':>12s}"]
+
+    for task, metric, scores in scores_by_metric(results):
+        last = scores[-1]
+        line = f"{task:21s} {last['shots']:5d} {metric:13s} {last['n']:6,d} {last['cut']:6,d}"
+        for score in scores:
+            stderr = "-" if score["stderr"] is None else f"{score['stderr']:.3f}"
+            line += f"{score['value']:9.3f} ±{stderr:>6s}"
+        reported = "-"
+        if last["reported"] is not None:
+            reported = f"{last['reported']:.2f} ({last['report_shots']})"
+        lines.append(line + f"{reported:>12s}")
+    return "\n".join(lines)
