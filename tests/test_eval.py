@@ -30,7 +30,6 @@ from support.conversations import EVAL_DOMAINS, load_conversations
 from support.ranks import run_main
 from support.tasks import TASKS, Example, Task, first_fence, number_in, read_chain
 from support.tokenizer import BEGIN, ROLES, TURN, TURN_END, load_tokenizer
-from tools.sandbox import in_sandbox, run_program, sandbox_gaps
 
 FIXTURE = json.loads((Path(__file__).parent / "eval.json").read_text())
 MAX_LENGTH = 512
@@ -476,58 +475,6 @@ def test_rows_that_have_ended_are_left_out(text):
     assert dict(found) == {5: "one", 6: "Question", 7: "no", 8: "so "}
     assert decoder.num_rows == [4, 4, 4, 4, 4, 2, 2, 2]
     assert decoder.rows[0] == 1
-
-
-# ---- the sandbox
-
-PROGRAMS = {
-    "right": ("def f(x):\n    return x + 1\nassert f(1) == 2", "passed"),
-    "wrong": ("assert 1 + 1 == 3", "failed: AssertionError"),
-    "sys.exit(0)": ("import sys\nsys.exit(0)\nassert False", "failed"),
-    "os._exit(0)": ("import os\nos._exit(0)\nassert False", "failed"),
-    "endless": ("while True: pass", "timed out"),
-    "fork bomb": ("import os\nwhile True: os.fork()", "(failed|timed out)"),
-    "1 GB": ("x = bytearray(10**9)", "failed: MemoryError"),
-    "flood": ("while True: print('x' * 10**6)", "failed"),
-    "much": ("print('x' * 2 * 10**6)", "passed"),
-    "outside": ("open({outside!r}, 'w').write('x')", "failed: PermissionError"),
-    "inside": ("open('x', 'w').write('x')\nassert open('x').read() == 'x'", "passed"),
-    "grandchild": ("import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time\\n"
-                   "time.sleep(987)'], start_new_session=True)", "passed"),
-}
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_sandbox(name, tmp_path):
-    code, verdict = PROGRAMS[name]
-    outside = tmp_path / "outside"
-    if name == "outside" and sandbox_gaps():
-        pytest.skip("this system cannot confine writing")
-    found = run_program(code.replace("{outside!r}", repr(str(outside))), timeout=2.0)
-    assert re.match(verdict, found), found
-    assert not outside.exists()
-    assert not processes_with("time.sleep(987)")
-    assert not processes_with("sandbox_main()")
-
-
-def processes_with(words):
-    """The processes whose command line has these words."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if words.encode() in entry.read_bytes():
-                found.append(entry)
-        except OSError:
-            continue
-    return found
-
-
-def test_programs_have_no_network():
-    if in_sandbox("", 10.0)[1][:1] != "1":
-        pytest.skip("this system has no network namespaces for users")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        code = f"import socket\nsocket.create_connection({server.getsockname()}, 1)"
-        assert run_program(code).startswith("failed: OSError")
 
 
 # ---- the run
