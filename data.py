@@ -126,8 +126,8 @@ class Curriculum:
 
     Step t reads rows[t] sequences of seq_len[t] tokens after tokens[t] tokens (tokens[steps] is the
     run's total); shares[t, d] is domain d's share of them. context[t] is the sequence length that
-    its FLOPs are counted with. Of domain d the step takes places first[t, d] to end[t, d] - 1 of its
-    phase. A place is the number of a sequence in the order of reading; the window that it is in
+    its FLOPs are counted with. Of domain d the step takes places first[t, d] to end[t, d] - 1 of
+    its phase. A place is the number of a sequence in the order of reading; the window that it is in
     says which sequence is there.
 
     >>> domains = {"web": ["web.txt", 0.9, 0.5], "math": ["math.txt", 0.1, 0.5]}
@@ -411,9 +411,10 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
 #     places      0 1 2   3 4   0 1 2 ...
 #     sequences   2 0 1   4 3   1 2 0 ...
 #
-# The order follows from the seed, the window and its length. So a batch is a pure function of (seed,
-# step) under one plan, on any number of ranks. (A plan that is changed on the way to another seq_len
-# may cut a window that has begun: up to a window of each domain is then read again or passed over.)
+# The order follows from the seed, the window and its length. So a batch is a pure function of
+# (seed, step) under one plan, on any number of ranks. (A plan that is changed on the way to another
+# seq_len may cut a window that has begun: up to a window of each domain is then read again or
+# passed over.)
 #
 # A window ends where an epoch of the tape ends, so that a text shorter than a window is read once
 # before any of it is read twice.

@@ -623,7 +623,8 @@ class Config:
     num_fewshot: Size | None = None   # examples before each question; None: as many as the report
     limit: Count | None = None    # questions per task, for mmlu per subject; None: all
     chat: bool = False            # ask in the turn format, as fine-tuned models expect
-    run_code: bool = False        # let humaneval and mbpp run the programs that the model writes
+    run_code: bool | Literal["unsafe"] = False   # let humaneval and mbpp run the programs that the
+                                  # model writes; unsafe: also where the sandbox has gaps
     benchmark_dir: str | None = None  # folder with the tasks' files; None: the Hub's data sets
     out_dir: str | None = None    # None: out/eval/<the model's path, "-" for "/">
     kv_cache_tokens: Count | None = None  # tokens whose keys and values are in memory at once;
@@ -859,11 +860,12 @@ def run(c: Config) -> None:
             num_fewshot = c.num_fewshot
         questions = read_questions(name, task, num_fewshot, c.limit, c.benchmark_dir)
         tasks[name] = (task, questions, num_fewshot)
-    if RANK == 0 and any(task.program for task, _, _ in tasks.values()):
+    if any(task.program for task, _, _ in tasks.values()):
         from tools.sandbox import sandbox_gaps
         gaps = sandbox_gaps()
-        if gaps:
-            print(f"warning: on this system the sandbox does not prevent: {gaps}", flush=True)
+        if gaps and c.run_code != "unsafe":
+            raise UserError(f"on this system the sandbox does not prevent: {gaps}; give "
+                            "--run_code=unsafe to run the programs all the same")
 
     results = {}
     top = Path(c.out_dir or "out/eval")

@@ -60,7 +60,7 @@ class Task:
     until: tuple = ()               # generation: strings that end a reply
     max_new_tokens: int = 256
     metric: Callable | None = None  # generation: (example, reply) -> {metric: score}, or
-    program: Callable | None = None  # (example, reply) -> a program, which runs through or does not
+    program: Callable | None = None  # (example, reply) -> a program and its tests
 
     # What Motif-2-12.7B's report states.
     num_fewshot: int = 0
@@ -334,9 +334,13 @@ def read_humaneval(row: dict) -> Example:
     return Example(row["prompt"], row["canonical_solution"])
 
 
-def humaneval_program(example: Example, reply: str) -> str:
+def humaneval_program(example: Example, reply: str) -> tuple[str, str]:
+    """Some tests use functions that the prompt defines before the one that is asked for. They get
+    these from the prompt, not from the program."""
     row = example.row
-    return "\n".join([row["prompt"] + reply, row["test"], f"check({row['entry_point']})"])
+    helpers = row["prompt"].rpartition(f"def {row['entry_point']}(")[0]
+    tests = "\n".join([helpers + row["test"], f"check({row['entry_point']})"])
+    return row["prompt"] + reply, tests
 
 
 def humaneval_chat_prompt(example: Example) -> tuple[str, str]:
@@ -346,7 +350,7 @@ def humaneval_chat_prompt(example: Example) -> tuple[str, str]:
             f"Here is the completed function:\n```python\n{prompt}\n")
 
 
-def humaneval_instruct_program(example: Example, reply: str) -> str:
+def humaneval_instruct_program(example: Example, reply: str) -> tuple[str, str]:
     """The reply goes on inside the fence that humaneval_chat_prompt opened, up to its end."""
     return humaneval_program(example, "\n" + reply.partition("```")[0])
 
@@ -365,9 +369,11 @@ def accept_mbpp(row: dict, is_fewshot: bool) -> bool:
     return 11 <= row["task_id"] <= 510
 
 
-def mbpp_program(example: Example, reply: str) -> str:
+def mbpp_program(example: Example, reply: str) -> tuple[str, str]:
     row = example.row
-    return "\n".join([reply, row.get("test_setup_code", ""), *row["test_list"]])
+    if not row["test_list"]:
+        raise ValueError("its test_list is empty")
+    return reply, "\n".join([row.get("test_setup_code", ""), *row["test_list"]])
 
 
 def read_chain(messages: list[dict]) -> Example:
@@ -391,7 +397,7 @@ def chain_scores(example: Example, reply: str) -> dict[str, float]:
 # ---- how replies are judged
 #
 # A reply is judged by the task's `metric`, or it is a program: then the sandbox runs it, and it is
-# right if it comes to its end, past all tests.
+# right if its tests come to their end.
 #
 # pass@k is the probability that at least one of k programs for a question is right. To write k
 # programs and look would be a noisy estimate. So n >= k are written, --num_samples=n; if c of them
@@ -410,7 +416,7 @@ def judge_replies(task: Task, example: Example, replies: list[str], chat: bool) 
     if chat and not task.chat_prompt:
         replies = [first_fence(reply) for reply in replies]
     from tools.sandbox import run_program
-    verdicts = [run_program(task.program(example, reply)) for reply in replies]
+    verdicts = [run_program(*task.program(example, reply)) for reply in replies]
     scores = {"verdicts": verdicts}
     for k in (1, 10, 100):
         if k <= len(replies):

@@ -156,7 +156,7 @@ def test_prompts_of_generation_and_verdicts_on_right_and_empty_replies(
     metric = "strict" if name == "gsm8k" else "pass@1"
     replies = [RIGHT_REPLY[name](row) if right else "" for row in expected["rows"]]
     replace_replies(monkeypatch, replies)
-    _, found = run(tasks=name, num_fewshot=expected["shots"], run_code=True)
+    _, found = run(tasks=name, num_fewshot=expected["shots"], run_code="unsafe")
     assert [short_hash(record["prompt"]) for record in found] == expected["prompts"]
     assert [record[metric] for record in found] == [float(right)] * len(found)
 
@@ -165,7 +165,7 @@ def test_a_chat_model_s_program_is_taken_out_of_its_fence(run, monkeypatch):
     rows = FIXTURE["mbpp"]["rows"]
     replies = [f"Here:\n```python\n{row['code']}\n```\nDone." for row in rows]
     replace_replies(monkeypatch, replies)
-    _, found = run(tasks="mbpp", run_code=True, chat=True)
+    _, found = run(tasks="mbpp", run_code="unsafe", chat=True)
     assert [record["pass@1"] for record in found] == [1.0] * len(rows)
 
 
