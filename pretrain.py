@@ -177,6 +177,9 @@ def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
         old = plan_of(state["config"])
         if old != plan:
             plans.append([state["step"], old])
+        if RANK == 0 and old["seq_len"] != plan["seq_len"]:
+            print("seq_len has changed: up to a window of each domain's text may be read again or "
+                  "passed over")
 
     before = None
     for step, old in plans:

@@ -25,6 +25,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -39,6 +40,7 @@ from support.tokenizer import Tokenizer, encode_document, load_tokenizer
 PIECE_TOKENS = 2**22  # 8 MB on the disk; 16 MB if the tokenizer has more than 65,536 tokens
 VAL_EVERY = 20        # one document in so many is held out for validation,
 VAL_UNITS = 16        # of the first piece of so many units: a bounded number of documents
+MAX_MAPPED = 16       # pieces of a domain that are open at a time
 MAX_FAILURES = 3      # at so many ends of a process over the same unit the run ends
 
 # ---- what is on the disk
@@ -69,6 +71,7 @@ class Domain:
         self.records = {}  # (unit, piece) -> its line of the manifest
         self.unit_tokens = Counter()
         self.whole_units = set()
+        self._mapped = {}  # (unit, piece) -> its ids
         self._read = {}    # manifest -> how many bytes of it were read
         self.refresh()
         if self.num_units is None:
@@ -89,14 +92,13 @@ class Domain:
                 self._take_line(line)
 
     def _take_line(self, line: bytes) -> None:
-        try:
+        # A line that a crash has cut is passed over: its piece is made again.
+        with suppress(ValueError, LookupError, TypeError):
             record = json.loads(line)
             if "units" in record:
                 self.num_units = int(record["units"])
             else:
                 self._take_record(record)
-        except (ValueError, LookupError, TypeError):
-            pass  # a line that a crash has cut: its piece is made again
 
     def _take_record(self, record: dict) -> None:
         key = (record["unit"], record["piece"])
@@ -158,30 +160,32 @@ class Domain:
         return max(mean - made, min(mean, PIECE_TOKENS), 1)
 
     def read(self, unit: int, piece: int, start: int, count: int) -> np.ndarray:
-        """Ids start to start + count of a piece."""
-        return self._read_ids(self.path(unit, piece), self.records[unit, piece]["tokens"], start,
-                              count)
+        """Ids start to start + count of a piece. The pieces read last stay mapped into memory."""
+        if (unit, piece) not in self._mapped:
+            if len(self._mapped) == MAX_MAPPED:
+                self._mapped.clear()
+            tokens = self.records[unit, piece]["tokens"]
+            self._mapped[unit, piece] = self._map(self.path(unit, piece), tokens)
+        return self._mapped[unit, piece][start:start + count]
 
     def read_held_out(self, unit: int) -> np.ndarray:
         """All ids of a unit that are held out."""
         tokens = self.records[unit, 0]["held_out"]
         if tokens == 0:
-            return np.empty(0, self.dtype)
-        return self._read_ids(self.held_out_path(unit), tokens, 0, tokens)
+            return np.empty(0, self.dtype)  # an empty file cannot be mapped
+        return self._map(self.held_out_path(unit), tokens)
 
-    def _read_ids(self, path: Path, tokens: int, start: int, count: int) -> np.ndarray:
-        size = self.dtype.itemsize
+    def _map(self, path: Path, tokens: int) -> np.ndarray:
+        """The ids of a file, of which the system reads what is looked at."""
+        size = tokens * self.dtype.itemsize
         try:
-            with open(path, "rb") as file:
-                there = os.fstat(file.fileno()).st_size
-                file.seek(start * size)
-                ids = file.read(count * size)
+            there = path.stat().st_size
+            if there != size:
+                raise UserError(f"{path} has {there} bytes instead of {size}; delete it and run "
+                                "again to make it again")
+            return np.memmap(path, self.dtype, "r")
         except OSError as e:
             raise UserError(f"{path}: {one_line(e)}; run again to make it again") from None
-        if there != tokens * size:
-            raise UserError(f"{path} has {there} bytes instead of {tokens * size}; delete it and "
-                            "run again to make it again")
-        return np.frombuffer(ids, self.dtype)
 
     def verify(self) -> list[Path]:
         """Read all pieces -> the damaged files."""
@@ -394,11 +398,10 @@ class Worker:
             self.permits += 1
 
     def _send(self, line: str) -> None:
-        try:
+        # If it was killed, _listen reports that.
+        with suppress(OSError):
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
-        except OSError:
-            pass  # it was killed, which _listen reports
 
 
 class Preparer:

@@ -1,7 +1,6 @@
 """The curriculum, shards, batches, sources, preparing, and the text that the quick start reads."""
 import ast
 import base64
-import json
 import math
 import re
 import resource
@@ -15,8 +14,8 @@ import numpy as np
 import pytest
 
 import data
-from configurator import UserError
 from data import Curriculum, Tape, TokenDataset, parse_schedule, random_order
+from documents import refused, texts, write_jsonl
 from support import preparing, sources
 from support.preparing import Domain, Preparer
 from support.tokenizer import BEGIN, END, load_tokenizer
@@ -29,24 +28,6 @@ BYTE = load_tokenizer("byte")
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def texts(n, seed=0):
-    rng = np.random.default_rng(seed)
-    return ["".join(map(chr, rng.integers(33, 127, rng.integers(1, 120)))) for _ in range(n)]
-
-
-def write_jsonl(path, documents):
-    lines = [json.dumps({"id": 1, "text": document}) + "\n" for document in documents]
-    Path(path).write_text("".join(lines))
-
-
-def refused(call, *words):
-    """call() raises a UserError of one line with these words in it."""
-    with pytest.raises(UserError) as error:
-        call()
-    said = str(error.value)
-    assert "\n" not in said and all(word in said for word in words), said
 
 
 # ---- the curriculum

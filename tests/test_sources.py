@@ -10,12 +10,11 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from configurator import UserError
+from documents import refused, texts, write_jsonl
 from support import sources
 from support.sources import SkippedRows, pin_source, source_identity, source_units
 
@@ -25,26 +24,8 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def texts(n, seed=0):
-    rng = np.random.default_rng(seed)
-    return ["".join(map(chr, rng.integers(33, 127, rng.integers(1, 120)))) for _ in range(n)]
-
-
-def write_jsonl(path, documents):
-    lines = [json.dumps({"id": 1, "text": document}) + "\n" for document in documents]
-    Path(path).write_text("".join(lines))
-
-
 def read(source):
     return [document for unit in source_units(source) for document in unit()]
-
-
-def refused(call, *words):
-    """call() raises a UserError of one line with these words in it."""
-    with pytest.raises(UserError) as error:
-        call()
-    said = str(error.value)
-    assert "\n" not in said and all(word in said for word in words), said
 
 
 # ---- local files
