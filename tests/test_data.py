@@ -436,7 +436,8 @@ def test_damage_is_named_and_made_good(whole):
         assert [domain.verify() for domain in dataset.domains.values()] == [[], []]
         path.write_bytes(good[:50] + bytes([good[50] ^ 1]) + good[51:])
         assert dataset.domains["a"].verify() == [path]
-        path.write_bytes(good[:-2])
+    path.write_bytes(good[:-2])
+    with open_dataset("whole", workers=0) as dataset:
         refused(lambda: [dataset.batch(step) for step in range(PLAN.steps)], str(path))
     path.unlink()
     held_out = next(Path("whole").rglob("*held-out.bin"))
