@@ -135,7 +135,8 @@ class PromptEncoder:
 # Attention is causal, so the keys and values of a token depend only on the tokens before it. Those
 # of a common beginning are therefore computed once, and copied for each text that continues it.
 # This takes three stages. Below, a letter is a token that is read, "=" a token whose keys and
-# values are copied from the stage above, "." padding:
+# values are copied from the stage above, "." padding. The last token of a choice is not read, as
+# nothing comes after it:
 #
 #                                             examples    prompts   choices
 #     stage 1: one row                        eeeeeeeeeeee
@@ -156,8 +157,8 @@ class PromptEncoder:
 # would take 4 x 700 tokens. In stages it takes 100, and each subject 600 more.
 #
 # Memory: `kv_cache_tokens` bounds how many tokens have their keys and values in memory at once.
-# Half of it is for the rows of stage 2, half for those of stage 3. The single row of stage 1, at
-# most max_position_embeddings tokens, comes on top of it.
+# Half of it is for the rows of stage 2, half for those of stage 3, and at least one row each. The
+# single row of stage 1, at most max_position_embeddings tokens, comes on top of it.
 
 GPU_KV_BYTES = 16 * 2**30       # of keys and values, if --kv_cache_tokens is not given
 CPU_KV_BYTES = 2**30
@@ -199,7 +200,8 @@ class LoglikelihoodRequest:
             length = min(length, len(row) - n)
         self.prompt = self.rows[0][:length]
 
-        # Rows that lost their beginning do not begin as the others of the group do.
+        # Rows that lost their beginning share nothing with their group. Group "" shares nothing but
+        # by chance.
         self.group = "" if self.was_cut else group
 
 
@@ -245,7 +247,7 @@ def micro_batches(lengths: list[int], max_tokens: int, kv_tokens: float = math.i
         start = end
 
 
-def pad_rows(rows: list[list[int]], device: torch.device, fill: int = 0) -> Tensor:
+def stack_rows(rows: list[list[int]], device: torch.device, fill: int = 0) -> Tensor:
     """Rows of ids as one tensor (B, longest), padded on the right."""
     longest = max(len(row) for row in rows)
     padded = [row + [fill] * (longest - len(row)) for row in rows]
@@ -266,8 +268,8 @@ def score_rows(model: Motif, rows: list[list[int]], num_scored: list[int],
     row_lengths = None
     if cache is not None:
         row_lengths = torch.tensor([len(row) for row in inputs], device=device)
-    targets = pad_rows(targets, device, fill=-1)                         # (B, T)
-    losses = model.token_losses(pad_rows(inputs, device), targets, cache=cache,
+    targets = stack_rows(targets, device, fill=-1)                         # (B, T)
+    losses = model.token_losses(stack_rows(inputs, device), targets, cache=cache,
                                 row_lengths=row_lengths)                 # (B, T), -log p
     log_p = -losses[targets >= 0]
     return list(log_p.cpu().split(num_scored))
@@ -350,11 +352,11 @@ def score_batch(model: Motif, batch: list[LoglikelihoodRequest], prefix_cache: K
     own_ids = [r.prompt[shared:] for r in batch]
     own_lengths = torch.tensor([len(ids) for ids in own_ids], device=device)
     cache = prefix_cache.select_rows([0] * len(batch), max_length=max_length)
-    logits = model(pad_rows(own_ids, device), cache=cache, row_lengths=own_lengths,
+    logits = model(stack_rows(own_ids, device), cache=cache, row_lengths=own_lengths,
                    last_only=True)
     first_ids = [[row[len(r.prompt)] for row in r.rows] for r in batch]
     log_p = logits[:, 0].float().log_softmax(-1)                         # (requests, V)
-    first_log_p = log_p.gather(1, pad_rows(first_ids, device)).cpu()     # (requests, choices)
+    first_log_p = log_p.gather(1, stack_rows(first_ids, device)).cpu()     # (requests, choices)
 
     # Stage 3: read the rest of each choice, where there is one, behind a copy of its prompt.
     scores = []
@@ -455,7 +457,7 @@ def generate_replies(model: Motif, text: PromptEncoder, prompts: list[list[int]]
         ids = [prompts[i] for i in batch]
         prompt_lengths = torch.tensor([len(row) for row in ids], device=device)
         seed = seeds[batch[0]] if seeds else None
-        decoder = Decoder(model, pad_rows(ids, device), max_new_tokens, temperature, seed=seed,
+        decoder = Decoder(model, stack_rows(ids, device), max_new_tokens, temperature, seed=seed,
                           prompt_lengths=prompt_lengths)
         finite_sum(decoder.logits.float())               # an error unless all logits are finite
         yield from decode_until_stop(decoder, batch, text, until, max_new_tokens)

@@ -188,15 +188,16 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None 
                       query_slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt D, causal) v, where h query heads read each key head.
 
-    q (B, T, K, h, D)       below, grouped differential attention calls this once for each of its
-    k (B, S, K, D)          two maps, with the P signal keys and then with the P noise keys: what
-    v (B, S, K, Dv)         is called K here is then P
+    q (B, T, K, h, D)
+    k (B, S, K, D)
+    v (B, S, K, Dv)
     doc_start (B, T)        int32, see document_starts; for S = T only
     query_slots (B, T)      which key is the query's own, where a KV cache holds the keys
 
     -> out (B, T, K, h, Dv), and the largest visible logit of each query head (K, h) for QK-clip.
     The softmax is in fp32. Both products, and so the logits, are in the dtype of q; the fused
-    kernel keeps logits in fp32."""
+    kernel keeps logits in fp32. Grouped differential attention, below, calls this twice, with its P
+    signal keys and with its P noise keys, each time with K = P."""
     B, T, K, h, D = q.shape
     S = k.shape[1]
 

@@ -100,8 +100,8 @@ class TrainConfig:
 
     # Logging, evaluation, checkpoints
     log_every: Count = 10           # steps from one logged line to the next
-    eval_every: Count | None = 100  # steps between evaluations, of which one comes before the first
-                                    # step and one after the last; None: no evaluation
+    eval_every: Count | None = 100  # steps between evaluations, and also before the first step
+                                    # and after the last; None: no evaluation
     eval_tokens: Count = 8192       # held-out tokens of each domain
     prompts: list = field(default_factory=lambda: ["The "])  # continued at each evaluation
     sample_tokens: Size = 100       # tokens that each prompt is continued by
@@ -128,7 +128,7 @@ class Config(TrainConfig, MotifConfig):
     max_steps: Count | None = None  # the run ends after so many optimizer steps, or
     max_tokens: Count | None = None  # after so many tokens, whichever comes first
     seq_len: Count | list = 256     # tokens per sequence; or a schedule [[tokens seen, value], ...]
-    batch_tokens: Count | list = 4096  # tokens per step over all ranks; or a schedule likewise
+    batch_tokens: Count | list = 4096  # tokens per step over all ranks; or a schedule, as seq_len
     rope_theta_schedule: list | None = None  # [[tokens seen, RoPE's base], ...]; None: rope_theta
 
     # Learning rate
@@ -469,7 +469,7 @@ def read_batch(dataset: Dataset, step: int) -> tuple[Tensor, ...]:
 #
 # Vectors and scalars (norms, lambdas, PolyNorm) are left out, as `ignored_params`: every rank has
 # them whole. They are one parameter in 35,000, so sharding would save nothing; and they are used in
-# fp32, for which FSDP2 would need three more groups in each block.
+# fp32, while all parameters of an FSDP2 group are cast to one dtype.
 #
 # A single GPU uses FSDP2 too, because it makes the bf16 copies of fp32 weights. Only a single
 # process that trains in fp32 on a CPU does without.
@@ -701,8 +701,8 @@ def check_compatible(folder: Path, state: dict, c: Config, curriculum: data.Curr
 #     sum of the losses of a text's tokens in nats / ln 2 / length of the text in bytes (UTF-8)
 #
 # For example, "2 + 2" has 5 bytes. In 2 tokens with losses of 1 and 2.47 nats it has 3.47 / 0.693 =
-# 5 bits, 1 bit per byte. So it has in 5 tokens with losses of 0.693 nats each, although their mean
-# loss is much lower. The token that ends a document is predicted too; its length is 0 bytes.
+# 5 bits, 1 bit per byte. In 5 tokens with losses of 0.693 nats each it has as many, although their
+# mean loss is much lower. The token that ends a document is predicted too; its length is 0 bytes.
 #
 # The losses by quarter of the context tell whether a model uses what it has read: the loss of the
 # last quarter of a row should be lower than that of the first.
@@ -816,7 +816,8 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
     """Train to the end of the dataset's curriculum, or until a signal comes.
 
     start           the checkpoint to go on from, its folder and state; None: begin at step 0
-    held_out        domain -> rows to evaluate on, as a Dataset's batch; or a function of T to that
+    held_out        domain -> rows to evaluate on, like Dataset.batch's; or a function of the
+                    row length T that returns such a dict
     encode_prompt   (tokenizer, text of a prompt) -> ids"""
     curriculum = dataset.curriculum
     device = model.head_weight.device

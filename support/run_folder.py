@@ -259,7 +259,8 @@ def remove_old_checkpoints(out: Path, step: int, c) -> None:
     c.keep_every."""
     steps = sorted(s for s in checkpoint_steps(out) if s <= step)
     for old in steps[:-c.keep_last]:
-        if not c.keep_every or old % c.keep_every:
+        is_multiple = c.keep_every and old % c.keep_every == 0
+        if not is_multiple:
             remove(out / f"step_{old}")
 
 
