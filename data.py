@@ -104,12 +104,12 @@ MAX_STEPS = 5_000_000  # of a plan: beyond it planning takes minutes and gigabyt
 
 @dataclass
 class Phase:
-    """Steps of one sequence length, of which each domain reads one stretch of its tape."""
+    """Consecutive steps of one sequence length, in which each domain reads a stretch of its tape."""
     first_step: int
     T: int
     start: np.ndarray         # (domains,) where the stretch begins, in tokens
-    count: np.ndarray | None  # (domains,) its sequences; None: the run's last phase, which has as
-                              # many as one likes
+    count: np.ndarray | None  # (domains,) its sequences; None in the last phase, whose end is left
+                              # open, so that prolonging the run does not change its windows
 
 
 class Curriculum:
@@ -121,8 +121,8 @@ class Curriculum:
     seq_len       tokens per sequence, and
     batch_tokens  tokens per step over all ranks: numbers or schedules by tokens seen
     max_steps, max_tokens    the run ends at whichever comes first
-    before        (curriculum, step): a plan that was followed up to a step, from which this one
-                  goes on. What was read stays as it was
+    before        (curriculum, step): an older plan, which was followed for steps 0 to step - 1.
+                  This plan sets the steps from `step` on
 
     Step t reads rows[t] sequences of seq_len[t] tokens after tokens[t] tokens (tokens[steps] is the
     run's total); shares[t, d] is domain d's share of them. context[t] is the sequence length that
@@ -181,7 +181,7 @@ class Curriculum:
                 past[:, d] = array[:step, old.names.index(name)]
         return past
 
-    def _plan_steps(self, batch_tokens, seq_len, last_step: float, last_token: float) -> None:
+    def _plan_steps(self, batch_tokens, seq_len, max_steps: float, max_tokens: float) -> None:
         """Add the steps up to the end of the run to rows, seq_len and tokens."""
         lengths = parse_schedule("seq_len", seq_len)
         batches = parse_schedule("batch_tokens", batch_tokens)
@@ -189,7 +189,7 @@ class Curriculum:
         if numbers != sorted(numbers):
             raise UserError(f"seq_len={seq_len}: the length may rise, not fall")
 
-        while len(self.rows) < last_step and self.tokens[-1] < last_token:
+        while len(self.rows) < max_steps and self.tokens[-1] < max_tokens:
             seen = self.tokens[-1]
             T = value_at(lengths, seen)
             rows = value_at(batches, seen) // T
@@ -375,8 +375,8 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
             for _, _, d in sorted(claims)[:left]:
                 take[d] += 1
 
-        # Rarely more is due than there are rows, as other domains are ahead of their quotas: what
-        # is least behind waits for the next step.
+        # More may be due than there are rows, when other domains are ahead of their quotas. This is
+        # rare: what is least behind waits for the next step.
         while left < 0:
             claims = [(lag[d] - take[d], d) for d in domains if take[d] > 0]
             take[min(claims)[1]] -= 1
@@ -443,7 +443,7 @@ kept_order = lru_cache(maxsize=64)(random_order)  # of the units and windows bei
 
 
 class Tape:
-    """The pieces of a domain in the order in which a run reads them, as far as they are there."""
+    """The pieces of a domain in the order in which a run reads them: the part that is prepared."""
 
     def __init__(self, domain: Domain, seed: int):
         self.domain = domain
@@ -533,7 +533,7 @@ class TokenDataset:
         self.seed = seed
         self.preparer = preparer
         self.keep_read = keep_read
-        self.deleted = dict.fromkeys(domains, 0)    # so many pieces of each tape
+        self.deleted = dict.fromkeys(domains, 0)    # pieces at the start of each tape
         self.tapes = {name: Tape(domain, seed) for name, domain in domains.items()}
 
         self.positions = dict.fromkeys(domains, 0)  # where the window begins that is being read
@@ -601,8 +601,8 @@ class TokenDataset:
         return out
 
     def validation(self, name: str, tokens: int, T: int) -> np.ndarray:
-        """About `tokens` held-out tokens of a domain -> (rows, T + 1) int64. They are of at least
-        VAL_DOCUMENTS documents, if there are so many, over which the rows are spread evenly."""
+        """About `tokens` held-out tokens of a domain -> (rows, T + 1) int64: rows at equal
+        distances in at least VAL_DOCUMENTS held-out documents, if there are so many."""
         domain = self.domains[name]
         rows = max(1, tokens // T)
         held_out = np.empty(0, dtype=np.int64)
