@@ -104,7 +104,7 @@ MAX_STEPS = 5_000_000  # of a plan: beyond it planning takes minutes and gigabyt
 
 @dataclass
 class Phase:
-    """Consecutive steps of one sequence length, in which each domain reads a stretch of its tape."""
+    """Steps of one sequence length in a row, in which a domain reads a stretch of its tape."""
     first_step: int
     T: int
     start: np.ndarray         # (domains,) where the stretch begins, in tokens
