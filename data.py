@@ -42,12 +42,12 @@ from support.preparing import PIECE_TOKENS, VAL_UNITS, Domain, Preparer
 # goes by tokens seen, and warm-up, logging and saving count steps.) With the 12.7B config the 5.5T
 # tokens make 122,191 steps, from 4,096 sequences of 4,096 tokens to 5,120 sequences of 16,384.
 #
-# A share is a fraction of the tokens, but a batch is made of whole sequences. A step of the quick
-# start reads 16 of them, and mathematics begins with a share of 10%: 1.6 sequences. Rounding each
-# step on its own would give it 2 of 16, 12.5%, at every step. So what rounding leaves over is
-# carried on: a domain's *quota* is the sum of its shares of all steps so far, in tokens, and
-# assign_rows() below keeps what was read of each domain within one sequence of its quota, at every
-# step.
+# A share is a fraction of the tokens, but a batch is made of whole sequences. The first steps of the
+# quick start read 16, and mathematics begins with a share of 10%: 1.6 sequences. Rounding each step
+# on its own would give it 2 of 16, 12.5%, at every step. So what rounding leaves over is carried
+# on: a domain's *quota* is the sum of its shares of all steps so far, in tokens, and
+# assign_rows() below keeps what was read of each domain within one sequence of its quota,
+# almost always.
 #
 # All of this is arithmetic on the config and opens no data. The dry run prints it, and a run that
 # resumes needs no state of it but the number of the step, and the plans that it followed before if
@@ -120,15 +120,15 @@ class Curriculum:
     mixture       [[fraction of the run, {name: share}], ...]: replaces those shares
     seq_len       tokens per sequence, and
     batch_tokens  tokens per step over all ranks: numbers or schedules by tokens seen
-    max_steps, max_tokens    the run ends at whichever comes first
+    max_steps, max_tokens    the run ends once it reaches either
     before        (curriculum, step): an older plan, which was followed for steps 0 to step - 1.
                   This plan sets the steps from `step` on
 
     Step t reads rows[t] sequences of seq_len[t] tokens after tokens[t] tokens (tokens[steps] is the
-    run's total); shares[t, d] is domain d's share of them. context[t] is the sequence length that
-    its FLOPs are counted with. Of domain d the step takes places first[t, d] to end[t, d] - 1 of
-    its phase. A place is the number of a sequence in the order of reading; the window that it is in
-    says which sequence is there.
+    run's total); shares[t, d] is domain d's share of them. context[t] is the length that
+    FLOPs are counted with, seq_len[t]. Of domain d the step takes places first[t, d] to end[t, d] -
+    1. Places count sequences in the order of reading since seq_len last changed, which is shuffled
+    within windows (see the tape).
 
     >>> domains = {"web": ["web.txt", 0.9, 0.5], "math": ["math.txt", 0.1, 0.5]}
     >>> c = Curriculum(domains, batch_tokens=[[0, 40], [120, 80]], seq_len=10, max_tokens=400)
@@ -155,7 +155,8 @@ class Curriculum:
             self.seq_len = old.seq_len[:step]
             self.rows = old.rows[:step]
             self.tokens = old.tokens[:step + 1]
-            if step > (max_steps or step) or self.tokens[-2] >= (max_tokens or math.inf):
+            tokens_before = old.tokens[max(0, step - 1)]
+            if step > (max_steps or step) or tokens_before >= (max_tokens or math.inf):
                 raise UserError(f"max_steps={max_steps}, max_tokens={max_tokens}: the run is at "
                                 f"step {step} already; make it longer, or give another --out_dir")
         self._plan_steps(batch_tokens, seq_len, max_steps or math.inf, max_tokens or math.inf)
@@ -218,7 +219,7 @@ class Curriculum:
 
     @property
     def step_shares(self) -> np.ndarray:
-        """(steps, domains): each domain's share of the tokens of each step, in tokens."""
+        """(steps, domains): what each step adds to each domain's quota, in tokens."""
         return self.shares * np.diff(self.tokens)[:, None]
 
     @cached_property
@@ -231,6 +232,9 @@ class Curriculum:
         old, step = self.before
         past = self._past(old.taken)
         read = (past * np.array(self.seq_len[:step])[:, None]).sum(axis=0)
+        if old.names != self.names:
+            # What a domain that is gone was ahead or behind is nobody's: all begin at their quota.
+            quotas = quotas - quotas[step - 1] + read
         to_come = assign_rows(quotas[step:], self.seq_len[step:], self.rows[step:], read.tolist())
         return np.concatenate([past, to_come])
 
@@ -265,9 +269,9 @@ class Curriculum:
         return self.phases[bisect_right(first_steps, step) - 1]
 
     def table(self) -> str:
-        """The mixture at ten points of the run; then the tokens that it reads of each domain."""
+        """The mixture at ten of the steps; then the tokens that it reads of each domain."""
         width = max(9, *map(len, self.names)) + 1
-        header = "run     step        tokens  length   rows"
+        header = "steps   step        tokens  length   rows"
         lines = [header + "".join(f"{name:>{width}s}" for name in self.names)]
         for i in range(10):
             t = round(i * (self.steps - 1) / 9)
@@ -382,6 +386,7 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
             take[min(claims)[1]] -= 1
             left += 1
 
+        assert sum(take) == rows[t]
         for d in domains:
             read[d] += take[d] * T
         taken.append(take)
@@ -391,14 +396,15 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
 
 # ---- the tape
 
-# A domain is a *tape*: its text, end to end, which training reads forward, each token once. What a
+# A domain is a *tape*: its text, end to end, which training reads forward, epoch by epoch. What a
 # run has read of a domain is a number of tokens, whatever the lengths of its sequences were. Where
-# seq_len changes, the tape is cut anew from the place that was reached. Where the text ends, the
-# next epoch begins, with the pieces of text in another order. Say the lengths are 4, then 8:
+# seq_len changes, the tape is cut anew from the token that was reached. Where the text ends, the
+# next epoch begins, with the units of text (files, or parts of them) in another order. With letters
+# as tokens, and lengths of 4, then 8:
 #
 #     tape        the_miller_s_lamp_burns_low_he_reads_until_dawn . . .
-#     seq_len 4   |--0-|--1-|--2-|--3-|--4-|
-#     seq_len 8                            |---0----|---1----|---2----|
+#     seq_len 4   |0--|1--|2--|3--|4--|
+#     seq_len 8                       |0------|1------|2------|
 #
 # A sequence of T tokens takes one more from the tape, the target of its last token, which is also
 # the first token of the next sequence. It begins wherever it falls, as in GPT-2's training: in the
@@ -411,18 +417,18 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
 #     places      0 1 2   3 4   0 1 2 ...
 #     sequences   2 0 1   4 3   1 2 0 ...
 #
-# The order follows from the seed, the window and its length. So a batch is a pure function of
-# (seed, step) under one plan, on any number of ranks. (A plan that is changed on the way to another
-# seq_len may cut a window that has begun: up to a window of each domain is then read again or
-# passed over.)
+# The order follows from the seed, the domain, the window and its length. So a batch is a pure
+# function of (seed, step) under one plan, on any number of ranks. (A changed plan that moves a
+# change of seq_len may cut a window that has begun: up to a window of each domain is then read
+# again or passed over.)
 #
-# A window ends where an epoch of the tape ends, so that a text shorter than a window is read once
-# before any of it is read twice.
+# A window ends with the sequence in which an epoch ends, so that a text shorter than a window is
+# read once before any of it is read twice.
 #
 # Why not shuffle the whole domain? Then all of it would have to be there before the first step, 22
 # terabytes for the 12.7B config. A tape is needed a window ahead of the reader only, and is
 # prepared while training reads it (support/preparing.py). Larger scales are mixed as well: the
-# pieces of text come in a random order, and so do the documents in a piece.
+# units of text come in a random order, and so do the documents in a piece of a unit.
 
 WINDOW_TOKENS = 2**20
 VAL_DOCUMENTS = 8
@@ -488,11 +494,11 @@ class Tape:
         return True
 
     def _end_epoch(self) -> None:
-        """Take note of the length of the first epoch, which all have."""
+        """Note the length of an epoch: all are as long as the first."""
         self.epoch = len(self)
         if self.epoch == 0:
-            raise UserError(f"domain {self.domain.name!r}: {self.domain.source} has fewer than two "
-                            "documents with text; one is held out for validation")
+            raise UserError(f"domain {self.domain.name!r}: {self.domain.source} has no documents "
+                            "with text beside those that are held out for validation")
 
     def units_to_come(self) -> Iterator[tuple[int, int]]:
         """What comes after what is there: (unit, its first piece that is wanted), for ever."""
@@ -501,7 +507,7 @@ class Tape:
             yield self.unit_at(k), 0
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """(length,) ids from place `start` on."""
+        """(length,) ids from token `start` on."""
         parts = []
         k = bisect_right(self.ends, start)
         while length > 0:
@@ -544,7 +550,7 @@ class TokenDataset:
             self.ahead[name] = PIECE_TOKENS * math.ceil(workers * share)
 
     def fingerprint(self) -> str:
-        """16 hex digits of a hash of the first piece of each domain."""
+        """16 hex digits of a hash of piece 0 of unit 0 of each domain."""
         checksums = []
         for domain in self.domains.values():
             self._wait_for_held_out(domain, 0)
@@ -668,16 +674,16 @@ class TokenDataset:
         self.preparer.collect()
         for ahead in (False, True):
             for d, name in enumerate(self.curriculum.names):
-                _, end = self.windows_of(step, d)
+                begin, end = self.windows_of(step, d)
                 if ahead:
                     _, run_end = self.windows_of(self.curriculum.steps - 1, d)
                     end = min(run_end, end + self.ahead[name])
                 tape = self.tapes[name]
-                tape.extend(end, self.positions[name])
+                tape.extend(end, begin)
                 self.preparer.request(self.domains[name], end - len(tape), tape.units_to_come())
 
     def _wait(self, name: str, begun: float) -> float:
-        """Wait a little for a domain. Say so after ten seconds, and every ten seconds."""
+        """Wait a little for a domain. With a preparer, say so every ten seconds."""
         if self.preparer:
             self.preparer.collect(seconds=0.2)
         else:
@@ -694,8 +700,6 @@ class TokenDataset:
         """Wait for the first piece of a unit, and what is held out of it."""
         if domain.has_held_out(unit):
             return
-        if (unit, 0) in domain.records:
-            domain.forget(unit, 0)  # somebody has deleted the file
         begun = time.monotonic()
         while not domain.has_held_out(unit):
             if self.preparer:

@@ -6,9 +6,9 @@
         00000-held-out.bin            token ids that are held out, of the first VAL_UNITS units
 
 A *unit* is what support/sources.py cuts a source into: some 16 MB of local text, or a file of a
-data set, of whatever size. A unit is made in *pieces* of PIECE_TOKENS each, in whole documents; its
-last piece is shorter. So a run can begin to read a large file long before it is prepared as a
-whole, and need not prepare all of it.
+data set, of whatever size. A unit is made in *pieces* of at least PIECE_TOKENS, in whole
+documents; the last one may be shorter. So a run can begin to read a large file long before it is
+prepared as a whole, and need not prepare all of it.
 
 What is in a piece follows from source and tokenizer alone: it is the same whoever makes it, however
 often, and in whatever order. So two processes may make the same piece, and where one was killed,
@@ -16,6 +16,7 @@ the next one makes the piece again.
 """
 import hashlib
 import json
+import math
 import os
 import queue
 import signal
@@ -41,7 +42,8 @@ PIECE_TOKENS = 2**22  # 8 MB on the disk; 16 MB if the tokenizer has more than 6
 VAL_EVERY = 20        # one document in so many is held out for validation,
 VAL_UNITS = 16        # of the first piece of so many units: a bounded number of documents
 MAX_MAPPED = 16       # pieces of a domain that are open at a time
-MAX_FAILURES = 3      # at so many ends of a process over the same unit the run ends
+MAX_PERMITS = 2       # of a process: with one in hand it does not wait for a training step's end
+MAX_FAILURES = 3      # ends of a process in a row over one unit that end the run
 
 # ---- what is on the disk
 
@@ -126,19 +128,17 @@ class Domain:
         return self.folder / f"{unit:05d}-held-out.bin"
 
     def has(self, unit: int, piece: int) -> bool:
-        """Whether a piece is there. Its file may have been deleted, behind a run that read it."""
-        return (unit, piece) in self.records and self.path(unit, piece).exists()
+        """Whether a piece is there, the first of a unit with what is held out of it. Its file may
+        have been deleted, behind a run that read it."""
+        if (unit, piece) not in self.records or not self.path(unit, piece).exists():
+            return False
+        return piece > 0 or self.has_held_out(unit)
 
     def has_held_out(self, unit: int) -> bool:
         """Whether the text is there that is held out of a unit, which may be none."""
         record = self.records.get((unit, 0))
         return record is not None and (record["held_out"] == 0
                                        or self.held_out_path(unit).exists())
-
-    def forget(self, unit: int, piece: int) -> None:
-        """Take a piece for one that is not there, so that it is made again."""
-        record = self.records.pop((unit, piece))
-        self.unit_tokens[unit] -= record["tokens"]
 
     def first_missing(self, unit: int, piece: int = 0) -> int | None:
         """The first piece from `piece` on that is not there; None if the unit has no such piece."""
@@ -149,8 +149,8 @@ class Domain:
         return piece
 
     def expected_tokens(self, unit: int) -> float:
-        """How many tokens a unit still adds to a tape: all of a whole one; of another one the mean
-        length of the whole ones, less what is there of it."""
+        """A guess at the tokens of a unit: all of a whole one; of another what it lacks of the mean
+        length of the whole ones, but at least about a piece."""
         made = self.unit_tokens[unit]
         if unit in self.whole_units:
             return made
@@ -232,6 +232,7 @@ def blocks(texts: Iterable[str], tokenizer: Tokenizer, unit: int, piece: int, do
         if not text.strip():
             continue
         ids = np.array(encode_document(tokenizer, text), dtype=np.uint32)
+        # A source's first document is always held out, as a source may have few.
         is_first = unit == 0 and piece == 0 and not block.ids and not block.held_out
         if piece == 0 and unit < VAL_UNITS and (is_first or is_held_out(text)):
             block.held_out.append(ids)
@@ -244,8 +245,7 @@ def blocks(texts: Iterable[str], tokenizer: Tokenizer, unit: int, piece: int, do
 
 def is_held_out(text: str) -> bool:
     """Whether a document of a unit's first piece is held out, by a hash of its text: copies of it
-    in these pieces are held out as well. (Copies elsewhere are not looked for.) The first document
-    of a source always is, as a source may have few."""
+    in these pieces are held out as well. (Copies elsewhere are not looked for.)"""
     digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
     return int.from_bytes(digest, "little") % VAL_EVERY == 0
 
@@ -301,9 +301,10 @@ def remove_leftovers(folder: Path) -> None:
 # would copy the training process's threads, its memory, and its hold on the GPU. They speak through
 # pipes, a line at a time:
 #
-#     parent    {"unit": 17, "piece": 0, ...}     make the pieces of this unit
+#     parent    {"unit": 17, "piece": 0, ...}     make this unit, from this piece on
 #     parent    an empty line                     you may make one piece
-#     child     {"unit": 17, "piece": 0, ...}     I have made it: its line for the manifest
+#     child     {"unit": 17, "piece": 0, ...}     I have made it: its line for the manifest,
+#                                               or {"error": "..."}
 #
 # If the parent ends, however it ends, the next line never comes, and the child ends too.
 
@@ -391,11 +392,9 @@ class Worker:
             "unit_bytes": sources.UNIT_BYTES}))
 
     def permit(self) -> None:
-        """Let it make a piece. It may have two permits: with one in hand it need not wait for the
-        parent, which is busy with a training step."""
-        if self.permits < 2:
-            self._send("")
-            self.permits += 1
+        """Let it make a piece."""
+        self._send("")
+        self.permits += 1
 
     def _send(self, line: str) -> None:
         # If it was killed, _listen reports that.
@@ -418,7 +417,7 @@ class Preparer:
         self.workers = []
         self.domains = []           # that pieces were made of
         self.answers = queue.SimpleQueue()
-        self.failures = Counter()   # (domain, unit) -> how often its process was killed
+        self.failures = Counter()   # (domain, unit) -> ends in a row of its process
 
     def num_busy(self) -> int:
         return sum(worker.permits > 0 for worker in self.workers)
@@ -438,16 +437,19 @@ class Preparer:
                 worker = self._worker_at(domain, unit, missing)
                 if worker is None:
                     return
-                worker.permit()
+                wanted = missing + math.ceil(tokens / PIECE_TOKENS)
+                while worker.piece + worker.permits < wanted and worker.permits < MAX_PERMITS:
+                    worker.permit()
             tokens -= domain.expected_tokens(unit)
 
     def _worker_at(self, domain: Domain, unit: int, piece: int) -> Worker | None:
         """The process that works on a unit and will still come to this piece; else one that begins
         there, unless as many as may be are busy."""
+        has_room = self.num_busy() < self.limit
         for worker in self.workers:
             if worker.domain is domain and worker.unit == unit and worker.piece <= piece:
-                return worker
-        if self.num_busy() >= self.limit:
+                return worker if worker.permits or has_room else None
+        if not has_room:
             return None
 
         free = [worker for worker in self.workers if worker.domain is None]

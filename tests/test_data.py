@@ -144,7 +144,7 @@ class MemoryDomain:
             cuts = sorted(rng.integers(0, size + 1, rng.integers(0, 3)).tolist())
             for piece, (a, b) in enumerate(zip([0, *cuts], [*cuts, size])):
                 self.ids[unit, piece] = np.arange(begin + a, begin + b, dtype="<u4")
-                self.records[unit, piece] = {"tokens": b - a, "last": b == size and piece == len(cuts),
+                self.records[unit, piece] = {"tokens": b - a, "last": piece == len(cuts),
                                              "sha256": f"{name}{unit}{piece}"}
             begin += size
         self.tokens = begin
@@ -271,6 +271,17 @@ def test_a_plan_that_is_prolonged_keeps_what_was_read():
     assert all(len(set(places)) == len(places) for places in read.values())
 
 
+def test_a_prolonged_run_may_drop_and_add_domains():
+    three = {name: (f"{name}.txt", 1 / 3, 1 / 3) for name in "abc"}
+    for step in range(1, 30):
+        old = Curriculum(three, batch_tokens=17 * 8, seq_len=8, max_steps=40)
+        two = {"a": ("a.txt", 0.48, 0.48), "d": ("d.txt", 0.52, 0.52)}
+        new = Curriculum(two, batch_tokens=17 * 8, seq_len=8, max_steps=80, before=(old, step))
+        assert (new.taken[step:].sum(1) == 17).all()
+        assert (new.taken[:step, 0] == old.taken[:step, 0]).all() and not new.taken[:step, 1].any()
+    Curriculum(two, batch_tokens=8, seq_len=8, max_steps=9, before=(old, 0))
+
+
 # ---- preparing
 
 
@@ -302,7 +313,8 @@ def open_dataset(folder, workers=2, curriculum=PLAN, **options):
 
 
 def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*.bin")}
+    paths = Path(folder).rglob("*.bin")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def assert_equal_where_both(files, others):
@@ -382,14 +394,23 @@ def test_a_long_unit_is_made_once_while_it_is_deleted_behind_the_run(small, monk
         assert len(dataset.preparer.workers) == 1
         assert len(set(made)) == len(made) > 9 and len(files("d")) < 6
 
+    # A run that resumes makes nothing again that it has read.
+    made.clear()
+    with open_dataset("d", workers=1, curriculum=plan, keep_read=1) as dataset:
+        dataset.batch(100)
+        again = [piece for _, piece in made if piece is not None]
+        assert all(dataset.tapes["a"].ends[piece] > dataset.positions["a"] > 0 for piece in again)
+
 
 def test_no_process_waits_that_nobody_needs(small):
     with open_dataset("d", workers=1) as dataset:
         for name in dataset.domains:
             dataset.validation(name, 500, 20)
         assert len(dataset.preparer.workers) <= 1
-        dataset.batch(0)
-        assert len(dataset.preparer.workers) <= 1 + len(dataset.domains)
+        for step in range(PLAN.steps):
+            dataset.batch(step)
+            assert dataset.preparer.num_busy() <= 1
+            assert len(dataset.preparer.workers) <= 1 + len(dataset.domains)
 
 
 def test_held_out_and_training_documents_are_together_all_and_apart(small):
@@ -503,7 +524,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(whole):
 
 
 def test_a_process_that_is_always_killed_is_one_line(small, monkeypatch):
-    monkeypatch.setattr(preparing.Worker, "permit", lambda worker: worker.process.kill())
+    monkeypatch.setattr(preparing.Worker, "_send", lambda worker, line: worker.process.kill())
     with open_dataset("d", workers=1) as dataset:
         refused(lambda: dataset.batch(0), "killed", "--workers")
 
