@@ -42,43 +42,16 @@ from support.preparing import PIECE_TOKENS, VAL_UNITS, Domain, Preparer
 # goes by tokens seen, and warm-up, logging and saving count steps.) With the 12.7B config the 5.5T
 # tokens make 122,191 steps, from 4,096 sequences of 4,096 tokens to 5,120 sequences of 16,384.
 #
-# A share is a fraction of the tokens, but a batch is made of whole sequences. The first steps of the
-# quick start read 16, and mathematics begins with a share of 10%: 1.6 sequences. Rounding each step
-# on its own would give it 2 of 16, 12.5%, at every step. So what rounding leaves over is carried
-# on: a domain's *quota* is the sum of its shares of all steps so far, in tokens, and
-# assign_rows() below keeps what was read of each domain within one sequence of its quota,
-# almost always.
+# A share is a fraction of the tokens, but a batch is made of whole sequences. The first steps of
+# the quick start read 16, and mathematics begins with a share of 10%: 1.6 sequences. Rounding each
+# step on its own would give it 2 of 16, 12.5%, at every step. So what rounding leaves over is
+# carried on: a domain's *quota* is the sum of its shares of all steps so far, in tokens, and
+# assign_rows() below keeps what was read of each domain within one sequence of its quota, almost
+# always.
 #
 # All of this is arithmetic on the config and opens no data. The dry run prints it, and a run that
 # resumes needs no state of it but the number of the step, and the plans that it followed before if
 # it was prolonged (`before`, below).
-
-
-def parse_schedule(key: str, value) -> list[tuple[int, int]]:
-    """A schedule by tokens seen: a number, or [[tokens, number], ...] beginning at 0 tokens. Each
-    number holds from the first step that begins at or after its tokens.
-
-    >>> parse_schedule("seq_len", 256)
-    [(0, 256)]
-    >>> parse_schedule("seq_len", [[0, 128], [350_000, 256]])
-    [(0, 128), (350000, 256)]
-    """
-    pairs = [[0, value]] if type(value) is int else value
-    problem = UserError(f"{key}={value} must be a positive number, or [[0, number], [tokens, "
-                        "number], ...] with rising tokens")
-    if not isinstance(pairs, (list, tuple)) or not pairs:
-        raise problem
-
-    schedule = []
-    for pair in pairs:
-        if not isinstance(pair, (list, tuple)) or [type(x) for x in pair] != [int, int]:
-            raise problem
-        tokens, number = pair
-        rises = tokens > schedule[-1][0] if schedule else tokens == 0
-        if not rises or number <= 0:
-            raise problem
-        schedule.append((tokens, number))
-    return schedule
 
 
 def value_at(schedule: list[tuple[int, int]], tokens: int) -> int:
@@ -92,11 +65,6 @@ def value_at(schedule: list[tuple[int, int]], tokens: int) -> int:
         if start <= tokens:
             value = number
     return value
-
-
-def is_share(x) -> bool:
-    """Whether x is a number that can be a share: finite and not negative."""
-    return type(x) in (int, float) and 0 <= x < math.inf
 
 
 MAX_STEPS = 5_000_000  # of a plan: beyond it planning takes minutes and gigabytes
@@ -207,11 +175,11 @@ class Curriculum:
     def _interpolate(self, mixture: list) -> np.ndarray:
         """(steps, domains): the shares at the beginning of each step."""
         progress = np.array(self.tokens[:-1]) / self.tokens[-1]
-        places = [place for place, _ in mixture]
+        fractions = [fraction for fraction, _ in mixture]
         columns = []
         for name in self.names:
             column = [shares.get(name, 0) for _, shares in mixture]
-            columns.append(np.interp(progress, places, column))
+            columns.append(np.interp(progress, fractions, column))
 
         # Shares may miss a sum of 1 by 1e-6, which in a long run would be many sequences.
         shares = np.stack(columns, axis=1)
@@ -281,42 +249,6 @@ class Curriculum:
         needed = self.step_shares.sum(axis=0)
         lines.append(f"{'needed':41s}" + "".join(f"{number:{width}.4g}" for number in needed))
         return "\n".join(lines)
-
-
-def check_domains(domains: dict) -> None:
-    for name, domain in domains.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
-            raise UserError(f"domains: the name {name!r} must be letters, digits, '_', '-' and "
-                            "'.', as a folder is named after it")
-        is_triple = isinstance(domain, (list, tuple)) and len(domain) == 3
-        if not (is_triple and isinstance(domain[0], str) and is_share(domain[1])
-                and is_share(domain[2])):
-            raise UserError(f"domains: {name!r} must be [source, first share, last share] with "
-                            f"shares that are not negative, not {domain}")
-
-
-def check_mixture(mixture: list, domains: dict) -> None:
-    problem = UserError(f"mixture={mixture} must be [[fraction of the run, {{name: share}}], ...]")
-    if not isinstance(mixture, (list, tuple)) or not mixture:
-        raise problem
-
-    before = 0
-    for point in mixture:
-        if not isinstance(point, (list, tuple)) or len(point) != 2:
-            raise problem
-        place, shares = point
-        if not is_share(place) or not isinstance(shares, dict):
-            raise problem
-        if not before <= place <= 1:
-            raise UserError(f"mixture: {place} must not be less than {before} nor more than 1: the "
-                            "fractions of the run rise")
-        before = place
-
-        known = shares.keys() <= domains.keys() and all(map(is_share, shares.values()))
-        if not known or abs(sum(shares.values()) - 1) > 1e-6:
-            raise UserError(f"domains or mixture: at {place} of the run the shares of "
-                            f"{', '.join(domains)} must not be negative and must sum to 1, "
-                            f"not {shares}")
 
 
 # Which domains get the rows of a step? A sequence is *due* at the first step at which its domain's
@@ -721,3 +653,74 @@ class TokenDataset:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+# ---- what a config may say
+
+
+def parse_schedule(key: str, value) -> list[tuple[int, int]]:
+    """A schedule by tokens seen: a number, or [[tokens, number], ...] beginning at 0 tokens. Each
+    number holds from the first step that begins at or after its tokens.
+
+    >>> parse_schedule("seq_len", 256)
+    [(0, 256)]
+    >>> parse_schedule("seq_len", [[0, 128], [350_000, 256]])
+    [(0, 128), (350000, 256)]
+    """
+    pairs = [[0, value]] if type(value) is int else value
+    problem = UserError(f"{key}={value} must be a positive whole number, or [[0, number], "
+                        "[tokens, number], ...] of whole numbers with rising tokens")
+    if not isinstance(pairs, (list, tuple)) or not pairs:
+        raise problem
+
+    schedule = []
+    for pair in pairs:
+        if not isinstance(pair, (list, tuple)) or [type(x) for x in pair] != [int, int]:
+            raise problem
+        tokens, number = pair
+        rises = tokens > schedule[-1][0] if schedule else tokens == 0
+        if not rises or number <= 0:
+            raise problem
+        schedule.append((tokens, number))
+    return schedule
+
+
+def is_share(x) -> bool:
+    """Whether x is a number that can be a share: finite and not negative."""
+    return type(x) in (int, float) and 0 <= x < math.inf
+
+
+def check_domains(domains: dict) -> None:
+    for name, domain in domains.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+            raise UserError(f"domains: the name {name!r} must be letters, digits, '_', '-' and "
+                            "'.', as a folder is named after it")
+        is_triple = isinstance(domain, (list, tuple)) and len(domain) == 3
+        if not (is_triple and isinstance(domain[0], str) and is_share(domain[1])
+                and is_share(domain[2])):
+            raise UserError(f"domains: {name!r} must be [source, first share, last share] with "
+                            f"shares that are not negative, not {domain}")
+
+
+def check_mixture(mixture: list, domains: dict) -> None:
+    problem = UserError(f"mixture={mixture} must be [[fraction of the run, {{name: share}}], ...]")
+    if not isinstance(mixture, (list, tuple)) or not mixture:
+        raise problem
+
+    before = 0
+    for point in mixture:
+        if not isinstance(point, (list, tuple)) or len(point) != 2:
+            raise problem
+        fraction, shares = point
+        if not is_share(fraction) or not isinstance(shares, dict):
+            raise problem
+        if not before <= fraction <= 1:
+            raise UserError(f"mixture: {fraction} must not be less than {before} nor more than 1: "
+                            "the fractions of the run rise")
+        before = fraction
+
+        known = shares.keys() <= domains.keys() and all(map(is_share, shares.values()))
+        if not known or abs(sum(shares.values()) - 1) > 1e-6:
+            raise UserError(f"domains or mixture: at {fraction} of the run the shares of "
+                            f"{', '.join(domains)} must not be negative and must sum to 1, "
+                            f"not {shares}")

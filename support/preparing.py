@@ -113,13 +113,15 @@ class Domain:
     def write(self, line: dict, manifest: str) -> None:
         """Append a line to the manifest, and take note of it."""
         path = self.folder / manifest
-        ends_well = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
-        text = json.dumps(line) + "\n"
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(text if ends_well else "\n" + text)
+        text = json.dumps(line).encode() + b"\n"
+        with open(path, "ab+") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            is_cut = file.read(1) not in (b"", b"\n")  # a crash cut the last line
+            file.write(b"\n" + text if is_cut else text)
             file.flush()
             os.fsync(file.fileno())
-        self._take_line(text.encode())
+        self._take_line(text)
 
     def path(self, unit: int, piece: int) -> Path:
         return self.folder / f"{unit:05d}-{piece:03d}.bin"
@@ -208,39 +210,39 @@ def checksum(data: bytes) -> str:
 
 
 @dataclass
-class Block:
-    """The documents of a piece, encoded."""
+class EncodedPiece:
+    """The documents of a piece as token ids."""
     ids: list[np.ndarray]       # of the training documents
     held_out: list[np.ndarray]
     documents: int              # of the unit, up to the end of this piece
     is_last: bool = False
 
 
-def blocks(texts: Iterable[str], tokenizer: Tokenizer, unit: int, piece: int, documents: int,
-           piece_tokens: int = PIECE_TOKENS) -> Iterator[Block]:
+def encode_pieces(texts: Iterable[str], tokenizer: Tokenizer, unit: int, piece: int,
+                  documents: int, piece_tokens: int = PIECE_TOKENS) -> Iterator[EncodedPiece]:
     """Encode the documents of a unit from piece `piece` on, before which it has `documents`."""
-    block = Block([], [], documents)
+    encoded = EncodedPiece([], [], documents)
     tokens = 0
     for text in islice(texts, documents, None):
         if tokens >= piece_tokens:
-            yield block
+            yield encoded
             piece += 1
-            block = Block([], [], block.documents)
+            encoded = EncodedPiece([], [], encoded.documents)
             tokens = 0
 
-        block.documents += 1
+        encoded.documents += 1
         if not text.strip():
             continue
         ids = np.array(encode_document(tokenizer, text), dtype=np.uint32)
         # A source's first document is always held out, as a source may have few.
-        is_first = unit == 0 and piece == 0 and not block.ids and not block.held_out
+        is_first = unit == 0 and piece == 0 and not encoded.ids and not encoded.held_out
         if piece == 0 and unit < VAL_UNITS and (is_first or is_held_out(text)):
-            block.held_out.append(ids)
+            encoded.held_out.append(ids)
         else:
-            block.ids.append(ids)
+            encoded.ids.append(ids)
             tokens += len(ids)
-    block.is_last = True
-    yield block
+    encoded.is_last = True
+    yield encoded
 
 
 def is_held_out(text: str) -> bool:
@@ -252,24 +254,24 @@ def is_held_out(text: str) -> bool:
 
 def shuffled(documents: list[np.ndarray], unit: int, piece: int) -> np.ndarray:
     """The documents of a piece, end to end in an order of its own: files are often sorted."""
-    def place(i: int) -> bytes:
+    def noise(i: int) -> bytes:
         return hashlib.blake2b(repr((unit, piece, i)).encode(), digest_size=8).digest()
 
-    order = sorted(range(len(documents)), key=place)
+    order = sorted(range(len(documents)), key=noise)
     return np.concatenate([np.empty(0, np.uint32), *[documents[i] for i in order]])
 
 
-def write_piece(job: dict, piece: int, block: Block) -> dict:
+def write_piece(job: dict, piece: int, encoded: EncodedPiece) -> dict:
     """Write the files of a piece -> its line for the manifest."""
     unit = job["unit"]
     folder = Path(job["folder"])
-    ids = shuffled(block.ids, unit, piece).astype(job["dtype"]).tobytes()
+    ids = shuffled(encoded.ids, unit, piece).astype(job["dtype"]).tobytes()
     record = {"unit": unit, "piece": piece, "tokens": len(ids) // np.dtype(job["dtype"]).itemsize,
-              "documents": block.documents, "last": block.is_last, "sha256": checksum(ids),
-              "held_out": sum(map(len, block.held_out)),
-              "held_out_documents": len(block.held_out)}
-    if block.held_out:
-        held_out = np.concatenate(block.held_out).astype(job["dtype"]).tobytes()
+              "documents": encoded.documents, "last": encoded.is_last, "sha256": checksum(ids),
+              "held_out": sum(map(len, encoded.held_out)),
+              "held_out_documents": len(encoded.held_out)}
+    if encoded.held_out:
+        held_out = np.concatenate(encoded.held_out).astype(job["dtype"]).tobytes()
         record["held_out_sha256"] = checksum(held_out)
         write_file(folder / f"{unit:05d}-held-out.bin", held_out)
     write_file(folder / f"{unit:05d}-{piece:03d}.bin", ids)
@@ -336,15 +338,16 @@ def make_unit(job: dict) -> Iterator[dict]:
     skipped = SkippedRows()
     texts = source_units(job["source"], job["unit_bytes"])[job["unit"]](skipped)
     piece = job["piece"]
-    making = blocks(texts, tokenizer, job["unit"], piece, job["documents"], job["piece_tokens"])
+    pieces = encode_pieces(texts, tokenizer, job["unit"], piece, job["documents"],
+                           job["piece_tokens"])
     wait_for_permit()
-    for block in making:
-        record = write_piece(job, piece, block)
-        if block.is_last:
+    for encoded in pieces:
+        record = write_piece(job, piece, encoded)
+        if encoded.is_last:
             record["skipped"] = skipped.report()
         yield record
         piece += 1
-        if not block.is_last:
+        if not encoded.is_last:
             wait_for_permit()
 
 
