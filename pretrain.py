@@ -620,7 +620,10 @@ def save_checkpoint(out: Path, step: int, model: Motif, optimizer, state: dict, 
     temporary = out / f"step_{step}.tmp"
     try:
         rank0_only(remove_temporaries, out)
-        sync_errors(write_tensors, temporary, model, optimizer)
+        rank0_only(os.makedirs, temporary / "optimizer")
+        # In two calls: a rank that cannot write leaves at the end of one, with all the others.
+        sync_errors(write_weights, temporary, model)
+        sync_errors(write_optimizer, temporary, model, optimizer)
         state = {"step": step, **state, "checksums": checksums(temporary)}
         rank0_only(finish_checkpoint, temporary, folder, state, c)
     except (OSError, UserError) as e:
@@ -632,9 +635,13 @@ def save_checkpoint(out: Path, step: int, model: Motif, optimizer, state: dict, 
         remove_old_checkpoints(out, step, c)
 
 
-def write_tensors(temporary: Path, model: Motif, optimizer) -> None:
+def write_weights(temporary: Path, model: Motif) -> None:
     with safetensors_errors():
         model.save_pretrained(temporary, SHARD_BYTES)
+
+
+def write_optimizer(temporary: Path, model: Motif, optimizer) -> None:
+    with safetensors_errors():
         save_tensors(temporary / "optimizer", "state", optimizer_tensors(model, optimizer),
                      SHARD_BYTES)
 
@@ -680,7 +687,8 @@ def load_into(tensors: dict[str, Tensor], folder: Path, stem: str) -> None:
             own.copy_(read(*slices))
 
 
-def check_compatible(folder: Path, state: dict, c: Config, curriculum: data.Curriculum) -> None:
+def check_compatible(folder: Path, state: dict, c: Config, curriculum: data.Curriculum,
+                     tokenizer: Tokenizer) -> None:
     """UserError if the run cannot go on from this checkpoint."""
     if state["step"] > curriculum.steps:
         raise UserError(f"checkpoint {folder} is beyond the end at step {curriculum.steps}; make "
@@ -691,6 +699,10 @@ def check_compatible(folder: Path, state: dict, c: Config, curriculum: data.Curr
         if ours != theirs and key != "poly_norm_scale":     # of fresh weights alone
             raise UserError(f"checkpoint {folder} has {key}={theirs}, not {ours}; give --{key}="
                             f"{theirs}, or another --out_dir for a new run")
+    if state.get("tokenizer", tokenizer.fingerprint().hex()) != tokenizer.fingerprint().hex():
+        raise UserError(f"checkpoint {folder} was trained with another tokenizer than "
+                        f"{c.tokenizer}: give --tokenizer={state['config'].get('tokenizer')} as it "
+                        "was then, or another --out_dir for a new run")
 
 
 # ---- validation
@@ -845,7 +857,7 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
             log_evaluation(log, curriculum, step, losses, layers, samples)
         if save_now:
             state = {"skipped": nonfinite.in_a_row, "data": dataset.fingerprint(),
-                     "plans": curriculum.plans}
+                     "tokenizer": tokenizer.fingerprint().hex(), "plans": curriculum.plans}
             save_checkpoint(out, step, model, optimizer, state, c)
         if save_now or stop:
             log.draw()
@@ -917,7 +929,7 @@ def setup(c: Config, out: Path) -> tuple:
     start = rank0_only(find_checkpoint, c, out)
     if start:
         curriculum = make_curriculum(c, start[1])
-        check_compatible(*start, c, curriculum)
+        check_compatible(*start, c, curriculum, tokenizer)
         check_lr_goes_on(c, curriculum, start[1])
     step = start[1]["step"] if start else 0
     dataset = load_data(c, curriculum, tokenizer, min(step, curriculum.steps - 1))

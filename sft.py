@@ -817,7 +817,7 @@ def setup(c: Config, out: Path) -> tuple:
     pretrain.check_fp8(run, dataset.curriculum, device)
     pretrain.check_prompts(run, tokenizer, encode_chat_prompt)
     if checkpoint:
-        pretrain.check_compatible(*checkpoint, run, dataset.curriculum)
+        pretrain.check_compatible(*checkpoint, run, dataset.curriculum, tokenizer)
 
     def initial_weights(c, out):
         return folder

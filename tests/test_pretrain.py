@@ -1,5 +1,6 @@
 """pretrain.py from nothing to a trained model: what a run logs, that a resumed run is the straight
 run whatever ended it, and one line for what a user gets wrong. Tiny models, on generated text."""
+import base64
 import json
 import os
 import re
@@ -736,6 +737,11 @@ def test_a_checkpoint_of_another_run_is_refused(run):
     assert "intermediate_size=64" in refused(run, max_steps=4, intermediate_size=96)
     assert "max_steps=1" in refused(run, max_steps=1)
     assert "optimizer=muonclip" in refused(run, max_steps=4, optimizer="adamw")
+
+    # As many tokens as the run's tokenizer has, with other ids.
+    lines = [f"{base64.b64encode(bytes([255 - i])).decode()} {i}" for i in range(256)]
+    Path("other.tiktoken").write_text("\n".join(lines))
+    assert "--tokenizer=byte" in refused(run, max_steps=4, tokenizer="other.tiktoken")
 
 
 def test_a_users_mistake_is_one_line_and_any_other_error_a_traceback(tmp_path):
