@@ -856,8 +856,7 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
             layers = layer_stats(model.model.layers, optimizer)
             log_evaluation(log, curriculum, step, losses, layers, samples)
         if save_now:
-            state = {"skipped": nonfinite.in_a_row, "data": dataset.fingerprint(),
-                     "tokenizer": tokenizer.fingerprint().hex(), "plans": curriculum.plans}
+            state = state_to_save(nonfinite, dataset, tokenizer)
             save_checkpoint(out, step, model, optimizer, state, c)
         if save_now or stop:
             log.draw()
@@ -884,6 +883,12 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
             log_step(log, timer, optimizer, curriculum, step, lr, result, flops)
 
     log_end(log, c, step, finished)
+
+
+def state_to_save(nonfinite: NonFiniteSteps, dataset: Dataset, tokenizer: Tokenizer) -> dict:
+    """What a checkpoint's state.json holds of the run itself."""
+    return {"skipped": nonfinite.in_a_row, "plans": dataset.curriculum.plans,
+            "data": dataset.fingerprint(), "tokenizer": tokenizer.fingerprint().hex()}
 
 
 def begin_log(c: Config, out: Path, dataset: Dataset, model: Motif, optimizer,
