@@ -7,7 +7,8 @@ In outline a Motif is a Llama: RMSNorm, rotary positions, residual blocks, no bi
 
 It differs in two places. Its attention subtracts a second attention map, the noise, from the first
 (grouped differential attention, below), and its MLP has a learnt polynomial, PolyNorm, where Llama
-has SiLU. Both are defined here in plain PyTorch; kernels.py computes the same faster on a GPU.
+has SiLU. Both are defined here in plain PyTorch. What runs is kernels.py, wherever it has a faster
+form of the same: all of it on a GPU, a part on a CPU. With kernels.ENABLED = False this file runs.
 
 The letters that this project uses for sizes, with their values in Motif-2-12.7B:
 
@@ -56,7 +57,7 @@ from torch import Tensor, nn
 
 import kernels
 from configurator import NonNegative, UserError, check_value
-from kernels import upcast
+from kernels import upcast  # to fp32; float64 stays float64
 from support.generation import Decoder, KVCache, LayerCache
 from support.released_config import read_released_config, released_config
 from support.weights import (check_finite, iter_checkpoint, model_folder, read_json, save_tensors,
@@ -169,7 +170,8 @@ def document_starts(doc_ids: Tensor) -> Tensor:
 
 def visibility_mask(T: int, S: int, doc_start: Tensor | None, query_slots: Tensor | None,
                     like: Tensor) -> Tensor:
-    """What is added to logits (B, K, h, T, S): 0 where a query may see a key, else -inf.
+    """-> (T, S), or (B, 1, 1, T, S) if rows differ: what is added to the logits (B, K, h, T, S). It
+    is 0 where a query may see a key, else -inf.
 
     A query sees the keys doc_start to query_slots, both (B, T) and both inclusive. Without
     query_slots the T queries are the last T of the S keys."""
@@ -346,7 +348,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None =
 
 # ---- the shape of a model
 
-Dim = Annotated[int, 1, 2**24]      # positions and sizes beyond 2^24 are not exact in fp32
+# An int from 1 to 2^24, which configurator.py checks. Beyond that a position is not exact in fp32.
+Dim = Annotated[int, 1, 2**24]
 
 
 @dataclass

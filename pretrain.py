@@ -10,9 +10,11 @@ and writes
 
     out_dir/config.json    all knobs of the run
     out_dir/step_N/        a checkpoint: the model in the released layout, the optimizer's state
-    out_dir/metrics.jsonl  a line for each logged step and for each evaluation; loss.png draws them
+    out_dir/metrics.jsonl  a line for each logged step and for each evaluation
+    out_dir/loss.png       these, drawn
     out_dir/samples.txt    the fixed prompts, continued by the model at each evaluation
     out_dir/log.txt        what was printed
+    out_dir/lock           as long as the run lasts, so that no second one begins there
 
 Steps. The code counts from 0: step 0 reads batch 0 with the learning rate of step 0. The logs and
 the names of folders count the steps that are done: "step N" is the state after N steps. So step_0
@@ -100,8 +102,8 @@ class TrainConfig:
 
     # Logging, evaluation, checkpoints
     log_every: Count = 10           # steps from one logged line to the next
-    eval_every: Count | None = 100  # steps between evaluations, and also before the first step
-                                    # and after the last; None: no evaluation
+    eval_every: Count | None = 100  # evaluate every so many steps, before the first and after the
+                                    # last; None: never
     eval_tokens: Count = 8192       # held-out tokens of each domain
     prompts: list = field(default_factory=lambda: ["The "])  # continued at each evaluation
     sample_tokens: Size = 100       # tokens that each prompt is continued by
@@ -171,7 +173,8 @@ def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
     """What each step reads. state: of the checkpoint to go on from. If its config had another plan,
     say a shorter run, the steps up to the checkpoint keep that plan, and c's begins there."""
     plan = plan_of(asdict(c))
-    plans = []  # [[step, the plan that was followed up to it], ...], oldest first
+    plans = []  # [[step, the plan that was followed up to it], ...], oldest first: a run can be
+                # prolonged more than once
     if state:
         plans = list(state.get("plans", []))
         old = plan_of(state["config"])
@@ -181,6 +184,7 @@ def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
             print("seq_len has changed: up to a window of each domain's text may be read again or "
                   "passed over")
 
+    # Each curriculum has before = (the one before it, the step at which that one ended).
     before = None
     for step, old in plans:
         before = (data.Curriculum(**old, before=before), step)
@@ -257,8 +261,8 @@ def check_lr_goes_on(c: Config, curriculum: data.Curriculum, state: dict) -> Non
 
 
 def theta_at(c: Config, tokens: int) -> float:
-    """RoPE's base for a step before which so many tokens were read. One raises the base as the
-    sequences get longer.
+    """RoPE's base once so many tokens have been read. One raises the base as the sequences get
+    longer.
 
     >>> c = Config(rope_theta_schedule=[[0, 10_000], [1_000_000, 500_000]])
     >>> theta_at(c, tokens=999_999), theta_at(c, tokens=1_000_000)
@@ -421,8 +425,9 @@ class Dataset(Protocol):
     A batch is a pure function of the step and of the plan that `curriculum` is. So a run that
     resumes reads what it would have read, and the number of ranks does not matter."""
 
-    curriculum: data.Curriculum      # or an object with its steps, seq_len, rows, tokens, context,
-                                     # shares, names and plans
+    curriculum: data.Curriculum      # or an object with its steps, seq_len, rows, tokens, shares,
+                                     # names, plans, and context: the length that FLOPs are
+                                     # counted with
 
     def batch(self, step: int, rank: int, world: int) -> np.ndarray | tuple:
         """Rows rank, rank + world, ... of the step's global batch, R of them, in int64. Either rows
@@ -723,7 +728,7 @@ def check_compatible(folder: Path, state: dict, c: Config, curriculum: data.Curr
 def evaluate(model: Motif, held_out: dict[str, tuple], micro_batch_tokens: int,
              token_bytes: Tensor) -> dict:
     """Validation loss and bits per byte, over all domains and of each; and the loss by quarter of
-    the context, unless a row holds several documents.
+    the context, unless rows are packed (they have doc_ids) or shorter than four tokens.
 
     held_out: domain -> (ids, targets[, doc_ids]), each (R, T), on the device and the same on all
     ranks, which divide the rows among them. token_bytes (V,): the length of each token in bytes."""
@@ -746,8 +751,8 @@ def evaluate(model: Motif, held_out: dict[str, tuple], micro_batch_tokens: int,
     nats, tokens, text_bytes = totals.sum(2).T.tolist()                     # each a list by domain
     result = {"val_loss": sum(nats) / sum(tokens),
               "val_bpb": sum(nats) / math.log(2) / sum(text_bytes)}
-    if not packed:
-        nats_by_quarter, tokens_by_quarter, _ = totals.sum(0)
+    nats_by_quarter, tokens_by_quarter, _ = totals.sum(0)
+    if not packed and tokens_by_quarter.all():
         result["val_loss_by_quarter"] = (nats_by_quarter / tokens_by_quarter).tolist()
     by_domain = list(zip(held_out, nats, tokens, text_bytes))
     result["val_loss_by_domain"] = {name: x / n for name, x, n, _ in by_domain}
@@ -796,7 +801,7 @@ class Validation:
         self.rows = {}  # T -> domain -> ids, targets[, doc_ids], each (R, T)
 
     def rows_at(self, step: int) -> dict[str, tuple]:
-        """Rows of the sequence length of the step; after the last one, of that one's."""
+        """Rows as long as those of this step; after the last step, as long as those of the last."""
         T = self.seq_len[min(step, len(self.seq_len) - 1)]
         if T not in self.rows:
             held_out = self.held_out(T) if callable(self.held_out) else self.held_out
@@ -843,6 +848,7 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
     while True:
         finished = step == curriculum.steps
         stop = any_rank(finished or bool(signals))
+        # A run that a signal stops is saved, and evaluated only where that is due.
         evaluate_now = step > log.last_evaluation and is_due(step, c.eval_every, finished)
         save_now = step > start_step and is_due(step, c.save_every, stop)
         model.config.rope_theta = theta_at(c, curriculum.tokens[step])
@@ -909,9 +915,9 @@ def begin_log(c: Config, out: Path, dataset: Dataset, model: Motif, optimizer,
     return log
 
 
-def is_due(step: int, every: int | None, anyway: bool) -> bool:
-    """Whether step is a multiple of `every`, or `anyway` is true. If `every` is None: no."""
-    return every is not None and (step % every == 0 or anyway)
+def is_due(step: int, every: int | None, or_if: bool) -> bool:
+    """Whether step is a multiple of `every`, or or_if is true. If `every` is None: never."""
+    return every is not None and (step % every == 0 or or_if)
 
 
 # ---- setting up a run

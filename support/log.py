@@ -66,12 +66,9 @@ class Log:
         self._append("samples.txt", text)
 
     def metrics(self, values: dict) -> None:
-        """One line of JSON. JSON has neither NaN nor infinity: null stands for them."""
-        finite = {}
-        for key, value in values.items():
-            is_finite = not isinstance(value, float) or math.isfinite(value)
-            finite[key] = value if is_finite else None
-        self._append("metrics.jsonl", json.dumps(finite) + "\n")
+        """One line of JSON."""
+        finite = without_nan(values)
+        self._append("metrics.jsonl", json.dumps(finite, allow_nan=False) + "\n")
         if self.wandb:
             self.wandb.log(finite, step=values["step"])
 
@@ -88,6 +85,21 @@ class Log:
         if RANK == 0:
             with open(self.out / name, "a", encoding="utf-8") as f:
                 f.write(text)
+
+
+def without_nan(value):
+    """JSON has neither NaN nor infinity: None, its null, stands for them, however deep they lie.
+
+    >>> without_nan({"loss": 1.5, "by_domain": {"code": [2.0, math.nan]}})
+    {'loss': 1.5, 'by_domain': {'code': [2.0, None]}}
+    """
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_nan(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def wandb_id(out: Path, step: int) -> str:
@@ -189,7 +201,7 @@ def log_end(log: Log, c, step: int, finished: bool) -> None:
     """Say where the run has ended, and where its files are. finished: no signal has stopped it."""
     out = log.out
     how = "finished" if finished else "stopped"
-    saved = "nothing new to save"
+    saved = "not saved (save_every=None)" if c.save_every is None else "nothing new to save"
     if step in checkpoint_steps(out):
         saved = f"model in {out}/step_{step}"
     samples = f", samples in {out}/samples.txt" if c.eval_every else ""

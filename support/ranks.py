@@ -85,7 +85,8 @@ def all_gather_object(value) -> list:
 
 
 def broadcast_object(value):
-    """Rank 0's value, on all ranks: for what one rank finds out and all must agree on."""
+    """Rank 0's value, on all ranks: for what one rank finds out and all must agree on. (All values
+    are gathered, which is simple and costs nothing, as they are small.)"""
     return all_gather_object(value)[0]
 
 
@@ -104,9 +105,9 @@ def sync_errors(fn, *args):
     except (OSError, UserError) as e:
         error = e
 
-    for of_rank in all_gather_object(error):
-        if of_rank is not None:
-            raise of_rank
+    for rank_error in all_gather_object(error):
+        if rank_error is not None:
+            raise rank_error
     return result
 
 
@@ -119,9 +120,9 @@ def rank0_only(fn, *args):
 
 
 def rank0_first(fn):
-    """fn() -> its result, for a function that makes something on disk unless it is there. Rank 0
-    makes it; then the first rank of each machine does, if it does not see rank 0's disk; then all
-    ranks find it there."""
+    """fn() -> its result, for an fn that makes something on disk, and does nothing where that is
+    there already. Rank 0 calls it; then the first rank of each machine, which makes it again only
+    if its disk is another one; then all ranks, which find it there."""
     def nothing():
         return None
 

@@ -44,7 +44,7 @@ def lock_folder(out: Path):
     finally:
         (out / "lock").unlink(missing_ok=True)
         file.close()
-        with suppress(OSError):      # remains unless it is empty, as after a mistake in the config
+        with suppress(OSError):      # the folder goes if it is empty: a mistake in the config, say
             out.rmdir()
 
 
@@ -112,7 +112,7 @@ def read_state(folder: Path) -> dict:
             raise UserError("its state.json has another form")
         for name, size in state["files"].items():
             if (folder / name).stat().st_size != size:
-                raise UserError(f"{name} is cut short")
+                raise UserError(f"{name} has another size than it had")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"checkpoint {folder} is not whole ({one_line(e)})") from None
     return state
@@ -141,32 +141,33 @@ def last_good(out: Path) -> str:
 
 def find_checkpoint(c, out: Path) -> tuple[Path, dict] | None:
     """The checkpoint that the knob `resume` asks for, and its state; None: start at step 0."""
-    if c.resume == "auto":
-        start = latest_checkpoint(out)
-    elif c.resume == "no":
+    start = latest_checkpoint(out)
+    # The same command, given again, goes on with the run that it has begun.
+    began_here = start is not None and start[1]["config"].get("resume") == c.resume
+    if c.resume == "no" or (c.resume != "auto" and not began_here):
         start = None
-    else:
-        folder = Path(c.resume)
-        start = (folder, read_state(folder))
+        if c.resume != "no":
+            start = (Path(c.resume), read_state(Path(c.resume)))
+        check_no_other_run(c, out, start)
 
-    step = 0
     if start:
         folder, state = start
         missing = {"step", "skipped", "data"} - state.keys()
         if missing:
             raise UserError(f"checkpoint {folder}: its state.json lacks {', '.join(missing)}")
-        step = state["step"]
-
-    # Two runs must not mix in one folder. But a run that began from this checkpoint goes on when
-    # the same command is given again.
-    newest = max(checkpoint_steps(out), default=0)
-    if c.resume != "auto" and newest > step:
-        own = latest_checkpoint(out)
-        if own and own[1].get("config", {}).get("resume") == c.resume != "no":
-            return own
-        raise UserError(f"resume={c.resume}, but {out} holds a run up to step {newest}; delete it "
-                        "or give another --out_dir")
     return start
+
+
+def check_no_other_run(c, out: Path, start: tuple | None) -> None:
+    """UserError if out has checkpoints, unless the run goes on from the newest of them: two runs
+    must not mix in one folder."""
+    steps = checkpoint_steps(out)
+    if not steps:
+        return
+    newest = out / f"step_{max(steps)}"
+    if start is None or start[0].resolve() != newest.resolve():
+        raise UserError(f"resume={c.resume}, but {out} holds a run up to step {max(steps)}; delete "
+                        "it or give another --out_dir")
 
 
 # ---- how a checkpoint gets there
@@ -233,8 +234,9 @@ def checksums(folder: Path) -> dict[str, int]:
         return {name: checksum(folder / name) for name in names[RANK::WORLD]}
 
     found = {}
-    for of_rank in all_gather_object(sync_errors(of_this_rank, rank0_only(files_in, folder))):
-        found.update(of_rank)
+    mine = sync_errors(of_this_rank, rank0_only(files_in, folder))
+    for rank_checksums in all_gather_object(mine):
+        found.update(rank_checksums)
     return found
 
 

@@ -354,7 +354,7 @@ def test_resume_is_exact_whatever_was_left_behind(run, straight, capsys):
         f.write('{"step": 3, "lo')
     run()
     printed = capsys.readouterr().out
-    assert "out/step_12 is not whole (model.safetensors is cut short)" in printed
+    assert "out/step_12 is not whole (model.safetensors has another size than it had)" in printed
     assert "resumed from out/step_4 at step 4" in printed and "changed since" not in printed
     assert same("out/step_12", straight / "step_12")
     assert metrics() == metrics(straight) and samples() == samples(straight)
@@ -481,6 +481,19 @@ def test_two_runs_never_mix_in_one_folder(run, straight):
     for resume in ("no", "out/step_8"):
         message = refused(run, resume=resume)
         assert f"resume={resume}" in message and "step 12" in message and "out_dir" in message
+
+    # Another run's checkpoint is not for this folder, however late it is. The same command goes on,
+    # even if the checkpoint that it began from is gone.
+    later = str(shutil.copytree("out/step_12", "step_12"))
+    shutil.rmtree("out/step_12")
+    assert f"resume={later}" in refused(run, resume=later)
+    first = str(shutil.copytree(straight / "step_4", "first"))
+    run(resume=first, out_dir="again")
+    shutil.rmtree(first)
+    shutil.rmtree("again/step_12")
+    run(resume=first, out_dir="again")
+    assert same("again/step_12", straight / "step_12")
+
     for path in Path("out").glob("step_*"):                # without checkpoints all begins anew
         path.rename(path.name)
     run(max_steps=8, hidden_size=16)
