@@ -76,6 +76,8 @@ class TrainConfig:
     out_dir: str | None = None      # all output; None: out/<name of config file>,
                                     # out/sft<stage>, or <model>-sft<stage> with sft.py --model
     data_dir: str = "data"          # prepared data, of all runs
+    export: str | None = None       # write the newest checkpoint's model into this folder, for
+                                    # other programs, and train nothing
     resume: str = "auto"            # auto: the newest checkpoint in out_dir; no: none; or a path
 
     # Compute
@@ -124,7 +126,6 @@ class Config(TrainConfig, MotifConfig):
     dry_run: bool = False           # print parameters, FLOPs, memory and days; train nothing
     plan_world_size: Count = 8      # GPUs that --dry_run plans for
     assumed_mfu: Fraction = 0.4     # fraction of an H100's peak FLOP/s that --dry_run plans with
-    export: str | None = None       # write the newest checkpoint's model in bf16 into this folder
 
     # Length and batch
     max_steps: Count | None = None  # the run ends after so many optimizer steps, or
@@ -1064,7 +1065,7 @@ def main() -> None:
             if RANK == 0:
                 print(dry_run_report(c, make_curriculum(c)))
             return
-        if c.export:
+        if c.export is not None:
             from tools.export import export_checkpoint
             if RANK == 0:
                 export_checkpoint(c, out)

@@ -839,6 +839,13 @@ def main() -> None:
     own_model = any(word.startswith("--model=") for word in argv)
     quickstart = str(Path(__file__).parent / "config" / "sft_quickstart.py")
     c = configurator.load(Config, argv, default_file=None if own_model else quickstart)
+    if c.export is not None:
+        from tools.export import export_checkpoint
+        out = Path(c.out_dir or default_out_dir(c))
+        with pretrain.friendly_errors(c, out):
+            if RANK == 0:
+                export_checkpoint(c, out)
+        return
     fill_in_stage(c)
     out = Path(c.out_dir)
     with pretrain.friendly_errors(c, out), pretrain.lock_folder(out):

@@ -9,7 +9,7 @@ import reference
 from configurator import UserError
 from model import Motif, MotifConfig
 from muonclip import configure_optimizer
-from tools.grow import check_growth, grow, grow_depth, grow_width
+from tools.grow import average, check_growth, grow, grow_depth, grow_width
 
 # 1:1, as Motif-2.6B is
 SMALL = MotifConfig(vocab_size=29, hidden_size=20, intermediate_size=28, num_hidden_layers=3,
@@ -170,3 +170,16 @@ def test_factors_below_one_are_refused():
         grow_width(make(), 2, 0)
     with pytest.raises(UserError):
         grow_depth(make(), 0)
+
+
+@pytest.mark.parametrize("changes", [
+    {"rope_theta": 500_000.0}, {"attn_rms_norm_eps": 1e-6}, {"hidden_size": 40},
+    {"tie_word_embeddings": True}, {"num_attention_heads": 6}, {"max_position_embeddings": 32}])
+def test_checkpoints_that_compute_something_else_are_not_averaged(tmp_path, changes):
+    for step, model in [(1, make()), (2, make(**changes)), (3, make(**changes))]:
+        model.save_pretrained(tmp_path / f"step_{step}")
+    with pytest.raises(UserError) as e:
+        average(tmp_path, 3)
+    key = next(iter(changes))
+    assert key in str(e.value) and "step_2" in str(e.value) and "\n" not in str(e.value)
+    assert average(tmp_path, 2).config == make(**changes).config

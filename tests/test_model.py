@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
@@ -16,8 +15,6 @@ import reference
 from configurator import UserError
 from model import Block, Decoder, KVCache, Motif, MotifConfig, flops_per_token
 from support import generation
-from support.tokenizer import BEGIN, END, TURN_END, load_tokenizer
-from tools.export import TOKENIZER_FILES, export
 
 BASE = MotifConfig(vocab_size=29, hidden_size=20, intermediate_size=28, num_hidden_layers=3,
                    num_attention_heads=10, num_key_value_heads=4, num_noise_heads=2, head_dim=6,
@@ -627,74 +624,6 @@ def test_weights_that_are_not_finite_are_named_by_their_tensor(tmp_path, dtype, 
     weight.data.fill_(3e38)                              # finite, and their sum is not
     model.save_pretrained(tmp_path)
     assert torch.equal(Motif.from_pretrained(tmp_path).get_parameter(name), weight)
-
-
-# ---- export
-
-def save_tokenizer(file):
-    """A tokenizer.json: bytes, ten pairs of letters and END."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pairs = [(chr(97 + i), chr(98 + i)) for i in range(10)]
-    words = letters + [a + b for a, b in pairs]
-    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, pairs))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([END])
-    tokenizer.save(str(file))
-
-
-def save_checkpoint(folder, tokenizer):
-    """As a run leaves it, so far as export looks at it -> the model and state.json."""
-    model = make(vocab_size=300)
-    model.save_pretrained(folder, 40_000)
-    return model, {"step": 1, "config": {"tokenizer": tokenizer}, "files": {}}
-
-
-@pytest.mark.parametrize("tokenizer", ["words", "words/tokenizer.json", "byte"])
-def test_export_writes_a_folder_that_others_serve(tmp_path, monkeypatch, tokenizer):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "words").mkdir()
-    for name in "special_tokens_map.json", "chat_template.jinja", "other.txt":
-        (tmp_path / "words" / name).write_text(name)
-    save_tokenizer(tmp_path / "words/tokenizer.json")
-    model, state = save_checkpoint(tmp_path / "step_1", tokenizer)
-    served = tmp_path / "served"
-    export(tmp_path / "step_1", state, served)
-
-    found, index = read_by_the_format(served)
-    for name, p in model.bfloat16().state_dict().items():
-        assert np.array_equal(p.float().numpy(), found[name])
-    assert index["metadata"]["total_size"] == 2 * sum(t.size for t in found.values())
-    config = json.loads((served / CONFIG).read_text())
-    assert config["torch_dtype"] == "bfloat16" and config["architectures"] == ["MotifForCausalLM"]
-
-    ours = load_tokenizer(tokenizer)
-    generation = json.loads((served / "generation_config.json").read_text())
-    assert generation == {"bos_token_id": ours.special[BEGIN],
-                          "eos_token_id": [ours.special[END], ours.special[TURN_END]]}
-    names = {CONFIG, INDEX, "generation_config.json", *index["weight_map"].values()}
-    if tokenizer == "byte":
-        assert {f.name for f in served.iterdir()} == names
-        return
-    assert {f.name for f in served.iterdir()} == names | set(TOKENIZER_FILES)
-    assert (served / "chat_template.jinja").read_text() == "chat_template.jinja"
-    theirs = load_tokenizer("served")
-    assert theirs.special == ours.special and theirs.begin_id == ours.special[BEGIN]
-    assert theirs.encode("abcdef and é") == ours.encode("abcdef and é")
-
-
-def test_export_without_its_tokenizer_or_of_a_damaged_file_is_one_line(tmp_path):
-    folder, served = tmp_path / "step_1", tmp_path / "served"
-    _, state = save_checkpoint(folder, "gone.json")
-    with pytest.raises(UserError, match="gone.json") as e:
-        export(folder, state, served)
-    assert "\n" not in str(e.value)
-    _, state = save_checkpoint(folder, "byte")
-    damaged = next(folder.glob("*-00002-*"))
-    damaged.write_bytes(b"x" * 99)
-    with pytest.raises(UserError, match=damaged.name) as e:
-        export(folder, state, served)
-    assert "\n" not in str(e.value) and not served.exists()
 
 
 # ---- sizes

@@ -60,6 +60,7 @@ from kernels import upcast
 from model import LAMBDAS, Attention, Motif, MotifConfig
 from pretrain import SHARD_BYTES, model_config, theta_at
 from support.run_folder import checkpoint_steps
+from support.weights import read_json
 
 
 def grow(model: Motif, config: MotifConfig, noise_db: float = 10.0, seed: int = 0) -> Motif:
@@ -378,6 +379,7 @@ def average(run: Path, k: int) -> Motif:
     if len(folders) < k:
         raise UserError(f"{run} holds {len(folders)} checkpoints, not {k}; keep more of them with "
                         "--keep_last or --keep_every")
+    check_same_config(run, folders)
     mean = Motif.from_pretrained(folders[0], dtype=torch.float32)
     for i, folder in enumerate(folders[1:], 2):
         other = Motif.from_pretrained(folder)
@@ -385,6 +387,20 @@ def average(run: Path, k: int) -> Motif:
         for p, q in zip(mean.parameters(), other.parameters()):
             p.data.lerp_(q.data.float(), 1 / i)
     return mean
+
+
+def check_same_config(run: Path, folders: list[Path]) -> None:
+    """UserError unless all checkpoints have the same config.json, apart from its dtype. The same
+    weights compute something else with another RoPE base or eps, so that a mean fits neither."""
+    first = MotifConfig.from_dict(read_json(folders[0] / "config.json"))
+    for folder in folders[1:]:
+        config = MotifConfig.from_dict(read_json(folder / "config.json"))
+        for key, expected in asdict(first).items():
+            found = getattr(config, key)
+            if found != expected:
+                raise UserError(f"init=average:{run},{len(folders)}: {folders[0].name} has "
+                                f"{key}={expected}, and {folder.name} has {found}; average fewer "
+                                "of the last checkpoints")
 
 
 def check_same_shape(c, model: Motif) -> None:
