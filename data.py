@@ -93,10 +93,12 @@ class Curriculum:
                   This plan sets the steps from `step` on
 
     Step t reads rows[t] sequences of seq_len[t] tokens after tokens[t] tokens (tokens[steps] is the
-    run's total); shares[t, d] is domain d's share of them. context[t] is the length that
-    FLOPs are counted with, seq_len[t]. Of domain d the step takes places first[t, d] to end[t, d] -
-    1. Places count sequences in the order of reading since seq_len last changed, which is shuffled
-    within windows (see the tape).
+    run's total); shares[t, d] is domain d's share of them. context[t] is the length that FLOPs are
+    counted with: here seq_len[t]; packed conversations (sft.py) have less.
+
+    Of domain d the step takes places first[t, d] to end[t, d] - 1. A *place* is the number of a
+    sequence in the order in which the run reads the domain, from 0 at each change of seq_len.
+    Which sequence of the domain's text that is, TokenDataset.window tells: the order is shuffled.
 
     >>> domains = {"web": ["web.txt", 0.9, 0.5], "math": ["math.txt", 0.1, 0.5]}
     >>> c = Curriculum(domains, batch_tokens=[[0, 40], [120, 80]], seq_len=10, max_tokens=400)
@@ -114,7 +116,8 @@ class Curriculum:
         check_domains(domains)
         self.names = list(domains)
         self.before = before
-        self.plans = []   # for a checkpoint: what `before` was made of
+        self.plans = []   # [[step, config keys], ...], from which the chain of `before` can be made
+                          # again: pretrain.make_curriculum sets it, a checkpoint holds it
         self.seq_len = []
         self.rows = []
         self.tokens = [0]
@@ -186,21 +189,21 @@ class Curriculum:
         return shares / shares.sum(axis=1, keepdims=True)
 
     @property
-    def step_shares(self) -> np.ndarray:
-        """(steps, domains): what each step adds to each domain's quota, in tokens."""
+    def step_tokens(self) -> np.ndarray:
+        """(steps, domains): what each step adds to each domain's quota, in tokens, not rounded."""
         return self.shares * np.diff(self.tokens)[:, None]
 
     @cached_property
     def taken(self) -> np.ndarray:
         """(steps, domains) int64: how many sequences of each domain each step reads."""
-        quotas = self.step_shares.cumsum(axis=0)
+        quotas = self.step_tokens.cumsum(axis=0)
         if not self.before:
             return assign_rows(quotas, self.seq_len, self.rows)
 
         old, step = self.before
         past = self._past(old.taken)
         read = (past * np.array(self.seq_len[:step])[:, None]).sum(axis=0)
-        if old.names != self.names:
+        if set(old.names) != set(self.names):
             # What a domain that is gone was ahead or behind is nobody's: all begin at their quota.
             quotas = quotas - quotas[step - 1] + read
         to_come = assign_rows(quotas[step:], self.seq_len[step:], self.rows[step:], read.tolist())
@@ -233,8 +236,8 @@ class Curriculum:
         return phases
 
     def phase_of(self, step: int) -> Phase:
-        first_steps = [phase.first_step for phase in self.phases]
-        return self.phases[bisect_right(first_steps, step) - 1]
+        begun = [phase for phase in self.phases if phase.first_step <= step]
+        return begun[-1]
 
     def table(self) -> str:
         """The mixture at ten of the steps; then the tokens that it reads of each domain."""
@@ -246,7 +249,7 @@ class Curriculum:
             line = (f"{i / 9:4.0%} {t:7,d} {self.tokens[t]:13.4g} {self.seq_len[t]:7,d} "
                     f"{self.rows[t]:6,d}")
             lines.append(line + "".join(f"{share:{width}.1%}" for share in self.shares[t]))
-        needed = self.step_shares.sum(axis=0)
+        needed = self.step_tokens.sum(axis=0)
         lines.append(f"{'needed':41s}" + "".join(f"{number:{width}.4g}" for number in needed))
         return "\n".join(lines)
 
@@ -390,7 +393,7 @@ class Tape:
         self.ends = []        # how long the tape is at the end of each
         self.next_unit = 0    # the number on the tape of the unit that comes next,
         self.next_piece = 0   # and its piece
-        self.epoch = math.inf  # tokens of an epoch, once its end is there
+        self.epoch_tokens = math.inf  # tokens of an epoch, once the end of the first is there
 
     def __len__(self) -> int:
         """Tokens."""
@@ -427,8 +430,8 @@ class Tape:
 
     def _end_epoch(self) -> None:
         """Note the length of an epoch: all are as long as the first."""
-        self.epoch = len(self)
-        if self.epoch == 0:
+        self.epoch_tokens = len(self)
+        if self.epoch_tokens == 0:
             raise UserError(f"domain {self.domain.name!r}: {self.domain.source} has no documents "
                             "with text beside those that are held out for validation")
 
@@ -484,7 +487,7 @@ class TokenDataset:
     def fingerprint(self) -> str:
         """16 hex digits of a hash of piece 0 of unit 0 of each domain."""
         checksums = []
-        for domain in self.domains.values():
+        for _, domain in sorted(self.domains.items()):
             self._wait_for_held_out(domain, 0)
             checksums.append(domain.records[0, 0]["sha256"])
         return hashlib.sha256("".join(checksums).encode()).hexdigest()[:16]
@@ -510,18 +513,19 @@ class TokenDataset:
     def window(self, phase: Phase, d: int, place: int) -> tuple[int, int]:
         """The window around a place of a phase -> its first sequence, and the one after its last.
 
-        Say windows have 3 sequences, the phase has 8, and an epoch of the tape ends within
-        sequence 4, counted from 0. The windows are then 0 to 2, 3 to 4, 5 to 7."""
+        Windows begin anew with the first sequence that begins in an epoch. Say windows have 3
+        sequences, the phase has 8, and an epoch ends within sequence 4, counted from 0. The windows
+        are then 0 to 2, 3 to 4, 5 to 7."""
         T = phase.T
         start = int(phase.start[d])
         size = max(1, WINDOW_TOKENS // T)
-        epoch = self.tapes[self.curriculum.names[d]].epoch
+        epoch_tokens = self.tapes[self.curriculum.names[d]].epoch_tokens
         begin, end = 0, math.inf
-        if epoch < math.inf:
+        if epoch_tokens < math.inf:
             # The sequences that begin in this epoch of the tape.
-            number = (start + place * T) // epoch
-            begin = max(0, ceil_div(number * epoch - start, T))
-            end = ceil_div(number * epoch + epoch - start, T)
+            epoch = (start + place * T) // epoch_tokens
+            begin = max(0, ceil_div(epoch * epoch_tokens - start, T))
+            end = ceil_div((epoch + 1) * epoch_tokens - start, T)
         if phase.count is not None:
             end = min(end, int(phase.count[d]))
         first = begin + (place - begin) // size * size
@@ -540,7 +544,8 @@ class TokenDataset:
 
     def validation(self, name: str, tokens: int, T: int) -> np.ndarray:
         """About `tokens` held-out tokens of a domain -> (rows, T + 1) int64: rows at equal
-        distances in at least VAL_DOCUMENTS held-out documents, if there are so many."""
+        distances over the text of at least VAL_DOCUMENTS held-out documents, if there are so
+        many."""
         domain = self.domains[name]
         rows = max(1, tokens // T)
         held_out = np.empty(0, dtype=np.int64)
@@ -576,12 +581,12 @@ class TokenDataset:
             self._delete_read()
 
     def _reaches(self, step: int, d: int, name: str) -> bool:
-        """Go on with a tape as far as a step reads it -> whether it goes so far. Once the end of an
-        epoch is there, the windows end at it, and the step may need less."""
+        """Go on with a tape as far as a step reads it -> whether it goes so far."""
         tape = self.tapes[name]
-        epoch = None
-        while epoch != tape.epoch:
-            epoch = tape.epoch
+        epoch_tokens = None
+        # extend() may come to the end of the first epoch. That changes the windows: ask once more.
+        while epoch_tokens != tape.epoch_tokens:
+            epoch_tokens = tape.epoch_tokens
             self.positions[name], end = self.windows_of(step, d)
             reaches = tape.extend(end, self.positions[name])
         return reaches
@@ -641,7 +646,8 @@ class TokenDataset:
             self.preparer.release(domain)
 
     def _delete_read(self) -> None:
-        """Delete the pieces that lie further behind than keep_read."""
+        """Delete the pieces that lie further behind than keep_read. No rank may be at an earlier
+        step: train() exchanges a flag (any_rank) at every step, which sees to that."""
         for name, tape in self.tapes.items():
             read = bisect_right(tape.ends, self.positions[name])
             to_come = set(tape.pieces[read:])  # the next epoch has the same pieces

@@ -179,7 +179,8 @@ def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
     if state:
         plans = list(state.get("plans", []))
         old = plan_of(state["config"])
-        if old != plan:
+        # Domains in another order are another plan too: they break ties between quotas.
+        if old != plan or list(old["domains"]) != list(plan["domains"]):
             plans.append([state["step"], old])
         if RANK == 0 and old["seq_len"] != plan["seq_len"]:
             print("seq_len has changed: up to a window of each domain's text may be read again or "

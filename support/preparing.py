@@ -42,7 +42,8 @@ PIECE_TOKENS = 2**22  # 8 MB on the disk; 16 MB if the tokenizer has more than 6
 VAL_EVERY = 20        # one document in so many is held out for validation,
 VAL_UNITS = 16        # of the first piece of so many units: a bounded number of documents
 MAX_MAPPED = 16       # pieces of a domain that are open at a time
-MAX_PERMITS = 2       # of a process: with one in hand it does not wait for a training step's end
+MAX_PERMITS = 2       # pieces that a process may be allowed at a time. The parent allows more only
+                      # between training steps; with a second one it goes on meanwhile
 MAX_FAILURES = 3      # ends of a process in a row over one unit that end the run
 
 # ---- what is on the disk
@@ -151,8 +152,9 @@ class Domain:
         return piece
 
     def expected_tokens(self, unit: int) -> float:
-        """A guess at the tokens of a unit: all of a whole one; of another what it lacks of the mean
-        length of the whole ones, but at least about a piece."""
+        """A guess at the tokens of a unit that are there or to come. A whole unit: all of them.
+        Else what is to come: the mean of the whole units less what is made, but not less than about
+        a piece; a piece if no unit is whole yet."""
         made = self.unit_tokens[unit]
         if unit in self.whole_units:
             return made
@@ -410,7 +412,8 @@ class Preparer:
     """Keeps processes busy with what is wanted.
 
     workers     how many pieces are made at a time; None: as many as this process may use cores.
-                There may be more processes, one for each domain, that wait at the unit that is read
+                A process in the midst of a unit, whose pieces are enough for now, waits without a
+                permit and does not count
     manifest    the file that its lines go to
     """
 
@@ -447,7 +450,7 @@ class Preparer:
 
     def _worker_at(self, domain: Domain, unit: int, piece: int) -> Worker | None:
         """The process that works on a unit and will still come to this piece; else one that begins
-        there, unless as many as may be are busy."""
+        there. None if as many as may be are busy already (one that has permits is among them)."""
         has_room = self.num_busy() < self.limit
         for worker in self.workers:
             if worker.domain is domain and worker.unit == unit and worker.piece <= piece:
@@ -471,7 +474,8 @@ class Preparer:
         try:
             domain.folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(domain.folder)
-            domain.write({"units": domain.num_units}, self.manifest)
+            if not (domain.folder / self.manifest).exists():
+                domain.write({"units": domain.num_units}, self.manifest)
         except OSError as e:
             raise UserError(f"{domain.folder} cannot be written: {one_line(e)}; free some space or "
                             "choose another --data_dir") from None

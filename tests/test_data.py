@@ -263,12 +263,21 @@ def test_a_plan_that_is_prolonged_keeps_what_was_read():
     # The shares go on to the new end, and no domain strays from its quota.
     assert again.steps == 400 and again.shares[-1, 0] < 0.21
     T = np.array(again.seq_len)[:, None]
-    assert (abs((again.taken * T).cumsum(0) - again.step_shares.cumsum(0)) < T).all()
+    assert (abs((again.taken * T).cumsum(0) - again.step_tokens.cumsum(0)) < T).all()
     read = {name: [] for name in domains}
     for step in range(400):
         for name, start in datasets[2].rows(step):
             read[name] += range(start, start + again.seq_len[step])
     assert all(len(set(places)) == len(places) for places in read.values())
+
+
+def test_domains_in_another_order_keep_what_was_read_and_their_quotas():
+    domains = {name: (f"{name}.txt", 1 / 3, 1 / 3) for name in "abc"}
+    turned = dict(reversed(domains.items()))
+    old = Curriculum(domains, batch_tokens=17 * 8, seq_len=8, max_steps=40)
+    new = Curriculum(turned, batch_tokens=17 * 8, seq_len=8, max_steps=40, before=(old, 10))
+    assert (new.taken[:10] == old.taken[:10, ::-1]).all()
+    assert (abs((new.taken * 8).cumsum(0) - new.step_tokens.cumsum(0)) < 8).all()
 
 
 def test_a_prolonged_run_may_drop_and_add_domains():
