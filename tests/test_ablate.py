@@ -80,10 +80,16 @@ def test_a_grid_goes_on_after_a_cut_and_its_table_comes_from_the_two_files(run, 
     (cut / "metrics.jsonl").write_text("".join(lines[:-2]))
     shutil.rmtree(cut / "step_4")
     Path("out/runs.csv").unlink()
-    printed = run("grid.py", "out")
+    printed = run("grid.py", "out", "--per_card=2")
     assert "started gda-swiglu seed 1" in printed and "started gda-polynorm seed 1" not in printed
     assert "resumed" in (cut / "log.txt").read_text() and losses_of(cut) == losses
     assert whole.stat().st_mtime_ns == written
+
+    # The runs that have shared a card tell nothing of their speed.
+    speeds = {}
+    for row in ablate.read_csv(Path("out/runs.csv")):
+        speeds[row["name"], row["seed"]] = row["tok_per_s"]
+    assert [key for key, speed in speeds.items() if speed] == [("gda-polynorm", "1")]
 
     # Without the runs the table is the same, and nothing is run again.
     table = printed[printed.index("grid: held-out loss"):]

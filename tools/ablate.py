@@ -25,6 +25,7 @@ runs have ended: where the folders are gone, a run with a line in runs.csv is no
 import csv
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -42,7 +43,7 @@ import torch
 
 import configurator
 import pretrain
-from configurator import NonNegative, UserError
+from configurator import Count, NonNegative, UserError
 from model import Motif, flops_per_token
 from support.log import read_metrics, replace_text
 from support.ranks import run_main
@@ -55,12 +56,15 @@ class Grid:
     """What the runs share, and what they differ in."""
     base: str = "config/evidence.py"    # the config file of pretrain.py that all runs have
     axes: list = field(default_factory=list)   # [{name: {key: value}}, ...]: a run for each choice
-                                        # of one name of each axis, called "name-name"
+                                        # of one name of each axis, called "name-name"; the name ""
+                                        # adds nothing
     runs: dict = field(default_factory=dict)   # name -> {key: value}: more runs
     seeds: list = field(default_factory=lambda: [1337])
     baseline: str | None = None         # the run that others are compared with; None: the first
     max_minutes: NonNegative | None = None  # no run begins that would not end by then, if it took
                                         # as long as the longest so far
+    per_card: Count = 1                 # runs that share a GPU. With two, one computes while the
+                                        # other compiles; their speed says nothing and is left out
 
 
 def cells(grid: Grid) -> dict[str, dict]:
@@ -68,15 +72,17 @@ def cells(grid: Grid) -> dict[str, dict]:
     settings:
 
     >>> attention = {"gqa": {"num_noise_heads": 0}, "4to1": {}}
-    >>> for name, settings in cells(Grid(axes=[attention, {"fast": {"lr": 0.1}}])).items():
+    >>> for name, settings in cells(Grid(axes=[attention, {"": {}, "fast": {"lr": 0.1}}])).items():
     ...     print(name, settings)
+    gqa {'num_noise_heads': 0}
     gqa-fast {'num_noise_heads': 0, 'lr': 0.1}
+    4to1 {}
     4to1-fast {'lr': 0.1}
     """
     found = {}
     if grid.axes:
         for choice in itertools.product(*[axis.items() for axis in grid.axes]):
-            name = "-".join(part for part, _ in choice)
+            name = "-".join(part for part, _ in choice if part)
             found[name] = {}
             for _, settings in choice:
                 found[name].update(settings)
@@ -89,8 +95,10 @@ def cells(grid: Grid) -> dict[str, dict]:
     return found
 
 
-# Keys that say where a run is, not what it computes. Neither the table nor a comparison has them.
-PLACES = {"out_dir", "data_dir", "resume", "device", "workers", "timeout_seconds", "wandb"}
+# Keys that say where a run is and what it keeps, not what it computes. Neither the table nor a
+# comparison has them.
+PLACES = {"out_dir", "data_dir", "resume", "device", "workers", "timeout_seconds", "wandb",
+          "save_every"}
 
 
 class Run(NamedTuple):
@@ -157,9 +165,9 @@ def check_folder(run: Run) -> None:
 # ---- running it
 #
 # Each run is a process of its own, which sees one GPU. As soon as it has ended, the next one gets
-# the GPU. What a run prints goes to output.txt in its folder. This process only waits, and keeps a
-# note beside that, ablate.json: on which card the run was, the date, and once it has ended how many
-# seconds it took in all, with compiling and evaluations.
+# its place on the GPU. What a run prints goes to output.txt in its folder. This process only waits,
+# and keeps a note beside that, ablate.json: on which card the run was and with how many others, the
+# date, and once it has ended how many seconds it took in all, with compiling and evaluations.
 
 POLL_SECONDS = 0.2
 REPORT_SECONDS = 30
@@ -207,6 +215,7 @@ def run_all(todo: list[Run], planned: list[Run], out: Path, grid: Grid,
     cards = find_cards(todo[0].config.device)
     card_name = "CPU" if cards == [None] else torch.cuda.get_device_name()
     print(f"{len(todo)} runs on {len(cards)} x {card_name}", flush=True)
+    places = grid.per_card * cards
     prepare_data(todo)
 
     reported = begun
@@ -215,8 +224,9 @@ def run_all(todo: list[Run], planned: list[Run], out: Path, grid: Grid,
     failed = []
     try:
         while waiting or running:
-            while waiting and cards and has_time(grid.max_minutes, begun, planned):
-                running.append(start(waiting.pop(0), cards.pop(0), card_name))
+            while waiting and places and has_time(grid.max_minutes, begun, planned):
+                note = {"card": card_name, "per_card": grid.per_card}
+                running.append(start(waiting.pop(0), places.pop(0), note))
                 print(f"started {running[-1].run}; {len(waiting)} wait", flush=True)
             if not running:
                 break                       # there is no time for what waits
@@ -226,9 +236,9 @@ def run_all(todo: list[Run], planned: list[Run], out: Path, grid: Grid,
                 if job.process.poll() is None:
                     continue
                 running.remove(job)
-                cards.append(job.card)
+                places.append(job.card)
                 if has_ended(job.run):
-                    report_end(job, card_name)
+                    report_end(job)
                     add_to_tables(out, [job.run], grid, grid_name)
                 else:
                     failed.append(job.run)
@@ -245,10 +255,11 @@ def run_all(todo: list[Run], planned: list[Run], out: Path, grid: Grid,
     return failed
 
 
-def start(run: Run, card: str | None, card_name: str) -> Job:
-    """Start pretrain.py on a card."""
+def start(run: Run, card: str | None, note: dict) -> Job:
+    """Start pretrain.py on a card. note: what ablate.json says of the card."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_note(run, card_name, seconds=None)
+    note = {**note, "date": date.today().isoformat(), "seconds": None}
+    write_note(run, note)
     environment = dict(os.environ)
     if card is not None:
         environment["CUDA_VISIBLE_DEVICES"] = card
@@ -258,16 +269,15 @@ def start(run: Run, card: str | None, card_name: str) -> Job:
     return Job(run, card, process, time.monotonic())
 
 
-def report_end(job: Job, card_name: str) -> None:
+def report_end(job: Job) -> None:
     """Print what a run has come to, and note how long it took."""
     seconds = time.monotonic() - job.begun
-    write_note(job.run, card_name, seconds)
+    write_note(job.run, {**read_note(job.run), "seconds": seconds})
     loss = [m["val_loss"] for m in read_metrics(job.run.folder) if "val_loss" in m][-1]
     print(f"ended {job.run} after {seconds:.0f} s: held-out loss {loss:.4f}", flush=True)
 
 
-def write_note(run: Run, card_name: str, seconds: float | None) -> None:
-    note = {"card": card_name, "date": date.today().isoformat(), "seconds": seconds}
+def write_note(run: Run, note: dict) -> None:
     replace_text(run.folder / "ablate.json", json.dumps(note))
 
 
@@ -276,7 +286,7 @@ def read_note(run: Run) -> dict:
     path = run.folder / "ablate.json"
     if path.exists():
         return json.loads(path.read_text())
-    return {"card": "", "date": "", "seconds": None}
+    return {"card": "", "per_card": 1, "date": "", "seconds": None}
 
 
 def has_time(max_minutes: float | None, begun: float, runs: list[Run]) -> bool:
@@ -314,6 +324,8 @@ def report_progress(running: list[Job]) -> None:
 #                    tok_per_s is the median of the logged lines; flops_per_token counts forward and
 #                    backward pass; loss is held out, in nats per token, after the last step
 #     curves.csv     a line for each evaluation of each run: tokens seen, seconds of training, loss
+#
+# tok_per_s and seconds are empty for a run that has shared its card.
 #
 # A run that several grids have in common has a line in runs.csv for each of them.
 
@@ -388,22 +400,24 @@ def measure(run: Run) -> dict:
     flops = flops_per_token(model.config, pretrain.make_curriculum(run.config).context[-1])
     by_domain = {name: round(x, 5) for name, x in last["val_loss_by_domain"].items()}
     note = read_note(run)
+    speed = round(median_speed(metrics)) if note["per_card"] == 1 else ""
     return {"name": run.name, "seed": str(run.seed), "overrides": json.dumps(run.overrides),
             "parameters": sum(p.numel() for p in model.parameters()),
             "flops_per_token": sum(flops), "tokens": last["tokens"],
-            "tok_per_s": round(median_speed(metrics)), "loss": f"{last['val_loss']:.5f}",
+            "tok_per_s": speed, "loss": f"{last['val_loss']:.5f}",
             "loss_by_domain": json.dumps(by_domain), "date": note["date"], "card": note["card"]}
 
 
 def measure_curve(run: Run) -> list[dict]:
     """The lines of curves.csv: one for each evaluation."""
     metrics = read_metrics(run.folder)
+    alone = read_note(run)["per_card"] == 1
     points = []
     for m in metrics:
         if "val_loss" in m:
+            seconds = f"{training_seconds(metrics, m['tokens']):.1f}" if alone else ""
             points.append({"name": run.name, "seed": str(run.seed), "tokens": m["tokens"],
-                           "seconds": f"{training_seconds(metrics, m['tokens']):.1f}",
-                           "loss": f"{m['val_loss']:.5f}"})
+                           "seconds": seconds, "loss": f"{m['val_loss']:.5f}"})
     return points
 
 
@@ -454,14 +468,25 @@ class Summary(NamedTuple):
         """After the last step, of each seed."""
         return [float(run["loss"]) for run in self.runs]
 
+    def speeds(self) -> list[float]:
+        """Tokens per second of each seed that had a card for itself."""
+        return [float(run["tok_per_s"]) for run in self.runs if run["tok_per_s"]]
+
     def mean_curve(self) -> tuple[np.ndarray, np.ndarray]:
-        """Seconds of training and loss at each evaluation, the mean over seeds."""
-        seconds = [[float(point["seconds"]) for point in curve] for curve in self.curves]
-        losses = [[float(point["loss"]) for point in curve] for curve in self.curves]
+        """Seconds of training and loss at each evaluation, the mean over the seeds that had a card
+        for themselves."""
+        seconds = []
+        losses = []
+        for curve in self.curves:
+            if curve[-1]["seconds"]:
+                seconds.append([float(point["seconds"]) for point in curve])
+                losses.append([float(point["loss"]) for point in curve])
         return np.mean(seconds, axis=0), np.mean(losses, axis=0)
 
     def end(self) -> float:
-        """Seconds of training in all."""
+        """Seconds of training in all; infinitely many if no seed tells."""
+        if not self.speeds():
+            return math.inf
         seconds, _ = self.mean_curve()
         return seconds[-1]
 
@@ -501,16 +526,22 @@ def table(grid: str, summaries: list[Summary]) -> str:
     for s in summaries:
         losses = s.losses()
         spread = f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "one seed"
-        speeds = [float(run["tok_per_s"]) for run in s.runs]
+        speed = ""
+        at_equal_time = ""
+        if s.speeds():
+            speed = f"{statistics.median(s.speeds()):,.0f}"
+            at_equal_time = f"{s.loss_at(fastest.end()):.4f}"
         cells_of_rows.append([
             s.name, str(len(losses)), f"{statistics.fmean(losses):.4f}", spread,
             difference(s, by_name.get(baseline)), f"{int(s.runs[0]['parameters']):,d}",
-            f"{int(s.runs[0]['flops_per_token']) / 1e9:.3f}",
-            f"{statistics.median(speeds):,.0f}", f"{s.loss_at(fastest.end()):.4f}"])
+            f"{int(s.runs[0]['flops_per_token']) / 1e9:.3f}", speed, at_equal_time])
 
     widths = [max(len(row[i]) for row in cells_of_rows) for i in range(len(header))]
-    lines = [f"{grid}: held-out loss in nats per token; differences are to {baseline}, ± their "
-             f"standard error; equal time is {fastest.end():.0f} s, when {fastest.name} ended"]
+    title = (f"{grid}: held-out loss in nats per token; differences are to {baseline}, ± their "
+             "standard error")
+    if fastest.speeds():
+        title += f"; equal time is {fastest.end():.0f} s, when {fastest.name} ended"
+    lines = [title]
     for row in cells_of_rows:
         columns = [row[0].ljust(widths[0])]
         columns += [text.rjust(width) for text, width in zip(row[1:], widths[1:])]

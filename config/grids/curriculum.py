@@ -3,7 +3,7 @@
 # All three read as many tokens of each domain, to 0.1%. Judge them by domain: runs.csv has that.
 
 runs = {
-    "scheduled": {"activation": "swiglu"},
+    "4to1-swiglu": {"activation": "swiglu"},
     "mean": {"activation": "swiglu", "mixture": [
         [0, {"language": 0.35, "docs": 0.20, "science_math": 0.275, "code": 0.175}]]},
     "reversed": {"activation": "swiglu", "mixture": [

@@ -15,8 +15,8 @@ axes = [
     {
         "lr1e-3": {"lr": 1e-3},
         "lr2e-3": {"lr": 2e-3},
-        "lr4e-3": {"lr": 4e-3},
+        "": {},                # 4e-3, as in the other grids
         "lr8e-3": {"lr": 8e-3},
     },
 ]
-baseline = "gqa-swiglu-lr4e-3"
+baseline = "gqa-swiglu"

@@ -5,7 +5,7 @@
 axes = [
     {"4to1-swiglu": {"activation": "swiglu"}},
     {
-        "muonclip": {},
+        "": {},                # MuonClip, as in the other grids
         "muon": {"qk_clip_threshold": 0.0},                    # without QK-clip
         "muonclip-quintic": {"ns_coefficients": "quintic"},    # other coefficients of Newton-Schulz
         "muonclip-polar": {"ns_coefficients": "polar_express"},
@@ -19,4 +19,4 @@ axes = [
         "adamw-lr4e-3-warmup100": {"optimizer": "adamw", "lr": 4e-3, "warmup_steps": 100},
     },
 ]
-baseline = "4to1-swiglu-muonclip"
+baseline = "4to1-swiglu"
