@@ -1,4 +1,4 @@
-"""Evaluation: the scores of a checkpoint, computed as lm-evaluation-harness 0.4.9.1 computes them.
+"""Evaluation: the scores of a checkpoint; without --chat, those of lm-evaluation-harness 0.4.13.
 
     python eval.py                                   the quick start's model and its later stages
     python eval.py --model=PATH --tasks=mmlu,gsm8k   benchmarks, beside the scores in the report of
@@ -48,8 +48,8 @@ from support.ranks import RANK, WORLD, all_gather_object, broadcast_object, run_
 from support.run_folder import checkpoint_steps, latest_checkpoint, read_state
 from support.scores import (format_table, load_previous, save_results, scores_by_metric,
                             summarize)
-from support.tasks import (CHAINS, TASKS, Example, Task, judge_replies, read_questions,
-                           read_texts)
+from support.tasks import (CHAINS, TASKS, Example, Task, has_own_fence, judge_replies,
+                           read_questions, read_texts)
 from support.tokenizer import BEGIN, END, TURN_END, Tokenizer, load_tokenizer
 from support.weights import model_folder
 
@@ -299,20 +299,21 @@ def loglikelihoods(model: Motif, requests: list[LoglikelihoodRequest],
 def score_without_cache(model: Motif, requests: list[LoglikelihoodRequest],
                         batch_tokens: int) -> Iterator[tuple[LoglikelihoodRequest, list[Tensor]]]:
     """loglikelihoods() of requests whose rows share nothing: whole rows are read."""
-    sizes = {r: len(r.rows) * max(len(row) - 1 for row in r.rows) for r in requests}
-    requests = sorted(requests, key=lambda r: -sizes[r])
-    for part in micro_batches([sizes[r] for r in requests], batch_tokens):
-        rows = []
-        num_scored = []
-        for request in requests[part]:
-            rows += request.rows
-            num_scored += request.num_scored
+    remaining = []          # (request, choice)
+    for request in requests:
+        remaining += [(request, j) for j in range(len(request.rows))]
+    remaining.sort(key=lambda item: -len(item[0].rows[item[1]]))
 
-        scores = score_rows(model, rows, num_scored)
-        for request in requests[part]:
-            n = len(request.rows)
-            yield request, scores[:n]
-            scores = scores[n:]
+    lengths = [len(request.rows[j]) - 1 for request, j in remaining]
+    scores = {request: {} for request in requests}
+    for part in micro_batches(lengths, batch_tokens):
+        rows = [request.rows[j] for request, j in remaining[part]]
+        num_scored = [request.num_scored[j] for request, j in remaining[part]]
+        for (request, j), log_p in zip(remaining[part], score_rows(model, rows, num_scored)):
+            scores[request][j] = log_p
+            if len(scores[request]) == len(request.rows):
+                done = scores.pop(request)
+                yield request, [done[j] for j in range(len(done))]
 
 
 def score_with_shared_prefix(
@@ -420,7 +421,8 @@ def multiple_choice(task: Task, examples: dict[int, Example], model: Motif, text
 
     for request, log_p in loglikelihoods(model, requests, c.kv_cache_tokens):
         example = examples[request.number]
-        sums = [finite_sum(x) for x in log_p]
+        # Equal choices that were scored in different passes would differ by rounding.
+        sums = [finite_sum(log_p[request.rows.index(row)]) for row in request.rows]
         scores = choice_scores(sums, example.choices, example.answer)
         if not task.acc_norm:
             del scores["acc_norm"]
@@ -440,8 +442,8 @@ def generate_replies(model: Motif, text: PromptEncoder, prompts: list[list[int]]
     """Continue prompts, in batches of similar length: yields (index of the prompt, reply) as
     replies end. A reply ends before the first of the strings `until`, at a token that ends a text,
     or after max_new_tokens, of which there are at most half of the model's context. A prompt loses
-    its beginning if it is longer than prompt_room(). A batch draws its tokens with the seed of its
-    first prompt."""
+    its beginning if it is longer than prompt_room(). At a temperature each prompt draws with its
+    own seed, so that the reply does not depend on the batch."""
     device = model.head_weight.device
     room = prompt_room(model, max_new_tokens)
     max_new_tokens = model.config.max_position_embeddings - room
@@ -456,10 +458,9 @@ def generate_replies(model: Motif, text: PromptEncoder, prompts: list[list[int]]
 
         ids = [prompts[i] for i in batch]
         prompt_lengths = torch.tensor([len(row) for row in ids], device=device)
-        seed = seeds[batch[0]] if seeds else None
-        decoder = Decoder(model, stack_rows(ids, device), max_new_tokens, temperature, seed=seed,
-                          prompt_lengths=prompt_lengths)
-        finite_sum(decoder.logits.float())               # an error unless all logits are finite
+        row_seeds = [seeds[i] for i in batch] if temperature > 0 else None
+        decoder = Decoder(model, stack_rows(ids, device), max_new_tokens, temperature,
+                          prompt_lengths=prompt_lengths, row_seeds=row_seeds)
         yield from decode_until_stop(decoder, batch, text, until, max_new_tokens)
 
 
@@ -477,6 +478,7 @@ def decode_until_stop(decoder: Decoder, rows: list[int], text: PromptEncoder, un
     unfinished = set(rows)
     for _ in range(max_new_tokens):
         tokens = decoder.next_tokens()[:, 0].tolist()
+        finite_sum(decoder.logits.sum(dtype=torch.float32))    # an error unless all are finite
         for i, token in zip(rows, tokens):
             if i not in unfinished:
                 continue
@@ -519,14 +521,14 @@ def generation(task: Task, examples: dict[int, Example], model: Motif, text: Pro
     shown = {}           # number -> the prompt as text, for the record
     prompts = []         # num_samples times the ids of every question
     numbers = []         # the question of each prompt
-    seeds = []           # of each prompt its own, so that no two batches draw the same numbers
+    seeds = []           # of each prompt its own, whichever batch or rank it comes to
     was_cut = {}         # number -> whether the prompt loses its beginning
     room = prompt_room(model, task.max_new_tokens)
     for i, example in examples.items():
         shown[i], ids = generation_prompt(task, example, text, c.chat or task.always_chat)
         was_cut[i] = len(ids) > room
-        for _ in range(num_samples):
-            seeds.append(random.Random(f"{c.seed} {i} {len(prompts)}").getrandbits(32))
+        for k in range(num_samples):
+            seeds.append(random.Random(f"{c.seed} {i} {k}").getrandbits(32))
             prompts.append(ids)
             numbers.append(i)
 
@@ -534,16 +536,19 @@ def generation(task: Task, examples: dict[int, Example], model: Motif, text: Pro
         scores = judge_replies(task, examples[i], replies, c.chat)
         return i, {"prompt": shown[i], "output": replies, "cut": was_cut[i], **scores}
 
-    replies = {i: [] for i in examples}
+    # A chat model's program may have several functions, and its fence must be closed.
+    until = () if has_own_fence(task, c.chat) else task.until
+    replies = {i: {} for i in examples}
     jobs = []
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     with ThreadPoolExecutor(max(1, os.cpu_count() // ranks_here)) as pool:
-        for k, reply in generate_replies(model, text, prompts, task.until, task.max_new_tokens,
+        for k, reply in generate_replies(model, text, prompts, until, task.max_new_tokens,
                                          c.kv_cache_tokens, c.temperature, seeds):
             i = numbers[k]
-            replies[i].append(reply)
+            replies[i][k] = reply
             if len(replies[i]) == num_samples:
-                jobs.append(pool.submit(judge, i, replies[i]))
+                in_order = [replies[i][k] for k in sorted(replies[i])]
+                jobs.append(pool.submit(judge, i, in_order))
             while jobs and jobs[0].done():
                 yield jobs.pop(0).result()
         for job in jobs:
@@ -559,8 +564,7 @@ def generation_prompt(task: Task, example: Example, text: PromptEncoder,
         question, reply_start = task.chat_prompt(example)
     if use_chat:
         return question + reply_start, text.encode_chat(question) + text.encode(reply_start)
-    if reply_start:
-        question += " " + reply_start
+    question += reply_start
     return question, text.begin + text.encode(question)
 
 
@@ -688,7 +692,7 @@ def settings_of(folder: Path, text: PromptEncoder, c: Config) -> dict:
     and of the tokenizer; and, as the weights would take long to read, of the size of their files
     and of the time when each was changed."""
     parts = [(folder / "config.json").read_bytes(), text.tokenizer.fingerprint(), text.begin]
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors*")):    # also the index
         parts.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
     stamp = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -820,9 +824,7 @@ def open_model(folder: Path, c: Config, device: torch.device) -> tuple[Motif, Pr
         raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens, more than the "
                         f"model's vocab_size={model.config.vocab_size}; give the model's own "
                         "--tokenizer")
-    for name, p in model.named_parameters():
-        if not p.isfinite().all():
-            raise UserError(f"{folder}: {name} holds NaN or infinity; give another model")
+    for p in model.parameters():
         p.data = p.data.to(COMPUTE_DTYPE[c.precision] if p.ndim > 1 else torch.float32)
 
     if RANK == 0:
@@ -890,7 +892,8 @@ def main() -> None:
     try:
         run(c)
     except OSError as e:
-        raise UserError(f"{e.filename or 'error'}: {one_line(e)}") from None
+        where = e.filename or c.out_dir or "out/eval"     # a full disk names no file
+        raise UserError(f"{where}: {one_line(e)}") from None
     except torch.OutOfMemoryError:
         raise UserError("out of memory; give less --kv_cache_tokens, 16384 for a start") from None
 

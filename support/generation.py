@@ -160,12 +160,13 @@ class Decoder:
     top_k                  draw from the top_k likeliest tokens; None: from all
     seed                   makes the draws repeatable; None: torch's global generator
     prompt_lengths (B,)    tokens of each prompt; None: all T
+    row_seeds              one for each row, so that what a row draws does not depend on the others
     """
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
                  top_k: int | None = None, seed: int | None = None,
-                 prompt_lengths: Tensor | None = None):
+                 prompt_lengths: Tensor | None = None, row_seeds: list[int] | None = None):
         B, T = ids.shape
         if T == 0 or max_new_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
             raise UserError("generate needs a token to begin with, max_new_tokens >= 0, "
@@ -177,6 +178,14 @@ class Decoder:
         self.generator = None
         if seed is not None:
             self.generator = torch.Generator(ids.device).manual_seed(seed)
+
+        self.uniforms = None         # (B, max_new_tokens): a number in [0, 1) for each draw
+        if row_seeds is not None:
+            rows = []
+            for row_seed in row_seeds:
+                generator = torch.Generator().manual_seed(row_seed)
+                rows.append(torch.rand(max_new_tokens, generator=generator))
+            self.uniforms = torch.stack(rows).to(ids.device)
 
         max_length = T + max(0, max_new_tokens - 1)       # the last new token is drawn only
         self.cache = KVCache(model, B, max_length)
@@ -206,11 +215,14 @@ class Decoder:
         """One more token of each row: (B, 1)."""
         if self.remaining == 0:
             raise ValueError("max_new_tokens have been drawn; there is no room for more")
+        uniform = None
+        if self.uniforms is not None:
+            uniform = self.uniforms[:, -self.remaining, None]                # (B, 1)
         self.remaining -= 1
         if self.new is not None:
             self.logits = self.step(self.new)
         self.new = sample_next_token(upcast(self.logits[:, -1]), self.temperature, self.top_k,
-                                     self.generator)
+                                     self.generator, uniform)
         return self.new
 
     def step(self, new: Tensor) -> Tensor:
@@ -229,13 +241,21 @@ class Decoder:
         self.graph = None            # it has the shapes of all rows
         self.logits = self.logits[rows]
         self.cache.keep_rows(rows)
+        if self.uniforms is not None:
+            self.uniforms = self.uniforms[rows]
         if self.new is not None:
             self.new = self.new[rows]
 
 
 def sample_next_token(logits: Tensor, temperature: float, top_k: int | None,
-                      generator: torch.Generator | None) -> Tensor:
-    """Draw from softmax(logits / temperature) of each row: (B, V) -> (B, 1)."""
+                      generator: torch.Generator | None, uniform: Tensor | None = None) -> Tensor:
+    """Draw from softmax(logits / temperature) of each row: (B, V) -> (B, 1). A row draws by itself
+    if it gets a number in [0, 1), uniform (B, 1): the token on whose share of [0, 1) that falls.
+
+    >>> logits = torch.tensor([[0.2, 0.5, 0.3]]).log()          # shares end at 0.2, 0.7 and 1
+    >>> sample_next_token(logits, 1.0, None, None, uniform=torch.tensor([[0.6]]))
+    tensor([[1]])
+    """
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     if top_k is not None:
@@ -243,6 +263,10 @@ def sample_next_token(logits: Tensor, temperature: float, top_k: int | None,
         least = logits.topk(most).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     probabilities = (logits / temperature).softmax(-1)
+    if uniform is not None:
+        ends = probabilities.cumsum(-1)
+        token = torch.searchsorted(ends, uniform * ends[:, -1:], right=True)
+        return token.clamp(max=logits.shape[1] - 1)     # as uniform * end is rounded
     return torch.multinomial(probabilities, 1, generator=generator)
 
 

@@ -1,5 +1,6 @@
 """What eval.py makes of the records of questions: its two files, scores, and the table."""
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -21,18 +22,35 @@ def load_previous(out: Path, settings: dict) -> tuple[dict, dict]:
 
     records = {}
     results = {}
-    if settings.items() <= earlier.items():
+    if isinstance(earlier.get("tasks"), dict) and settings.items() <= earlier.items():
         results = earlier["tasks"]
-        for line in samples.read_text().split("\n"):
+        for line in samples.read_bytes().split(b"\n"):
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:     # the empty last line, or one that was cut
+            except (ValueError, RecursionError):     # the empty last line, or one that was cut
                 continue
-            records[record["task"], record["doc"]] = record
+            if is_record(record):
+                records[record["task"], record["doc"]] = record
     elif earlier:
         print(f"{out}: another model or other settings before; its samples are dropped")
     save_results(out, settings, records, results)
     return records, results
+
+
+RECORD_TYPES = {"task": str, "doc": int, "hash": str, "prompt": str, "output": list, "answer": int,
+                "verdicts": list, "cut": bool, "bytes": int}     # all else is a score, a float
+
+
+def is_record(value: object) -> bool:
+    """Whether a line of samples.jsonl has the form that eval.py writes."""
+    if not isinstance(value, dict) or not {"task", "doc", "hash", "cut"} <= value.keys():
+        return False
+    for key, entry in value.items():
+        if type(entry) is not RECORD_TYPES.get(key, float):
+            return False
+        if type(entry) is float and not math.isfinite(entry):
+            return False
+    return True
 
 
 def save_results(out: Path, settings: dict, records: dict, results: dict) -> None:

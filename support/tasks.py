@@ -100,7 +100,8 @@ def add_fewshot_contexts(task: Task, questions: list[Example], pool: list[Exampl
     """Put the description and num_fewshot examples of the pool before each question. They are drawn
     for all questions in order, so that they depend neither on the ranks nor on what is measured
     already. Where the questions are a validation split, the harness draws one example more, and
-    drops the question itself if it is among them (0.4.9.1, samplers.py)."""
+    drops the question itself if it is among them; if it was there more than once, the harness draws
+    anew from the others (0.4.13, samplers.py)."""
     by_subject = defaultdict(list)
     for example in pool:
         by_subject[example.subject].append(example)
@@ -120,6 +121,9 @@ def add_fewshot_contexts(task: Task, questions: list[Example], pool: list[Exampl
         if task.fewshot == "random":
             drawn = rng.sample(candidates, num_drawn)
         drawn = [example for example in drawn if example.row != question.row][:num_fewshot]
+        if len(drawn) < num_fewshot < num_drawn:
+            others = [example for example in candidates if example.row != question.row]
+            drawn = rng.sample(others, min(num_fewshot, len(others)))
 
         question.fewshot_context = task.description.format(question.subject.replace("_", " "))
         for example in drawn:
@@ -202,7 +206,8 @@ def read_rows(task: Task, is_fewshot: bool,
                             "line") from None
         if not isinstance(row, dict):
             raise UserError(f"{paths[0]}:{number}: not a JSON object; correct the line")
-        yield f"{paths[0]}:{number}", row
+        # null is as good as missing: "None" must not get into a prompt.
+        yield f"{paths[0]}:{number}", {key: row[key] for key in row if row[key] is not None}
 
 
 # ---- the tasks: how their rows are read
@@ -223,7 +228,7 @@ def check_choices(choices: list, answer: int) -> None:
     if not isinstance(choices, list) or type(answer) is not int or not 0 <= answer < len(choices):
         raise UserError(f"answer {answer!r} must be the number, from 0, of a choice in {choices!r}")
     for choice in choices:
-        if not str(choice).strip():
+        if choice is None or not str(choice).strip():
             raise UserError("a choice is empty")
 
 
@@ -239,6 +244,7 @@ def choose(text: str, choices: list[str], answer: int, subject: str = "") -> Exa
 
 def read_mmlu(row: dict) -> Example:
     choices, answer = choices_and_answer(row)
+    check_choices(choices, answer)
     lines = [row["question"].strip()]
     for letter, choice in zip("ABCD", choices, strict=True):
         lines.append(f"{letter}. {choice}")
@@ -301,6 +307,8 @@ def read_winogrande(row: dict) -> Example:
 
 
 def read_gsm8k(row: dict) -> Example:
+    if "#### " not in row["answer"]:
+        raise ValueError("its answer has no number after ####")
     return Example(f"Question: {row['question']}\nAnswer:", f" {row['answer']}")
 
 
@@ -356,9 +364,12 @@ def humaneval_instruct_program(example: Example, reply: str) -> tuple[str, str]:
 
 
 def read_mbpp(row: dict) -> Example:
-    tests = "\n".join(row["test_list"][:3])
+    tests = row["test_list"]
+    if not isinstance(tests, list) or not tests or not all(test.strip() for test in tests):
+        raise ValueError(f"test_list must be a list of tests, not {tests!r}")
+    first_tests = "\n".join(tests[:3])
     text = (f"You are an expert Python programmer, and here is your task: {row['text']} Your code "
-            f"should pass these tests:\n\n{tests}\n[BEGIN]\n")
+            f"should pass these tests:\n\n{first_tests}\n[BEGIN]\n")
     return Example(text, f"{row['code']}\n[DONE]")
 
 
@@ -371,8 +382,6 @@ def accept_mbpp(row: dict, is_fewshot: bool) -> bool:
 
 def mbpp_program(example: Example, reply: str) -> tuple[str, str]:
     row = example.row
-    if not row["test_list"]:
-        raise ValueError("its test_list is empty")
     return reply, "\n".join([row.get("test_setup_code", ""), *row["test_list"]])
 
 
@@ -412,8 +421,7 @@ def judge_replies(task: Task, example: Example, replies: list[str], chat: bool) 
     if task.metric:
         return task.metric(example, replies[0])
 
-    # A chat model puts a program between ``` fences, unless chat_prompt has opened the fence.
-    if chat and not task.chat_prompt:
+    if has_own_fence(task, chat):
         replies = [first_fence(reply) for reply in replies]
     from tools.sandbox import run_program
     verdicts = [run_program(*task.program(example, reply)) for reply in replies]
@@ -424,16 +432,25 @@ def judge_replies(task: Task, example: Example, replies: list[str], chat: bool) 
     return scores
 
 
+def has_own_fence(task: Task, chat: bool) -> bool:
+    """Whether a reply has its program between ``` fences, as a chat model writes it. With a
+    chat_prompt the reply begins within the fence."""
+    return chat and task.program is not None and task.chat_prompt is None
+
+
 def first_fence(reply: str) -> str:
-    """The code in the first ``` fence of a reply that is not marked as another language. A fence
-    that is never closed extends to the end. Without a fence the whole reply counts as code.
+    """The code in the first fence of a reply, of ``` or ~~~, that is not marked as another
+    language. A fence that is never closed extends to the end. Without a fence the whole reply
+    counts as code.
 
     >>> first_fence("It is:\\n```python\\nx = 1\\n```\\nand short.")
     'x = 1\\n'
     """
-    for language, code in re.findall(r"(?s)```([\w+#.-]*)[ \t]*\r?\n(.*?)(?:```|\Z)", reply):
+    opening = r"(^[ \t]*)?(```+|~~~+)[ \t]*([^\s`]*)[^`\n]*\n"
+    closing = r"(?:^[ \t]*\2|\Z)"
+    for indent, _, language, code in re.findall(f"(?ms){opening}(.*?){closing}", reply):
         if language.lower() in ("", "py", "python", "python3"):
-            return code
+            return re.sub(f"(?m)^{indent}", "", code)     # a fence in a list is indented
     return reply
 
 

@@ -1,4 +1,4 @@
-"""Evaluation. Prompts, log-likelihoods and verdicts are those of lm-evaluation-harness 0.4.9.1. The
+"""Evaluation. Prompts, log-likelihoods and verdicts are those of lm-evaluation-harness 0.4.13. The
 tests do not need it: eval.json holds rows made up in the form of each task's data set, and what the
 harness gives on them with the tiny model below (its own task files, byte tokens, begin of text
 first): hashes of prompts, sums, scores, and what its filters find in replies."""
@@ -27,6 +27,7 @@ from eval import Config, LoglikelihoodRequest, PromptEncoder
 from model import KVCache, Motif, MotifConfig
 from support import ranks
 from support.conversations import EVAL_DOMAINS, load_conversations
+from support.generation import sample_next_token
 from support.ranks import run_main
 from support.tasks import TASKS, Example, Task, first_fence, number_in, read_chain
 from support.tokenizer import BEGIN, ROLES, TURN, TURN_END, load_tokenizer
@@ -110,12 +111,14 @@ def short_hash(text):
 
 
 def replace_replies(monkeypatch, replies):
-    """Let the model write these replies; returns the list of the prompts that it gets."""
+    """Let the model write these replies, up to the strings that end one; returns the list of the
+    prompts that it gets."""
     prompts_seen = []
 
-    def generate_replies(model, text, prompts, *options):
+    def generate_replies(model, text, prompts, until, *options):
         prompts_seen.extend(prompts)
-        return list(enumerate(replies))
+        cut = [reply[:evaluation.find_first(reply.encode(), until)] for reply in replies]
+        return list(enumerate(cut))
     monkeypatch.setattr(evaluation, "generate_replies", generate_replies)
     return prompts_seen
 
@@ -169,11 +172,32 @@ def test_a_chat_model_s_program_is_taken_out_of_its_fence(run, monkeypatch):
     assert [record["pass@1"] for record in found] == [1.0] * len(rows)
 
 
+def test_a_chat_model_s_program_may_have_several_functions(run, monkeypatch):
+    rows = FIXTURE["humaneval"]["rows"]
+    replies = []
+    for row in rows:
+        function = row["prompt"] + row["canonical_solution"]
+        program = f"import math\n\ndef first():\n    pass\n\n{function}"
+        replies.append(f"Here:\n```python\n{program}\n```\nIt is short.")
+    replace_replies(monkeypatch, replies)
+    _, found = run(tasks="humaneval", run_code="unsafe", chat=True)
+    assert [record["pass@1"] for record in found] == [1.0] * len(rows)
+
+
 @pytest.mark.parametrize("opening, closing", [
     ("```py", "```"), ("```Python", "```"), ("```python3 ", "```"), ("```", "```"),
-    ("```python", ""), ("```bash\npip install x\n```\n```python", "```\n```text\nso\n```")])
+    ("``` python", "```"), ("```python\r", "```\r"), ("~~~python", "~~~"), ("````py", "````"),
+    ("```python title=x.py", "```"), ("Here: ```python", "```"), ("```python", ""),
+    ("```bash\npip install x\n```\n```python", "```\n```text\nso\n```"),
+    ("```sh title=x\npip install x\n```\nThen:\n```python", "```")])
 def test_the_fence_of_a_program_is_found(opening, closing):
     assert first_fence(f"Here:\n{opening}\nx = 1\n{closing}") == "x = 1\n"
+
+
+def test_an_indented_fence_indents_its_code():
+    reply = "1. So:\n   ```python\n   if x:\n       y()\n   ```\n"
+    assert first_fence(reply) == "if x:\n    y()\n"
+    assert first_fence("```python\n    return 2\n```") == "    return 2\n"
 
 
 def test_a_reply_without_a_fence_is_a_program_as_a_whole():
@@ -291,6 +315,44 @@ def test_scores_in_batches_are_those_of_one_sequence_at_a_time(model, monkeypatc
     for n, length in sizes:
         assert n == 1 or n * length <= kv_cache_tokens / 2
     assert (max(sizes)[0] > 3) == (kv_cache_tokens > 1)
+
+
+def test_passes_over_rows_that_share_nothing_keep_to_their_tokens(model, monkeypatch):
+    """Requests of one long and of several short rows: no pass is padded to all of them."""
+    sizes = []
+    score_rows = evaluation.score_rows
+
+    def noted(model, rows, num_scored, cache=None):
+        sizes.append(len(rows) * (max(len(row) for row in rows) - 1))
+        return score_rows(model, rows, num_scored, cache)
+    monkeypatch.setattr(evaluation, "score_rows", noted)
+
+    requests = []
+    for i in range(5):
+        requests.append(LoglikelihoodRequest(i, [([1], [i] * 200)], MAX_LENGTH))
+        pairs = [([first], [i] * (20 + first)) for first in range(1, 9)]
+        requests.append(LoglikelihoodRequest(100 + i, pairs, MAX_LENGTH))
+    found = dict(evaluation.loglikelihoods(model, requests, 10**5))
+
+    assert max(sizes) <= evaluation.CPU_BATCH_TOKENS
+    assert len(sizes) <= 7
+    for request in requests:
+        for row, log_p in zip(request.rows, found[request], strict=True):
+            assert log_p.sum().item() == pytest.approx(
+                plain_loglikelihood(model, row[:1], row[1:]), abs=1e-3)
+
+
+def test_equal_choices_are_equally_likely_whatever_pass_they_come_to(
+        model, text, monkeypatch):
+    def rounded(model, requests, kv_cache_tokens):
+        for request in requests:
+            yield request, [torch.tensor([-1.0 + 1e-6 * j]) for j in range(len(request.rows))]
+    monkeypatch.setattr(evaluation, "loglikelihoods", rounded)
+    example = Example("Q", choices=[" a", " b", " a"], answer=1)
+    c = Config(kv_cache_tokens=1000)
+    (_, record), = evaluation.multiple_choice(TASKS["arc_easy"], {0: example}, model, text, c)
+    assert record["output"][0] == record["output"][2] < record["output"][1]
+    assert record["acc"] == 1.0
 
 
 def test_what_prompts_share_is_read_once(model, monkeypatch):
@@ -432,7 +494,7 @@ def test_a_run_generates_greedily_unless_a_temperature_is_given(run, model, text
     assert run(**options, temperature=1.0)[1][0]["output"] != [greedy]
 
 
-def test_every_batch_and_every_question_has_noise_of_its_own(model, text):
+def test_what_is_sampled_for_a_question_does_not_depend_on_its_batch(model, text):
     """The same question in many batches, then once by itself, as another rank may have it."""
     question = Example("The fox", row={})
     task = Task(None, "generation", metric=lambda example, reply: {}, max_new_tokens=24)
@@ -447,8 +509,34 @@ def test_every_batch_and_every_question_has_noise_of_its_own(model, text):
     examples = {i: question for i in range(12)}
     replies = sampled(examples)
     assert len(set(replies.values())) == 12
-    assert sampled(examples) == replies
-    assert sampled({5: question})[5] not in replies.values()
+    for chosen in (range(12), [5], [7, 2, 11]):
+        assert sampled({i: question for i in chosen}) == {i: replies[i] for i in chosen}
+
+
+def test_the_samples_of_a_question_are_its_own_and_keep_their_order(model, text, monkeypatch):
+    monkeypatch.setattr(evaluation, "judge_replies", lambda *options: {})
+    task = Task(None, "generation", program=print, until=("e",), max_new_tokens=24)
+
+    def sampled(numbers, kv_cache_tokens):
+        examples = {i: Example("The fox" * i) for i in numbers}
+        c = Config(kv_cache_tokens=kv_cache_tokens, temperature=1.0, num_samples=5)
+        found = evaluation.generation(task, examples, model, text, c)
+        return {i: record["output"] for i, record in found}
+
+    together = sampled([1, 2, 3], 10**4)
+    assert len({reply for replies in together.values() for reply in replies}) > 10
+    assert sampled([3], 100) == {3: together[3]}
+    assert sampled([2, 1], 100) == {1: together[1], 2: together[2]}
+
+
+def test_draws_from_a_number_for_each_row_have_the_probabilities_of_the_softmax():
+    logits = torch.tensor([[0.0, 2.0, -torch.inf, 1.0, -1.0]]).expand(4000, 5)
+    uniform = (torch.arange(4000)[:, None] + 0.5) / 4000
+    tokens = sample_next_token(logits, 0.7, None, None, uniform)
+    shares = tokens.flatten().bincount(minlength=5) / 4000
+    torch.testing.assert_close(shares, (logits[0] / 0.7).softmax(-1), atol=3e-4, rtol=0)
+    last = sample_next_token(logits[:1], 1.0, 2, None, torch.tensor([[1 - 2**-24]]))
+    assert last.item() in (1, 3)
 
 
 class ScriptedDecoder:
@@ -456,6 +544,7 @@ class ScriptedDecoder:
 
     def __init__(self, *replies):
         self.columns = zip(*replies)
+        self.logits = torch.zeros(1)
         self.rows = list(range(len(replies)))
         self.num_rows = []
 
@@ -562,6 +651,41 @@ def test_a_torn_results_file_is_begun_anew(run, requests_scored):
     assert results("o")["arc_easy"]["acc"]["n"] == 3
 
 
+@pytest.mark.parametrize("text", ["[]", "null", "3", '{"tasks": []}', "[" * 10**5, "\0"])
+def test_a_results_file_of_another_form_is_begun_anew(run, requests_scored, text):
+    _, first = run(tasks="arc_easy")
+    settings = json.loads(Path("o/results.json").read_text())
+    if text.startswith("{"):
+        text = json.dumps({**settings, **json.loads(text)})
+    Path("o/results.json").write_text(text)
+    _, second = run(tasks="arc_easy")
+    assert len(requests_scored) == 6 and second == first
+
+
+@pytest.mark.parametrize("line", [
+    b"[]", b"null", b'"x"', b"{}", b'{"task": "arc_easy"}', b"[" * 10**5, b"\xff\xfe",
+    {"doc": "1"}, {"doc": None}, {"task": ["arc_easy"]}, {"acc": "1.0"}, {"acc": None},
+    {"acc": math.nan}, {"cut": "no"}, {"output": "x"}])
+def test_a_line_of_another_form_in_samples_is_measured_anew(run, requests_scored, line):
+    _, first = run(tasks="arc_easy")
+    if isinstance(line, dict):
+        line = json.dumps({**first[1], **line}).encode()
+    samples = Path("o/samples.jsonl")
+    lines = samples.read_bytes().splitlines()
+    samples.write_bytes(b"\n".join([lines[0], line, lines[2], line]) + b"\n")
+    _, second = run(tasks="arc_easy")
+    assert len(requests_scored) == 4
+    assert [r["doc"] for r in second] == [0, 1, 2]
+    assert [r["acc"] for r in second] == [r["acc"] for r in first]
+
+
+def test_a_full_disk_is_one_line_that_names_the_folder(run):
+    Path("o").mkdir()
+    Path("o/samples.tmp").symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match="^o: .*No space left"):
+        run(tasks="arc_easy")
+
+
 def test_a_single_question_has_no_standard_error(run):
     printed, _ = run(tasks="arc_easy", limit=1)
     assert "NaN" not in Path("o/results.json").read_text()
@@ -604,6 +728,21 @@ def test_logits_that_are_not_finite_give_no_scores(run, model_dir, options):
     with pytest.raises(SystemExit, match="logits are not finite"):
         run(model="huge", **options)
     assert not records("o") and not results("o")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_stop_being_finite_within_a_reply_give_no_scores(
+        run, monkeypatch, temperature):
+    step = model_module.Decoder.step
+    steps = []
+
+    def overflow(decoder, new):
+        steps.append(new)
+        return step(decoder, new) * (math.nan if len(steps) > 2 else 1)
+    monkeypatch.setattr(model_module.Decoder, "step", overflow)
+    with pytest.raises(SystemExit, match="logits are not finite"):
+        run(tasks="gsm8k", num_fewshot=0, temperature=temperature)
+    assert not results("o")
 
 
 def test_a_document_that_has_changed_is_measured_again(run):
@@ -754,7 +893,7 @@ def test_ctrl_c_ends_a_reply(model, text, monkeypatch, capsys):
     ({"tasks": "humaneval"}, "--run_code"),
     ({"tasks": "humaneval", "run_code": True, "num_samples": 10}, "num_samples.*--temperature"),
     ({"tasks": "arc_easy", "benchmark_dir": "none"}, "none/arc_easy_test.jsonl"),
-    ({"tasks": "piqa,openbookqa", "num_fewshot": 3}, "piqa_train.jsonl.*--num_fewshot"),
+    ({"tasks": "piqa,openbookqa", "num_fewshot": 5}, "piqa_train.jsonl.*--num_fewshot"),
     ({"tasks": "arc_easy,bpb:none.txt"}, "none.txt"),
     ({"tasks": "arc_easy", "tokenizer": None}, "tokenizer.json.*--tokenizer"),
     ({"model": "nowhere"}, "model=nowhere"),
@@ -796,6 +935,15 @@ WINOGRANDE = {"sentence": "Ann told Bo that _ won.", "option1": "Ann", "option2"
     ("arc_easy", {"question": "x", "choices": ["a", "b"], "answer": "0"}),
     ("piqa", {"goal": "x", "sol1": "a", "sol2": "b", "label": -1}),
     ("gsm8k", {"question": "x", "answer": 4}),
+    ("gsm8k", {"question": "x", "answer": "It is 4."}),
+    ("arc_easy", {"question": None, "choices": ["a", "b"], "answer": 0}),
+    ("arc_easy", {"question": "x", "choices": ["a", None], "answer": 0}),
+    ("arc_easy", {"question": "x", "choices": ["a", "b"], "answer": 1.0}),
+    ("arc_easy", {"question": "x", "choices": ["a", "b"], "answer": "B"}),
+    ("mmlu", {"subject": "x", "question": "x", "choices": ["a", "b", None, "d"], "answer": 0}),
+    ("mbpp", {**FIXTURE["mbpp"]["rows"][0], "test_list": []}),
+    ("mbpp", {**FIXTURE["mbpp"]["rows"][0], "test_list": [" "]}),
+    ("mbpp", {**FIXTURE["mbpp"]["rows"][0], "test_list": "assert True"}),
     ("arc_easy", ["x"]),
 ])
 def test_a_row_that_cannot_be_scored_is_named_by_file_and_line(run, task, row):
@@ -803,7 +951,7 @@ def test_a_row_that_cannot_be_scored_is_named_by_file_and_line(run, task, row):
     file = f"b/{TASKS[task].eval_file}"
     write_rows(file, [FIXTURE[task]["rows"][0], row])
     with pytest.raises(SystemExit, match=f"{file}:2: ") as e:
-        run(tasks=task, benchmark_dir="b", num_fewshot=0)
+        run(tasks=task, benchmark_dir="b", num_fewshot=0, run_code="unsafe")
     assert "\n" not in str(e.value)
 
 
