@@ -792,12 +792,13 @@ class Validation:
     """What each evaluation reads: the held-out rows, which stay on the device, and the prompts."""
 
     def __init__(self, c: Config, held_out, curriculum: data.Curriculum, tokenizer: Tokenizer,
-                 encode_prompt, device: torch.device):
+                 encode_prompt, task_scores, device: torch.device):
         self.c = c
         self.held_out = held_out
         self.seq_len = curriculum.seq_len
         self.tokenizer = tokenizer
         self.encode_prompt = encode_prompt
+        self.task_scores = task_scores
         self.device = device
         self.token_bytes = torch.from_numpy(bytes_per_token(tokenizer)).to(device)
         self.rows = {}  # T -> domain -> ids, targets[, doc_ids], each (R, T)
@@ -823,6 +824,8 @@ class Validation:
             if can_be_gathered(model):
                 reshard_after_forward(model, False)
                 samples = sample_prompts(model, self.tokenizer, self.c, self.encode_prompt)
+                if self.task_scores:
+                    result["task_scores"] = self.task_scores(model)
                 reshard_after_forward(model, WORLD > 1)
         reshard(model)
         return result, samples
@@ -831,19 +834,21 @@ class Validation:
 # ---- the training loop
 
 def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimizer,
-          tokenizer: Tokenizer, start: tuple | None, encode_prompt=encode_text_prompt) -> None:
+          tokenizer: Tokenizer, start: tuple | None, encode_prompt=encode_text_prompt,
+          task_scores=None) -> None:
     """Train to the end of the dataset's curriculum, or until a signal comes.
 
     start           the checkpoint to go on from, its folder and state; None: begin at step 0
     held_out        domain -> rows to evaluate on, like Dataset.batch's; or a function of the
                     row length T that returns such a dict
-    encode_prompt   (tokenizer, text of a prompt) -> ids"""
+    encode_prompt   (tokenizer, text of a prompt) -> ids
+    task_scores     model -> {task: {metric: score}}, to log at each evaluation; or None"""
     curriculum = dataset.curriculum
     device = model.head_weight.device
     start_step = start[1]["step"] if start else 0
     nonfinite = NonFiniteSteps(start[1]["skipped"] if start else 0)
     log = begin_log(c, out, dataset, model, optimizer, start)
-    validation = Validation(c, held_out, curriculum, tokenizer, encode_prompt, device)
+    validation = Validation(c, held_out, curriculum, tokenizer, encode_prompt, task_scores, device)
     timer = StepTimer(start_step, optimizer, device)
     signals = []
     step = start_step

@@ -30,16 +30,17 @@ import numpy as np
 import configurator
 import data
 import pretrain
-from configurator import Count, Fraction, NonNegative, UserError, one_line
+from configurator import Count, Fraction, NonNegative, UserError
 from data import random_order
 from model import MotifConfig
 from pretrain import TrainConfig
 from support.conversations import (EVAL_DOMAINS, Drops, check_conversation, load_conversations,
                                    source_files)
+from support.encoding import TokenizedChats, encode_chats
 from support.ranks import RANK, all_gather_object, rank0_first, rank0_only, run_main
 from support.run_folder import latest_checkpoint
-from support.selection import benchmark_grams, choose, extra_held_out, train_val_split
-from support.sources import local_files
+from support.selection import (benchmark_files, benchmark_grams, choose, extra_held_out,
+                               train_val_split)
 from support.tokenizer import BEGIN, ROLES, TURN, TURN_END, Tokenizer, load_tokenizer
 from support.weights import model_folder, read_json, tensor_files
 
@@ -111,7 +112,15 @@ STAGES = {
 
 @dataclass
 class Config(TrainConfig):
-    """A stage of fine-tuning. The defaults are the report's for stage 1."""
+    """A stage of fine-tuning. The defaults are the report's for stage 1.
+
+        python sft.py --stage=1                    the quick start's model, then --stage=2, 3
+        python sft.py --stage=1 --model=out/mine --data="{'mine': ['talks/*.jsonl', 1.0]}"
+            --seq_len=4096 --batch_tokens=262144 --lr=1e-5 --eval_tasks=gsm8k --benchmark_dir=DIR
+
+    A line of talks/*.jsonl is a conversation: {"messages": [{"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "4"}]}, or has another of LAYOUTS in support/conversations.py.
+    """
     stage: Literal[1, 2, 3] = 1
     model: str | None = None        # initial weights: the folder of a run, a checkpoint or a model,
                                     # or owner/name of the Hub. None: the quick start's model, as
@@ -121,20 +130,30 @@ class Config(TrainConfig):
     # Data
     data: dict | None = None        # name -> [source, weight], the weight a share of the tokens, or
                                     # 0: evaluation only. A source is "talks/*.jsonl", "owner/name"
-                                    # of the Hub, "builtin:help"; see load_conversations. None: the
-                                    # stage's in STAGES, for the quick start's model only
+                                    # of the Hub, "builtin:help"; more in support/conversations.py,
+                                    # load_conversations. None: the stage's in STAGES, for the quick
+                                    # start's model only
     decontaminate_against: list = field(default_factory=list)  # .jsonl files of benchmarks, globs:
-                                    # drop what shares 13 words in a row with one of their texts
-    epochs: Count = 1               # [ours] for what one reads see epoch_budgets
+                                    # drop what shares 13 words in a row with one of their texts.
+                                    # benchmark_dir below is always among them
+    epochs: Count = 1               # [ours] an epoch reads as many tokens as the domains have, of
+                                    # each its share, but none of them more than REPEATS times
     max_steps: Count | None = None  # the run ends after so many steps if epochs has more
     batch_tokens: Count = 32_000_000  # tokens per step over all ranks
     seq_len: Count = 16_384         # tokens of a row, into which conversations are packed
 
     # Learning rate
     lr: NonNegative | None = None   # at its peak; None: the stage's in STAGES, times lr_scale
-    lr_scale: NonNegative = 1.0
+    lr_scale: NonNegative = 1.0     # a small model takes larger steps
     warmup_fraction: Fraction = 0.05  # of the steps, in which lr rises linearly; then it falls on a
                                     # cosine to 0
+
+    # Evaluation
+    eval_tasks: str | None = None   # tasks of eval.py, such as "chains" or "gsm8k,arc_easy", whose
+                                    # scores every evaluation logs. Asked in the turn format without
+                                    # examples, as by eval.py --chat --num_fewshot=0
+    eval_limit: Count = 40          # questions of each task; of mmlu, of each subject
+    benchmark_dir: str | None = None  # folder with the tasks' files; None: the Hub's data sets
 
     prompts: list = field(default_factory=lambda: [
         "What is the capital of France?", "Write two sentences about the sea."])
@@ -216,11 +235,7 @@ def encode_chat(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], 
     '.' -> <|endofturn|>
     """
     check_conversation(messages)
-    ids, loss_mask = render_conversation(tokenizer, messages)
-    targets = []
-    for next_id, has_loss in zip(ids[1:], loss_mask[1:]):
-        targets.append(next_id if has_loss else -1)
-    return ids, targets + [-1]
+    return render_conversation(tokenizer, messages)
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
@@ -230,35 +245,40 @@ def encode_prompt(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
 
 
 def render_conversation(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list, list]:
-    """The turns -> ids, and loss_mask: whether the assistant says that id."""
+    """The turns -> ids and targets, as encode_chat gives them."""
     ids = [tokenizer.special[BEGIN]]
-    loss_mask = [False]
+    targets = [-1]
     for message in messages:
         head = begin_turn(tokenizer, message["role"])
         body = tokenizer.encode(message["content"]) + [tokenizer.special[TURN_END]]
         ids += head + body
-        loss_mask += [False] * len(head) + [message["role"] == "assistant"] * len(body)
-    return ids, loss_mask
+        if message["role"] == "assistant":
+            # The last id of the head is followed by the first one of the body, and so on.
+            targets += [-1] * (len(head) - 1) + body + [-1]
+        else:
+            targets += [-1] * (len(head) + len(body))
+    return ids, targets
 
 
+@cache
 def begin_turn(tokenizer: Tokenizer, role: str) -> list[int]:
     special = tokenizer.special
     return [special[TURN], special[ROLES[role]]] + tokenizer.encode("\n\n")
 
 
 def truncate_to_turn(tokenizer: Tokenizer, messages: list[dict],
-                     T: int) -> tuple[list, list, bool] | None:
-    """Cut a conversation after the last reply that ends within T tokens -> ids, targets, whether a
-    reply was cut off. None if the first reply ends beyond T tokens: such a conversation is dropped.
-    To cut its prompt would hide what the reply is about, and half a reply would teach the model to
-    stop in mid-sentence."""
-    ids, targets = encode_chat(tokenizer, messages)
+                     T: int) -> tuple[np.ndarray, bool]:
+    """Cut a conversation after the last reply that ends within T tokens -> (2, n) int32: ids and
+    targets, and whether a reply was cut off. UserError if the first reply ends beyond T tokens: to
+    cut the prompt would hide what the reply is about, and half a reply would teach the model to
+    stop in mid-sentence. Such a conversation is dropped, and counted."""
+    chat = np.array(encode_chat(tokenizer, messages), np.int32)
     # Where ids[i] has the target <|endofturn|>, ids[i + 1] is the end of a reply.
-    ends = [i + 2 for i, target in enumerate(targets) if target == tokenizer.special[TURN_END]]
-    fitting = [end for end in ends if end <= T]
-    if not fitting:
-        return None
-    return ids[:fitting[-1]], targets[:fitting[-1]], len(fitting) < len(ends)
+    ends = np.flatnonzero(chat[1] == tokenizer.special[TURN_END]) + 2
+    fitting = ends[ends <= T]
+    if len(fitting) == 0:
+        raise UserError(f"its first reply ends beyond {T} tokens")
+    return chat[:, :fitting[-1]], len(fitting) < len(ends)
 
 
 # ---- packing
@@ -371,40 +391,10 @@ def collate(rows: list[list[np.ndarray]], T: int) -> tuple[np.ndarray, np.ndarra
 # is one integer, the step, and any number of ranks reads the same batches. Steps count from 0: the
 # checkpoint step_N is written after steps 0 to N - 1, and a run that resumes from it does step N.
 
+# The conversations of a domain, encoded, are a TokenizedChats (support/encoding.py): its [i] is
+# (2, n), ids and targets of conversation i.
+
 REPEATS = 4  # readings of a conversation per epoch, at most [ours]
-
-
-class TokenizedChats:
-    """The encoded conversations of a domain, in a folder. chats[i] is (2, n): ids and targets.
-
-        tokens.npy  (2, N) int32   ids, targets of all conversations, end to end; memory-mapped
-        spans.npy   (2, n) int64   where each conversation ends, how many of its targets count
-    """
-
-    def __init__(self, folder: Path):
-        try:
-            self.tokens = np.load(folder / "tokens.npy", "r")
-            self.ends, self.num_targets = np.load(folder / "spans.npy")
-        except (OSError, ValueError, EOFError) as e:
-            raise UserError(f"{folder} is damaged ({one_line(e)}); delete {folder.parent} and run "
-                            "again") from None
-        self.lengths = np.diff(self.ends, prepend=0)
-
-    @staticmethod
-    def save(folder: Path, encoded: list[tuple[list, list]]) -> None:
-        """encoded: (ids, targets) of each conversation."""
-        lengths = [len(ids) for ids, _ in encoded]
-        num_targets = [sum(target >= 0 for target in targets) for _, targets in encoded]
-        folder.mkdir()
-        np.save(folder / "tokens.npy", np.concatenate(encoded, axis=1, dtype="<i4"))
-        np.save(folder / "spans.npy", np.array([np.cumsum(lengths), num_targets], "<i8"))
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        end = self.ends[i]
-        return self.tokens[:, end - self.lengths[i]:end]
 
 
 def epoch_budgets(sizes: dict[str, int], weights: dict[str, float]) -> dict[str, float]:
@@ -595,8 +585,7 @@ def preparation_key(c: Config, tokenizer: Tokenizer) -> str:
     files = []
     for source, _ in c.data.values():
         files += source_files(source)
-    for pattern in c.decontaminate_against:
-        files += local_files(pattern)
+    files += benchmark_files(c.decontaminate_against, c.benchmark_dir)
     dates = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
     # builtin:help reads the docstrings of the Python that runs.
@@ -614,44 +603,31 @@ def prepare_domains(c: Config, tokenizer: Tokenizer, folder: Path) -> list[str]:
     stage = STAGES[c.stage]
     report = []
     extra = extra_held_out(c.data)
-    benchmark = benchmark_grams(c.decontaminate_against)
+    benchmark = benchmark_grams(benchmark_files(c.decontaminate_against, c.benchmark_dir))
     for name, (source, weight) in c.data.items():
         drops = Drops()
         conversations = list(load_conversations(source, drops))
-        report.append(f"{name}: {len(conversations):,d} conversations of {source}")
-        report += drops.report()
+        lines = [f"{len(conversations):,d} conversations of {source}", *drops.report()]
         parts = {"val": conversations}
         if weight > 0:
             parts = train_val_split(conversations, extra)
             dropped = len(conversations) - len(parts["train"]) - len(parts["val"])
             if dropped:
-                report.append(f"  {dropped:,d} dropped as one of their questions is held out")
-            parts["train"], lines = choose(parts["train"], benchmark, stage.best_share,
-                                           stage.duplicate_share)
-            report += lines
-        for part, chosen in parts.items():
-            report.append(encode_part(folder, part, name, chosen, tokenizer, c.seq_len))
+                lines.append(f"{dropped:,d} dropped as one of their questions is held out")
+            parts["train"], chosen = choose(parts["train"], benchmark, stage.best_share,
+                                            stage.duplicate_share)
+            lines += chosen
+
+        for part, conversations in parts.items():
+            encode = partial(truncate_to_turn, tokenizer, T=c.seq_len)
+            encoded, line = encode_chats(conversations, encode)
+            lines.append(f"{part}: {line}")
+            if not encoded:
+                raise UserError(f"data {name!r}: no conversation is left for {part}; give more "
+                                f"data, or raise seq_len: {'; '.join(lines)}")
+            TokenizedChats.save(folder / f"{part}-{name}", encoded)
+        report.append(f"{name}: " + "\n  ".join(lines))
     return report
-
-
-def encode_part(folder: Path, part: str, name: str, conversations: list, tokenizer: Tokenizer,
-                T: int) -> str:
-    """Encode conversations and write them to folder/<part>-<name> -> a line of report."""
-    encoded = []
-    truncated = 0
-    for messages in conversations:
-        found = truncate_to_turn(tokenizer, messages, T)
-        if found is not None:
-            ids, targets, is_cut = found
-            encoded.append((ids, targets))
-            truncated += is_cut
-    if not encoded:
-        raise UserError(f"data {name!r}: no conversation of at most {T} tokens is left for "
-                        f"{part}; give more data or raise seq_len")
-    TokenizedChats.save(folder / f"{part}-{name}", encoded)
-    too_long = len(conversations) - len(encoded)
-    return (f"  {part}: {len(encoded):,d}, of which {truncated:,d} were cut after a reply to fit "
-            f"{T} tokens; {too_long:,d} dropped, as the first reply ends beyond")
 
 
 # ---- the run
@@ -810,6 +786,10 @@ def setup(c: Config, out: Path) -> tuple:
     shape = MotifConfig.from_dict(read_json(folder / "config.json"))
     tokenizer = load_tokenizer(c.tokenizer or stored_tokenizer(folder))
     check_sizes(c, shape, tokenizer, folder)
+    task_scores = None
+    if c.eval_tasks and c.eval_every:
+        from tools.task_scores import TaskScores
+        task_scores = TaskScores(c, tokenizer)
 
     prepared = rank0_first(partial(prepare, c, tokenizer))
     dataset, val_rows = open_dataset(c, prepared)
@@ -830,7 +810,7 @@ def setup(c: Config, out: Path) -> tuple:
         out.mkdir(parents=True, exist_ok=True)
         (out / "data.txt").write_text(f"{settings}\n{report}")
     return (run, out, dataset, val_rows, model, optimizer, tokenizer, checkpoint,
-            encode_chat_prompt)
+            encode_chat_prompt, task_scores)
 
 
 def main() -> None:

@@ -91,9 +91,9 @@ class Drops:
         """Lines for data.txt, the commonest reason first."""
         lines = []
         for reason, count in self.rows.most_common():
-            lines.append(f"  {count:,d} rows dropped, first {self.first[reason]}: {reason}")
+            lines.append(f"{count:,d} rows dropped, first {self.first[reason]}: {reason}")
         for kind, count in self.parts.most_common():
-            lines.append(f"  {count:,d} parts of messages left out: {kind}")
+            lines.append(f"{count:,d} parts of messages left out: {kind}")
         return lines
 
 

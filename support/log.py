@@ -170,6 +170,8 @@ def log_evaluation(log: Log, curriculum, step: int, result: dict, layers: list,
     if "val_loss_by_quarter" in result:
         quarters = " ".join(f"{x:.3f}" for x in result["val_loss_by_quarter"])
         line += f"  by quarter of the context {quarters}"
+    for task, scores in result.get("task_scores", {}).items():
+        line += f"  {task} " + " ".join(f"{metric} {x:.2f}" for metric, x in scores.items())
     log.print(line)
 
 

@@ -2,9 +2,15 @@
 import hashlib
 import json
 import re
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
+from configurator import UserError
 from support.conversations import EVAL_DOMAINS, load_conversations, nonblank_lines
 from support.sources import local_files, read_each
+from support.tasks import TASKS
 
 # ---- what is worth reading
 
@@ -15,13 +21,14 @@ from support.sources import local_files, read_each
 #
 #     stages 2, 3   filter_by_quality   keeps those that reason, are complete and have structure
 #     stage 3       dedup_and_filter    drops near-duplicates, repetitive and incoherent ones
-#     on request    decontaminate       drops those that share 13 words in a row with a benchmark
+#     all stages    decontaminate       drops those that share 13 words in a row with a question of
+#                                       a benchmark, if benchmarks are given
 
 MIN_DISTINCT = 0.5   # a conversation with a smaller distinct_3 is called repetitive
 MIN_COHERENCE = 0.3  # one with a smaller coherence is called incoherent
 
 
-def choose(conversations: list, benchmark: set[int], best_share: float | None,
+def choose(conversations: list, benchmark: dict[int, str], best_share: float | None,
            duplicate_share: float | None) -> tuple[list, list[str]]:
     """The training conversations of a domain -> those worth reading, and lines for the report.
     benchmark: what benchmark_grams gives. A limit of None: that filter drops nothing."""
@@ -31,7 +38,7 @@ def choose(conversations: list, benchmark: set[int], best_share: float | None,
     for apply, limit in filters:
         if limit is not None:
             conversations, line = apply(conversations, limit)
-            report.append(f"  {line}")
+            report.append(line)
     return conversations, report
 
 
@@ -194,27 +201,61 @@ def dedup_and_filter(conversations: list, duplicate_share: float) -> tuple[list,
     return kept, "; ".join(reports) or "no near-duplicate, repetitive or incoherent conversation"
 
 
-def decontaminate(conversations: list, benchmark: set[int]) -> tuple[list, str]:
+def decontaminate(conversations: list, benchmark: dict[int, str]) -> tuple[list, str]:
     """Drop conversations with a message that shares 13 words in a row with a benchmark. Of a model
     that has read them the benchmark would measure the memory. (GPT-3's report, arXiv 2005.14165,
     has 13, too.) benchmark: what benchmark_grams gives."""
     kept = []
+    dropped = Counter()  # file of the benchmark -> conversations
     for messages in conversations:
-        if benchmark.isdisjoint(conversation_grams(messages, 13)):
+        shared = benchmark.keys() & conversation_grams(messages, 13)
+        if shared:
+            dropped[min(benchmark[gram] for gram in shared)] += 1
+        else:
             kept.append(messages)
-    dropped = len(conversations) - len(kept)
-    return kept, f"{dropped:,d} dropped as they share 13 words in a row with a benchmark"
+    line = f"{dropped.total():,d} dropped as they share 13 words in a row with a benchmark"
+    if dropped:
+        line += ": " + ", ".join(f"{count:,d} with {name}" for name, count in dropped.most_common())
+    return kept, line
 
 
-def benchmark_grams(patterns: list[str]) -> set[int]:
-    """Every 13 words in a row of any text in .jsonl files, given as globs."""
-    grams = set()
+def benchmark_files(patterns: list[str], benchmark_dir: str | None) -> dict[Path, Callable | None]:
+    """{file: accept} of the .jsonl files that the globs name, and of those in benchmark_dir that
+    hold questions of eval.py's tasks. One file may hold a training split too: mbpp's. accept(row,
+    False) tells which rows are questions; None: all are. Examples may be read."""
+    files = {}
     for pattern in patterns:
         for path in local_files(pattern):
-            for row in read_each(path, nonblank_lines(path), json.loads):
-                for text in texts_in(row):
-                    grams.update(ngrams(text, 13))
+            files[path] = None
+    if benchmark_dir is None:
+        return files
+
+    of_tasks = {}
+    for task in TASKS.values():
+        if task.eval_file:
+            for path in sorted(Path(benchmark_dir).glob(task.eval_file)):
+                of_tasks[path] = task.accept
+    if not of_tasks:
+        raise UserError(f"benchmark_dir={benchmark_dir} holds no file of eval.py's tasks, such as "
+                        "gsm8k_test.jsonl")
+    return {**of_tasks, **files}
+
+
+def benchmark_grams(files: dict[Path, Callable | None]) -> dict[int, str]:
+    """Every 13 words in a row of any text in a benchmark's questions -> the name of its file."""
+    grams = {}
+    for path, accept in files.items():
+        for texts in read_each(path, nonblank_lines(path), partial(question_texts, accept)):
+            for text in texts:
+                grams.update(dict.fromkeys(ngrams(text, 13), path.name))
     return grams
+
+
+def question_texts(accept: Callable | None, line: bytes) -> list[str]:
+    row = json.loads(line)
+    if accept and not accept(row, False):
+        return []
+    return list(texts_in(row))
 
 
 def texts_in(value):
@@ -281,11 +322,15 @@ def extra_held_out(domains: dict) -> set[int]:
     eval.py's chains; and of each small domain the first question with the smallest hash."""
     extra = set()
     for source, weight in [*EVAL_DOMAINS.values(), *domains.values()]:
-        hashes = [question_hashes(messages) for messages in load_conversations(source)]
-        smallest = min((questions[0] for questions in hashes), default=0)
-        if weight == 0:
-            extra.update(*hashes)
-        elif smallest >= HELD_OUT_BELOW:
+        smallest = 2**64
+        for messages in load_conversations(source):
+            hashes = question_hashes(messages)
+            smallest = min(smallest, hashes[0])
+            if weight == 0:
+                extra.update(hashes)
+            elif smallest < HELD_OUT_BELOW:
+                break  # it is not so small
+        if weight > 0 and smallest >= HELD_OUT_BELOW:
             extra.add(smallest)
     return extra
 

@@ -15,6 +15,7 @@ import json
 import os
 import re
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,10 @@ class Tokenizer:
                 self.special[token] = self.n_vocab
                 self.n_vocab += 1
         self.spelling = {i: token for token, i in self.special.items()}
+
+    def __reduce__(self):
+        """How another process gets it: by its name, once."""
+        return load_once, (self.name,)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without any special token."""
@@ -303,6 +308,11 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     raise UserError(f"tokenizer {name}: it must be 'byte', a .tiktoken file, a tokenizer.json, a "
                     f"folder with one, owner/name of the Hub, or one of {', '.join(known)}")
+
+
+@cache
+def load_once(name: str) -> Tokenizer:
+    return load_tokenizer(name)
 
 
 def tiktoken_ids(file: Path) -> dict[bytes, int]:

@@ -13,14 +13,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import conversations, selection
+from support import conversations, encoding, selection
 from support.conversations import EVAL_DOMAINS, load_conversations
 from support.tokenizer import BEGIN, END, ROLES, TURN, TURN_END, load_tokenizer
 from worlds import world
@@ -122,11 +124,14 @@ def test_a_conversation_is_cut_at_a_turn():
     whole = len(sft.encode_chat(BYTE, TWO_QUESTIONS)[0])
     first = len(sft.encode_chat(BYTE, TWO_QUESTIONS[:3])[0])
     unanswered = TWO_QUESTIONS + [{"role": "user", "content": "And?"}]
-    assert sft.truncate_to_turn(BYTE, unanswered, whole) == (
-        *sft.encode_chat(BYTE, TWO_QUESTIONS), False)
-    assert sft.truncate_to_turn(BYTE, TWO_QUESTIONS, whole - 1) == (
-        *sft.encode_chat(BYTE, TWO_QUESTIONS[:3]), True)
-    assert sft.truncate_to_turn(BYTE, TWO_QUESTIONS, first - 1) is None
+    for messages, T, expected, expected_cut in (
+            (unanswered, whole, TWO_QUESTIONS, False),
+            (TWO_QUESTIONS, whole - 1, TWO_QUESTIONS[:3], True)):
+        chat, is_cut = sft.truncate_to_turn(BYTE, messages, T)
+        assert is_cut == expected_cut
+        assert np.array_equal(chat, sft.encode_chat(BYTE, expected))
+    with pytest.raises(UserError, match=f"beyond {first - 1} tokens"):
+        sft.truncate_to_turn(BYTE, TWO_QUESTIONS, first - 1)
 
 
 # ---- where conversations come from
@@ -212,7 +217,7 @@ def test_dropped_rows_are_counted_by_reason_with_the_first_place(tmp_path):
     assert list(load_conversations(source, drops)) == [PAIR] * 4
     assert sorted(drops.rows.values()) == [1, 2]
     first = f"{source}: byte {sum(map(len, lines[:4]))}: "
-    assert drops.report()[0].startswith(f"  2 rows dropped, first {first}")
+    assert drops.report()[0].startswith(f"2 rows dropped, first {first}")
 
     # More than half: the source is not what it is taken for.
     write_rows(tmp_path / "talks.jsonl", rows[1:4] + rows[4:] * 2)
@@ -226,7 +231,7 @@ def test_data_txt_counts_what_was_dropped(tmp_path):
     good = [{"question": f"What is number {i}?", "answer": "Odd."} for i in range(200)]
     source = write_rows(tmp_path / "talks.jsonl", good + [{"question": "x", "answer": None}] * 3)
     c = sft.Config(data={"mine": [source, 1.0]}, seq_len=256)
-    report = sft.prepare_domains(c, BYTE, tmp_path)
+    report = sft.prepare_domains(c, BYTE, tmp_path)[0].split("\n")
     assert report[0].startswith("mine: 200 ") and report[1].startswith("  3 rows dropped")
 
 
@@ -363,11 +368,12 @@ def chats(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chats")
     found = {}
     for name, n in {"skills": 60, "chains": 90}.items():
-        encoded = [sft.encode_chat(BYTE, messages)
-                   for messages in load_conversations(f"builtin:{name}?n={n}")]
-        sft.TokenizedChats.save(folder / name, encoded)
+        talks = list(load_conversations(f"builtin:{name}?n={n}"))
+        encode = partial(sft.truncate_to_turn, BYTE, T=512)
+        sft.TokenizedChats.save(folder / name, sft.encode_chats(talks, encode)[0])
         found[name] = sft.TokenizedChats(folder / name)
-        assert [tuple(map(list, pair)) for pair in found[name]] == encoded
+        for talk, encoded in zip(talks, found[name], strict=True):
+            assert np.array_equal(encoded, sft.encode_chat(BYTE, talk))
     return found
 
 
@@ -463,11 +469,116 @@ def test_thirteen_words_of_a_benchmark_are_one_too_many(tmp_path):
     text = "One two three four five six seven eight nine ten eleven twelve thirteen fourteen"
     row = {"id": 1, "choices": [{"text": f"{text}?"}]}
     (tmp_path / "b.jsonl").write_text(f"{json.dumps(row)}\n")
-    benchmark = selection.benchmark_grams([f"{tmp_path}/*.jsonl"])
+    files = selection.benchmark_files([f"{tmp_path}/*.jsonl"], None)
+    benchmark = selection.benchmark_grams(files)
     twelve = chat("Say: " + ", ".join(text.split()[:12]), "No " + text.upper()[8:])
     thirteen = chat("x", "y " + "-".join(text.split()[1:]))
     assert len(selection.words(twelve[1]["content"])) == 13   # "No" and the last twelve
-    assert selection.decontaminate([twelve, thirteen], benchmark)[0] == [twelve]
+    kept, report = selection.decontaminate([twelve, thirteen], benchmark)
+    assert kept == [twelve] and report.startswith("1 dropped") and "1 with b.jsonl" in report
+
+
+def test_conversations_that_repeat_a_benchmark_s_questions_are_counted_by_its_file(tmp_path):
+    """Examples and training splits may be read; what is not a task's file is not looked at."""
+    def tale(name: str) -> str:
+        return " ".join(f"{name} word {i}" for i in range(6))
+
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    write_rows(folder / "gsm8k_test.jsonl", [{"question": tale("test"), "answer": "#### 1"}])
+    write_rows(folder / "gsm8k_train.jsonl", [{"question": tale("train"), "answer": "#### 1"}])
+    write_rows(folder / "mbpp.jsonl", [{"task_id": i, "text": tale(f"mbpp {i}")} for i in (11, 601)])
+    write_rows(folder / "other.jsonl", [{"question": tale("other")}])
+    talks = []
+    for name in ("test", "train", "mbpp 11", "mbpp 601", "other"):
+        talks += [chat(f"{tale(name)} {i}?", "Yes.") for i in range(9)]
+    source = write_rows(tmp_path / "talks.jsonl", [{"messages": messages} for messages in talks])
+    c = sft.Config(data={"mine": [source, 1.0]}, seq_len=512, benchmark_dir=str(folder))
+    report = sft.prepare_domains(c, BYTE, tmp_path)[0]
+    line = re.search(r"(\d+) dropped as they share 13 words in a row .*", report)
+    counts = re.findall(r"(\d+) with ([\w.]+)", line[0])
+    assert sorted(name for _, name in counts) == ["gsm8k_test.jsonl", "mbpp.jsonl"]
+    assert sum(int(count) for count, _ in counts) == int(line[1]) in range(14, 19)
+    train = sft.TokenizedChats(tmp_path / "train-mine")
+    text = BYTE.decode(np.concatenate([train[i][0] for i in range(len(train))]).tolist())
+    assert "test word" not in text and "mbpp 11 word" not in text
+    assert all(f"{name} word" in text for name in ("train", "mbpp 601", "other"))
+
+    c.benchmark_dir = str(tmp_path)
+    with pytest.raises(UserError, match="benchmark_dir"):
+        sft.prepare_domains(c, BYTE, tmp_path)
+
+
+@pytest.mark.parametrize("reason", ["13 words in a row", "repetitive", "beyond 256 tokens"])
+def test_where_nothing_is_left_the_reason_is_told(tmp_path, reason):
+    text = " ".join(f"word {i}" for i in range(8))
+    talks = [chat(f"{i}?", text) for i in range(40)]
+    source = write_rows(tmp_path / "talks.jsonl", [{"messages": messages} for messages in talks])
+    c = sft.Config(data={"mine": [source, 1.0]}, seq_len=256)
+    if "words" in reason:
+        c.decontaminate_against = [write_rows(tmp_path / "b.jsonl", [{"question": text}])]
+    elif reason == "repetitive":
+        c.stage = 3
+        talks = [chat(f"{i}?", 20 * "again ") for i in range(40)]
+    else:
+        talks = [chat(f"{i}?", 9 * text) for i in range(40)]
+    write_rows(tmp_path / "talks.jsonl", [{"messages": messages} for messages in talks])
+    with pytest.raises(UserError) as e:
+        sft.prepare_domains(c, BYTE, tmp_path)
+    assert "'mine'" in str(e.value) and reason in str(e.value) and "\n" not in str(e.value)
+
+
+# ---- encoding
+
+def test_processes_encode_what_one_does(tmp_path, monkeypatch):
+    talks = list(load_conversations("builtin:skills?n=40"))
+    talks.insert(7, chat("2+2?", 700 * "long "))
+    encode = partial(sft.truncate_to_turn, BYTE, T=512)
+    here = encoding.encode_chats(talks, encode)
+    monkeypatch.setattr(encoding, "BATCH", 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    there = encoding.encode_chats(talks, encode)
+    assert "1 dropped: its first reply ends beyond 512 tokens" in here[1]
+    assert there[1] == here[1] and len(there[0]) == 6 and len(here[0]) == 1
+
+    encoding.TokenizedChats.save(tmp_path / "here", here[0])
+    encoding.TokenizedChats.save(tmp_path / "there", there[0])
+    for file in ("tokens.npy", "spans.npy"):
+        assert (tmp_path / "here" / file).read_bytes() == (tmp_path / "there" / file).read_bytes()
+    tokens, _ = here[0][0]
+    np.save(tmp_path / "tokens.npy", tokens)
+    assert (tmp_path / "tokens.npy").read_bytes() == (tmp_path / "here/tokens.npy").read_bytes()
+
+
+def test_processes_end_with_their_parent(tmp_path):
+    job = f"import os, time; open('{tmp_path}/' + str(os.getpid()), 'w').close(); time.sleep(60)"
+    parent = subprocess.Popen([sys.executable, "-c", "import os, support.encoding\n"
+                               "os.sched_getaffinity = lambda _: {0, 1}\n"
+                               f"list(support.encoding.map_in_processes(exec, 2 * [{job!r}]))"],
+                              cwd=Path(data.__file__).parent)
+    wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
+    parent.kill()
+    parent.wait()
+    children = [Path("/proc", file.name) for file in tmp_path.iterdir()]
+    wait_until(lambda: not any(child.exists() for child in children))
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.05)
+
+
+def test_a_conversation_that_cannot_be_encoded_is_counted():
+    def encode(messages):
+        if messages[0]["content"] == "1?":
+            raise UserError("tokenizer x: PanicException")
+        return sft.truncate_to_turn(BYTE, messages, 256)
+
+    batches, line = encoding.encode_chats([chat(f"{i}?", "Yes.") for i in range(3)], encode)
+    assert batches[0][1].shape == (2, 2)
+    assert line.startswith("2, ") and line.endswith("1 dropped: tokenizer x: PanicException")
 
 
 # ---- holding out
@@ -526,8 +637,8 @@ def test_no_stage_trains_on_a_question_held_out_or_kept_for_evaluation(tmp_path,
     """prepare(), as a whole, with a domain that repeats all questions of the held-out chains."""
     written = {}
 
-    def save(folder, encoded):
-        written[folder.name] = encoded
+    def save(folder, batches):
+        written[folder.name] = "".join(BYTE.decode(tokens[0].tolist()) for tokens, _ in batches)
 
     monkeypatch.setattr(sft.TokenizedChats, "save", save)
     file = tmp_path / "mine.jsonl"
@@ -540,12 +651,12 @@ def test_no_stage_trains_on_a_question_held_out_or_kept_for_evaluation(tmp_path,
         "mine": [str(file), 1.0], "reserved": ["builtin:chains?n=30&steps=3&seed=9", 0.0]}), BYTE)
 
     assert written.keys() == {"val-reserved", "val-mine", "train-mine"}
-    trained = [BYTE.decode(ids) for ids, _ in written["train-mine"]]
-    assert len(trained) > 30
+    trained = written["train-mine"]
+    assert trained.count(BEGIN) > 30
     reserved = list(load_conversations("builtin:chains?n=30&steps=3&seed=9"))
     reserved += load_conversations(EVAL_DOMAINS["held_chains"][0])
     for question in questions(reserved):
-        assert not any(question in text for text in trained)
+        assert question not in trained
 
 
 def test_what_a_killed_preparation_left_is_removed(tmp_path):
@@ -759,6 +870,32 @@ def test_a_stage_learns_and_reports(workplace):
     assert "tokens for a weight of 50.0%" in report
 
 
+def test_the_scores_of_tasks_are_those_of_eval(workplace):
+    import eval as evaluation
+    rows = [{"question": f"What is {i} and {i}?", "choices": ["so", f"{2 * i}.", "no"], "answer": 1}
+            for i in range(9)]
+    write_rows(Path("arc_easy_test.jsonl"), rows)
+    options = dict(eval_tasks="arc_easy,chains,bpb:replies", eval_limit=4, benchmark_dir=".")
+    run_sft("out/sft1", stage=1, max_steps=9, **options)
+    evaluations = [m["task_scores"] for m in metrics(Path("out/sft1")) if "val_loss" in m]
+    assert len(evaluations) == 3
+    assert "arc_easy acc " in Path("out/sft1/log.txt").read_text()
+
+    evaluation.run(evaluation.Config(model="out/sft1", tasks=options["eval_tasks"], limit=4,
+                                     benchmark_dir=".", chat=True, out_dir="out/eval"))
+    results = json.loads(Path("out/eval/results.json").read_text())["tasks"]
+    measured = {task: {metric: score["value"] for metric, score in scores.items()}
+                for task, scores in results.items()}
+    assert measured.keys() == evaluations[-1].keys()
+    for task, scores in measured.items():
+        assert evaluations[-1][task] == pytest.approx(scores, rel=1e-5)
+
+    for tasks in ("humaneval", "arc_hard", "hellaswag"):
+        with pytest.raises(UserError) as e:
+            run_sft("out/new", **{**options, "eval_tasks": tasks})
+        assert tasks in str(e.value) and "\n" not in str(e.value)
+
+
 def test_resume_is_bitwise_and_needs_no_initial_weights(workplace):
     run_sft("out/sft1", stage=1)
     straight = metrics(Path("out/sft1"))
@@ -804,7 +941,8 @@ def run_worlds(folder: Path) -> None:
     """One run by one rank, one by four, of which one has a row more than the others: 9 rows."""
     torch.set_num_threads(1)
     options = dict(model=folder / "base", data_dir=folder / "data", batch_tokens=9 * 256,
-                   eval_every=7, save_every=7, prompts=["x"], sample_tokens=1)
+                   eval_every=7, save_every=7, prompts=["x"], sample_tokens=1,
+                   eval_tasks="bpb:replies", eval_limit=5)
     save_initial_model(folder / "base")
     world(1, run_sft, folder / "one", **options)
     world(4, run_sft, folder / "four", **options)
@@ -822,6 +960,9 @@ def test_four_ranks_are_one(tmp_path):
     for m_one, m_four in zip(one, four):
         for key in {"loss", "val_loss", "val_bpb", "grad_norm"} & m_one.keys():
             assert m_four[key] == pytest.approx(m_one[key], rel=1e-4), (key, m_one["step"])
+        if "task_scores" in m_one:
+            scores = m_one["task_scores"]["bpb:replies"]
+            assert m_four["task_scores"]["bpb:replies"] == pytest.approx(scores, rel=1e-4)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import tokenizers
 from tokenizers import (AddedToken, Regex, decoders, models, normalizers, pre_tokenizers,
                         processors, trainers)
 
+import sft
 from configurator import UserError
+from eval import PromptEncoder
 from support.tokenizer import (BEGIN, BYTE_OF, END, GPT2_PATTERN, SPECIALS, TiktokenTokenizer,
                                bytes_per_token, encode_document, load_tokenizer, tiktoken_ids)
 
@@ -137,6 +139,16 @@ def test_a_tokenizer_of_many_steps_gives_the_ids_of_the_tokenizers_library():
     assert tokenizer.encode("a <b> c") == library.encode("a <b> c").ids
     for added in ("<think>", "<b>", "cat", "ÉTÉ"):
         assert tokenizer.encode(added) == [library.token_to_id(added)]
+
+    # Conversations and evaluation give the same ids.
+    expected = library.encode(text).ids
+    ids, targets = sft.encode_chat(tokenizer, [{"role": "user", "content": text},
+                                               {"role": "assistant", "content": text}])
+    stop = tokenizer.special["<|endofturn|>"]
+    assert ids[-len(expected) - 1:] == [*expected, stop]
+    assert [target for target in targets if target >= 0] == [*expected, stop]
+    assert PromptEncoder(tokenizer, None).encode_pair("", text)[1] == expected
+
     forged = tokenizer.encode(f"a <role> {END}")
     assert not set(forged) & set(tokenizer.special.values())
     assert tokenizer.decode(forged) == f"a <role> {END}"
