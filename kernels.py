@@ -55,7 +55,7 @@ TILE = 128                # side of the square tiles of attention and of symmetr
 LOSS_CHUNK = 4096         # rows whose logits exist at one time in linear_cross_entropy
 CACHE_BLOCK = 2**18       # elements per block of PolyNorm on a CPU: 1 MiB of fp32 fits an L2 cache
 DS_BYTES = 3 * 2**30      # memory for dS, see the backward pass of attention
-SYMMETRIC_TILES = 264     # with fewer tiles cuBLAS, which computes all of them, is faster
+SYMMETRIC_TILES = 264     # with fewer tiles muonclip.py leaves a symmetric product to cuBLAS
 
 
 def upcast(t: Tensor) -> Tensor:
@@ -71,8 +71,8 @@ def use_triton(x: Tensor) -> bool:
 
 
 def is_hopper(device: torch.device) -> bool:
-    """Whether it is a Hopper GPU. Its TMA, an engine that copies tiles between global and shared
-    memory, is what the matrix kernels are written for; they were tried on no other GPU."""
+    """Whether the GPU is a Hopper. The matrix kernels use its TMA, an engine that copies tiles
+    between global and shared memory, and were tried on no other GPU."""
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
@@ -417,10 +417,8 @@ class PolyNormMul(torch.autograd.Function):
 
 
 def poly_norm_mul(x: Tensor, up: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """PolyNorm(x) * up.
-
-    x and up (..., n), weight (3,): cubic, square, linear, bias (1,) -> (..., n) in x's dtype. On a
-    CPU too the closed-form gradient is several times faster than autograd through the definition.
+    """PolyNorm(x) * up: x and up (..., n), weight (3,): cubic, square, linear, bias (1,) -> (..., n)
+    in x's dtype. On a CPU too the closed-form gradient is several times faster than autograd's.
 
     >>> x, weight = torch.tensor([1, -2, 0.5, -0.25]), torch.tensor([0.4, 0.3, 0.3])
     >>> poly_norm_mul(x, torch.ones(4), weight, torch.tensor([0.05]), eps=1e-6)
@@ -472,8 +470,8 @@ def differential_norm_backward_kernel(dy_ptr, signal_ptr, noise_ptr, lambda_ptr,
                                       eps, GROUPS: tl.constexpr, R_PADDED: tl.constexpr,
                                       W_PADDED: tl.constexpr):
     """A persistent kernel: a few programs per multiprocessor, each striding over the groups, so
-    that there are few partial sums of d_weight and d_lambda to add up afterwards. In the loop they
-    are summed over the heads only; over GROUPS after it, and d_lambda over the width outside."""
+    that there are few partial sums of d_weight and d_lambda to add up afterwards. The loop sums
+    over the heads; the sum over GROUPS comes after it, d_lambda's over the width in PyTorch."""
     h = tl.arange(0, R_PADDED)[None, :, None]
     i = tl.arange(0, W_PADDED)[None, None, :]
     lambda_ = tl.load(lambda_ptr).to(tl.float32)
@@ -908,7 +906,7 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
     # lse has room for them: each head has tl.num_programs(0) whole blocks.
     lse = tl.where(rows < T, m_i + tl.log2(l_i), float("inf"))
     tl.store(lse_ptr + tl.cast(bh, tl.int64) * (tl.num_programs(0) * BM) + rows, lse)
-    # A maximum drops a NaN, but l_i, a sum, keeps it. QK-clip is to see it, so inf stands for it.
+    # A maximum drops a NaN, but the sum l_i keeps it. NaN == NaN is False: then inf tells QK-clip.
     max_logit = tl.where(l_i == l_i, m_i, float("inf"))
     tl.store(max_logit_ptr + bh * tl.num_programs(0) + block,
              tl.max(tl.where(rows < T, max_logit, float("-inf")), 0))
@@ -945,11 +943,10 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 # done at one time (at least one), from first_pair on. So pairs and heads have several numbers:
 #
 #     pair            0 .. P - 1, in its sequence               columns of q, k, v and of dO
-#     pair_in_batch   b * P + pair
+#     pair_in_batch   b * P + pair                              rows of lse and delta
 #     pair_in_ds      pair_in_batch - first_pair                rows of ds
-#     head_in_pair    0 .. GP (R + N) - 1                       columns of q; rows of lse, delta, ds
-#     index_in_kind   the same without the heads of the other   columns of d_signal, or of d_noise
-#                     kind (signal or noise)
+#     head_in_pair    0 .. GP (R + N) - 1, all its heads        columns of q; rows of lse, delta, ds
+#     index_in_kind   counts signal heads or noise heads only   columns of d_signal or d_noise
 #
 # The lower triangle of dS is cut into tiles of TILE x TILE. Tile (t, s) has the queries of tile row
 # t and the keys of tile column s <= t, and is number t (t + 1) / 2 + s of its head:
@@ -962,8 +959,8 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #
 # A tile is stored transposed, a row for each key and a column for each query. The tiles of a head
 # lie one below the other in ds, a matrix of TILE columns: row (tile number) * TILE + key % TILE and
-# column query % TILE hold dS[query, key]. Thus the tiles of tile row t form a matrix (keys, TILE
-# queries), whose row 0, for key 0, is row t (t + 1) / 2 * TILE of the head.
+# column query % TILE hold dS[query, key]. Thus tile row t is a matrix (keys, TILE queries), which
+# begins, with key 0, at row t (t + 1) / 2 * TILE of the head.
 
 @jit
 def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, delta_ptr, T, H,
@@ -1354,9 +1351,9 @@ def lower_tile(t, num_rows):
     in_band = t - top * (top + 1) // 2                      # the number within the band
     in_triangle = in_band - top * height                    # within the triangle; < 0: left of it
     v = ((tl.sqrt(8.0 * tl.maximum(in_triangle, 0) + 5.0) - 1.0) * 0.5).to(tl.int32)
+    w = in_triangle - v * (v + 1) // 2                      # row v and column w of the triangle
     row = top + tl.where(in_triangle < 0, in_band % height, v)
-    column_in_triangle = in_triangle - v * (v + 1) // 2
-    column = tl.where(in_triangle < 0, in_band // height, top + column_in_triangle)
+    column = tl.where(in_triangle < 0, in_band // height, top + w)
     return row, column
 
 
@@ -1396,8 +1393,8 @@ def symmetric_matmul(X: Tensor, Y: Tensor, alpha: float, addend: Tensor | None =
     """C = alpha X Y^T + beta addend, where the caller knows that C is symmetric.
 
     X and Y (E, m, k), laid out alike, and a contiguous addend (E, m, m) or None -> C (E, m, m): E
-    products at once. Not a custom operator: the optimizer is not compiled, and to dispatch one
-    would take as long as a small product.
+    products at once, by torch.baddbmm where the kernel does not take X. Not a custom operator: the
+    optimizer is not compiled, and to dispatch one would take as long as a small product.
 
     >>> X = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
     >>> symmetric_matmul(X, X, alpha=1.0)
@@ -1405,8 +1402,8 @@ def symmetric_matmul(X: Tensor, Y: Tensor, alpha: float, addend: Tensor | None =
              [11., 25.]]])
     """
     if not can_use_symmetric_matmul(X):
-        return torch.baddbmm(X.new_empty(()) if addend is None else addend, X, Y.mT, beta=beta,
-                             alpha=alpha)
+        C = X.new_empty(()) if addend is None else addend
+        return torch.baddbmm(C, X, Y.mT, beta=beta, alpha=alpha)
 
     E, m, k = X.shape
     tile_rows = -(-m // TILE)
@@ -1474,8 +1471,7 @@ def fits_tma(X: Tensor) -> bool:
 # Each of x, W and dy is scaled along both of its axes, so it is quantised twice: q with a scale for
 # each row of x, and qt with a scale for each row of x^T. For 12.7B and 8,192 tokens, x of a
 # down_proj is (8192, 16384), W (4096, 16384). What is saved for the backward pass are the
-# transposes in FP8, half of the bf16 bytes. The functions below call the sizes of whichever of x, W
-# and dy they quantise (M, N).
+# transposes in FP8, half of the bf16 bytes. Below, what is quantised (x, W or dy) is "x (M, N)".
 #
 # Gradients are in E4M3 as well. E5M2 has more range, which they do not need with a scale per row,
 # and half the precision. Sums are in fp32 (use_fast_accum=False): the fast accumulation of Hopper
