@@ -417,8 +417,8 @@ class PolyNormMul(torch.autograd.Function):
 
 
 def poly_norm_mul(x: Tensor, up: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """PolyNorm(x) * up: x and up (..., n), weight (3,): cubic, square, linear, bias (1,) -> (..., n)
-    in x's dtype. On a CPU too the closed-form gradient is several times faster than autograd's.
+    """PolyNorm(x) * up: x and up (..., n), weight (3,): cubic, square, linear, bias (1,) ->
+    (..., n) in x's dtype. On a CPU too this gradient is several times faster than autograd's.
 
     >>> x, weight = torch.tensor([1, -2, 0.5, -0.25]), torch.tensor([0.4, 0.3, 0.3])
     >>> poly_norm_mul(x, torch.ones(4), weight, torch.tensor([0.05]), eps=1e-6)
