@@ -1351,8 +1351,8 @@ def lower_tile(t, num_rows):
     in_band = t - top * (top + 1) // 2                      # the number within the band
     in_triangle = in_band - top * height                    # within the triangle; < 0: left of it
     v = ((tl.sqrt(8.0 * tl.maximum(in_triangle, 0) + 5.0) - 1.0) * 0.5).to(tl.int32)
-    w = in_triangle - v * (v + 1) // 2                      # row v and column w of the triangle
     row = top + tl.where(in_triangle < 0, in_band % height, v)
+    w = in_triangle - v * (v + 1) // 2                      # row v and column w of the triangle
     column = tl.where(in_triangle < 0, in_band // height, top + w)
     return row, column
 
