@@ -14,10 +14,10 @@ definition, against which tests/test_kernels.py checks it:
 The order is from simple to hard: kernels that go over rows, then kernels that multiply matrices.
 RMSNorm and rotary embeddings have no kernel: torch.compile fuses them well enough by itself.
 
-All sums are in fp32, whatever the dtype of the inputs; what a tensor core multiplies is in the
-dtype of the inputs. Sums have a fixed order, without floating-point atomics, so two runs give the
-same bits. All but symmetric_matmul are custom operators of PyTorch, which torch.compile takes as
-they are.
+Kernels sum in fp32, whatever the dtype of the inputs, and in a fixed order, without floating-point
+atomics, so two runs give the same bits. Tensor cores multiply numbers in the dtype of the inputs;
+linear_fp8 rounds them to FP8 first. Only symmetric_matmul and token_losses launch their kernels
+directly. All else is custom operators of PyTorch, which torch.compile takes as they are.
 
 Letters for sizes are model.py's, unless a section says otherwise: B, T, V, D, G, r, H, K, P, F.
 `n` is the length of a row.
@@ -55,7 +55,7 @@ TILE = 128                # side of the square tiles of attention and of symmetr
 LOSS_CHUNK = 4096         # rows whose logits exist at one time in linear_cross_entropy
 CACHE_BLOCK = 2**18       # elements per block of PolyNorm on a CPU: 1 MiB of fp32 fits an L2 cache
 DS_BYTES = 3 * 2**30      # memory for dS, see the backward pass of attention
-SYMMETRIC_TILES = 264     # with fewer tiles cuBLAS, which computes all of them, is faster
+SYMMETRIC_TILES = 264     # with fewer tiles muonclip.py leaves a symmetric product to cuBLAS
 
 
 def upcast(t: Tensor) -> Tensor:
@@ -71,7 +71,8 @@ def use_triton(x: Tensor) -> bool:
 
 
 def is_hopper(device: torch.device) -> bool:
-    """Whether the GPU has TMA, Hopper's engine that copies tiles between global and shared memory."""
+    """Whether the GPU is a Hopper. The matrix kernels use its TMA, an engine that copies tiles
+    between global and shared memory, and were tried on no other GPU."""
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
@@ -122,8 +123,8 @@ def custom_op(fake: Callable, mutates_args: tuple[str, ...] = ()) -> Callable:
 #     tl.sum(z), tl.dot(a, b, c)   the sum of a block; a @ b + c on the tensor cores
 #
 # Names in capitals that are marked tl.constexpr are known when the kernel is compiled: an `if` on
-# one of them costs nothing, and each combination of them is a kernel of its own. An argument that is
-# None is known as well. At the launch, num_warps says how many warps (of 32 threads) share a
+# one of them costs nothing, and each combination of them is a kernel of its own. An argument that
+# is None is known as well. At the launch, num_warps says how many warps (of 32 threads) share a
 # program, and num_stages how many steps ahead a loop loads. A @jit function that a kernel calls is
 # inlined into it.
 #
@@ -168,12 +169,12 @@ def scale_(x: Tensor, factor: Tensor) -> None:
 #
 # k_p has the r_p^3 of the derivative of r_p: one r_p is in s_p, two come on top. They stay apart
 # because gates of large models reach |x| = 3e5, where r3^3 = 5e-50 is 0 in fp32. Polynomials are
-# evaluated from the inside (Horner's rule), so that x^5 is never formed either.
+# evaluated from the inside (Horner's rule), which saves the powers of x.
 #
 # Why by hand: autograd would keep a dozen tensors as large as x for the backward pass. In this form
 # x, up and r1, r2, r3 of each row are enough, and y is computed again.
 
-def poly_norm_forward_plain(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor,
+def poly_norm_forward_plain(x: Tensor, up: Tensor, weight: Tensor, bias: Tensor,
                             eps: float) -> tuple[Tensor, Tensor]:
     """x and up (rows, n) -> out = polynorm(x) * up, and (r1, r2, r3) of each row (rows, 3)."""
     w3, w2, w1 = upcast(weight)
@@ -190,28 +191,26 @@ def poly_norm_forward_plain(x: Tensor, up: Tensor | None, weight: Tensor, bias: 
 
         r1, r2, r3 = inv_rms[rows].split(1, dim=-1)
         y = horner(z, b, w1 * r1, w2 * r2, w3 * r3)
-        out[rows] = y if up is None else y * up[rows]
+        out[rows] = y * up[rows]
     return out, inv_rms
 
 
-def poly_norm_backward_plain(d_out: Tensor, x: Tensor, up: Tensor | None, weight: Tensor,
-                             bias: Tensor, inv_rms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dx, d_up (no rows if up is None), and the four sums (dw3, dw2, dw1, db)."""
+def poly_norm_backward_plain(d_out: Tensor, x: Tensor, up: Tensor, weight: Tensor, bias: Tensor,
+                             inv_rms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dx, d_up, and the four sums (dw3, dw2, dw1, db)."""
     w3, w2, w1 = upcast(weight)
     b = upcast(bias)
     n = x.shape[-1]
     dx = torch.empty_like(x)
-    d_up = torch.empty_like(x[:0] if up is None else x)
+    d_up = torch.empty_like(x)
     sums = inv_rms.new_zeros(4)
 
     for rows in row_blocks(x):
         z = upcast(x[rows])
-        g = upcast(d_out[rows])
         r1, r2, r3 = inv_rms[rows].split(1, dim=-1)
-        if up is not None:
-            y = horner(z, b, w1 * r1, w2 * r2, w3 * r3)
-            d_up[rows] = g * y
-            g = g * up[rows]
+        d_rows = upcast(d_out[rows])
+        d_up[rows] = d_rows * horner(z, b, w1 * r1, w2 * r2, w3 * r3)
+        g = d_rows * up[rows]
 
         gz = g * z
         z2 = z * z
@@ -267,9 +266,8 @@ def poly_norm_coefficients(weight_ptr, r1, r2, r3):
 
 @jit
 def poly_norm_forward_kernel(x_ptr, up_ptr, weight_ptr, bias_ptr, out_ptr, inv_rms_ptr, n,
-                             x_row_stride, up_row_stride, eps, GATED: tl.constexpr,
-                             BLOCK_SIZE: tl.constexpr):
-    """One program: one row, all of it in registers. GATED: multiply by up."""
+                             x_row_stride, up_row_stride, eps, BLOCK_SIZE: tl.constexpr):
+    """One program: one row, all of it in registers."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK_SIZE)
     mask = i < n
@@ -282,8 +280,7 @@ def poly_norm_forward_kernel(x_ptr, up_ptr, weight_ptr, bias_ptr, out_ptr, inv_r
     r3 = tl.rsqrt(tl.sum(x2 * x2 * x2) / n + eps)
     c1, c2, c3 = poly_norm_coefficients(weight_ptr, r1, r2, r3)
     y = x * (c1 + x * (c2 + x * c3)) + tl.load(bias_ptr).to(tl.float32)
-    if GATED:
-        y *= tl.load(up_ptr + row * up_row_stride + i, mask=mask, other=0).to(tl.float32)
+    y *= tl.load(up_ptr + row * up_row_stride + i, mask=mask, other=0).to(tl.float32)
 
     tl.store(out_ptr + row * n + i, y.to(out_ptr.dtype.element_ty), mask=mask)
     tl.store(inv_rms_ptr + row * 3, r1)
@@ -299,7 +296,7 @@ def load_row(ptr, row_offset, i, n, EVICTION: tl.constexpr):
 @jit
 def poly_norm_backward_kernel(d_out_ptr, x_ptr, up_ptr, weight_ptr, bias_ptr, inv_rms_ptr, dx_ptr,
                               d_up_ptr, sums_ptr, n, d_out_row_stride, x_row_stride, up_row_stride,
-                              GATED: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+                              BLOCK_SIZE: tl.constexpr):
     """One program: one row, in two passes, as x, up, d_out and the results of a whole row are too
     much for the registers. The first pass makes the sums and writes d_up, the second writes dx."""
     row = tl.program_id(0).to(tl.int64)
@@ -317,12 +314,11 @@ def poly_norm_backward_kernel(d_out_ptr, x_ptr, up_ptr, weight_ptr, bias_ptr, in
         # evict_last asks the L2 cache to keep this row for the second pass.
         x = load_row(x_ptr, row * x_row_stride, i, n, "evict_last").to(tl.float32)
         g = load_row(d_out_ptr, row * d_out_row_stride, i, n, "evict_last").to(tl.float32)
-        if GATED:
-            up = load_row(up_ptr, row * up_row_stride, i, n, "evict_last")
-            y = x * (c1 + x * (c2 + x * c3)) + b
-            tl.store(d_up_ptr + row * n + i, (g * y).to(d_up_ptr.dtype.element_ty), i < n,
-                     eviction_policy="evict_first")
-            g *= up.to(tl.float32)
+        up = load_row(up_ptr, row * up_row_stride, i, n, "evict_last")
+        y = x * (c1 + x * (c2 + x * c3)) + b
+        tl.store(d_up_ptr + row * n + i, (g * y).to(d_up_ptr.dtype.element_ty), i < n,
+                 eviction_policy="evict_first")
+        g *= up.to(tl.float32)
         g0 += g
         g *= x
         g1 += g
@@ -342,8 +338,7 @@ def poly_norm_backward_kernel(d_out_ptr, x_ptr, up_ptr, weight_ptr, bias_ptr, in
         i = start + tl.arange(0, BLOCK_SIZE)
         x = load_row(x_ptr, row * x_row_stride, i, n, "evict_first").to(tl.float32)
         g = load_row(d_out_ptr, row * d_out_row_stride, i, n, "evict_first").to(tl.float32)
-        if GATED:
-            g *= load_row(up_ptr, row * up_row_stride, i, n, "evict_first").to(tl.float32)
+        g *= load_row(up_ptr, row * up_row_stride, i, n, "evict_first").to(tl.float32)
         x2 = x * x
         dx = g * (c1 + x * (2 * c2 + x * (3 * c3))) - x * (k1 + x2 * (k2 + x2 * k3))
         tl.store(dx_ptr + row * n + i, dx.to(dx_ptr.dtype.element_ty), i < n,
@@ -364,41 +359,36 @@ def empty_poly_norm_outputs(x, up, weight, bias, eps):
 
 
 @custom_op(empty_poly_norm_outputs)
-def poly_norm_forward(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor,
+def poly_norm_forward(x: Tensor, up: Tensor, weight: Tensor, bias: Tensor,
                       eps: float) -> tuple[Tensor, Tensor]:
     """poly_norm_forward_plain by a kernel."""
     num_rows, n = x.shape
     out, inv_rms = empty_poly_norm_outputs(x, up, weight, bias, eps)
     if num_rows > 0:
         block_size = triton.next_power_of_2(n)
-        up_row_stride = 0 if up is None else up.stride(0)
         poly_norm_forward_kernel[(num_rows,)](
-            x, up, weight, bias, out, inv_rms, n, x.stride(0), up_row_stride, eps,
-            GATED=up is not None, BLOCK_SIZE=block_size,
-            num_warps=min(max(block_size // 2048, 4), 16))
+            x, up, weight, bias, out, inv_rms, n, x.stride(0), up.stride(0), eps,
+            BLOCK_SIZE=block_size, num_warps=min(max(block_size // 2048, 4), 16))
     return out, inv_rms
 
 
 def fake_poly_norm_backward(d_out, x, up, weight, bias, inv_rms):
-    d_up = torch.empty_like(x[:0] if up is None else x)
-    return torch.empty_like(x), d_up, inv_rms.new_empty(4)
+    return torch.empty_like(x), torch.empty_like(x), inv_rms.new_empty(4)
 
 
 @custom_op(fake_poly_norm_backward)
-def poly_norm_backward(d_out: Tensor, x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor,
+def poly_norm_backward(d_out: Tensor, x: Tensor, up: Tensor, weight: Tensor, bias: Tensor,
                        inv_rms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """poly_norm_backward_plain by a kernel."""
     num_rows, n = x.shape
     dx = torch.empty_like(x)
-    d_up = torch.empty_like(x[:0] if up is None else x)
+    d_up = torch.empty_like(x)
     sums = inv_rms.new_empty(4, num_rows)
     if num_rows > 0:
         block_size = 4096 if n > 2048 else min(triton.next_power_of_2(n), 1024)
-        up_row_stride = 0 if up is None else up.stride(0)
         poly_norm_backward_kernel[(num_rows,)](
             d_out, x, up, weight, bias, inv_rms, dx, d_up, sums, n, d_out.stride(0), x.stride(0),
-            up_row_stride, GATED=up is not None, BLOCK_SIZE=block_size,
-            num_warps=max(block_size // 512, 4))
+            up.stride(0), BLOCK_SIZE=block_size, num_warps=max(block_size // 512, 4))
     return dx, d_up, sums.sum(1)
 
 
@@ -408,7 +398,7 @@ def contiguous_last_dim(t: Tensor) -> Tensor:
 
 
 class PolyNormMul(torch.autograd.Function):
-    """out = polynorm(x) * up for x and up (rows, n); up may be None."""
+    """out = polynorm(x) * up for x and up (rows, n)."""
 
     @staticmethod
     def forward(ctx, x, up, weight, bias, eps):
@@ -423,24 +413,20 @@ class PolyNormMul(torch.autograd.Function):
         x, up, weight, bias, inv_rms = ctx.saved_tensors
         backward = poly_norm_backward if use_triton(x) else poly_norm_backward_plain
         dx, d_up, sums = backward(contiguous_last_dim(d_out), x, up, weight, bias, inv_rms)
-        if up is None:
-            d_up = None
         return dx, d_up, sums[:3].to(weight.dtype), sums[3:].to(bias.dtype), None
 
 
-def poly_norm_mul(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """PolyNorm(x) * up, or PolyNorm(x) where up is None.
-
-    x and up (..., n), weight (3,): cubic, square, linear, bias (1,) -> (..., n) in x's dtype. On a
-    CPU too the closed-form gradient is several times faster than autograd through the definition.
+def poly_norm_mul(x: Tensor, up: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """PolyNorm(x) * up: x and up (..., n), weight (3,): cubic, square, linear, bias (1,) ->
+    (..., n) in x's dtype. On a CPU too this gradient is several times faster than autograd's.
 
     >>> x, weight = torch.tensor([1, -2, 0.5, -0.25]), torch.tensor([0.4, 0.3, 0.3])
-    >>> poly_norm_mul(x, None, weight, torch.tensor([0.05]), eps=1e-6)
+    >>> poly_norm_mul(x, torch.ones(4), weight, torch.tensor([0.05]), eps=1e-6)
     tensor([ 0.5548, -0.6834,  0.2289, -0.0076])
     """
     n = x.shape[-1]
     x_rows = contiguous_last_dim(x.reshape(-1, n))
-    up_rows = None if up is None else contiguous_last_dim(up.reshape(-1, n))
+    up_rows = contiguous_last_dim(up.reshape(-1, n))
     out = PolyNormMul.apply(x_rows, up_rows, contiguous_last_dim(weight), bias, eps)
     return out.view(x.shape)
 
@@ -449,7 +435,7 @@ def poly_norm_mul(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor, ep
 #
 # The r signal heads of a group subtract the same noise head (12.7B: G = 8 groups, r = 4, rows of
 # 2D = 256). So one program takes whole groups and reads their noise once. It lays them out as a
-# block (GROUPS, R, W), with r and 2D rounded up to powers of two, R and W.
+# block (GROUPS, R_PADDED, W_PADDED): r and 2D rounded up to powers of two.
 #
 # With z = signal - lambda noise, normed = z inv_rms and y = normed weight the gradients are
 #
@@ -461,11 +447,11 @@ def poly_norm_mul(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor, ep
 @jit
 def differential_norm_forward_kernel(signal_ptr, noise_ptr, lambda_ptr, weight_ptr, out_ptr,
                                      num_groups, r, width, eps, GROUPS: tl.constexpr,
-                                     R: tl.constexpr, W: tl.constexpr):
+                                     R_PADDED: tl.constexpr, W_PADDED: tl.constexpr):
     """One program: GROUPS groups, each one noise head and its r signal heads."""
     g = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None, None]
-    h = tl.arange(0, R)[None, :, None]
-    i = tl.arange(0, W)[None, None, :]
+    h = tl.arange(0, R_PADDED)[None, :, None]
+    i = tl.arange(0, W_PADDED)[None, None, :]
     noise_mask = (g < num_groups) & (i < width)
     offsets = (g * r + h) * width + i
 
@@ -481,17 +467,17 @@ def differential_norm_forward_kernel(signal_ptr, noise_ptr, lambda_ptr, weight_p
 @jit
 def differential_norm_backward_kernel(dy_ptr, signal_ptr, noise_ptr, lambda_ptr, weight_ptr,
                                       d_signal_ptr, d_noise_ptr, sums_ptr, num_groups, r, width,
-                                      eps, GROUPS: tl.constexpr, R: tl.constexpr,
-                                      W: tl.constexpr):
+                                      eps, GROUPS: tl.constexpr, R_PADDED: tl.constexpr,
+                                      W_PADDED: tl.constexpr):
     """A persistent kernel: a few programs per multiprocessor, each striding over the groups, so
-    that there are few partial sums of d_weight and d_lambda to add up afterwards. They are kept per
-    lane: no thread waits for another inside the loop."""
-    h = tl.arange(0, R)[None, :, None]
-    i = tl.arange(0, W)[None, None, :]
+    that there are few partial sums of d_weight and d_lambda to add up afterwards. The loop sums
+    over the heads; the sum over GROUPS comes after it, d_lambda's over the width in PyTorch."""
+    h = tl.arange(0, R_PADDED)[None, :, None]
+    i = tl.arange(0, W_PADDED)[None, None, :]
     lambda_ = tl.load(lambda_ptr).to(tl.float32)
     weight = tl.load(weight_ptr + i, mask=i < width, other=0).to(tl.float32)
-    d_weight = tl.zeros((GROUPS, 1, W), tl.float32)
-    d_lambda = tl.zeros((GROUPS, 1, W), tl.float32)
+    d_weight = tl.zeros((GROUPS, 1, W_PADDED), tl.float32)
+    d_lambda = tl.zeros((GROUPS, 1, W_PADDED), tl.float32)
 
     first_group = tl.program_id(0).to(tl.int64) * GROUPS
     for start in range(first_group, num_groups, tl.num_programs(0) * GROUPS):
@@ -511,7 +497,7 @@ def differential_norm_backward_kernel(dy_ptr, signal_ptr, noise_ptr, lambda_ptr,
         dz = inv_rms * (d_normed - normed * (tl.sum(d_normed * normed, 2, keep_dims=True) / width))
         tl.store(d_signal_ptr + offsets, dz.to(d_signal_ptr.dtype.element_ty), mask=mask)
 
-        # Lanes r to R hold no head and must not count.
+        # Lanes from r on hold no head and must not count.
         dz = tl.sum(tl.where(h < r, dz, 0.0), 1, keep_dims=True)
         d_noise = (-lambda_ * dz).to(d_noise_ptr.dtype.element_ty)
         tl.store(d_noise_ptr + g * width + i, d_noise, mask=noise_mask)
@@ -531,8 +517,8 @@ def differential_norm_forward(signal: Tensor, noise: Tensor, lambda_: Tensor, we
     num_groups = noise[..., 0].numel()
     if num_groups > 0:
         differential_norm_forward_kernel[(triton.cdiv(num_groups, 4),)](
-            signal, noise, lambda_, weight, out, num_groups, r, width, eps, GROUPS=4,
-            R=triton.next_power_of_2(r), W=triton.next_power_of_2(width), num_warps=2)
+            signal, noise, lambda_, weight, out, num_groups, r, width, eps, GROUPS=4, num_warps=2,
+            R_PADDED=triton.next_power_of_2(r), W_PADDED=triton.next_power_of_2(width))
     return out
 
 
@@ -553,7 +539,8 @@ def differential_norm_backward(dy: Tensor, signal: Tensor, noise: Tensor, lambda
     if num_groups > 0:
         differential_norm_backward_kernel[(num_programs,)](
             dy, signal, noise, lambda_, weight, d_signal, d_noise, sums, num_groups, r, width, eps,
-            GROUPS=4, R=triton.next_power_of_2(r), W=triton.next_power_of_2(width), num_warps=4)
+            R_PADDED=triton.next_power_of_2(r), W_PADDED=triton.next_power_of_2(width), GROUPS=4,
+            num_warps=4)
     d_weight, d_lambda = sums.sum(0)
     return d_signal, d_noise, d_lambda.sum().to(lambda_.dtype), d_weight.to(weight.dtype)
 
@@ -597,30 +584,34 @@ def fused_differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weig
 # ---- Linear cross entropy: F.cross_entropy(x @ weight.T, targets)
 #
 # The vocabulary is the widest dimension of the model. In Motif-2-12.7B the logits of 8,192 tokens
-# are 8192 x 219520: 3.4 GiB in bf16, twice that in fp32, and autograd wants them two or three times.
+# are 8192 x 219520: 3.4 GiB in bf16, 6.7 in fp32, and autograd wants them two or three times.
 #
 # So they never exist all at once. We take LOSS_CHUNK tokens, compute their logits (cuBLAS), turn
 # these *in place* into their gradient
 #
 #     dlogits = scale (softmax(logits) - onehot(target))                            (chunk, V)
 #
-# and multiply that on at once, dx = dlogits weight and dweight += dlogits^T x, before the next chunk
-# reuses the memory. So the forward pass already makes both gradients, and the backward pass only
-# multiplies them by the gradient of the loss, which is 1 in training. The price: one backward pass
-# only (autograd refuses a second, as scale_ has changed what was saved).
+# and multiply that on at once, dx = dlogits weight and dweight += dlogits^T x, before the next
+# chunk reuses the memory. So the forward pass already makes both gradients, and the backward pass
+# only multiplies them by the gradient of the loss, which is 1 in training. The price: one backward
+# pass only (autograd refuses a second, as scale_ has changed what was saved).
 #
 # `scale` belongs inside. Had the caller divided the loss by the number of tokens instead, the
 # gradients would first be rounded to bf16 and then multiplied and rounded again.
+#
+# dweight is summed in the dtype of the weight, so a bf16 one is rounded after each chunk: over
+# 4,096 tokens it was off by 0.20% in one chunk, by 0.23% in 2, 0.36% in 8 and 0.67% in 32. A sum in
+# fp32 would take twice the memory of the weight.
 
 @jit
 def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, scale_ptr, V, GRADIENT: tl.constexpr,
                          BLOCK_SIZE: tl.constexpr):
     """One program: the loss of one token, logsumexp(logits) - logits[target], in nats.
 
-    A negative target is ignored: its loss is 0. A target >= V gives NaN. With GRADIENT the logits
-    are then overwritten by (softmax - onehot) * scale. For that BLOCK_SIZE must be at least the
-    number of threads: else Triton gives one element to several threads, and one of them may read
-    what another has already overwritten.
+    A negative target is ignored: its loss is 0, and so is its gradient, if its logits are finite. A
+    target >= V gives NaN. With GRADIENT the logits are then overwritten by (softmax - onehot) *
+    scale. For that BLOCK_SIZE must be at least the number of threads: else Triton gives one element
+    to several threads, and one of them may read what another has already overwritten.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * V
@@ -652,8 +643,6 @@ def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, scale_ptr, V, GRAD
             i = start + tl.arange(0, BLOCK_SIZE)
             p = tl.exp(tl.load(logits_ptr + i, mask=i < V, other=0).to(tl.float32) - lse)
             dlogits = (p - tl.where(i == target, 1.0, 0.0)) * factor
-            # factor is 0 for an ignored token, but 0 * NaN is NaN, where its logits are NaN.
-            dlogits = tl.where(is_real, dlogits, 0.0)
             tl.store(logits_ptr + i, dlogits.to(logits_ptr.dtype.element_ty), mask=i < V)
 
 
@@ -665,15 +654,17 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor | None,
     if use_triton(logits):
         losses = logits.new_empty(num_rows, dtype=torch.float32)
         block_size = min(max(triton.next_power_of_2(V), 512), 4096)
-        cross_entropy_kernel[(num_rows,)](logits, targets, losses, scale, V, GRADIENT=gradient,
-                                          BLOCK_SIZE=block_size, num_warps=8)
+        # token_losses calls this outside of a custom operator, which would choose the device.
+        with torch.cuda.device_of(logits):
+            cross_entropy_kernel[(num_rows,)](logits, targets, losses, scale, V, GRADIENT=gradient,
+                                              BLOCK_SIZE=block_size, num_warps=8)
         return losses
 
     z = upcast(logits)
     index = targets.clamp(min=0)[:, None]
     is_real = (targets >= 0)[:, None]
     lse = z.logsumexp(-1, keepdim=True)
-    losses = ((lse - z.gather(1, index)) * is_real)[:, 0]
+    losses = torch.where(is_real, lse - z.gather(1, index), 0)[:, 0]
     if gradient:
         # In place: fp32 logits, which z then is itself, are the largest tensor of a step.
         softmax = z.sub_(lse).exp_().mul_(is_real)
@@ -744,7 +735,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean",
                          scale: float = 1.0) -> Tensor:
-    """scale times the cross entropy, in nats, of the logits x @ weight.T, which are never all there.
+    """scale times the cross entropy, in nats, of the logits x @ weight.T, never all there at once.
 
     x (N, n), weight (V, n), targets (N,), negative where a token does not count -> fp32 scalar: the
     "sum" over the tokens that count, or their "mean" (0 if there is none). Not for autocast.
@@ -793,13 +784,13 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 #     i == R   the noise head: reads key head 2 * pair + 1        h = 4 reads key head 1
 #     both read value head `pair`, which is DV = 2D wide          h = 5 .. 8 read key head 2, ...
 #
-# So is_noise = i // R. R is r, and N is 1. For plain grouped-query attention N is 0: then a "pair"
-# is one key head, and a group is the R query heads that read it. The heads of one pair are
-# neighbours, and head_in_pair counts them: h = pair * GP * (R + N) + head_in_pair.
+# So is_noise = i // R. R is r itself, not rounded up, and N is 1. For plain grouped-query attention
+# N is 0: then a "pair" is one key head, and a group is the R query heads that read it. The heads of
+# one pair are neighbours, and head_in_pair counts them: h = pair * GP * (R + N) + head_in_pair.
 #
-# q, k and v are seen as matrices of B * T rows, q with H * D columns and so on. So sequence b begins
-# at row b * T, and head h at column h * D. TMA copies blocks of them: desc.load([row, column]). The
-# last block of a sequence may have more than its T rows. What do its loads without a mask read?
+# q, k and v are seen as matrices of B * T rows, q with H * D columns and so on. So sequence b
+# begins at row b * T, and head h at column h * D. desc.load([row, column]) copies a block by TMA.
+# The last block of a sequence may reach beyond its T rows. What do loads without a mask read there?
 #
 #     behind the last sequence    zeros: TMA reads nothing outside a tensor.
 #     behind sequence b           rows of sequence b + 1. As keys they come after all queries of
@@ -818,16 +809,16 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 #
 # A new block first raises m_i; what was summed before is then too large by the same factor, so l_i
 # and acc are multiplied by alpha = exp(m_old - m_i). At the end out = acc / l_i, and m_i is the
-# largest logit of the row, for free. By hand, with powers of 2: logits 1, 3 in the first block, 4 in
-# the second. After the first m_i = 3, l_i = 2^-2 + 2^0 = 1.25. The second raises m_i to 4, so
+# largest logit of the row, for free. By hand, with powers of 2: logits 1, 3 in the first block, 4
+# in the second. After the first m_i = 3, l_i = 2^-2 + 2^0 = 1.25. The second raises m_i to 4, so
 # alpha = 2^-1 and l_i = 1.25 * 0.5 + 2^0 = 1.625, which is 2^(1-4) + 2^(3-4) + 2^(4-4).
 #
 # Powers of 2 are what the GPU has an instruction for, so logits are scaled by qk_scale =
-# log2(e) / sqrt(D), and exp2 is applied. Saved for the backward pass is only lse = m_i + log2(l_i)
-# of each row, from which p = exp2(q.k * qk_scale - lse) can be had again.
+# log2(e) / sqrt(D), and exp2 is applied. Besides inputs and outputs, only lse = m_i + log2(l_i) of
+# each row is saved for the backward pass: from it p = exp2(q.k * qk_scale - lse) can be had again.
 #
-# Documents. Rows may be packed with several: query t then sees the keys doc_start[t], ..., t. Blocks
-# of keys before the first row's document are skipped.
+# Documents. Rows may be packed with several: query t then sees the keys doc_start[t], ..., t.
+# Blocks of keys before the first row's document are skipped.
 
 @jit
 def attention_forward_sweep(Q, acc, m_i, l_i, k_desc, v_desc, seq_row, k_col, v_col, rows,
@@ -865,8 +856,8 @@ def output_of_head(signal_ptr, noise_ptr, h, H, R: tl.constexpr, N: tl.constexpr
 
 @jit
 def block_pointers(ptr, first_vector, num_heads, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Addresses of a block (ROWS, WIDTH): one head of ROWS tokens of a (B * T, num_heads, WIDTH)
-    tensor. first_vector is token * num_heads + head of the first of its rows."""
+    """Addresses of t[token : token + ROWS, head], a block (ROWS, WIDTH), for a contiguous t (B * T,
+    num_heads, WIDTH) that begins at ptr. first_vector is token * num_heads + head, in int64."""
     ptr += first_vector * WIDTH
     return ptr + (tl.arange(0, ROWS)[:, None] * (num_heads * WIDTH) + tl.arange(0, WIDTH)[None, :])
 
@@ -905,18 +896,20 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
                                                 v_col, rows, doc_start, 0, masked_lo, qk_scale,
                                                 False, BN)
     else:
-        # Documents lie one after the other: none of the later rows looks further back than the first.
+        # Documents lie one after the other: no later row looks further back than the first.
         masked_lo = tl.load(doc_start_ptr + b * T + m0) // BN * BN
         doc_start = tl.load(doc_start_ptr + b * T + rows, rows < T, 0)
     acc, m_i, l_i = attention_forward_sweep(Q, acc, m_i, l_i, k_desc, v_desc, b * T, k_col, v_col,
                                             rows, doc_start, masked_lo, hi, qk_scale, True, BN)
 
-    # Rows beyond T get lse = inf, so that the backward pass finds p = exp2(... - inf) = 0 there. lse
-    # has room for them: each head has tl.num_programs(0) whole blocks.
+    # Rows beyond T get lse = inf, so that the backward pass finds p = exp2(... - inf) = 0 there.
+    # lse has room for them: each head has tl.num_programs(0) whole blocks.
     lse = tl.where(rows < T, m_i + tl.log2(l_i), float("inf"))
     tl.store(lse_ptr + tl.cast(bh, tl.int64) * (tl.num_programs(0) * BM) + rows, lse)
+    # A maximum drops a NaN, but the sum l_i keeps it. NaN == NaN is False: then inf tells QK-clip.
+    max_logit = tl.where(l_i == l_i, m_i, float("inf"))
     tl.store(max_logit_ptr + bh * tl.num_programs(0) + block,
-             tl.max(tl.where(rows < T, m_i, float("-inf")), 0))
+             tl.max(tl.where(rows < T, max_logit, float("-inf")), 0))
 
     out_ptr, num_heads, index = output_of_head(signal_ptr, noise_ptr, h, H, R, N)
     first_vector = tl.cast(b * T + m0, tl.int64) * num_heads + index
@@ -927,30 +920,33 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 
 # ---- The backward pass of attention
 #
-# For one head, with S = Q K^T / sqrt(D), P = softmax(S) and O = P V, and dO the gradient of O:
+# For one head, with S = Q K^T / sqrt(D), p = softmax(S) and O = p V, and dO the gradient of O:
 #
-#     dV = P^T dO
-#     dP = dO V^T
-#     dS = P * (dP - delta),      delta = rowsum(P * dP) = rowsum(O * dO)      one number per row
+#     dV = p^T dO
+#     dP = dO V^T                                                              the gradient of p
+#     dS = p * (dP - delta),      delta = rowsum(p * dP) = rowsum(O * dO)      one number per row
 #     dQ = dS K / sqrt(D)
 #     dK = dS^T Q / sqrt(D)
 #
-# dS is the derivative of the softmax: p_i = exp(s_i) / sum exp(s_j) gives dp_i / ds_j =
-# p_i ((i == j) - p_j). That delta is also rowsum(O * dO) follows from O = P V, and needs no T x T
+# dS is the derivative of the softmax: in one row p_i = exp(s_i) / sum exp(s_j), so dp_i / ds_j =
+# p_i ((i == j) - p_j). That delta is also rowsum(O * dO) follows from O = p V, and needs no T x T
 # matrix. A key head collects dK from all query heads that read it, a value head dV from R + N of
 # them in each group.
 #
 # dK and dV want a program per block of keys, which goes over the queries; dQ wants the opposite.
 # FlashAttention-2 lets both recompute S and dP (seven products of matrices), or lets the first add
 # to dQ with atomics (five, but in random order, so no two runs agree to the bit). Here the first
-# kernel writes dS to memory in bf16 and the second reads it: five products (six where dV has a pass
-# of its own), and no atomics.
+# kernel writes dS to memory, in q's dtype, and the second reads it: five products (six where dV has
+# a pass of its own), and no atomics.
 #
-# Pairs of key heads are numbered over the whole batch: a sequence has P of them, `pair` is a pair's
-# number within sequence b, and pair_in_batch = b * P + pair. dS of one pair at T = 16,384 is
-# 1.3 GiB, so only as many pairs as fit DS_BYTES are done at one time (at least one): those from
-# first_pair on. In the memory for dS these pairs, and their heads, count from 0: pair_in_ds and
-# head_in_ds.
+# dS of one pair of key heads at T = 16,384 is 1.3 GiB, so only as many pairs as fit DS_BYTES are
+# done at one time (at least one), from first_pair on. So pairs and heads have several numbers:
+#
+#     pair            0 .. P - 1, in its sequence               columns of q, k, v and of dO
+#     pair_in_batch   b * P + pair                              rows of lse and delta
+#     pair_in_ds      pair_in_batch - first_pair                rows of ds
+#     head_in_pair    0 .. GP (R + N) - 1, all its heads        columns of q; rows of lse, delta, ds
+#     index_in_kind   counts signal heads or noise heads only   columns of d_signal or d_noise
 #
 # The lower triangle of dS is cut into tiles of TILE x TILE. Tile (t, s) has the queries of tile row
 # t and the keys of tile column s <= t, and is number t (t + 1) / 2 + s of its head:
@@ -961,8 +957,10 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #             t = 2            3     4     5
 #             t = 3            6     7     8     9
 #
-# A tile is stored transposed, TILE rows of keys by TILE columns of queries. The tiles lie one below
-# the other in a matrix of TILE columns, so a tile row is a matrix (all its keys, TILE queries).
+# A tile is stored transposed, a row for each key and a column for each query. The tiles of a head
+# lie one below the other in ds, a matrix of TILE columns: row (tile number) * TILE + key % TILE and
+# column query % TILE hold dS[query, key]. Thus tile row t is a matrix (keys, TILE queries), which
+# begins, with key 0, at row t (t + 1) / 2 * TILE of the head.
 
 @jit
 def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, delta_ptr, T, H,
@@ -984,27 +982,26 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 
 @jit
 def attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc, ds_desc, ds_row,
-                         tiles_per_head, seq_row, first_head, pair, n0, doc_end, lo, hi, qk_scale,
+                         tiles_per_head, seq_row, lse_row, pair, n0, doc_end, lo, hi, qk_scale,
                          IS_NOISE: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr,
                          N: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                          BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
                          NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
     """What the query rows lo to hi add to dK and dV of the keys K (BN, D). One loop goes over all
-    heads of the pair that are signal heads, or noise heads if IS_NOISE, and over their rows. The
-    products are transposed: P^T and dS^T are (BN, BM), keys by queries. seq_row is the sequence's
-    first row in q; first_head is the pair's first row in lse and delta, ds_row in ds."""
+    heads of the pair that are signal heads, or noise heads if IS_NOISE, and over their rows. Here p
+    and dS are (BN, BM), keys by queries. First rows: seq_row of the sequence in q and dO, lse_row
+    of the pair in lse and delta, ds_row of the pair in ds."""
     heads_per_group: tl.constexpr = 1 if IS_NOISE else R
     num_blocks = (hi - lo + BM - 1) // BM
     for step in range(0, GP * heads_per_group * num_blocks):
-        # index_in_pair counts the pair's signal (or noise) heads, head_in_pair all its heads.
-        index_in_pair = step // num_blocks
+        index_in_kind = step // num_blocks
         m0 = lo + step % num_blocks * BM
-        group_in_pair = index_in_pair // heads_per_group
-        head_in_pair = group_in_pair * (R + N) + IS_NOISE * R + index_in_pair % heads_per_group
+        group_in_pair = index_in_kind // heads_per_group
+        head_in_pair = group_in_pair * (R + N) + IS_NOISE * R + index_in_kind % heads_per_group
         rows = m0 + tl.arange(0, BM)
         Q = q_desc.load([seq_row + m0, (pair * (GP * (R + N)) + head_in_pair) * D])
-        dO = d_out_desc.load([seq_row + m0, (pair * (GP * heads_per_group) + index_in_pair) * DV])
-        lse = lse_desc.load([first_head + head_in_pair, m0]).reshape(BM)
+        dO = d_out_desc.load([seq_row + m0, (pair * (GP * heads_per_group) + index_in_kind) * DV])
+        lse = lse_desc.load([lse_row + head_in_pair, m0]).reshape(BM)
 
         p = tl.exp2(tl.dot(K, Q.T) * qk_scale - lse[None, :])
         if MASKED:
@@ -1015,7 +1012,7 @@ def attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
             dV = tl.dot(p.to(dO.dtype), dO, dV)
         if NEED_DK:
             dP = tl.dot(V, dO.T)
-            delta = delta_desc.load([first_head + head_in_pair, m0]).reshape(1, BM)
+            delta = delta_desc.load([lse_row + head_in_pair, m0]).reshape(1, BM)
             dS = (p * (dP - delta)).to(Q.dtype)
             t = m0 // TILE
             tile = head_in_pair * tiles_per_head + t * (t + 1) // 2 + n0 // TILE
@@ -1025,13 +1022,13 @@ def attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
 
 
 @jit
-def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_noise_desc, lse_desc,
-                          delta_desc, dk_ptr, dv_ptr, ds_desc, first_pair, T, P, qk_scale, sm_scale,
-                          R: tl.constexpr, N: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
-                          DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
-                          NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
-    """One program: BN keys of one pair: dK of its signal and its noise key head, dV, and their part
-    of dS. The grid is (blocks of keys, pairs whose dS has room)."""
+def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_noise_desc,
+                          lse_desc, delta_desc, dk_ptr, dv_ptr, ds_desc, first_pair, T, P,
+                          qk_scale, sm_scale, R: tl.constexpr, N: tl.constexpr, GP: tl.constexpr,
+                          D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                          TILE: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
+    """One program: BN keys of one pair. NEED_DK: dK of its signal and its noise key head, and dS,
+    which ds has room for. NEED_DV: dV. The grid is (blocks of keys, pairs from first_pair on)."""
     pair_in_ds = tl.program_id(1)
     pair_in_batch = first_pair + pair_in_ds
     b = pair_in_batch // P
@@ -1039,7 +1036,7 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
     n0 = tl.program_id(0) * BN
     n = tl.arange(0, BN)
     heads_per_pair: tl.constexpr = GP * (R + N)
-    first_head = (b * P + pair) * heads_per_pair
+    lse_row = pair_in_batch * heads_per_pair
     tile_rows = (T + TILE - 1) // TILE
     tiles_per_head = tile_rows * (tile_rows + 1) // 2
     ds_row = pair_in_ds * heads_per_pair * tiles_per_head * TILE
@@ -1065,13 +1062,13 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
         dK = tl.zeros([BN, D], tl.float32) if NEED_DK else 0
         d_out_desc = d_noise_desc if IS_NOISE else d_signal_desc
         dK, dV = attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
-                                      ds_desc, ds_row, tiles_per_head, b * T, first_head, pair, n0,
+                                      ds_desc, ds_row, tiles_per_head, b * T, lse_row, pair, n0,
                                       doc_end, lo, masked_hi, qk_scale, IS_NOISE, True, R, N, GP,
                                       D, DV, BM, BN, TILE, NEED_DK, NEED_DV)
         if doc_end_ptr is None:
             # All later queries see all of these keys.
             dK, dV = attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
-                                          ds_desc, ds_row, tiles_per_head, b * T, first_head, pair,
+                                          ds_desc, ds_row, tiles_per_head, b * T, lse_row, pair,
                                           n0, doc_end, masked_hi, T, qk_scale, IS_NOISE, False, R,
                                           N, GP, D, DV, BM, BN, TILE, NEED_DK, NEED_DV)
         if NEED_DK:
@@ -1080,8 +1077,7 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
             dK = (dK * sm_scale).to(dk_ptr.dtype.element_ty)
             tl.store(dk_ptrs, dK, (n0 + n < T)[:, None])
     if NEED_DV:
-        dv_ptrs = dv_ptr + (first_row * P + pair) * DV
-        dv_ptrs = dv_ptrs + n[:, None] * (P * DV) + tl.arange(0, DV)[None, :]
+        dv_ptrs = block_pointers(dv_ptr, first_row * P + pair, P, BN, DV)
         tl.store(dv_ptrs, dV.to(dv_ptr.dtype.element_ty), (n0 + n < T)[:, None])
 
 
@@ -1090,10 +1086,10 @@ def attention_dq_kernel(ds_desc, k_desc, doc_start_ptr, dq_ptr, first_pair, T, P
                         R: tl.constexpr, N: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
                         BN: tl.constexpr, TILE: tl.constexpr):
     """One program: dQ = dS K / sqrt(D) for one tile row t of one head. The grid is (tile rows,
-    heads of the pairs whose dS is there)."""
+    heads of the pairs in ds)."""
     heads_per_pair: tl.constexpr = GP * (R + N)
     t = tl.num_programs(0) - 1 - tl.program_id(0)
-    head_in_ds = tl.program_id(1)
+    head_in_ds = tl.program_id(1)         # pair_in_ds * heads_per_pair + head_in_pair
     pair_in_batch = first_pair + head_in_ds // heads_per_pair
     b = pair_in_batch // P
     pair = pair_in_batch % P
@@ -1170,6 +1166,9 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
                       num_noise_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> signal, noise, lse in base 2, the largest logit of each head (H,)."""
     s = AttentionShape(q, v, num_noise_heads)
+    if s.B * s.H > 65535:       # CUDA's limit for the second dimension of a grid
+        raise ValueError(f"fused attention takes up to 65,535 sequences x heads at a time, not "
+                         f"{s.B} x {s.H}; use smaller micro-batches")
     signal, noise, lse, _ = empty_attention_outputs(q, k, v, doc_start, num_noise_heads)
     max_logit = q.new_empty(s.B, s.H, s.tile_rows, dtype=torch.float32)   # of each block of rows
     BN, num_stages = (128, 2) if s.DV > s.D else (64, 3)
@@ -1180,9 +1179,9 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
     return signal, noise, lse, max_logit.amax((0, 2)) * math.log(2)
 
 
-# How attention_dkdv_kernel is launched. Where both accumulators, dK (BN, D) and dV (BN, DV) in fp32,
-# fit the registers, one pass makes both. Where they do not, at D = 128 with values of 256, dV has a
-# pass of its own: P is computed twice, and blocks of keys may be twice as large.
+# How attention_dkdv_kernel is launched. Where both accumulators, dK (BN, D) and dV (BN, DV) in
+# fp32, fit the registers, one pass makes both. Where they do not, at D = 128, dV has a pass of its
+# own: p is computed twice, and blocks of keys may be twice as large.
 ONE_PASS = dict(BM=64, BN=64, NEED_DK=True, NEED_DV=True, num_warps=4, num_stages=2)
 DV_PASS = dict(BM=64, BN=128, NEED_DK=False, NEED_DV=True, num_warps=8, num_stages=3)
 DK_PASS = dict(BM=64, BN=128, NEED_DK=True, NEED_DV=False, num_warps=8, num_stages=2)
@@ -1275,8 +1274,8 @@ class FusedAttention(torch.autograd.Function):
 
 
 def can_fuse_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the kernels take these inputs: on a Hopper GPU (for TMA), in fp16 or bf16, with as
-    many queries as keys, heads of 16 to 128, and values as wide as the keys or twice as wide."""
+    """Whether the kernels take these inputs: on a Hopper GPU, in fp16 or bf16 (in the interpreter
+    in any dtype), with as many queries as keys, and values as wide as the keys or twice as wide."""
     if not use_triton(q):
         return False
     if not INTERPRET and (q.dtype == torch.float32 or not is_hopper(q.device)):
@@ -1291,18 +1290,18 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
     """The two softmaxes of grouped differential attention, each times the values.
 
     q (B, T, H, D), k (B, T, K, D), v (B, T, P, Dv), doc_start (B, T) or None -> signal (B, T, G, r,
-    Dv), noise (B, T, G, 1, Dv), the largest visible logit of each query head (H,). With
-    num_noise_heads = 0 it is plain grouped-query attention: P = K, signal (B, T, K, H / K, Dv), and
-    noise has no heads."""
+    Dv), noise (B, T, G, 1, Dv), max_logits (H,): the largest visible logit of each query head, inf
+    if one is NaN. With num_noise_heads = 0 it is plain grouped-query attention: P = K, signal (B,
+    T, K, H / K, Dv), and noise has no heads."""
     return FusedAttention.apply(q, k, v, doc_start, num_noise_heads)
 
 
 # ---- Symmetric products, for Newton-Schulz (muonclip.py)
 #
 # Newton-Schulz multiplies matrices whose product is known to be symmetric: X X^T, and products of
-# polynomials in X X^T, which commute. So it is enough to compute the tiles on and below the diagonal,
-# and to write each one twice, the second time transposed. BLAS calls this syrk. That is half of the
-# FLOPs: for a 4096 x 16384 matrix 0.27 instead of 0.55 TFLOP a product.
+# polynomials in X X^T, which commute. So it is enough to compute the tiles on and below the
+# diagonal, and to write each one twice, the second time transposed. BLAS calls this syrk. That is
+# half of the FLOPs: for a 4096 x 16384 matrix 0.27 instead of 0.55 TFLOP a product.
 #
 # lower_tile tells a program which tile is its own. Row by row would be the natural numbering: row i
 # begins at t = i (i + 1) / 2. But the programs that run at one time should share rows of X and Y,
@@ -1334,10 +1333,11 @@ def lower_tiles(num_rows: int, band: int = 8) -> list[tuple[int, int]]:
 def lower_tile(t, num_rows):
     """Row and column of tile number t, with bands of eight.
 
-    Row by row, tile t would be in row i = (sqrt(8 t + 1) - 1) / 2, rounded down. (With 5 in place
-    of 1 it is the same, and a square root that comes out a little too small does no harm.) Row i is
-    in the right band, since a band has the same numbers in either order. Two tiles of the picture
-    above, which has bands of two; everything is counted from 0:
+    Row by row, tile t would be in row i = (sqrt(8 t + 1) - 1) / 2, rounded down: for the first tile
+    of row i, 8 t + 1 is (2i + 1)^2, for its last (2i + 3)^2 - 8. (The code has 5 in place of 1.
+    That gives the same i, and leaves room for rounding at both ends.) Row i is in the right band,
+    since a band has the same numbers in either order. Two tiles of the picture above, which has
+    bands of two; everything is counted from 0:
 
         t = 5    i = 2: the band of rows 2 and 3. It begins at number 2 * 3 / 2 = 3, so t is its
                  number 2. Each of its 2 columns before the triangle has 2 tiles, so 2 is the top
@@ -1346,22 +1346,23 @@ def lower_tile(t, num_rows):
                  is number 2 in it, which is row 1 and column 1 there: row 3, column 3.
     """
     i = ((tl.sqrt(8.0 * t + 5.0) - 1.0) * 0.5).to(tl.int32)
-    top = i // 8 * 8                      # first row of the band
+    top = i // 8 * 8                                        # first row of the band
     height = min(num_rows - top, 8)
-    t -= top * (top + 1) // 2             # the number within the band
-    v = t - top * height                  # the number within the triangle; < 0: left of it
-    q = ((tl.sqrt(8.0 * tl.maximum(v, 0) + 5.0) - 1.0) * 0.5).to(tl.int32)
-    i = tl.where(v < 0, t % height, q)
-    j = tl.where(v < 0, t // height, top + v - q * (q + 1) // 2)
-    return top + i, j
+    in_band = t - top * (top + 1) // 2                      # the number within the band
+    in_triangle = in_band - top * height                    # within the triangle; < 0: left of it
+    v = ((tl.sqrt(8.0 * tl.maximum(in_triangle, 0) + 5.0) - 1.0) * 0.5).to(tl.int32)
+    row = top + tl.where(in_triangle < 0, in_band % height, v)
+    w = in_triangle - v * (v + 1) // 2                      # row v and column w of the triangle
+    column = tl.where(in_triangle < 0, in_band // height, top + w)
+    return row, column
 
 
 @jit
-def symmetric_kernel(X_desc, Y_desc, D_desc, C_desc, m, k, alpha, beta, ADD: tl.constexpr,
+def symmetric_kernel(X_desc, Y_desc, addend_desc, C_desc, m, k, alpha, beta, ADD: tl.constexpr,
                      ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_SIZE_K: tl.constexpr):
-    """One program: one tile of C = alpha X Y^T + beta D on or below the diagonal, and its mirror
-    image. The grid is (tiles, E). X and Y (E, m, k) have contiguous rows if ROWS; else they come as
-    their transposes (E, k, m). ADD: there is a D."""
+    """One program: one tile of C = alpha X Y^T + beta addend on or below the diagonal, and its
+    mirror image. The grid is (tiles, E). X and Y (E, m, k) have contiguous rows if ROWS; else they
+    come as their transposes (E, k, m). ADD: there is an addend."""
     e = tl.program_id(1)
     tile_i, tile_j = lower_tile(tl.program_id(0), tl.cdiv(m, BLOCK_SIZE))
     i = tile_i * BLOCK_SIZE
@@ -1378,7 +1379,8 @@ def symmetric_kernel(X_desc, Y_desc, D_desc, C_desc, m, k, alpha, beta, ADD: tl.
         acc = tl.dot(x, yT, acc, input_precision="ieee")
     acc *= alpha
     if ADD:
-        acc += beta * D_desc.load([e, i, j]).reshape(BLOCK_SIZE, BLOCK_SIZE).to(tl.float32)
+        addend = addend_desc.load([e, i, j]).reshape(BLOCK_SIZE, BLOCK_SIZE)
+        acc += beta * addend.to(tl.float32)
 
     tile = acc.to(C_desc.dtype)
     C_desc.store([e, i, j], tile.reshape(1, BLOCK_SIZE, BLOCK_SIZE))
@@ -1386,30 +1388,26 @@ def symmetric_kernel(X_desc, Y_desc, D_desc, C_desc, m, k, alpha, beta, ADD: tl.
         C_desc.store([e, j, i], tile.T.reshape(1, BLOCK_SIZE, BLOCK_SIZE))
 
 
-def symmetric_matmul(X: Tensor, Y: Tensor, alpha: float, D: Tensor | None = None,
+def symmetric_matmul(X: Tensor, Y: Tensor, alpha: float, addend: Tensor | None = None,
                      beta: float = 0.0) -> Tensor:
-    """C = alpha X Y^T + beta D, where the caller knows that C is symmetric.
+    """C = alpha X Y^T + beta addend, where the caller knows that C is symmetric.
 
-    X and Y (E, m, k), D (E, m, m) or None -> C (E, m, m): E products at once. Computed by the kernel
-    where it can and where that is faster, else by torch.baddbmm. Not a custom operator: the optimizer
-    is not compiled, and to dispatch one would take as long as a small product.
+    X and Y (E, m, k), laid out alike, and a contiguous addend (E, m, m) or None -> C (E, m, m): E
+    products at once, by torch.baddbmm where the kernel does not take X. Not a custom operator: the
+    optimizer is not compiled, and to dispatch one would take as long as a small product.
 
     >>> X = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
     >>> symmetric_matmul(X, X, alpha=1.0)
     tensor([[[ 5., 11.],
              [11., 25.]]])
     """
+    if not can_use_symmetric_matmul(X):
+        C = X.new_empty(()) if addend is None else addend
+        return torch.baddbmm(C, X, Y.mT, beta=beta, alpha=alpha)
+
     E, m, k = X.shape
     tile_rows = -(-m // TILE)
     tiles = tile_rows * (tile_rows + 1) // 2
-    others = [Y] if D is None else [Y, D]
-    fits = can_use_symmetric_matmul(X, *others) and X.stride(2) == Y.stride(2)
-    pays = E * tiles >= SYMMETRIC_TILES or INTERPRET
-    if not fits or not pays:
-        if D is None:
-            return torch.baddbmm(X.new_empty(()), X, Y.mT, beta=0, alpha=alpha)
-        return torch.baddbmm(D, X, Y.mT, beta=beta, alpha=alpha)
-
     C = X.new_empty(E, m, m)
     by_rows = X.stride(2) == 1
     if by_rows:
@@ -1418,18 +1416,18 @@ def symmetric_matmul(X: Tensor, Y: Tensor, alpha: float, D: Tensor | None = None
     else:
         X_desc = tma(X.mT, 1, 64, TILE)
         Y_desc = tma(Y.mT, 1, 64, TILE)
-    D_desc = tma(C if D is None else D, 1, TILE, TILE)
+    addend_desc = tma(C if addend is None else addend, 1, TILE, TILE)
     C_desc = tma(C, 1, TILE, TILE)
     with torch.cuda.device_of(X):
-        symmetric_kernel[tiles, E](X_desc, Y_desc, D_desc, C_desc, m, k, alpha, beta,
-                                   ADD=D is not None, ROWS=by_rows, BLOCK_SIZE=TILE,
+        symmetric_kernel[tiles, E](X_desc, Y_desc, addend_desc, C_desc, m, k, alpha, beta,
+                                   ADD=addend is not None, ROWS=by_rows, BLOCK_SIZE=TILE,
                                    BLOCK_SIZE_K=64, num_warps=4, num_stages=3)
     return C
 
 
-def can_use_symmetric_matmul(X: Tensor, *others: Tensor) -> bool:
-    """Whether the kernel takes X, and then Y and D: fp16 or bf16 on a Hopper GPU, and aligned as TMA
-    wants it. X and Y may have contiguous rows or columns, D must have contiguous rows."""
+def can_use_symmetric_matmul(X: Tensor) -> bool:
+    """Whether the kernel takes X (E, m, k), with contiguous rows or columns: fp16 or bf16 on a
+    Hopper GPU, and aligned as TMA wants it."""
     if not use_triton(X):
         return False
     if X.is_cuda and not is_hopper(X.device):
@@ -1438,23 +1436,23 @@ def can_use_symmetric_matmul(X: Tensor, *others: Tensor) -> bool:
         dtype_ok = X.dtype != torch.bfloat16    # Triton's interpreter multiplies bf16 wrongly
     else:
         dtype_ok = X.dtype.itemsize == 2
-    D_ok = len(others) < 2 or others[1].stride(2) == 1
-    return dtype_ok and D_ok and all(fits_tma(t) for t in (X, *others))
+    return dtype_ok and fits_tma(X)
 
 
-def fits_tma(t: Tensor) -> bool:
-    """Whether TMA can read matrices (E, rows, columns): rows or columns must be contiguous, and the
+def fits_tma(X: Tensor) -> bool:
+    """Whether TMA can read X and write the product: rows or columns must be contiguous, and the
     address, the other strides and, for the result's rows, the sizes be multiples of 16 bytes."""
-    steps = [size * t.dtype.itemsize for size in (*t.shape[1:], *t.stride()) if size != 1]
-    aligned = all(step % 16 == 0 for step in steps) and t.data_ptr() % 16 == 0
-    return aligned and 1 in t.stride()[1:]
+    contiguous = 1 in X.stride()[1:]
+    steps = [*X.shape[1:], *(stride for stride in X.stride() if stride != 1)]
+    aligned = all(step * X.dtype.itemsize % 16 == 0 for step in steps)
+    return contiguous and aligned and X.data_ptr() % 16 == 0
 
 
 # ---- FP8: a linear layer whose products have 8-bit inputs
 #
-# Hopper's tensor cores multiply FP8 twice as fast as bf16. The format used here, E4M3, has a sign, 4
-# bits of exponent and 3 of mantissa. Its largest number is 448, its smallest 2^-9, and there are 8
-# numbers from one power of 2 to the next: rounding changes a number by up to 1/16 of its size. As
+# Hopper's tensor cores multiply FP8 twice as fast as bf16. The format used here, E4M3, has a sign,
+# 4 bits of exponent and 3 of mantissa. Its largest number is 448, its smallest 2^-9, and there are
+# 8 numbers from one power of 2 to the next: rounding changes a number by up to 1/16 of its size. As
 # that range is small, x is divided by a scale first, so that its largest |x| becomes 448:
 #
 #     s = max|x| / 448,      q = round(x / s) in FP8,      x is about s q
@@ -1473,7 +1471,7 @@ def fits_tma(t: Tensor) -> bool:
 # Each of x, W and dy is scaled along both of its axes, so it is quantised twice: q with a scale for
 # each row of x, and qt with a scale for each row of x^T. For 12.7B and 8,192 tokens, x of a
 # down_proj is (8192, 16384), W (4096, 16384). What is saved for the backward pass are the
-# transposes in FP8, half of the bf16 bytes.
+# transposes in FP8, half of the bf16 bytes. Below, what is quantised (x, W or dy) is "x (M, N)".
 #
 # Gradients are in E4M3 as well. E5M2 has more range, which they do not need with a scale per row,
 # and half the precision. Sums are in fp32 (use_fast_accum=False): the fast accumulation of Hopper
@@ -1494,8 +1492,9 @@ def quantize_rows(x: Tensor) -> list[Tensor]:
     >>> s[:, None] * q.float()
     tensor([[ 0.1004, -3.0000,  6.0000]])
     """
-    s = x.float().abs().amax(1).clamp(min=TINY) * (1 / 448)
-    q = (x.float() * s.reciprocal()[:, None]).clamp(-448, 448).to(FP8)
+    x = x.float()
+    s = x.abs().amax(1).clamp(min=TINY) * (1 / 448)
+    q = (x * s.reciprocal()[:, None]).to(FP8)
     return [q, s]
 
 

@@ -43,11 +43,11 @@ import kernels
 #
 #     X  <-  (a I + b A + c A A) X   =   U diag(a s + b s^3 + c s^5) V^T
 #
-# It leaves U and V alone and sends every s to a polynomial of s. Five polynomials, one after the
-# other, bring every s above 0.002 near 1, those of "motif" to between 0.85 and 1.15. A smaller s
-# grows up to 490-fold and stays below. (Near is enough: Keller Jordan's leave s between 0.68 and
-# 1.2, and train as well.) Five steps on the 280 matrices of the 12.7B model take 1.0e15 FLOPs, as
-# many as training it on 13,000 tokens; one optimizer step trains on millions of tokens.
+# It leaves U and V alone and sends every s to a polynomial of s. The five polynomials of the table
+# "motif" below, one after the other, bring every s from 0.002 to 1 to between 0.85 and 1.15; a
+# smaller s grows at most 493-fold. (Near 1 is enough: Keller Jordan's leave s between 0.68 and 1.2,
+# and train as well.) Five steps on the 280 matrices of the 12.7B model take 1.0e15 FLOPs, as many
+# as training it on 13,000 tokens; one optimizer step trains on millions of tokens.
 
 # (a, b, c) of the polynomials. "Error": |O O^T - I|_F / sqrt(m) of a Gaussian 512 x 2048 matrix.
 COEFFICIENTS = {
@@ -69,7 +69,7 @@ COEFFICIENTS = {
         (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)]}
 
-# The start X is divided by this too. Rounding in bf16 can leave s up to 1.003, and polar_express,
+# X starts as u / (START_MARGIN |u|_F). Rounding in bf16 can leave s up to 1.003, and polar_express,
 # which climbs steeply there, diverges from 1.022 on: 1.03 goes to 2.24, 5.7, 2575 and so on.
 START_MARGIN = {"quintic": 1.0, "motif": 1.0, "polar_express": 1.02}
 
@@ -104,9 +104,10 @@ def plain_newton_schulz(u: Tensor, steps: int = 5, coefficients: str = "motif") 
 # of mantissa. The larger range of bf16 is not needed.
 #
 # Scale. |X|_F = 1 means that the entries of X are about 1 / sqrt(m n), 1.2e-4 for 4096 x 16384,
-# and below 6.1e-5 fp16 loses bits (subnormal numbers). So we keep sX = SCALE X, and sA, sB, sQ. 64
-# is the largest safe power of two: plain_steps holds ssA = SCALE^2 A, whose entries reach 64^2 *
-# 1.99^2 = 16,000, as s reaches 1.99 with polar_express; 128 gives 65,000, and fp16 ends at 65,504.
+# and below 6.1e-5 fp16 loses bits (subnormal numbers). So the code keeps larger multiples. An s
+# before a name means times SCALE, ss times SCALE^2: sX = SCALE X, and ssA = sX sX^T = SCALE^2 A. 64
+# is the largest safe power of two: singular values reach 1.99 with polar_express, so entries of ssA
+# reach 64^2 * 1.99^2 = 16,000; 128 gives 65,000, and fp16 ends at 65,504.
 
 SCALE = 64.0
 
@@ -114,7 +115,7 @@ SCALE = 64.0
 def newton_schulz(u: Tensor, steps: int = 5, coefficients: str = "motif",
                   dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Compute plain_newton_schulz of each matrix in u (..., m, n), cast to `dtype` first -> O
-    (..., m, n) in `dtype`. 1e30 u and 1e-30 u give the same O; 0 gives 0."""
+    (..., m, n) in `dtype`. 1e30 u and 1e-30 u give the same O, up to rounding; 0 gives 0."""
     m, n = u.shape[-2:]
     matrices = u.to(dtype).contiguous().view(-1, m, n)
     O = torch.empty_like(matrices)
@@ -124,15 +125,16 @@ def newton_schulz(u: Tensor, steps: int = 5, coefficients: str = "motif",
     tall = m > n
     if tall:
         sX = sX.mT
+    E, m, n = sX.shape              # m <= n from here on
 
-    # All products but the last are symmetric, so half of each need not be computed. But too few
-    # tiles in all do not fill a GPU; then cuBLAS, which computes both halves, is faster.
+    # In gram_steps all products but X = Q X are symmetric, so half of each need not be computed.
+    # But too few tiles do not fill a GPU; then cuBLAS, which computes both halves, is faster.
     table = COEFFICIENTS[coefficients][:steps]
-    tile_rows = math.ceil(sX.shape[1] / kernels.TILE)
-    tiles = len(sX) * tile_rows * (tile_rows + 1) // 2
+    tile_rows = math.ceil(m / kernels.TILE)
+    tiles = E * tile_rows * (tile_rows + 1) // 2
     if tiles >= kernels.SYMMETRIC_TILES and kernels.can_use_symmetric_matmul(sX):
         # A nearly square X is about as small as A, so working on A alone would save nothing.
-        wide = sX.shape[2] >= 1.2 * sX.shape[1]
+        wide = n >= 1.2 * m
         sX = gram_steps(sX, table, span=3 if wide else 1)
     else:
         sX = plain_steps(sX, table)
@@ -162,8 +164,7 @@ def normalize(matrices: Tensor, margin: float) -> Tensor:
 
 
 def plain_steps(sX: Tensor, table: list) -> Tensor:
-    """Run Newton-Schulz on sX (E, m, n) in three calls a step, since for small matrices the calls
-    are what takes the time."""
+    """Run Newton-Schulz on sX (E, m, n) in few calls, since calls are what small matrices cost."""
     for a, b, c in table:
         ssA = torch.bmm(sX, sX.mT)
         B = torch.baddbmm(ssA, ssA, ssA, beta=b / SCALE**2, alpha=c / SCALE**4)
@@ -180,7 +181,7 @@ def gram_steps(sX: Tensor, table: list, span: int) -> Tensor:
     all symmetric, since they are polynomials in one matrix.
 
     Then compute A from X again: rounding makes eigenvalues of A that should be 0 a little negative,
-    and these grow by about a^2 = 16 in each step, harmless for three steps in fp16, two in bf16."""
+    and these grow by about a^2 = 16 in each step. In fp16 that is harmless for three steps."""
     # symmetric(X, Y, alpha, addend, beta) is alpha X Y^T + beta addend.
     symmetric = kernels.symmetric_matmul
     for first in range(0, len(table), span):
@@ -206,16 +207,14 @@ def gram_steps(sX: Tensor, table: list, span: int) -> Tensor:
 
 
 # ---- The update
-#
-# On a GPU torch.compile fuses each of the two functions here into one pass over memory.
 
 compiled = functools.cache(torch.compile)
 
 
 def compile_rowwise(function):
-    """Decorator: view the first two tensors, which have the same size, as (rows, 1024) if 1024
-    divides it, and compile the function on a GPU. Then only the number of rows differs from matrix
-    to matrix, so that one compiled kernel serves all, and can move 16 bytes at a time."""
+    """Decorator: view the first two tensors, of the same size, as (rows, 1024) if 1024 divides it,
+    and on a GPU compile the function into one pass over memory. Only the number of rows differs
+    from matrix to matrix, so one compiled kernel serves all, and can move 16 bytes at a time."""
     def call(first, second, *args):
         width = math.gcd(first.numel(), 1024)
         first = first.view(-1, width)
@@ -229,8 +228,7 @@ def compile_rowwise(function):
 @compile_rowwise
 def add_to_momentum(momentum: Tensor, G: Tensor, mu: Tensor, skip: Tensor,
                     dtype: torch.dtype) -> Tensor:
-    """momentum = mu * momentum + G, in place -> u = G + mu * momentum, in dtype. If `skip` is true
-    (see MuonClip.step), G counts as 0."""
+    """momentum = mu * momentum + G, in place -> u = G + mu * momentum, in dtype; G is 0 if skip."""
     G = G.masked_fill(skip, 0)
     torch.addcmul(G, momentum, mu, out=momentum)
     return torch.addcmul(G, momentum, mu).to(dtype)
@@ -238,8 +236,7 @@ def add_to_momentum(momentum: Tensor, G: Tensor, mu: Tensor, skip: Tensor,
 
 @compile_rowwise
 def apply_update(weight: Tensor, O: Tensor, decay: Tensor, rate: Tensor) -> Tensor:
-    """weight = decay * weight - rate * O, in place -> the norms of the rows that compile_rowwise
-    made of O; only their total is used."""
+    """weight = decay * weight - rate * O, in place -> the norms of the rows that O is viewed in."""
     weight.mul_(decay).addcmul_(O, rate, value=-1)
     return torch.linalg.vector_norm(O, dim=1, dtype=weight.dtype)
 
@@ -313,8 +310,7 @@ def qk_clip(q_weight: Tensor, k_weight: Tensor, max_logits: Tensor, kv_map, head
 
 
 def scale_rows(weight: Tensor, factors: Tensor) -> None:
-    """Multiply row i of weight (rows, columns) by factors[i], in place. Each rank scales the rows
-    that it holds; a shard may end within a head."""
+    """Multiply row i of weight (rows, columns) by factors[i], in place; each rank in its shard."""
     if hasattr(weight, "placements"):
         mesh = weight.device_mesh
         box = local_slices(weight.shape, mesh.shape, shard_dims(weight), mesh.get_coordinate())
@@ -349,10 +345,10 @@ class MuonClip(torch.optim.Optimizer):
         in qk_clip. tau = 0 switches it off.
 
     On many ranks all ranks of a mesh call step() together, with the same `skip`. Parameters that
-    are not DTensors belong to each process, and the caller reduces their gradients.
+    are not DTensors belong to each process; the caller reduces their gradients, and max_logits.
 
-    After a step, update_rms[p] is the RMS of a matrix's last update divided by lr, and
-    heads_clipped how many heads QK-clip scaled. Only reading these tensors waits for the device."""
+    After a step, update_rms[p] is the RMS of a matrix's last update divided by lr, heads_clipped
+    how many heads were above tau. Only reading these tensors waits for the device."""
 
     def __init__(self, muon_params, adamw_params, *, lr: float, momentum: float = 0.95,
                  weight_decay: float = 0.1, betas=(0.9, 0.95), eps: float = 1e-8,
@@ -400,9 +396,9 @@ class MuonClip(torch.optim.Optimizer):
         know whether other ranks have a gradient, so one that is missing counts as 0.
 
         max_logits (layers, H): the largest logit of each head that this rank has seen, for QK-clip.
-        skip (0-dim bool tensor): if true, nothing changes, whatever gradients and logits hold (NaN,
-        say). The device decides, without a host sync: gradients count as 0, mu as 1, lr as 0, and
-        AdamW takes skip as found_inf, its flag for an overflow under loss scaling."""
+        skip (0-dim bool tensor): if true, no weight and no state changes, even if gradients or
+        logits are NaN. The device decides, without a host sync: gradients count as 0, mu as 1, lr
+        as 0, and AdamW takes skip as found_inf, its flag for an overflow under loss scaling."""
         if skip is None:
             device = self.param_groups[0]["params"][0].device
             skip = torch.zeros((), dtype=torch.bool, device=device)
@@ -421,8 +417,9 @@ class MuonClip(torch.optim.Optimizer):
         whole = [p for p in group["params"] if p.grad is not None and not is_spread(p)]
         for params in batches_of_one_shape(whole):
             updates = [self.add_gradient(p, now) for p in params]
-            # One matrix, which may be large, is not copied.
-            stacked = torch.stack(updates) if len(updates) > 1 else updates[0][None]
+            stacked = updates[0][None]          # one matrix, which may be large, is not copied
+            if len(updates) > 1:
+                stacked = torch.stack(updates)
             results = newton_schulz(stacked, **self.ns_options)
             for p, O in zip(params, results):
                 self.apply_result(p, O, now)
@@ -494,8 +491,7 @@ def configure_optimizer(model, *, optimizer: str = "muonclip", poly_norm_lr_scal
                         **options) -> MuonClip:
     """Make the optimizer of a model.Motif: Muon for the seven matrices of each layer, AdamW for all
     else, QK-clip on every layer. "adamw", to compare with: AdamW for everything, no QK-clip.
-    PolyNorm's weights and biases train with poly_norm_lr_scale times the learning rate. options:
-    arguments of MuonClip."""
+    PolyNorm's parameters train with poly_norm_lr_scale times lr. options: arguments of MuonClip."""
     layers = model.model.layers
     matrices = []
     qk = []
@@ -596,10 +592,10 @@ def local_slices(shape, mesh_sizes, dims, coords) -> tuple[slice, ...]:
     box = [slice(0, n) for n in shape]
     for size, dim, coord in zip(mesh_sizes, dims, coords):
         if dim is not None:
-            last = box[dim].stop
-            length = math.ceil((last - box[dim].start) / size)
-            first = min(box[dim].start + coord * length, last)
-            box[dim] = slice(first, min(first + length, last))
+            whole = box[dim]
+            length = math.ceil((whole.stop - whole.start) / size)
+            first = min(whole.start + coord * length, whole.stop)
+            box[dim] = slice(first, min(first + length, whole.stop))
     return tuple(box)
 
 
@@ -631,7 +627,8 @@ def assign_owners(shapes, ranks: int) -> tuple[list, list]:
     busy = [0] * ranks                              # FLOPs given to each rank so far
     owner = [0] * len(shapes)
     chunks = []
-    for i in sorted(range(len(shapes)), key=lambda i: -flops[i]):
+    by_falling_flops = sorted(range(len(shapes)), key=lambda i: -flops[i])
+    for i in by_falling_flops:
         owner[i] = busy.index(min(busy))
         k = busy[owner[i]] // window
         if k == len(chunks):
@@ -687,16 +684,19 @@ class MuonShardGroup:
             for i in chunk:
                 owner = self.owner[i]
                 dims = shard_dims[i]
-                boxes = [local_slices(shapes[i], mesh.shape, dims, at) for at in coords.tolist()]
-                sizes = torch.tensor([math.prod(s.stop - s.start for s in box) for box in boxes])
+                self.slices[i] = []
+                sizes = torch.zeros(ranks, dtype=torch.int64)
+                for r, at in enumerate(coords.tolist()):
+                    box = local_slices(shapes[i], mesh.shape, dims, at)
+                    self.slices[i].append(box)
+                    sizes[r] = math.prod(s.stop - s.start for s in box)
 
-                # The owner's replica sends u: the ranks with the owner's coordinates in all mesh
-                # dimensions that replicate the matrix.
+                # The owner's replica sends u: it has the owner's coordinates in all dimensions of
+                # the mesh that replicate the matrix.
                 replicated = [d for d, dim in enumerate(dims) if dim is None]
                 agrees = coords[:, replicated] == coords[owner, replicated]
                 is_sender = agrees.all(1)
 
-                self.slices[i] = boxes
                 self.is_sender[i] = is_sender.tolist()
                 u_counts[k, :, owner] += sizes * is_sender
                 O_counts[k, owner, :] += sizes
@@ -777,8 +777,8 @@ class MuonShardGroup:
 
 
 def build_shard_groups(matrices: list[Tensor], dtype: torch.dtype) -> list[MuonShardGroup]:
-    """Make this rank's MuonShardGroup for each device mesh; with HSDP it has those replicas that
-    share owners with this rank's."""
+    """Make one MuonShardGroup for each device mesh; with HSDP only for the replicas that share
+    owners with this rank's replica."""
     by_mesh = {}
     for p in matrices:
         if is_spread(p):

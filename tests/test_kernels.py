@@ -56,10 +56,6 @@ def poly_norm_formula(x, up, weight, bias):
     return (weight[0] * powers[0] + weight[1] * powers[1] + weight[2] * powers[2] + bias) * up
 
 
-def poly_norm_alone(x, weight, bias):
-    return poly_norm_mul(x, None, weight, bias, EPS)
-
-
 def poly_norm_alone_formula(x, weight, bias):
     return poly_norm_formula(x, 1, weight, bias)
 
@@ -99,7 +95,6 @@ def cross_entropy_formula(x, weight, reduction="mean"):
 OPERATIONS = {
     "poly_norm_mul": (partial(poly_norm_mul, eps=EPS), poly_norm_formula,
                       [(2, 3, 5), (2, 3, 5), (3,), (1,)]),
-    "poly_norm": (poly_norm_alone, poly_norm_alone_formula, [(3, 5), (3,), (1,)]),
     "poly_norm, definition": (model.poly_norm, poly_norm_alone_formula, [(3, 5), (3,), (1,)]),
     "rms_norm": (partial(model.rms_norm, eps=EPS), rms_norm_formula, [(2, 3, 5), (5,)]),
     "rope": (rope, rope_formula, [(2, 3, 2, 6)]),
@@ -154,7 +149,8 @@ def test_poly_norm_gives_the_published_values():
     weight = torch.tensor([0.4, 0.3, 0.3])
     bias = torch.tensor([0.05])
     published = torch.tensor([0.554770092, -0.683406429, 0.228869677, -0.007551985])
-    torch.testing.assert_close(poly_norm_alone(x, weight, bias), published, rtol=1e-6, atol=1e-8)
+    ours = poly_norm_mul(x, torch.ones(4), weight, bias, EPS)
+    torch.testing.assert_close(ours, published, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(torch.from_numpy(reference.poly_norm(x, weight, bias)),
                                published.double(), rtol=1e-7, atol=1e-8)
 
@@ -307,7 +303,6 @@ def poisoned():
 KERNELS = {
     "poly_norm_mul": (partial(poly_norm_mul, eps=EPS),
                       lambda rows, n: [(rows, n), (rows, n), (3,), (1,)]),
-    "poly_norm": (poly_norm_alone, lambda rows, n: [(rows, n), (3,), (1,)]),
     "differential_norm": (partial(model.differential_norm, scale=0.7, eps=1e-5),
                           lambda rows, n: [(1, rows, 2, 3, n), (1, rows, 2, 1, n), (), (n,)]),
 }
@@ -401,6 +396,15 @@ def test_the_loss_kernel_is_as_exact_as_plain_pytorch(vocabulary, fused, poisone
     assert all((t == 0).all() for t in outcome(none, [x, head]))
 
 
+def test_the_loss_of_a_token_without_a_target_is_0_whatever_its_logits(fused):
+    x, head = (torch.randn(n, 16, device=DEVICE, dtype=DTYPES[1]) for n in (3, 7))
+    x[1] = torch.nan
+    targets = torch.tensor([1, -1, 2], device=DEVICE)
+    plain = partial(linear_cross_entropy, x.double(), head.double(), targets)
+    ours = linear_cross_entropy(x, head, targets)
+    assert ours.isfinite() and ours.item() == pytest.approx(plain().item(), rel=1e-2)
+
+
 def test_targets_may_be_strided_and_one_beyond_the_vocabulary_gives_nan(fused):
     x, head = (torch.randn(n, 16, device=DEVICE, dtype=DTYPES[1]) for n in (6, 7))
     pairs = torch.randint(7, (6, 2), device=DEVICE)
@@ -462,6 +466,27 @@ def test_document_starts_may_be_int64_and_expanded(fused):
     assert not ours[0].isnan().any()
 
 
+def test_a_logit_that_is_nan_shows_in_the_largest_of_its_head_alone(fused):
+    """One in a query and one in a key, which QK-clip then does not take for small ones."""
+    q, k, v = (torch.randn(1, 40, heads, 16, device=DEVICE, dtype=DTYPES[1]) for heads in (4, 2, 2))
+    expected = attention(0)(q, k, v)[1].flatten()
+    q[0, 3, 1] = torch.nan
+    largest = attention(0)(q, k, v)[1].flatten()
+    assert torch.equal(largest.isfinite().cpu(), torch.tensor([True, False, True, True]))
+    assert torch.equal(largest[[0, 2, 3]], expected[[0, 2, 3]])
+    k[0, 7, 1] = torch.nan
+    largest = attention(0)(q, k, v)[1].flatten()
+    assert torch.equal(largest.isfinite().cpu(), torch.tensor([True, False, False, False]))
+    assert largest[0] == expected[0]
+
+
+def test_more_heads_than_a_grid_has_room_for_are_refused(fused):
+    q, k, v = (torch.randn(32768, 1, 2, 16, device=DEVICE, dtype=DTYPES[1])
+               for _ in range(3))
+    with pytest.raises(ValueError, match="65,535"):
+        attention(0)(q, k, v)
+
+
 # ---- symmetric products
 
 def place_of_tile(places_ptr, num_rows):
@@ -483,8 +508,7 @@ def test_tiles_are_numbered_as_the_plain_numbering_says(fused):
 
 # E, m, k: one tile; some with a part of one; more than the eight rows that a band has
 @pytest.mark.parametrize("E, m, k", [(1, 32, 80), (3, 264, 48), (1, 1168, 16)])
-def test_a_symmetric_product_is_as_exact_as_torchs(E, m, k, fused, poisoned, monkeypatch):
-    monkeypatch.setattr(kernels, "SYMMETRIC_TILES", 0)
+def test_a_symmetric_product_is_as_exact_as_torchs(E, m, k, fused, poisoned):
     for dtype in DTYPES[-2:] if m == 264 else DTYPES[-1:]:
         by_rows = torch.randn(E, m, k).to(DEVICE, dtype)
         by_columns = torch.randn(E, k, m).to(DEVICE, dtype).mT
@@ -494,12 +518,11 @@ def test_a_symmetric_product_is_as_exact_as_torchs(E, m, k, fused, poisoned, mon
             assert_symmetric_product(x, d + d.mT, -1.5)
 
 
-def assert_symmetric_product(x, D, beta):
-    """3 x (x / 2)^T + beta D by the kernel, against float64 and torch.baddbmm."""
-    C = kernels.symmetric_matmul(x, x * 0.5, 3.0, D, beta)
-    wide = x.double()
-    true = kernels.symmetric_matmul(wide, wide * 0.5, 3.0, None if D is None else D.double(), beta)
-    twin = torch.baddbmm(x.new_zeros(()) if D is None else D, x, x.mT * 0.5, beta=beta, alpha=3.0)
+def assert_symmetric_product(x, addend, beta):
+    """3 x (x / 2)^T + beta addend by the kernel, against float64 and torch.baddbmm."""
+    C = kernels.symmetric_matmul(x, x * 0.5, 3.0, addend, beta)
+    twin = plain_symmetric_product(x, addend, beta)
+    true = plain_symmetric_product(x.double(), None if addend is None else addend.double(), beta)
     assert C.dtype == x.dtype
     assert distance(C, true) <= 1.1 * distance(twin, true) + 1e-6 * true.norm()
 
@@ -511,9 +534,14 @@ def assert_symmetric_product(x, D, beta):
     assert torch.equal(below, above.mT)
 
 
-def test_a_product_that_tma_cannot_read_is_torchs(fused):
+def plain_symmetric_product(x, addend, beta):
+    addend = x.new_zeros(()) if addend is None else addend
+    return torch.baddbmm(addend, x, x.mT * 0.5, beta=beta, alpha=3.0)
+
+
+def test_a_product_that_tma_cannot_read_or_write_is_torchs(fused):
     wide = torch.randn(2, 32, 64, device=DEVICE)
-    for x in wide[:, :, 1:20], wide[:, ::2, ::2], wide.double():
+    for x in wide[:, :, 1:20], wide[:, ::2, ::2], wide[:, :1], wide.double():
         torch.testing.assert_close(kernels.symmetric_matmul(x, x, 2.0), 2 * x @ x.mT)
 
 

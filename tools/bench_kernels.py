@@ -107,7 +107,6 @@ def checks() -> Iterator[Check]:
     n = 16384
     weights = [normal_fp32(3), normal_fp32(1)]
     polynorm = partial(poly_norm_mul, eps=1e-6)
-    yield Check("poly_norm", partial(poly_norm_alone, eps=1e-6), [normal(3, n), *weights])
     yield Check("poly_norm_mul", polynorm, [normal(3, n), normal(3, n), *weights])
 
     yield Check("differential_norm", partial(differential_norm, scale=0.7, eps=1e-5),
@@ -120,16 +119,12 @@ def checks() -> Iterator[Check]:
     yield Check("linear_cross_entropy", linear_cross_entropy,
                 [normal(4, 64), normal(219520, 64), targets])
 
-    m = 4096 if GPU else 272           # on a GPU a small product is left to cuBLAS
+    m = 4096 if GPU else 272
     x = normal(1, m, 64).detach()
     d = normal(1, m, m).detach()
     yield Check("symmetric, rows", gram, [x])
     yield Check("symmetric, columns", gram_plus, [x.mT.contiguous().mT, d + d.mT])
     yield Check("linear_fp8", linear_fp8, [normal(256, 512), normal(384, 512)], exact=F.linear)
-
-
-def poly_norm_alone(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return poly_norm_mul(x, None, weight, bias, eps)
 
 
 def attention_checks() -> Iterator[Check]:
@@ -229,11 +224,6 @@ def plain_poly_norm_mul(x: Tensor, up: Tensor, weight: Tensor, bias: Tensor) -> 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
-
-
-def time_poly_norm() -> dict:
-    inputs = [normal(8192, 16384), normal_fp32(3), normal_fp32(1)]
-    return measure("GB/s", (4, 10), partial(poly_norm_alone, eps=1e-6), inputs, model.poly_norm)
 
 
 def time_poly_norm_mul() -> dict:
@@ -378,7 +368,6 @@ def time_linear_fp8() -> dict:
 
 WIDE, SMALL = "2x4096, 32 + 8 heads of 128", "16x1024, 8 + 2 heads of 64"
 TABLE = {
-    "PolyNorm, 8192x16384": time_poly_norm,
     "PolyNorm x up, 8192x16384": time_poly_norm_mul,
     "RMSNorm (torch.compile), 65536x4096": time_rms_norm,
     "add + RMSNorm (torch.compile), 65536x4096": time_add_and_rms_norm,
