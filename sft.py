@@ -69,7 +69,8 @@ from support.weights import model_folder, read_json, tensor_files
 #     3 linguistic            stage 2 without what is redundant or of little      a light
 #       precision             value, by diversity and coherence                   continuation
 #
-# Config's defaults are what the report gives for stage 1. The others have the same here, lr aside.
+# Config's defaults are what the report gives for stage 1. The others have the same here, but for
+# lr, data and filters.
 # The report's data are not public. Unless --data names others, a stage reads conversations that
 # synthetic/conversations.py generates, stages 2 and 3 in different balance:
 #
@@ -139,8 +140,10 @@ class Config(TrainConfig):
     epochs: Count = 1               # [ours] an epoch reads as many tokens as the domains have, of
                                     # each its share, but none of them more than REPEATS times
     max_steps: Count | None = None  # the run ends after so many steps if epochs has more
-    batch_tokens: Count = 32_000_000  # tokens per step over all ranks
-    seq_len: Count = 16_384         # tokens of a row, into which conversations are packed
+    batch_tokens: Count | None = None  # tokens per step over all ranks; None: the report's
+                                    # 32,000,000, or less where data are few, for MIN_STEPS steps
+    seq_len: Count | None = None    # tokens of a row, into which conversations are packed; None:
+                                    # the report's 16,384, or all that the model can read
 
     # Learning rate
     lr: NonNegative | None = None   # at its peak; None: the stage's in STAGES, times lr_scale
@@ -157,6 +160,11 @@ class Config(TrainConfig):
 
     prompts: list = field(default_factory=lambda: [
         "What is the capital of France?", "Write two sentences about the sea."])
+
+
+BATCH_TOKENS = 32_000_000
+SEQ_LEN = 16_384
+MIN_STEPS = 100  # of a run whose batch_tokens are not set [ours]
 
 
 def fill_in_stage(c: Config) -> None:
@@ -184,7 +192,7 @@ def fill_in_stage(c: Config) -> None:
 
 
 def default_out_dir(c: Config) -> str:
-    """Where a stage writes: beside the others of its model.
+    """Where a stage writes: out/NAME-sftN, whatever folder the model NAME lies in.
 
     >>> default_out_dir(Config(stage=1)), default_out_dir(Config(stage=1, model="out/mine/step_90"))
     ('out/sft1', 'out/mine-sft1')
@@ -394,7 +402,7 @@ def collate(rows: list[list[np.ndarray]], T: int) -> tuple[np.ndarray, np.ndarra
 # The conversations of a domain, encoded, are a TokenizedChats (support/encoding.py): its [i] is
 # (2, n), ids and targets of conversation i.
 
-REPEATS = 4  # readings of a conversation per epoch, at most [ours]
+REPEATS = 4  # readings of a conversation per epoch, at most, on average over a domain [ours]
 
 
 def epoch_budgets(sizes: dict[str, int], weights: dict[str, float]) -> dict[str, float]:
@@ -439,12 +447,16 @@ class PackedChatDataset:
     train: the conversations of each domain. weights: domain -> weight, above 0."""
 
     def __init__(self, train: dict[str, TokenizedChats], weights: dict[str, float], *, T: int,
-                 batch_tokens: int, epochs: int, seed: int, max_steps: int | None = None):
+                 batch_tokens: int | None, epochs: int, seed: int, max_steps: int | None = None):
         self.train = train
         self.T = T
         self.seed = seed
         sizes = {name: int(chats.ends[-1]) for name, chats in train.items()}
         budgets = epoch_budgets(sizes, weights)
+        if batch_tokens is None:
+            run_tokens = int(epochs * sum(budgets.values()))
+            batch_tokens = min(BATCH_TOKENS, max(T, run_tokens // MIN_STEPS))
+        self.batch_tokens = batch_tokens
         orders = {name: self._reading_order(name, epochs * budgets[name]) for name in train}
 
         self.batches = []  # [step][row] -> list of (domain, index of a conversation)
@@ -472,7 +484,7 @@ class PackedChatDataset:
         how many tokens come before the middle of each."""
         lengths = self.train[name].lengths
         n = len(lengths)
-        readings = math.ceil(tokens / lengths.sum() + 1e-9)
+        readings = math.ceil(tokens / lengths.sum() + 1e-9)  # rather one too many, by rounding
         orders = []
         for reading in range(readings):
             orders.append(random_order(n, self.seed, name, reading))
@@ -567,6 +579,9 @@ def prepare(c: Config, tokenizer: Tokenizer) -> Path:
         report = prepare_domains(c, tokenizer, temporary)
         (temporary / "data.txt").write_text("\n".join(report) + "\n")
         os.replace(temporary, folder)
+    except OSError:
+        if not folder.exists():      # another run, which has made the same meanwhile
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
@@ -696,15 +711,17 @@ def stored_tokenizer(folder: Path) -> str:
 
 
 def check_sizes(c: Config, shape: MotifConfig, tokenizer: Tokenizer, folder: Path) -> None:
-    """UserError if tokenizer, rows and batch do not fit the model."""
+    """Set seq_len if it is None. UserError if tokenizer, rows and batch do not fit the model."""
     if tokenizer.n_vocab > shape.vocab_size:
         raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens with those of "
                         f"the turn format, more than the vocab_size={shape.vocab_size} of {folder}")
+    if c.seq_len is None:
+        c.seq_len = min(SEQ_LEN, shape.max_position_embeddings)
     if c.seq_len > shape.max_position_embeddings:
         raise UserError(f"seq_len={c.seq_len} is longer than the max_position_embeddings="
                         f"{shape.max_position_embeddings} of {folder}; give --seq_len="
                         f"{shape.max_position_embeddings} or less")
-    if c.batch_tokens < c.seq_len:
+    if c.batch_tokens and c.batch_tokens < c.seq_len:
         raise UserError(f"batch_tokens={c.batch_tokens} is less than a row of "
                         f"seq_len={c.seq_len}; raise it")
 
@@ -728,15 +745,36 @@ def open_dataset(c: Config, folder: Path) -> tuple[PackedChatDataset, dict]:
 
 
 def to_pretrain_config(c: Config, shape: MotifConfig, tokenizer: Tokenizer, init: str,
-                       steps: int) -> pretrain.Config:
+                       dataset: PackedChatDataset) -> pretrain.Config:
     """The stage as pretrain.train() reads it, which is what its checkpoints hold."""
+    steps = dataset.curriculum.steps
     common = {f.name: getattr(c, f.name) for f in fields(TrainConfig)}
     domains = {name: [source, weight, weight] for name, (source, weight) in c.data.items()}
     return pretrain.Config(
         **asdict(shape), **common, tokenizer=tokenizer.name, init=init, domains=domains,
-        batch_tokens=c.batch_tokens, seq_len=c.seq_len, max_steps=steps, lr=c.lr,
+        batch_tokens=dataset.batch_tokens, seq_len=c.seq_len, max_steps=steps, lr=c.lr,
         warmup_steps=round(c.warmup_fraction * steps), decay="cosine",
         decay_fraction=1 - c.warmup_fraction, min_lr=0.0)
+
+
+def check_same_batches(folder: Path, state: dict, run: pretrain.Config,
+                       dataset: PackedChatDataset) -> None:
+    """UserError if a stage that goes on would read other batches than it has read so far: some
+    conversations would be read again, and others never."""
+    settings = []
+    for config in (state["config"], asdict(run)):
+        weights = {name: domain[1] for name, domain in config["domains"].items()}
+        settings.append({"data": weights, "batch_tokens": config["batch_tokens"],
+                         "seq_len": config["seq_len"], "seed": config["seed"]})
+    theirs, ours = settings
+    for key in ours:
+        if theirs[key] != ours[key]:
+            raise UserError(f"checkpoint {folder} was trained with {key}={theirs[key]}, not "
+                            f"{ours[key]}; give --{key} as it was, or another --out_dir for a new "
+                            "run")
+    if state["data"] != dataset.fingerprint():
+        raise UserError(f"the conversations are not those that checkpoint {folder} was trained on; "
+                        "give another --out_dir for a new run")
 
 
 def encode_chat_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -751,7 +789,12 @@ def describe_settings(c: Config, init: str) -> str:
         place = c.came_from[key]
         if key == "lr" and place == "default":
             place = f"{STAGES[c.stage].lr:g} of STAGES, lr_scale={c.lr_scale:g}"
-        lines.append(f"  {key} = {getattr(c, key)}  # {place}")
+        value = getattr(c, key)
+        if key == "batch_tokens" and value is None:
+            value = f"{BATCH_TOKENS}, or less so that there are {MIN_STEPS} steps"
+        if key == "seq_len" and place == "default" and value < SEQ_LEN:
+            place = f"default: {SEQ_LEN}, or all that the model can read"
+        lines.append(f"  {key} = {value}  # {place}")
     return "\n".join(lines)
 
 
@@ -767,7 +810,8 @@ def describe_data(c: Config, dataset: PackedChatDataset) -> str:
         lines.append(f"{name}: {tokens / total:.1%} of the tokens for a weight of "
                      f"{c.data[name][1] / total_weight:.1%}; each is read {times:.2f} times")
     rows = sum(curriculum.rows)
-    lines.append(f"{curriculum.steps:,d} steps, {rows:,d} rows; padding "
+    lines.append(f"{curriculum.steps:,d} steps of at most {dataset.batch_tokens:,d} tokens, "
+                 f"{rows:,d} rows; padding "
                  f"{1 - total / (rows * c.seq_len):.2%}")
     if curriculum.steps < 20:  # [ours]
         lines.append(f"note: {curriculum.steps} steps are few; a smaller --batch_tokens gives more")
@@ -780,12 +824,12 @@ def setup(c: Config, out: Path) -> tuple:
     pretrain.meet_ranks(c, device)
 
     checkpoint, folder, init = rank0_only(find_start, c, out)
-    settings = describe_settings(c, init)
-    if RANK == 0:
-        print(settings, flush=True)
     shape = MotifConfig.from_dict(read_json(folder / "config.json"))
     tokenizer = load_tokenizer(c.tokenizer or stored_tokenizer(folder))
     check_sizes(c, shape, tokenizer, folder)
+    settings = describe_settings(c, init)
+    if RANK == 0:
+        print(settings, flush=True)
     task_scores = None
     if c.eval_tasks and c.eval_every:
         from tools.task_scores import TaskScores
@@ -793,10 +837,11 @@ def setup(c: Config, out: Path) -> tuple:
 
     prepared = rank0_first(partial(prepare, c, tokenizer))
     dataset, val_rows = open_dataset(c, prepared)
-    run = to_pretrain_config(c, shape, tokenizer, init, dataset.curriculum.steps)
+    run = to_pretrain_config(c, shape, tokenizer, init, dataset)
     pretrain.check_fp8(run, dataset.curriculum, device)
     pretrain.check_prompts(run, tokenizer, encode_chat_prompt)
     if checkpoint:
+        check_same_batches(*checkpoint, run, dataset)
         pretrain.check_compatible(*checkpoint, run, dataset.curriculum, tokenizer)
 
     def initial_weights(c, out):

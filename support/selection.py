@@ -31,7 +31,7 @@ MIN_COHERENCE = 0.3  # one with a smaller coherence is called incoherent
 def choose(conversations: list, benchmark: dict[int, str], best_share: float | None,
            duplicate_share: float | None) -> tuple[list, list[str]]:
     """The training conversations of a domain -> those worth reading, and lines for the report.
-    benchmark: what benchmark_grams gives. A limit of None: that filter drops nothing."""
+    benchmark: what benchmark_grams gives. Where a limit is None, that filter is not run."""
     filters = [(decontaminate, benchmark or None), (filter_by_quality, best_share),
                (dedup_and_filter, duplicate_share)]
     report = []
@@ -89,8 +89,9 @@ def reasoning_density(messages: list[dict]) -> float:
 
 def completeness(messages: list[dict]) -> float:
     """The share of checks passed, of those that a conversation fails which was cut off somewhere:
-    its last message is the assistant's; and of each reply, it does not end with a comma or dots, it
-    closes its code fences, and it closes its brackets.
+    its last message is the assistant's; and of each reply, it does not end with a comma, or another
+    sign that something follows; it closes its code fences; and it has as many closing brackets of
+    each kind as opening ones.
 
     >>> completeness([{"role": "assistant", "content": "It has three (or four,"}])
     0.5

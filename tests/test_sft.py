@@ -820,7 +820,7 @@ def test_the_quick_start_s_settings_are_for_its_own_model(loaded):
 
     own = loaded("--stage=2", "--model=out/mine/step_7", "--data={'mine': ['a.jsonl', 1.0]}")
     assert own.lr == sft.STAGES[2].lr == 1e-5
-    assert (own.seq_len, own.batch_tokens) == (16_384, 32_000_000)
+    assert (own.seq_len, own.batch_tokens) == (None, None)       # the report's, as far as they fit
     assert own.data == {"mine": ["a.jsonl", 1.0]} and own.out_dir == "out/mine-sft2"
 
     chosen = loaded("--lr=3e-5", "--lr_scale=7")
@@ -868,6 +868,28 @@ def test_a_stage_learns_and_reports(workplace):
     report = Path("out/sft1/data.txt").read_text()
     assert "stage 1 from out/quickstart/step_1" in report
     assert "tokens for a weight of 50.0%" in report
+
+
+def test_rows_and_batches_fit_the_model_and_the_data_where_they_are_not_set(workplace):
+    run_sft("out/sft1", stage=1, seq_len=None, batch_tokens=None, max_steps=2)
+    config = json.loads(Path("out/sft1/step_2/state.json").read_text())["config"]
+    assert config["seq_len"] == TINY.max_position_embeddings < sft.SEQ_LEN
+    folder = next(Path("data").glob("sft-*"))
+    sizes = {name: len(np.load(folder / f"train-{name}" / "tokens.npy")[0])
+             for name in ("skills", "chains")}
+    assert config["batch_tokens"] == max(config["seq_len"], sum(sizes.values()) // sft.MIN_STEPS)
+
+
+def test_a_stage_goes_on_with_the_batches_that_it_began_with(workplace):
+    options = dict(stage=1, max_steps=8)
+    run_sft("out/sft1", **options)
+    twice = {**DATA, "skills": [DATA["skills"][0], 2.0]}
+    others = {**DATA, "skills": ["builtin:skills?n=41", 1.0]}
+    for change, key in (({"batch_tokens": 2560}, "batch_tokens=1280"), ({"seed": 2}, "seed=1337"),
+                        ({"data": twice}, "'skills': 1.0"), ({"data": others}, "conversations")):
+        with pytest.raises(UserError) as e:
+            run_sft("out/sft1", **options | change)
+        assert key in str(e.value)
 
 
 def test_the_scores_of_tasks_are_those_of_eval(workplace):
