@@ -117,8 +117,8 @@ class Config(TrainConfig):
 
         python sft.py --stage=1                    the quick start's model, then --stage=2, 3
         python sft.py --stage=1 --model=out/mine --data="{'mine': ['talks/*.jsonl', 1.0]}"
-            --seq_len=4096 --batch_tokens=262144 --lr=1e-5 --eval_tasks=gsm8k --benchmark_dir=DIR
 
+    Often set as well: --seq_len=4096 --batch_tokens=262144 --lr=1e-5 --max_steps=500.
     A line of talks/*.jsonl is a conversation: {"messages": [{"role": "user", "content": "2+2?"},
     {"role": "assistant", "content": "4"}]}, or has another of LAYOUTS in support/conversations.py.
     """
@@ -135,10 +135,10 @@ class Config(TrainConfig):
                                     # load_conversations. None: the stage's in STAGES, for the quick
                                     # start's model only
     decontaminate_against: list = field(default_factory=list)  # .jsonl files of benchmarks, globs:
-                                    # drop what shares 13 words in a row with one of their texts.
-                                    # benchmark_dir below is always among them
+                                    # drop what shares 13 words in a row with one of their texts;
+                                    # always done against the questions in benchmark_dir
     epochs: Count = 1               # [ours] an epoch reads as many tokens as the domains have, of
-                                    # each its share, but none of them more than REPEATS times
+                                    # each its share, but none of them more than 4 times
     max_steps: Count | None = None  # the run ends after so many steps if epochs has more
     batch_tokens: Count | None = None  # tokens per step over all ranks; None: the report's
                                     # 32,000,000, or less where data are few, for MIN_STEPS steps

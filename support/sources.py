@@ -237,11 +237,11 @@ def get_text(columns: list[str], row: dict) -> str:
         raise UserError(f"a row must be columns with names, not {type(row).__name__}")
     texts = []
     for column in columns:
-        if column not in row:
-            raise UserError(no_column(column, row))
-        if not isinstance(row[column], str | None):
-            raise UserError(f"column {column} is {type(row[column]).__name__}, not text; name "
-                            f"another of {', '.join(row)} with ?text=COLUMN")
+        value = row.get(column)
+        if column not in row or not isinstance(value, str | None):
+            found = f", which is {type(value).__name__}" if column in row else ""
+            raise UserError(f"no text in column {column}{found}; it has {', '.join(row)}: name the "
+                            "right one with ?text=COLUMN")
         texts.append(row[column] or "")
     return "\n\n".join(texts)
 

@@ -487,7 +487,8 @@ def test_conversations_that_repeat_a_benchmark_s_questions_are_counted_by_its_fi
     folder.mkdir()
     write_rows(folder / "gsm8k_test.jsonl", [{"question": tale("test"), "answer": "#### 1"}])
     write_rows(folder / "gsm8k_train.jsonl", [{"question": tale("train"), "answer": "#### 1"}])
-    write_rows(folder / "mbpp.jsonl", [{"task_id": i, "text": tale(f"mbpp {i}")} for i in (11, 601)])
+    tasks = [{"task_id": i, "text": tale(f"mbpp {i}")} for i in (11, 601)]
+    write_rows(folder / "mbpp.jsonl", tasks)
     write_rows(folder / "other.jsonl", [{"question": tale("other")}])
     talks = []
     for name in ("test", "train", "mbpp 11", "mbpp 601", "other"):

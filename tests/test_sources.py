@@ -68,6 +68,11 @@ def test_a_text_file_is_a_document_unless_it_is_long():
     assert [len(document) for document in read("line.txt")] == [6, 2**20, 2**20, 1]
 
 
+@pytest.mark.parametrize("value, kind", [(7, "int"), (["a"], "list"), ({}, "dict")])
+def test_a_column_that_is_no_text_is_named_with_its_type(value, kind):
+    refused(lambda: sources.get_text(["text"], {"text": value}), "column text", kind)
+
+
 def test_a_document_may_be_several_columns():
     Path("b.jsonl").write_text('{"question": "q", "answer": "\\ud800"}\n'
                                '{"question": null, "answer": ""}')
