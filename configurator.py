@@ -34,6 +34,7 @@ Count = Annotated[int, 1]
 Size = Annotated[int, 0]
 NonNegative = Annotated[float, 0]
 Fraction = Annotated[float, 0, 1]
+Seed = Annotated[int, -2**63, 2**63 - 1]  # what torch takes
 
 # Keys that had another name in the first edition: old -> new.
 RENAMED_KEYS = {
@@ -102,7 +103,7 @@ def load(Config: type, argv: list[str], default_file: str | None = None) -> Any:
 def save(config: Any, path: str | Path) -> None:
     """Write the config as JSON. The file appears under its name only when it is complete."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(asdict(config), indent=1) + "\n")
+    temporary.write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -130,7 +131,7 @@ def set_key(config: Any, types: dict[str, Any], place: str, key: str, value: Any
             hint = f"did you mean {similar[0]!r}?"
         if RENAMED_KEYS.get(key) in types:
             hint = f"it is now called {RENAMED_KEYS[key]!r}"
-        raise UserError(f"{place}: unknown key {key!r}; {hint}")
+        raise UserError(f"{place}: unknown key {short(key)}; {hint}")
     setattr(config, key, check_value(f"{place}: {key}", types[key], value))
     config.came_from[key] = place
 
@@ -156,9 +157,10 @@ def coerce(hint: Any, value: Any) -> Any:
     kind = get_origin(hint)
     if kind is Annotated:
         low, high = bounds(hint)
-        value = coerce(get_args(hint)[0], value)
-        if low <= value <= high:
-            return value
+        with suppress(UserError):
+            number = coerce(get_args(hint)[0], value)
+            if low <= number <= high:
+                return number
     elif kind is Literal:
         for choice in get_args(hint):
             # 1 == 1.0 == True in Python: only the types tell them apart.
@@ -173,7 +175,7 @@ def coerce(hint: Any, value: Any) -> Any:
             value = float(value)
         if hint is list and type(value) is tuple:
             value = list(value)
-        if type(value) is hint and is_json(value):
+        if type(value) is hint and is_plain(value):
             return value
     raise UserError(f"must be {show(hint)}, not {short(value)}")
 
@@ -184,11 +186,12 @@ def bounds(hint: Any) -> tuple[float, float]:
     return low, high
 
 
-def is_json(value: Any) -> bool:
-    """Can save() write the value? Not if nan, inf or, say, a set is anywhere inside."""
-    with suppress(TypeError, ValueError):
-        json.dumps(value, allow_nan=False)
-        return True
+def is_plain(value: Any) -> bool:
+    """Can files hold the value? JSON has neither nan nor inf nor, say, sets; UTF-8 has no half of a
+    surrogate pair; and no name of a file has a zero byte."""
+    with suppress(TypeError, ValueError, RecursionError):
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")
+        return not (isinstance(value, str) and "\0" in value)
     return False
 
 
@@ -208,7 +211,10 @@ def show(hint: Any) -> str:
 
 def short(value: Any) -> str:
     """The repr, cut to 40 characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists in ...
+        return f"this {type(value).__name__}"
     return text if len(text) <= 40 else text[:37] + "..."
 
 
@@ -219,20 +225,21 @@ def split_argv(argv: list[str], default_file: str | None = None) -> tuple[str | 
     files = [word for word in argv if not word.startswith("-")]
     options = [word for word in argv if word.startswith("-") and word not in ("-h", "--help")]
     if len(files) > 1:
-        raise UserError(f"{' '.join(files)}: at most one config file; options are --key=value")
+        raise UserError(f"{short(' '.join(files))}: at most one config file; options are "
+                        "--key=value")
     file = files[0] if files else default_file
     if file and not os.path.isfile(file):
         similar = f"config/{Path(file).stem}.py"
         hint = f"did you mean {similar}?" if os.path.isfile(similar) else "options are --key=value"
-        raise UserError(f"{file} is not a file; {hint}")
+        raise UserError(f"{short(file)} is not a file; {hint}")
 
     seen = set()
     for option in options:
         key = option.split("=")[0]
         if not key.startswith("--"):
-            raise UserError(f"{option}: options have two dashes, as in --key=value")
+            raise UserError(f"{short(option)}: options have two dashes, as in --key=value")
         if key in seen:
-            raise UserError(f"{option}: {key} is set twice; remove one")
+            raise UserError(f"{short(option)}: {short(key)} is set twice; remove one")
         seen.add(key)
     return file, options
 
@@ -266,6 +273,8 @@ def read_file(file: str, script: str) -> list[tuple[str, str, Any]]:
         statements = ast.parse(text).body
     except SyntaxError as e:
         raise UserError(f"{file}:{e.lineno}: {e.msg}") from None
+    except (RecursionError, MemoryError):
+        raise UserError(f"{file}: one of its expressions is nested too deeply") from None
     except (OSError, ValueError) as e:
         raise UserError(f"{file}: {one_line(e)}") from None
 
@@ -285,7 +294,8 @@ def read_file(file: str, script: str) -> list[tuple[str, str, Any]]:
             raise UserError(f"{place}: {key} is set twice; remove one")
         try:
             values[key] = eval(compile(ast.Expression(statement.value), file, "eval"), values)
-        except Exception as e:
-            raise UserError(f"{place}: {key}: {type(e).__name__}: {e}") from None
+        except (Exception, SystemExit) as e:
+            reason = " ".join(str(e).split())[:300]
+            raise UserError(f"{place}: {key}: {type(e).__name__}: {reason}") from None
         settings.append((place, key, values[key]))
     return settings

@@ -485,11 +485,12 @@ class TokenDataset:
             self.ahead[name] = PIECE_TOKENS * math.ceil(workers * share)
 
     def fingerprint(self) -> str:
-        """16 hex digits of a hash of piece 0 of unit 0 of each domain."""
+        """16 hex digits of a hash of piece 0 of unit 0 of each domain, and of what it holds out."""
         checksums = []
         for _, domain in sorted(self.domains.items()):
             self._wait_for_held_out(domain, 0)
-            checksums.append(domain.records[0, 0]["sha256"])
+            record = domain.records[0, 0]
+            checksums += [record["sha256"], record.get("held_out_sha256", "")]
         return hashlib.sha256("".join(checksums).encode()).hexdigest()[:16]
 
     def num_targets(self, step: int) -> int:

@@ -358,7 +358,7 @@ class MotifConfig:
     vocab_size: Dim = 272             # rows of the embedding; at least the tokenizer's
     hidden_size: Dim = 256            # width of the residual stream
     intermediate_size: Dim = 768      # width of the MLP
-    num_hidden_layers: Annotated[int, 1, 10_000] = 4    # blocks
+    num_hidden_layers: Annotated[int, 1, 1000] = 4    # blocks
     num_attention_heads: Dim = 10     # query heads, signal and noise together
     num_key_value_heads: Dim = 4      # key heads; with noise heads they come in pairs
     num_noise_heads: Annotated[int, 0, 2**24] = 2       # 0: grouped-query attention, to compare
@@ -765,7 +765,10 @@ class Motif(nn.Module):
 
 def init_normal_(p: Tensor, std: float) -> None:
     """Fill p from Normal(0, std). What FSDP2 shards is drawn whole and then cut, so that the
-    weights do not depend on the number of ranks."""
+    weights do not depend on the number of ranks. On the meta device there is nothing to fill, and
+    torch would take a while to find that out."""
+    if p.is_meta:
+        return
     if hasattr(p, "placements"):
         from torch.distributed.tensor import distribute_tensor
         whole = torch.empty(p.shape, dtype=p.dtype, device=p.device).normal_(0, std)

@@ -49,7 +49,7 @@ from torch.utils.checkpoint import checkpoint
 import configurator
 import data
 import muonclip
-from configurator import Count, Fraction, NonNegative, Size, UserError, one_line
+from configurator import Count, Fraction, NonNegative, Seed, Size, UserError, one_line
 from model import Linear, Motif, MotifConfig, flops_per_token
 from muonclip import local_shard
 from support.log import (Log, NonFiniteSteps, StepTimer, layer_stats, log_end, log_evaluation,
@@ -62,7 +62,7 @@ from support.run_folder import (check_files, check_shared, checksums, find_check
                                 remove_old_checkpoints, remove_temporaries, safetensors_errors)
 from support.tokenizer import (END, TURN_END, Tokenizer, bytes_per_token, encode_document,
                                load_tokenizer)
-from support.weights import iter_checkpoint, save_tensors
+from support.weights import check_finite, iter_checkpoint, save_tensors
 
 QUICKSTART = str(Path(__file__).parent / "config" / "quickstart.py")
 
@@ -89,8 +89,9 @@ class TrainConfig:
     activation_checkpoint_layers: Size = 0  # how many blocks, the first ones, recompute activations
                                     # in the backward pass: less memory, more FLOPs
     dp_replicate: Count = 1         # copies of the model among the ranks (HSDP); each is sharded
-    timeout_seconds: Count = 600    # how long a rank waits for another before the run ends
-    seed: int = 1337                # of the initial weights and of the order of the data
+    timeout_seconds: Annotated[int, 1, 10**7] = 600  # how long a rank waits for another before the
+                                    # run ends
+    seed: Seed = 1337               # of the initial weights and of the order of the data
 
     # Optimizer
     optimizer: Literal["muonclip", "adamw"] = "muonclip"  # adamw: on every parameter, to compare
@@ -189,7 +190,7 @@ def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
     # Each curriculum has before = (the one before it, the step at which that one ended).
     before = None
     for step, old in plans:
-        before = (data.Curriculum(**old, before=before), step)
+        before = (data.Curriculum(**plan_of(old), before=before), step)
     curriculum = data.Curriculum(**plan, before=before)
     curriculum.plans = plans
     if max(curriculum.seq_len) > c.max_position_embeddings:
@@ -692,6 +693,7 @@ def load_into(tensors: dict[str, Tensor], folder: Path, stem: str) -> None:
                                            mesh.get_coordinate())
         if own.numel() > 0:
             own.copy_(read(*slices))
+            check_finite(folder, name, own)
 
 
 def check_compatible(folder: Path, state: dict, c: Config, curriculum: data.Curriculum,

@@ -187,8 +187,9 @@ def fill_in_stage(c: Config) -> None:
         if not (is_name and is_pair and isinstance(domain[0], str) and data.is_share(domain[1])):
             raise UserError(f"data: {name!r}: {domain} must be a name of letters, digits, '_', '-' "
                             "and '.', and [source, weight] with a weight of at least 0")
-    if not any(weight > 0 for _, weight in c.data.values()):
-        raise UserError("data: no domain has a weight above 0, so there is nothing to train on")
+    if not 0 < sum(weight for _, weight in c.data.values()) < math.inf:
+        raise UserError("data: the sum of the weights must be above 0, so that there is something "
+                        "to train on, and finite")
 
 
 def default_out_dir(c: Config) -> str:
@@ -577,7 +578,7 @@ def prepare(c: Config, tokenizer: Tokenizer) -> Path:
     temporary.mkdir(parents=True)
     try:
         report = prepare_domains(c, tokenizer, temporary)
-        (temporary / "data.txt").write_text("\n".join(report) + "\n")
+        (temporary / "data.txt").write_text("\n".join(report) + "\n", encoding="utf-8")
         os.replace(temporary, folder)
     except OSError:
         if not folder.exists():      # another run, which has made the same meanwhile
@@ -850,10 +851,11 @@ def setup(c: Config, out: Path) -> tuple:
     model, optimizer = pretrain.build_model_and_optimizer(run, device, checkpoint, initial_weights,
                                                           out)
     if RANK == 0:
-        report = f"{(prepared / 'data.txt').read_text()}{describe_data(c, dataset)}\n"
+        report = (prepared / "data.txt").read_text(encoding="utf-8")
+        report += f"{describe_data(c, dataset)}\n"
         print(report, end="", flush=True)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "data.txt").write_text(f"{settings}\n{report}")
+        (out / "data.txt").write_text(f"{settings}\n{report}", encoding="utf-8")
     return (run, out, dataset, val_rows, model, optimizer, tokenizer, checkpoint,
             encode_chat_prompt, task_scores)
 

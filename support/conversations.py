@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl
 
 import synthetic.conversations
 from configurator import UserError
-from support.sources import check_options, lines_of, local_files, open_hub, read_each
+from support.sources import check_options, hub_commit, lines_of, local_files, open_hub, read_each
 from support.tokenizer import ROLES
 
 # The chains that eval.py asks for. No stage trains on their questions, whatever its data.
@@ -376,6 +376,7 @@ def zstd_lines(path: Path):
 
 def hub_rows(name: str, options: dict):
     """(place, row) of each row of a Hub dataset."""
+    hub_commit(name, options)  # tells a wrong name or a missing network in seconds
     for i, row in enumerate(open_hub(name, options)):
         yield f"row {i}", row
 

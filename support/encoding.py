@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from configurator import UserError, one_line
+from support.run_folder import checksum
+from support.weights import read_json, write_json
 
 BATCH = 4096  # conversations that a process encodes at a time [ours]
 
@@ -22,15 +24,20 @@ class TokenizedChats:
 
         tokens.npy  (2, N) int32   ids, targets of all conversations, end to end; memory-mapped
         spans.npy   (2, n) int64   where each conversation ends, how many of its targets count
+        checksums.json             of both: a flipped bit would be another token
     """
 
     def __init__(self, folder: Path):
         try:
-            self.tokens = np.load(folder / "tokens.npy", "r")
-            self.ends, self.num_targets = np.load(folder / "spans.npy")
-        except (OSError, ValueError, EOFError) as e:
+            expected = read_json(folder / "checksums.json")
+            for name in ("tokens.npy", "spans.npy"):
+                if checksum(folder / name) != expected.get(name):
+                    raise UserError(f"the checksum of {name} is another")
+        except (OSError, UserError) as e:
             raise UserError(f"{folder} is damaged ({one_line(e)}); delete {folder.parent} and run "
                             "again") from None
+        self.tokens = np.load(folder / "tokens.npy", "r")
+        self.ends, self.num_targets = np.load(folder / "spans.npy")
         self.lengths = np.diff(self.ends, prepend=0)
 
     @staticmethod
@@ -46,6 +53,8 @@ class TokenizedChats:
             for row in (0, 1):
                 for tokens, _ in batches:
                     file.write(tokens[row].astype("<i4"))
+        write_json(folder / "checksums.json",
+                   {name: checksum(folder / name) for name in ("tokens.npy", "spans.npy")})
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -41,6 +41,7 @@ from support.tokenizer import Tokenizer, encode_document, load_tokenizer
 PIECE_TOKENS = 2**22  # 8 MB on the disk; 16 MB if the tokenizer has more than 65,536 tokens
 VAL_EVERY = 20        # one document in so many is held out for validation,
 VAL_UNITS = 16        # of the first piece of so many units: a bounded number of documents
+MAX_UNITS = 10**7     # of a source: more is a mistake in a manifest
 MAX_MAPPED = 16       # pieces of a domain that are open at a time
 MAX_PERMITS = 2       # pieces that a process may be allowed at a time. The parent allows more only
                       # between training steps; with a second one it goes on meanwhile
@@ -63,6 +64,7 @@ class Domain:
         self.name = name
         self.source = pin_source(source, Path(data_dir) / "hub_revisions.json")
         self.tokenizer = tokenizer.name
+        self.n_vocab = tokenizer.n_vocab
         self.dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
 
         self.identity = source_identity(self.source)
@@ -95,12 +97,12 @@ class Domain:
                 self._take_line(line)
 
     def _take_line(self, line: bytes) -> None:
-        # A line that a crash has cut is passed over: its piece is made again.
-        with suppress(ValueError, LookupError, TypeError):
+        # A line that a crash has cut, or of another form, is passed over: its piece is made again.
+        with suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if "units" in record:
-                self.num_units = int(record["units"])
-            else:
+            if is_count(record, "units") and 0 < record["units"] <= MAX_UNITS:
+                self.num_units = record["units"]
+            elif is_record(record):
                 self._take_record(record)
 
     def _take_record(self, record: dict) -> None:
@@ -170,14 +172,22 @@ class Domain:
                 self._mapped.clear()
             tokens = self.records[unit, piece]["tokens"]
             self._mapped[unit, piece] = self._map(self.path(unit, piece), tokens)
-        return self._mapped[unit, piece][start:start + count]
+        ids = self._mapped[unit, piece][start:start + count]
+        if len(ids) and ids.max() >= self.n_vocab:
+            raise UserError(f"{self.path(unit, piece)} is damaged, as it has ids that no token "
+                            "has; delete it and run again to make it again")
+        return ids
 
     def read_held_out(self, unit: int) -> np.ndarray:
         """All ids of a unit that are held out."""
-        tokens = self.records[unit, 0]["held_out"]
-        if tokens == 0:
+        record = self.records[unit, 0]
+        if record["held_out"] == 0:
             return np.empty(0, self.dtype)  # an empty file cannot be mapped
-        return self._map(self.held_out_path(unit), tokens)
+        path = self.held_out_path(unit)
+        ids = self._map(path, record["held_out"])
+        if checksum(ids.tobytes()) != record["held_out_sha256"]:
+            raise UserError(f"{path} is damaged; delete it and run again to make it again")
+        return ids
 
     def _map(self, path: Path, tokens: int) -> np.ndarray:
         """The ids of a file, of which the system reads what is looked at."""
@@ -202,6 +212,21 @@ class Domain:
                 if path.exists() and checksum(path.read_bytes()) != sha256:
                     damaged.append(path)
         return damaged
+
+
+def is_count(record, key: str) -> bool:
+    """Whether record is an object that has a whole number under the key, of a possible size."""
+    return isinstance(record, dict) and type(record.get(key)) is int and 0 <= record[key] < 2**48
+
+
+def is_record(record) -> bool:
+    """Whether this is a piece's line of a manifest."""
+    counts = ("unit", "piece", "tokens", "documents", "held_out", "held_out_documents")
+    if not all(is_count(record, key) for key in counts) or type(record.get("last")) is not bool:
+        return False
+    has_checksum = isinstance(record.get("sha256"), str)
+    return has_checksum and (record["held_out"] == 0
+                             or isinstance(record.get("held_out_sha256"), str))
 
 
 def checksum(data: bytes) -> str:

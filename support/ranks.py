@@ -3,6 +3,7 @@ import atexit
 import functools
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -41,6 +42,8 @@ def pick_device(c) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{LOCAL_RANK}"
+    if not re.fullmatch(r"cpu|cuda:\d{1,3}", name):
+        raise UserError(f"device={c.device} must be auto, cpu, cuda or cuda:1, cuda:2, ...")
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as e:  # there is no such device
@@ -213,6 +216,8 @@ def run_main(main) -> None:
     """Run a script's main(), on one rank or on one of many. A UserError is printed as one line,
     with exit status 1; any other exception keeps its traceback."""
     message = None
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal may not have every letter
     try:
         main()
         if WORLD > 1 and dist.is_initialized():

@@ -107,15 +107,25 @@ def read_state(folder: Path) -> dict:
     """A checkpoint's state.json. UserError unless all its files are there, in full length."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        step = state.get("step", 0)
-        if type(step) is not int or step < 0 or not isinstance(state["config"], dict):
-            raise UserError("its state.json has another form")
+        check_state(state)
         for name, size in state["files"].items():
             if (folder / name).stat().st_size != size:
                 raise UserError(f"{name} has another size than it had")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"checkpoint {folder} is not whole ({one_line(e)})") from None
     return state
+
+
+def check_state(state: dict) -> None:
+    """UserError if a state.json has another form than finish_checkpoint gives it."""
+    counts = [state.get("step", 0), state.get("skipped", 0)]
+    configs = [state["config"]]
+    for step, plan in state.get("plans", []):
+        counts.append(step)
+        configs.append(plan)
+    are_counts = all(type(n) is int and n >= 0 for n in counts)
+    if not are_counts or not all(isinstance(config, dict) for config in configs):
+        raise UserError("its state.json has another form")
 
 
 def latest_checkpoint(out: Path) -> tuple[Path, dict] | None:
@@ -278,18 +288,23 @@ def safetensors_errors():
         raise OSError(str(e)) from None
 
 
+def is_out_of_memory(e: RuntimeError) -> bool:
+    """Whether a tensor had no room. Of a GPU this is an exception of its own, of a CPU a text."""
+    return isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
+
+
 @contextmanager
 def friendly_errors(c, out: Path):
     """Make a UserError of what the environment does to a run: too little memory, a full disk, a
     lost rank. Errors of our code keep their traceback."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise UserError(f"out of memory; halve --micro_batch_tokens={c.micro_batch_tokens}, or "
-                        "raise --activation_checkpoint_layers") from None
     except OSError as e:
         raise UserError(f"{e.filename or out}: {one_line(e)}") from None
     except RuntimeError as e:
+        if is_out_of_memory(e):
+            raise UserError(f"out of memory; halve --micro_batch_tokens={c.micro_batch_tokens}, or "
+                            "raise --activation_checkpoint_layers") from None
         if WORLD == 1 or not re.search("gloo|NCCL|Connection|[Tt]imed out", str(e)):
             raise
         raise UserError(f"lost touch with another rank ({one_line(e)}); {last_good(out)}") from None

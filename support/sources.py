@@ -106,6 +106,9 @@ def parse_source(source: str) -> tuple[str, str, dict[str, str]]:
     ('local', 'books/*.txt', {})
     """
     place, _, query = source.partition("?")
+    if os.path.isfile(source):  # a name may have a question mark
+        place = source
+        query = ""
     options = dict(parse_qsl(query, keep_blank_values=True))
     if place.startswith("builtin:"):
         kind = "builtin"
@@ -250,6 +253,8 @@ def get_text(columns: list[str], row: dict) -> str:
 
 def local_files(pattern: str) -> list[Path]:
     """The files that match a glob, sorted."""
+    if os.path.isfile(pattern):  # a name may have brackets, as in x[1].txt
+        return [Path(pattern)]
     files = sorted(Path(path) for path in glob.glob(pattern, recursive=True)
                    if os.path.isfile(path))
     if not files:
@@ -400,17 +405,17 @@ def pin_source(source: str, file: Path | None = None) -> str:
     commits = {}
     if file and file.exists():
         try:
-            commits = dict(json.loads(file.read_text()))
-        except (OSError, ValueError, TypeError) as e:
+            commits = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError) as e:
             raise UserError(f"{file} is damaged: {one_line(e)}; delete it to take the datasets as "
                             "they are now") from None
 
-    if source not in commits:
+    if not COMMIT.fullmatch(str(commits.get(source))):
         commits[source] = hub_commit(name, options)
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(f"{file}.{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(commits, indent=1) + "\n")
+            temporary.write_text(json.dumps(commits, indent=1) + "\n", encoding="utf-8")
             os.replace(temporary, file)
     return f"{name}?{urlencode({**options, 'revision': commits[source]}, safe=',/')}"
 

@@ -161,8 +161,9 @@ def read_examples(task: Task, is_fewshot: bool, benchmark_dir: str | None) -> li
             if judge:
                 judge(example, reply="")             # so that a bad row is noticed now
         except KeyError as e:
-            raise UserError(f"{place}: there is no {e}; the row has {', '.join(row)}") from None
-        except (ValueError, TypeError, IndexError, AttributeError) as e:
+            has = ", ".join(row)[:300]
+            raise UserError(f"{place}: there is no {e}; the row has {has}") from None
+        except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as e:
             # A row of another form: null or a number where a text should be, too few choices, ...
             raise UserError(f"{place}: {one_line(e)}; correct the row") from None
         examples.append(example)
@@ -201,7 +202,7 @@ def read_rows(task: Task, is_fewshot: bool,
             continue
         try:
             row = json.loads(line.decode("utf-8-sig"))       # -sig: a byte order mark is left out
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{paths[0]}:{number}: not JSON: {one_line(e)}; correct the "
                             "line") from None
         if not isinstance(row, dict):

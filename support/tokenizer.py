@@ -335,11 +335,12 @@ def tokenizer_file(name: str) -> Path:
             raise UserError(f"tokenizer {name}: the folder has no tokenizer.json")
         return file
 
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
     try:
         kept = try_to_load_from_cache(name, "tokenizer.json")
         if isinstance(kept, str):  # what was downloaded once needs no network again
             return Path(kept)
+        HfApi().model_info(name, timeout=5)  # tells that there is no network in seconds
         return Path(hf_hub_download(name, "tokenizer.json"))
     except Exception as e:  # of a dozen kinds: no network, no such name, a licence to accept first
         raise UserError(f"tokenizer {name}: there is no such folder, and the Hub did not give a "

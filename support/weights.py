@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configurator import UserError
+from configurator import UserError, one_line, short
 
 # ---- files
 #
@@ -123,7 +123,7 @@ def check_stored_tensors(path: Path, files: dict[Path, set | None], shapes: dict
             with safe_open(file, "pt") as f:
                 parts = {name: f.get_slice(name) for name in f.keys()}
         except (OSError, SafetensorError) as e:
-            raise UserError(f"{file}: cannot be read: {e}") from None
+            raise UserError(f"{file}: cannot be read: {one_line(e)}") from None
         for name, part in parts.items():
             if name.endswith("rotary_emb.inv_freq"):      # in some releases; follows from theta
                 continue
@@ -189,9 +189,9 @@ def tensor_files(path: Path, stem: str) -> dict[Path, set | None]:
             names.setdefault(str(file), set()).add(tensor)
     for name in names:
         if Path(name).name != name:                       # ../x, /x: not to be read for others
-            raise UserError(f"{index}: {name} is not a file of this folder")
+            raise UserError(f"{index}: {short(name)} is not a file of this folder")
         if not (path / name).is_file():
-            raise UserError(f"{path}: {name} is missing")
+            raise UserError(f"{path}: {short(name)} is missing")
     return {path / name: names[name] for name in sorted(names)}
 
 
@@ -211,7 +211,7 @@ def model_folder(name, patterns=("*.json", "*.safetensors")) -> Path:
 
 def read_json(file: Path) -> dict:
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
         raise UserError(f"{file} cannot be read; a model folder has one") from None
     except (ValueError, RecursionError) as e:
@@ -223,5 +223,5 @@ def read_json(file: Path) -> dict:
 
 def write_json(file: Path, value: dict) -> None:
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, file)

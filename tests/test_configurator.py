@@ -50,6 +50,7 @@ def refused(argv, *words):
     with pytest.raises(UserError) as e:
         load(Config, argv)
     assert "\n" not in str(e.value)
+    assert len(str(e.value)) < 1000
     for word in words:
         assert word in str(e.value)
 
@@ -98,11 +99,16 @@ def test_the_default_file_is_read_only_where_no_other_is_given():
     "--max_steps=abc", "--max_steps=1e6", "--max_steps=True", "--max_steps=0", "--ratio=1.5",
     "--lr=nan", "--lr=1e999", "--lr=None", "--lr", "--name", "--compile=1", "--seq_len=0",
     "--seq_len=x", "--seq_len=[1e999]", "--sources={'a': {1}}", "--sources=[1]", "--decay=lin",
-    "--stage=True", "--seed=1+1",
+    "--stage=True", "--seed=1+1", "--name=a\udc80", "--name=a\0b", "--max_steps=" + "9" * 5000,
 ])
 def test_a_value_that_does_not_fit_its_type_is_refused(option):
     key = option[2:].split("=")[0]
     refused([option], "command line", key)
+
+
+def test_a_number_out_of_bounds_is_told_its_bounds():
+    refused(["--ratio=1.5"], "0 <= float <= 1")
+    refused(["--max_steps=0"], "int >= 1")
 
 
 def test_an_unknown_key_is_answered_with_the_likely_one():
@@ -138,6 +144,11 @@ def test_a_command_line_of_another_form_is_refused(argv):
     ("lr = 1\nseed = rl", ["config/x.py:2", "seed", "rl"]),
     ("\n\nseed = 1 / 0", ["config/x.py:3", "ZeroDivisionError"]),
     ("import os", ["config/x.py:1"]),
+    ("lr = exit()", ["config/x.py:1", "lr", "SystemExit"]),
+    ("lr = " + "-" * 20_000 + "1", ["nested"]),
+    ("lr = " + "1+" * 20_000 + "1", ["nested"]),
+    ("seed = 10**5000", ["config/x.py:1", "seed"]),
+    ("x" * 20_000 + " = 1", ["unknown key"]),
     ("lr = 1\nlr += 1", ["config/x.py:2"]),
     ("seed, stage = 1, 2", ["config/x.py:1"]),
     ("seed = stage = 1", ["config/x.py:1"]),

@@ -486,6 +486,32 @@ def test_damage_is_named_and_made_good(whole):
         assert [dataset.batch(step).tolist() for step in range(PLAN.steps)] == batches
 
 
+def test_held_out_data_that_changed_and_lines_of_another_form_are_told(whole):
+    held_out = next(Path("whole").glob("a-*/*held-out.bin"))
+    good = held_out.read_bytes()
+    manifest = held_out.parent / "manifest.jsonl"
+    with open_dataset("whole", workers=0) as dataset:
+        before = dataset.fingerprint()
+    with open(manifest, "a") as file:
+        file.write('{"units": 1e9}\n[1]\n{"unit": 0, "piece": 0}\n' + "[" * 100_000 + "\n")
+    with open_dataset("whole", workers=0) as dataset:
+        assert dataset.fingerprint() == before
+        dataset.domains["a"].records[0, 0]["held_out_sha256"] = "of another text"
+        assert dataset.fingerprint() != before
+    held_out.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+    with open_dataset("whole", workers=0) as dataset:
+        refused(lambda: dataset.validation("a", 40, 20), str(held_out), "damaged")
+
+
+def test_ids_that_no_token_has_are_damage(whole):
+    with open_dataset("whole", workers=0) as dataset:
+        dataset.batch(0)
+        path = dataset.domains["a"].path(*dataset.tapes["a"].pieces[0])
+        path.write_bytes(b"\xff" * path.stat().st_size)
+    with open_dataset("whole", workers=0) as dataset:
+        refused(lambda: [dataset.batch(step) for step in range(PLAN.steps)], str(path), "damaged")
+
+
 def test_another_file_column_or_tokenizer_has_another_folder():
     def folder(source="s.jsonl", tokenizer=BYTE):
         return Domain("s", source, tokenizer, "d").folder

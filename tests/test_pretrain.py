@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import data
@@ -557,7 +557,10 @@ def test_decoration_and_odd_names_do_not_end_a_run(run, monkeypatch, capsys, str
 
 @pytest.mark.parametrize("text", [
     "[]", "null", "{}", "[" * 100_000, '{"step": "12", "config": {}, "files": {}}',
-    '{"step": 2, "config": {}, "files": {}}', '{"step": 12, "config": [], "files": {}}'])
+    '{"step": 2, "config": {}, "files": {}}',
+    '{"step": 12, "config": {}, "files": {}, "plans": 0.5}',
+    '{"step": 12, "config": {}, "files": {}, "skipped": "0"}',
+    '{"step": 12, "config": [], "files": {}}'])
 def test_a_state_of_another_form_is_passed_over(run, straight, capsys, text):
     shutil.copytree(straight, "out")
     Path("out/step_12/state.json").write_text(text)
@@ -580,6 +583,22 @@ def test_a_flipped_bit_is_found_on_resume(run, straight, name):
     shutil.rmtree("out/step_12")
     run()
     assert same("out/step_12", straight / "step_12")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer/state.safetensors"])
+def test_nan_in_a_checkpoint_is_one_line(run, straight, name):
+    shutil.copytree(straight, "out")
+    file = Path("out/step_12", name)
+    tensors = load_file(file)
+    key = sorted(key for key in tensors if "q_proj" in key)[0]
+    tensors[key].view(-1)[0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    state = json.loads(Path("out/step_12/state.json").read_text())
+    del state["checksums"]
+    state["files"][name] = file.stat().st_size
+    Path("out/step_12/state.json").write_text(json.dumps(state))
+    message = refused(run, max_steps=14, lr_may_rise=True)
+    assert key in message and "NaN" in message
 
 
 class StandInWandb:
@@ -734,6 +753,10 @@ def test_dry_run_opens_nothing(run, monkeypatch, capsys, name, parameters, steps
     (dict(max_steps=None), "max_steps"),
     (dict(out_dir="/dev/null/out"), "/dev/null/out"),
     (dict(device="abacus"), "abacus"),
+    (dict(device="meta"), "device=meta"),
+    (dict(seed=10**25), "seed"),
+    (dict(timeout_seconds=10**20), "timeout_seconds"),
+    (dict(num_hidden_layers=9000), "num_hidden_layers"),
     (dict(resume="nowhere"), "nowhere"),
     (dict(dp_replicate=2), "dp_replicate"),
     (dict(prompts=["a" * 1100]), "prompt"),

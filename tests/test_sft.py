@@ -787,6 +787,8 @@ def workplace(tmp_path, monkeypatch):
     (dict(data={"x y": ["builtin:help", 1]}), "data: 'x y'"),
     (dict(data={"x": ["builtin:help?n=9", 0]}), "data: "),
     (dict(data={"x": ["builtin:help?n=9", 1]}, seq_len=16), "data 'x'"),
+    (dict(data={"x": ["builtin:help?n=9", 1e308], "y": ["builtin:help?n=9", 1e308]}), "weights"),
+    (dict(decontaminate_against=[3]), "decontaminate_against"),
     (dict(batch_tokens=100), "batch_tokens=100")])
 def test_what_cannot_run_is_one_line_and_leaves_nothing(workplace, options, key):
     with pytest.raises(UserError) as e:
@@ -942,6 +944,31 @@ def test_resume_is_bitwise_and_needs_no_initial_weights(workplace):
     model.save_pretrained("out/quickstart/step_1")
     with pytest.raises(UserError, match="out/quickstart/step_1"):
         run_sft("out/sft1", stage=1)
+
+
+def test_a_flipped_bit_in_prepared_conversations_is_found(workplace):
+    run_sft("out/a", max_steps=1)
+    for name in ("tokens.npy", "spans.npy"):
+        file = next(Path("data").glob(f"sft-*/train-skills/{name}"))
+        good = file.read_bytes()
+        file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        with pytest.raises(UserError, match=f"checksum of {name}"):
+            run_sft("out/b", max_steps=1)
+        file.write_bytes(good)
+
+
+def test_what_another_run_prepared_meanwhile_is_taken(workplace, monkeypatch):
+    run_sft("out/a", max_steps=1)
+    folder = next(Path("data").glob("sft-*"))
+    kept = folder.rename(folder.with_name("kept"))
+
+    def prepare_domains(*args):
+        shutil.copytree(kept, folder)            # the other run ends first
+        return ["ours"]
+    monkeypatch.setattr(sft, "prepare_domains", prepare_domains)
+    run_sft("out/b", max_steps=1)
+    assert (folder / "data.txt").read_text() == (kept / "data.txt").read_text()
+    assert not list(Path("data").glob("*.tmp"))
 
 
 def test_a_stage_does_not_run_in_a_folder_in_use(workplace):

@@ -317,6 +317,7 @@ def test_a_hub_name_is_its_tokenizer_json_downloaded_once(monkeypatch):
         kept[name] = "downloaded.json"
         return kept[name]
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **options: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, _: kept.get(name))
     expected = byte_level().encode(SCRIPTS).ids

@@ -223,7 +223,7 @@ def split_at(pattern: dict, behavior: str) -> dict:
 def as_trained_with(spec: dict, special: dict[str, int]) -> dict:
     """A tokenizer.json's content as training used it: with our special tokens, BEGIN before every
     text, no text cut or padded, and the steps that chat_template relies on."""
-    added = [token for token in spec["added_tokens"] if token["content"] not in special]
+    added = [token for token in spec.get("added_tokens") or [] if token["content"] not in special]
     for token, i in special.items():
         added.append({"id": i, "content": token, "single_word": False, "lstrip": False,
                       "rstrip": False, "normalized": False, "special": True})
