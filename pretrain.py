@@ -867,9 +867,7 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
             nonfinite.read(step, c, log)
         timer.pause()
         if evaluate_now:
-            losses, samples = validation.evaluate_and_sample(model, step)
-            layers = layer_stats(model.model.layers, optimizer)
-            log_evaluation(log, curriculum, step, losses, layers, samples)
+            evaluate_and_log(validation, model, optimizer, curriculum, step, log)
         if save_now:
             state = state_to_save(nonfinite, dataset, tokenizer)
             save_checkpoint(out, step, model, optimizer, state, c)
@@ -887,8 +885,7 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
                             lr, c)
         nonfinite.unread.append(result.skipped)
         if step == start_step:
-            # Not earlier: during the first step torch.compile has worker processes. A SIGTERM to
-            # the process group ends them, and if this process survived it would wait for them.
+            # Not earlier: torch.compile's worker processes end by then (support/ranks.py).
             signals = install_signal_handlers()
         step += 1
 
@@ -922,6 +919,13 @@ def begin_log(c: Config, out: Path, dataset: Dataset, model: Motif, optimizer,
     if c.eval_every and not can_be_gathered(model):
         log.print(NO_SAMPLES)
     return log
+
+
+def evaluate_and_log(validation: Validation, model: Motif, optimizer, curriculum, step: int,
+                     log: Log) -> None:
+    losses, samples = validation.evaluate_and_sample(model, step)
+    layers = layer_stats(model.model.layers, optimizer)
+    log_evaluation(log, curriculum, step, losses, layers, samples)
 
 
 def is_due(step: int, every: int | None, or_if: bool) -> bool:

@@ -193,7 +193,10 @@ def pad_rows(batch: tuple, own: int, padded: int) -> tuple[Tensor, ...]:
 
 def install_signal_handlers() -> list[float]:
     """Handle SIGTERM and Ctrl-C -> a list that fills when one arrives. A second one, more than a
-    second later, ends the process at once."""
+    second later, ends the process at once.
+
+    To be called once the first step is done: during it torch.compile has worker processes. A
+    SIGTERM to the process group ends them, and a process that survived it would wait for them."""
     times = []
 
     def handler(number, frame):
