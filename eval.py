@@ -45,7 +45,8 @@ from configurator import Count, NonNegative, Size, UserError, one_line
 from model import Decoder, KVCache, Motif
 from pretrain import COMPUTE_DTYPE, compute_precision, pick_device
 from support.ranks import RANK, WORLD, all_gather_object, broadcast_object, run_main
-from support.run_folder import checkpoint_steps, latest_checkpoint, read_state
+from support.run_folder import (checkpoint_steps, is_out_of_memory, latest_checkpoint,
+                                read_state)
 from support.scores import (format_table, load_previous, save_results, scores_by_metric,
                             summarize)
 from support.tasks import (CHAINS, TASKS, Example, Task, has_own_fence, judge_replies,
@@ -894,7 +895,9 @@ def main() -> None:
     except OSError as e:
         where = e.filename or c.out_dir or "out/eval"     # a full disk names no file
         raise UserError(f"{where}: {one_line(e)}") from None
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
         raise UserError("out of memory; give less --kv_cache_tokens, 16384 for a start") from None
 
 

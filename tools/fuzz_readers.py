@@ -8,6 +8,7 @@ import shutil
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,8 +21,9 @@ import sft
 from configurator import UserError
 from model import Motif, MotifConfig
 from support.conversations import Drops, load_conversations
+from support.encoding import encode_chats
 from support.log import Log, log_resumed
-from support.selection import benchmark_grams, choose, train_val_split
+from support.selection import benchmark_files, benchmark_grams, choose, train_val_split
 from support.sources import SkippedRows, source_units
 from support.tasks import TASKS, read_questions
 from support.tokenizer import bytes_per_token, encode_document, load_tokenizer
@@ -232,20 +234,22 @@ def read_tokenizer(file: Path) -> None:
     bytes_per_token(tokenizer)
     ids = encode_document(tokenizer, "This is the text, Käse 東京 \x00 <|endoftext|> </s>")
     tokenizer.decode(ids + list(range(min(tokenizer.n_vocab, 300))))
-    export_tokenizer(str(file), Path())
+    export_tokenizer(tokenizer, Path())
 
 
 def read_conversations(file: Path) -> None:
     drops = Drops()
     tokenizer = load_tokenizer("byte")
     parts = train_val_split(list(load_conversations(str(file), drops)), set())
-    chosen, _ = choose(parts["train"], set(), 0.8, 0.7)
-    print(drops.report(), sft.encode_part(Path(), "val", "mine", parts["val"], tokenizer, 128))
-    print(sft.encode_part(Path(), "train", "mine", chosen, tokenizer, 128))
+    chosen, _ = choose(parts["train"], {}, 0.8, 0.7)
+    print(drops.report())
+    for conversations in (parts["val"], chosen):
+        encoded, _ = encode_chats(conversations, partial(sft.truncate_to_turn, tokenizer, T=128))
+        print(len(encoded))
 
 
 def read_benchmark(file: Path) -> None:
-    benchmark_grams([str(file)])
+    benchmark_grams(benchmark_files([str(file)], None))
     for name, task in TASKS.items():
         if task.eval_file and Path(file.name) in map(Path, names_of(task)):
             num_fewshot = 1 if task.fewshot_file else 0
@@ -272,7 +276,7 @@ def read_checkpoint(file: Path) -> None:
     start = pretrain.find_checkpoint(c, out)
     curriculum = pretrain.make_curriculum(c, start and start[1])
     if start:
-        pretrain.check_compatible(*start, c, curriculum)
+        pretrain.check_compatible(*start, c, curriculum, load_tokenizer(c.tokenizer))
         pretrain.check_lr_goes_on(c, curriculum, start[1])
     eval_config = evaluation.Config(model=str(out), precision="fp32")
     for folder in evaluation.find_models(eval_config).values():
