@@ -44,7 +44,7 @@ import sft
 from configurator import Count, NonNegative, Size, UserError, one_line
 from model import Decoder, KVCache, Motif
 from pretrain import COMPUTE_DTYPE, compute_precision, pick_device
-from support.ranks import RANK, WORLD, all_gather_object, broadcast_object, run_main
+from support.ranks import RANK, WORLD, all_gather_object, rank0_only, run_main
 from support.run_folder import (checkpoint_steps, is_out_of_memory, latest_checkpoint,
                                 read_state)
 from support.scores import (format_table, load_previous, save_results, scores_by_metric,
@@ -321,7 +321,7 @@ def score_with_shared_prefix(
         model: Motif, requests: list[LoglikelihoodRequest], batch_tokens: int,
         kv_tokens: int) -> Iterator[tuple[LoglikelihoodRequest, list[Tensor]]]:
     """loglikelihoods() of a group of requests, by the three stages. batch_tokens bounds a forward
-    pass, kv_tokens the cache of stage 2 and that of stage 3."""
+    pass of stages 2 and 3, kv_tokens the cache of each."""
     device = model.head_weight.device
     requests = sorted(requests, key=lambda r: -len(r.prompt))
     prompts = [r.prompt for r in requests]
@@ -362,7 +362,7 @@ def score_batch(model: Motif, batch: list[LoglikelihoodRequest], prefix_cache: K
 
     # Stage 3: read the rest of each choice, where there is one, behind a copy of its prompt.
     scores = []
-    remaining = []          # (request, choice, ids of the choice)
+    remaining = []          # (request, choice, the row's ids after the prompt: see the end)
     for i, request in enumerate(batch):
         n = len(request.rows)
         scores.append(list(first_log_p[i, :n].split(1)))
@@ -386,9 +386,9 @@ def score_batch(model: Motif, batch: list[LoglikelihoodRequest], prefix_cache: K
 
     # Winogrande's contexts differ, so that the last words of a context come after the prompt, which
     # is only what all rows share. Their log-probabilities are left out.
-    for request, of_rows in zip(batch, scores):
+    for request, row_scores in zip(batch, scores):
         for j, n in enumerate(request.num_scored):
-            of_rows[j] = of_rows[j][-n:]
+            row_scores[j] = row_scores[j][-n:]
     return scores
 
 
@@ -712,8 +712,7 @@ def evaluate_model(folder: Path, tasks: dict[str, tuple], out: Path, c: Config,
         c = replace(c, kv_cache_tokens=default_kv_cache_tokens(model, device))
 
     settings = settings_of(folder, text, c)
-    previous = load_previous(out, settings) if RANK == 0 else None
-    records, earlier_results = broadcast_object(previous)
+    records, earlier_results = rank0_only(load_previous, out, settings)
 
     results = {}
     for name, (task, questions, num_fewshot) in tasks.items():

@@ -81,7 +81,8 @@ class KVCache:
         slots = positions.clamp(max=visible - 1)
 
         # A step, T = 1, uses all slots, however few are full: its shapes are fixed and the host
-        # need not ask the GPU for the lengths, as its CUDA graph demands.
+        # need not ask the GPU for the lengths, as its CUDA graph demands. So the caller must not
+        # make more steps than fit: that is not checked (Decoder counts them).
         was_empty = False
         if T > 1:
             longest = int(self.lengths.max())

@@ -25,7 +25,7 @@ class Example:
     prompt by nothing."""
     text: str
     target: str = ""
-    choices: list = field(default_factory=list)   # possible continuations
+    choices: list = field(default_factory=list)   # continuations; each begins with one space
     answer: int = 0                               # index of the right one
     contexts: list | None = None  # winogrande: choice j continues contexts[j] instead of `text`
     subject: str = ""             # few-shot examples are taken from the same subject

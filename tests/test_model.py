@@ -579,7 +579,7 @@ def test_an_index_that_names_a_file_outside_its_folder_is_refused(tmp_path, abso
     save_file({NORM: torch.ones(20)}, outside)
     place = str(outside) if absolute else "../x.safetensors"
     change_index(folder, NORM, place)
-    refused(folder, INDEX, place)
+    refused(folder, INDEX, place[:15])        # a long name is shortened
 
 
 def test_a_tied_model_may_have_an_equal_head_in_its_file(tmp_path):
