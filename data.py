@@ -126,6 +126,7 @@ class Curriculum:
             self.seq_len = old.seq_len[:step]
             self.rows = old.rows[:step]
             self.tokens = old.tokens[:step + 1]
+            # The run may end at this very step: then its last step has begun within max_tokens.
             tokens_before = old.tokens[max(0, step - 1)]
             if step > (max_steps or step) or tokens_before >= (max_tokens or math.inf):
                 raise UserError(f"max_steps={max_steps}, max_tokens={max_tokens}: the run is at "
@@ -203,8 +204,9 @@ class Curriculum:
         old, step = self.before
         past = self._past(old.taken)
         read = (past * np.array(self.seq_len[:step])[:, None]).sum(axis=0)
-        if set(old.names) != set(self.names):
-            # What a domain that is gone was ahead or behind is nobody's: all begin at their quota.
+        # Each domain stays as far ahead of its quota, or behind it, as it is. But what a domain
+        # that is gone was ahead or behind is nobody's: then all begin at their quotas.
+        if set(old.names) != set(self.names) and step > 0:
             quotas = quotas - quotas[step - 1] + read
         to_come = assign_rows(quotas[step:], self.seq_len[step:], self.rows[step:], read.tolist())
         return np.concatenate([past, to_come])
@@ -423,7 +425,7 @@ class Tape:
             self.next_piece += 1
             if record["last"]:
                 self.next_piece = 0
-                self.next_unit += 1
+                self.next_unit += 1  # it goes on through all epochs: here the first one ends
                 if self.next_unit == self.domain.num_units:
                     self._end_epoch()
         return True
@@ -534,7 +536,8 @@ class TokenDataset:
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """Rows rank, rank + world, rank + 2 world, ... of the step's global batch -> (rows, T + 1)
-        int64: inputs are [:, :-1], targets [:, 1:]. Waits until what it reads is prepared."""
+        int64: inputs are [:, :-1], targets [:, 1:]. Waits until what it reads is prepared. Ranks
+        may get unequally many (pretrain.read_batch pads them)."""
         self.wait_for(step)
         T = self.curriculum.seq_len[step]
         rows = self.rows(step)[rank::world]
@@ -585,7 +588,8 @@ class TokenDataset:
         """Go on with a tape as far as a step reads it -> whether it goes so far."""
         tape = self.tapes[name]
         epoch_tokens = None
-        # extend() may come to the end of the first epoch. That changes the windows: ask once more.
+        # extend() may come to the end of the first epoch, which happens once. That changes the
+        # windows: ask again.
         while epoch_tokens != tape.epoch_tokens:
             epoch_tokens = tape.epoch_tokens
             self.positions[name], end = self.windows_of(step, d)
@@ -600,7 +604,9 @@ class TokenDataset:
         end_place = int(self.curriculum.end[step, d])
         if end_place == 0:
             return start, start
-        first, _ = self.window(phase, d, min(int(self.curriculum.first[step, d]), end_place - 1))
+        # A step that takes no place has first = end: then the window of the place before.
+        first_place = min(int(self.curriculum.first[step, d]), end_place - 1)
+        first, _ = self.window(phase, d, first_place)
         _, end = self.window(phase, d, end_place - 1)
         return start + first * phase.T, start + end * phase.T + 1
 
@@ -651,9 +657,10 @@ class TokenDataset:
         step: train() exchanges a flag (any_rank) at every step, which sees to that."""
         for name, tape in self.tapes.items():
             read = bisect_right(tape.ends, self.positions[name])
-            to_come = set(tape.pieces[read:])  # the next epoch has the same pieces
+            # The next epoch has the same pieces: one of them may be kept, or be still to come.
+            kept = set(tape.pieces[max(0, read - self.keep_read):])
             for k in range(self.deleted[name], read - self.keep_read):
-                if tape.pieces[k] not in to_come:
+                if tape.pieces[k] not in kept:
                     self.domains[name].path(*tape.pieces[k]).unlink(missing_ok=True)
                 self.deleted[name] = k + 1
 

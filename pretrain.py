@@ -860,7 +860,7 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
         # A run that a signal stops is saved, and evaluated only where that is due.
         evaluate_now = step > log.last_evaluation and is_due(step, c.eval_every, finished)
         save_now = step > start_step and is_due(step, c.save_every, stop)
-        model.config.rope_theta = theta_at(c, curriculum.tokens[step])
+        model.config.rope_theta = theta_at(c, curriculum.tokens[step])  # as the next step has it
 
         # What is not training: evaluate and save, where that is due; stop.
         if evaluate_now or save_now or stop:

@@ -306,7 +306,8 @@ def truncate_to_turn(tokenizer: Tokenizer, messages: list[dict],
 #     positions  0  1  2  3  4  5  0  1  2  3        positions  0  1  2  3  4  0  1  2  0  1
 #
 # Each conversation must be read as if it were alone. doc_ids tell the model which tokens belong
-# together: attention masks all others out, and rotary positions restart. Queries of row 1 see (x):
+# together: attention masks all others out, and rotary positions restart (model.py makes both from
+# doc_ids, document_starts). Queries of row 1 see (x):
 #
 #     keys        d  d  d  d  d  b  b  b  .  .
 #     last d      x  x  x  x  x
@@ -401,7 +402,8 @@ def collate(rows: list[list[np.ndarray]], T: int) -> tuple[np.ndarray, np.ndarra
 # checkpoint step_N is written after steps 0 to N - 1, and a run that resumes from it does step N.
 
 # The conversations of a domain, encoded, are a TokenizedChats (support/encoding.py): its [i] is
-# (2, n), ids and targets of conversation i.
+# (2, n), ids and targets of conversation i; lengths[i] is n; ends[i] is the sum of the lengths up
+# to i; and num_targets[i] counts the targets that are not -1.
 
 REPEATS = 4  # readings of a conversation per epoch, at most, on average over a domain [ours]
 
@@ -760,13 +762,15 @@ def to_pretrain_config(c: Config, shape: MotifConfig, tokenizer: Tokenizer, init
 
 def check_same_batches(folder: Path, state: dict, run: pretrain.Config,
                        dataset: PackedChatDataset) -> None:
-    """UserError if a stage that goes on would read other batches than it has read so far: some
-    conversations would be read again, and others never."""
+    """UserError if a stage that goes on would read other batches than it began with: some
+    conversations would be read again, and others never; or if it were longer: its learning rate,
+    which falls over the whole run, would rise again."""
     settings = []
     for config in (state["config"], asdict(run)):
         weights = {name: domain[1] for name, domain in config["domains"].items()}
         settings.append({"data": weights, "batch_tokens": config["batch_tokens"],
-                         "seq_len": config["seq_len"], "seed": config["seed"]})
+                         "seq_len": config["seq_len"], "seed": config["seed"],
+                         "epochs or --max_steps": config["max_steps"]})
     theirs, ours = settings
     for key in ours:
         if theirs[key] != ours[key]:

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import UserError, one_line
-from support.run_folder import checksum
-from support.weights import read_json, write_json
+from support.weights import checksum, read_json, write_json
 
 BATCH = 4096  # conversations that a process encodes at a time [ours]
 

@@ -154,9 +154,9 @@ class Domain:
         return piece
 
     def expected_tokens(self, unit: int) -> float:
-        """A guess at the tokens of a unit that are there or to come. A whole unit: all of them.
-        Else what is to come: the mean of the whole units less what is made, but not less than about
-        a piece; a piece if no unit is whole yet."""
+        """What may be counted on from a unit, for request(). A whole unit: its tokens. Of another
+        only what is to come, as the rest is on the tape already: the mean of the whole units less
+        what is made, but not less than about a piece; a piece if no unit is whole yet."""
         made = self.unit_tokens[unit]
         if unit in self.whole_units:
             return made

@@ -226,6 +226,8 @@ def benchmark_files(patterns: list[str], benchmark_dir: str | None) -> dict[Path
     False) tells which rows are questions; None: all are. Examples may be read."""
     files = {}
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise UserError(f"decontaminate_against: {pattern!r} must be a path or a glob")
         for path in local_files(pattern):
             files[path] = None
     if benchmark_dir is None:

@@ -84,7 +84,7 @@ def write_samples(folder: Path) -> None:
     model = pretrain.build(c, device)
     rows = {"text": torch.arange(66).view(2, 33).numpy()}
     validation = pretrain.Validation(c, rows, pretrain.make_curriculum(c), load_tokenizer("byte"),
-                                     pretrain.encode_text_prompt, device)
+                                     pretrain.encode_text_prompt, None, device)
     gathers = []
     for bound in (pretrain.SAMPLE_BYTES, 0):
         pretrain.SAMPLE_BYTES = bound
