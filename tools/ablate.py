@@ -43,7 +43,7 @@ import torch
 
 import configurator
 import pretrain
-from configurator import Count, NonNegative, UserError
+from configurator import NonNegative, UserError
 from model import Motif, flops_per_token
 from support.log import read_metrics, replace_text
 from support.ranks import run_main
@@ -63,8 +63,6 @@ class Grid:
     baseline: str | None = None         # the run that others are compared with; None: the first
     max_minutes: NonNegative | None = None  # no run begins that would not end by then, if it took
                                         # as long as the longest so far
-    per_card: Count = 1                 # runs that share a GPU. With two, one computes while the
-                                        # other compiles; their speed says nothing and is left out
 
 
 def cells(grid: Grid) -> dict[str, dict]:
@@ -165,9 +163,9 @@ def check_folder(run: Run) -> None:
 # ---- running it
 #
 # Each run is a process of its own, which sees one GPU. As soon as it has ended, the next one gets
-# its place on the GPU. What a run prints goes to output.txt in its folder. This process only waits,
-# and keeps a note beside that, ablate.json: on which card the run was and with how many others, the
-# date, and once it has ended how many seconds it took in all, with compiling and evaluations.
+# the GPU. What a run prints goes to output.txt in its folder. This process only waits, and keeps a
+# note beside that, ablate.json: on which card the run was, the date, and once it has ended how many
+# seconds it took in all, with compiling and evaluations.
 
 POLL_SECONDS = 0.2
 REPORT_SECONDS = 30
@@ -215,7 +213,6 @@ def run_all(todo: list[Run], planned: list[Run], out: Path, grid: Grid,
     cards = find_cards(todo[0].config.device)
     card_name = "CPU" if cards == [None] else torch.cuda.get_device_name()
     print(f"{len(todo)} runs on {len(cards)} x {card_name}", flush=True)
-    places = grid.per_card * cards
     prepare_data(todo)
 
     reported = begun
@@ -224,9 +221,8 @@ def run_all(todo: list[Run], planned: list[Run], out: Path, grid: Grid,
     failed = []
     try:
         while waiting or running:
-            while waiting and places and has_time(grid.max_minutes, begun, planned):
-                note = {"card": card_name, "per_card": grid.per_card}
-                running.append(start(waiting.pop(0), places.pop(0), note))
+            while waiting and cards and has_time(grid.max_minutes, begun, planned):
+                running.append(start(waiting.pop(0), cards.pop(0), card_name))
                 print(f"started {running[-1].run}; {len(waiting)} wait", flush=True)
             if not running:
                 break                       # there is no time for what waits
@@ -236,7 +232,7 @@ def run_all(todo: list[Run], planned: list[Run], out: Path, grid: Grid,
                 if job.process.poll() is None:
                     continue
                 running.remove(job)
-                places.append(job.card)
+                cards.append(job.card)
                 if has_ended(job.run):
                     report_end(job)
                     add_to_tables(out, [job.run], grid, grid_name)
@@ -255,11 +251,10 @@ def run_all(todo: list[Run], planned: list[Run], out: Path, grid: Grid,
     return failed
 
 
-def start(run: Run, card: str | None, note: dict) -> Job:
-    """Start pretrain.py on a card. note: what ablate.json says of the card."""
+def start(run: Run, card: str | None, card_name: str) -> Job:
+    """Start pretrain.py on a card."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    note = {**note, "date": date.today().isoformat(), "seconds": None}
-    write_note(run, note)
+    write_note(run, {"card": card_name, "date": date.today().isoformat(), "seconds": None})
     environment = dict(os.environ)
     if card is not None:
         environment["CUDA_VISIBLE_DEVICES"] = card
@@ -286,7 +281,7 @@ def read_note(run: Run) -> dict:
     path = run.folder / "ablate.json"
     if path.exists():
         return json.loads(path.read_text())
-    return {"card": "", "per_card": 1, "date": "", "seconds": None}
+    return {"card": "", "date": "", "seconds": None}
 
 
 def has_time(max_minutes: float | None, begun: float, runs: list[Run]) -> bool:
@@ -325,7 +320,7 @@ def report_progress(running: list[Job]) -> None:
 #                    backward pass; loss is held out, in nats per token, after the last step
 #     curves.csv     a line for each evaluation of each run: tokens seen, seconds of training, loss
 #
-# tok_per_s and seconds are empty for a run that has shared its card.
+# tok_per_s and seconds may be empty: of runs that shared a card with others, say.
 #
 # A run that several grids have in common has a line in runs.csv for each of them.
 
@@ -400,22 +395,20 @@ def measure(run: Run) -> dict:
     flops = flops_per_token(model.config, pretrain.make_curriculum(run.config).context[-1])
     by_domain = {name: round(x, 5) for name, x in last["val_loss_by_domain"].items()}
     note = read_note(run)
-    speed = round(median_speed(metrics)) if note["per_card"] == 1 else ""
     return {"name": run.name, "seed": str(run.seed), "overrides": json.dumps(run.overrides),
             "parameters": sum(p.numel() for p in model.parameters()),
             "flops_per_token": sum(flops), "tokens": last["tokens"],
-            "tok_per_s": speed, "loss": f"{last['val_loss']:.5f}",
+            "tok_per_s": round(median_speed(metrics)), "loss": f"{last['val_loss']:.5f}",
             "loss_by_domain": json.dumps(by_domain), "date": note["date"], "card": note["card"]}
 
 
 def measure_curve(run: Run) -> list[dict]:
     """The lines of curves.csv: one for each evaluation."""
     metrics = read_metrics(run.folder)
-    alone = read_note(run)["per_card"] == 1
     points = []
     for m in metrics:
         if "val_loss" in m:
-            seconds = f"{training_seconds(metrics, m['tokens']):.1f}" if alone else ""
+            seconds = f"{training_seconds(metrics, m['tokens']):.1f}"
             points.append({"name": run.name, "seed": str(run.seed), "tokens": m["tokens"],
                            "seconds": seconds, "loss": f"{m['val_loss']:.5f}"})
     return points
