@@ -37,8 +37,9 @@ from pretrain import TrainConfig
 from support.conversations import (EVAL_DOMAINS, Drops, check_conversation, load_conversations,
                                    source_files)
 from support.encoding import TokenizedChats, encode_chats
+from support.preparing import remove_leftovers
 from support.ranks import RANK, all_gather_object, rank0_first, rank0_only, run_main
-from support.run_folder import latest_checkpoint
+from support.run_folder import find_checkpoint, latest_checkpoint
 from support.selection import (benchmark_files, benchmark_grams, choose, extra_held_out,
                                train_val_split)
 from support.tokenizer import BEGIN, ROLES, TURN, TURN_END, Tokenizer, load_tokenizer
@@ -113,7 +114,8 @@ STAGES = {
 
 @dataclass
 class Config(TrainConfig):
-    """A stage of fine-tuning. The defaults are the report's for stage 1.
+    """A stage of fine-tuning. The defaults are the report's for stage 1. What pre-training has as
+    well, such as out_dir, data_dir, seed and eval_every, is in pretrain.TrainConfig.
 
         python sft.py --stage=1                    the quick start's model, then --stage=2, 3
         python sft.py --stage=1 --model=out/mine --data="{'mine': ['talks/*.jsonl', 1.0]}"
@@ -575,7 +577,7 @@ def prepare(c: Config, tokenizer: Tokenizer) -> Path:
     if folder.exists():
         return folder
     print(f"preparing {', '.join(c.data)} in {folder}", flush=True)
-    remove_leftovers(folder.parent)
+    remove_leftovers(folder.parent, "sft-*")
     temporary = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
@@ -588,14 +590,6 @@ def prepare(c: Config, tokenizer: Tokenizer) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
-
-
-def remove_leftovers(data_dir: Path) -> None:
-    """Remove the temporary folders of processes of this machine that were killed."""
-    for path in data_dir.glob(f"sft-*.{socket.gethostname()}.*.tmp"):
-        pid = path.suffixes[-2][1:]
-        if not Path("/proc", pid).exists():
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def preparation_key(c: Config, tokenizer: Tokenizer) -> str:
@@ -676,8 +670,9 @@ def find_start(c: Config, out: Path) -> tuple[tuple | None, Path, str]:
     of the model to begin with; folder and hash of the weights that the stage starts from).
 
     A run that resumes does not need its initial weights any more; but if they are still there, they
-    must be those that it began with, or two runs would be mixed in one folder."""
-    checkpoint = pretrain.find_checkpoint(c, out)
+    must be those that it began with, or two runs would be mixed in one folder: their hashes, the
+    last words of `init`, are compared."""
+    checkpoint = find_checkpoint(c, out)
     began_with = checkpoint[1]["config"]["init"] if checkpoint else None
     try:
         folder = initial_folder(c)
@@ -818,6 +813,9 @@ def describe_data(c: Config, dataset: PackedChatDataset) -> str:
     lines.append(f"{curriculum.steps:,d} steps of at most {dataset.batch_tokens:,d} tokens, "
                  f"{rows:,d} rows; padding "
                  f"{1 - total / (rows * c.seq_len):.2%}")
+    if c.eval_tasks and not (c.benchmark_dir or c.decontaminate_against):
+        lines.append("note: without --benchmark_dir, conversations with questions of --eval_tasks "
+                     "are not looked for")
     if curriculum.steps < 20:  # [ours]
         lines.append(f"note: {curriculum.steps} steps are few; a smaller --batch_tokens gives more")
     return "\n".join(lines)

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import queue
+import shutil
 import signal
 import socket
 import subprocess
@@ -318,11 +319,16 @@ def write_file(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of processes of this machine that were killed."""
-    for path in folder.glob(f"*.{socket.gethostname()}.*.tmp"):
-        pid = int(path.suffixes[-2][1:])
-        if not Path(f"/proc/{pid}").exists():
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files and folders, for what has a name like this, of processes of this
+    machine that were killed."""
+    for path in folder.glob(f"{name}.{socket.gethostname()}.*.tmp"):
+        pid = path.suffixes[-2][1:]
+        if Path("/proc", pid).exists():
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)
 
 

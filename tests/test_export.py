@@ -57,6 +57,16 @@ def exported_tokenizer(tokenizer, folder):
     return library
 
 
+def training_tokenizer(kind):
+    """A tokenizer of any kind that training takes."""
+    if kind == "byte":
+        return load_tokenizer("byte")
+    if kind == "tiktoken":
+        write_tiktoken("t.tiktoken", byte_level())
+        return load_tokenizer("t.tiktoken")
+    return library_tokenizer(kind)
+
+
 def library_tokenizer(kind):
     """A tokenizer of training that has a tokenizer.json, in a folder of another model."""
     with open("special_tokens_map.json", "w") as file:
@@ -132,13 +142,7 @@ def test_both_scripts_export_the_newest_checkpoint_of_out_dir(tmp_path, monkeypa
 
 @pytest.mark.parametrize("kind", ["byte", "tiktoken", *LIBRARIES])
 def test_the_folder_has_the_files_that_others_read_and_ids_of_ours(tmp_path, kind):
-    if kind == "byte":
-        ours = load_tokenizer("byte")
-    elif kind == "tiktoken":
-        write_tiktoken("t.tiktoken", byte_level())
-        ours = load_tokenizer("t.tiktoken")
-    else:
-        ours = library_tokenizer(kind)
+    ours = training_tokenizer(kind)
     _, state = save_checkpoint(tmp_path / "step_1", ours.name)
     served = tmp_path / "served"
     export(tmp_path / "step_1", state, served)
@@ -230,13 +234,7 @@ def check_template(tokenizer, folder):
 
 @pytest.mark.parametrize("kind", ["byte", "tiktoken", "gpt2", "llama3", "lower case"])
 def test_the_template_renders_the_ids_of_encode_chat(tmp_path, capsys, kind):
-    if kind == "byte":
-        tokenizer = load_tokenizer("byte")
-    elif kind == "tiktoken":
-        write_tiktoken("t.tiktoken", byte_level())
-        tokenizer = load_tokenizer("t.tiktoken")
-    else:
-        tokenizer = library_tokenizer(kind)
+    tokenizer = training_tokenizer(kind)
     exported_tokenizer(tokenizer, tmp_path / "served")
     check_template(tokenizer, tmp_path / "served")
     assert not capsys.readouterr().out

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 from support import conversations, encoding, selection
 from support.conversations import EVAL_DOMAINS, load_conversations
+from support.preparing import remove_leftovers
 from support.tokenizer import BEGIN, END, ROLES, TURN, TURN_END, load_tokenizer
 from worlds import world
 
@@ -667,7 +668,7 @@ def test_what_a_killed_preparation_left_is_removed(tmp_path):
     elsewhere = tmp_path / "sft-0123456789.elsewhere.999999999.tmp"
     for folder in (dead, running, elsewhere):
         (folder / "val-help").mkdir(parents=True)
-    sft.remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path, "sft-*")
     assert sorted(tmp_path.iterdir()) == sorted([running, elsewhere])
 
 

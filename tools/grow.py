@@ -383,9 +383,6 @@ def average(run: Path, k: int) -> Motif:
     mean = Motif.from_pretrained(folders[0], dtype=torch.float32)
     for i, folder in enumerate(folders[1:], 2):
         other = Motif.from_pretrained(folder)
-        if other.config != mean.config:
-            raise UserError(f"{folder} has a model of another shape than {folders[0]}; only "
-                            "checkpoints of one run can be averaged")
         # The mean of i models is that of i - 1 models, moved 1/i of the way to the next.
         for p, q in zip(mean.parameters(), other.parameters()):
             p.data.lerp_(q.data.float(), 1 / i)
