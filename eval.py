@@ -336,7 +336,7 @@ def score_with_shared_prefix(
         model(torch.tensor([prompts[0][:shared]], device=device), cache=prefix_cache,
               last_only=True)
 
-    own_lengths = [len(prompt) - shared for prompt in prompts]
+    own_lengths = [len(prompt) - shared for prompt in prompts]  # longest first, as the prompts are
     for part in micro_batches(own_lengths, batch_tokens, kv_tokens, cached=shared):
         batch = requests[part]
         scores = score_batch(model, batch, prefix_cache, shared, batch_tokens, kv_tokens)
@@ -362,7 +362,9 @@ def score_batch(model: Motif, batch: list[LoglikelihoodRequest], prefix_cache: K
 
     # Stage 3: read the rest of each choice, where there is one, behind a copy of its prompt.
     scores = []
-    remaining = []          # (request, choice, the row's ids after the prompt: see the end)
+    # The ids after the prompt are those of the choice; for Winogrande, whose contexts differ, also
+    # the last words of the context.
+    remaining = []          # (request, choice, ids after the prompt)
     for i, request in enumerate(batch):
         n = len(request.rows)
         scores.append(list(first_log_p[i, :n].split(1)))
@@ -384,8 +386,7 @@ def score_batch(model: Motif, batch: list[LoglikelihoodRequest], prefix_cache: K
         for (i, j, _), rest in zip(remaining[part], log_p):
             scores[i][j] = torch.cat([scores[i][j], rest])
 
-    # Winogrande's contexts differ, so that the last words of a context come after the prompt, which
-    # is only what all rows share. Their log-probabilities are left out.
+    # Only the choice counts, not the last words of a context.
     for request, row_scores in zip(batch, scores):
         for j, n in enumerate(request.num_scored):
             row_scores[j] = row_scores[j][-n:]
@@ -412,6 +413,7 @@ def multiple_choice(task: Task, examples: dict[int, Example], model: Motif, text
         for context, choice in zip(contexts, example.choices):
             prompt = example.fewshot_context + context
             if c.chat:
+                # A choice begins with a space, which a reply does not.
                 pairs.append((text.encode_chat(prompt), text.encode(choice[1:])))
             else:
                 pairs.append(text.encode_pair(prompt, choice))
@@ -422,7 +424,8 @@ def multiple_choice(task: Task, examples: dict[int, Example], model: Motif, text
 
     for request, log_p in loglikelihoods(model, requests, c.kv_cache_tokens):
         example = examples[request.number]
-        # Equal choices that were scored in different passes would differ by rounding.
+        # Equal rows all get the first one's score: scored in different passes they would differ by
+        # rounding.
         sums = [finite_sum(log_p[request.rows.index(row)]) for row in request.rows]
         scores = choice_scores(sums, example.choices, example.answer)
         if not task.acc_norm:
@@ -633,7 +636,8 @@ class Config:
     run_code: bool | Literal["unsafe"] = False   # let humaneval and mbpp run the programs that the
                                   # model writes; unsafe: also where the sandbox has gaps
     benchmark_dir: str | None = None  # folder with the tasks' files; None: the Hub's data sets
-    out_dir: str | None = None    # None: out/eval/<the model's path, "-" for "/">
+    out_dir: str | None = None    # None: out/eval/<the model's path, "-" for "/">. Several models
+                                  # have a folder of such a name each, in out_dir or out/eval
     kv_cache_tokens: Count | None = None  # tokens whose keys and values are in memory at once;
                                   # None: as many as fit in 16 GiB (on the CPU in 1 GiB)
     temperature: NonNegative = 0.0  # for generation tasks; 0: greedy. Chat begins with 0.7
@@ -879,7 +883,8 @@ def run(c: Config) -> None:
             out = top / re.sub("[^A-Za-z0-9_.]+", "-", str(folder)).strip("-")
         results[name] = evaluate_model(folder, tasks, out, c, device)
     if RANK == 0:
-        print(f"\n{format_table(results)}\nsamples and results in {top}", flush=True)
+        where = out if len(models) == 1 else f"the folders of {top}"
+        print(f"\n{format_table(results)}\nsamples and results in {where}", flush=True)
         if c.plot:
             from tools.plots import plot_scores
             plot_scores(scores_by_metric(results), list(results), top / "scores.png")

@@ -20,7 +20,7 @@ linear_fp8 rounds them to FP8 first. Only symmetric_matmul and token_losses laun
 directly. All else is custom operators of PyTorch, which torch.compile takes as they are.
 
 Letters for sizes are model.py's, unless a section says otherwise: B, T, V, D, G, r, H, K, P, F.
-`n` is the length of a row.
+`n` is the length of a row. A *lane* is one element of a block.
 """
 import functools
 import math
@@ -135,7 +135,7 @@ def custom_op(fake: Callable, mutates_args: tuple[str, ...] = ()) -> Callable:
 @jit
 def scale_kernel(x_ptr, factor_ptr, n, BLOCK_SIZE: tl.constexpr):
     factor = tl.load(factor_ptr).to(tl.float32)
-    # The usual factor is 1, and then x is neither read nor written.
+    # The factor is the gradient of the loss, in training 1: then x is neither read nor written.
     if factor != 1:
         offsets = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
         mask = offsets < n
@@ -161,7 +161,8 @@ def scale_(x: Tensor, factor: Tensor) -> None:
 #     r_p = 1 / sqrt(mean((x^p)^2) + eps)           normalises x^p: r3 comes from the mean of x^6
 #     y   = b + x (w1 r1 + x (w2 r2 + x w3 r3))
 #
-# model.py derives the gradient. For g = dL/dy it is computed here as
+# model.py derives the gradient. The output is y * up, so that g = dL/dy = d_out * up, and d_up =
+# d_out * y. It is computed here as
 #
 #     s_p  = r_p sum(g x^p)                         dw_p sums s_p over all rows, and db sums g
 #     k_p  = p w_p r_p^2 s_p / n
@@ -437,7 +438,7 @@ def poly_norm_mul(x: Tensor, up: Tensor, weight: Tensor, bias: Tensor, eps: floa
 # 2D = 256). So one program takes whole groups and reads their noise once. It lays them out as a
 # block (GROUPS, R_PADDED, W_PADDED): r and 2D rounded up to powers of two.
 #
-# With z = signal - lambda noise, normed = z inv_rms and y = normed weight the gradients are
+# With z = signal - lambda * noise, normed = z * inv_rms and y = normed * weight the gradients are
 #
 #     d_normed = dy weight
 #     dz = inv_rms (d_normed - normed mean(d_normed normed))           the derivative of RMSNorm
@@ -594,14 +595,15 @@ def fused_differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weig
 # and multiply that on at once, dx = dlogits weight and dweight += dlogits^T x, before the next
 # chunk reuses the memory. So the forward pass already makes both gradients, and the backward pass
 # only multiplies them by the gradient of the loss, which is 1 in training. The price: one backward
-# pass only (autograd refuses a second, as scale_ has changed what was saved).
+# pass only (autograd refuses a second, as that changes in place what was saved).
 #
-# `scale` belongs inside. Had the caller divided the loss by the number of tokens instead, the
-# gradients would first be rounded to bf16 and then multiplied and rounded again.
+# scale, 1 / the number of tokens for a mean, belongs inside. Had the caller divided the loss by the
+# number of tokens instead, the gradients would first be rounded to bf16 and then multiplied and
+# rounded again.
 #
-# dweight is summed in the dtype of the weight, so a bf16 one is rounded after each chunk: over
-# 4,096 tokens it was off by 0.20% in one chunk, by 0.23% in 2, 0.36% in 8 and 0.67% in 32. A sum in
-# fp32 would take twice the memory of the weight.
+# dweight is summed in the dtype of the weight, so a bf16 one is rounded after each chunk. With
+# 4,096 tokens in one chunk it was off from an fp32 sum by 0.20%, in 2 smaller chunks by 0.23%, in 8
+# by 0.36% and in 32 by 0.67%. A sum in fp32 would take twice the memory of the weight.
 
 @jit
 def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, scale_ptr, V, GRADIENT: tl.constexpr,
@@ -775,8 +777,9 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # that the value heads are twice as wide as the keys (2D), that signal and noise heads are computed
 # by one launch, and that it returns the largest logit of each head, which QK-clip wants.
 #
-# Who reads what. Query heads stand group after group, each group's noise head last. `group` counts
-# all groups of a sequence, and GP of them share one pair of key heads:
+# Who reads what. As in model.py there are H query heads, and P pairs of key heads, each pair with a
+# value head. Query heads stand group after group, each group's noise head last. `group` counts all
+# groups of a sequence, and GP of them share one pair of key heads:
 #
 #     h     = group * (R + N) + i                                 12.7B: P = 8, GP = 1, R = 4, N = 1
 #     pair  = group // GP
@@ -784,9 +787,10 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 #     i == R   the noise head: reads key head 2 * pair + 1        h = 4 reads key head 1
 #     both read value head `pair`, which is DV = 2D wide          h = 5 .. 8 read key head 2, ...
 #
-# So is_noise = i // R. R is r itself, not rounded up, and N is 1. For plain grouped-query attention
-# N is 0: then a "pair" is one key head, and a group is the R query heads that read it. The heads of
-# one pair are neighbours, and head_in_pair counts them: h = pair * GP * (R + N) + head_in_pair.
+# So h is here the number of a query head, and is_noise = i // R. R is r, and N is 1. For plain
+# grouped-query attention N is 0: then a "pair" is one key head, and a group is the R query heads
+# that read it. The heads of one pair are neighbours, and head_in_pair counts them: h = pair * GP *
+# (R + N) + head_in_pair.
 #
 # q, k and v are seen as matrices of B * T rows, q with H * D columns and so on. So sequence b
 # begins at row b * T, and head h at column h * D. desc.load([row, column]) copies a block by TMA.
@@ -813,9 +817,11 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # in the second. After the first m_i = 3, l_i = 2^-2 + 2^0 = 1.25. The second raises m_i to 4, so
 # alpha = 2^-1 and l_i = 1.25 * 0.5 + 2^0 = 1.625, which is 2^(1-4) + 2^(3-4) + 2^(4-4).
 #
-# Powers of 2 are what the GPU has an instruction for, so logits are scaled by qk_scale =
-# log2(e) / sqrt(D), and exp2 is applied. Besides inputs and outputs, only lse = m_i + log2(l_i) of
-# each row is saved for the backward pass: from it p = exp2(q.k * qk_scale - lse) can be had again.
+# Powers of 2 are what the GPU has an instruction for. So `logits` in the code are q.k as they are.
+# They are multiplied by qk_scale = log2(e) / sqrt(D) where the maximum is taken, and inside exp2,
+# together with the subtraction of m_i: one fused multiply-add. Besides inputs and outputs, only
+# lse = m_i + log2(l_i) of each row is saved for the backward pass: from it the softmax, p =
+# exp2(q.k * qk_scale - lse), can be had again.
 #
 # Documents. Rows may be packed with several: query t then sees the keys doc_start[t], ..., t.
 # Blocks of keys before the first row's document are skipped.
@@ -896,7 +902,8 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
                                                 v_col, rows, doc_start, 0, masked_lo, qk_scale,
                                                 False, BN)
     else:
-        # Documents lie one after the other: no later row looks further back than the first.
+        # Documents lie one after the other: no later row looks further back than the first. So
+        # there are fewer blocks, and all of them are masked.
         masked_lo = tl.load(doc_start_ptr + b * T + m0) // BN * BN
         doc_start = tl.load(doc_start_ptr + b * T + rows, rows < T, 0)
     acc, m_i, l_i = attention_forward_sweep(Q, acc, m_i, l_i, k_desc, v_desc, b * T, k_col, v_col,
@@ -934,10 +941,10 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 # them in each group.
 #
 # dK and dV want a program per block of keys, which goes over the queries; dQ wants the opposite.
-# FlashAttention-2 lets both recompute S and dP (seven products of matrices), or lets the first add
-# to dQ with atomics (five, but in random order, so no two runs agree to the bit). Here the first
-# kernel writes dS to memory, in q's dtype, and the second reads it: five products (six where dV has
-# a pass of its own), and no atomics.
+# Either both recompute S and dP (seven products of matrices), as in Triton's tutorial; or the
+# first adds to dQ with atomics, as in FlashAttention-2 (five, but in random order, so no two runs
+# agree to the bit). Here the first kernel writes dS to memory, in q's dtype, and the second reads
+# it: five products (six where dV has a pass of its own), and no atomics.
 #
 # dS of one pair of key heads at T = 16,384 is 1.3 GiB, so only as many pairs as fit DS_BYTES are
 # done at one time (at least one), from first_pair on. So pairs and heads have several numbers:
@@ -947,6 +954,10 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #     pair_in_ds      pair_in_batch - first_pair                rows of ds
 #     head_in_pair    0 .. GP (R + N) - 1, all its heads        columns of q; rows of lse, delta, ds
 #     index_in_kind   counts signal heads or noise heads only   columns of d_signal or d_noise
+#     head_in_ds      pair_in_ds * GP (R + N) + head_in_pair    what the grid of dQ counts
+#
+# The kernels turn them into first rows of a matrix: seq_row of the sequence in q, k, v and dO;
+# lse_row of the pair in lse and delta; ds_row of the pair in ds. A head has tiles_per_head tiles.
 #
 # The lower triangle of dS is cut into tiles of TILE x TILE. Tile (t, s) has the queries of tile row
 # t and the keys of tile column s <= t, and is number t (t + 1) / 2 + s of its head:
@@ -1052,6 +1063,7 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
         doc_end = tl.load(doc_end_ptr + b * T + n0 + n, n0 + n < T, 0)
         masked_hi = tl.minimum((tl.max(doc_end, 0) + TILE - 1) // TILE * TILE, T)
 
+    # A 0 stands for what this pass does not need, and the sweep does not touch.
     V = v_desc.load([b * T + n0, pair * DV]) if NEED_DK else 0
     dV = tl.zeros([BN, DV], tl.float32) if NEED_DV else 0
     first_row = tl.cast(b * T + n0, tl.int64)
@@ -1275,7 +1287,7 @@ class FusedAttention(torch.autograd.Function):
 
 def can_fuse_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernels take these inputs: on a Hopper GPU, in fp16 or bf16 (in the interpreter
-    in any dtype), with as many queries as keys, and values as wide as the keys or twice as wide."""
+    also in fp32), with as many queries as keys, and values as wide as the keys or twice as wide."""
     if not use_triton(q):
         return False
     if not INTERPRET and (q.dtype == torch.float32 or not is_hopper(q.device)):
@@ -1336,8 +1348,8 @@ def lower_tile(t, num_rows):
     Row by row, tile t would be in row i = (sqrt(8 t + 1) - 1) / 2, rounded down: for the first tile
     of row i, 8 t + 1 is (2i + 1)^2, for its last (2i + 3)^2 - 8. (The code has 5 in place of 1.
     That gives the same i, and leaves room for rounding at both ends.) Row i is in the right band,
-    since a band has the same numbers in either order. Two tiles of the picture above, which has
-    bands of two; everything is counted from 0:
+    since a band as a whole has the same numbers either way. Two tiles of the picture above, which
+    has bands of two; everything is counted from 0:
 
         t = 5    i = 2: the band of rows 2 and 3. It begins at number 2 * 3 / 2 = 3, so t is its
                  number 2. Each of its 2 columns before the triangle has 2 tiles, so 2 is the top

@@ -8,7 +8,8 @@ In outline a Motif is a Llama: RMSNorm, rotary positions, residual blocks, no bi
 It differs in two places. Its attention subtracts a second attention map, the noise, from the first
 (grouped differential attention, below), and its MLP has a learnt polynomial, PolyNorm, where Llama
 has SiLU. Both are defined here in plain PyTorch. What runs is kernels.py, wherever it has a faster
-form of the same: all of it on a GPU, a part on a CPU. With kernels.ENABLED = False this file runs.
+form of the same: all of it on a Hopper GPU, all but attention on other GPUs, a part on a CPU. With
+kernels.ENABLED = False this file runs.
 
 The letters that this project uses for sizes, with their values in Motif-2-12.7B:
 
@@ -21,7 +22,7 @@ The letters that this project uses for sizes, with their values in Motif-2-12.7B
     r   signal heads in a group                4
     H   query heads, G (r + 1)                 40
     K   key heads                              16
-    P   pairs of key heads, K / 2              8     also the number of value heads
+    P   pairs of key heads, K / 2              8     also of value heads; K without noise heads
     Dv  width of a value                       256, 2D; without noise heads D
     h   query heads that read one key head     G r / P = 4 signal, G / P = 1 noise; else H / K
     F   intermediate size of the MLP           16,384   (in code, F is torch.nn.functional)
@@ -532,7 +533,9 @@ class Attention(nn.Module):
 
         query_slots = None
         if cache is not None:
-            k, v, query_slots = cache.append(k, v)                       # T becomes S
+            # All keys and values that are visible: T becomes S. query_slots stays None if the
+            # cache was empty, as attention is then as without one.
+            k, v, query_slots = cache.append(k, v)
 
         if self.noise_heads == 0:
             q = q.unflatten(2, (self.kv_heads, -1))                      # (B, T, K, h, D)
@@ -600,7 +603,8 @@ class Motif(nn.Module):
     """Motif(config): the model with fresh weights, drawn from torch's global generator.
 
     max_logits      (layers, H): largest attention logits of the last forward pass, for QK-clip
-    compute_dtype   dtype of the activations where FSDP2 casts the weights; None: the weights' own
+    compute_dtype   dtype of the activations where FSDP2 casts the weights, which a KV cache must
+                    know (pretrain.py sets it); None: the weights' own
     compile_steps   whether torch.compile runs the blocks when one token of each row is generated
     """
 

@@ -104,8 +104,8 @@ def plain_newton_schulz(u: Tensor, steps: int = 5, coefficients: str = "motif") 
 # of mantissa. The larger range of bf16 is not needed.
 #
 # Scale. |X|_F = 1 means that the entries of X are about 1 / sqrt(m n), 1.2e-4 for 4096 x 16384,
-# and below 6.1e-5 fp16 loses bits (subnormal numbers). So the code keeps larger multiples. An s
-# before a name means times SCALE, ss times SCALE^2: sX = SCALE X, and ssA = sX sX^T = SCALE^2 A. 64
+# and below 6.1e-5 fp16 loses bits (subnormal numbers). So the code keeps larger multiples. In
+# names, s stands for SCALE, not for a singular value: sX = SCALE X, ssA = sX sX^T = SCALE^2 A. 64
 # is the largest safe power of two: singular values reach 1.99 with polar_express, so entries of ssA
 # reach 64^2 * 1.99^2 = 16,000; 128 gives 65,000, and fp16 ends at 65,504.
 
@@ -436,7 +436,8 @@ class MuonClip(torch.optim.Optimizer):
         return SimpleNamespace(lr=lr, mu=mu, decay=decay, skip=skip)
 
     def add_gradient(self, p: Tensor, now: SimpleNamespace) -> Tensor:
-        """Add p's gradient to its momentum -> u, in the dtype that Newton-Schulz gets."""
+        """Add p's gradient to its momentum -> u, in the dtype that Newton-Schulz gets. now: what
+        _step_scalars returns."""
         momentum = self.state[p]["momentum"]
         if p.grad is None:
             G = torch.zeros_like(momentum)  # other ranks may have one, and count on our message
@@ -678,6 +679,7 @@ class MuonShardGroup:
         self.counts = {"u": u_counts, "O": O_counts}
 
         # A process group numbers its ranks by their global rank, whatever their place in the mesh.
+        # coords[r] is the place in the mesh of the rank that is number r in the group.
         places = torch.unravel_index(mesh.flatten().argsort(), mesh.shape)
         coords = torch.stack(places, 1)                                             # [r, d]
         for k, chunk in enumerate(self.chunks):
@@ -789,7 +791,8 @@ def build_shard_groups(matrices: list[Tensor], dtype: torch.dtype) -> list[MuonS
         shapes = [p.shape for p in params]
         dims = [shard_dims(p) for p in params]
 
-        # If the first dimension replicates every matrix, cut the mesh into groups along it.
+        # If the first dimension replicates every matrix, cut the mesh into groups along it: of 4
+        # replicas with together = 2, ranks of replica 3 take the mesh of replicas 2 and 3.
         mesh = device_mesh.mesh
         if all(d[0] is None for d in dims):
             together = replicas_per_muon_group(shapes, mesh.numel(), len(mesh))

@@ -137,7 +137,7 @@ class Config(TrainConfig, MotifConfig):
 
     # Learning rate
     lr: NonNegative = 4e-3          # peak learning rate, of Muon and AdamW alike
-    warmup_steps: Size = 20         # steps of linear warm-up from 0
+    warmup_steps: Size = 20         # steps of linear warm-up
     decay_fraction: Fraction = 0.3  # fraction of the run's tokens, at its end, in which lr falls
     decay: Literal["linear", "cosine", "inverse_sqrt"] = "linear"  # the shape of that fall
     min_lr: Fraction = 0.1          # where the fall ends, as a fraction of lr
@@ -428,9 +428,9 @@ class Dataset(Protocol):
     A batch is a pure function of the step and of the plan that `curriculum` is. So a run that
     resumes reads what it would have read, and the number of ranks does not matter."""
 
-    curriculum: data.Curriculum      # or an object with its steps, seq_len, rows, tokens, shares,
-                                     # names, plans, and context: the length that FLOPs are
-                                     # counted with
+    curriculum: data.Curriculum      # or an object with its steps, seq_len, rows, shares, names,
+                                     # plans; tokens, of which there are steps + 1; and context:
+                                     # the length that FLOPs are counted with
 
     def batch(self, step: int, rank: int, world: int) -> np.ndarray | tuple:
         """Rows rank, rank + world, ... of the step's global batch, R of them, in int64. Either rows
@@ -452,7 +452,8 @@ def to_tensors(batch) -> tuple[Tensor, ...]:
 
 
 def read_batch(dataset: Dataset, step: int) -> tuple[Tensor, ...]:
-    """This rank's rows of a step, padded to as many as all ranks have."""
+    """This rank's rows of a step. All ranks get equally many: some get a row more, without targets
+    (support/ranks.py: split_rows, pad_rows)."""
     first, own, padded = split_rows(dataset.curriculum.rows[step])
     batch = to_tensors(dataset.batch(step, first, WORLD))
     return pad_rows(batch, own, padded)
@@ -605,8 +606,9 @@ def reshard(model: Motif) -> None:
 #                                           Motif.from_pretrained reads, and so sft.py and eval.py
 #         optimizer/state.safetensors       "<parameter>.momentum", "<parameter>.exp_avg", ...
 #         state.json                        step, config, the plans that it followed before (if it
-#                                           was prolonged), skipped steps in a row, the data's
-#                                           fingerprint, versions, each file's size and checksum
+#                                           was prolonged), skipped steps in a row, fingerprints of
+#                                           data and tokenizer, versions, each file's size and
+#                                           checksum
 #
 # To resume a run needs no more: the data follow from the step and the plan, and no step draws
 # random numbers.
@@ -883,7 +885,7 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
         micro_batch_rows = max(1, c.micro_batch_tokens // curriculum.seq_len[step])
         result = train_step(model, optimizer, batch, micro_batch_rows, dataset.num_targets(step),
                             lr, c)
-        nonfinite.unread.append(result.skipped)
+        nonfinite.unread.append(result.skipped)  # on the device; read() waits for it, when it logs
         if step == start_step:
             # Not earlier: torch.compile's worker processes end by then (support/ranks.py).
             signals = install_signal_handlers()

@@ -41,8 +41,8 @@ class TokenizedChats:
 
     @staticmethod
     def save(folder: Path, batches: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        """batches: tokens and spans of some conversations each, as encode_batch gives them."""
-        lengths, num_targets = np.concatenate([spans for _, spans in batches], axis=1)
+        """batches: tokens and sizes of some conversations each, as encode_batch gives them."""
+        lengths, num_targets = np.concatenate([sizes for _, sizes in batches], axis=1)
         folder.mkdir()
         np.save(folder / "spans.npy", np.array([lengths.cumsum(), num_targets], "<i8"))
         with open(folder / "tokens.npy", "wb") as file:
@@ -64,7 +64,7 @@ class TokenizedChats:
 
 
 def encode_chats(conversations: list, encode: Callable) -> tuple[list, str]:
-    """Encode conversations by all cores -> for TokenizedChats.save, and a line of report.
+    """Encode conversations by all cores -> batches for TokenizedChats.save, and a line of report.
 
     encode(messages) -> ids and targets, (2, n) int32, and whether something was cut off. UserError
     with the reason if it cannot: then the conversation is dropped."""
@@ -73,10 +73,10 @@ def encode_chats(conversations: list, encode: Callable) -> tuple[list, str]:
     batches = []
     truncated = 0
     dropped = Counter()
-    for tokens, spans, cut_here, dropped_here in map_in_processes(partial(encode_batch, encode),
+    for tokens, sizes, cut_here, dropped_here in map_in_processes(partial(encode_batch, encode),
                                                                   jobs):
-        if len(spans[0]):
-            batches.append((tokens, spans))
+        if len(sizes[0]):
+            batches.append((tokens, sizes))
         truncated += cut_here
         dropped += dropped_here
 
@@ -88,7 +88,7 @@ def encode_chats(conversations: list, encode: Callable) -> tuple[list, str]:
 
 
 def encode_batch(encode: Callable, conversations: list) -> tuple:
-    """-> tokens (2, N) int32: ids and targets, end to end; spans (2, n) int64: how long each
+    """-> tokens (2, N) int32: ids and targets, end to end; sizes (2, n) int64: how long each
     conversation is, how many of its targets count; how many were cut; Counter of those dropped, by
     reason."""
     chats = [np.empty((2, 0), np.int32)]
@@ -106,8 +106,8 @@ def encode_batch(encode: Callable, conversations: list) -> tuple:
         lengths.append(chat.shape[1])
         num_targets.append((chat[1] >= 0).sum())
         truncated += is_cut
-    spans = np.array([lengths, num_targets], np.int64)
-    return np.concatenate(chats, axis=1), spans, truncated, dropped
+    sizes = np.array([lengths, num_targets], np.int64)
+    return np.concatenate(chats, axis=1), sizes, truncated, dropped
 
 
 def map_in_processes(fn: Callable, jobs: list) -> Iterator:
@@ -118,8 +118,7 @@ def map_in_processes(fn: Callable, jobs: list) -> Iterator:
         yield from map(fn, jobs)
         return
 
-    # Not a fork of this process, whose threads and whose hold on the GPU a fork would copy: a fresh
-    # process imports the main script once, and is forked.
+    # Not forks of this process, whose threads and whose hold on the GPU they would copy.
     with ProcessPoolExecutor(workers, get_context("forkserver"), end_with_parent) as pool:
         try:
             yield from pool.map(fn, jobs)

@@ -88,8 +88,8 @@ def reasoning_density(messages: list[dict]) -> float:
 
 
 def completeness(messages: list[dict]) -> float:
-    """The share of checks passed, of those that a conversation fails which was cut off somewhere:
-    its last message is the assistant's; and of each reply, it does not end with a comma, or another
+    """The share of these checks passed, some of which a conversation fails that was cut off: its
+    last message is the assistant's; and of each reply, it does not end with a comma, or another
     sign that something follows; it closes its code fences; and it has as many closing brackets of
     each kind as opening ones.
 
@@ -284,7 +284,8 @@ def texts_in(value):
 # Two kinds of questions are held out whatever their hash. A domain of weight 0 is for evaluation
 # only, and so are all its questions. And a domain so small that it has no first question below
 # 2^64 / 50 holds out the one with the smallest hash. The other domains of the stage leave these
-# out, too; other stages do not know of them.
+# out, too; other stages do not know of them (but all know EVAL_DOMAINS, whose questions none trains
+# on).
 
 HELD_OUT_BELOW = 2**64 // 50
 

@@ -2,7 +2,7 @@
 `python pretrain.py --out_dir=out/X --export=DIR`, or sft.py with the same.
 
     config.json, model*.safetensors     the released layout, of which support/weights.py tells
-    generation_config.json              the ids that begin and end a text
+    generation_config.json              the ids that begin and end a text (also in config.json)
     tokenizer.json                      the tokenizer of training, whatever it was, and
     tokenizer_config.json               what transformers wants to know about it
     chat_template.jinja                 the chat format of sft.py, as a program for others
@@ -30,8 +30,8 @@ from support.weights import (INDEX, check_finite, iter_checkpoint, read_json, te
 
 
 def export_checkpoint(c, out: Path) -> None:
-    """Export the checkpoint of the run in `out` that c.resume names, the newest by default."""
-    if c.resume == "auto":
+    """Export the checkpoint that c.resume names, or else the newest of the run in `out`."""
+    if c.resume in ("auto", "no"):
         start = latest_checkpoint(out)
     else:
         start = (Path(c.resume), read_state(Path(c.resume)))
@@ -81,7 +81,7 @@ def check_whole(folder: Path) -> MotifConfig:
     return config
 
 
-# Of the attention in the family's own branch of vLLM, whose other limits are below.
+# What attention takes in the family's own branch of vLLM; server_limits has the rest.
 SERVED_HEAD_DIMS = (32, 64, 96, 128, 160, 192, 224, 256)
 SERVED_EPS = 1e-6
 
@@ -148,8 +148,8 @@ def end_ids(tokenizer: Tokenizer) -> dict:
 
 
 def export_tokenizer(tokenizer: Tokenizer, to: Path) -> None:
-    """Write the tokenizer's files. None is copied from the folder that a tokenizer.json came from:
-    their template, and their tokens that begin and end a text, are of another model."""
+    """Write the tokenizer's files. Of the folder that a tokenizer.json came from we take that file
+    alone: the template there, and the tokens that begin and end a text, are another model's."""
     if isinstance(tokenizer, JsonTokenizer):
         spec = read_json(tokenizer_file(tokenizer.name))
     else:
@@ -162,8 +162,9 @@ def export_tokenizer(tokenizer: Tokenizer, to: Path) -> None:
     template = chat_template(tokenizer)
     (to / "chat_template.jinja").write_text(template, encoding="utf-8")
     if not renders_as_trained(tokenizer, to):
-        print("note: by this tokenizer.json, chat_template.jinja gives other ids than sft.py, as "
-              "it takes the beginning of a text for a word's", flush=True)
+        print("note: this tokenizer treats the beginning of a text in a way of its own, so that "
+              "conversations served by chat_template.jinja have slightly other ids than sft.py's",
+              flush=True)
 
 
 def as_json(tokenizer: TiktokenTokenizer) -> dict:
