@@ -1,4 +1,4 @@
-"""Evaluation: the scores of a checkpoint; without --chat, those of lm-evaluation-harness 0.4.13.
+"""Evaluation: the scores of a checkpoint, as lm-evaluation-harness 0.4.13 gives them.
 
     python eval.py                                   the quick start's model and its later stages
     python eval.py --model=PATH --tasks=mmlu,gsm8k   benchmarks, beside the scores in the report of
@@ -20,7 +20,6 @@ from, how they are worded and how replies are judged. A run writes
 """
 import difflib
 import hashlib
-import json
 import math
 import os
 import random
@@ -47,8 +46,8 @@ from pretrain import COMPUTE_DTYPE, compute_precision, pick_device
 from support.ranks import RANK, WORLD, all_gather_object, rank0_only, run_main
 from support.run_folder import (checkpoint_steps, is_out_of_memory, latest_checkpoint,
                                 read_state)
-from support.scores import (format_table, load_previous, save_results, scores_by_metric,
-                            summarize)
+from support.scores import (format_table, load_previous, record_line, save_results,
+                            scores_by_metric, summarize)
 from support.tasks import (CHAINS, TASKS, Example, Task, has_own_fence, judge_replies,
                            read_questions, read_texts)
 from support.tokenizer import BEGIN, END, TURN_END, Tokenizer, load_tokenizer
@@ -284,15 +283,15 @@ def loglikelihoods(model: Motif, requests: list[LoglikelihoodRequest],
     batch_tokens = CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
     batch_tokens = min(batch_tokens, kv_cache_tokens)
 
-    sharing_nothing = []
+    without_cache = []
     groups = defaultdict(list)
     for request in requests:
         if len(request.rows) == 1 or not request.prompt:
-            sharing_nothing.append(request)
+            without_cache.append(request)
         else:
             groups[request.group].append(request)
 
-    yield from score_without_cache(model, sharing_nothing, batch_tokens)
+    yield from score_without_cache(model, without_cache, batch_tokens)
     for group in groups.values():
         yield from score_with_shared_prefix(model, group, batch_tokens, kv_cache_tokens // 2)
 
@@ -378,6 +377,8 @@ def score_batch(model: Motif, batch: list[LoglikelihoodRequest], prefix_cache: K
     for part in micro_batches(lengths, batch_tokens, kv_tokens, cached=max_length):
         of_requests = [i for i, _, _ in remaining[part]]
         rows = [ids for _, _, ids in remaining[part]]
+        # The longest prompt and the longest rest may be of two rows, and their sum longer than any
+        # row is.
         longest_prompt = max(len(batch[i].prompt) for i in of_requests)
         room = min(longest_prompt + lengths[part.start], model.config.max_position_embeddings)
         copies = cache.select_rows(of_requests, max_length=room)
@@ -753,7 +754,7 @@ def measure_task(name: str, task: Task, questions: dict[int, Example], records: 
     with (out / "samples.jsonl").open("ab", buffering=0) as file:
         for i, record in with_progress(name, len(mine), measured):
             new[name, i] = {"task": name, "doc": i, "hash": hashes[i], **record}
-            file.write(json.dumps(new[name, i]).encode() + b"\n")
+            file.write(record_line(new[name, i]))
     for records_of_rank in all_gather_object(new):
         records.update(records_of_rank)
 

@@ -6,7 +6,7 @@ definition, against which tests/test_kernels.py checks it:
     here                      equals                                          what it saves
     poly_norm_mul             model.poly_norm(x) * up                         memory traffic
     fused_differential_norm   model.differential_norm                         memory traffic
-    linear_cross_entropy      F.cross_entropy(x @ weight.T, targets)          the N x V logits
+    linear_cross_entropy      F.cross_entropy(x @ weight.T, targets)          all tokens' logits
     fused_attention           model.grouped_differential_attention            the T x T logits
     symmetric_matmul          torch.baddbmm, where the product is symmetric   half of the FLOPs
     linear_fp8                F.linear, up to the rounding of FP8             half of the time
@@ -129,8 +129,8 @@ def custom_op(fake: Callable, mutates_args: tuple[str, ...] = ()) -> Callable:
 # inlined into it.
 #
 # The simplest kernel here multiplies a tensor by a number, in place. Program p takes the elements
-# p * BLOCK_SIZE to (p + 1) * BLOCK_SIZE - 1. Offsets are int64 where a tensor may have over 2^31
-# elements.
+# p * BLOCK_SIZE to (p + 1) * BLOCK_SIZE - 1, if they are among the n that there are. Offsets are
+# int64 where a tensor may have over 2^31 elements.
 
 @jit
 def scale_kernel(x_ptr, factor_ptr, n, BLOCK_SIZE: tl.constexpr):
@@ -386,6 +386,7 @@ def poly_norm_backward(d_out: Tensor, x: Tensor, up: Tensor, weight: Tensor, bia
     d_up = torch.empty_like(x)
     sums = inv_rms.new_empty(4, num_rows)
     if num_rows > 0:
+        # The kernel goes over a row twice, in blocks: small ones for short rows.
         block_size = 4096 if n > 2048 else min(triton.next_power_of_2(n), 1024)
         poly_norm_backward_kernel[(num_rows,)](
             d_out, x, up, weight, bias, inv_rms, dx, d_up, sums, n, d_out.stride(0), x.stride(0),
@@ -570,8 +571,9 @@ class DifferentialNorm(torch.autograd.Function):
 
 
 def can_fuse_differential_norm(signal: Tensor) -> bool:
-    """Whether the kernel takes it: a program holds whole rows in its registers."""
-    return use_triton(signal) and signal.shape[-1] <= 1024
+    """Whether the kernel takes it: a program holds whole groups in its registers."""
+    r, width = signal.shape[-2:]
+    return use_triton(signal) and width <= 1024 and r * width <= 4096
 
 
 def fused_differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Tensor,
@@ -611,9 +613,10 @@ def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, scale_ptr, V, GRAD
     """One program: the loss of one token, logsumexp(logits) - logits[target], in nats.
 
     A negative target is ignored: its loss is 0, and so is its gradient, if its logits are finite. A
-    target >= V gives NaN. With GRADIENT the logits are then overwritten by (softmax - onehot) *
-    scale. For that BLOCK_SIZE must be at least the number of threads: else Triton gives one element
-    to several threads, and one of them may read what another has already overwritten.
+    target >= V gives a loss of NaN. With GRADIENT the logits are then overwritten by
+    (softmax - onehot) * scale. For that BLOCK_SIZE must be at least the number of threads: else
+    Triton gives one element to several threads, and one of them may read what another has already
+    overwritten.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * V
@@ -1444,6 +1447,8 @@ def can_use_symmetric_matmul(X: Tensor) -> bool:
         return False
     if X.is_cuda and not is_hopper(X.device):
         return False
+    if X.shape[0] > 65535:      # CUDA's limit for the second dimension of a grid
+        return False
     if INTERPRET:
         dtype_ok = X.dtype != torch.bfloat16    # Triton's interpreter multiplies bf16 wrongly
     else:
@@ -1483,7 +1488,8 @@ def fits_tma(X: Tensor) -> bool:
 # Each of x, W and dy is scaled along both of its axes, so it is quantised twice: q with a scale for
 # each row of x, and qt with a scale for each row of x^T. For 12.7B and 8,192 tokens, x of a
 # down_proj is (8192, 16384), W (4096, 16384). What is saved for the backward pass are the
-# transposes in FP8, half of the bf16 bytes. Below, what is quantised (x, W or dy) is "x (M, N)".
+# transposes in FP8, half of the bf16 bytes. Below, x is whichever of x, W and dy is quantised, and
+# it has R rows and C columns.
 #
 # Gradients are in E4M3 as well. E5M2 has more range, which they do not need with a scale per row,
 # and half the precision. Sums are in fp32 (use_fast_accum=False): the fast accumulation of Hopper
@@ -1494,7 +1500,7 @@ TINY = 1e-30      # max|x| counts as at least this, so that a row of zeros stays
 
 
 def quantize_rows(x: Tensor) -> list[Tensor]:
-    """Plain form: x (M, N) -> q (M, N) in FP8, s (M,) in fp32, with x about s[:, None] * q.
+    """Plain form: x (R, C) -> q (R, C) in FP8, s (R,) in fp32, with x about s[:, None] * q.
 
     The largest number, 6, becomes 448. 0.1 / s is 7.467; its neighbours in FP8 are 7 and 7.5:
 
@@ -1511,19 +1517,19 @@ def quantize_rows(x: Tensor) -> list[Tensor]:
 
 
 @jit
-def absmax_kernel(x_ptr, row_max_ptr, column_max_ptr, M, N, COLUMNS: tl.constexpr,
-                  BM: tl.constexpr, BN: tl.constexpr):
-    """One program: a (BM, BN) tile of x (M, N), whose max|x| goes into those of its rows and, if
+def absmax_kernel(x_ptr, row_max_ptr, column_max_ptr, R, C, COLUMNS: tl.constexpr,
+                  BR: tl.constexpr, BC: tl.constexpr):
+    """One program: a (BR, BC) tile of x (R, C), whose max|x| goes into those of its rows and, if
     COLUMNS, columns. They are kept as the bits of an fp32 number, read as int32: for numbers >= 0
     bits order as the numbers do (NaN is the largest), so an integer atomic_max does it, and its
     result does not depend on who comes first."""
-    i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    j = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
-    x = tl.load(x_ptr + i[:, None] * N + j, mask=(i[:, None] < M) & (j < N), other=0)
+    i = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    j = tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC)
+    x = tl.load(x_ptr + i[:, None] * C + j, mask=(i[:, None] < R) & (j < C), other=0)
     bits = tl.abs(x.to(tl.float32)).to(tl.int32, bitcast=True)
-    tl.atomic_max(row_max_ptr + i, tl.max(bits, 1), mask=i < M, sem="relaxed")
+    tl.atomic_max(row_max_ptr + i, tl.max(bits, 1), mask=i < R, sem="relaxed")
     if COLUMNS:
-        tl.atomic_max(column_max_ptr + j, tl.max(bits, 0), mask=j < N, sem="relaxed")
+        tl.atomic_max(column_max_ptr + j, tl.max(bits, 0), mask=j < C, sem="relaxed")
 
 
 @jit
@@ -1537,36 +1543,37 @@ def load_scale(absmax_ptr, mask):
 
 
 @jit
-def quantize_kernel(x_ptr, row_max_ptr, column_max_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, M, N,
-                    COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """One program: a (BM, BN) tile of q (M, N) and, if COLUMNS, of qt (N, M)."""
-    i = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
-    j = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    mask = (i[:, None] < M) & (j < N)
-    x = tl.load(x_ptr + i[:, None] * N + j, mask=mask, other=0)
-    s, inverse = load_scale(row_max_ptr + i, i < M)
+def quantize_kernel(x_ptr, row_max_ptr, column_max_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, R, C,
+                    COLUMNS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """One program: a (BR, BC) tile of q (R, C) and, if COLUMNS, of qt (C, R). Here program_id(0)
+    counts tiles along a row, in absmax_kernel down a column."""
+    i = tl.program_id(1).to(tl.int64) * BR + tl.arange(0, BR)
+    j = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)
+    mask = (i[:, None] < R) & (j < C)
+    x = tl.load(x_ptr + i[:, None] * C + j, mask=mask, other=0)
+    s, inverse = load_scale(row_max_ptr + i, i < R)
     # All tiles of a row write the same scale.
-    tl.store(s_ptr + i, s, mask=i < M)
+    tl.store(s_ptr + i, s, mask=i < R)
     q = (x.to(tl.float32) * inverse[:, None]).to(q_ptr.dtype.element_ty)
-    tl.store(q_ptr + i[:, None] * N + j, q, mask=mask)
+    tl.store(q_ptr + i[:, None] * C + j, q, mask=mask)
     if COLUMNS:
-        st, inverse = load_scale(column_max_ptr + j, j < N)
-        tl.store(st_ptr + j, st, mask=j < N)
+        st, inverse = load_scale(column_max_ptr + j, j < C)
+        tl.store(st_ptr + j, st, mask=j < C)
         qt = (tl.trans(x).to(tl.float32) * inverse[:, None]).to(qt_ptr.dtype.element_ty)
-        tl.store(qt_ptr + j[:, None] * M + i, qt, mask=(j[:, None] < N) & (i < M))
+        tl.store(qt_ptr + j[:, None] * R + i, qt, mask=(j[:, None] < C) & (i < R))
 
 
 def fake_quantize_fp8(x, columns):
-    M, N = x.shape
-    rows = [x.new_empty(M, N, dtype=FP8), x.new_empty(M, dtype=torch.float32)]
+    R, C = x.shape
+    rows = [x.new_empty(R, C, dtype=FP8), x.new_empty(R, dtype=torch.float32)]
     if not columns:
         return rows
-    return rows + [x.new_empty(N, M, dtype=FP8), x.new_empty(N, dtype=torch.float32)]
+    return rows + [x.new_empty(C, R, dtype=FP8), x.new_empty(C, dtype=torch.float32)]
 
 
 @custom_op(fake_quantize_fp8)
 def quantize_fp8(x: Tensor, columns: bool) -> list[Tensor]:
-    """quantize_rows of x and, if columns, of x^T too: q (M, N), s (M,), qt (N, M), st (N,).
+    """quantize_rows of x and, if columns, of x^T too: q (R, C), s (R,), qt (C, R), st (C,).
 
     A NaN or infinity makes its whole row NaN in the product. q_proj, k_proj and v_proj quantise the
     same x: torch.compile merges the three calls into one."""
@@ -1576,19 +1583,20 @@ def quantize_fp8(x: Tensor, columns: bool) -> list[Tensor]:
             return quantize_rows(x) + quantize_rows(x.T.contiguous())
         return quantize_rows(x)
 
-    M, N = x.shape
-    absmax = x.new_zeros(M + N, dtype=torch.int32)
-    row_max, column_max = absmax.split([M, N])
+    R, C = x.shape
+    absmax = x.new_zeros(R + C, dtype=torch.int32)
+    row_max, column_max = absmax.split([R, C])
     # Triton's interpreter rounds to FP8 wrongly: there PyTorch does it.
     dtype = torch.float32 if INTERPRET else FP8
-    q = x.new_empty(M, N, dtype=dtype)
-    s = x.new_empty(M, dtype=torch.float32)
-    qt = x.new_empty(N, M, dtype=dtype)
-    st = x.new_empty(N, dtype=torch.float32)
-    absmax_kernel[triton.cdiv(M, 128), triton.cdiv(N, 64)](
-        x, row_max, column_max, M, N, COLUMNS=columns, BM=128, BN=64, num_warps=4)
-    quantize_kernel[triton.cdiv(N, 128), triton.cdiv(M, 64)](
-        x, row_max, column_max, q, s, qt, st, M, N, COLUMNS=columns, BM=64, BN=128, num_warps=8)
+    q = x.new_empty(R, C, dtype=dtype)
+    s = x.new_empty(R, dtype=torch.float32)
+    rows_of_qt = C if columns else 0
+    qt = x.new_empty(rows_of_qt, R, dtype=dtype)
+    st = x.new_empty(rows_of_qt, dtype=torch.float32)
+    absmax_kernel[triton.cdiv(R, 128), triton.cdiv(C, 64)](
+        x, row_max, column_max, R, C, COLUMNS=columns, BR=128, BC=64, num_warps=4)
+    quantize_kernel[triton.cdiv(C, 128), triton.cdiv(R, 64)](
+        x, row_max, column_max, q, s, qt, st, R, C, COLUMNS=columns, BR=64, BC=128, num_warps=8)
     return [q.to(FP8), s, qt.to(FP8), st] if columns else [q.to(FP8), s]
 
 

@@ -9,7 +9,7 @@ It differs in two places. Its attention subtracts a second attention map, the no
 (grouped differential attention, below), and its MLP has a learnt polynomial, PolyNorm, where Llama
 has SiLU. Both are defined here in plain PyTorch. What runs is kernels.py, wherever it has a faster
 form of the same: all of it on a Hopper GPU, all but attention on other GPUs, a part on a CPU. With
-kernels.ENABLED = False this file runs.
+kernels.ENABLED = False this file runs, and for the loss F.cross_entropy.
 
 The letters that this project uses for sizes, with their values in Motif-2-12.7B:
 
@@ -174,8 +174,9 @@ def visibility_mask(T: int, S: int, doc_start: Tensor | None, query_slots: Tenso
     """-> (T, S), or (B, 1, 1, T, S) if rows differ: what is added to the logits (B, K, h, T, S). It
     is 0 where a query may see a key, else -inf.
 
-    A query sees the keys doc_start to query_slots, both (B, T) and both inclusive. Without
-    query_slots the T queries are the last T of the S keys."""
+    A *slot* is a key's place among the S, in a KV cache its position. Query (b, t) sees the keys in
+    the slots doc_start[b, t], ..., query_slots[b, t]; the last one is its own. Without doc_start it
+    sees them from slot 0, and without query_slots the T queries are the last T of the S keys."""
     key = torch.arange(S, device=like.device)
     last = key[S - T:] if query_slots is None else query_slots
     masked = key > last[..., None]
@@ -189,18 +190,19 @@ def visibility_mask(T: int, S: int, doc_start: Tensor | None, query_slots: Tenso
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None,
                       query_slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt D, causal) v, where h query heads read each key head.
+    """softmax(q k^T / sqrt D, causal) v, where h query heads read each of K key heads. (Grouped
+    differential attention, below, calls this twice: with its P signal keys, and with its P noise
+    keys. So K is P there.)
 
     q (B, T, K, h, D)
     k (B, S, K, D)
     v (B, S, K, Dv)
     doc_start (B, T)        int32, see document_starts; for S = T only
-    query_slots (B, T)      which key is the query's own, where a KV cache holds the keys
+    query_slots (B, T)      the slot of the query's own key, where a KV cache holds the keys
 
     -> out (B, T, K, h, Dv), and the largest visible logit of each query head (K, h) for QK-clip.
     The softmax is in fp32. Both products, and so the logits, are in the dtype of q; the fused
-    kernel keeps logits in fp32. Grouped differential attention, below, calls this twice, with its P
-    signal keys and with its P noise keys, each time with K = P."""
+    kernel keeps logits in fp32."""
     B, T, K, h, D = q.shape
     S = k.shape[1]
 
@@ -238,8 +240,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None 
 #     y_c   = (1 - lambda_init) RMSNorm(out_c)                          each head by itself
 #
 # where lambda_init is the value at which the layer's lambda starts. Keys come in pairs, k1 for
-# signal and k2 for noise. A pair's two value heads lie side by side and both maps read them as one,
-# 2D wide. One group, g = 0 .. 7 in 12.7B, where P = G:
+# signal and k2 for noise. A pair's two value heads of D lie side by side, and both maps read them
+# as one value, Dv = 2D wide. One group, g = 0 .. 7 in 12.7B, where P = G:
 #
 #     query heads     5g      5g+1    5g+2    5g+3         5g+4
 #                     signal  signal  signal  signal       noise
@@ -365,16 +367,17 @@ class MotifConfig:
     num_noise_heads: Annotated[int, 0, 2**24] = 2       # 0: grouped-query attention, to compare
     head_dim: Annotated[int, 2, 2**24] = 32     # per query and key head; values are twice as wide
     activation: Literal["poly_norm", "swiglu"] = "poly_norm"  # of the MLP's gate; swiglu to compare
-    rms_norm_eps: NonNegative = 1e-6          # block and final norms, and PolyNorm
-    attn_rms_norm_eps: NonNegative = 1e-5     # per-head norm
+    rms_norm_eps: Annotated[float, 1e-30] = 1e-6  # block and final norms, and PolyNorm
+    attn_rms_norm_eps: Annotated[float, 1e-30] = 1e-5  # per-head norm
     rope_theta: Annotated[float, 1] = 10_000.0    # base of the rotary wavelengths
     max_position_embeddings: Dim = 4096       # longest sequence
     tie_word_embeddings: bool = False         # the head is the embedding
     poly_norm_scale: NonNegative = 1.0        # [ours] PolyNorm's first weights: 1/3 times it
 
     @property
-    def value_heads(self) -> tuple[int, int]:
-        """How many value heads there are, and their width Dv."""
+    def value_shape(self) -> tuple[int, int]:
+        """How many values a token has, and their width Dv: P of 2D, a pair's two heads side by
+        side; without noise heads K of D."""
         if self.num_noise_heads == 0:
             return self.num_key_value_heads, self.head_dim
         return self.num_key_value_heads // 2, 2 * self.head_dim
@@ -480,10 +483,11 @@ class Attention(nn.Module):
 
     lambda is one scalar a layer, exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) +
     lambda_init, with four learnt vectors of D (2410.05258, section 2.1). With the initial weights
-    the two exponentials are near 1 and differ by about 0.16 at D = 128, so that lambda starts
-    around lambda_init and can move both ways. The factor 1 - lambda_init is from the same section.
-    A row of the difference map sums to 1 - lambda, but the norm removes that scale. The factor puts
-    it back, so that gradients are as large as in a plain transformer."""
+    the two exponentials are near 1, and their difference is random with a standard deviation of
+    0.16 at D = 128, so that lambda starts around lambda_init and can move both ways. The factor
+    1 - lambda_init is from the same section. A row of the difference map sums to 1 - lambda, but
+    the norm removes that scale. The factor puts it back, so that gradients are as large as in a
+    plain transformer."""
 
     def __init__(self, config: MotifConfig, layer: int):
         super().__init__()
@@ -491,7 +495,7 @@ class Attention(nn.Module):
         self.noise_heads = c.num_noise_heads
         self.kv_heads = c.num_key_value_heads
         self.head_dim = c.head_dim
-        self.value_heads = c.value_heads
+        self.value_shape = c.value_shape
 
         # The layer's number, which lambda_init needs, is
         #   - a tensor, because torch.compile would make a graph for each Python int;
@@ -501,7 +505,7 @@ class Attention(nn.Module):
         self.register_buffer("layer", torch.tensor(layer, device="cpu"), persistent=False)
 
         kv_width = c.num_key_value_heads * c.head_dim
-        o_width = (c.num_attention_heads - c.num_noise_heads) * c.value_heads[1]
+        o_width = (c.num_attention_heads - c.num_noise_heads) * c.value_shape[1]
         self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
         self.k_proj = Linear(c.hidden_size, kv_width, bias=False)
         self.v_proj = Linear(c.hidden_size, kv_width, bias=False)
@@ -509,7 +513,7 @@ class Attention(nn.Module):
         if self.noise_heads:
             for name in LAMBDAS:
                 self.register_parameter(name, nn.Parameter(torch.empty(c.head_dim)))
-            # Of this module only the weight is used: differential_norm has the norm itself.
+            # Only its weight and eps are used: differential_norm has the norm itself.
             self.subln = RMSNorm(2 * c.head_dim, c.attn_rms_norm_eps)
 
     def lambda_init(self) -> Tensor:
@@ -527,7 +531,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)                 # (B, T, H, D)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)      # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, *self.value_heads)                 # (B, T, P, Dv)
+        v = self.v_proj(x).view(B, T, *self.value_shape)                 # (B, T, P, Dv)
         q = rope(q, *angles)
         k = rope(k, *angles)
 
@@ -672,6 +676,7 @@ class Motif(nn.Module):
         """
         x = self.hidden_states(ids, doc_ids, cache, row_lengths)
         if targets is not None:
+            # F.cross_entropy(F.linear(x, head), targets), without all logits at one time.
             x = x.flatten(0, 1)                                          # (B T, hidden)
             return kernels.linear_cross_entropy(x, self.head_weight, targets.flatten(),
                                                 reduction, scale)
@@ -756,7 +761,8 @@ class Motif(nn.Module):
     def save_pretrained(self, path, shard_bytes: int = 5 * 10**9) -> None:
         """Write the released layout, in the model's own dtypes. All ranks of FSDP2 call it.
 
-        config.json is the last file of rank 0. The folder is whole once all ranks have returned."""
+        The files are dealt out to the ranks; config.json is the last of rank 0's. The folder is
+        whole once all ranks have returned."""
         path = Path(path)
         is_first_rank = not dist.is_initialized() or dist.get_rank() == 0
         if is_first_rank:
@@ -788,7 +794,7 @@ def flops_per_token(config: MotifConfig, seq_len: int, causal: bool = True) -> t
     logit and 2 Dv for the value. Backward: twice that, as each product has two gradients; nothing
     is recomputed. causal=False counts masked keys too."""
     c = config
-    value_dim = c.value_heads[1]
+    value_dim = c.value_shape[1]
     qkv_width = c.head_dim * (c.num_attention_heads + 2 * c.num_key_value_heads)
     o_width = value_dim * (c.num_attention_heads - c.num_noise_heads)
     weights = c.hidden_size * (qkv_width + o_width + 3 * c.intermediate_size)

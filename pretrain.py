@@ -20,11 +20,11 @@ Steps. The code counts from 0: step 0 reads batch 0 with the learning rate of st
 the names of folders count the steps that are done: "step N" is the state after N steps. So step_0
 would hold the initial weights, and the line "step 10" reports the loss of batch 9.
 
-To resume, give the same command again. It continues from the newest checkpoint in out_dir: bit for
-bit as if nothing had interrupted it on the same number of GPUs, up to rounding on another. Ctrl-C,
-or the SIGTERM that a cluster sends, lets the current step end, saves a checkpoint (unless
-save_every is None) and exits with status 0; until the first step is done there is nothing to save,
-and they end the run at once.
+To resume, give the same command again (without --resume=no). It continues from the newest
+checkpoint in out_dir: bit for bit as if nothing had interrupted it on the same number of GPUs, up
+to rounding on another. Ctrl-C, or the SIGTERM that a cluster sends, lets the current step end,
+saves a checkpoint (unless save_every is None) and exits with status 0; until the first step is done
+there is nothing to save, and they end the run at once.
 
 The loop is `train`, and reading may begin there. The file has, in this order: the knobs, the
 schedules, one training step, what a step reads, FSDP2, checkpoints, validation, the loop, the
@@ -425,17 +425,19 @@ def reduce_and_clip(model: Motif, loss: Tensor, max_norm: float, replicas: int):
 class Dataset(Protocol):
     """What `train` trains on. data.TokenDataset and sft.PackedChatDataset implement it.
 
-    A batch is a pure function of the step and of the plan that `curriculum` is. So a run that
-    resumes reads what it would have read, and the number of ranks does not matter."""
+    A batch is a pure function of the seed, the step and the plan that `curriculum` is. So a run
+    that resumes reads what it would have read, and the number of ranks does not matter."""
 
     curriculum: data.Curriculum      # or an object with its steps, seq_len, rows, shares, names,
                                      # plans; tokens, of which there are steps + 1; and context:
                                      # the length that FLOPs are counted with
 
-    def batch(self, step: int, rank: int, world: int) -> np.ndarray | tuple:
-        """Rows rank, rank + world, ... of the step's global batch, R of them, in int64. Either rows
-        of consecutive tokens, (R, T + 1), or ids, targets and doc_ids, each (R, T), where a target
-        of -1 does not count and a token sees only its own document."""
+    def batch(self, step: int, first: int, world: int) -> np.ndarray | tuple:
+        """Rows first, first + world, ... of the step's global batch, R of them, in int64. For a
+        rank `first` is its number; a rank for which no row is left reads one of another rank, as
+        padding (support/ranks.py: split_rows). Either rows of consecutive tokens, (R, T + 1), or
+        ids, targets and doc_ids, each (R, T), where a target of -1 does not count and a token sees
+        only its own document."""
 
     def num_targets(self, step: int) -> int:
         """How many targets count in the step's global batch."""
@@ -470,6 +472,7 @@ def read_batch(dataset: Dataset, step: int) -> tuple[Tensor, ...]:
 #
 #     forward    for each block: all-gather | compute | free
 #     backward   for each block: all-gather | compute | free, reduce-scatter the gradient in fp32
+#                                                             (with FP8 in bf16)
 #
 # The next block's all-gather runs while this one computes. Nothing else changes: the model computes
 # as on one GPU, except for the order in which gradients are added up. With HSDP (dp_replicate > 1)
@@ -610,15 +613,16 @@ def reshard(model: Motif) -> None:
 #                                           data and tokenizer, versions, each file's size and
 #                                           checksum
 #
-# To resume a run needs no more: the data follow from the step and the plan, and no step draws
-# random numbers.
+# To resume a run needs no more: the data follow from the seed, the step and the plan, and no step
+# draws random numbers.
 # (Where a file would be larger than SHARD_BYTES, there are several files and an index.)
 #
 # Atomic. The files are written into step_120.tmp, which becomes step_120 when all are on the disk.
 # So a crash, at whatever moment, leaves the checkpoint before as it was (run_folder.py).
 #
-# From any number of ranks to any other. The ranks assemble each tensor, and a file has it whole. A
-# rank that loads a checkpoint reads the rows of its own shards.
+# From any number of ranks to any other. A file has whole tensors: the ranks gather them one by one,
+# and where there are several files, each rank writes some. A rank that loads a checkpoint reads the
+# rows of its own shards.
 
 SHARD_BYTES = 5 * 10**9
 
@@ -657,15 +661,19 @@ def write_optimizer(temporary: Path, model: Motif, optimizer) -> None:
 
 
 def optimizer_tensors(model: Motif, optimizer) -> dict[str, Tensor]:
-    """"<parameter>.<state>" -> the optimizer's own tensor, not a copy. Where FSDP2 shards the
-    parameter, the optimizer keeps this rank's shard as a plain tensor; here it becomes a DTensor,
-    which knows the whole shape, so that it is saved and loaded as the parameter is."""
+    """"<parameter>.<state>" -> the optimizer's own tensor, not a copy. They exist before the first
+    step, as MuonClip makes them when it is constructed; so a checkpoint can be loaded into them.
+
+    Where FSDP2 shards the parameter, which is a DTensor then, the optimizer keeps this rank's shard
+    as a plain tensor. Here that becomes a DTensor too, which knows the whole shape, so that it is
+    saved and loaded as the parameter is."""
+    from torch.distributed.tensor import DTensor
     tensors = {}
     for name, p in model.named_parameters():
         for key, value in optimizer.state[p].items():
             if hasattr(p, "placements") and value.ndim > 0:
-                value = type(p.data).from_local(value, p.device_mesh, p.placements,
-                                                shape=p.shape, stride=p.stride())
+                value = DTensor.from_local(value, p.device_mesh, p.placements, shape=p.shape,
+                                           stride=p.stride())
             tensors[f"{name}.{key}"] = value
     return tensors
 
@@ -704,16 +712,19 @@ def check_compatible(folder: Path, state: dict, c: Config, curriculum: data.Curr
     if state["step"] > curriculum.steps:
         raise UserError(f"checkpoint {folder} is beyond the end at step {curriculum.steps}; make "
                         "the run longer or give another --out_dir")
-    for key in [*[f.name for f in fields(MotifConfig)], "optimizer"]:
+    must_agree = {f.name for f in fields(MotifConfig)} | {"optimizer", "seed"}
+    must_agree -= {"poly_norm_scale"}               # of fresh weights alone
+    must_agree -= {"max_position_embeddings"}       # no tensor depends on it
+    for key in sorted(must_agree):
         ours = getattr(c, key)
         theirs = state["config"].get(key)
-        if ours != theirs and key != "poly_norm_scale":     # of fresh weights alone
+        if ours != theirs:
             raise UserError(f"checkpoint {folder} has {key}={theirs}, not {ours}; give --{key}="
-                            f"{theirs}, or another --out_dir for a new run")
+                            f"{theirs}, or for a new run another --out_dir and no --resume")
     if state.get("tokenizer", tokenizer.fingerprint().hex()) != tokenizer.fingerprint().hex():
         raise UserError(f"checkpoint {folder} was trained with another tokenizer than "
                         f"{c.tokenizer}: give --tokenizer={state['config'].get('tokenizer')} as it "
-                        "was then, or another --out_dir for a new run")
+                        "was then, or for a new run another --out_dir and no --resume")
 
 
 # ---- validation
@@ -862,7 +873,10 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
         # A run that a signal stops is saved, and evaluated only where that is due.
         evaluate_now = step > log.last_evaluation and is_due(step, c.eval_every, finished)
         save_now = step > start_step and is_due(step, c.save_every, stop)
-        model.config.rope_theta = theta_at(c, curriculum.tokens[step])  # as the next step has it
+
+        # RoPE's base as the next step has it. A checkpoint in which rows get longer is evaluated on
+        # rows of the new length (Validation.rows_at), and so with the base that goes with them.
+        model.config.rope_theta = theta_at(c, curriculum.tokens[step])
 
         # What is not training: evaluate and save, where that is due; stop.
         if evaluate_now or save_now or stop:

@@ -63,9 +63,9 @@ class KVCache:
         # One slot more than tokens, for padding, and a multiple of 8, for aligned products. Zeros,
         # not empty: unseen slots get a weight of 0, but 0 times NaN would be NaN.
         slots = math.ceil((max_length + 1) / 8) * 8
-        value_heads, value_dim = c.value_heads
+        num_values, value_width = c.value_shape
         key_shape = (batch_size, c.num_key_value_heads, slots, c.head_dim)
-        value_shape = (batch_size, value_heads, slots, value_dim)
+        value_shape = (batch_size, num_values, slots, value_width)
         self.keys = []
         self.values = []
         for _ in range(c.num_hidden_layers):

@@ -1,7 +1,7 @@
 """What eval.py makes of the records of questions: its two files, scores, and the table."""
 import json
-import math
 import statistics
+import zlib
 from pathlib import Path
 
 from configurator import UserError
@@ -24,12 +24,9 @@ def load_previous(out: Path, settings: dict) -> tuple[dict, dict]:
     results = {}
     if isinstance(earlier.get("tasks"), dict) and settings.items() <= earlier.items():
         results = earlier["tasks"]
-        for line in samples.read_bytes().split(b"\n"):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):     # the empty last line, or one that was cut
-                continue
-            if is_record(record):
+        for line in samples.read_bytes().splitlines(keepends=True):
+            record = read_record(line)
+            if record is not None:
                 records[record["task"], record["doc"]] = record
     elif earlier:
         print(f"{out}: another model or other settings before; its samples are dropped")
@@ -37,24 +34,32 @@ def load_previous(out: Path, settings: dict) -> tuple[dict, dict]:
     return records, results
 
 
-RECORD_TYPES = {"task": str, "doc": int, "hash": str, "prompt": str, "output": list, "answer": int,
-                "verdicts": list, "cut": bool, "bytes": int}     # all else is a score, a float
+def record_line(record: dict) -> bytes:
+    """A line of samples.jsonl: the record, and a checksum of it."""
+    checksum = zlib.crc32(json.dumps(record).encode())
+    return json.dumps({**record, "checksum": checksum}).encode() + b"\n"
 
 
-def is_record(value: object) -> bool:
-    """Whether a line of samples.jsonl has the form that eval.py writes."""
-    if not isinstance(value, dict) or not {"task", "doc", "hash", "cut"} <= value.keys():
-        return False
-    for key, entry in value.items():
-        if type(entry) is not RECORD_TYPES.get(key, float):
-            return False
-        if type(entry) is float and not math.isfinite(entry):
-            return False
-    return True
+def read_record(line: bytes) -> dict | None:
+    """The record of a line; None if the line is not as record_line has made it, as when the process
+    was killed while it wrote.
+
+    >>> line = record_line({"task": "mmlu", "doc": 7, "acc": 1.0})
+    >>> read_record(line)
+    {'task': 'mmlu', 'doc': 7, 'acc': 1.0}
+    >>> read_record(line[:-2]) is None
+    True
+    """
+    try:
+        record = json.loads(line)
+        record.pop("checksum")
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError):
+        return None             # no JSON, or of another form
+    return record if record_line(record) == line else None
 
 
 def save_results(out: Path, settings: dict, records: dict, results: dict) -> None:
-    lines = [json.dumps(records[key]) + "\n" for key in sorted(records)]
+    lines = [record_line(records[key]).decode() for key in sorted(records)]
     replace_text(out / "samples.jsonl", "".join(lines))
     text = json.dumps({**settings, "tasks": results}, indent=1, allow_nan=False)
     replace_text(out / "results.json", text + "\n")

@@ -469,9 +469,9 @@ def test_a_finished_run_stays_as_it_is_and_can_be_prolonged(run, capsys):
     before = {f: f.read_bytes() for f in files}
     run(max_steps=8)
     assert before == {f: f.read_bytes() for f in before}
-    run(max_steps=10, seed=3, lr_may_rise=True)
+    run(max_steps=10, log_every=3, lr_may_rise=True)
     printed = capsys.readouterr().out
-    assert "max_steps was 8, is 10" in printed and "seed was 1337, is 3" in printed
+    assert "max_steps was 8, is 10" in printed and "log_every was 1, is 3" in printed
     assert max(checkpoint_steps(Path("out"))) == 10
 
 
