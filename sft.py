@@ -12,6 +12,7 @@ are prepared, and the run. Where they come from is told in support/conversations
 reading, and which are held out for validation, in support/selection.py.
 """
 import hashlib
+import inspect
 import math
 import os
 import re
@@ -179,8 +180,6 @@ def fill_in_stage(c: Config) -> None:
         c.data = {**stage.data, **EVAL_DOMAINS}
     if c.lr is None:
         c.lr = stage.lr * c.lr_scale
-    if c.out_dir is None:
-        c.out_dir = default_out_dir(c)
 
     for name, domain in c.data.items():
         # The name becomes that of a folder.
@@ -572,7 +571,8 @@ def pack_val_rows(chats: TokenizedChats, tokens: int,
 def prepare(c: Config, tokenizer: Tokenizer) -> Path:
     """Read, choose, hold out and encode a stage's conversations -> a folder with data.txt, which
     reports, and TokenizedChats: val-NAME of each domain, train-NAME of each with a weight above 0.
-    Its name has a hash of all that decides what is in it. A domain's text must fit in memory."""
+    A folder that is there already is used again: its name has a hash of all that decides what is in
+    it. A domain's text must fit in memory."""
     folder = Path(c.data_dir) / f"sft-{preparation_key(c, tokenizer)}"
     if folder.exists():
         return folder
@@ -593,7 +593,14 @@ def prepare(c: Config, tokenizer: Tokenizer) -> Path:
 
 
 def preparation_key(c: Config, tokenizer: Tokenizer) -> str:
-    """A hash of the settings, of the files' sizes and dates, of the tokenizer and of the code."""
+    """10 hex digits: a hash of what decides the content of the folder, and of nothing else, so that
+    a run with another learning rate, say, encodes nothing again. A dataset of the Hub counts as the
+    same as long as its name is."""
+    stage = STAGES[c.stage]
+    domains = [(name, source, weight > 0) for name, (source, weight) in c.data.items()]
+    settings = (domains, c.seq_len, stage.best_share, stage.duplicate_share,
+                c.decontaminate_against)
+
     files = []
     for source, _ in c.data.values():
         files += source_files(source)
@@ -601,48 +608,146 @@ def preparation_key(c: Config, tokenizer: Tokenizer) -> str:
     dates = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
     # builtin:help reads the docstrings of the Python that runs.
-    code = [sys.version]
-    for pattern in ("sft.py", "data.py", "support/*.py", "synthetic/*.py"):
-        for file in sorted(Path(__file__).parent.glob(pattern)):
-            code.append(file.read_bytes())
-    what = (STAGES[c.stage], c.data, c.seq_len, c.decontaminate_against, dates, code,
-            tokenizer.fingerprint())
+    what = (settings, dates, tokenizer.fingerprint(), sys.version, code_that_prepares())
     return hashlib.sha256(repr(what).encode()).hexdigest()[:10]
 
 
+def code_that_prepares() -> list[str]:
+    """The text of the code that decides which conversations there are and how they are encoded:
+    files, and of this file some functions. (A test runs a preparation, and looks for code of ours
+    that is not here.)"""
+    code = []
+    for function in (prepare_domains, prepare_domain, read_domain, truncate_to_turn,
+                     encode_chat, render_conversation, begin_turn):
+        code.append(inspect.getsource(function))
+    for pattern in ("support/conversations.py", "support/encoding.py", "support/selection.py",
+                    "support/sources.py", "support/tasks.py", "support/tokenizer.py",
+                    "synthetic/*.py"):
+        for file in sorted(Path(__file__).parent.glob(pattern)):
+            code.append(file.read_text(encoding="utf-8"))
+    return code
+
+
 def prepare_domains(c: Config, tokenizer: Tokenizer, folder: Path) -> list[str]:
-    """Write the conversations of all domains into the folder -> lines of report."""
-    stage = STAGES[c.stage]
-    report = []
+    """Write the conversations of all domains into the folder -> what data.txt reports."""
+    # Each source is read twice. A domain can be split only when it is known what the other domains
+    # hold out, and to keep all of them until then would take the memory of all, not of one. The
+    # first reading, here, is short: of a large domain it takes the first 50 conversations or so.
     extra = extra_held_out(c.data)
     benchmark = benchmark_grams(benchmark_files(c.decontaminate_against, c.benchmark_dir))
-    for name, (source, weight) in c.data.items():
-        drops = Drops()
-        conversations = list(load_conversations(source, drops))
-        lines = [f"{len(conversations):,d} conversations of {source}", *drops.report()]
-        parts = {"val": conversations}
-        if weight > 0:
-            parts = train_val_split(conversations, extra)
-            dropped = len(conversations) - len(parts["train"]) - len(parts["val"])
-            if dropped:
-                lines.append(f"{dropped:,d} dropped as one of their questions is held out")
-            parts["train"], chosen = choose(parts["train"], benchmark, stage.best_share,
-                                            stage.duplicate_share)
-            lines += chosen
-
-        for part, conversations in parts.items():
-            encode = partial(truncate_to_turn, tokenizer, T=c.seq_len)
-            encoded, line = encode_chats(conversations, encode)
-            lines.append(f"{part}: {line}")
-            if not encoded:
-                raise UserError(f"data {name!r}: no conversation is left for {part}; give more "
-                                f"data, or raise seq_len: {'; '.join(lines)}")
-            TokenizedChats.save(folder / f"{part}-{name}", encoded)
+    report = []
+    for name in c.data:
+        lines = prepare_domain(c, name, tokenizer, extra, benchmark, folder)
         report.append(f"{name}: " + "\n  ".join(lines))
     return report
 
 
+def prepare_domain(c: Config, name: str, tokenizer: Tokenizer, extra: set[int],
+                   benchmark: dict[int, str], folder: Path) -> list[str]:
+    """Write val-NAME and, if its weight is above 0, train-NAME -> lines of report."""
+    source, weight = c.data[name]
+    parts, lines = read_domain(source, weight, STAGES[c.stage], extra, benchmark)
+    for part, conversations in parts.items():
+        encode = partial(truncate_to_turn, tokenizer, T=c.seq_len)
+        encoded, line = encode_chats(conversations, encode)
+        lines.append(f"{part}: {line}")
+        if not encoded:
+            raise UserError(f"data {name!r}: no conversation is left for {part}; give more "
+                            f"data, or raise seq_len: {'; '.join(lines)}")
+        TokenizedChats.save(folder / f"{part}-{name}", encoded)
+    return lines
+
+
+def read_domain(source: str, weight: float, stage: Stage, extra: set[int],
+                benchmark: dict[int, str]) -> tuple[dict[str, list], list[str]]:
+    """-> the conversations to evaluate and to train on, {"val": [...], "train": [...]}, the latter
+    only if the weight is above 0; and lines of report.
+
+    extra       hashes of questions to hold out (extra_held_out)
+    benchmark   hashes of 13 words in a row (benchmark_grams)"""
+    drops = Drops()
+    conversations = list(load_conversations(source, drops))
+    lines = [f"{len(conversations):,d} conversations of {source}", *drops.report()]
+    if weight == 0:
+        return {"val": conversations}, lines
+
+    parts = train_val_split(conversations, extra)
+    dropped = len(conversations) - len(parts["train"]) - len(parts["val"])
+    if dropped:
+        lines.append(f"{dropped:,d} dropped as one of their questions is held out")
+    parts["train"], filtered = choose(parts["train"], benchmark, stage.best_share,
+                                      stage.duplicate_share)
+    return parts, lines + filtered
+
+
 # ---- the run
+
+def train_stage(c: Config, out: Path) -> None:
+    """One stage: find the model to start from, prepare the conversations, build, and train."""
+    device = pretrain.pick_device(c)
+    pretrain.meet_ranks(c, device)
+
+    # The model, which decides tokenizer and row length.
+    start, folder, init = rank0_only(find_start, c, out)
+    shape = MotifConfig.from_dict(read_json(folder / "config.json"))
+    tokenizer = load_tokenizer(c.tokenizer or stored_tokenizer(folder))
+    check_sizes(c, shape, tokenizer, folder)
+    settings = describe_settings(c, init)
+    if RANK == 0:
+        print(settings, flush=True)
+    task_scores = None
+    if c.eval_tasks and c.eval_every:
+        from tools.task_scores import TaskScores
+        task_scores = TaskScores(c, tokenizer)
+
+    # The conversations, which decide batches and steps.
+    prepared = rank0_first(partial(prepare, c, tokenizer))
+    dataset, val_rows = open_dataset(c, prepared)
+
+    # From here on the stage is a run of pretrain.py, with a config of that kind.
+    run = to_pretrain_config(c, shape, tokenizer, init, dataset)
+    pretrain.check_fp8(run, dataset.curriculum, device)
+    pretrain.check_prompts(run, tokenizer, encode_chat_prompt)
+    if start:
+        check_same_batches(*start, run, dataset)
+        pretrain.check_compatible(*start, run, dataset.curriculum, tokenizer)
+
+    def init_from(*_) -> Path:
+        return folder  # pretrain.py would make a folder of initial weights here
+
+    model, optimizer = pretrain.build_model_and_optimizer(run, device, start, init_from, out)
+    if RANK == 0:
+        write_settings(c, out, settings, prepared, dataset)
+    pretrain.train(run, out, dataset, val_rows, model, optimizer, tokenizer, start,
+                   encode_prompt=encode_chat_prompt, task_scores=task_scores)
+
+
+def find_start(c: Config, out: Path) -> tuple[tuple | None, Path, str]:
+    """-> start:  the checkpoint to resume from, its folder and state; None: begin at step 0
+       folder: of the model to build. At step 0 it holds the initial weights of the stage; later it
+               is the checkpoint's
+       init:   which weights the stage began with: their folder, and their hash as the last word
+
+    A run that resumes does not need its initial weights any more. But if they are still there, they
+    must have the hash that the checkpoint tells, or two runs would be mixed in one folder."""
+    start = find_checkpoint(c, out)
+    began_with = start[1]["config"]["init"] if start else None
+    try:
+        folder = initial_folder(c)
+        init = f"{folder} ({hash_of_weights(folder)})"
+    except UserError:
+        if start is None:
+            raise
+        init = began_with
+
+    if start is None:
+        return None, folder, init
+    # The same folder may be written in another way, so its name may differ.
+    if str(init).rpartition(" ")[2] != str(began_with).rpartition(" ")[2]:
+        raise UserError(f"{out} holds a run that began with {began_with}, not with {init}; delete "
+                        "it or give another --out_dir")
+    return start, start[0], began_with
+
 
 def initial_folder(c: Config) -> Path:
     """The folder of the model that the stage starts from."""
@@ -663,32 +768,6 @@ def initial_folder(c: Config) -> Path:
         return model_folder(c.model)
     raise UserError(f"stage {c.stage} starts from {before}, which holds no whole checkpoint; "
                     f"run first: {command}")
-
-
-def find_start(c: Config, out: Path) -> tuple[tuple | None, Path, str]:
-    """-> (the checkpoint to resume from, as pretrain.find_checkpoint gives it, or None; the folder
-    of the model to begin with; folder and hash of the weights that the stage starts from).
-
-    A run that resumes does not need its initial weights any more; but if they are still there, they
-    must be those that it began with, or two runs would be mixed in one folder: their hashes, the
-    last words of `init`, are compared."""
-    checkpoint = find_checkpoint(c, out)
-    began_with = checkpoint[1]["config"]["init"] if checkpoint else None
-    try:
-        folder = initial_folder(c)
-        init = f"{folder} ({hash_of_weights(folder)})"
-    except UserError:
-        if checkpoint is None:
-            raise
-        init = began_with
-
-    if checkpoint is None:
-        return None, folder, init
-    # The hashes must agree. The same folder may be written in another way.
-    if str(init).rpartition(" ")[2] != str(began_with).rpartition(" ")[2]:
-        raise UserError(f"{out} holds a run that began with {began_with}, not with {init}; delete "
-                        "it or give another --out_dir")
-    return checkpoint, checkpoint[0], began_with
 
 
 def hash_of_weights(folder: Path) -> str:
@@ -724,6 +803,22 @@ def check_sizes(c: Config, shape: MotifConfig, tokenizer: Tokenizer, folder: Pat
                         f"seq_len={c.seq_len}; raise it")
 
 
+def describe_settings(c: Config, init: str) -> str:
+    """What the stage starts from, where it writes, and how it learns."""
+    lines = [f"stage {c.stage} from {init} into {c.out_dir}"]
+    for key in ("lr", "warmup_fraction", "epochs", "max_steps", "batch_tokens", "seq_len"):
+        place = c.came_from[key]
+        if key == "lr" and place == "default":
+            place = f"{STAGES[c.stage].lr:g} of STAGES, lr_scale={c.lr_scale:g}"
+        value = getattr(c, key)
+        if key == "batch_tokens" and value is None:
+            value = f"{BATCH_TOKENS}, or less so that there are {MIN_STEPS} steps"
+        if key == "seq_len" and place == "default" and value < SEQ_LEN:
+            place = f"default: {SEQ_LEN}, or all that the model can read"
+        lines.append(f"  {key} = {value}  # {place}")
+    return "\n".join(lines)
+
+
 def open_dataset(c: Config, folder: Path) -> tuple[PackedChatDataset, dict]:
     """The prepared folder -> the dataset, and the rows of each domain for validation."""
     train = {}
@@ -755,6 +850,11 @@ def to_pretrain_config(c: Config, shape: MotifConfig, tokenizer: Tokenizer, init
         decay_fraction=1 - c.warmup_fraction, min_lr=0.0)
 
 
+def encode_chat_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """A prompt of the config is a user's question."""
+    return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
+
+
 def check_same_batches(folder: Path, state: dict, run: pretrain.Config,
                        dataset: PackedChatDataset) -> None:
     """UserError if a stage that goes on would read other batches than it began with: some
@@ -777,25 +877,16 @@ def check_same_batches(folder: Path, state: dict, run: pretrain.Config,
                         "give another --out_dir for a new run")
 
 
-def encode_chat_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """A prompt of the config is a user's question."""
-    return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
-
-
-def describe_settings(c: Config, init: str) -> str:
-    """What the stage starts from, where it writes, and how it learns."""
-    lines = [f"stage {c.stage} from {init} into {c.out_dir}"]
-    for key in ("lr", "warmup_fraction", "epochs", "max_steps", "batch_tokens", "seq_len"):
-        place = c.came_from[key]
-        if key == "lr" and place == "default":
-            place = f"{STAGES[c.stage].lr:g} of STAGES, lr_scale={c.lr_scale:g}"
-        value = getattr(c, key)
-        if key == "batch_tokens" and value is None:
-            value = f"{BATCH_TOKENS}, or less so that there are {MIN_STEPS} steps"
-        if key == "seq_len" and place == "default" and value < SEQ_LEN:
-            place = f"default: {SEQ_LEN}, or all that the model can read"
-        lines.append(f"  {key} = {value}  # {place}")
-    return "\n".join(lines)
+def write_settings(c: Config, out: Path, settings: str, prepared: Path,
+                   dataset: PackedChatDataset) -> None:
+    """config.json, and data.txt: the settings, how the conversations were chosen, and how much of
+    them the run reads. The last two are printed."""
+    report = (prepared / "data.txt").read_text(encoding="utf-8")
+    report += f"{describe_data(c, dataset)}\n"
+    print(report, end="", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "data.txt").write_text(f"{settings}\n{report}", encoding="utf-8")
+    configurator.save(c, out / "config.json")
 
 
 def describe_data(c: Config, dataset: PackedChatDataset) -> str:
@@ -821,67 +912,30 @@ def describe_data(c: Config, dataset: PackedChatDataset) -> str:
     return "\n".join(lines)
 
 
-def setup(c: Config, out: Path) -> tuple:
-    """What pretrain.train() takes, checked and built."""
-    device = pretrain.pick_device(c)
-    pretrain.meet_ranks(c, device)
-
-    checkpoint, folder, init = rank0_only(find_start, c, out)
-    shape = MotifConfig.from_dict(read_json(folder / "config.json"))
-    tokenizer = load_tokenizer(c.tokenizer or stored_tokenizer(folder))
-    check_sizes(c, shape, tokenizer, folder)
-    settings = describe_settings(c, init)
-    if RANK == 0:
-        print(settings, flush=True)
-    task_scores = None
-    if c.eval_tasks and c.eval_every:
-        from tools.task_scores import TaskScores
-        task_scores = TaskScores(c, tokenizer)
-
-    prepared = rank0_first(partial(prepare, c, tokenizer))
-    dataset, val_rows = open_dataset(c, prepared)
-    run = to_pretrain_config(c, shape, tokenizer, init, dataset)
-    pretrain.check_fp8(run, dataset.curriculum, device)
-    pretrain.check_prompts(run, tokenizer, encode_chat_prompt)
-    if checkpoint:
-        check_same_batches(*checkpoint, run, dataset)
-        pretrain.check_compatible(*checkpoint, run, dataset.curriculum, tokenizer)
-
-    def initial_weights(c, out):
-        return folder
-
-    model, optimizer = pretrain.build_model_and_optimizer(run, device, checkpoint, initial_weights,
-                                                          out)
-    if RANK == 0:
-        report = (prepared / "data.txt").read_text(encoding="utf-8")
-        report += f"{describe_data(c, dataset)}\n"
-        print(report, end="", flush=True)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "data.txt").write_text(f"{settings}\n{report}", encoding="utf-8")
-    return (run, out, dataset, val_rows, model, optimizer, tokenizer, checkpoint,
-            encode_chat_prompt, task_scores)
+def load_config(argv: list[str]) -> Config:
+    """The config, with all that it can have without the model."""
+    # config/sft_quickstart.py is for the quick start's model. It would ruin one of another size.
+    own_model = any(word.startswith("--model=") and word != "--model=None" for word in argv)
+    quickstart = str(Path(__file__).parent / "config" / "sft_quickstart.py")
+    c = configurator.load(Config, argv, default_file=None if own_model else quickstart)
+    if c.out_dir is None:
+        c.out_dir = default_out_dir(c)
+    if c.export is None:
+        fill_in_stage(c)
+    return c
 
 
 def main() -> None:
-    # The quick start's settings would ruin a model of another size.
-    argv = sys.argv[1:]
-    own_model = any(word.startswith("--model=") for word in argv)
-    quickstart = str(Path(__file__).parent / "config" / "sft_quickstart.py")
-    c = configurator.load(Config, argv, default_file=None if own_model else quickstart)
-    if c.export is not None:
-        from tools.export import export_checkpoint
-        out = Path(c.out_dir or default_out_dir(c))
-        with pretrain.friendly_errors(c, out):
+    c = load_config(sys.argv[1:])
+    out = Path(c.out_dir)
+    with pretrain.friendly_errors(c, out):
+        if c.export is not None:
+            from tools.export import export_checkpoint
             if RANK == 0:
                 export_checkpoint(c, out)
-        return
-    fill_in_stage(c)
-    out = Path(c.out_dir)
-    with pretrain.friendly_errors(c, out), pretrain.lock_folder(out):
-        arguments = setup(c, out)
-        if RANK == 0:
-            configurator.save(c, out / "config.json")
-        pretrain.train(*arguments)
+            return
+        with pretrain.lock_folder(out):
+            train_stage(c, out)
 
 
 if __name__ == "__main__":
