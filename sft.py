@@ -807,7 +807,7 @@ def describe_settings(c: Config, init: str) -> str:
     """What the stage starts from, where it writes, and how it learns."""
     lines = [f"stage {c.stage} from {init} into {c.out_dir}"]
     for key in ("lr", "warmup_fraction", "epochs", "max_steps", "batch_tokens", "seq_len"):
-        place = c.came_from[key]
+        place = c.where_set[key]
         if key == "lr" and place == "default":
             place = f"{STAGES[c.stage].lr:g} of STAGES, lr_scale={c.lr_scale:g}"
         value = getattr(c, key)
