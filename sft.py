@@ -442,7 +442,7 @@ class ChatCurriculum:
     context: list[int]    # [t]: sum(len^2) / sum(len) over the step's conversations, the length at
                           # which attention costs as much per token; FLOPs are counted with it
     shares: np.ndarray    # [t, d]: the domain's share of the step's tokens
-    plans: list = field(default_factory=list)  # none: a stage is not prolonged
+    earlier_plans: list = field(default_factory=list)  # none: a stage cannot be prolonged
 
 
 class PackedChatDataset:
