@@ -8,8 +8,8 @@ It prints its settings first. data.txt in its out_dir tells what it reads, and w
 why; the other files there are those of pretrain.py.
 
 Ideas first: the three stages, the chat format, packing, epochs and batches; then how conversations
-are prepared, and the run. Where they come from is told in support/conversations.py; which are worth
-reading, and which are held out for validation, in support/selection.py.
+are prepared, and the run, train_stage. Where they come from is told in support/conversations.py;
+which are worth reading, and which are held out for validation, in support/selection.py.
 """
 import hashlib
 import inspect
@@ -29,20 +29,18 @@ from typing import Literal
 import numpy as np
 
 import configurator
-import data
 import pretrain
 from configurator import Count, Fraction, NonNegative, UserError
-from data import random_order
+from data import is_share, random_order
 from model import MotifConfig
 from pretrain import TrainConfig
-from support.conversations import (EVAL_DOMAINS, Drops, check_conversation, load_conversations,
-                                   source_files)
+from support.conversations import EVAL_DOMAINS, check_conversation, source_files
 from support.encoding import TokenizedChats, encode_chats
 from support.preparing import remove_leftovers
 from support.ranks import RANK, all_gather_object, rank0_first, rank0_only, run_main
 from support.run_folder import find_checkpoint, latest_checkpoint
-from support.selection import (benchmark_files, benchmark_grams, choose, extra_held_out,
-                               train_val_split)
+from support.selection import (benchmark_files, benchmark_grams, extra_held_out,
+                               select_conversations)
 from support.tokenizer import BEGIN, ROLES, TURN, TURN_END, Tokenizer, load_tokenizer
 from support.weights import model_folder, read_json, tensor_files
 
@@ -161,13 +159,14 @@ class Config(TrainConfig):
     eval_limit: Count = 40          # questions of each task; of mmlu, of each subject
     benchmark_dir: str | None = None  # folder with the tasks' files; None: the Hub's data sets
 
+    # Questions, which the model answers at each evaluation.
     prompts: list = field(default_factory=lambda: [
         "What is the capital of France?", "Write two sentences about the sea."])
 
 
-BATCH_TOKENS = 32_000_000
-SEQ_LEN = 16_384
-MIN_STEPS = 100  # of a run whose batch_tokens are not set [ours]
+BATCH_TOKENS = 32_000_000  # the report's
+SEQ_LEN = 16_384           # the report's
+MIN_STEPS = 100            # batch_tokens, if not set, is so small that there are as many [ours]
 
 
 def fill_in_stage(c: Config) -> None:
@@ -185,7 +184,7 @@ def fill_in_stage(c: Config) -> None:
         # The name becomes that of a folder.
         is_name = isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)
         is_pair = isinstance(domain, (list, tuple)) and len(domain) == 2
-        if not (is_name and is_pair and isinstance(domain[0], str) and data.is_share(domain[1])):
+        if not (is_name and is_pair and isinstance(domain[0], str) and is_share(domain[1])):
             raise UserError(f"data: {name!r}: {domain} must be a name of letters, digits, '_', '-' "
                             "and '.', and [source, weight] with a weight of at least 0")
     if not 0 < sum(weight for _, weight in c.data.values()) < math.inf:
@@ -465,17 +464,7 @@ class PackedChatDataset:
 
         self.batches = []  # [step][row] -> list of (domain, index of a conversation)
         for epoch in range(epochs):
-            chosen = []
-            for name, (order, middles) in orders.items():
-                borders = [epoch * budgets[name], (epoch + 1) * budgets[name]]
-                first, last = middles.searchsorted(borders)
-                for i in order[first:last].tolist():
-                    chosen.append((name, i))
-
-            lengths = np.array([train[name].lengths[i] for name, i in chosen], dtype=np.int64)
-            rows = []
-            for packed in pack(lengths, T):
-                rows.append([chosen[k] for k in packed])
+            rows = self._pack_epoch(epoch, budgets, orders)
             if rows:
                 self.batches += self._shuffle_into_batches(rows, max(1, batch_tokens // T), epoch)
         self.batches = self.batches[:max_steps]
@@ -495,6 +484,21 @@ class PackedChatDataset:
         order = np.concatenate(orders)
         middles = lengths[order].cumsum() - lengths[order] / 2
         return order, middles
+
+    def _pack_epoch(self, epoch: int, budgets: dict, orders: dict) -> list[list[tuple[str, int]]]:
+        """The conversations of an epoch, in rows. orders: domain -> what _reading_order gives."""
+        chosen = []
+        for name, (order, middles) in orders.items():
+            borders = [epoch * budgets[name], (epoch + 1) * budgets[name]]
+            first, last = middles.searchsorted(borders)
+            for i in order[first:last].tolist():
+                chosen.append((name, i))
+
+        lengths = np.array([self.train[name].lengths[i] for name, i in chosen], dtype=np.int64)
+        rows = []
+        for packed in pack(lengths, self.T):
+            rows.append([chosen[k] for k in packed])
+        return rows
 
     def _shuffle_into_batches(self, rows: list, max_rows: int, epoch: int) -> list[list]:
         """Rows, long conversations first -> the fewest batches of at most max_rows rows, which
@@ -613,12 +617,11 @@ def preparation_key(c: Config, tokenizer: Tokenizer) -> str:
 
 
 def code_that_prepares() -> list[str]:
-    """The text of the code that decides which conversations there are and how they are encoded:
-    files, and of this file some functions. (A test runs a preparation, and looks for code of ours
-    that is not here.)"""
+    """The text of the code that decides which conversations there are, and their tokens: files, and
+    some functions of this one. (A test prepares data, and looks for code that is missing here.)"""
     code = []
-    for function in (prepare_domains, prepare_domain, read_domain, truncate_to_turn,
-                     encode_chat, render_conversation, begin_turn):
+    for function in (prepare_domains, prepare_domain, truncate_to_turn, encode_chat,
+                     render_conversation, begin_turn):
         code.append(inspect.getsource(function))
     for pattern in ("support/conversations.py", "support/encoding.py", "support/selection.py",
                     "support/sources.py", "support/tasks.py", "support/tokenizer.py",
@@ -646,7 +649,9 @@ def prepare_domain(c: Config, name: str, tokenizer: Tokenizer, extra: set[int],
                    benchmark: dict[int, str], folder: Path) -> list[str]:
     """Write val-NAME and, if its weight is above 0, train-NAME -> lines of report."""
     source, weight = c.data[name]
-    parts, lines = read_domain(source, weight, STAGES[c.stage], extra, benchmark)
+    stage = STAGES[c.stage]
+    parts, lines = select_conversations(source, weight, extra, benchmark, stage.best_share,
+                                        stage.duplicate_share)
     for part, conversations in parts.items():
         encode = partial(truncate_to_turn, tokenizer, T=c.seq_len)
         encoded, line = encode_chats(conversations, encode)
@@ -656,28 +661,6 @@ def prepare_domain(c: Config, name: str, tokenizer: Tokenizer, extra: set[int],
                             f"data, or raise seq_len: {'; '.join(lines)}")
         TokenizedChats.save(folder / f"{part}-{name}", encoded)
     return lines
-
-
-def read_domain(source: str, weight: float, stage: Stage, extra: set[int],
-                benchmark: dict[int, str]) -> tuple[dict[str, list], list[str]]:
-    """-> the conversations to evaluate and to train on, {"val": [...], "train": [...]}, the latter
-    only if the weight is above 0; and lines of report.
-
-    extra       hashes of questions to hold out (extra_held_out)
-    benchmark   hashes of 13 words in a row (benchmark_grams)"""
-    drops = Drops()
-    conversations = list(load_conversations(source, drops))
-    lines = [f"{len(conversations):,d} conversations of {source}", *drops.report()]
-    if weight == 0:
-        return {"val": conversations}, lines
-
-    parts = train_val_split(conversations, extra)
-    dropped = len(conversations) - len(parts["train"]) - len(parts["val"])
-    if dropped:
-        lines.append(f"{dropped:,d} dropped as one of their questions is held out")
-    parts["train"], filtered = choose(parts["train"], benchmark, stage.best_share,
-                                      stage.duplicate_share)
-    return parts, lines + filtered
 
 
 # ---- the run
@@ -894,7 +877,7 @@ def describe_data(c: Config, dataset: PackedChatDataset) -> str:
     curriculum = dataset.curriculum
     total = curriculum.tokens[-1]
     total_weight = sum(weight for _, weight in c.data.values())
-    spent = curriculum.shares.T @ np.diff(curriculum.tokens)
+    spent = curriculum.shares.T @ np.diff(curriculum.tokens)  # tokens of each domain
     lines = []
     for name, tokens in zip(curriculum.names, spent):
         times = tokens / dataset.train[name].ends[-1]

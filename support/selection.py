@@ -8,9 +8,32 @@ from functools import partial
 from pathlib import Path
 
 from configurator import UserError
-from support.conversations import EVAL_DOMAINS, load_conversations, nonblank_lines
+from support.conversations import EVAL_DOMAINS, Drops, load_conversations, nonblank_lines
 from support.sources import local_files, read_each
 from support.tasks import TASKS
+
+def select_conversations(source: str, weight: float, extra: set[int], benchmark: dict[int, str],
+                         best_share: float | None, duplicate_share: float | None,
+                         ) -> tuple[dict[str, list], list[str]]:
+    """Read a domain -> its conversations {"val": [...], "train": [...]}, and lines for the report.
+    A domain of weight 0 is for validation only.
+
+    extra        hashes of questions that no domain trains on (extra_held_out)
+    benchmark    hashes of 13 words in a row that none may have (benchmark_grams)
+    ..._share    limits of filter_by_quality and dedup_and_filter; None: not filtered so"""
+    drops = Drops()
+    conversations = list(load_conversations(source, drops))
+    report = [f"{len(conversations):,d} conversations of {source}", *drops.report()]
+    if weight == 0:
+        return {"val": conversations}, report
+
+    parts = train_val_split(conversations, extra)
+    dropped = len(conversations) - len(parts["train"]) - len(parts["val"])
+    if dropped:
+        report.append(f"{dropped:,d} dropped as one of their questions is held out")
+    parts["train"], lines = choose(parts["train"], benchmark, best_share, duplicate_share)
+    return parts, report + lines
+
 
 # ---- what is worth reading
 
@@ -33,8 +56,7 @@ MIN_COHERENCE = 0.3  # one with a smaller coherence is called incoherent
 
 def choose(conversations: list, benchmark: dict[int, str], best_share: float | None,
            duplicate_share: float | None) -> tuple[list, list[str]]:
-    """The training conversations of a domain -> those worth reading, and lines for the report.
-    benchmark: what benchmark_grams gives. Where a limit is None, that filter is not run."""
+    """The training conversations of a domain -> those worth reading, and lines for the report."""
     report = []
     if benchmark:
         conversations, line = decontaminate(conversations, benchmark)

@@ -704,7 +704,7 @@ def test_the_key_of_prepared_conversations_has_all_code_that_decides_them(tmp_pa
     root = Path(sft.__file__).parent
     talks = [chat(f"What is number {i}?", f"Word {i} is " + GOOD[1]["content"]) for i in range(60)]
     source = write_rows(tmp_path / "talks.jsonl", [{"messages": messages} for messages in talks])
-    write_rows(tmp_path / "gsm8k_test.jsonl", [{"question": "x", "answer": "1"}])
+    write_rows(tmp_path / "mbpp.jsonl", [{"task_id": 11, "text": "x"}])
     c = sft.Config(stage=3, seq_len=256, benchmark_dir=str(tmp_path), data={
         "mine": [source, 1.0], "help": ["builtin:help?n=60", 1.0],
         "chains": ["builtin:chains?n=60", 1.0], "skills": ["builtin:skills?n=60", 0.0]})
