@@ -9,7 +9,7 @@ A script states its knobs in a dataclass. The type is a check, the comment is th
 
     c = load(Config, sys.argv[1:])   # python train.py config/small.py --lr=5e-4
     c.lr                             # 0.0005
-    c.came_from["lr"]                # "command line", "config/small.py:7" or "default"
+    c.where_set["lr"]                # "command line", "config/small.py:7" or "default"
 
 A config file holds lines `key = expression`, in Python; an option is `--key=value`. Both obey the
 same rules: an unknown key, a wrong type, a value out of bounds or a key that is set twice is a
@@ -75,14 +75,14 @@ def load(Config: type, argv: list[str], default_file: str | None = None) -> Any:
     """Build a Config: its defaults, overridden by a config file, overridden by the command line.
 
     argv: at most one config file (else default_file, if that is given) and any --key=value.
-    The result's attribute came_from, which is no field, maps each key to where its value was set.
+    The result's attribute where_set, which is no field, maps each key to where its value was set.
     With --help in argv the config is printed instead, and the program ends.
     """
     script = Path(inspect.getfile(Config)).name
     types = get_type_hints(Config, include_extras=True)
     file, options = split_argv(argv, default_file)
     config = Config()
-    config.came_from = {}
+    config.where_set = {}
 
     for key, value in vars(Config()).items():
         set_key(config, types, "default", key, value)
@@ -114,7 +114,7 @@ def describe(config: Any) -> str:
     for cls in reversed(type(config).__mro__[:-1]):
         # The fields end where the methods begin.
         lines.append(re.split(r"\n\n    (?:def |@)", inspect.getsource(cls))[0].rstrip() + "\n")
-    for key, place in config.came_from.items():
+    for key, place in config.where_set.items():
         if place != "default":
             lines.append(f"{key} = {getattr(config, key)!r}  # {place}")
     return "\n".join(lines)
@@ -133,7 +133,7 @@ def set_key(config: Any, types: dict[str, Any], place: str, key: str, value: Any
             hint = f"it is now called {RENAMED_KEYS[key]!r}"
         raise UserError(f"{place}: unknown key {short(key)}; {hint}")
     setattr(config, key, check_value(f"{place}: {key}", types[key], value))
-    config.came_from[key] = place
+    config.where_set[key] = place
 
 
 def check_value(name: str, hint: Any, value: Any) -> Any:

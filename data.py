@@ -116,8 +116,9 @@ class Curriculum:
         check_domains(domains)
         self.names = list(domains)
         self.before = before
-        self.plans = []   # [[step, config keys], ...], from which the chain of `before` can be made
-                          # again: pretrain.make_curriculum sets it, a checkpoint holds it
+        # [[step, config keys], ...], from which the chain of `before` can be made again:
+        # pretrain.make_curriculum sets it, and a checkpoint holds it as "plans".
+        self.earlier_plans = []
         self.seq_len = []
         self.rows = []
         self.tokens = [0]

@@ -74,7 +74,7 @@ class TrainConfig:
 
     # Folders
     out_dir: str | None = None      # all output; None: out/<name of config file>,
-                                    # out/sft<stage>, or <model>-sft<stage> with sft.py --model
+                                    # out/sft<stage>, or out/<model>-sft<stage> with sft.py --model
     data_dir: str = "data"          # prepared data, of all runs
     export: str | None = None       # write the newest checkpoint's model into this folder, for
                                     # other programs, and train nothing
@@ -175,24 +175,24 @@ def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
     """What each step reads. state: of the checkpoint to go on from. If its config had another plan,
     say a shorter run, the steps up to the checkpoint keep that plan, and c's begins there."""
     plan = plan_of(asdict(c))
-    plans = []  # [[step, the plan that was followed up to it], ...], oldest first: a run can be
-                # prolonged more than once
+    earlier_plans = []  # [[step, the plan that was followed up to it], ...], oldest first: a run
+                        # can be prolonged more than once
     if state:
-        plans = list(state.get("plans", []))
+        earlier_plans = list(state.get("plans", []))
         old = plan_of(state["config"])
         # Domains in another order are another plan too: they break ties between quotas.
         if old != plan or list(old["domains"]) != list(plan["domains"]):
-            plans.append([state["step"], old])
+            earlier_plans.append([state["step"], old])
         if RANK == 0 and old["seq_len"] != plan["seq_len"]:
             print("seq_len has changed: up to a window of each domain's text may be read again or "
                   "passed over")
 
     # Each curriculum has before = (the one before it, the step at which that one ended).
     before = None
-    for step, old in plans:
+    for step, old in earlier_plans:
         before = (data.Curriculum(**plan_of(old), before=before), step)
     curriculum = data.Curriculum(**plan, before=before)
-    curriculum.plans = plans
+    curriculum.earlier_plans = earlier_plans
     if max(curriculum.seq_len) > c.max_position_embeddings:
         raise UserError(f"seq_len={c.seq_len} is longer than max_position_embeddings="
                         f"{c.max_position_embeddings}; raise that or shorten the sequence")
@@ -429,8 +429,8 @@ class Dataset(Protocol):
     that resumes reads what it would have read, and the number of ranks does not matter."""
 
     curriculum: data.Curriculum      # or an object with its steps, seq_len, rows, shares, names,
-                                     # plans; tokens, of which there are steps + 1; and context:
-                                     # the length that FLOPs are counted with
+                                     # earlier_plans; tokens, of which there are steps + 1; and
+                                     # context: the length that FLOPs are counted with
 
     def batch(self, step: int, first: int, world: int) -> np.ndarray | tuple:
         """Rows first, first + world, ... of the step's global batch, R of them, in int64. For a
@@ -915,7 +915,7 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
 
 def state_to_save(nonfinite: NonFiniteSteps, dataset: Dataset, tokenizer: Tokenizer) -> dict:
     """What a checkpoint's state.json holds of the run itself."""
-    return {"skipped": nonfinite.in_a_row, "plans": dataset.curriculum.plans,
+    return {"skipped": nonfinite.in_a_row, "plans": dataset.curriculum.earlier_plans,
             "data": dataset.fingerprint(), "tokenizer": tokenizer.fingerprint().hex()}
 
 

@@ -8,10 +8,11 @@ It prints its settings first. data.txt in its out_dir tells what it reads, and w
 why; the other files there are those of pretrain.py.
 
 Ideas first: the three stages, the chat format, packing, epochs and batches; then how conversations
-are prepared, and the run. Where they come from is told in support/conversations.py; which are worth
-reading, and which are held out for validation, in support/selection.py.
+are prepared, and the run, train_stage. Where they come from is told in support/conversations.py;
+which are worth reading, and which are held out for validation, in support/selection.py.
 """
 import hashlib
+import inspect
 import math
 import os
 import re
@@ -28,20 +29,18 @@ from typing import Literal
 import numpy as np
 
 import configurator
-import data
 import pretrain
 from configurator import Count, Fraction, NonNegative, UserError
-from data import random_order
+from data import is_share, random_order
 from model import MotifConfig
 from pretrain import TrainConfig
-from support.conversations import (EVAL_DOMAINS, Drops, check_conversation, load_conversations,
-                                   source_files)
+from support.conversations import EVAL_DOMAINS, check_conversation, source_files
 from support.encoding import TokenizedChats, encode_chats
 from support.preparing import remove_leftovers
 from support.ranks import RANK, all_gather_object, rank0_first, rank0_only, run_main
 from support.run_folder import find_checkpoint, latest_checkpoint
-from support.selection import (benchmark_files, benchmark_grams, choose, extra_held_out,
-                               train_val_split)
+from support.selection import (benchmark_files, benchmark_grams, extra_held_out,
+                               select_conversations)
 from support.tokenizer import BEGIN, ROLES, TURN, TURN_END, Tokenizer, load_tokenizer
 from support.weights import model_folder, read_json, tensor_files
 
@@ -160,13 +159,14 @@ class Config(TrainConfig):
     eval_limit: Count = 40          # questions of each task; of mmlu, of each subject
     benchmark_dir: str | None = None  # folder with the tasks' files; None: the Hub's data sets
 
+    # Questions, which the model answers at each evaluation.
     prompts: list = field(default_factory=lambda: [
         "What is the capital of France?", "Write two sentences about the sea."])
 
 
-BATCH_TOKENS = 32_000_000
-SEQ_LEN = 16_384
-MIN_STEPS = 100  # of a run whose batch_tokens are not set [ours]
+BATCH_TOKENS = 32_000_000  # the report's
+SEQ_LEN = 16_384           # the report's
+MIN_STEPS = 100            # batch_tokens, if not set, is so small that there are as many [ours]
 
 
 def fill_in_stage(c: Config) -> None:
@@ -179,14 +179,12 @@ def fill_in_stage(c: Config) -> None:
         c.data = {**stage.data, **EVAL_DOMAINS}
     if c.lr is None:
         c.lr = stage.lr * c.lr_scale
-    if c.out_dir is None:
-        c.out_dir = default_out_dir(c)
 
     for name, domain in c.data.items():
         # The name becomes that of a folder.
         is_name = isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)
         is_pair = isinstance(domain, (list, tuple)) and len(domain) == 2
-        if not (is_name and is_pair and isinstance(domain[0], str) and data.is_share(domain[1])):
+        if not (is_name and is_pair and isinstance(domain[0], str) and is_share(domain[1])):
             raise UserError(f"data: {name!r}: {domain} must be a name of letters, digits, '_', '-' "
                             "and '.', and [source, weight] with a weight of at least 0")
     if not 0 < sum(weight for _, weight in c.data.values()) < math.inf:
@@ -443,7 +441,7 @@ class ChatCurriculum:
     context: list[int]    # [t]: sum(len^2) / sum(len) over the step's conversations, the length at
                           # which attention costs as much per token; FLOPs are counted with it
     shares: np.ndarray    # [t, d]: the domain's share of the step's tokens
-    plans: list = field(default_factory=list)  # none: a stage is not prolonged
+    earlier_plans: list = field(default_factory=list)  # none: a stage cannot be prolonged
 
 
 class PackedChatDataset:
@@ -466,17 +464,7 @@ class PackedChatDataset:
 
         self.batches = []  # [step][row] -> list of (domain, index of a conversation)
         for epoch in range(epochs):
-            chosen = []
-            for name, (order, middles) in orders.items():
-                borders = [epoch * budgets[name], (epoch + 1) * budgets[name]]
-                first, last = middles.searchsorted(borders)
-                for i in order[first:last].tolist():
-                    chosen.append((name, i))
-
-            lengths = np.array([train[name].lengths[i] for name, i in chosen], dtype=np.int64)
-            rows = []
-            for packed in pack(lengths, T):
-                rows.append([chosen[k] for k in packed])
+            rows = self._pack_epoch(epoch, budgets, orders)
             if rows:
                 self.batches += self._shuffle_into_batches(rows, max(1, batch_tokens // T), epoch)
         self.batches = self.batches[:max_steps]
@@ -496,6 +484,21 @@ class PackedChatDataset:
         order = np.concatenate(orders)
         middles = lengths[order].cumsum() - lengths[order] / 2
         return order, middles
+
+    def _pack_epoch(self, epoch: int, budgets: dict, orders: dict) -> list[list[tuple[str, int]]]:
+        """The conversations of an epoch, in rows. orders: domain -> what _reading_order gives."""
+        chosen = []
+        for name, (order, middles) in orders.items():
+            borders = [epoch * budgets[name], (epoch + 1) * budgets[name]]
+            first, last = middles.searchsorted(borders)
+            for i in order[first:last].tolist():
+                chosen.append((name, i))
+
+        lengths = np.array([self.train[name].lengths[i] for name, i in chosen], dtype=np.int64)
+        rows = []
+        for packed in pack(lengths, self.T):
+            rows.append([chosen[k] for k in packed])
+        return rows
 
     def _shuffle_into_batches(self, rows: list, max_rows: int, epoch: int) -> list[list]:
         """Rows, long conversations first -> the fewest batches of at most max_rows rows, which
@@ -572,7 +575,8 @@ def pack_val_rows(chats: TokenizedChats, tokens: int,
 def prepare(c: Config, tokenizer: Tokenizer) -> Path:
     """Read, choose, hold out and encode a stage's conversations -> a folder with data.txt, which
     reports, and TokenizedChats: val-NAME of each domain, train-NAME of each with a weight above 0.
-    Its name has a hash of all that decides what is in it. A domain's text must fit in memory."""
+    A folder that is there already is used again: its name has a hash of all that decides what is in
+    it. A domain's text must fit in memory."""
     folder = Path(c.data_dir) / f"sft-{preparation_key(c, tokenizer)}"
     if folder.exists():
         return folder
@@ -593,7 +597,14 @@ def prepare(c: Config, tokenizer: Tokenizer) -> Path:
 
 
 def preparation_key(c: Config, tokenizer: Tokenizer) -> str:
-    """A hash of the settings, of the files' sizes and dates, of the tokenizer and of the code."""
+    """10 hex digits: a hash of what decides the content of the folder, and of nothing else, so that
+    a run with another learning rate, say, encodes nothing again. A dataset of the Hub counts as the
+    same as long as its name is."""
+    stage = STAGES[c.stage]
+    domains = [(name, source, weight > 0) for name, (source, weight) in c.data.items()]
+    settings = (domains, c.seq_len, stage.best_share, stage.duplicate_share,
+                c.decontaminate_against)
+
     files = []
     for source, _ in c.data.values():
         files += source_files(source)
@@ -601,48 +612,125 @@ def preparation_key(c: Config, tokenizer: Tokenizer) -> str:
     dates = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
     # builtin:help reads the docstrings of the Python that runs.
-    code = [sys.version]
-    for pattern in ("sft.py", "data.py", "support/*.py", "synthetic/*.py"):
-        for file in sorted(Path(__file__).parent.glob(pattern)):
-            code.append(file.read_bytes())
-    what = (STAGES[c.stage], c.data, c.seq_len, c.decontaminate_against, dates, code,
-            tokenizer.fingerprint())
+    what = (settings, dates, tokenizer.fingerprint(), sys.version, code_that_prepares())
     return hashlib.sha256(repr(what).encode()).hexdigest()[:10]
 
 
+def code_that_prepares() -> list[str]:
+    """The text of the code that decides which conversations there are, and their tokens: files, and
+    some functions of this one. (A test prepares data, and looks for code that is missing here.)"""
+    code = []
+    for function in (prepare_domains, prepare_domain, truncate_to_turn, encode_chat,
+                     render_conversation, begin_turn):
+        code.append(inspect.getsource(function))
+    for pattern in ("support/conversations.py", "support/encoding.py", "support/selection.py",
+                    "support/sources.py", "support/tasks.py", "support/tokenizer.py",
+                    "synthetic/*.py"):
+        for file in sorted(Path(__file__).parent.glob(pattern)):
+            code.append(file.read_text(encoding="utf-8"))
+    return code
+
+
 def prepare_domains(c: Config, tokenizer: Tokenizer, folder: Path) -> list[str]:
-    """Write the conversations of all domains into the folder -> lines of report."""
-    stage = STAGES[c.stage]
-    report = []
+    """Write the conversations of all domains into the folder -> what data.txt reports."""
+    # Each source is read twice. A domain can be split only when it is known what the other domains
+    # hold out, and to keep all of them until then would take the memory of all, not of one. The
+    # first reading, here, is short: of a large domain it takes the first 50 conversations or so.
     extra = extra_held_out(c.data)
     benchmark = benchmark_grams(benchmark_files(c.decontaminate_against, c.benchmark_dir))
-    for name, (source, weight) in c.data.items():
-        drops = Drops()
-        conversations = list(load_conversations(source, drops))
-        lines = [f"{len(conversations):,d} conversations of {source}", *drops.report()]
-        parts = {"val": conversations}
-        if weight > 0:
-            parts = train_val_split(conversations, extra)
-            dropped = len(conversations) - len(parts["train"]) - len(parts["val"])
-            if dropped:
-                lines.append(f"{dropped:,d} dropped as one of their questions is held out")
-            parts["train"], chosen = choose(parts["train"], benchmark, stage.best_share,
-                                            stage.duplicate_share)
-            lines += chosen
-
-        for part, conversations in parts.items():
-            encode = partial(truncate_to_turn, tokenizer, T=c.seq_len)
-            encoded, line = encode_chats(conversations, encode)
-            lines.append(f"{part}: {line}")
-            if not encoded:
-                raise UserError(f"data {name!r}: no conversation is left for {part}; give more "
-                                f"data, or raise seq_len: {'; '.join(lines)}")
-            TokenizedChats.save(folder / f"{part}-{name}", encoded)
+    report = []
+    for name in c.data:
+        lines = prepare_domain(c, name, tokenizer, extra, benchmark, folder)
         report.append(f"{name}: " + "\n  ".join(lines))
     return report
 
 
+def prepare_domain(c: Config, name: str, tokenizer: Tokenizer, extra: set[int],
+                   benchmark: dict[int, str], folder: Path) -> list[str]:
+    """Write val-NAME and, if its weight is above 0, train-NAME -> lines of report."""
+    source, weight = c.data[name]
+    stage = STAGES[c.stage]
+    parts, lines = select_conversations(source, weight, extra, benchmark, stage.best_share,
+                                        stage.duplicate_share)
+    for part, conversations in parts.items():
+        encode = partial(truncate_to_turn, tokenizer, T=c.seq_len)
+        encoded, line = encode_chats(conversations, encode)
+        lines.append(f"{part}: {line}")
+        if not encoded:
+            raise UserError(f"data {name!r}: no conversation is left for {part}; give more "
+                            f"data, or raise seq_len: {'; '.join(lines)}")
+        TokenizedChats.save(folder / f"{part}-{name}", encoded)
+    return lines
+
+
 # ---- the run
+
+def train_stage(c: Config, out: Path) -> None:
+    """One stage: find the model to start from, prepare the conversations, build, and train."""
+    device = pretrain.pick_device(c)
+    pretrain.meet_ranks(c, device)
+
+    # The model, which decides tokenizer and row length.
+    start, folder, init = rank0_only(find_start, c, out)
+    shape = MotifConfig.from_dict(read_json(folder / "config.json"))
+    tokenizer = load_tokenizer(c.tokenizer or stored_tokenizer(folder))
+    check_sizes(c, shape, tokenizer, folder)
+    settings = describe_settings(c, init)
+    if RANK == 0:
+        print(settings, flush=True)
+    task_scores = None
+    if c.eval_tasks and c.eval_every:
+        from tools.task_scores import TaskScores
+        task_scores = TaskScores(c, tokenizer)
+
+    # The conversations, which decide batches and steps.
+    prepared = rank0_first(partial(prepare, c, tokenizer))
+    dataset, val_rows = open_dataset(c, prepared)
+
+    # From here on the stage is a run of pretrain.py, with a config of that kind.
+    run = to_pretrain_config(c, shape, tokenizer, init, dataset)
+    pretrain.check_fp8(run, dataset.curriculum, device)
+    pretrain.check_prompts(run, tokenizer, encode_chat_prompt)
+    if start:
+        check_same_batches(*start, run, dataset)
+        pretrain.check_compatible(*start, run, dataset.curriculum, tokenizer)
+
+    def init_from(*_) -> Path:
+        return folder  # pretrain.py would make a folder of initial weights here
+
+    model, optimizer = pretrain.build_model_and_optimizer(run, device, start, init_from, out)
+    if RANK == 0:
+        write_settings(c, out, settings, prepared, dataset)
+    pretrain.train(run, out, dataset, val_rows, model, optimizer, tokenizer, start,
+                   encode_prompt=encode_chat_prompt, task_scores=task_scores)
+
+
+def find_start(c: Config, out: Path) -> tuple[tuple | None, Path, str]:
+    """-> start:  the checkpoint to resume from, its folder and state; None: begin at step 0
+       folder: of the model to build. At step 0 it holds the initial weights of the stage; later it
+               is the checkpoint's
+       init:   which weights the stage began with: their folder, and their hash as the last word
+
+    A run that resumes does not need its initial weights any more. But if they are still there, they
+    must have the hash that the checkpoint tells, or two runs would be mixed in one folder."""
+    start = find_checkpoint(c, out)
+    began_with = start[1]["config"]["init"] if start else None
+    try:
+        folder = initial_folder(c)
+        init = f"{folder} ({hash_of_weights(folder)})"
+    except UserError:
+        if start is None:
+            raise
+        init = began_with
+
+    if start is None:
+        return None, folder, init
+    # The same folder may be written in another way, so its name may differ.
+    if str(init).rpartition(" ")[2] != str(began_with).rpartition(" ")[2]:
+        raise UserError(f"{out} holds a run that began with {began_with}, not with {init}; delete "
+                        "it or give another --out_dir")
+    return start, start[0], began_with
+
 
 def initial_folder(c: Config) -> Path:
     """The folder of the model that the stage starts from."""
@@ -663,32 +751,6 @@ def initial_folder(c: Config) -> Path:
         return model_folder(c.model)
     raise UserError(f"stage {c.stage} starts from {before}, which holds no whole checkpoint; "
                     f"run first: {command}")
-
-
-def find_start(c: Config, out: Path) -> tuple[tuple | None, Path, str]:
-    """-> (the checkpoint to resume from, as pretrain.find_checkpoint gives it, or None; the folder
-    of the model to begin with; folder and hash of the weights that the stage starts from).
-
-    A run that resumes does not need its initial weights any more; but if they are still there, they
-    must be those that it began with, or two runs would be mixed in one folder: their hashes, the
-    last words of `init`, are compared."""
-    checkpoint = find_checkpoint(c, out)
-    began_with = checkpoint[1]["config"]["init"] if checkpoint else None
-    try:
-        folder = initial_folder(c)
-        init = f"{folder} ({hash_of_weights(folder)})"
-    except UserError:
-        if checkpoint is None:
-            raise
-        init = began_with
-
-    if checkpoint is None:
-        return None, folder, init
-    # The hashes must agree. The same folder may be written in another way.
-    if str(init).rpartition(" ")[2] != str(began_with).rpartition(" ")[2]:
-        raise UserError(f"{out} holds a run that began with {began_with}, not with {init}; delete "
-                        "it or give another --out_dir")
-    return checkpoint, checkpoint[0], began_with
 
 
 def hash_of_weights(folder: Path) -> str:
@@ -724,6 +786,22 @@ def check_sizes(c: Config, shape: MotifConfig, tokenizer: Tokenizer, folder: Pat
                         f"seq_len={c.seq_len}; raise it")
 
 
+def describe_settings(c: Config, init: str) -> str:
+    """What the stage starts from, where it writes, and how it learns."""
+    lines = [f"stage {c.stage} from {init} into {c.out_dir}"]
+    for key in ("lr", "warmup_fraction", "epochs", "max_steps", "batch_tokens", "seq_len"):
+        place = c.where_set[key]
+        if key == "lr" and place == "default":
+            place = f"{STAGES[c.stage].lr:g} of STAGES, lr_scale={c.lr_scale:g}"
+        value = getattr(c, key)
+        if key == "batch_tokens" and value is None:
+            value = f"{BATCH_TOKENS}, or less so that there are {MIN_STEPS} steps"
+        if key == "seq_len" and place == "default" and value < SEQ_LEN:
+            place = f"default: {SEQ_LEN}, or all that the model can read"
+        lines.append(f"  {key} = {value}  # {place}")
+    return "\n".join(lines)
+
+
 def open_dataset(c: Config, folder: Path) -> tuple[PackedChatDataset, dict]:
     """The prepared folder -> the dataset, and the rows of each domain for validation."""
     train = {}
@@ -755,6 +833,11 @@ def to_pretrain_config(c: Config, shape: MotifConfig, tokenizer: Tokenizer, init
         decay_fraction=1 - c.warmup_fraction, min_lr=0.0)
 
 
+def encode_chat_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """A prompt of the config is a user's question."""
+    return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
+
+
 def check_same_batches(folder: Path, state: dict, run: pretrain.Config,
                        dataset: PackedChatDataset) -> None:
     """UserError if a stage that goes on would read other batches than it began with: some
@@ -777,25 +860,16 @@ def check_same_batches(folder: Path, state: dict, run: pretrain.Config,
                         "give another --out_dir for a new run")
 
 
-def encode_chat_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """A prompt of the config is a user's question."""
-    return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
-
-
-def describe_settings(c: Config, init: str) -> str:
-    """What the stage starts from, where it writes, and how it learns."""
-    lines = [f"stage {c.stage} from {init} into {c.out_dir}"]
-    for key in ("lr", "warmup_fraction", "epochs", "max_steps", "batch_tokens", "seq_len"):
-        place = c.came_from[key]
-        if key == "lr" and place == "default":
-            place = f"{STAGES[c.stage].lr:g} of STAGES, lr_scale={c.lr_scale:g}"
-        value = getattr(c, key)
-        if key == "batch_tokens" and value is None:
-            value = f"{BATCH_TOKENS}, or less so that there are {MIN_STEPS} steps"
-        if key == "seq_len" and place == "default" and value < SEQ_LEN:
-            place = f"default: {SEQ_LEN}, or all that the model can read"
-        lines.append(f"  {key} = {value}  # {place}")
-    return "\n".join(lines)
+def write_settings(c: Config, out: Path, settings: str, prepared: Path,
+                   dataset: PackedChatDataset) -> None:
+    """config.json, and data.txt: the settings, how the conversations were chosen, and how much of
+    them the run reads. The last two are printed."""
+    report = (prepared / "data.txt").read_text(encoding="utf-8")
+    report += f"{describe_data(c, dataset)}\n"
+    print(report, end="", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "data.txt").write_text(f"{settings}\n{report}", encoding="utf-8")
+    configurator.save(c, out / "config.json")
 
 
 def describe_data(c: Config, dataset: PackedChatDataset) -> str:
@@ -803,7 +877,7 @@ def describe_data(c: Config, dataset: PackedChatDataset) -> str:
     curriculum = dataset.curriculum
     total = curriculum.tokens[-1]
     total_weight = sum(weight for _, weight in c.data.values())
-    spent = curriculum.shares.T @ np.diff(curriculum.tokens)
+    spent = curriculum.shares.T @ np.diff(curriculum.tokens)  # tokens of each domain
     lines = []
     for name, tokens in zip(curriculum.names, spent):
         times = tokens / dataset.train[name].ends[-1]
@@ -821,67 +895,30 @@ def describe_data(c: Config, dataset: PackedChatDataset) -> str:
     return "\n".join(lines)
 
 
-def setup(c: Config, out: Path) -> tuple:
-    """What pretrain.train() takes, checked and built."""
-    device = pretrain.pick_device(c)
-    pretrain.meet_ranks(c, device)
-
-    checkpoint, folder, init = rank0_only(find_start, c, out)
-    shape = MotifConfig.from_dict(read_json(folder / "config.json"))
-    tokenizer = load_tokenizer(c.tokenizer or stored_tokenizer(folder))
-    check_sizes(c, shape, tokenizer, folder)
-    settings = describe_settings(c, init)
-    if RANK == 0:
-        print(settings, flush=True)
-    task_scores = None
-    if c.eval_tasks and c.eval_every:
-        from tools.task_scores import TaskScores
-        task_scores = TaskScores(c, tokenizer)
-
-    prepared = rank0_first(partial(prepare, c, tokenizer))
-    dataset, val_rows = open_dataset(c, prepared)
-    run = to_pretrain_config(c, shape, tokenizer, init, dataset)
-    pretrain.check_fp8(run, dataset.curriculum, device)
-    pretrain.check_prompts(run, tokenizer, encode_chat_prompt)
-    if checkpoint:
-        check_same_batches(*checkpoint, run, dataset)
-        pretrain.check_compatible(*checkpoint, run, dataset.curriculum, tokenizer)
-
-    def initial_weights(c, out):
-        return folder
-
-    model, optimizer = pretrain.build_model_and_optimizer(run, device, checkpoint, initial_weights,
-                                                          out)
-    if RANK == 0:
-        report = (prepared / "data.txt").read_text(encoding="utf-8")
-        report += f"{describe_data(c, dataset)}\n"
-        print(report, end="", flush=True)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "data.txt").write_text(f"{settings}\n{report}", encoding="utf-8")
-    return (run, out, dataset, val_rows, model, optimizer, tokenizer, checkpoint,
-            encode_chat_prompt, task_scores)
+def load_config(argv: list[str]) -> Config:
+    """The config, with all that it can have without the model."""
+    # config/sft_quickstart.py is for the quick start's model. It would ruin one of another size.
+    own_model = any(word.startswith("--model=") and word != "--model=None" for word in argv)
+    quickstart = str(Path(__file__).parent / "config" / "sft_quickstart.py")
+    c = configurator.load(Config, argv, default_file=None if own_model else quickstart)
+    if c.out_dir is None:
+        c.out_dir = default_out_dir(c)
+    if c.export is None:
+        fill_in_stage(c)
+    return c
 
 
 def main() -> None:
-    # The quick start's settings would ruin a model of another size.
-    argv = sys.argv[1:]
-    own_model = any(word.startswith("--model=") for word in argv)
-    quickstart = str(Path(__file__).parent / "config" / "sft_quickstart.py")
-    c = configurator.load(Config, argv, default_file=None if own_model else quickstart)
-    if c.export is not None:
-        from tools.export import export_checkpoint
-        out = Path(c.out_dir or default_out_dir(c))
-        with pretrain.friendly_errors(c, out):
+    c = load_config(sys.argv[1:])
+    out = Path(c.out_dir)
+    with pretrain.friendly_errors(c, out):
+        if c.export is not None:
+            from tools.export import export_checkpoint
             if RANK == 0:
                 export_checkpoint(c, out)
-        return
-    fill_in_stage(c)
-    out = Path(c.out_dir)
-    with pretrain.friendly_errors(c, out), pretrain.lock_folder(out):
-        arguments = setup(c, out)
-        if RANK == 0:
-            configurator.save(c, out / "config.json")
-        pretrain.train(*arguments)
+            return
+        with pretrain.lock_folder(out):
+            train_stage(c, out)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,11 @@ class TokenizedChats:
         tokens.npy  (2, N) int32   ids, targets of all conversations, end to end; memory-mapped
         spans.npy   (2, n) int64   where each conversation ends, how many of its targets count
         checksums.json             of both: a flipped bit would be another token
+
+    Two conversations, of 4 and 3 tokens, of which two and one are learnt:
+
+        tokens.npy  [[ 7  8  9  5   7  6  5]     spans.npy  [[4 7]
+                     [-1  9  5 -1  -1  5 -1]]                [2 1]]
     """
 
     def __init__(self, folder: Path):
@@ -68,6 +73,7 @@ def encode_chats(conversations: list, encode: Callable) -> tuple[list, str]:
 
     encode(messages) -> ids and targets, (2, n) int32, and whether something was cut off. UserError
     with the reason if it cannot: then the conversation is dropped."""
+    # Many conversations to a job: to send each alone would take longer than to encode it.
     starts = range(0, len(conversations), BATCH)
     jobs = [conversations[start:start + BATCH] for start in starts]
     batches = []

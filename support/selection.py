@@ -8,21 +8,47 @@ from functools import partial
 from pathlib import Path
 
 from configurator import UserError
-from support.conversations import EVAL_DOMAINS, load_conversations, nonblank_lines
+from support.conversations import EVAL_DOMAINS, Drops, load_conversations, nonblank_lines
 from support.sources import local_files, read_each
 from support.tasks import TASKS
+
+def select_conversations(source: str, weight: float, extra: set[int], benchmark: dict[int, str],
+                         best_share: float | None, duplicate_share: float | None,
+                         ) -> tuple[dict[str, list], list[str]]:
+    """Read a domain -> its conversations {"val": [...], "train": [...]}, and lines for the report.
+    A domain of weight 0 is for validation only.
+
+    extra        hashes of questions that no domain trains on (extra_held_out)
+    benchmark    hashes of 13 words in a row that none may have (benchmark_grams)
+    ..._share    limits of filter_by_quality and dedup_and_filter; None: not filtered so"""
+    drops = Drops()
+    conversations = list(load_conversations(source, drops))
+    report = [f"{len(conversations):,d} conversations of {source}", *drops.report()]
+    if weight == 0:
+        return {"val": conversations}, report
+
+    parts = train_val_split(conversations, extra)
+    dropped = len(conversations) - len(parts["train"]) - len(parts["val"])
+    if dropped:
+        report.append(f"{dropped:,d} dropped as one of their questions is held out")
+    parts["train"], lines = choose(parts["train"], benchmark, best_share, duplicate_share)
+    return parts, report + lines
+
 
 # ---- what is worth reading
 
 # A model imitates what it reads, bad conversations too. Stages 2 and 3 therefore choose. The report
 # names its criteria, but not how it measures them; so all measures and limits here are [ours]. They
 # are cheap counts in the replies of a conversation, each a number from 0 to 1. A conversation is
-# kept or dropped as a whole:
+# kept or dropped as a whole. In this order:
 #
-#     stages 2, 3   filter_by_quality   keeps those that reason, are complete and have structure
-#     stage 3       dedup_and_filter    drops near-duplicates, repetitive and incoherent ones
 #     all stages    decontaminate       drops those that share 13 words in a row with a question of
 #                                       a benchmark, if benchmarks are given
+#     stages 2, 3   filter_by_quality   keeps those that reason, are complete and have structure
+#     stage 3       dedup_and_filter    drops near-duplicates, repetitive and incoherent ones
+#
+# Each domain is filtered on its own. So the best are the best of their domain, whatever its kind;
+# and two domains may hold near-duplicates of each other: give sources that overlap as one domain.
 
 MIN_DISTINCT = 0.5   # a conversation with a smaller distinct_3 is called repetitive
 MIN_COHERENCE = 0.3  # one with a smaller coherence is called incoherent
@@ -30,15 +56,17 @@ MIN_COHERENCE = 0.3  # one with a smaller coherence is called incoherent
 
 def choose(conversations: list, benchmark: dict[int, str], best_share: float | None,
            duplicate_share: float | None) -> tuple[list, list[str]]:
-    """The training conversations of a domain -> those worth reading, and lines for the report.
-    benchmark: what benchmark_grams gives. Where a limit is None, that filter is not run."""
-    filters = [(decontaminate, benchmark or None), (filter_by_quality, best_share),
-               (dedup_and_filter, duplicate_share)]
+    """The training conversations of a domain -> those worth reading, and lines for the report."""
     report = []
-    for apply, limit in filters:
-        if limit is not None:
-            conversations, line = apply(conversations, limit)
-            report.append(line)
+    if benchmark:
+        conversations, line = decontaminate(conversations, benchmark)
+        report.append(line)
+    if best_share is not None:
+        conversations, line = filter_by_quality(conversations, best_share)
+        report.append(line)
+    if duplicate_share is not None:
+        conversations, line = dedup_and_filter(conversations, duplicate_share)
+        report.append(line)
     return conversations, report
 
 
@@ -176,10 +204,10 @@ def coherence(messages: list[dict]) -> float:
 
 
 def dedup_and_filter(conversations: list, duplicate_share: float) -> tuple[list, str]:
-    """Drop near-duplicates, repetitive and incoherent conversations -> the others, and a line for
-    the report. A conversation is a near-duplicate if more than duplicate_share of its five-grams
-    (five words in a row) are in those kept before it, as they are in generated tasks that differ in
-    a number only. All five-grams stay in memory, some 60 bytes per word."""
+    """Drop near-duplicates, repetitive and incoherent conversations of a domain -> the others, and
+    a line for the report. A conversation is a near-duplicate if more than duplicate_share of its
+    five-grams (five words in a row) are in those kept before it, as they are in generated tasks
+    that differ in a number only. All five-grams stay in memory, some 60 bytes per word."""
     kept = []
     seen = set()
     dropped = {}  # reason -> conversations

@@ -70,7 +70,7 @@ def test_a_value_is_read_as_its_type(option, value):
     key = option[2:].split("=")[0]
     config = load(Config, [option])
     assert repr(getattr(config, key)) == repr(value)  # 1 == 1.0 == True, but their reprs differ
-    assert config.came_from == {**dict.fromkeys(asdict(Config()), "default"), key: "command line"}
+    assert config.where_set == {**dict.fromkeys(asdict(Config()), "default"), key: "command line"}
 
 
 def test_file_over_default_and_command_line_over_file():
@@ -79,10 +79,10 @@ def test_file_over_default_and_command_line_over_file():
     c = load(Config, ["--width=16", "config/x.py"])
     assert (c.max_steps, c.width, c.seq_len, c.seed) == (2**20, 16, [8, 16], 1337)
     assert repr(c.lr) == "1.0"
-    assert c.came_from["max_steps"] == "config/x.py:2"
-    assert c.came_from["seq_len"] == "config/x.py:5"
-    assert c.came_from["width"] == "command line"
-    assert c.came_from["seed"] == "default"
+    assert c.where_set["max_steps"] == "config/x.py:2"
+    assert c.where_set["seq_len"] == "config/x.py:5"
+    assert c.where_set["width"] == "command line"
+    assert c.where_set["seed"] == "default"
 
 
 def test_the_default_file_is_read_only_where_no_other_is_given():

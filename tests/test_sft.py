@@ -5,6 +5,7 @@ import base64
 import bz2
 import datetime
 import gzip
+import inspect
 import json
 import lzma
 import os
@@ -661,6 +662,71 @@ def test_no_stage_trains_on_a_question_held_out_or_kept_for_evaluation(tmp_path,
         assert question not in trained
 
 
+def test_prepared_conversations_are_used_again_unless_something_decides_them(tmp_path, monkeypatch):
+    source = write_rows(tmp_path / "talks.jsonl", [{"messages": PAIR}])
+    write_rows(tmp_path / "b.jsonl", [{"question": "x"}])
+
+    def key(tokenizer=BYTE, weight=1.0, source=source, name="mine", **options) -> str:
+        c = sft.Config(**{"data": {name: [source, weight]}, "seq_len": 256, **options})
+        return sft.preparation_key(c, tokenizer)
+
+    first = key()
+    for change in (dict(lr=1.0), dict(lr_scale=2.0), dict(epochs=3), dict(max_steps=5),
+                   dict(batch_tokens=512), dict(warmup_fraction=0.5), dict(weight=2.0),
+                   dict(seed=1), dict(model="out/x"), dict(eval_every=5), dict(stage=1)):
+        assert key(**change) == first, change
+    file = tmp_path / "t.tiktoken"
+    file.write_text("".join(f"{base64.b64encode(bytes([i])).decode()} {255 - i}\n"
+                            for i in range(256)))
+    others = [dict(stage=2), dict(stage=3), dict(seq_len=255), dict(weight=0.0), dict(name="yours"),
+              dict(source=f"{source}?messages=turns"), dict(source="builtin:chains?n=9"),
+              dict(source="builtin:chains?n=9&seed=2"), dict(benchmark_dir=str(tmp_path)),
+              dict(decontaminate_against=[str(tmp_path / "b.jsonl")]),
+              dict(tokenizer=load_tokenizer(str(file)))]
+    write_rows(tmp_path / "gsm8k_test.jsonl", [{"question": "x"}])
+    keys = [first] + [key(**change) for change in others]
+
+    # Limits of the filters, a source's content, and code.
+    monkeypatch.setattr(sft.STAGES[2], "best_share", 0.7)
+    monkeypatch.setattr(sft.STAGES[3], "duplicate_share", 0.6)
+    keys += [key(stage=2), key(stage=3)]
+    monkeypatch.setattr(sft.STAGES[1], "lr", 1.0)
+    assert key() == first
+    write_rows(tmp_path / "talks.jsonl", [{"messages": TWO_QUESTIONS}])
+    keys.append(key())
+    monkeypatch.setattr(sft, "code_that_prepares", list)
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_key_of_prepared_conversations_has_all_code_that_decides_them(tmp_path):
+    """Each function of ours that runs is in it, but for what checks and writes files."""
+    root = Path(sft.__file__).parent
+    talks = [chat(f"What is number {i}?", f"Word {i} is " + GOOD[1]["content"]) for i in range(60)]
+    source = write_rows(tmp_path / "talks.jsonl", [{"messages": messages} for messages in talks])
+    write_rows(tmp_path / "mbpp.jsonl", [{"task_id": 11, "text": "x"}])
+    c = sft.Config(stage=3, seq_len=256, benchmark_dir=str(tmp_path), data={
+        "mine": [source, 1.0], "help": ["builtin:help?n=60", 1.0],
+        "chains": ["builtin:chains?n=60", 1.0], "skills": ["builtin:skills?n=60", 0.0]})
+    called = set()
+
+    def note(frame, event, _):
+        if event == "call" and not frame.f_code.co_name.startswith("<"):
+            called.add(frame.f_code)
+
+    sft.begin_turn.cache_clear()
+    sys.setprofile(note)
+    try:
+        sft.prepare_domains(c, load_tokenizer("byte"), tmp_path)
+    finally:
+        sys.setprofile(None)
+    hashed = "".join(sft.code_that_prepares())
+    ours = [code for code in called if root in Path(code.co_filename).parents]
+    left_out = {Path(code.co_filename).name for code in ours
+                if inspect.getsource(code) not in hashed}
+    assert len(ours) > 50 and left_out <= {"weights.py"}
+
+
 def test_what_a_killed_preparation_left_is_removed(tmp_path):
     host = socket.gethostname()
     dead = tmp_path / f"sft-0123456789.{host}.999999999.tmp"
@@ -809,7 +875,7 @@ def loaded(monkeypatch):
         def stop(c, out):
             raise Loaded(c)
 
-        monkeypatch.setattr(sft, "setup", stop)
+        monkeypatch.setattr(sft, "train_stage", stop)
         monkeypatch.setattr(sys, "argv", ["sft.py", *argv])
         with pytest.raises(Loaded) as e:
             sft.main()
@@ -829,6 +895,7 @@ def test_the_quick_start_s_settings_are_for_its_own_model(loaded):
 
     chosen = loaded("--lr=3e-5", "--lr_scale=7")
     assert chosen.lr == 3e-5
+    assert loaded("--model=None") == loaded()
 
 
 def test_a_model_of_one_s_own_never_reads_the_built_in_conversations(loaded):
@@ -967,6 +1034,7 @@ def test_what_another_run_prepared_meanwhile_is_taken(workplace, monkeypatch):
         shutil.copytree(kept, folder)            # the other run ends first
         return ["ours"]
     monkeypatch.setattr(sft, "prepare_domains", prepare_domains)
+    monkeypatch.setattr(sft, "preparation_key", lambda *_: folder.name.removeprefix("sft-"))
     run_sft("out/b", max_steps=1)
     assert (folder / "data.txt").read_text() == (kept / "data.txt").read_text()
     assert not list(Path("data").glob("*.tmp"))
