@@ -29,6 +29,7 @@ from support import ranks
 from support.conversations import EVAL_DOMAINS, load_conversations
 from support.generation import sample_next_token
 from support.ranks import run_main
+from support.scores import read_record
 from support.tasks import TASKS, Example, Task, first_fence, number_in, read_chain
 from support.tokenizer import BEGIN, ROLES, TURN, TURN_END, load_tokenizer
 
@@ -99,7 +100,8 @@ def run(tmp_path, monkeypatch, model_dir, benchmark_dir, capsys):
 
 
 def records(out):
-    return [json.loads(line) for line in (Path(out) / "samples.jsonl").read_text().splitlines()]
+    lines = (Path(out) / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    return [read_record(line) for line in lines]
 
 
 def results(out):
