@@ -1,6 +1,7 @@
 """Ranks: what the processes that torchrun starts say to each other, and how they end."""
 import atexit
 import functools
+import gc
 import math
 import os
 import re
@@ -219,6 +220,9 @@ def run_main(main) -> None:
     """Run a script's main(), on one rank or on one of many. A UserError is printed as one line,
     with exit status 1; any other exception keeps its traceback."""
     message = None
+    # What has been imported stays until the end. Frozen, it is not searched for garbage once more
+    # when Python ends, which takes 0.3 s.
+    gc.freeze()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal may not have every letter
     try:

@@ -28,6 +28,7 @@ from collections import Counter
 from pathlib import Path
 
 from configurator import UserError
+from support.ranks import run_main
 from tools.fuzz_readers import COMMANDS, KINDS, write_inputs
 from tools.fuzz_mutations import damage
 
@@ -186,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
