@@ -177,6 +177,9 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown kinds {unknown}; known: {', '.join(KINDS)}")
 
+    if sys.platform != "linux":
+        raise UserError("the fuzzer needs Linux, where memory can be limited; run it there")
+
     with tempfile.TemporaryDirectory() as top:
         workshop = Path(top).resolve() / "workshop"
         workshop.mkdir()
