@@ -66,6 +66,11 @@ def upcast(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or fp32 on an Apple GPU, which has nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def use_triton(x: Tensor) -> bool:
     """Whether a kernel, and not plain PyTorch, works on x."""
     if not ENABLED or triton is None or x.dtype == torch.float64:
