@@ -280,7 +280,7 @@ def loglikelihoods(model: Motif, requests: list[LoglikelihoodRequest],
                    kv_cache_tokens: int) -> Iterator[tuple[LoglikelihoodRequest, list[Tensor]]]:
     """Yield each request with the log-probabilities of the scored ids of each of its rows."""
     device = model.head_weight.device
-    batch_tokens = CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
+    batch_tokens = GPU_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
     batch_tokens = min(batch_tokens, kv_cache_tokens)
 
     without_cache = []
@@ -644,7 +644,8 @@ class Config:
     temperature: NonNegative = 0.0  # for generation tasks; 0: greedy. Chat begins with 0.7
     num_samples: Count = 1        # replies to each question whose replies are programs, for pass@k
     seed: int = 1234              # for sampling
-    device: str = "auto"          # cpu, cuda, cuda:1, ...; auto: CUDA where there is one
+    device: str = "auto"          # cpu; cuda, cuda:1, ...; mps, an Apple GPU, on which this was
+                                  # never run; auto: CUDA, else mps, else cpu
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # dtype of matmuls; auto: bf16 on CUDA
     compile: bool = True          # compile the generation step, on CUDA; takes 10 s once
     plot: bool = False            # measure every checkpoint of the run and draw scores.png
@@ -845,7 +846,7 @@ def default_kv_cache_tokens(model: Motif, device: torch.device) -> int:
     cache = KVCache(model, batch_size=1, max_length=1)
     num_slots = cache.keys[0].shape[2]
     bytes_per_slot = sum(t.nbytes for t in cache.keys + cache.values) // num_slots
-    total = CPU_KV_BYTES if device.type == "cpu" else GPU_KV_BYTES
+    total = GPU_KV_BYTES if device.type == "cuda" else CPU_KV_BYTES
     return max(1, total // bytes_per_slot)
 
 

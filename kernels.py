@@ -34,6 +34,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 try:
+    # Triton takes 0.2 s to import. Without CUDA only tests need it, which set the variable.
+    if not torch.backends.cuda.is_built() and "TRITON_INTERPRET" not in os.environ:
+        raise ImportError
     import triton
     import triton.language as tl
     from triton import jit
@@ -61,6 +64,11 @@ SYMMETRIC_TILES = 264     # with fewer tiles muonclip.py leaves a symmetric prod
 def upcast(t: Tensor) -> Tensor:
     """t in fp32; a float64 tensor stays float64."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or fp32 on an Apple GPU, which has nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def use_triton(x: Tensor) -> bool:

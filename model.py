@@ -58,7 +58,7 @@ from torch import Tensor, nn
 
 import kernels
 from configurator import NonNegative, UserError, check_value
-from kernels import upcast  # to fp32; float64 stays float64
+from kernels import upcast, widest_float  # upcast to fp32; float64 stays float64
 from support.generation import Decoder, KVCache, LayerCache
 from support.released_config import read_released_config, released_config
 from support.weights import (check_finite, iter_checkpoint, model_folder, read_json, save_tensors,
@@ -335,7 +335,7 @@ def lambda_init(layer: Tensor) -> Tensor:
     >>> [round(lambda_init(torch.tensor(layer)).item(), 4) for layer in (0, 1, 2, 39)]
     [-0.0099, 0.2, 0.3555, 0.8]
     """
-    exponent = -0.3 * (layer - 1).double()
+    exponent = -0.3 * (layer - 1).to(widest_float(layer.device))
     return 0.8 - 0.6 * exponent.exp()
 
 

@@ -50,6 +50,7 @@ import configurator
 import data
 import muonclip
 from configurator import Count, Fraction, NonNegative, Seed, Size, UserError, one_line
+from kernels import widest_float
 from model import Linear, Motif, MotifConfig, flops_per_token
 from muonclip import local_shard
 from support.log import (Log, NonFiniteSteps, StepTimer, layer_stats, log_end, log_evaluation,
@@ -81,7 +82,8 @@ class TrainConfig:
     resume: str = "auto"            # auto: the newest checkpoint in out_dir; no: none; or a path
 
     # Compute
-    device: str = "auto"            # cpu, cuda, cuda:1, ...; auto: CUDA where there is a GPU
+    device: str = "auto"            # cpu; cuda, cuda:1, ...; mps, an Apple GPU, on which this was
+                                    # never run; auto: CUDA, else mps, else cpu
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # dtype of matrix products; auto:
                                     # bf16 on CUDA, else fp32; fp8: linear layers of the blocks only
     compile: bool | None = None     # torch.compile the blocks; None: on CUDA only
@@ -318,10 +320,11 @@ def train_step(model: Motif, optimizer, batch: tuple, micro_batch_rows: int, num
     """One optimizer step. batch: ids, targets and, in fine-tuning, doc_ids, each (R, T): the R rows
     of this rank, on the CPU. num_targets: how many targets the global batch has."""
     device = model.head_weight.device
-    if device.type == "cuda":
+    on_cuda = device.type == "cuda"
+    if on_cuda:
         # From pinned memory the copy runs while the host goes on.
         batch = [t.pin_memory() for t in batch]
-    batch = [t.to(device, non_blocking=True) for t in batch]
+    batch = [t.to(device, non_blocking=on_cuda) for t in batch]
 
     loss, max_logits = forward_backward(model, batch, micro_batch_rows, num_targets)
     loss, grad_norm = reduce_and_clip(model, loss, c.grad_clip, c.dp_replicate)
@@ -757,7 +760,8 @@ def evaluate(model: Motif, held_out: dict[str, tuple], micro_batch_tokens: int,
     held_out: domain -> (ids, targets[, doc_ids]), each (R, T), on the device and the same on all
     ranks, which divide the rows among them. token_bytes (V,): the length of each token in bytes."""
     # Per domain: nats, tokens and bytes of the targets, each by quarter of the context.
-    totals = torch.zeros(len(held_out), 3, 4, dtype=torch.float64, device=token_bytes.device)
+    dtype = widest_float(token_bytes.device)
+    totals = torch.zeros(len(held_out), 3, 4, dtype=dtype, device=token_bytes.device)
     packed = False
     for total, batch in zip(totals, held_out.values()):
         packed = packed or len(batch) > 2
@@ -767,7 +771,7 @@ def evaluate(model: Motif, held_out: dict[str, tuple], micro_batch_tokens: int,
         for micro_batch in split_micro_batches(batch, max(1, micro_batch_tokens // T)):
             targets = micro_batch[1]
             counted = targets >= 0
-            total[0] += sum_quarters(model.token_losses(*micro_batch).double())
+            total[0] += sum_quarters(model.token_losses(*micro_batch).to(dtype))
             total[1] += sum_quarters(counted)
             total[2] += sum_quarters(counted * token_bytes[targets.clamp(min=0)])
     totals = all_reduce_sum(totals).cpu()

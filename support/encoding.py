@@ -1,6 +1,7 @@
 """Conversations as tokens: encoded by all cores, and stored in a folder."""
 import os
 import signal
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import UserError, one_line
+from support.preparing import num_cores
 from support.weights import checksum, read_json, write_json
 
 BATCH = 4096  # conversations that a process encodes at a time [ours]
@@ -119,13 +121,15 @@ def encode_batch(encode: Callable, conversations: list) -> tuple:
 def map_in_processes(fn: Callable, jobs: list) -> Iterator:
     """Yield fn(job) of each job, in their order, from one process for each core. What they send to
     each other is pickled. A single job is done here, as it takes seconds to start a process."""
-    workers = min(len(jobs), len(os.sched_getaffinity(0)))
+    workers = min(len(jobs), num_cores())
     if workers < 2:
         yield from map(fn, jobs)
         return
 
-    # Not forks of this process, whose threads and whose hold on the GPU they would copy.
-    with ProcessPoolExecutor(workers, get_context("forkserver"), end_with_parent) as pool:
+    # Not forks of this process, whose threads and whose hold on the GPU they would copy. On macOS
+    # no forks at all: its libraries do not bear them.
+    method = "spawn" if sys.platform == "darwin" else "forkserver"
+    with ProcessPoolExecutor(workers, get_context(method), end_with_parent) as pool:
         try:
             yield from pool.map(fn, jobs)
         except BrokenProcessPool:

@@ -324,12 +324,23 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
     machine that were killed."""
     for path in folder.glob(f"{name}.{socket.gethostname()}.*.tmp"):
         pid = path.suffixes[-2][1:]
-        if Path("/proc", pid).exists():
+        if pid.isdecimal() and is_running(int(pid)):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def is_running(pid: int) -> bool:
+    """Whether this machine has a process of this number."""
+    try:
+        os.kill(pid, 0)              # sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:          # another user's
+        pass
+    return True
 
 
 # The process that makes pieces: `python -m support.preparing`. It is no fork of its parent: that
@@ -439,6 +450,13 @@ class Worker:
             self.process.stdin.flush()
 
 
+def num_cores() -> int:
+    """How many cores this process may use. macOS does not tell: there, how many there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 class Preparer:
     """Keeps processes busy with what is wanted.
 
@@ -449,7 +467,7 @@ class Preparer:
     """
 
     def __init__(self, workers: int | None = None, manifest: str = "manifest.jsonl"):
-        self.limit = workers or len(os.sched_getaffinity(0))
+        self.limit = workers or num_cores()
         self.manifest = manifest
         self.workers = []
         self.domains = []           # that pieces were made of

@@ -278,8 +278,9 @@ def safetensors_errors():
 
 
 def is_out_of_memory(e: RuntimeError) -> bool:
-    """Whether a tensor had no room. Of a GPU this is an exception of its own, of a CPU a text."""
-    return isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
+    """Whether a tensor had no room. CUDA has an exception for that, a CPU and MPS a text."""
+    is_cuda = isinstance(e, torch.OutOfMemoryError)
+    return is_cuda or bool(re.search("can't allocate memory|MPS backend out of memory", str(e)))
 
 
 @contextmanager

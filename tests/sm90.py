@@ -7,6 +7,7 @@ its own, since Triton's interpreter must be off, and reads the lines.
 """
 import json
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+os.environ["TRITON_INTERPRET"] = "0"     # set, so that kernels.py takes Triton without CUDA too
 import kernels
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv",

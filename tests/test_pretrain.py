@@ -11,22 +11,26 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import kernels
+import model
 import pretrain
 import tools.plots
 from configurator import UserError
 from model import Motif
 from pretrain import Config, lr_at, make_curriculum
 from support import run_folder
-from support.ranks import run_main
+from support.ranks import pick_device, run_main
 from support.run_folder import checkpoint_steps
 from support.tokenizer import load_tokenizer
 
@@ -778,6 +782,54 @@ def test_a_checkpoint_of_another_run_is_refused(run):
     lines = [f"{base64.b64encode(bytes([255 - i])).decode()} {i}" for i in range(256)]
     Path("other.tiktoken").write_text("\n".join(lines))
     assert "--tokenizer=byte" in refused(run, max_steps=4, tokenizer="other.tiktoken")
+
+
+# ---- an Apple GPU, which these tests do not have
+
+def test_mps_is_one_process_in_fp32_and_auto_prefers_cuda(monkeypatch):
+    with pytest.raises(UserError, match="device=mps"):          # there is none
+        pick_device(Config(device="mps"))
+
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(UserError, match="precision"):
+        pick_device(Config(device="mps", precision="bf16"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    device = pick_device(Config(device="auto"))
+    assert device.type == "mps"
+    assert pretrain.compute_precision(Config(), device) == "fp32"
+    assert not pretrain.uses_fsdp(Config(), device)
+    assert kernels.widest_float(device) == torch.float32
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda size, device: SimpleNamespace(device=device))
+    assert pick_device(Config(device="auto")) == "cuda:0"
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fails where a tensor would be float64, as an Apple GPU does."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            assert getattr(t, "dtype", None) != torch.float64, function
+        return result
+
+
+def test_nothing_on_the_device_is_float64_where_fp32_is_the_widest(monkeypatch):
+    monkeypatch.setattr(model, "widest_float", lambda device: torch.float32)
+    monkeypatch.setattr(pretrain, "widest_float", lambda device: torch.float32)
+    c = Config(**TINY, vocab_size=300)
+    ids, targets = torch.randint(300, (2, 2, 32))
+    doc_ids = torch.arange(64).view(2, 32) // 5
+    motif, optimizer = pretrain.build_model_and_optimizer(c, torch.device("cpu"), None, None, None)
+    with NoFloat64():
+        for batch in ((ids, targets), (ids, targets, doc_ids)):
+            pretrain.train_step(motif, optimizer, batch, 1, 64, 1e-3, c)
+            held_out = {"text": batch}
+            result = pretrain.evaluate(motif, held_out, 32, torch.ones(300, dtype=torch.int64))
+        pretrain.layer_stats(motif.model.layers, optimizer)
+        motif.generate(ids, 3, temperature=0.8, top_k=5, seed=1)
+    assert 5 < result["val_loss"] < 7
 
 
 def test_a_users_mistake_is_one_line_and_any_other_error_a_traceback(tmp_path):

@@ -328,7 +328,21 @@ def test_a_program_leaves_no_files_where_it_has_no_root_folder(monkeypatch, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_other_systems_are_refused(monkeypatch):
+def test_macos_runs_programs_and_names_what_it_cannot_keep(monkeypatch, tmp_path):
+    """It has neither Linux's system calls nor setresuid, and refuses a limit of address space."""
+    script = tmp_path / "sandbox.py"
+    script.write_text("import ctypes, os, resource, runpy, sys\n"
+                      "sys.platform = 'darwin'\n"
+                      "ctypes.CDLL = lambda *args, **kwargs: None\n"
+                      "del os.setresuid, resource.RLIMIT_AS\n"
+                      f"runpy.run_path({sandbox.__file__!r}, run_name='__main__')\n")
+    monkeypatch.setattr(sandbox, "__file__", str(script))
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(UserError, match="darwin"):
-        sandbox_gaps.__wrapped__()
+    gaps = sandbox_gaps.__wrapped__()
+    for word in ("network", "this user's files", "any use of memory", "outlive"):
+        assert word in gaps
+
+    monkeypatch.setattr(sandbox, "sandbox_gaps", lambda: gaps)
+    assert run_program("def f(x): return x + 1", TESTS) == "passed"
+    assert run_program("def f(x): return x", TESTS).startswith("failed: AssertionError")
+    assert run_program("while True: pass", TESTS, timeout=1.0) == "timed out"

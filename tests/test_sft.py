@@ -533,13 +533,19 @@ def test_where_nothing_is_left_the_reason_is_told(tmp_path, reason):
 
 # ---- encoding
 
-def test_processes_encode_what_one_does(tmp_path, monkeypatch):
+@pytest.mark.parametrize("system", ["linux", "darwin"])
+def test_processes_encode_what_one_does(tmp_path, monkeypatch, system):
     talks = list(load_conversations("builtin:skills?n=40"))
     talks.insert(7, chat("2+2?", 700 * "long "))
     encode = partial(sft.truncate_to_turn, BYTE, T=512)
     here = encoding.encode_chats(talks, encode)
     monkeypatch.setattr(encoding, "BATCH", 8)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(sys, "platform", system)
+    if system == "darwin":
+        monkeypatch.delattr(os, "sched_getaffinity")
+        monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    else:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     there = encoding.encode_chats(talks, encode)
     assert "1 dropped: its first reply ends beyond 512 tokens" in here[1]
     assert there[1] == here[1] and len(there[0]) == 6 and len(here[0]) == 1

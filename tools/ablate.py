@@ -181,8 +181,8 @@ class Job(NamedTuple):
 
 def find_cards(device: str) -> list[str | None]:
     """The GPUs to run on, as CUDA_VISIBLE_DEVICES names them; [None] for one run at a time on the
-    CPU."""
-    if device == "cpu" or not torch.cuda.is_available():
+    CPU or on MPS."""
+    if device in ("cpu", "mps") or not torch.cuda.is_available():
         return [None]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible:
@@ -211,7 +211,10 @@ def run_all(todo: list[Run], planned: list[Run], out: Path, grid: Grid,
     """Run what is to do of the planned runs, as far as the time allows -> those that failed."""
     begun = time.monotonic()
     cards = find_cards(todo[0].config.device)
-    card_name = "CPU" if cards == [None] else torch.cuda.get_device_name()
+    if cards == [None]:
+        card_name = pretrain.pick_device(todo[0].config).type.upper()
+    else:
+        card_name = torch.cuda.get_device_name()
     print(f"{len(todo)} runs on {len(cards)} x {card_name}", flush=True)
     prepare_data(todo)
 

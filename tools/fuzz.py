@@ -28,6 +28,7 @@ from collections import Counter
 from pathlib import Path
 
 from configurator import UserError
+from support.ranks import run_main
 from tools.fuzz_readers import COMMANDS, KINDS, write_inputs
 from tools.fuzz_mutations import damage
 
@@ -176,6 +177,9 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown kinds {unknown}; known: {', '.join(KINDS)}")
 
+    if sys.platform != "linux":
+        raise UserError("the fuzzer needs Linux, where memory can be limited; run it there")
+
     with tempfile.TemporaryDirectory() as top:
         workshop = Path(top).resolve() / "workshop"
         workshop.mkdir()
@@ -186,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
