@@ -1496,16 +1496,16 @@ def flex_softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | 
     """Arguments and results of model.softmax_attention. Logits are in fp32, as in the kernels."""
     B, T, K, h, D = q.shape
     S = k.shape[1]
-    first = torch.zeros(B, T, dtype=torch.int32, device=q.device)
+    first = q.new_zeros(B, T, dtype=torch.int32)
     if doc_start is not None:
         first = doc_start
-    last = query_slots
-    if query_slots is None:
-        last = torch.arange(S - T, S, device=q.device).expand(B, T)
+    last = torch.arange(S - T, S, device=q.device).expand(B, T)
+    if query_slots is not None:
+        last = query_slots
 
     # Inside of another torch.compile it becomes a part of that graph.
     run = flex_softmax if torch.compiler.is_compiling() else compiled_flex_softmax()
-    out, max_logits = run(q.flatten(2, 3), k, v, first, last)
+    out, max_logits = run(q.flatten(2, 3), k, v, first.int(), last.int())
     return out.unflatten(2, (K, h)), max_logits.view(K, h)
 
 

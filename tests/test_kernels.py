@@ -23,6 +23,7 @@ import model
 import reference
 from kernels import (linear_cross_entropy, linear_fp8, lower_tile, poly_norm_mul, quantize_fp8, tl,
                      token_losses)
+from support.generation import KVCache
 from tools.bench_kernels import plain_twins
 
 # The interpreter multiplies NaN, and what is in uninitialised rows that nobody reads afterwards.
@@ -580,6 +581,22 @@ def test_flex_attention_of_cached_keys_does_not_see_the_padding(B, T, S, flex):
             k[b, filled:] = 1000
             v[b, filled:] = 1000
         assert_all_equal(operation(q, k, v), (signal, noise, max_logits))
+
+
+def test_a_prompt_in_pieces_has_the_logits_of_plain_attention(flex):
+    """Through a KV cache, which the second piece finds filled to two lengths."""
+    llm = model.Motif(model.MotifConfig()).to(DEVICE).requires_grad_(False)
+    ids = torch.randint(272, (2, 190), device=DEVICE)
+
+    def logits():
+        cache = KVCache(llm, batch_size=2, max_length=190)
+        first = llm(ids[:, :150], cache=cache, row_lengths=torch.tensor([150, 30], device=DEVICE))
+        second = llm(ids[:, 150:], cache=cache, row_lengths=torch.tensor([40, 7], device=DEVICE))
+        return first[0], first[1, :30], second[0], second[1, :7]
+
+    ours = logits()
+    with plain_twins():
+        torch.testing.assert_close(ours, logits(), rtol=1e-3, atol=1e-4)
 
 
 def test_flex_attention_compiles_once_for_all_numbers_of_rows_and_tokens(flex, monkeypatch):
