@@ -8,6 +8,7 @@ definition, against which tests/test_kernels.py checks it:
     fused_differential_norm   model.differential_norm                         memory traffic
     linear_cross_entropy      F.cross_entropy(x @ weight.T, targets)          all tokens' logits
     fused_attention           model.grouped_differential_attention            the T x T logits
+    flex_softmax_attention    model.softmax_attention                         the T x S logits
     symmetric_matmul          torch.baddbmm, where the product is symmetric   half of the FLOPs
     linear_fp8                F.linear, up to the rounding of FP8             half of the time
 
@@ -17,7 +18,8 @@ RMSNorm and rotary embeddings have no kernel: torch.compile fuses them well enou
 Kernels sum in fp32, whatever the dtype of the inputs, and in a fixed order, without floating-point
 atomics, so two runs give the same bits. Tensor cores multiply numbers in the dtype of the inputs;
 linear_fp8 rounds them to FP8 first. Only symmetric_matmul and token_losses launch their kernels
-directly. All else is custom operators of PyTorch, which torch.compile takes as they are.
+directly. All else is custom operators of PyTorch, which torch.compile takes as they are, except
+FlexAttention: torch.compile itself writes its kernels.
 
 Letters for sizes are model.py's, unless a section says otherwise: B, T, V, D, G, r, H, K, P, F.
 `n` is the length of a row. A *lane* is one element of a block.
@@ -32,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 try:
     # Triton takes 0.2 s to import. Without CUDA only tests need it, which set the variable.
@@ -50,6 +53,7 @@ except ImportError:
         return function
 
 ENABLED = True    # False: plain PyTorch everywhere, to compare with
+ATTENTION = None  # "fused", "flex" or "plain" where attention_form would choose another, to compare
 # Triton's interpreter runs kernels on a CPU. It is slow, but it checks them. Triton reads the
 # variable when a kernel is defined, so it must be set before this file is imported.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -1296,6 +1300,25 @@ class FusedAttention(torch.autograd.Function):
         return *grads, None, None
 
 
+def attention_form(q: Tensor, k: Tensor, v: Tensor, query_slots: Tensor | None = None) -> str:
+    """Which form of attention computes these inputs:
+
+    "fused"   the kernels above: on a Hopper GPU, in bf16 or fp16, without a KV cache
+    "flex"    FlexAttention, below: on any GPU from Ampere on
+    "plain"   model.py's definition, which makes all logits: on a CPU, in float64, and for a single
+              query, whose logits are few
+    """
+    if not ENABLED or q.dtype == torch.float64:
+        return "plain"
+    if ATTENTION is not None:
+        return ATTENTION
+    if query_slots is None and can_fuse_attention(q, k, v):
+        return "fused"
+    if can_flex_attention(q, k, v):
+        return "flex"
+    return "plain"
+
+
 def can_fuse_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernels take these inputs: on a Hopper GPU, in fp16 or bf16 (in the interpreter
     also in fp32), with as many queries as keys, and values as wide as the keys or twice as wide."""
@@ -1317,6 +1340,184 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
     if one is NaN. With num_noise_heads = 0 it is plain grouped-query attention: P = K, signal (B,
     T, K, H / K, Dv), and noise has no heads."""
     return FusedAttention.apply(q, k, v, doc_start, num_noise_heads)
+
+
+# ---- FlexAttention: model.softmax_attention on other GPUs, and with a KV cache
+#
+# The kernels above need a Hopper, and as many queries as keys. FlexAttention (2412.05496), a part
+# of PyTorch, needs neither: it is a template of FlashAttention's kernels, into which torch.compile
+# puts our mask. A call computes one softmax, so that grouped differential attention takes two, as
+# in model.py. It takes grouped queries and wide values, and returns each query's largest logit.
+#
+# The mask. In every use a query sees an interval of keys, from `first` to `last`, both inclusive:
+#
+#                           first           last
+#     plain causal          0               the query's own place
+#     packed documents      doc_start       the query's own place
+#     KV cache              0               the query's slot; behind it is padding
+#
+# FlexAttention wants that twice: as a function of a query and a key; and as lists of blocks, of 128
+# queries and 128 keys each, so that it can skip what nobody sees. In a *full* block every query
+# sees every key, and the function is not called. All other blocks in which a query sees a key are
+# *partial*. PyTorch makes these lists by computing all T x S elements of the mask. We need not:
+# from one query to the next, first and last never fall. So what a block of queries sees follows
+# from its first query and its last one. With blocks of 4, and a document that begins at token 2:
+#
+#     key             0 1 2 3   4 5 6 7   8 9 10 11         first   last
+#     query  8            x x   x x x x   x                 2       8
+#     query  9            x x   x x x x   x x               2       9
+#     query 10            x x   x x x x   x x x             2       10
+#     query 11            x x   x x x x   x x x  x          2       11
+#     block           partial   full      partial
+#
+#     some query sees the blocks    lo = 2 // 4 = 0            to    hi = 11 // 4 + 1 = 3
+#     all see the blocks            full_lo = ceil(2 / 4) = 1  to    full_hi = (8 + 1) // 4 = 2
+#
+# where a range does not include its end. The backward pass goes over blocks of keys, and wants the
+# lists of the queries that see them. Those are ranges too.
+
+FLEX_BLOCK = 128          # side of the mask's blocks: PyTorch's default
+
+
+def ceil_div(a, b: int):
+    """a / b, rounded up; a may be a tensor."""
+    return (a + b - 1) // b
+
+
+def interval_block_mask(first: Tensor, last: Tensor, S: int) -> BlockMask:
+    """The mask with which query t of row b sees the keys first[b, t] to last[b, t], both inclusive,
+    of S keys. first and last (B, T) never fall from one t to the next.
+
+    >>> last = torch.arange(512)[None]                                 # causal
+    >>> mask = interval_block_mask(torch.zeros_like(last), last, 512)
+    >>> mask.kv_num_blocks.tolist(), mask.full_kv_num_blocks.tolist()  # by block of queries
+    ([[[1, 1, 1, 1]]], [[[0, 1, 2, 3]]])
+    """
+    T = first.shape[1]
+    block_begin = torch.arange(0, T, FLEX_BLOCK, device=first.device)
+    block_end = (block_begin + FLEX_BLOCK - 1).clamp(max=T - 1)
+    lo = first[:, block_begin] // FLEX_BLOCK                             # (B, query blocks)
+    hi = last[:, block_end] // FLEX_BLOCK + 1
+    full_lo = ceil_div(first[:, block_end], FLEX_BLOCK)
+    full_hi = (last[:, block_begin] + 1) // FLEX_BLOCK
+    full_hi = torch.maximum(full_hi, full_lo)                            # no full block: empty
+    key_lists = block_lists(lo, full_lo, full_hi, hi, ceil_div(S, FLEX_BLOCK))
+
+    # The query blocks that see key block j: from the first whose range ends behind j to the last
+    # whose range begins at j or before.
+    j = torch.arange(ceil_div(S, FLEX_BLOCK), device=first.device)[:, None]
+    query_lo = (hi[:, None] <= j).sum(-1)                                # (B, key blocks)
+    query_hi = (lo[:, None] <= j).sum(-1)
+    query_full_lo = (full_hi[:, None] <= j).sum(-1)
+    query_full_hi = (full_lo[:, None] <= j).sum(-1)
+    query_lists = block_lists(query_lo, query_full_lo, query_full_hi, query_hi,
+                              block_begin.shape[0])
+
+    def is_visible(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (first[b, query] <= key) & (key <= last[b, query])
+
+    return BlockMask((T, S), *key_lists, *query_lists, BLOCK_SIZE=(FLEX_BLOCK, FLEX_BLOCK),
+                     mask_mod=is_visible)
+
+
+def block_lists(lo: Tensor, full_lo: Tensor, full_hi: Tensor, hi: Tensor,
+                n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """BlockMask's lists: how many partial blocks each row of blocks has, which ones, how many full
+    blocks, which ones. Bounds (B, rows) -> counts (B, 1, rows) and numbers of blocks (B, 1, rows,
+    n); numbers behind a count mean nothing."""
+    num_full = full_hi - full_lo
+    num_partial = hi - lo - num_full
+    i = torch.arange(n, device=lo.device)
+    full = full_lo[..., None] + i
+    partial = lo[..., None] + i                            # left of the full ones, then right
+    partial = torch.where(partial < full_lo[..., None], partial, partial + num_full[..., None])
+
+    lists = []
+    for numbers in (num_partial, partial.clamp(max=n - 1), num_full, full.clamp(max=n - 1)):
+        lists.append(numbers.int()[:, None])
+    return tuple(lists)
+
+
+def flex_tile_rows(q: Tensor, v: Tensor) -> int:
+    """Rows of the tiles that FlexAttention's kernels multiply: 64, 32, or 0 if none would fit.
+
+    Since Ampere a multiprocessor has at least 99 KiB of shared memory for a program (RTX 3090, 4090
+    and 5090). PyTorch chooses tiles by D alone, and with D = 128 and Dv = 256 its backward pass
+    wants 241 KiB. With 64 rows, 768 bytes each, the K and V of the forward pass take 48 KiB and Q
+    16 KiB. The backward pass holds 48 KiB of K and V and goes over Q and dO in tiles of half as
+    many rows, 24 KiB. With what comes on top they ask for 72 and 77 KiB, on Hopper, where operands
+    of products lie there too, for 112 and 97. Longer rows, of fp32 or D = 256, get half as many.
+    """
+    row_bytes = (q.shape[-1] + v.shape[-1]) * q.element_size()
+    if row_bytes <= 768:
+        return 64
+    if row_bytes <= 1536:
+        return 32
+    return 0
+
+
+def can_flex_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether FlexAttention takes these inputs: on a GPU from Ampere on, with heads of at least 16,
+    as a tensor core multiplies, and more than one query."""
+    if not use_triton(q) or not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] < 8:
+        return False
+    same_dtype = q.dtype == k.dtype == v.dtype
+    return same_dtype and q.shape[1] > 1 and q.shape[-1] >= 16 and flex_tile_rows(q, v) > 0
+
+
+def flex_softmax(q: Tensor, k: Tensor, v: Tensor, first: Tensor,
+                 last: Tensor) -> tuple[Tensor, Tensor]:
+    """q (B, T, heads, D), k (B, S, K, D), v (B, S, K, Dv), first and last (B, T) -> out (B, T,
+    heads, Dv), and the largest visible logit of each query head (heads,), inf if one is NaN."""
+    rows = flex_tile_rows(q, v)
+    options = {
+        "fwd_BLOCK_M": rows,            # forward: queries of a program, which goes over
+        "fwd_BLOCK_N": rows,            # so many keys at a time
+        "bwd_BLOCK_N1": rows,           # dK and dV: keys of a program
+        "bwd_BLOCK_M1": rows // 2,      # queries at a time
+        "bwd_BLOCK_M2": rows,           # dQ: queries of a program
+        "bwd_BLOCK_N2": rows // 2,      # keys at a time
+        "num_stages": 2,
+        "num_warps": 8,
+        "FORCE_USE_FLEX_ATTENTION": True,      # and not its other kernel, for short queries
+    }
+    mask = interval_block_mask(first, last, k.shape[1])
+    out, aux = flex_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                              block_mask=mask, enable_gqa=True, kernel_options=options,
+                              return_aux=AuxRequest(lse=True, max_scores=True))
+    # A maximum drops a NaN, but the log-sum-exp keeps it: then inf tells QK-clip.
+    row_max = torch.where(aux.lse.detach().isnan(), torch.inf, aux.max_scores.detach())
+    return out.transpose(1, 2), row_max.amax((0, 2))
+
+
+@functools.cache
+def compiled_flex_softmax() -> Callable:
+    """flex_softmax under torch.compile, without which FlexAttention would make all logits.
+
+    A graph fits any B, T and S, but signal and noise heads need graphs of their own, and so do
+    training and inference, one row and several, a mask of one block and of several. PyTorch gives
+    up after 8 graphs of a function unless told otherwise."""
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 64)
+    return torch.compile(flex_softmax, dynamic=True, fullgraph=True)
+
+
+def flex_softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
+                           query_slots: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Arguments and results of model.softmax_attention. Logits are in fp32, as in the kernels."""
+    B, T, K, h, D = q.shape
+    S = k.shape[1]
+    first = q.new_zeros(B, T, dtype=torch.int32)
+    if doc_start is not None:
+        first = doc_start
+    last = torch.arange(S - T, S, device=q.device).expand(B, T)
+    if query_slots is not None:
+        last = query_slots
+
+    # Inside of another torch.compile it becomes a part of that graph.
+    run = flex_softmax if torch.compiler.is_compiling() else compiled_flex_softmax()
+    out, max_logits = run(q.flatten(2, 3), k, v, first.int(), last.int())
+    return out.unflatten(2, (K, h)), max_logits.view(K, h)
 
 
 # ---- Symmetric products, for Newton-Schulz (muonclip.py)

@@ -8,8 +8,8 @@ In outline a Motif is a Llama: RMSNorm, rotary positions, residual blocks, no bi
 It differs in two places. Its attention subtracts a second attention map, the noise, from the first
 (grouped differential attention, below), and its MLP has a learnt polynomial, PolyNorm, where Llama
 has SiLU. Both are defined here in plain PyTorch. What runs is kernels.py, wherever it has a faster
-form of the same: all of it on a Hopper GPU, all but attention on other GPUs, a part on a CPU. With
-kernels.ENABLED = False this file runs, and for the loss F.cross_entropy.
+form of the same: on a GPU for nearly all, on a CPU for a part. With kernels.ENABLED = False this
+file runs, and for the loss F.cross_entropy.
 
 The letters that this project uses for sizes, with their values in Motif-2-12.7B:
 
@@ -201,8 +201,10 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None 
     query_slots (B, T)      the slot of the query's own key, where a KV cache holds the keys
 
     -> out (B, T, K, h, Dv), and the largest visible logit of each query head (K, h) for QK-clip.
-    The softmax is in fp32. Both products, and so the logits, are in the dtype of q; the fused
-    kernel keeps logits in fp32."""
+    The softmax is in fp32. Both products, and so the logits, are in the dtype of q; kernels.py
+    keeps logits in fp32."""
+    if kernels.attention_form(q, k, v, query_slots) == "flex":
+        return kernels.flex_softmax_attention(q, k, v, doc_start, query_slots)
     B, T, K, h, D = q.shape
     S = k.shape[1]
 
@@ -281,7 +283,7 @@ def grouped_differential_attention(
     >>> signal.shape, noise.shape
     (torch.Size([1, 6, 2, 4, 8]), torch.Size([1, 6, 2, 1, 8]))
     """
-    if query_slots is None and kernels.can_fuse_attention(q, k, v):
+    if kernels.attention_form(q, k, v, query_slots) == "fused":
         return kernels.fused_attention(q, k, v, doc_start, num_noise_heads)
     B, T, H, D = q.shape
     G = num_noise_heads
@@ -342,7 +344,7 @@ def lambda_init(layer: Tensor) -> Tensor:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None,
                      query_slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Plain grouped-query attention, to compare with. Arguments as in softmax_attention."""
-    if query_slots is None and kernels.can_fuse_attention(q, k, v):
+    if kernels.attention_form(q, k, v, query_slots) == "fused":
         heads = q.flatten(2, 3)                                          # (B, T, H, D)
         out, _, max_logits = kernels.fused_attention(heads, k, v, doc_start, num_noise_heads=0)
         return out, max_logits.view(q.shape[2:4])                        # (K, h)

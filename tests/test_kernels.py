@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import flex_attention as torch_flex
 from torch.utils.checkpoint import checkpoint
 
 import kernels
@@ -20,6 +22,7 @@ import model
 import reference
 from kernels import (linear_cross_entropy, linear_fp8, lower_tile, poly_norm_mul, quantize_fp8, tl,
                      token_losses)
+from support.generation import KVCache
 from tools.bench_kernels import plain_twins
 
 # The interpreter multiplies NaN, and what is in uninitialised rows that nobody reads afterwards.
@@ -457,7 +460,179 @@ def test_fused_attention_is_as_exact_as_plain_and_repeats_its_bits(name, fused, 
     assert torch.equal(qkv, before)
 
 
-def test_document_starts_may_be_int64_and_expanded(fused):
+# ---- FlexAttention
+
+BACKEND = "inductor" if torch.cuda.is_available() else "aot_eager"
+
+
+@pytest.fixture
+def flex(monkeypatch):
+    """Attention is FlexAttention: on a GPU compiled, on a CPU as PyTorch computes it without being
+    compiled, with all logits. There it refuses gradients and maxima, though it has them."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(kernels, "ATTENTION", "flex")
+    if torch.cuda.is_available():
+        return
+    real = torch_flex._apply_kernel_options
+
+    def with_lse_and_maxima(q, k, v, return_lse, options, return_aux):
+        internal = {"OUTPUT_LOGSUMEXP": True, "OUTPUT_MAX": True}
+        return real(q, k, v, return_lse, options) | internal
+
+    monkeypatch.setattr(torch_flex, "_apply_kernel_options", with_lse_and_maxima)
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda q, k, v: None)
+    monkeypatch.setattr(torch_flex, "_warn_once", lambda *args, **options: None)
+    monkeypatch.setattr(kernels, "compiled_flex_softmax", lambda: kernels.flex_softmax)
+
+
+def cached_slots(B, T, S):
+    """query_slots of B rows that have some of S slots filled and get T tokens or fewer, the rest
+    being padding, which goes to the last slot."""
+    lengths = torch.randint(S - T // 2, (B, 1), device=DEVICE)
+    return (lengths + torch.arange(T, device=DEVICE)).clamp(max=S - 1)
+
+
+def blocks_of(counts, numbers, n):
+    """A BlockMask's list (B, 1, rows), (B, 1, rows, n) as a matrix (B, rows, n): whether row i has
+    block j."""
+    there = torch.zeros(*counts.shape, n, dtype=torch.bool)
+    for at in torch.cartesian_prod(*map(torch.arange, counts.shape)):
+        b, _, row = at.tolist()
+        listed = numbers[b, 0, row, :counts[b, 0, row]].tolist()
+        assert len(set(listed)) == len(listed)
+        there[b, 0, row, listed] = True
+    return there[:, 0]
+
+
+@pytest.mark.parametrize("case", ["causal", "documents", "short documents", "cache", "last"])
+@pytest.mark.parametrize("T", [1, 128, 300, 700])
+def test_a_block_mask_lists_the_blocks_that_have_something_to_see(case, T):
+    B, S = 3, T
+    first = torch.zeros(B, T, dtype=torch.int32)
+    last = torch.arange(T).expand(B, T)
+    if "documents" in case:
+        first = random_documents(B, T, 0.1 if case == "short documents" else 0.005).cpu()
+    if case == "cache":
+        S = T + 333
+        last = cached_slots(B, T, S).cpu()
+    if case == "last":
+        S = T + 140
+        last = last + 140
+    mask = kernels.interval_block_mask(first, last, S)
+
+    # Rows beyond T are as the last one, keys beyond S are invisible.
+    rows, columns = -(-T // 128), -(-S // 128)
+    key = torch.arange(columns * 128)
+    row = torch.arange(rows * 128).clamp(max=T - 1)
+    visible = (first[:, row, None] <= key) & (key <= last[:, row, None]) & (key < S)
+    blocks = visible.unflatten(1, (rows, 128)).unflatten(3, (columns, 128)).transpose(2, 3)
+    full = blocks.all(-1).all(-1)                        # (B, rows, columns)
+    partial = blocks.any(-1).any(-1) & ~full
+    assert torch.equal(blocks_of(mask.full_kv_num_blocks, mask.full_kv_indices, columns), full)
+    assert torch.equal(blocks_of(mask.kv_num_blocks, mask.kv_indices, columns), partial)
+    assert torch.equal(blocks_of(mask.full_q_num_blocks, mask.full_q_indices, rows), full.mT)
+    assert torch.equal(blocks_of(mask.q_num_blocks, mask.q_indices, rows), partial.mT)
+
+    t, s = torch.arange(T)[:, None], torch.arange(S)
+    shown = torch.stack([mask.mask_mod(torch.tensor(b), 0, t, s) for b in range(B)])
+    assert torch.equal(shown, visible[:, :T, :S])
+
+
+# as ATTENTIONS, without a dtype
+FLEX = {
+    "two groups of a pair": (1, 300, 4, 8, 4, 16, None),
+    "two groups of a pair, documents": (2, 197, 2, 4, 2, 32, 0.02),
+    "many signal heads, many documents": (2, 260, 2, 10, 4, 64, 0.2),
+    "wide heads": (1, 384, 1, 5, 2, 128, None),
+    "wide heads, documents": (1, 290, 1, 3, 2, 128, 0.1),
+    "heads of no power of two": (1, 140, 1, 3, 2, 48, 0.05),
+    "few tokens": (3, 7, 2, 4, 2, 16, 0.3),
+    "plain, grouped queries": (1, 261, 0, 3, 1, 64, None),
+    "plain, documents": (2, 137, 0, 2, 2, 128, 0.05),
+}
+
+
+@pytest.mark.parametrize("name", FLEX)
+def test_flex_attention_is_as_exact_as_plain_and_repeats_its_bits(name, flex):
+    B, T, G, H, K, D, chance = FLEX[name]
+    operation = attention(G, None if chance is None else random_documents(B, T, chance))
+    views = torch.randn(B, T, H + 2 * K, D).to(DEVICE, DTYPES[-1]).split([H, K, K], dim=2)
+    # As with the kernels, dS shows that O was rounded: most in documents of few tokens.
+    assert_as_exact_as_plain(operation, views, factor=1.1 if chance is None else 2.0)
+    assert_all_equal(outcome(operation, views), outcome(operation, views))
+
+
+@pytest.mark.parametrize("B, T, S", [(3, 40, 300), (1, 200, 640), (2, 129, 130)])
+def test_flex_attention_of_cached_keys_does_not_see_the_padding(B, T, S, flex):
+    slots = cached_slots(B, T, S)
+    dtype = DTYPES[-1]
+    q = torch.randn(B, T, 10, 32).to(DEVICE, dtype)
+    k = torch.randn(B, 4, S, 32).to(DEVICE, dtype).transpose(1, 2)       # as they lie in a cache
+    v = torch.randn(B, 2, S, 64).to(DEVICE, dtype).transpose(1, 2)
+
+    def operation(q, k, v):
+        return model.grouped_differential_attention(q, k, v, 2, query_slots=slots)
+
+    assert_as_exact_as_plain(operation, [q, k, v])
+    with torch.no_grad():
+        signal, noise, max_logits = operation(q, k, v)
+        for b, filled in enumerate((slots[:, -1] + 1).tolist()):
+            k[b, filled:] = 1000
+            v[b, filled:] = 1000
+        assert_all_equal(operation(q, k, v), (signal, noise, max_logits))
+
+
+def test_a_prompt_in_pieces_has_the_logits_of_plain_attention(flex):
+    """Through a KV cache, which the second piece finds filled to two lengths."""
+    llm = model.Motif(model.MotifConfig()).to(DEVICE).requires_grad_(False)
+    ids = torch.randint(272, (2, 190), device=DEVICE)
+
+    def logits():
+        cache = KVCache(llm, batch_size=2, max_length=190)
+        first = llm(ids[:, :150], cache=cache, row_lengths=torch.tensor([150, 30], device=DEVICE))
+        second = llm(ids[:, 150:], cache=cache, row_lengths=torch.tensor([40, 7], device=DEVICE))
+        return first[0], first[1, :30], second[0], second[1, :7]
+
+    ours = logits()
+    with plain_twins():
+        torch.testing.assert_close(ours, logits(), rtol=1e-3, atol=1e-4)
+
+
+def test_flex_attention_compiles_once_for_all_numbers_of_rows_and_tokens(flex, monkeypatch):
+    """And once more where its mask has a single block."""
+    counter = CompileCounterWithBackend(BACKEND)
+    compiled = torch.compile(kernels.flex_softmax, dynamic=True, fullgraph=True, backend=counter)
+    monkeypatch.setattr(kernels, "compiled_flex_softmax", lambda: compiled)
+    for B, T in (3, 150), (5, 290), (2, 256), (7, 37):
+        doc_start = random_documents(B, T, 0.1) if T == 290 else None
+        q, k, v = (torch.randn(B, T, 2, 16, device=DEVICE, dtype=DTYPES[0]) for _ in range(3))
+        assert_as_exact_as_plain(attention(0, doc_start), [q, k, v], factor=2.0)
+        assert counter.frame_count == 1 + (T <= 128)
+
+
+def test_flex_attention_becomes_a_part_of_a_compiled_block(flex):
+    """As pretrain.py compiles the blocks. A second batch of documents needs no second graph."""
+    shape = model.MotifConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+                              head_dim=16, activation="swiglu")
+    block = model.Motif(shape).to(DEVICE).model.layers[0]
+    counter = CompileCounterWithBackend(BACKEND)
+    compiled = torch.compile(block.forward, dynamic=False, fullgraph=True, backend=counter)
+    for _ in range(2):
+        doc_start = random_documents(2, 200, 0.05)
+        positions = torch.arange(200, device=DEVICE) - doc_start
+        angles = model.rotary_angles(positions, 16, 10_000.0)
+        x = torch.randn(2, 200, 64, device=DEVICE)
+        ours = outcome(lambda x: compiled(x, angles, doc_start), [x])
+        with plain_twins():
+            plain = outcome(lambda x: block(x, angles, doc_start), [x])
+        for our, twin in zip(ours, plain, strict=True):
+            torch.testing.assert_close(our, twin, rtol=1e-3, atol=1e-4)
+        assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("attention_of", ["fused", "flex"])
+def test_document_starts_may_be_int64_and_expanded(attention_of, request):
+    request.getfixturevalue(attention_of)
     q, k, v = (torch.randn(2, 40, 2, 16, device=DEVICE, dtype=DTYPES[1]) for _ in range(3))
     doc_start = torch.tensor([0] * 9 + [9] * 31, device=DEVICE)
     ours = outcome(attention(0, doc_start.expand(2, 40)), [q, k, v])
@@ -465,8 +640,10 @@ def test_document_starts_may_be_int64_and_expanded(fused):
     assert not ours[0].isnan().any()
 
 
-def test_a_logit_that_is_nan_shows_in_the_largest_of_its_head_alone(fused):
+@pytest.mark.parametrize("attention_of", ["fused", "flex"])
+def test_a_logit_that_is_nan_shows_in_the_largest_of_its_head_alone(attention_of, request):
     """One in a query and one in a key, which QK-clip then does not take for small ones."""
+    request.getfixturevalue(attention_of)
     q, k, v = (torch.randn(1, 40, heads, 16, device=DEVICE, dtype=DTYPES[1]) for heads in (4, 2, 2))
     expected = attention(0)(q, k, v)[1].flatten()
     q[0, 3, 1] = torch.nan

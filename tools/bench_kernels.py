@@ -1,6 +1,7 @@
 """Checks every kernel against float64, then, on a GPU, times it beside PyTorch's own operations.
 
     python -m tools.bench_kernels [--json] [--only=NAME]
+    python -m tools.bench_kernels --forms [--json] [--only=NAME]
 
 A check computes outputs and gradients three times: in float64, by the kernel, and by the plain
 PyTorch that the kernel replaces, in the same dtype. It prints the relative errors of the last two
@@ -12,6 +13,9 @@ On a CPU that is all, and the kernels run through Triton's interpreter. On a GPU
 of forward, and of forward and backward together: milliseconds, the rate, the rate in per cent of
 what a copy or a large matrix product reaches in the same run, and the most memory in use. Behind
 them come other ways to compute the same, as multiples of our time.
+
+With --forms it times the forms of attention alone (kernels.attention_form), with PyTorch's own
+beside them, on rows of up to 32,768 tokens: a line for each, with the error of one that fails.
 """
 import argparse
 import json
@@ -168,14 +172,14 @@ def run_check(check: Check) -> dict:
 
 # ---- times
 
-def milliseconds(f: Callable) -> float:
+def milliseconds(f: Callable, repeats: int = 20) -> float:
     """Median time of a call of f.
 
     Short calls are timed as a CUDA graph, without the host's time to launch them: in a training
-    step the host is ahead of the GPU. Long ones are timed twenty times as they are."""
+    step the host is ahead of the GPU. Long ones are timed `repeats` times as they are."""
     ms = triton.testing.do_bench(f, return_mode="median")
     if ms > 5:
-        return triton.testing.do_bench(f, rep=20 * ms, return_mode="median")
+        return triton.testing.do_bench(f, rep=repeats * ms, return_mode="median")
     return triton.testing.do_bench_cudagraph(f, rep=100, return_mode="median")
 
 
@@ -185,15 +189,15 @@ class Times(NamedTuple):
     peak: float | None        # GiB at most in both
 
 
-def time_passes(f: Callable, inputs: list[Tensor]) -> Times:
+def time_passes(f: Callable, inputs: list[Tensor], repeats: int = 20) -> Times:
     d_outs = [torch.randn_like(t) for t in outputs_and_gradients(f, inputs) if t.requires_grad]
     torch.cuda.reset_peak_memory_stats()
     outputs_and_gradients(f, inputs, d_outs)
     peak = torch.cuda.max_memory_allocated() / 2**30
     both = None
     if d_outs:
-        both = milliseconds(partial(outputs_and_gradients, f, inputs, d_outs))
-    return Times(milliseconds(partial(f, *inputs)), both, peak)
+        both = milliseconds(partial(outputs_and_gradients, f, inputs, d_outs), repeats)
+    return Times(milliseconds(partial(f, *inputs), repeats), both, peak)
 
 
 def measure(unit: str, work: tuple[float, ...], f: Callable, inputs: list[Tensor],
@@ -268,14 +272,22 @@ def time_differential_norm() -> dict:
     return measure("GB/s", (4.5, 11.5), norm, inputs, norm)
 
 
-def time_attention(B: int, T: int, G: int, D: int, document: int | None = None) -> dict:
-    """Four signal heads to each of G noise heads; document: tokens per document."""
-    q = normal(B, T, 5 * G, D)
-    k = normal(B, T, 2 * G, D)
-    v = normal(B, T, G, 2 * D)
+def attention_inputs(B: int, T: int, G: int, D: int) -> list[Tensor]:
+    """q, k and v with four signal heads to each of G noise heads."""
+    return [normal(B, T, 5 * G, D), normal(B, T, 2 * G, D), normal(B, T, G, 2 * D)]
+
+
+def document_begins(B: int, T: int, document: int) -> Tensor:
+    """doc_start of documents of so many tokens each."""
     t = torch.arange(T, device=DEVICE, dtype=torch.int32).expand(B, T)
-    starts = t // document * document if document else torch.zeros_like(t)
-    keys_per_query = (t - starts + 1).double().mean().item()
+    return t // document * document
+
+
+def time_attention(B: int, T: int, G: int, D: int, document: int | None = None) -> dict:
+    """document: tokens per document."""
+    q, k, v = attention_inputs(B, T, G, D)
+    starts = document_begins(B, T, document or T)
+    keys_per_query = (torch.arange(T, device=DEVICE) - starts + 1).double().mean().item()
 
     attention = partial(grouped_differential_attention, num_noise_heads=G,
                         doc_start=starts if document else None)
@@ -336,6 +348,68 @@ def time_cudnn(q: Tensor, k: Tensor, v: Tensor, G: int) -> Times:
             grads[0][1].add_(grads[1][1])
 
     return Times(milliseconds(forward), milliseconds(both), None)
+
+
+# ---- the forms of attention against each other
+
+FORMS = ["fused", "flex", "plain", "flash, 4 calls", "cuDNN"]
+
+
+def time_form(form: str, inputs: list[Tensor], G: int, doc_start: Tensor | None = None,
+              query_slots: Tensor | None = None) -> Times:
+    if form == "flash, 4 calls":
+        return time_passes(partial(flash_attention, G=G), inputs, repeats=5)
+    if form == "cuDNN":
+        return time_cudnn(*inputs, G)
+    attention = partial(grouped_differential_attention, num_noise_heads=G, doc_start=doc_start,
+                        query_slots=query_slots)
+    kernels.ATTENTION = form
+    try:
+        return time_passes(attention, inputs, repeats=5)
+    finally:
+        kernels.ATTENTION = None
+
+
+def time_forms(only: str) -> Iterator[dict]:
+    """Times of each form, at the heads of the 124M and of the 12.7B model."""
+    for heads, G, D in (("8 + 2 heads of 64", 2, 64), ("32 + 8 heads of 128", 8, 128)):
+        for B, T in ((16, 1024), (1, 4096), (1, 16384), (1, 32768)):
+            yield from time_each_form(only, FORMS, f"{B}x{T}, {heads}",
+                                      lambda: attention_inputs(B, T, G, D), G)
+
+        starts = document_begins(1, 16384, 2048)
+        yield from time_each_form(only, FORMS[:3], f"1x16384, documents of 2048, {heads}",
+                                  lambda: attention_inputs(1, 16384, G, D), G, doc_start=starts)
+
+        # A piece of a long prompt: 2,048 new tokens behind 30,000 in the cache.
+        def prefill_inputs() -> list[Tensor]:
+            q = normal(1, 2048, 5 * G, D).detach()
+            k = normal(1, 2 * G, 32768, D).detach().transpose(1, 2)      # as they lie in a cache
+            v = normal(1, G, 32768, 2 * D).detach().transpose(1, 2)
+            return [q, k, v]
+
+        slots = 30_000 + torch.arange(2048, device=DEVICE)[None]
+        yield from time_each_form(only, FORMS[1:3], f"1x2048 of 32768, {heads}", prefill_inputs,
+                                  G, query_slots=slots)
+
+
+def time_each_form(only: str, forms: list[str], name: str, make_inputs: Callable, G: int,
+                   **masks: Tensor) -> Iterator[dict]:
+    """A row for each form whose name contains `only`: its Times, or the error as a message."""
+    for form in forms:
+        row = {"name": f"{form}: {name}"}
+        if only not in row["name"]:
+            continue
+        times = attempt(partial(time_form, **masks), form, make_inputs(), G)
+        torch.cuda.empty_cache()
+        yield row | ({"message": times} if isinstance(times, str) else times._asdict())
+
+
+def form_line(row: dict) -> str:
+    if "message" in row:
+        return f"{row['name']:60s} {row['message']}"
+    peak = "" if row["peak"] is None else f"{row['peak']:.2f} GiB"
+    return f"{row['name']:60s} {joined((row['forward'], row['both']), '.3f'):>18s} ms  {peak}"
 
 
 def plain_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -438,12 +512,19 @@ def main() -> None:
                                      "GPU, times it beside PyTorch's own operations.")
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
     parser.add_argument("--only", default="", help="time only lines whose name contains this")
+    parser.add_argument("--forms", action="store_true", help="time the forms of attention alone")
     options = parser.parse_args()
 
     def show(row: dict, line: str) -> None:
         print(json.dumps(row) if options.json else line, flush=True)
 
     torch.manual_seed(0)
+    if options.forms:
+        if not GPU:
+            raise SystemExit("--forms needs a GPU")
+        for row in time_forms(options.only):
+            show(row, form_line(row))
+        return
     wrong = 0
     for check in checks():
         row = attempt(run_check, check)

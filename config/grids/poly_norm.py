@@ -11,10 +11,12 @@ runs = {
     "polynorm-scale0.5": {"poly_norm_scale": 0.5},
     "polynorm-scale0.25": {"poly_norm_scale": 0.25},
     "polynorm-scale0.125": {"poly_norm_scale": 0.125},
-    "polynorm-scale2": {"poly_norm_scale": 2.0},
+    "polynorm-scale0.0625": {"poly_norm_scale": 0.0625},
+    "polynorm-scale0.03125": {"poly_norm_scale": 0.03125},
     "polynorm-lr0.125": {"poly_norm_lr_scale": 0.125},
     "polynorm-lr8": {"poly_norm_lr_scale": 8.0},
-    "polynorm-scale0.25-lr0.125": {"poly_norm_scale": 0.25, "poly_norm_lr_scale": 0.125},
+    "polynorm-scale0.125-lr0.125": {"poly_norm_scale": 0.125, "poly_norm_lr_scale": 0.125},
+    "polynorm-scale0.125-lr8": {"poly_norm_scale": 0.125, "poly_norm_lr_scale": 8.0},
     "polynorm-scale0.25-lr8": {"poly_norm_scale": 0.25, "poly_norm_lr_scale": 8.0},
 }
 baseline = "4to1-swiglu"
