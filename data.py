@@ -98,7 +98,8 @@ class Curriculum:
 
     Of domain d the step takes places first[t, d] to end[t, d] - 1. A *place* is the number of a
     sequence in the order in which the run reads the domain, from 0 at each change of seq_len.
-    Which sequence of the domain's text that is, TokenDataset.window tells: the order is shuffled.
+    Which sequence of the domain's text that is, TokenDataset.batch_rows finds: the order is
+    shuffled. A *row* is a sequence in a batch.
 
     >>> domains = {"web": ["web.txt", 0.9, 0.5], "math": ["math.txt", 0.1, 0.5]}
     >>> c = Curriculum(domains, batch_tokens=[[0, 40], [120, 80]], seq_len=10, max_tokens=400)
@@ -117,7 +118,7 @@ class Curriculum:
         self.names = list(domains)
         self.before = before
         # [[step, config keys], ...], from which the chain of `before` can be made again:
-        # pretrain.make_curriculum sets it, and a checkpoint holds it as "plans".
+        # Not used here: pretrain.make_curriculum puts all older plans there, for checkpoints.
         self.earlier_plans = []
         self.seq_len = []
         self.rows = []
@@ -196,21 +197,35 @@ class Curriculum:
         return self.shares * np.diff(self.tokens)[:, None]
 
     @cached_property
-    def taken(self) -> np.ndarray:
-        """(steps, domains) int64: how many sequences of each domain each step reads."""
-        quotas = self.step_tokens.cumsum(axis=0)
+    def quotas(self) -> np.ndarray:
+        """(steps, domains): how many tokens each domain should have given by the end of a step."""
         if not self.before:
-            return assign_rows(quotas, self.seq_len, self.rows)
+            return self.step_tokens.cumsum(axis=0)
+        old, step = self.before
+        past = self._past(old.quotas)
+        reached = past[-1] if step > 0 else 0
+        # The domains' lags behind their quotas sum to 0, and assign_rows relies on it. Without the
+        # lag of a domain that is gone they would not. So all begin anew, with lags of 0.
+        if set(old.names) != set(self.names):
+            reached = self._tokens_before()
+        to_come = reached + self.step_tokens[step:].cumsum(axis=0)
+        return np.concatenate([past, to_come])
 
+    def _tokens_before(self) -> np.ndarray:
+        """(domains,): the tokens that each domain has given under the plan before."""
         old, step = self.before
         past = self._past(old.taken)
-        read = (past * np.array(self.seq_len[:step])[:, None]).sum(axis=0)
-        # Each domain stays as far ahead of its quota, or behind it, as it is. But what a domain
-        # that is gone was ahead or behind is nobody's: then all begin at their quotas.
-        if set(old.names) != set(self.names) and step > 0:
-            quotas = quotas - quotas[step - 1] + read
-        to_come = assign_rows(quotas[step:], self.seq_len[step:], self.rows[step:], read.tolist())
-        return np.concatenate([past, to_come])
+        return (past * np.array(self.seq_len[:step], dtype=np.int64)[:, None]).sum(axis=0)
+
+    @cached_property
+    def taken(self) -> np.ndarray:
+        """(steps, domains) int64: how many sequences of each domain each step reads."""
+        if not self.before:
+            return assign_rows(self.quotas, self.seq_len, self.rows)
+        old, step = self.before
+        to_come = assign_rows(self.quotas[step:], self.seq_len[step:], self.rows[step:],
+                              self._tokens_before().tolist())
+        return np.concatenate([self._past(old.taken), to_come])
 
     @cached_property
     def first(self) -> np.ndarray:
@@ -337,12 +352,16 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
 # A domain is a *tape*: its text, end to end, which training reads forward, epoch by epoch. What a
 # run has read of a domain is a number of tokens, whatever the lengths of its sequences were. Where
 # seq_len changes, the tape is cut anew from the token that was reached. Where the text ends, the
-# next epoch begins, with the units of text (files, or parts of them) in another order. With letters
-# as tokens, and lengths of 4, then 8:
+# next epoch begins, with the units of text in another order. With letters as tokens, and lengths of
+# 4, then 8:
 #
 #     tape        the_miller_s_lamp_burns_low_he_reads_until_dawn . . .
 #     seq_len 4   |0--|1--|2--|3--|4--|
 #     seq_len 8                       |0------|1------|2------|
+#
+# A *unit* is a file or a part of one. support/preparing.py makes it piece by piece, some millions
+# of tokens each, a little ahead of the run. Of each piece that is there it keeps a *record*: its
+# number of tokens, whether it is its unit's last, and checksums.
 #
 # A sequence of T tokens takes one more from the tape, the target of its last token, which is also
 # the first token of the next sequence. It begins wherever it falls, as in GPT-2's training: in the
@@ -426,7 +445,8 @@ class Tape:
             self.next_piece += 1
             if record["last"]:
                 self.next_piece = 0
-                self.next_unit += 1  # it goes on through all epochs: here the first one ends
+                self.next_unit += 1
+                # next_unit counts on through all epochs. So this is true once, as the first ends.
                 if self.next_unit == self.domain.num_units:
                     self._end_epoch()
         return True
@@ -500,7 +520,7 @@ class TokenDataset:
         """Targets in the step's global batch."""
         return self.curriculum.rows[step] * self.curriculum.seq_len[step]
 
-    def rows(self, step: int) -> list[tuple[str, int]]:
+    def batch_rows(self, step: int) -> list[tuple[str, int]]:
         """(domain, where on its tape it begins) of each row of the step's global batch. The rows
         are shuffled, so that every rank gets a mixture of the domains."""
         c = self.curriculum
@@ -508,14 +528,17 @@ class TokenDataset:
         rows = []
         for d, name in enumerate(c.names):
             for place in range(c.first[step, d], c.end[step, d]):
-                first, end = self.window(phase, d, place)
-                order = kept_order(end - first, self.seed, name, int(phase.start[d]), first)
-                sequence = first + int(order[place - first])
+                # The window's places and its sequences are the same numbers, in another order.
+                window_first, window_end = self.window(phase, d, place)
+                order = kept_order(window_end - window_first, self.seed, name, int(phase.start[d]),
+                                   window_first)
+                sequence = window_first + int(order[place - window_first])
                 rows.append((name, int(phase.start[d]) + sequence * phase.T))
         return [rows[i] for i in random_order(len(rows), self.seed, "rows", step)]
 
     def window(self, phase: Phase, d: int, place: int) -> tuple[int, int]:
-        """The window around a place of a phase -> its first sequence, and the one after its last.
+        """The window that has a place of a phase -> its first place, and the one after its last.
+        Its sequences have the same numbers.
 
         Windows begin anew with the first sequence that begins in an epoch. Say windows have 3
         sequences, the phase has 8, and an epoch ends within sequence 4, counted from 0. The windows
@@ -532,8 +555,8 @@ class TokenDataset:
             end = ceil_div((epoch + 1) * epoch_tokens - start, T)
         if phase.count is not None:
             end = min(end, int(phase.count[d]))
-        first = begin + (place - begin) // size * size
-        return first, min(first + size, end)
+        window_first = begin + (place - begin) // size * size
+        return window_first, min(window_first + size, end)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """Rows rank, rank + world, rank + 2 world, ... of the step's global batch -> (rows, T + 1)
@@ -541,7 +564,7 @@ class TokenDataset:
         may get unequally many (pretrain.read_batch pads them)."""
         self.wait_for(step)
         T = self.curriculum.seq_len[step]
-        rows = self.rows(step)[rank::world]
+        rows = self.batch_rows(step)[rank::world]
         out = np.empty((len(rows), T + 1), dtype=np.int64)
         for b, (name, start) in enumerate(rows):
             out[b] = self.tapes[name].read(start, T + 1)

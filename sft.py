@@ -39,7 +39,7 @@ from support.encoding import TokenizedChats, encode_chats
 from support.preparing import remove_leftovers
 from support.ranks import RANK, all_gather_object, rank0_first, rank0_only, run_main
 from support.run_folder import find_checkpoint, latest_checkpoint
-from support.selection import (benchmark_files, benchmark_grams, extra_held_out,
+from support.selection import (benchmark_files, benchmark_grams, questions_held_out,
                                select_conversations)
 from support.tokenizer import BEGIN, ROLES, TURN, TURN_END, Tokenizer, load_tokenizer
 from support.weights import model_folder, read_json, tensor_files
@@ -69,8 +69,8 @@ from support.weights import model_folder, read_json, tensor_files
 #     3 linguistic            stage 2 without what is redundant or of little      a light
 #       precision             value, by diversity and coherence                   continuation
 #
-# Config's defaults are what the report gives for stage 1. The others have the same here, but for
-# lr, data and filters.
+# Config's defaults are what the report gives for stage 1. Stages 2 and 3 use the same here, except
+# for lr, data and filters.
 # The report's data are not public. Unless --data names others, a stage reads conversations that
 # synthetic/conversations.py generates, stages 2 and 3 in different balance:
 #
@@ -210,7 +210,8 @@ def default_out_dir(c: Config) -> str:
 # ---- the chat format
 
 # A conversation is a list of messages, {"role": "system" | "user" | "assistant", "content": text}.
-# The model sees it as one sequence, in the turn format of the Motif family:
+# The model sees it as one sequence, in the turn format of the Motif family (without the spaces and
+# line breaks shown here, which are not there):
 #
 #     <|beginoftext|> <|startofturn|><|user|>\n\n{content}<|endofturn|>
 #                     <|startofturn|><|assistant|>\n\n{content}<|endofturn|> ...
@@ -297,7 +298,8 @@ def truncate_to_turn(tokenizer: Tokenizer, messages: list[dict],
 # row with whole conversations. To find the fewest rows is bin packing, which is NP-hard. A simple
 # rule takes the longest conversation first, and puts each into the row where it leaves least room.
 # It needs at most about 11/9 of the fewest rows (Johnson et al., 1974). In practice the short
-# conversations, which come last, fill the gaps: stage 1 in rows of 512 has 3% padding.
+# conversations, which come last, fill the gaps: stage 1 of the quick start, in rows of 512, has 3%
+# padding.
 #
 # Four conversations a, b, c, d of 4, 3, 6 and 5 tokens, in rows of T = 10 (pack() below):
 #
@@ -317,7 +319,8 @@ def truncate_to_turn(tokenizer: Tokenizer, messages: list[dict],
 #
 # Padding is a document of its own, with targets of -1. So loss and gradients are the sums that the
 # conversations would give one by one, with the same divisor |A| (a test compares them). The work of
-# attention is the sum of squared lengths, as the fused kernel skips empty blocks of the mask.
+# attention is the sum of squared lengths with the fused kernel, which skips empty blocks of the
+# mask; plain attention computes and masks them.
 
 
 def pack(lengths: np.ndarray, T: int) -> list[list[int]]:
@@ -402,8 +405,8 @@ def collate(rows: list[list[np.ndarray]], T: int) -> tuple[np.ndarray, np.ndarra
 # checkpoint step_N is written after steps 0 to N - 1, and a run that resumes from it does step N.
 
 # The conversations of a domain, encoded, are a TokenizedChats (support/encoding.py): its [i] is
-# (2, n), ids and targets of conversation i; lengths[i] is n; ends[i] is the sum of the lengths up
-# to i; and num_targets[i] counts the targets that are not -1.
+# (2, n), ids and targets of conversation i; lengths[i] is n; ends[i] is the sum of the lengths of
+# conversations 0 to i; and num_targets[i] counts the targets that are not -1.
 
 REPEATS = 4  # readings of a conversation per epoch, at most, on average over a domain [ours]
 
@@ -633,24 +636,24 @@ def code_that_prepares() -> list[str]:
 
 def prepare_domains(c: Config, tokenizer: Tokenizer, folder: Path) -> list[str]:
     """Write the conversations of all domains into the folder -> what data.txt reports."""
-    # Each source is read twice. A domain can be split only when it is known what the other domains
-    # hold out, and to keep all of them until then would take the memory of all, not of one. The
-    # first reading, here, is short: of a large domain it takes the first 50 conversations or so.
-    extra = extra_held_out(c.data)
+    # A question that one domain holds out for validation must not be in the training text of any
+    # other. Most such questions are known by their hash. The others are found in a first reading of
+    # the sources: it is short, but for domains of weight 0, which are held out as a whole.
+    held_out = questions_held_out(c.data)
     benchmark = benchmark_grams(benchmark_files(c.decontaminate_against, c.benchmark_dir))
     report = []
     for name in c.data:
-        lines = prepare_domain(c, name, tokenizer, extra, benchmark, folder)
+        lines = prepare_domain(c, name, tokenizer, held_out, benchmark, folder)
         report.append(f"{name}: " + "\n  ".join(lines))
     return report
 
 
-def prepare_domain(c: Config, name: str, tokenizer: Tokenizer, extra: set[int],
+def prepare_domain(c: Config, name: str, tokenizer: Tokenizer, held_out: set[int],
                    benchmark: dict[int, str], folder: Path) -> list[str]:
     """Write val-NAME and, if its weight is above 0, train-NAME -> lines of report."""
     source, weight = c.data[name]
     stage = STAGES[c.stage]
-    parts, lines = select_conversations(source, weight, extra, benchmark, stage.best_share,
+    parts, lines = select_conversations(source, weight, held_out, benchmark, stage.best_share,
                                         stage.duplicate_share)
     for part, conversations in parts.items():
         encode = partial(truncate_to_turn, tokenizer, T=c.seq_len)
@@ -674,6 +677,8 @@ def train_stage(c: Config, out: Path) -> None:
     start, folder, init = rank0_only(find_start, c, out)
     shape = MotifConfig.from_dict(read_json(folder / "config.json"))
     tokenizer = load_tokenizer(c.tokenizer or stored_tokenizer(folder))
+    if c.seq_len is None:
+        c.seq_len = min(SEQ_LEN, shape.max_position_embeddings)
     check_sizes(c, shape, tokenizer, folder)
     settings = describe_settings(c, init)
     if RANK == 0:
@@ -771,12 +776,10 @@ def stored_tokenizer(folder: Path) -> str:
 
 
 def check_sizes(c: Config, shape: MotifConfig, tokenizer: Tokenizer, folder: Path) -> None:
-    """Set seq_len if it is None. UserError if tokenizer, rows and batch do not fit the model."""
+    """UserError if tokenizer, rows and batch do not fit the model."""
     if tokenizer.n_vocab > shape.vocab_size:
         raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens with those of "
                         f"the turn format, more than the vocab_size={shape.vocab_size} of {folder}")
-    if c.seq_len is None:
-        c.seq_len = min(SEQ_LEN, shape.max_position_embeddings)
     if c.seq_len > shape.max_position_embeddings:
         raise UserError(f"seq_len={c.seq_len} is longer than the max_position_embeddings="
                         f"{shape.max_position_embeddings} of {folder}; give --seq_len="

@@ -12,13 +12,13 @@ from support.conversations import EVAL_DOMAINS, Drops, load_conversations, nonbl
 from support.sources import local_files, read_each
 from support.tasks import TASKS
 
-def select_conversations(source: str, weight: float, extra: set[int], benchmark: dict[int, str],
+def select_conversations(source: str, weight: float, held_out: set[int], benchmark: dict[int, str],
                          best_share: float | None, duplicate_share: float | None,
                          ) -> tuple[dict[str, list], list[str]]:
     """Read a domain -> its conversations {"val": [...], "train": [...]}, and lines for the report.
     A domain of weight 0 is for validation only.
 
-    extra        hashes of questions that no domain trains on (extra_held_out)
+    held_out     hashes of questions that no domain trains on (questions_held_out)
     benchmark    hashes of 13 words in a row that none may have (benchmark_grams)
     ..._share    limits of filter_by_quality and dedup_and_filter; None: not filtered so"""
     drops = Drops()
@@ -27,7 +27,7 @@ def select_conversations(source: str, weight: float, extra: set[int], benchmark:
     if weight == 0:
         return {"val": conversations}, report
 
-    parts = train_val_split(conversations, extra)
+    parts = train_val_split(conversations, held_out)
     dropped = len(conversations) - len(parts["train"]) - len(parts["val"])
     if dropped:
         report.append(f"{dropped:,d} dropped as one of their questions is held out")
@@ -349,31 +349,31 @@ def hash_text(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8], "big")
 
 
-def extra_held_out(domains: dict) -> set[int]:
+def questions_held_out(domains: dict) -> set[int]:
     """Hashes held out besides those below the bound: all questions of domains of weight 0 and of
     eval.py's chains; and of each small domain the first question with the smallest hash."""
-    extra = set()
+    held_out = set()
     for source, weight in [*EVAL_DOMAINS.values(), *domains.values()]:
         smallest = 2**64
         for messages in load_conversations(source):
             hashes = question_hashes(messages)
             smallest = min(smallest, hashes[0])
             if weight == 0:
-                extra.update(hashes)
+                held_out.update(hashes)
             elif smallest < HELD_OUT_BELOW:
                 break  # it is not so small
         if weight > 0 and smallest >= HELD_OUT_BELOW:
-            extra.add(smallest)
-    return extra
+            held_out.add(smallest)
+    return held_out
 
 
-def train_val_split(conversations: list, extra: set[int]) -> dict[str, list]:
-    """Split a domain -> {"val": [...], "train": [...]}. extra: hashes of extra_held_out.
+def train_val_split(conversations: list, held_out: set[int]) -> dict[str, list]:
+    """Split a domain -> {"val": [...], "train": [...]}. held_out: of questions_held_out.
 
     val     conversations whose first question is held out by this domain: its hash is below the
             bound, or the smallest where none is. They end after the first reply, since what the
             user asks next may be a question of the training conversations
-    train   conversations in which no question is held out, by this domain or in extra
+    train   conversations in which no question is held out, by this domain or in held_out
 
     Conversations of neither kind are dropped: in training they would tell a held-out answer.
     """
@@ -385,6 +385,6 @@ def train_val_split(conversations: list, extra: set[int]) -> dict[str, list]:
     for messages, questions in zip(conversations, hashes):
         if questions[0] < bound:
             parts["val"].append(messages[:index_of_first_reply(messages) + 1])
-        elif min(questions) >= bound and extra.isdisjoint(questions):
+        elif min(questions) >= bound and held_out.isdisjoint(questions):
             parts["train"].append(messages)
     return parts

@@ -198,7 +198,7 @@ def test_every_token_of_a_tape_is_read_once_whatever_the_ramps(monkeypatch, seed
     for step in range(curriculum.steps):
         batch = dataset.batch(step)
         T = curriculum.seq_len[step]
-        rows = dataset.rows(step)
+        rows = dataset.batch_rows(step)
         assert batch.shape == (curriculum.rows[step], T + 1) and batch.dtype == np.int64
         for row, (name, start) in zip(batch.tolist(), rows):
             assert row == tapes[name][start:start + T + 1]
@@ -244,7 +244,7 @@ def test_the_rows_of_the_domains_are_mixed_in_a_batch():
     curriculum, domains = random_run(3, 300)
     assert len(domains) > 1
     dataset = TokenDataset(curriculum, domains, 3)
-    names = [[name for name, _ in dataset.rows(step)] for step in range(curriculum.steps)]
+    names = [[name for name, _ in dataset.batch_rows(step)] for step in range(curriculum.steps)]
     assert sum(order == sorted(order) for order in names) < curriculum.steps / 2
 
 
@@ -266,7 +266,7 @@ def test_a_plan_that_is_prolonged_keeps_what_was_read():
     assert (abs((again.taken * T).cumsum(0) - again.step_tokens.cumsum(0)) < T).all()
     read = {name: [] for name in domains}
     for step in range(400):
-        for name, start in datasets[2].rows(step):
+        for name, start in datasets[2].batch_rows(step):
             read[name] += range(start, start + again.seq_len[step])
     assert all(len(set(places)) == len(places) for places in read.values())
 
@@ -288,7 +288,23 @@ def test_a_prolonged_run_may_drop_and_add_domains():
         new = Curriculum(two, batch_tokens=17 * 8, seq_len=8, max_steps=80, before=(old, step))
         assert (new.taken[step:].sum(1) == 17).all()
         assert (new.taken[:step, 0] == old.taken[:step, 0]).all() and not new.taken[:step, 1].any()
+        # Prolonged again, it goes on from the quotas that it had.
+        third = Curriculum(two, batch_tokens=17 * 8, seq_len=8, max_steps=99,
+                           before=(new, step + 3))
+        assert (third.taken[:step + 3] == new.taken[:step + 3]).all()
+        lag = third.quotas - (third.taken * 8).cumsum(0)
+        assert (abs(lag[step:]) < 8).all() and (third.taken[step:].sum(1) == 17).all()
     Curriculum(two, batch_tokens=8, seq_len=8, max_steps=9, before=(old, 0))
+
+
+def test_a_run_that_has_dropped_domains_can_be_prolonged_twice():
+    shares = {"a": .378, "b": .256, "c": .069, "d": .102, "e": .016, "f": .155, "g": .024}
+    options = {"batch_tokens": 30, "seq_len": 10, "max_steps": 40}
+    seven = Curriculum({name: ("x.txt", share, share) for name, share in shares.items()}, **options)
+    kept = {"a": ("x.txt", 0.37, 0.37), "b": ("x.txt", 0.63, 0.63)}
+    two = Curriculum(kept, before=(seven, 1), **options)
+    again = Curriculum(kept, before=(two, 4), **options)
+    assert (again.taken == two.taken).all()
 
 
 # ---- preparing

@@ -601,8 +601,8 @@ def test_what_is_held_out_is_never_asked_in_training():
     single = [chat(f"What is question number {i % 1200}?", f"Answer {i}.") for i in range(2400)]
     double = [first + second for first, second in zip(single, single[37:])]
     reserved = single[:5]
-    extra = {selection.question_hashes(messages)[0] for messages in reserved}
-    parts = selection.train_val_split(single + double, extra)
+    held_out = {selection.question_hashes(messages)[0] for messages in reserved}
+    parts = selection.train_val_split(single + double, held_out)
 
     assert len(questions(parts["val"])) == pytest.approx(1200 / 50, abs=15)
     assert not questions(parts["train"]) & questions(parts["val"] + reserved)
