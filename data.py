@@ -67,7 +67,7 @@ def value_at(schedule: list[tuple[int, int]], tokens: int) -> int:
     return value
 
 
-MAX_STEPS = 1_000_000  # of a plan: 8 domains take 20 seconds to plan then
+MAX_STEPS = 5_000_000  # of a plan: beyond it planning takes minutes and gigabytes
 
 
 @dataclass

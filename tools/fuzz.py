@@ -11,7 +11,8 @@ may read the file, or refuse it by a UserError of one line. A failure is
     memory         more than MEMORY_LIMIT bytes
     outside        a file opened for writing outside the copy
 
-Mutation i of seed s is mutation 0 of seed s + i, so that each failure can be had again, alone.
+Mutation i of seed s is mutation 0 of seed s + i, so that each failure can be had again, alone. A
+config file is a program: a mutation that makes it compute for long, 10**30219520 say, is a hang.
 """
 import argparse
 import os
