@@ -274,7 +274,8 @@ def check_lr_goes_on(c: Config, curriculum: data.Curriculum, state: dict) -> Non
 
 def theta_at(c: Config, tokens: int) -> float:
     """RoPE's base once so many tokens have been read. One raises the base as the sequences get
-    longer.
+    longer. An evaluation between two steps has the base of the next one, as it has its row length
+    (Validation.rows_at).
 
     >>> c = Config(rope_theta_schedule=[[0, 10_000], [1_000_000, 500_000]])
     >>> theta_at(c, tokens=999_999), theta_at(c, tokens=1_000_000)
@@ -536,7 +537,7 @@ def build(c: Config, device: torch.device) -> Motif:
             # Nothing in a block is random, so there is no random state to restore.
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
                                               preserve_rng_state=False)
-        if c.compile or (c.compile is None and device.type == "cuda"):
+        if compiles(c, device):
             # Each shape of a micro-batch gets a graph of its own: one for each sequence length of
             # the curriculum, and one more where the last micro-batch has fewer rows.
             torch._dynamo.config.recompile_limit = 64
@@ -548,6 +549,11 @@ def build(c: Config, device: torch.device) -> Motif:
     torch.manual_seed(c.seed)
     model.init_weights()
     return model
+
+
+def compiles(c: Config, device: torch.device) -> bool:
+    """Whether torch.compile compiles the blocks."""
+    return device.type == "cuda" if c.compile is None else c.compile
 
 
 def shard(model: Motif, c: Config, device: torch.device) -> None:
@@ -884,10 +890,7 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
         # A run that a signal stops is saved, and evaluated only where that is due.
         evaluate_now = step > log.last_evaluation and is_due(step, c.eval_every, finished)
         save_now = step > start_step and is_due(step, c.save_every, stop)
-
-        # RoPE's base as the next step has it. A checkpoint in which rows get longer is evaluated on
-        # rows of the new length (Validation.rows_at), and so with the base that goes with them.
-        model.config.rope_theta = theta_at(c, curriculum.tokens[step])
+        model.config.rope_theta = theta_at(c, curriculum.tokens[step])  # as the next step has it
 
         # What is not training: evaluate and save, where that is due; stop.
         if evaluate_now or save_now or stop:
@@ -896,8 +899,8 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
         if evaluate_now:
             evaluate_and_log(validation, model, optimizer, curriculum, step, log)
         if save_now:
-            state = state_to_save(nonfinite, dataset, tokenizer)
-            save_checkpoint(out, step, model, optimizer, state, c)
+            save_checkpoint(out, step, model, optimizer,
+                            state_to_save(nonfinite, dataset, tokenizer), c)
         if save_now or stop:
             log.draw()
         if stop:
@@ -905,6 +908,7 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
         timer.resume()
 
         # Training: one step.
+        tell_of_compiling(log, c, device, curriculum.seq_len, step, start_step)
         batch = read_batch(dataset, step)
         lr = lr_at(c, curriculum, step)
         micro_batch_rows = max(1, c.micro_batch_tokens // curriculum.seq_len[step])
@@ -912,8 +916,7 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
                             lr, c)
         nonfinite.unread.append(result.skipped)  # on the device; read() waits for it, when it logs
         if step == start_step:
-            # Not earlier: torch.compile's worker processes end by then (support/ranks.py).
-            signals = install_signal_handlers()
+            signals = install_signal_handlers()  # not earlier: see there
         step += 1
 
         if is_due(step, c.log_every, step in (1, curriculum.steps)):
@@ -922,6 +925,15 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
             log_step(log, timer, optimizer, curriculum, step, lr, result, flops)
 
     log_end(log, c, step, finished)
+
+
+def tell_of_compiling(log: Log, c: Config, device: torch.device, seq_len: list[int], step: int,
+                      start_step: int) -> None:
+    """Say why a step takes longer: torch.compile makes a graph for each length of rows."""
+    is_new = step == start_step or seq_len[step] != seq_len[step - 1]
+    if compiles(c, device) and is_new:
+        log.print(f"compiling for rows of {seq_len[step]:,d} tokens: step {step + 1} takes half a "
+                  "minute longer, or more")
 
 
 def state_to_save(nonfinite: NonFiniteSteps, dataset: Dataset, tokenizer: Tokenizer) -> dict:
