@@ -13,6 +13,7 @@ num_key_value_heads = 4        # 2 pairs
 head_dim = 64
 max_position_embeddings = 4096
 tie_word_embeddings = True
+poly_norm_scale = 1.0          # PolyNorm begins as in its paper, but where a grid says otherwise
 
 tokenizer = "evidence/gpt2.tiktoken"
 domains = {

@@ -181,7 +181,7 @@ def test_poly_norm_scale_is_of_fresh_weights_alone(tmp_path):
     torch.manual_seed(0)
     model = Motif(scaled)
     for (name, p), q in zip(plain.named_parameters(), model.parameters()):
-        assert torch.equal(p / 2 if name.endswith("act_fn.weight") else p, q)
+        assert torch.equal(8 * p if name.endswith("act_fn.weight") else p, q)
     assert scaled.to_dict() == SMALL.to_dict() and "poly_norm_scale" not in SMALL.to_dict()
 
     # A model that is read or grown keeps its weights, whatever the knob says.

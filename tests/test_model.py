@@ -164,7 +164,7 @@ def test_equal_seeds_give_equal_weights_of_the_stated_spread():
         if t.ndim == 2:
             assert t.std().item() == pytest.approx(0.02, rel=0.1)
         elif name.endswith("act_fn.weight"):
-            assert torch.equal(t, torch.full((3,), 1 / 3))
+            assert torch.equal(t, torch.full((3,), 1 / 48))
         elif name.endswith("act_fn.bias"):
             assert t == 0
         elif "norm" in name or "subln" in name:
