@@ -9,8 +9,7 @@ import sft
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-NOT_OF_A_CONFIG = {"help", "key", "json", "only", "nproc_per_node", "nnodes", "rdzv_backend",
-                   "rdzv_endpoint", "max_restarts"}
+NOT_OF_A_CONFIG = {"help", "key", "nproc_per_node", "max_restarts"}
 
 
 def test_options_and_files_that_it_names_exist():
