@@ -80,6 +80,11 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def ceil_div(a, b: int):
+    """a / b, rounded up; a may be a tensor."""
+    return (a + b - 1) // b
+
+
 def use_triton(x: Tensor) -> bool:
     """Whether a kernel, and not plain PyTorch, works on x."""
     if not ENABLED or triton is None or x.dtype == torch.float64:
@@ -520,7 +525,7 @@ def differential_norm_backward_kernel(dy_ptr, signal_ptr, noise_ptr, lambda_ptr,
         dz = inv_rms * (d_normed - normed * (tl.sum(d_normed * normed, 2, keep_dims=True) / width))
         tl.store(d_signal_ptr + offsets, dz.to(d_signal_ptr.dtype.element_ty), mask=mask)
 
-        # Lanes from r on hold no head. Their dy was loaded as 0, so their dz is 0 and does not count.
+        # Lanes from r on hold no head. Their dy was loaded as 0, so their dz is 0 too.
         dz = tl.sum(dz, 1, keep_dims=True)
         d_noise = (-lambda_ * dz).to(d_noise_ptr.dtype.element_ty)
         tl.store(d_noise_ptr + g * width + i, d_noise, mask=noise_mask)
@@ -981,13 +986,17 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #     index_in_kind   counts signal heads or noise heads only   columns of d_signal or d_noise
 #     head_in_ds      pair_in_ds * heads_per_pair + head_in_pair    what the grid of dQ counts
 #
-# For example 12.7B (P = 8, heads_per_pair = 5) at T = 16,384, two pairs at a time, sequence b = 1:
+# For example two heads of 12.7B (P = 8, R = 4, heads_per_pair = 5), of sequence b = 1. At T =
+# 16,384 two pairs are done at one time, and these two heads' turn comes with first_pair = 10:
 #
-#                     pair  pair_in_batch  first_pair  pair_in_ds  head_in_pair  in_kind  head_in_ds
-#     h = 17, signal  3     1 * 8 + 3 = 11     10          1       17 - 15 = 2      2     5 + 2 = 7
-#     h = 19, noise   3     1 * 8 + 3 = 11     10          1       19 - 15 = 4      0     5 + 4 = 9
-#
-# Head 17's dO is head 3 * 4 + 2 = 14 of d_signal, and head 19's is head 3 * 1 + 0 = 3 of d_noise.
+#                     h = 17, a signal head           h = 19, the noise head of its group
+#     pair            17 // 5 = 3                     19 // 5 = 3
+#     pair_in_batch   1 * 8 + 3 = 11                  11
+#     pair_in_ds      11 - 10 = 1                     1
+#     head_in_pair    17 - 3 * 5 = 2                  19 - 3 * 5 = 4
+#     index_in_kind   2                               0
+#     head_in_ds      1 * 5 + 2 = 7                   1 * 5 + 4 = 9
+#     its dO          head 3 * 4 + 2 of d_signal      head 3 * 1 + 0 of d_noise
 #
 # The kernels turn them into first rows of a matrix: seq_row of the sequence in q, k, v and dO;
 # lse_row of the pair in lse and delta; ds_row of the pair in ds. A head has tiles_per_head tiles.
@@ -1041,15 +1050,17 @@ def attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
     heads_per_group: tl.constexpr = 1 if IS_NOISE else R
     num_blocks = (hi - lo + BM - 1) // BM
     for step in range(0, GROUPS_PER_PAIR * heads_per_group * num_blocks):
+        # Which head of the pair, and from which row on.
         index_in_kind = step // num_blocks
         m0 = lo + step % num_blocks * BM
         group_in_pair = index_in_kind // heads_per_group
         head_in_pair = group_in_pair * (R + N) + IS_NOISE * R + index_in_kind % heads_per_group
         rows = m0 + tl.arange(0, BM)
+
         h = pair * (GROUPS_PER_PAIR * (R + N)) + head_in_pair
         Q = q_desc.load([seq_row + m0, h * D])
-        h_in_dO = pair * (GROUPS_PER_PAIR * heads_per_group) + index_in_kind
-        dO = d_out_desc.load([seq_row + m0, h_in_dO * DV])
+        h_in_kind = pair * (GROUPS_PER_PAIR * heads_per_group) + index_in_kind
+        dO = d_out_desc.load([seq_row + m0, h_in_kind * DV])
         lse = lse_desc.load([lse_row + head_in_pair, m0]).reshape(BM)
 
         p = tl.exp2(tl.dot(K, Q.T) * qk_scale - lse[None, :])
@@ -1185,7 +1196,7 @@ class AttentionShape:
         self.G = num_noise_heads or self.P
         self.R = self.H // self.G - self.N
         self.heads = {"R": self.R, "N": self.N, "GROUPS_PER_PAIR": self.G // self.P}
-        self.tile_rows = -(-self.T // TILE)
+        self.tile_rows = ceil_div(self.T, TILE)
         self.sm_scale = self.D**-0.5                  # what logits are multiplied by
         self.qk_scale = self.sm_scale / math.log(2)   # the same for logits in base 2
 
@@ -1407,11 +1418,6 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
 # lists of the queries that see them. Those are ranges too.
 
 FLEX_BLOCK = 128          # side of the mask's blocks: PyTorch's default
-
-
-def ceil_div(a, b: int):
-    """a / b, rounded up; a may be a tensor."""
-    return (a + b - 1) // b
 
 
 def interval_block_mask(first: Tensor, last: Tensor, S: int) -> BlockMask:
@@ -1664,7 +1670,7 @@ def symmetric_matmul(X: Tensor, Y: Tensor, alpha: float, addend: Tensor | None =
         return torch.baddbmm(C, X, Y.mT, beta=beta, alpha=alpha)
 
     E, m, k = X.shape
-    tile_rows = -(-m // TILE)
+    tile_rows = ceil_div(m, TILE)
     tiles = tile_rows * (tile_rows + 1) // 2
     C = X.new_empty(E, m, m)
     by_rows = X.stride(2) == 1

@@ -622,9 +622,9 @@ def assign_owners(shapes, ranks: int) -> tuple[list, list]:
 
     Cut this schedule into windows, each as long as the largest matrix takes; the matrices that
     start in one window are one chunk -> (the owner of each matrix, the matrices of each chunk).
-    At the end of a chunk any two ranks have done equal work so far, up to one matrix. Who is done
-    first need not wait there: a rank may run one chunk ahead, since it awaits O(k) only after its
-    own Newton-Schulz of chunk k + 1.
+    At the end of a chunk any two ranks have done equal work so far, up to one matrix. The first
+    to finish need not wait there: a rank may run one chunk ahead, since it awaits O(k) only after
+    its own Newton-Schulz of chunk k + 1.
 
     Four matrices take 3, 2, 2 and 1 units of time. Rank 0 starts the first at time 0 and the last
     at time 3, which is in the second window; rank 1 starts the others at times 0 and 2. After the
