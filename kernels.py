@@ -525,7 +525,8 @@ def differential_norm_backward_kernel(dy_ptr, signal_ptr, noise_ptr, lambda_ptr,
         dz = inv_rms * (d_normed - normed * (tl.sum(d_normed * normed, 2, keep_dims=True) / width))
         tl.store(d_signal_ptr + offsets, dz.to(d_signal_ptr.dtype.element_ty), mask=mask)
 
-        # Lanes from r on hold no head. Their dy was loaded as 0, so their dz is 0 too.
+        # Lanes from r on hold no head. Their dy was loaded as 0, so their dz is 0 too: inv_rms is
+        # finite, since eps > 0.
         dz = tl.sum(dz, 1, keep_dims=True)
         d_noise = (-lambda_ * dz).to(d_noise_ptr.dtype.element_ty)
         tl.store(d_noise_ptr + g * width + i, d_noise, mask=noise_mask)
