@@ -65,7 +65,9 @@ TILE = 128                # side of the square tiles of attention and of symmetr
 LOSS_CHUNK = 4096         # rows whose logits exist at one time in linear_cross_entropy
 CACHE_BLOCK = 2**18       # elements per block of PolyNorm on a CPU: 1 MiB of fp32 fits an L2 cache
 DS_BYTES = 3 * 2**30      # memory for dS, see the backward pass of attention
-SYMMETRIC_TILES = 264     # with fewer tiles muonclip.py leaves a symmetric product to cuBLAS
+# With fewer tiles than this, two for each of an H200's 132 multiprocessors, muonclip.py leaves a
+# symmetric product to cuBLAS.
+SYMMETRIC_TILES = 264
 
 
 def upcast(t: Tensor) -> Tensor:
@@ -76,6 +78,11 @@ def upcast(t: Tensor) -> Tensor:
 def widest_float(device: torch.device) -> torch.dtype:
     """float64, or fp32 on an Apple GPU, which has nothing wider."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def ceil_div(a, b: int):
+    """a / b, rounded up; a may be a tensor."""
+    return (a + b - 1) // b
 
 
 def use_triton(x: Tensor) -> bool:
@@ -323,28 +330,31 @@ def poly_norm_backward_kernel(d_out_ptr, x_ptr, up_ptr, weight_ptr, bias_ptr, in
     b = tl.load(bias_ptr).to(tl.float32)
 
     # Partial sums of g x^p, one per lane of the block, so that a pass ends in a single reduction.
-    g0 = tl.zeros((BLOCK_SIZE,), tl.float32)
-    g1, g2, g3 = g0, g0, g0
+    sum_g = tl.zeros((BLOCK_SIZE,), tl.float32)
+    sum_gx = tl.zeros((BLOCK_SIZE,), tl.float32)
+    sum_gx2 = tl.zeros((BLOCK_SIZE,), tl.float32)
+    sum_gx3 = tl.zeros((BLOCK_SIZE,), tl.float32)
     for start in range(0, n, BLOCK_SIZE):
         i = start + tl.arange(0, BLOCK_SIZE)
         # evict_last asks the L2 cache to keep this row for the second pass.
         x = load_row(x_ptr, row * x_row_stride, i, n, "evict_last").to(tl.float32)
-        g = load_row(d_out_ptr, row * d_out_row_stride, i, n, "evict_last").to(tl.float32)
+        d_out = load_row(d_out_ptr, row * d_out_row_stride, i, n, "evict_last").to(tl.float32)
         up = load_row(up_ptr, row * up_row_stride, i, n, "evict_last")
         y = x * (c1 + x * (c2 + x * c3)) + b
-        tl.store(d_up_ptr + row * n + i, (g * y).to(d_up_ptr.dtype.element_ty), i < n,
+        tl.store(d_up_ptr + row * n + i, (d_out * y).to(d_up_ptr.dtype.element_ty), i < n,
                  eviction_policy="evict_first")
-        g *= up.to(tl.float32)
-        g0 += g
-        g *= x
-        g1 += g
-        g *= x
-        g2 += g
-        g3 += g * x
 
-    s1 = r1 * tl.sum(g1)
-    s2 = r2 * tl.sum(g2)
-    s3 = r3 * tl.sum(g3)
+        g = d_out * up.to(tl.float32)
+        gx = g * x
+        gx2 = gx * x
+        sum_g += g
+        sum_gx += gx
+        sum_gx2 += gx2
+        sum_gx3 += gx2 * x
+
+    s1 = r1 * tl.sum(sum_gx)
+    s2 = r2 * tl.sum(sum_gx2)
+    s3 = r3 * tl.sum(sum_gx3)
     k1 = c1 * r1 * s1 / n
     k2 = 2 * c2 * r2 * s2 / n
     k3 = 3 * c3 * r3 * s3 / n
@@ -353,8 +363,9 @@ def poly_norm_backward_kernel(d_out_ptr, x_ptr, up_ptr, weight_ptr, bias_ptr, in
     for start in range(0, n, BLOCK_SIZE):
         i = start + tl.arange(0, BLOCK_SIZE)
         x = load_row(x_ptr, row * x_row_stride, i, n, "evict_first").to(tl.float32)
-        g = load_row(d_out_ptr, row * d_out_row_stride, i, n, "evict_first").to(tl.float32)
-        g *= load_row(up_ptr, row * up_row_stride, i, n, "evict_first").to(tl.float32)
+        d_out = load_row(d_out_ptr, row * d_out_row_stride, i, n, "evict_first").to(tl.float32)
+        up = load_row(up_ptr, row * up_row_stride, i, n, "evict_first").to(tl.float32)
+        g = d_out * up
         x2 = x * x
         dx = g * (c1 + x * (2 * c2 + x * (3 * c3))) - x * (k1 + x2 * (k2 + x2 * k3))
         tl.store(dx_ptr + row * n + i, dx.to(dx_ptr.dtype.element_ty), i < n,
@@ -365,7 +376,7 @@ def poly_norm_backward_kernel(d_out_ptr, x_ptr, up_ptr, weight_ptr, bias_ptr, in
     tl.store(sums_ptr + row, s3)
     tl.store(sums_ptr + num_rows + row, s2)
     tl.store(sums_ptr + 2 * num_rows + row, s1)
-    tl.store(sums_ptr + 3 * num_rows + row, tl.sum(g0))
+    tl.store(sums_ptr + 3 * num_rows + row, tl.sum(sum_g))
 
 
 def empty_poly_norm_outputs(x, up, weight, bias, eps):
@@ -514,8 +525,9 @@ def differential_norm_backward_kernel(dy_ptr, signal_ptr, noise_ptr, lambda_ptr,
         dz = inv_rms * (d_normed - normed * (tl.sum(d_normed * normed, 2, keep_dims=True) / width))
         tl.store(d_signal_ptr + offsets, dz.to(d_signal_ptr.dtype.element_ty), mask=mask)
 
-        # Lanes from r on hold no head and must not count.
-        dz = tl.sum(tl.where(h < r, dz, 0.0), 1, keep_dims=True)
+        # Lanes from r on hold no head. Their dy was loaded as 0, so their dz is 0 too: inv_rms is
+        # finite, since eps > 0.
+        dz = tl.sum(dz, 1, keep_dims=True)
         d_noise = (-lambda_ * dz).to(d_noise_ptr.dtype.element_ty)
         tl.store(d_noise_ptr + g * width + i, d_noise, mask=noise_mask)
         d_lambda -= dz * noise
@@ -609,10 +621,10 @@ def fused_differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weig
 #
 #     dlogits = scale (softmax(logits) - onehot(target))                            (chunk, V)
 #
-# and multiply that on at once, dx = dlogits weight and dweight += dlogits^T x, before the next
-# chunk reuses the memory. So the forward pass already makes both gradients, and the backward pass
-# only multiplies them by the gradient of the loss, which is 1 in training. The price: one backward
-# pass only (autograd refuses a second, as that changes in place what was saved).
+# and compute dx = dlogits weight and dweight += dlogits^T x from it at once, before the next chunk
+# reuses the memory. So the forward pass already makes both gradients, and the backward pass only
+# multiplies them by the gradient of the loss, which is 1 in training. It does so in place, so there
+# can be one backward pass only: autograd refuses a second.
 #
 # scale, 1 / the number of tokens for a mean, belongs inside. Had the caller divided the loss by the
 # number of tokens instead, the gradients would first be rounded to bf16 and then multiplied and
@@ -797,18 +809,19 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 #
 # Who reads what. As in model.py there are H query heads, and P pairs of key heads, each pair with a
 # value head. Query heads stand group after group, each group's noise head last. `group` counts all
-# groups of a sequence, and GP of them share one pair of key heads:
+# G groups of a sequence, and GROUPS_PER_PAIR = G / P of them share one pair of key heads. In 12.7B
+# P = G = 8, so GROUPS_PER_PAIR = 1, and R = 4, N = 1:
 #
-#     h     = group * (R + N) + i                                 12.7B: P = 8, GP = 1, R = 4, N = 1
-#     pair  = group // GP
+#     h     = group * (R + N) + i
+#     pair  = group // GROUPS_PER_PAIR                            12.7B:
 #     i < R    a signal head: reads key head 2 * pair             h = 0 .. 3 read key head 0
 #     i == R   the noise head: reads key head 2 * pair + 1        h = 4 reads key head 1
 #     both read value head `pair`, which is DV = 2D wide          h = 5 .. 8 read key head 2, ...
 #
 # So h is here the number of a query head, and is_noise = i // R. R is r, and N is 1. For plain
 # grouped-query attention N is 0: then a "pair" is one key head, and a group is the R query heads
-# that read it. The heads of one pair are neighbours, and head_in_pair counts them: h = pair * GP *
-# (R + N) + head_in_pair.
+# that read it. The heads of one pair are neighbours, and head_in_pair counts them: h = pair *
+# heads_per_pair + head_in_pair, where heads_per_pair = GROUPS_PER_PAIR * (R + N).
 #
 # q, k and v are seen as matrices of B * T rows, q with H * D columns and so on. So sequence b
 # begins at row b * T, and head h at column h * D. desc.load([row, column]) copies a block by TMA.
@@ -841,8 +854,8 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # lse = m_i + log2(l_i) of each row is saved for the backward pass: from it the softmax, p =
 # exp2(q.k * qk_scale - lse), can be had again.
 #
-# Documents. Rows may be packed with several: query t then sees the keys doc_start[t], ..., t.
-# Blocks of keys before the first row's document are skipped.
+# Documents. A sequence may hold several documents, end to end: query t then sees the keys
+# doc_start[t], ..., t. Blocks of keys before the document of a block's first query are skipped.
 
 @jit
 def attention_forward_sweep(Q, acc, m_i, l_i, k_desc, v_desc, seq_row, k_col, v_col, rows,
@@ -889,8 +902,8 @@ def block_pointers(ptr, first_vector, num_heads, ROWS: tl.constexpr, WIDTH: tl.c
 @jit
 def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, noise_ptr, lse_ptr,
                              max_logit_ptr, T, H, qk_scale, R: tl.constexpr, N: tl.constexpr,
-                             GP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
-                             BN: tl.constexpr):
+                             GROUPS_PER_PAIR: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+                             BM: tl.constexpr, BN: tl.constexpr):
     """One program: BM query rows of one head. The grid is (blocks of rows, B * H)."""
     # The last rows see the most keys. They come first, so that no long program is left at the end.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -898,7 +911,7 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
     b = bh // H
     h = bh % H
     group = h // (R + N)
-    pair = group // GP
+    pair = group // GROUPS_PER_PAIR
     is_noise = h % (R + N) // R
     m0 = block * BM
     rows = m0 + tl.arange(0, BM)
@@ -970,9 +983,21 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #     pair            0 .. P - 1, in its sequence               columns of q, k, v and of dO
 #     pair_in_batch   b * P + pair                              rows of lse and delta
 #     pair_in_ds      pair_in_batch - first_pair                rows of ds
-#     head_in_pair    0 .. GP (R + N) - 1, all its heads        columns of q; rows of lse, delta, ds
+#     head_in_pair    0 .. heads_per_pair - 1, all its heads    columns of q; rows of lse, delta, ds
 #     index_in_kind   counts signal heads or noise heads only   columns of d_signal or d_noise
-#     head_in_ds      pair_in_ds * GP (R + N) + head_in_pair    what the grid of dQ counts
+#     head_in_ds      pair_in_ds * heads_per_pair + head_in_pair    what the grid of dQ counts
+#
+# For example two heads of 12.7B (P = 8, R = 4, heads_per_pair = 5), of sequence b = 1. At T =
+# 16,384 two pairs are done at one time, and these two heads' turn comes with first_pair = 10:
+#
+#                     h = 17, a signal head           h = 19, the noise head of its group
+#     pair            17 // 5 = 3                     19 // 5 = 3
+#     pair_in_batch   1 * 8 + 3 = 11                  11
+#     pair_in_ds      11 - 10 = 1                     1
+#     head_in_pair    17 - 3 * 5 = 2                  19 - 3 * 5 = 4
+#     index_in_kind   2                               0
+#     head_in_ds      1 * 5 + 2 = 7                   1 * 5 + 4 = 9
+#     its dO          head 3 * 4 + 2 of d_signal      head 3 * 1 + 0 of d_noise
 #
 # The kernels turn them into first rows of a matrix: seq_row of the sequence in q, k, v and dO;
 # lse_row of the pair in lse and delta; ds_row of the pair in ds. A head has tiles_per_head tiles.
@@ -1013,23 +1038,30 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 def attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc, ds_desc, ds_row,
                          tiles_per_head, seq_row, lse_row, pair, n0, doc_end, lo, hi, qk_scale,
                          IS_NOISE: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr,
-                         N: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-                         BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
+                         N: tl.constexpr, GROUPS_PER_PAIR: tl.constexpr, D: tl.constexpr,
+                         DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
                          NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
-    """What the query rows lo to hi add to dK and dV of the keys K (BN, D). One loop goes over all
-    heads of the pair that are signal heads, or noise heads if IS_NOISE, and over their rows. Here p
-    and dS are (BN, BM), keys by queries. First rows: seq_row of the sequence in q and dO, lse_row
-    of the pair in lse and delta, ds_row of the pair in ds."""
+    """What the query rows lo to hi add to dK and dV of the keys K (BN, D), from all heads of the
+    pair that are signal heads, or noise heads if IS_NOISE. Here p and dS are (BN, BM), keys by
+    queries. First rows: seq_row of the sequence in q and dO, lse_row of the pair in lse and delta,
+    ds_row of the pair in ds.
+
+    One loop goes over heads and rows, instead of two nested ones: Triton loads ahead only within
+    an innermost loop, which would begin afresh with each head."""
     heads_per_group: tl.constexpr = 1 if IS_NOISE else R
     num_blocks = (hi - lo + BM - 1) // BM
-    for step in range(0, GP * heads_per_group * num_blocks):
+    for step in range(0, GROUPS_PER_PAIR * heads_per_group * num_blocks):
+        # Which head of the pair, and from which row on.
         index_in_kind = step // num_blocks
         m0 = lo + step % num_blocks * BM
         group_in_pair = index_in_kind // heads_per_group
         head_in_pair = group_in_pair * (R + N) + IS_NOISE * R + index_in_kind % heads_per_group
         rows = m0 + tl.arange(0, BM)
-        Q = q_desc.load([seq_row + m0, (pair * (GP * (R + N)) + head_in_pair) * D])
-        dO = d_out_desc.load([seq_row + m0, (pair * (GP * heads_per_group) + index_in_kind) * DV])
+
+        h = pair * (GROUPS_PER_PAIR * (R + N)) + head_in_pair
+        Q = q_desc.load([seq_row + m0, h * D])
+        h_in_kind = pair * (GROUPS_PER_PAIR * heads_per_group) + index_in_kind
+        dO = d_out_desc.load([seq_row + m0, h_in_kind * DV])
         lse = lse_desc.load([lse_row + head_in_pair, m0]).reshape(BM)
 
         p = tl.exp2(tl.dot(K, Q.T) * qk_scale - lse[None, :])
@@ -1053,31 +1085,36 @@ def attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
 @jit
 def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_noise_desc,
                           lse_desc, delta_desc, dk_ptr, dv_ptr, ds_desc, first_pair, T, P,
-                          qk_scale, sm_scale, R: tl.constexpr, N: tl.constexpr, GP: tl.constexpr,
-                          D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                          TILE: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
-    """One program: BN keys of one pair. NEED_DK: dK of its signal and its noise key head, and dS,
-    which ds has room for. NEED_DV: dV. The grid is (blocks of keys, pairs from first_pair on)."""
+                          qk_scale, sm_scale, R: tl.constexpr, N: tl.constexpr,
+                          GROUPS_PER_PAIR: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+                          BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
+                          NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
+    """One program: BN keys of one pair. NEED_DK: it computes dK of the pair's signal and noise key
+    heads, and writes dS to ds. NEED_DV: it computes dV. The grid is (blocks of keys, pairs from
+    first_pair on)."""
     pair_in_ds = tl.program_id(1)
     pair_in_batch = first_pair + pair_in_ds
     b = pair_in_batch // P
     pair = pair_in_batch % P
     n0 = tl.program_id(0) * BN
     n = tl.arange(0, BN)
-    heads_per_pair: tl.constexpr = GP * (R + N)
+    heads_per_pair: tl.constexpr = GROUPS_PER_PAIR * (R + N)
     lse_row = pair_in_batch * heads_per_pair
     tile_rows = (T + TILE - 1) // TILE
     tiles_per_head = tile_rows * (tile_rows + 1) // 2
     ds_row = pair_in_ds * heads_per_pair * tiles_per_head * TILE
 
     # Start at the tile's first row, although those queries may precede the keys: their dS is 0, but
-    # it must be written, since attention_dq_kernel loads whole tiles.
+    # it must be written, since attention_dq_kernel loads whole tiles. If T % TILE is 1 to BM, the
+    # last tile's columns from BM on stay unwritten. Those are queries beyond T, whose rows of dQ
+    # are not stored.
     lo = n0 // TILE * TILE
     if doc_end_ptr is None:
         masked_hi = tl.minimum(lo + TILE, T)
         doc_end = tl.full([BN], 2**31 - 1, tl.int32)
     else:
-        # No query beyond the end of the last key's document sees any of these keys.
+        # No query beyond the end of the last key's document sees any of these keys; but dS is
+        # written up to the end of that tile, again for attention_dq_kernel.
         doc_end = tl.load(doc_end_ptr + b * T + n0 + n, n0 + n < T, 0)
         masked_hi = tl.minimum((tl.max(doc_end, 0) + TILE - 1) // TILE * TILE, T)
 
@@ -1093,14 +1130,14 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
         d_out_desc = d_noise_desc if IS_NOISE else d_signal_desc
         dK, dV = attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
                                       ds_desc, ds_row, tiles_per_head, b * T, lse_row, pair, n0,
-                                      doc_end, lo, masked_hi, qk_scale, IS_NOISE, True, R, N, GP,
-                                      D, DV, BM, BN, TILE, NEED_DK, NEED_DV)
+                                      doc_end, lo, masked_hi, qk_scale, IS_NOISE, True, R, N,
+                                      GROUPS_PER_PAIR, D, DV, BM, BN, TILE, NEED_DK, NEED_DV)
         if doc_end_ptr is None:
             # All later queries see all of these keys.
             dK, dV = attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
                                           ds_desc, ds_row, tiles_per_head, b * T, lse_row, pair,
                                           n0, doc_end, masked_hi, T, qk_scale, IS_NOISE, False, R,
-                                          N, GP, D, DV, BM, BN, TILE, NEED_DK, NEED_DV)
+                                          N, GROUPS_PER_PAIR, D, DV, BM, BN, TILE, NEED_DK, NEED_DV)
         if NEED_DK:
             first_vector = first_row * (P * (1 + N)) + key_head
             dk_ptrs = block_pointers(dk_ptr, first_vector, P * (1 + N), BN, D)
@@ -1113,11 +1150,11 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
 
 @jit
 def attention_dq_kernel(ds_desc, k_desc, doc_start_ptr, dq_ptr, first_pair, T, P, sm_scale,
-                        R: tl.constexpr, N: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
-                        BN: tl.constexpr, TILE: tl.constexpr):
+                        R: tl.constexpr, N: tl.constexpr, GROUPS_PER_PAIR: tl.constexpr,
+                        D: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr):
     """One program: dQ = dS K / sqrt(D) for one tile row t of one head. The grid is (tile rows,
     heads of the pairs in ds)."""
-    heads_per_pair: tl.constexpr = GP * (R + N)
+    heads_per_pair: tl.constexpr = GROUPS_PER_PAIR * (R + N)
     t = tl.num_programs(0) - 1 - tl.program_id(0)
     head_in_ds = tl.program_id(1)         # pair_in_ds * heads_per_pair + head_in_pair
     pair_in_batch = first_pair + head_in_ds // heads_per_pair
@@ -1150,7 +1187,8 @@ def attention_dq_kernel(ds_desc, k_desc, doc_start_ptr, dq_ptr, first_pair, T, P
 
 class AttentionShape:
     """Sizes of one call. DV is the width of a value head, P the number of pairs of key heads, and
-    R, N and GP are explained above. Without noise heads each key head is a pair with one group."""
+    R, N and GROUPS_PER_PAIR are explained above. Without noise heads each key head is a pair with
+    one group."""
 
     def __init__(self, q: Tensor, v: Tensor, num_noise_heads: int):
         self.B, self.T, self.H, self.D = q.shape
@@ -1158,9 +1196,8 @@ class AttentionShape:
         self.N = 1 if num_noise_heads else 0
         self.G = num_noise_heads or self.P
         self.R = self.H // self.G - self.N
-        self.GP = self.G // self.P
-        self.heads = {"R": self.R, "N": self.N, "GP": self.GP}
-        self.tile_rows = -(-self.T // TILE)
+        self.heads = {"R": self.R, "N": self.N, "GROUPS_PER_PAIR": self.G // self.P}
+        self.tile_rows = ceil_div(self.T, TILE)
         self.sm_scale = self.D**-0.5                  # what logits are multiplied by
         self.qk_scale = self.sm_scale / math.log(2)   # the same for logits in base 2
 
@@ -1201,6 +1238,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
                          f"{s.B} x {s.H}; use smaller micro-batches")
     signal, noise, lse, _ = empty_attention_outputs(q, k, v, doc_start, num_noise_heads)
     max_logit = q.new_empty(s.B, s.H, s.tile_rows, dtype=torch.float32)   # of each block of rows
+    # Keys at a time, and stages: the fastest, measured on an H200, of those that fit its shared
+    # memory. (At D = 128 and DV = 256, two stages of 128 keys take 225 of its 227 KiB.)
     BN, num_stages = (128, 2) if s.DV > s.D else (64, 3)
     attention_forward_kernel[s.tile_rows, s.B * s.H](
         tma(flatten_batch_for_tma(q), TILE, s.D), tma(flatten_batch_for_tma(k), BN, s.D),
@@ -1211,7 +1250,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
 
 # How attention_dkdv_kernel is launched. Where both accumulators, dK (BN, D) and dV (BN, DV) in
 # fp32, fit the registers, one pass makes both. Where they do not, at D = 128, dV has a pass of its
-# own: p is computed twice, and blocks of keys may be twice as large.
+# own: p is computed twice, and blocks of keys may be twice as large. These numbers too were the
+# fastest, measured on an H200, of those that fit.
 ONE_PASS = dict(BM=64, BN=64, NEED_DK=True, NEED_DV=True, num_warps=4, num_stages=2)
 DV_PASS = dict(BM=64, BN=128, NEED_DK=False, NEED_DV=True, num_warps=8, num_stages=3)
 DK_PASS = dict(BM=64, BN=128, NEED_DK=True, NEED_DV=False, num_warps=8, num_stages=2)
@@ -1379,11 +1419,6 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
 # lists of the queries that see them. Those are ranges too.
 
 FLEX_BLOCK = 128          # side of the mask's blocks: PyTorch's default
-
-
-def ceil_div(a, b: int):
-    """a / b, rounded up; a may be a tensor."""
-    return (a + b - 1) // b
 
 
 def interval_block_mask(first: Tensor, last: Tensor, S: int) -> BlockMask:
@@ -1565,9 +1600,9 @@ def lower_tile(t, num_rows):
 
     Row by row, tile t would be in row i = (sqrt(8 t + 1) - 1) / 2, rounded down: for the first tile
     of row i, 8 t + 1 is (2i + 1)^2, for its last (2i + 3)^2 - 8. (The code has 5 in place of 1.
-    That gives the same i, and leaves room for rounding at both ends.) Row i is in the right band,
-    since a band as a whole has the same numbers either way. Two tiles of the picture above, which
-    has bands of two; everything is counted from 0:
+    That gives the same i, and leaves room for rounding at both ends.) The bands do not number tiles
+    row by row, but reordering stays inside a band, so this i is a row of the right band. Two tiles
+    of the picture above, which has bands of two; everything is counted from 0:
 
         t = 5    i = 2: the band of rows 2 and 3. It begins at number 2 * 3 / 2 = 3, so t is its
                  number 2. Each of its 2 columns before the triangle has 2 tiles, so 2 is the top
@@ -1580,10 +1615,10 @@ def lower_tile(t, num_rows):
     height = min(num_rows - top, 8)
     in_band = t - top * (top + 1) // 2                      # the number within the band
     in_triangle = in_band - top * height                    # within the triangle; < 0: left of it
-    v = ((tl.sqrt(8.0 * tl.maximum(in_triangle, 0) + 5.0) - 1.0) * 0.5).to(tl.int32)
-    row = top + tl.where(in_triangle < 0, in_band % height, v)
-    w = in_triangle - v * (v + 1) // 2                      # row v and column w of the triangle
-    column = tl.where(in_triangle < 0, in_band // height, top + w)
+    triangle_i = ((tl.sqrt(8.0 * tl.maximum(in_triangle, 0) + 5.0) - 1.0) * 0.5).to(tl.int32)
+    row = top + tl.where(in_triangle < 0, in_band % height, triangle_i)
+    triangle_j = in_triangle - triangle_i * (triangle_i + 1) // 2
+    column = tl.where(in_triangle < 0, in_band // height, top + triangle_j)
     return row, column
 
 
@@ -1636,7 +1671,7 @@ def symmetric_matmul(X: Tensor, Y: Tensor, alpha: float, addend: Tensor | None =
         return torch.baddbmm(C, X, Y.mT, beta=beta, alpha=alpha)
 
     E, m, k = X.shape
-    tile_rows = -(-m // TILE)
+    tile_rows = ceil_div(m, TILE)
     tiles = tile_rows * (tile_rows + 1) // 2
     C = X.new_empty(E, m, m)
     by_rows = X.stride(2) == 1

@@ -104,10 +104,10 @@ def plain_newton_schulz(u: Tensor, steps: int = 5, coefficients: str = "motif") 
 # of mantissa. The larger range of bf16 is not needed.
 #
 # Scale. |X|_F = 1 means that the entries of X are about 1 / sqrt(m n), 1.2e-4 for 4096 x 16384,
-# and below 6.1e-5 fp16 loses bits (subnormal numbers). So the code keeps larger multiples. In
-# names, s stands for SCALE, not for a singular value: sX = SCALE X, ssA = sX sX^T = SCALE^2 A. 64
-# is the largest safe power of two: singular values reach 1.99 with polar_express, so entries of ssA
-# reach 64^2 * 1.99^2 = 16,000; 128 gives 65,000, and fp16 ends at 65,504.
+# and below 6.1e-5 fp16 loses bits (subnormal numbers). So the code works with multiples. In names,
+# s stands for SCALE, not for a singular value: sX = SCALE X, sA = SCALE A, and ssA = sX sX^T =
+# SCALE^2 A. 64 is the largest safe power of two: singular values reach 1.99 with polar_express, so
+# entries of ssA reach 64^2 * 1.99^2 = 16,000; 128 gives 65,000, and fp16 ends at 65,504.
 
 SCALE = 64.0
 
@@ -164,7 +164,8 @@ def normalize(matrices: Tensor, margin: float) -> Tensor:
 
 
 def plain_steps(sX: Tensor, table: list) -> Tensor:
-    """Run Newton-Schulz on sX (E, m, n) in few calls, since calls are what small matrices cost."""
+    """Run Newton-Schulz on sX (E, m, n), in three calls a step: for small matrices the time goes
+    into launching kernels. alpha and beta undo what SCALE adds, so that B is b A + c A A."""
     for a, b, c in table:
         ssA = torch.bmm(sX, sX.mT)
         B = torch.baddbmm(ssA, ssA, ssA, beta=b / SCALE**2, alpha=c / SCALE**4)
@@ -181,7 +182,8 @@ def gram_steps(sX: Tensor, table: list, span: int) -> Tensor:
     all symmetric, since they are polynomials in one matrix.
 
     Then compute A from X again: rounding makes eigenvalues of A that should be 0 a little negative,
-    and these grow by about a^2 = 16 in each step. In fp16 that is harmless for three steps."""
+    and each step multiplies these by about a^2: 6 to 17, and 67 in polar_express's first step. In
+    fp16 that is harmless for three steps."""
     # symmetric(X, Y, alpha, addend, beta) is alpha X Y^T + beta addend.
     symmetric = kernels.symmetric_matmul
     for first in range(0, len(table), span):
@@ -202,6 +204,8 @@ def gram_steps(sX: Tensor, table: list, span: int) -> Tensor:
             else:
                 sQ = symmetric(sQ, sB, 1 / SCALE, sQ, a)
 
+        # sX = sQ sX / SCALE, in one call: bmm has no alpha, and with beta = 0 baddbmm ignores its
+        # first argument. `out` keeps the layout: a tall matrix, transposed, has contiguous columns.
         sX = torch.baddbmm(sX, sQ, sX, beta=0, alpha=1 / SCALE, out=torch.empty_like(sX))
     return sX
 
@@ -236,7 +240,8 @@ def add_to_momentum(momentum: Tensor, G: Tensor, mu: Tensor, skip: Tensor,
 
 @compile_rowwise
 def apply_update(weight: Tensor, O: Tensor, decay: Tensor, rate: Tensor) -> Tensor:
-    """weight = decay * weight - rate * O, in place -> the norms of the rows that O is viewed in."""
+    """weight = decay * weight - rate * O, in place -> partial norms of O, for update_rms: one for
+    each row of 1024 numbers in which O is viewed."""
     weight.mul_(decay).addcmul_(O, rate, value=-1)
     return torch.linalg.vector_norm(O, dim=1, dtype=weight.dtype)
 
@@ -313,8 +318,8 @@ def scale_rows(weight: Tensor, factors: Tensor) -> None:
     """Multiply row i of weight (rows, columns) by factors[i], in place; each rank in its shard."""
     if hasattr(weight, "placements"):
         mesh = weight.device_mesh
-        box = local_slices(weight.shape, mesh.shape, shard_dims(weight), mesh.get_coordinate())
-        factors = factors[box[0]]
+        slices = local_slices(weight.shape, mesh.shape, shard_dims(weight), mesh.get_coordinate())
+        factors = factors[slices[0]]
     local_shard(weight).mul_(factors[:, None])
 
 
@@ -347,8 +352,9 @@ class MuonClip(torch.optim.Optimizer):
     On many ranks all ranks of a mesh call step() together, with the same `skip`. Parameters that
     are not DTensors belong to each process; the caller reduces their gradients, and max_logits.
 
-    After a step, update_rms[p] is the RMS of a matrix's last update divided by lr, heads_clipped
-    how many heads were above tau. Only reading these tensors waits for the device."""
+    After a step, update_rms[p] is the RMS of 0.2 sqrt(max(m, n)) O: of a matrix's last update
+    divided by lr, without the weight decay. heads_clipped is how many heads were above tau. Only
+    reading these tensors waits for the device."""
 
     def __init__(self, muon_params, adamw_params, *, lr: float, momentum: float = 0.95,
                  weight_decay: float = 0.1, betas=(0.9, 0.95), eps: float = 1e-8,
@@ -448,11 +454,12 @@ class MuonClip(torch.optim.Optimizer):
         return u.view(momentum.shape)
 
     def apply_result(self, p: Tensor, O: Tensor, now: SimpleNamespace) -> None:
-        """Update this rank's part of p by its part of O, and set update_rms[p] to the RMS of scaled
-        O; for a shard, to the sqrt of its share of the whole's mean square."""
+        """Update this rank's part of p by O, which is its part of the whole O if p is sharded. Set
+        update_rms[p] to the RMS of scaled O; for a shard, to the sqrt of its share of the whole's
+        mean square."""
         scale = update_scale(p.shape)
-        row_norms = apply_update(local_shard(p), O, now.decay, now.lr * scale)
-        self.update_rms[p] = torch.linalg.vector_norm(row_norms) * (scale / p.numel() ** 0.5)
+        partial_norms = apply_update(local_shard(p), O, now.decay, now.lr * scale)
+        self.update_rms[p] = torch.linalg.vector_norm(partial_norms) * (scale / p.numel() ** 0.5)
 
     def _adamw_step(self, group: dict, skip: Tensor) -> None:
         params = [p for p in group["params"] if p.grad is not None]
@@ -511,9 +518,9 @@ def configure_optimizer(model, *, optimizer: str = "muonclip", poly_norm_lr_scal
     if poly_norm and poly_norm_lr_scale != 1:
         vectors = result.param_groups[-1]
         params = [p for p in vectors["params"] if p in poly_norm]
-        own = dict(vectors, params=params, lr_scale=poly_norm_lr_scale)
+        poly_norm_group = dict(vectors, params=params, lr_scale=poly_norm_lr_scale)
         vectors["params"] = [p for p in vectors["params"] if p not in poly_norm]
-        result.param_groups.append(own)
+        result.param_groups.append(poly_norm_group)
     return result
 
 
@@ -562,10 +569,10 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 # that each rank has one large matrix to do (replicas_per_muon_group): more would hardly save time.
 #
 # What it costs. A replica keeps matrices of N numbers on C ranks; a group has R replicas (FSDP: 1).
-# A rank receives u of what it owns, N / (R C) numbers, and its shard of every O, N / C; of each it
-# has N / (R C^2) already. That leaves N / (R C) (1 + R - 2 / C). If it gathered every matrix, it
-# would receive N (1 - 1 / C). For the 12.7B model on 8 GPUs in bf16 (N = 10.9e9) that is 4.77 GB
-# instead of 19.08, and an eighth of the FLOPs.
+# A rank needs u of what it owns, N / (R C) numbers, and its shard of every O, N / C. Of the u, and
+# of the O, N / (R C^2) never leave the rank. So it receives N / (R C) (1 + R - 2 / C). If it
+# gathered every matrix, it would receive N (1 - 1 / C). For the 12.7B model on 8 GPUs in bf16 (N =
+# 10.9e9) that is 4.77 GB instead of 19.08, and an eighth of the FLOPs.
 
 def is_spread(p: Tensor) -> bool:
     """Whether p is a DTensor that lies on more than one rank."""
@@ -590,14 +597,14 @@ def local_slices(shape, mesh_sizes, dims, coords) -> tuple[slice, ...]:
     >>> [local_slices((5,), mesh_sizes=(4,), dims=(0,), coords=(rank,))[0] for rank in range(4)]
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None), slice(5, 5, None)]
     """
-    box = [slice(0, n) for n in shape]
+    slices = [slice(0, n) for n in shape]
     for size, dim, coord in zip(mesh_sizes, dims, coords):
         if dim is not None:
-            whole = box[dim]
+            whole = slices[dim]
             length = math.ceil((whole.stop - whole.start) / size)
             first = min(whole.start + coord * length, whole.stop)
-            box[dim] = slice(first, min(first + length, whole.stop))
-    return tuple(box)
+            slices[dim] = slice(first, min(first + length, whole.stop))
+    return tuple(slices)
 
 
 # ---- The plan: who owns what, and when
@@ -614,11 +621,14 @@ def assign_owners(shapes, ranks: int) -> tuple[list, list]:
     matrices by falling FLOPs, and give each to the rank that has the least to do so far.
 
     Cut this schedule into windows, each as long as the largest matrix takes; the matrices that
-    start in one window are one chunk. So the ranks are balanced within each chunk too, at whose
-    end they wait for each other -> (the owner of each matrix, the matrices of each chunk).
+    start in one window are one chunk -> (the owner of each matrix, the matrices of each chunk).
+    At the end of a chunk any two ranks have done equal work so far, up to one matrix. The first
+    to finish need not wait there: a rank may run one chunk ahead, since it awaits O(k) only after
+    its own Newton-Schulz of chunk k + 1.
 
     Four matrices take 3, 2, 2 and 1 units of time. Rank 0 starts the first at time 0 and the last
-    at time 3, which is in the second window; rank 1 starts the others at times 0 and 2:
+    at time 3, which is in the second window; rank 1 starts the others at times 0 and 2. After the
+    first chunk the ranks have done 3 and 4 units, after the second 4 and 4:
 
     >>> assign_owners([(4, 16), (4, 10), (4, 10), (4, 4)], ranks=2)
     ([0, 1, 1, 0], [[0, 1, 2], [3]])
@@ -688,10 +698,10 @@ class MuonShardGroup:
                 dims = shard_dims[i]
                 self.slices[i] = []
                 sizes = torch.zeros(ranks, dtype=torch.int64)
-                for r, at in enumerate(coords.tolist()):
-                    box = local_slices(shapes[i], mesh.shape, dims, at)
-                    self.slices[i].append(box)
-                    sizes[r] = math.prod(s.stop - s.start for s in box)
+                for r, coord in enumerate(coords.tolist()):
+                    slices = local_slices(shapes[i], mesh.shape, dims, coord)
+                    self.slices[i].append(slices)
+                    sizes[r] = math.prod(s.stop - s.start for s in slices)
 
                 # The owner's replica sends u: it has the owner's coordinates in all dimensions of
                 # the mesh that replicate the matrix.
@@ -756,26 +766,26 @@ class MuonShardGroup:
                 matrices[i] = received.new_empty(self.shapes[i])
 
         position = 0
-        for i, r, box in self.all_shards(matrices):
+        for i, r, shard in self.all_shards(matrices):
             if self.is_sender[i][r]:
-                piece = received[position:position + box.numel()]
-                box.copy_(piece.view_as(box))
-                position += box.numel()
+                piece = received[position:position + shard.numel()]
+                shard.copy_(piece.view_as(shard))
+                position += shard.numel()
         return matrices
 
     def send_results(self, k: int, results: dict[int, Tensor]) -> None:
         """Start to send every rank its shards of the O that this rank has computed."""
         pieces = []
-        for _, _, O in self.all_shards(results):
-            pieces.append(O.flatten())
+        for _, _, O_shard in self.all_shards(results):
+            pieces.append(O_shard.flatten())
         self.send("O", k, pieces)
 
     def apply_results(self, k: int, optimizer: MuonClip, now: SimpleNamespace) -> None:
         """Wait for O(k), and update this rank's shards of the weights of chunk k."""
         params = [self.params[i] for i in self.chunks[k]]
         sizes = [local_shard(p).numel() for p in params]
-        for p, O in zip(params, self.receive("O", k).split(sizes)):
-            optimizer.apply_result(p, O, now)
+        for p, O_shard in zip(params, self.receive("O", k).split(sizes)):
+            optimizer.apply_result(p, O_shard, now)
 
 
 def build_shard_groups(matrices: list[Tensor], dtype: torch.dtype) -> list[MuonShardGroup]:
