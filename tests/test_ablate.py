@@ -189,7 +189,7 @@ def test_poly_norm_scale_is_of_fresh_weights_alone(tmp_path):
     again = Motif.from_pretrained(tmp_path)
     assert again.config == SMALL and all(map(torch.equal, model.parameters(), again.parameters()))
     larger = grow(plain, replace(scaled, num_hidden_layers=3))
-    assert torch.equal(larger.model.layers[0].mlp.act_fn.weight, torch.full((3,), 1 / 3))
+    assert torch.equal(larger.model.layers[0].mlp.act_fn.weight, torch.full((3,), 1 / 48))
 
 
 @pytest.mark.parametrize("optimizer", ["muonclip", "adamw"])
