@@ -38,6 +38,9 @@ import kernels
 # direction that u has. It is also steepest descent under the spectral norm: if u is the gradient,
 # then among all steps dW with |dW x| <= |x| for every x, -O lowers the loss most, to first order.
 #
+# Does it pay? In runs of 52M tokens with 115M parameters the loss is lower than AdamW's, at the best
+# of three learning rates, by 0.58 nats per token (MEASUREMENTS.md).
+#
 # Newton-Schulz. An SVD is slow on a GPU; matrix products are fast. Start with X = u / |u|_F, whose
 # singular values are at most 1. With A = X X^T, one step is
 #
