@@ -1015,6 +1015,10 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 # lie one below the other in ds, a matrix of TILE columns: row (tile number) * TILE + key % TILE and
 # column query % TILE hold dS[query, key]. Thus tile row t is a matrix (keys, TILE queries), which
 # begins, with key 0, at row t (t + 1) / 2 * TILE of the head.
+#
+# attention_dq_kernel loads whole tiles, so attention_dkdv_kernel writes whole ones, even where dS
+# is 0, as for queries before the keys. Only queries beyond T may stay unwritten: if T % TILE is 1
+# to BM, the last tile's columns from BM on. Their rows of dQ are not stored.
 
 @jit
 def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, delta_ptr, T, H,
@@ -1104,17 +1108,14 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
     tiles_per_head = tile_rows * (tile_rows + 1) // 2
     ds_row = pair_in_ds * heads_per_pair * tiles_per_head * TILE
 
-    # Start at the tile's first row, although those queries may precede the keys: their dS is 0, but
-    # it must be written, since attention_dq_kernel loads whole tiles. If T % TILE is 1 to BM, the
-    # last tile's columns from BM on stay unwritten. Those are queries beyond T, whose rows of dQ
-    # are not stored.
+    # From the tile's first row on, to write dS of the whole tile.
     lo = n0 // TILE * TILE
     if doc_end_ptr is None:
         masked_hi = tl.minimum(lo + TILE, T)
         doc_end = tl.full([BN], 2**31 - 1, tl.int32)
     else:
-        # No query beyond the end of the last key's document sees any of these keys; but dS is
-        # written up to the end of that tile, again for attention_dq_kernel.
+        # No query beyond the end of the last key's document sees any of these keys. This range,
+        # too, is of whole tiles.
         doc_end = tl.load(doc_end_ptr + b * T + n0 + n, n0 + n < T, 0)
         masked_hi = tl.minimum((tl.max(doc_end, 0) + TILE - 1) // TILE * TILE, T)
 
