@@ -72,12 +72,13 @@ MAX_STEPS = 5_000_000  # of a plan: beyond it planning takes minutes and gigabyt
 
 @dataclass
 class Phase:
-    """Steps of one sequence length in a row, in which a domain reads a stretch of its tape."""
+    """Consecutive steps with the same seq_len. In them a domain reads a stretch of its tape, which
+    is its text, end to end."""
     first_step: int
     T: int
     start: np.ndarray         # (domains,) where the stretch begins, in tokens
-    count: np.ndarray | None  # (domains,) its sequences; None in the last phase, whose end is left
-                              # open, so that prolonging the run does not change its windows
+    count: np.ndarray | None  # (domains,) sequences in it; None in the last phase, whose end is
+                              # left open, so that prolonging the run does not change its windows
 
 
 class Curriculum:
@@ -117,8 +118,8 @@ class Curriculum:
         check_domains(domains)
         self.names = list(domains)
         self.before = before
-        # [[step, config keys], ...], from which the chain of `before` can be made again:
-        # Not used here: pretrain.make_curriculum puts all older plans there, for checkpoints.
+        # [[step, config keys], ...]: the older plans, from which the chain of `before` can be made
+        # again. Not used here: pretrain.make_curriculum sets it, for checkpoints.
         self.earlier_plans = []
         self.seq_len = []
         self.rows = []
@@ -128,7 +129,8 @@ class Curriculum:
             self.seq_len = old.seq_len[:step]
             self.rows = old.rows[:step]
             self.tokens = old.tokens[:step + 1]
-            # The run may end at this very step: then its last step has begun within max_tokens.
+            # The run may end at this very step. By max_tokens it does if step - 1, the last one,
+            # began below that.
             tokens_before = old.tokens[max(0, step - 1)]
             if step > (max_steps or step) or tokens_before >= (max_tokens or math.inf):
                 raise UserError(f"max_steps={max_steps}, max_tokens={max_tokens}: the run is at "
@@ -402,7 +404,7 @@ def random_order(n: int, *key) -> np.ndarray:
     return np.argsort(np.frombuffer(noise, "<u8"), kind="stable")
 
 
-kept_order = lru_cache(maxsize=64)(random_order)  # of the units and windows being read
+cached_random_order = lru_cache(maxsize=64)(random_order)  # of the units and windows being read
 
 
 class Tape:
@@ -424,7 +426,7 @@ class Tape:
     def unit_at(self, k: int) -> int:
         """The unit that is number k on the tape. Every epoch has all units, in its own order."""
         units = self.domain.num_units
-        order = kept_order(units, self.seed, "units", self.domain.name, k // units)
+        order = cached_random_order(units, self.seed, "units", self.domain.name, k // units)
         return int(order[k % units])
 
     def extend(self, end: int, start: int = 0) -> bool:
@@ -528,17 +530,17 @@ class TokenDataset:
         rows = []
         for d, name in enumerate(c.names):
             for place in range(c.first[step, d], c.end[step, d]):
-                # The window's places and its sequences are the same numbers, in another order.
+                # A window's places and its sequences are the same numbers, in another order.
                 window_first, window_end = self.window(phase, d, place)
-                order = kept_order(window_end - window_first, self.seed, name, int(phase.start[d]),
-                                   window_first)
+                order = cached_random_order(window_end - window_first, self.seed, name,
+                                            int(phase.start[d]), window_first)
                 sequence = window_first + int(order[place - window_first])
                 rows.append((name, int(phase.start[d]) + sequence * phase.T))
         return [rows[i] for i in random_order(len(rows), self.seed, "rows", step)]
 
     def window(self, phase: Phase, d: int, place: int) -> tuple[int, int]:
-        """The window that has a place of a phase -> its first place, and the one after its last.
-        Its sequences have the same numbers.
+        """-> (first, end): the window that contains a place of a phase. Its places are first to
+        end - 1, and so are, in shuffled order, its sequences.
 
         Windows begin anew with the first sequence that begins in an epoch. Say windows have 3
         sequences, the phase has 8, and an epoch ends within sequence 4, counted from 0. The windows

@@ -54,8 +54,9 @@ except ImportError:
 
 ENABLED = True    # False: plain PyTorch everywhere, to compare with
 ATTENTION = None  # "fused", "flex" or "plain": in place of what attention_form would choose
-# True: FlexAttention on GPUs that the kernels of attention are not for. Not yet: one of its tests
-# failed on a GPU (an H200, torch 2.11); that is mended, but they were not run there again.
+# True: FlexAttention wherever the kernels of attention do not apply: on other GPUs, in fp32, with a
+# KV cache. Not yet: one of its tests failed on a GPU (an H200, torch 2.11). The fault is mended,
+# but the tests were not run there again.
 TRUST_FLEX = False
 # Triton's interpreter runs kernels on a CPU. It is slow, but it checks them. Triton reads the
 # variable when a kernel is defined, so it must be set before this file is imported.
@@ -984,7 +985,8 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #     pair_in_batch   b * P + pair                              rows of lse and delta
 #     pair_in_ds      pair_in_batch - first_pair                rows of ds
 #     head_in_pair    0 .. heads_per_pair - 1, all its heads    columns of q; rows of lse, delta, ds
-#     index_in_kind   counts signal heads or noise heads only   columns of d_signal or d_noise
+#     index_in_kind   counts the pair's signal heads only, or its noise heads
+#     h_in_kind       the same in the sequence                  columns of d_signal or d_noise
 #     head_in_ds      pair_in_ds * heads_per_pair + head_in_pair    what the grid of dQ counts
 #
 # For example two heads of 12.7B (P = 8, R = 4, heads_per_pair = 5), of sequence b = 1. At T =
@@ -997,7 +999,7 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #     head_in_pair    17 - 3 * 5 = 2                  19 - 3 * 5 = 4
 #     index_in_kind   2                               0
 #     head_in_ds      1 * 5 + 2 = 7                   1 * 5 + 4 = 9
-#     its dO          head 3 * 4 + 2 of d_signal      head 3 * 1 + 0 of d_noise
+#     h_in_kind       3 * 4 + 2, of d_signal          3 * 1 + 0, of d_noise
 #
 # The kernels turn them into first rows of a matrix: seq_row of the sequence in q, k, v and dO;
 # lse_row of the pair in lse and delta; ds_row of the pair in ds. A head has tiles_per_head tiles.
@@ -1016,9 +1018,9 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 # column query % TILE hold dS[query, key]. Thus tile row t is a matrix (keys, TILE queries), which
 # begins, with key 0, at row t (t + 1) / 2 * TILE of the head.
 #
-# attention_dq_kernel loads whole tiles, so attention_dkdv_kernel writes whole ones, even where dS
-# is 0, as for queries before the keys. Only queries beyond T may stay unwritten: if T % TILE is 1
-# to BM, the last tile's columns from BM on. Their rows of dQ are not stored.
+# attention_dq_kernel loads the keys that its queries see in blocks of 64. So attention_dkdv_kernel
+# writes such blocks whole, even where dS is 0, as for queries before the keys. Only columns of
+# queries beyond T may stay unwritten; their rows of dQ are not stored.
 
 @jit
 def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, delta_ptr, T, H,
@@ -1052,19 +1054,19 @@ def attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
 
     One loop goes over heads and rows, instead of two nested ones: Triton loads ahead only within
     an innermost loop, which would begin afresh with each head."""
-    heads_per_group: tl.constexpr = 1 if IS_NOISE else R
+    heads_of_kind: tl.constexpr = 1 if IS_NOISE else R
     num_blocks = (hi - lo + BM - 1) // BM
-    for step in range(0, GROUPS_PER_PAIR * heads_per_group * num_blocks):
+    for step in range(0, GROUPS_PER_PAIR * heads_of_kind * num_blocks):
         # Which head of the pair, and from which row on.
         index_in_kind = step // num_blocks
         m0 = lo + step % num_blocks * BM
-        group_in_pair = index_in_kind // heads_per_group
-        head_in_pair = group_in_pair * (R + N) + IS_NOISE * R + index_in_kind % heads_per_group
+        group_in_pair = index_in_kind // heads_of_kind
+        head_in_pair = group_in_pair * (R + N) + IS_NOISE * R + index_in_kind % heads_of_kind
         rows = m0 + tl.arange(0, BM)
 
         h = pair * (GROUPS_PER_PAIR * (R + N)) + head_in_pair
         Q = q_desc.load([seq_row + m0, h * D])
-        h_in_kind = pair * (GROUPS_PER_PAIR * heads_per_group) + index_in_kind
+        h_in_kind = pair * (GROUPS_PER_PAIR * heads_of_kind) + index_in_kind
         dO = d_out_desc.load([seq_row + m0, h_in_kind * DV])
         lse = lse_desc.load([lse_row + head_in_pair, m0]).reshape(BM)
 
@@ -1442,7 +1444,8 @@ def interval_block_mask(first: Tensor, last: Tensor, S: int) -> BlockMask:
     key_lists = block_lists(lo, full_lo, full_hi, hi, ceil_div(S, FLEX_BLOCK))
 
     # The query blocks that see key block j: from the first whose range ends behind j to the last
-    # whose range begins at j or before.
+    # whose range begins at j or before. As bounds never fall, block i is among them exactly if
+    # lo[i] <= j < hi[i]; empty ranges drop out.
     j = torch.arange(ceil_div(S, FLEX_BLOCK), device=first.device)[:, None]
     query_lo = (hi[:, :, None] <= j).sum(-1)                             # (B, 1, key blocks)
     query_hi = (lo[:, :, None] <= j).sum(-1)
@@ -1464,9 +1467,10 @@ def block_lists(lo: Tensor, full_lo: Tensor, full_hi: Tensor, hi: Tensor,
     blocks, which ones. Bounds (B, 1, rows) -> counts (B, 1, rows) and numbers of blocks (B, 1,
     rows, n); numbers behind a count mean nothing.
 
-    The 1 stands for the heads, which all see the same. It is there from the start: added at the
-    end, it would get a stride of 0 under torch.compile, which FlexAttention takes for the stride of
-    the batch, so that all rows of a batch would have the counts of the first."""
+    The 1 stands for the heads, which all see the same. FlexAttention finds the counts of sequence b
+    at b times the stride of this dimension, which is `rows` for a contiguous tensor. If it were
+    added at the end, by counts[:, None], torch.compile (2.11 and 2.13) would give it a stride of 0,
+    and every sequence would have the counts of the first. So it is there from the start."""
     num_full = full_hi - full_lo
     num_partial = hi - lo - num_full
     i = torch.arange(n, device=lo.device)
@@ -1487,8 +1491,9 @@ def flex_tile_rows(q: Tensor, v: Tensor) -> int:
     and 5090). PyTorch chooses tiles by D alone, and with D = 128 and Dv = 256 its backward pass
     wants 241 KiB. With 64 rows, 768 bytes each, the K and V of the forward pass take 48 KiB and Q
     16 KiB. The backward pass holds 48 KiB of K and V and goes over Q and dO in tiles of half as
-    many rows, 24 KiB. With what comes on top they ask for 72 and 77 KiB, on Hopper, where operands
-    of products lie there too, for 112 and 97. Longer rows, of fp32 or D = 256, get half as many.
+    many rows, 24 KiB. With what comes on top the forward pass asks for 72 KiB, the backward pass
+    for 77; on Hopper, where more operands of products lie there, for 112 and 97 of its 227. Longer
+    rows, of fp32 or D = 256, get half as many.
     """
     row_bytes = (q.shape[-1] + v.shape[-1]) * q.element_size()
     if row_bytes <= 768:
@@ -1527,7 +1532,8 @@ def flex_softmax(q: Tensor, k: Tensor, v: Tensor, first: Tensor,
     out, aux = flex_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
                               block_mask=mask, enable_gqa=True, kernel_options=options,
                               return_aux=AuxRequest(lse=True, max_scores=True))
-    # A maximum drops a NaN, but the log-sum-exp keeps it: then inf tells QK-clip.
+    # max_scores are logits as in model.py, divided by sqrt(D). A maximum drops a NaN, but the
+    # log-sum-exp keeps it: then inf tells QK-clip.
     row_max = torch.where(aux.lse.detach().isnan(), torch.inf, aux.max_scores.detach())
     return out.transpose(1, 2), row_max.amax((0, 2))
 

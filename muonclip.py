@@ -38,8 +38,8 @@ import kernels
 # direction that u has. It is also steepest descent under the spectral norm: if u is the gradient,
 # then among all steps dW with |dW x| <= |x| for every x, -O lowers the loss most, to first order.
 #
-# Does it pay? In runs of 52M tokens with 115M parameters the loss is lower than AdamW's, at the best
-# of three learning rates, by 0.58 nats per token (MEASUREMENTS.md).
+# Does it pay? In runs of 52M tokens with 115M parameters the loss is lower than AdamW's, at the
+# best of three learning rates, by 0.58 nats per token (MEASUREMENTS.md).
 #
 # Newton-Schulz. An SVD is slow on a GPU; matrix products are fast. Start with X = u / |u|_F, whose
 # singular values are at most 1. With A = X X^T, one step is
@@ -271,10 +271,10 @@ def update_scale(shape) -> float:
 # pass 1000, their softmax becomes one-hot, and the loss spikes (Kimi K2, section 2.1).
 #
 # The idea. Let S_h be the largest logit of head h in this step's own forward pass. After the update
-# scale the weights of q and k, so that head h's logits get the factor gamma_h = min(1, tau / S_h).
-# If each head has a key of its own, q and k each get sqrt(gamma_h). But here heads share keys: in
-# the 12.7B model 40 query heads read 16 key heads, and the 4 signal heads of a group share one. A
-# head below tau must not change because its neighbour is above. So
+# scale the weights of q and k, so that head h's logits get the factor gamma_h: tau / S_h if S_h is
+# larger than tau, else 1. If each head has a key of its own, q and k each get sqrt(gamma_h). But
+# here heads share keys: in the 12.7B model 40 query heads read 16 key heads, and the 4 signal heads
+# of a group share one. A head below tau must not change because its neighbour is above. So
 #
 #     s_j = sqrt(min of gamma_h over the heads h that read key head j)        the factor of key j
 #     gamma_h / s_j                                                           the factor of query h
@@ -546,9 +546,9 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 #
 # The problem. FSDP2 cuts every matrix into shards, one for each GPU: on 8 GPUs a 4096 x 4096 matrix
 # lies in 8 blocks of 512 rows. AdamW can update a shard by itself, since it treats every number by
-# itself. Muon cannot: the singular values of a block of rows are not those of the matrix. Blocks
-# with identical rows, say, would each become 512 orthonormal rows, and together be far from
-# orthonormal. The simple way out: every rank gathers every matrix, and all do the same work.
+# itself. Muon cannot: the singular values of a block of rows are not those of the matrix. If the 8
+# blocks were equal, say, each would become the same 512 orthonormal rows, and the whole would be far
+# from orthonormal. The simple way out: every rank gathers every matrix, and all do the same work.
 #
 # The idea (Motif-2, arXiv 2511.07464). Every matrix has one owner. All ranks send the owner their
 # shards of u. The owner puts the matrix together, orthogonalises it, and sends every rank its shard
@@ -626,8 +626,8 @@ def assign_owners(shapes, ranks: int) -> tuple[list, list]:
     Cut this schedule into windows, each as long as the largest matrix takes; the matrices that
     start in one window are one chunk -> (the owner of each matrix, the matrices of each chunk).
     At the end of a chunk any two ranks have done equal work so far, up to one matrix. The first
-    to finish need not wait there: a rank may run one chunk ahead, since it awaits O(k) only after
-    its own Newton-Schulz of chunk k + 1.
+    to finish need not wait there. It may run one chunk ahead: others' shards of u(k+1) are there,
+    as they left before Newton-Schulz of chunk k, and it awaits O(k) only after that of chunk k+1.
 
     Four matrices take 3, 2, 2 and 1 units of time. Rank 0 starts the first at time 0 and the last
     at time 3, which is in the second window; rank 1 starts the others at times 0 and 2. After the
@@ -847,7 +847,8 @@ def parallel_muon_step(optimizer: MuonClip, shard_group: MuonShardGroup,
 
     shard_group.apply_results(last, optimizer, now)
 
-    # Each rank has its shards' part of each RMS; a shard that several ranks hold counts once.
+    # Each rank has its shards' part of each RMS. Where there are several replicas, only the ranks
+    # that send to the owner count: they are one replica, which holds every shard once.
     rms = torch.stack([optimizer.update_rms[p] for p in shard_group.params])
     mean_square = rms.square_().mul_(shard_group.this_rank_sends)
     dist.all_reduce(mean_square, group=shard_group.process_group)

@@ -293,11 +293,11 @@ def truncate_to_turn(tokenizer: Tokenizer, messages: list[dict],
 
 # ---- packing
 
-# Conversations are short and rows are long: in stage 1 a built-in conversation has 150 tokens on
-# average, and a row 16,384. One conversation to a row would be 99% padding. So we *pack*: fill each
-# row with whole conversations. To find the fewest rows is bin packing, which is NP-hard. A simple
-# rule takes the longest conversation first, and puts each into the row where it leaves least room.
-# It needs at most about 11/9 of the fewest rows (Johnson et al., 1974). In practice the short
+# Conversations are short and rows are long: in stage 1 a built-in one has 150 tokens on average.
+# Alone in a row of 16,384 tokens, it would leave 99% of it to padding. So we *pack*: fill each row
+# with whole conversations. To find the fewest rows is bin packing, which is NP-hard. A simple rule
+# takes the longest conversation first, and puts each into the row where it leaves least room. It
+# needs at most about 11/9 of the fewest rows (Johnson et al., 1974). In practice the short
 # conversations, which come last, fill the gaps: stage 1 of the quick start, in rows of 512, has 3%
 # padding.
 #
@@ -637,8 +637,10 @@ def code_that_prepares() -> list[str]:
 def prepare_domains(c: Config, tokenizer: Tokenizer, folder: Path) -> list[str]:
     """Write the conversations of all domains into the folder -> what data.txt reports."""
     # A question that one domain holds out for validation must not be in the training text of any
-    # other. Most such questions are known by their hash. The others are found in a first reading of
-    # the sources: it is short, but for domains of weight 0, which are held out as a whole.
+    # other. A question is held out if its hash is below a bound, for which no list is needed. Here
+    # are those that are held out besides: all questions of domains of weight 0, and the first of a
+    # domain so small that none is below the bound. To find these, each source is read until a hash
+    # is below it.
     held_out = questions_held_out(c.data)
     benchmark = benchmark_grams(benchmark_files(c.decontaminate_against, c.benchmark_dir))
     report = []
@@ -653,6 +655,7 @@ def prepare_domain(c: Config, name: str, tokenizer: Tokenizer, held_out: set[int
     """Write val-NAME and, if its weight is above 0, train-NAME -> lines of report."""
     source, weight = c.data[name]
     stage = STAGES[c.stage]
+    # parts: {"val": conversations, "train": ...}; with weight 0 only "val"
     parts, lines = select_conversations(source, weight, held_out, benchmark, stage.best_share,
                                         stage.duplicate_share)
     for part, conversations in parts.items():
@@ -849,16 +852,20 @@ def check_same_batches(folder: Path, state: dict, run: pretrain.Config,
     settings = []
     for config in (state["config"], asdict(run)):
         weights = {name: domain[1] for name, domain in config["domains"].items()}
-        settings.append({"data": weights, "batch_tokens": config["batch_tokens"],
-                         "seq_len": config["seq_len"], "seed": config["seed"],
+        settings.append({"data": weights, "seq_len": config["seq_len"], "seed": config["seed"],
+                         "batch_tokens": config["batch_tokens"],
                          "epochs or --max_steps": config["max_steps"]})
     theirs, ours = settings
+    same_conversations = state["data"] == dataset.fingerprint()
     for key in ours:
+        # Of other conversations there may be more or fewer, from which these two follow.
+        if key in ("batch_tokens", "epochs or --max_steps") and not same_conversations:
+            continue
         if theirs[key] != ours[key]:
             raise UserError(f"checkpoint {folder} was trained with {key}={theirs[key]}, not "
                             f"{ours[key]}; give --{key} as it was, or another --out_dir for a new "
                             "run")
-    if state["data"] != dataset.fingerprint():
+    if not same_conversations:
         raise UserError(f"the conversations are not those that checkpoint {folder} was trained on; "
                         "give another --out_dir for a new run")
 
