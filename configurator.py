@@ -181,14 +181,22 @@ def coerce(hint: Any, value: Any) -> Any:
 
 
 def bounds(hint: Any) -> tuple[float, float]:
-    """The least and the largest value of an Annotated type."""
+    """The least and the largest value of an Annotated type.
+
+    >>> bounds(Fraction), bounds(Count)
+    ((0, 1), (1, inf))
+    """
     low, high = (*hint.__metadata__, math.inf)[:2]
     return low, high
 
 
 def is_plain(value: Any) -> bool:
     """Can files hold the value? JSON has neither nan nor inf nor, say, sets; UTF-8 has no half of a
-    surrogate pair; and no name of a file has a zero byte."""
+    surrogate pair; and no name of a file has a zero byte.
+
+    >>> is_plain([1.5, {"a": None}]), is_plain(math.nan), is_plain({1, 2})
+    (True, False, False)
+    """
     with suppress(TypeError, ValueError, RecursionError):
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")
         return not (isinstance(value, str) and "\0" in value)
@@ -196,7 +204,11 @@ def is_plain(value: Any) -> bool:
 
 
 def show(hint: Any) -> str:
-    """A type as a user reads it: Count | list | None is "int >= 1 | list | None"."""
+    """A type as a user reads it.
+
+    >>> show(Count | list | None), show(Literal["linear", "cosine"])
+    ('int >= 1 | list | None', "'linear' | 'cosine'")
+    """
     kind = get_origin(hint)
     if kind is Annotated:
         name = show(get_args(hint)[0])
@@ -221,7 +233,11 @@ def short(value: Any) -> str:
 # ---- the command line and config files
 
 def split_argv(argv: list[str], default_file: str | None = None) -> tuple[str | None, list[str]]:
-    """argv -> the config file or None, and the options as they were written, without --help."""
+    """argv -> the config file or None, and the options as they were written, without --help.
+
+    >>> split_argv(["--lr=1e-3", "--help", "--compile"])
+    (None, ['--lr=1e-3', '--compile'])
+    """
     files = [word for word in argv if not word.startswith("-")]
     options = [word for word in argv if word.startswith("-") and word not in ("-h", "--help")]
     if len(files) > 1:

@@ -547,8 +547,9 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 # The problem. FSDP2 cuts every matrix into shards, one for each GPU: on 8 GPUs a 4096 x 4096 matrix
 # lies in 8 blocks of 512 rows. AdamW can update a shard by itself, since it treats every number by
 # itself. Muon cannot: the singular values of a block of rows are not those of the matrix. If the 8
-# blocks were equal, say, each would become the same 512 orthonormal rows, and the whole would be far
-# from orthonormal. The simple way out: every rank gathers every matrix, and all do the same work.
+# blocks were equal, say, each would become the same 512 orthonormal rows, and the whole would be
+# far from orthonormal. The simple way out: every rank gathers every matrix, and all do the same
+# work.
 #
 # The idea (Motif-2, arXiv 2511.07464). Every matrix has one owner. All ranks send the owner their
 # shards of u. The owner puts the matrix together, orthogonalises it, and sends every rank its shard
