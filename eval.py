@@ -298,7 +298,8 @@ def loglikelihoods(model: Motif, requests: list[LoglikelihoodRequest],
 
 def score_without_cache(model: Motif, requests: list[LoglikelihoodRequest],
                         batch_tokens: int) -> Iterator[tuple[LoglikelihoodRequest, list[Tensor]]]:
-    """loglikelihoods() of requests whose rows share nothing: whole rows are read."""
+    """loglikelihoods() of requests of one row, or without a common beginning: whole rows are
+    read."""
     remaining = []          # (request, choice)
     for request in requests:
         remaining += [(request, j) for j in range(len(request.rows))]
@@ -360,10 +361,10 @@ def score_batch(model: Motif, batch: list[LoglikelihoodRequest], prefix_cache: K
     first_log_p = log_p.gather(1, stack_rows(first_ids, device)).cpu()     # (requests, choices)
 
     # Stage 3: read the rest of each choice, where there is one, behind a copy of its prompt.
+    # The ids behind the prompt, which all rows begin with, are those of the choice. In Winogrande,
+    # whose contexts differ, they are also the last words of the context.
     scores = []
-    # The ids after the prompt are those of the choice; for Winogrande, whose contexts differ, also
-    # the last words of the context.
-    remaining = []          # (request, choice, ids after the prompt)
+    remaining = []          # (request, choice, ids behind the prompt)
     for i, request in enumerate(batch):
         n = len(request.rows)
         scores.append(list(first_log_p[i, :n].split(1)))
@@ -552,7 +553,7 @@ def generation(task: Task, examples: dict[int, Example], model: Motif, text: Pro
             i = numbers[k]
             replies[i][k] = reply
             if len(replies[i]) == num_samples:
-                in_order = [replies[i][k] for k in sorted(replies[i])]
+                in_order = [replies[i][number] for number in sorted(replies[i])]
                 jobs.append(pool.submit(judge, i, in_order))
             while jobs and jobs[0].done():
                 yield jobs.pop(0).result()
@@ -866,6 +867,7 @@ def run(c: Config) -> None:
     tasks = {}
     for name, task in select_tasks(c).items():
         num_fewshot = task.num_fewshot
+        # A task that makes its own questions has no few-shot examples.
         if c.num_fewshot is not None and not task.source:
             num_fewshot = c.num_fewshot
         questions = read_questions(name, task, num_fewshot, c.limit, c.benchmark_dir)

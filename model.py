@@ -8,8 +8,8 @@ In outline a Motif is a Llama: RMSNorm, rotary positions, residual blocks, no bi
 It differs in two places. Its attention subtracts a second attention map, the noise, from the first
 (grouped differential attention, below), and its MLP has a learnt polynomial, PolyNorm, where Llama
 has SiLU. Both are defined here in plain PyTorch. What runs is kernels.py, wherever it has a faster
-form of the same: on a GPU for nearly all, on a CPU for a part. With kernels.ENABLED = False this
-file runs, and for the loss F.cross_entropy.
+form of the same: on a GPU for nearly all, on a CPU for a part. With kernels.ENABLED = False the
+definitions here run, and for the loss F.cross_entropy.
 
 The letters that this project uses for sizes, with their values in Motif-2-12.7B:
 
@@ -22,10 +22,12 @@ The letters that this project uses for sizes, with their values in Motif-2-12.7B
     r   signal heads in a group                4
     H   query heads, G (r + 1)                 40
     K   key heads                              16
-    P   pairs of key heads, K / 2              8     also of value heads; K without noise heads
-    Dv  width of a value                       256, 2D; without noise heads D
-    h   query heads that read one key head     G r / P = 4 signal, G / P = 1 noise; else H / K
+    P   pairs of key heads, K / 2              8     a token has P values, one for each pair
+    Dv  width of a value                       256   2D
+    h   query heads that read one key head     4 signal heads, G r / P; 1 noise head, G / P
     F   intermediate size of the MLP           16,384   (in code, F is torch.nn.functional)
+
+Without noise heads (G = 0, plain grouped-query attention) P = K, Dv = D and h = H / K.
 
 One row of 4,096 tokens on its way through the 12.7B model, whose residual stream is 4,096 wide:
 
@@ -116,9 +118,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 #
 # Does it pay? In runs of 52M tokens with 115M parameters PolyNorm is worse than SwiGLU by 0.050
 # nats per token, +- 0.002, if w3, w2 and w1 begin at 1/3, as in its paper. If they begin at 1/48,
-# which is the default here [ours], it is as good: 0.001 worse, +- 0.002. Its output, of a root mean
-# square of 0.71 whatever the input, is too large at the start, and its weights shrink too slowly.
-# (MEASUREMENTS.md has these runs.)
+# which is the default here [ours], it is as good: 0.001 worse, +- 0.002. Begun at 1/3 its output is
+# too large: it has a root mean square of 0.71 for normally distributed inputs of any size, where a
+# fresh SiLU's has 0.30. (MEASUREMENTS.md has these runs.)
 #
 # The gradient. With r_p = 1 / rms(x^p) for the powers p = 1, 2, 3, the derivative d r_p / d x_j is
 # -r_p^3 p x_j^(2p-1) / F. So, with g = dL/dy,
@@ -209,6 +211,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None 
     -> out (B, T, K, h, Dv), and the largest visible logit of each query head (K, h) for QK-clip.
     The softmax is in fp32. Both products, and so the logits, are in the dtype of q; kernels.py
     keeps logits in fp32."""
+    # Where the fused kernel applies, the callers below have called it.
     if kernels.attention_form(q, k, v, query_slots) == "flex":
         return kernels.flex_softmax_attention(q, k, v, doc_start, query_slots)
     B, T, K, h, D = q.shape
@@ -498,8 +501,8 @@ class Attention(nn.Module):
     the two exponentials are near 1, and their difference is random with a standard deviation of
     0.16 at D = 128, so that lambda starts around lambda_init and can move both ways. The factor
     1 - lambda_init is from the same section. A row of the difference map sums to 1 - lambda, but
-    the norm removes that scale. The factor puts it back, so that gradients are as large as in a
-    plain transformer."""
+    the norm removes that scale. The factor, a constant, puts its first value back, so that
+    gradients are as large as in a plain transformer."""
 
     def __init__(self, config: MotifConfig, layer: int):
         super().__init__()

@@ -213,7 +213,7 @@ def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
 # The learning rate follows WSD: warm-up, stable, decay (Motif-2, arXiv 2511.07464). A cosine over
 # the whole run depends on the run's length from its first step on. Here the stable part does not:
 # a checkpoint from it can be trained for as long as one likes, and decayed whenever a finished
-# model is wanted. Most of the improvement by a small learning rate comes during the decay.
+# model is wanted. Much of the fall of the loss comes only then, in the decay.
 #
 #     lr            ______________________________
 #                  /                              \_
@@ -274,7 +274,7 @@ def check_lr_goes_on(c: Config, curriculum: data.Curriculum, state: dict) -> Non
 
 def theta_at(c: Config, tokens: int) -> float:
     """RoPE's base once so many tokens have been read. One raises the base as the sequences get
-    longer. An evaluation between two steps has the base of the next one, as it has its row length
+    longer. An evaluation between two steps uses the base and the row length of the next step
     (Validation.rows_at).
 
     >>> c = Config(rope_theta_schedule=[[0, 10_000], [1_000_000, 500_000]])
@@ -312,7 +312,8 @@ class StepResult(NamedTuple):
     """Tensors on the device; to read one is to wait for the step."""
     loss: Tensor          # the mean over all targets of the global batch, in nats
     grad_norm: Tensor     # of the whole gradient, before clipping
-    max_logits: Tensor    # (layers, H): each head's largest attention logit, on this rank
+    max_logits: Tensor    # (layers, H): each head's largest attention logit, on this rank; the
+                          # optimizer takes the maximum over ranks
     skipped: Tensor       # bool: loss or gradient was not finite, and nothing was updated
 
 
@@ -945,6 +946,8 @@ def state_to_save(nonfinite: NonFiniteSteps, dataset: Dataset, tokenizer: Tokeni
 def begin_log(c: Config, out: Path, dataset: Dataset, model: Motif, optimizer,
               start: tuple | None) -> Log:
     """Open the log, and say what is trained."""
+    # What metrics.jsonl has beyond that step is dropped (-1: all). log.last_evaluation is the last
+    # one in what stays, which is not repeated.
     log = Log(out, start[1]["step"] if start else -1, c)
     curriculum = dataset.curriculum
     device = model.head_weight.device

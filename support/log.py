@@ -165,8 +165,8 @@ def log_evaluation(log: Log, curriculum, step: int, result: dict, layers: list,
     log.metrics({"step": step, "tokens": curriculum.tokens[step], **result, "layers": layers})
 
     by_domain = "  ".join(f"{name} {x:.4f}" for name, x in result["val_loss_by_domain"].items())
-    line = (f"step {step}/{curriculum.steps}  validation loss {result['val_loss']:.4f}  "
-            f"bits per byte {result['val_bpb']:.4f}  ({by_domain})")
+    line = (f"step {step}/{curriculum.steps}  validation loss {result['val_loss']:.4f} "
+            f"({by_domain})  bits per byte {result['val_bpb']:.4f}")
     if "val_loss_by_quarter" in result:
         quarters = " ".join(f"{x:.3f}" for x in result["val_loss_by_quarter"])
         line += f"  by quarter of the context {quarters}"

@@ -63,7 +63,7 @@ def model_dir(tmp_path_factory):
     model = Motif(MotifConfig(
         vocab_size=272, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=5, num_noise_heads=1, num_key_value_heads=2, head_dim=8,
-        max_position_embeddings=MAX_LENGTH))
+        max_position_embeddings=MAX_LENGTH, poly_norm_scale=1.0))
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:
