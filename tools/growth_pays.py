@@ -8,7 +8,7 @@ large one from random weights, at equal FLOPs in all. It draws the held-out loss
 OUT/growth.png. A run that has ended is not repeated, and one that was cut goes on.
 
     --size=quickstart    1.2M parameters; about half an hour on two cores
-    --size=evidence      115M parameters, and the data of config/evidence.py; for a GPU
+    --size=evidence      154M parameters, and the data of config/evidence.py; for a GPU
     --seeds=1,2,3        these seeds
 
 All other options are those of pretrain.py, and go to every run.
@@ -57,7 +57,7 @@ SIZES = {
         small={"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 10,
                "num_attention_heads": 4},
         large={},
-        both={"eval_every": 50, "save_every": 10_000},
+        both={"tie_word_embeddings": False, "eval_every": 50, "save_every": 10_000},
         steps=400),
 }
 
