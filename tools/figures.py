@@ -90,7 +90,7 @@ def draw_poly_norm(checkpoint: str | None) -> None:
     axes.plot(x, F.silu(x), color=NOISE, label="SiLU")
     axes.plot(x, F.relu(x) ** 2, color=VALUE, label="ReLU²")
     axes.set(xlim=(-3, 3), ylim=(-3, 5), ylabel="y")
-    axes.set_title("as training begins", fontsize="medium")
+    axes.set_title("weights of 1/3; training begins at 1/16 of them", fontsize="medium")
     axes.legend(fontsize="small")
 
     if checkpoint:
