@@ -173,9 +173,6 @@ def plan_of(config: dict) -> dict:
     return json.loads(json.dumps({key: config.get(key) for key in PLAN_KEYS}))
 
 
-PLANNED_PER_SECOND = 500_000    # steps x domains, on one core
-
-
 def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
     """What each step reads. state: of the checkpoint to go on from. If its config had another plan,
     say a shorter run, the steps up to the checkpoint keep that plan, and c's begins there."""
@@ -198,10 +195,6 @@ def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
         before = (data.Curriculum(**plan_of(old), before=before), step)
     curriculum = data.Curriculum(**plan, before=before)
     curriculum.earlier_plans = earlier_plans
-    domain_steps = curriculum.steps * len(curriculum.names)
-    if RANK == 0 and domain_steps > 5 * PLANNED_PER_SECOND:
-        print(f"planning {curriculum.steps:,d} steps, for about "
-              f"{domain_steps / PLANNED_PER_SECOND:.0f} s", flush=True)
     if max(curriculum.seq_len) > c.max_position_embeddings:
         raise UserError(f"seq_len={c.seq_len} is longer than max_position_embeddings="
                         f"{c.max_position_embeddings}; raise that or shorten the sequence")

@@ -52,9 +52,11 @@ def read_record(line: bytes) -> dict | None:
     """
     try:
         record = json.loads(line)
-        record.pop("checksum")
-    except (ValueError, RecursionError, AttributeError, TypeError, KeyError):
-        return None             # no JSON, or of another form
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    record.pop("checksum", None)
     return record if record_line(record) == line else None
 
 

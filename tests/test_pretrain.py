@@ -777,11 +777,17 @@ def test_a_checkpoint_of_another_run_is_refused(run):
     assert "intermediate_size=64" in refused(run, max_steps=4, intermediate_size=96)
     assert "max_steps=1" in refused(run, max_steps=1)
     assert "optimizer=muonclip" in refused(run, max_steps=4, optimizer="adamw")
+    assert "seed=1337" in refused(run, max_steps=4, seed=3)         # another order of the text
 
     # As many tokens as the run's tokenizer has, with other ids.
     lines = [f"{base64.b64encode(bytes([255 - i])).decode()} {i}" for i in range(256)]
     Path("other.tiktoken").write_text("\n".join(lines))
     assert "--tokenizer=byte" in refused(run, max_steps=4, tokenizer="other.tiktoken")
+
+    # But rows may get longer than the model was made for.
+    longer = {"seq_len": [[0, 32], [512, 64]], "max_position_embeddings": 64}
+    run(max_steps=4, lr_may_rise=True, **longer)
+    assert max(checkpoint_steps(Path("out"))) == 4
 
 
 # ---- an Apple GPU, which these tests do not have
