@@ -514,6 +514,8 @@ def configure_optimizer(model, *, optimizer: str = "muonclip", poly_norm_lr_scal
     result = MuonClip(matrices, others, qk=qk, kv_map=model.config.kv_map,
                       head_dim=model.config.head_dim, **options)
 
+    # A group of their own. (This is for AdamW's groups: Muon takes all of its matrices in one, and
+    # knows no lr_scale. To scale a matrix's update, see MuonClip.apply_result.)
     poly_norm = set()
     for block in layers:
         if block.mlp.act_fn is not None:
