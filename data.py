@@ -560,13 +560,13 @@ class TokenDataset:
         window_first = begin + (place - begin) // size * size
         return window_first, min(window_first + size, end)
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
-        """Rows rank, rank + world, rank + 2 world, ... of the step's global batch -> (rows, T + 1)
-        int64: inputs are [:, :-1], targets [:, 1:]. Waits until what it reads is prepared. Ranks
-        may get unequally many (pretrain.read_batch pads them)."""
+    def batch(self, step: int, first: int = 0, world: int = 1) -> np.ndarray:
+        """Rows first, first + world, first + 2 world, ... of the step's global batch -> (rows,
+        T + 1) int64: inputs are [:, :-1], targets [:, 1:]. Waits until what it reads is prepared.
+        Ranks may get unequally many (pretrain.read_batch pads them)."""
         self.wait_for(step)
         T = self.curriculum.seq_len[step]
-        rows = self.batch_rows(step)[rank::world]
+        rows = self.batch_rows(step)[first::world]
         out = np.empty((len(rows), T + 1), dtype=np.int64)
         for b, (name, start) in enumerate(rows):
             out[b] = self.tapes[name].read(start, T + 1)

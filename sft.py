@@ -1,6 +1,7 @@
 """Supervised fine-tuning: `python sft.py --stage=1`, then 2, then 3, teaches a pre-trained Motif to
 answer. A stage is pretrain.py's loop over another dataset: conversations. It starts from the quick
-start, with config/sft_quickstart.py's settings, or from a model of yours, with the report's:
+start, with config/sft_quickstart.py's settings, or from a model of yours, with the report's
+settings:
 
     python sft.py --stage=1 --model=PATH --data="{'mine': ['talks/*.jsonl', 1.0]}"
 
@@ -41,6 +42,7 @@ from support.ranks import RANK, all_gather_object, rank0_first, rank0_only, run_
 from support.run_folder import find_checkpoint, latest_checkpoint
 from support.selection import (benchmark_files, benchmark_grams, questions_held_out,
                                select_conversations)
+from support.tasks import TASKS
 from support.tokenizer import BEGIN, ROLES, TURN, TURN_END, Tokenizer, load_tokenizer
 from support.weights import model_folder, read_json, tensor_files
 
@@ -166,7 +168,8 @@ class Config(TrainConfig):
 
 BATCH_TOKENS = 32_000_000  # the report's
 SEQ_LEN = 16_384           # the report's
-MIN_STEPS = 100            # batch_tokens, if not set, is so small that there are as many [ours]
+MIN_STEPS = 100            # if batch_tokens is not set, it is small enough for about as many steps,
+                           # but never less than a row [ours]
 
 
 def fill_in_stage(c: Config) -> None:
@@ -541,11 +544,11 @@ class PackedChatDataset:
         """Targets in the step's global batch that count: the assistant's tokens."""
         return sum(int(self.train[name].num_targets[i]) for name, i in self.conversations(step))
 
-    def batch(self, step: int, rank: int = 0, world: int = 1):
-        """Rows rank, rank + world, ... of the step's global batch -> ids, targets and doc_ids, each
-        (rows, T) int64."""
+    def batch(self, step: int, first: int = 0, world: int = 1):
+        """Rows first, first + world, ... of the step's global batch -> ids, targets and doc_ids,
+        each (rows, T) int64."""
         rows = []
-        for row in self.batches[step][rank::world]:
+        for row in self.batches[step][first::world]:
             rows.append([self.train[name][i] for name, i in row])
         return collate(rows, self.T)
 
@@ -636,11 +639,7 @@ def code_that_prepares() -> list[str]:
 
 def prepare_domains(c: Config, tokenizer: Tokenizer, folder: Path) -> list[str]:
     """Write the conversations of all domains into the folder -> what data.txt reports."""
-    # A question that one domain holds out for validation must not be in the training text of any
-    # other. A question is held out if its hash is below a bound, for which no list is needed. Here
-    # are those that are held out besides: all questions of domains of weight 0, and the first of a
-    # domain so small that none is below the bound. To find these, each source is read until a hash
-    # is below it.
+    # No domain trains on a question that another holds out: see support/selection.py.
     held_out = questions_held_out(c.data)
     benchmark = benchmark_grams(benchmark_files(c.decontaminate_against, c.benchmark_dir))
     report = []
@@ -704,7 +703,8 @@ def train_stage(c: Config, out: Path) -> None:
         pretrain.check_compatible(*start, run, dataset.curriculum, tokenizer)
 
     def init_from(*_) -> Path:
-        return folder  # pretrain.py would make a folder of initial weights here
+        # pretrain.py asks for a folder of initial weights, which it may have to make: we have one.
+        return folder
 
     model, optimizer = pretrain.build_model_and_optimizer(run, device, start, init_from, out)
     if RANK == 0:
@@ -801,7 +801,7 @@ def describe_settings(c: Config, init: str) -> str:
             place = f"{STAGES[c.stage].lr:g} of STAGES, lr_scale={c.lr_scale:g}"
         value = getattr(c, key)
         if key == "batch_tokens" and value is None:
-            value = f"{BATCH_TOKENS}, or less so that there are {MIN_STEPS} steps"
+            value = f"{BATCH_TOKENS}, or less, for about {MIN_STEPS} steps"
         if key == "seq_len" and place == "default" and value < SEQ_LEN:
             place = f"default: {SEQ_LEN}, or all that the model can read"
         lines.append(f"  {key} = {value}  # {place}")
@@ -897,7 +897,9 @@ def describe_data(c: Config, dataset: PackedChatDataset) -> str:
     lines.append(f"{curriculum.steps:,d} steps of at most {dataset.batch_tokens:,d} tokens, "
                  f"{rows:,d} rows; padding "
                  f"{1 - total / (rows * c.seq_len):.2%}")
-    if c.eval_tasks and not (c.benchmark_dir or c.decontaminate_against):
+    tasks = [TASKS[name] for name in (c.eval_tasks or "").split(",") if name in TASKS]
+    has_benchmark = any(task.eval_file for task in tasks)      # chains are always held out
+    if has_benchmark and not (c.benchmark_dir or c.decontaminate_against):
         lines.append("note: without --benchmark_dir, conversations with questions of --eval_tasks "
                      "are not looked for")
     if curriculum.steps < 20:  # [ours]

@@ -39,11 +39,11 @@ def select_conversations(source: str, weight: float, held_out: set[int], benchma
 
 # A model imitates what it reads, bad conversations too. Stages 2 and 3 therefore choose. The report
 # names its criteria, but not how it measures them; so all measures and limits here are [ours]. They
-# are cheap counts in the replies of a conversation, each a number from 0 to 1. A conversation is
-# kept or dropped as a whole. In this order:
+# are cheap counts of words, lines and signs, each a number from 0 to 1. A conversation is kept or
+# dropped as a whole. In this order:
 #
-#     all stages    decontaminate       drops those that share 13 words in a row with a question of
-#                                       a benchmark, if benchmarks are given
+#     all stages    decontaminate       drops those that share 13 words in a row with any text of a
+#                                       benchmark's row, if benchmarks are given
 #     stages 2, 3   filter_by_quality   keeps those that reason, are complete and have structure
 #     stage 3       dedup_and_filter    drops near-duplicates, repetitive and incoherent ones
 #
@@ -116,18 +116,18 @@ def reasoning_density(messages: list[dict]) -> float:
 
 
 def completeness(messages: list[dict]) -> float:
-    """The share of these checks passed, some of which a conversation fails that was cut off: its
-    last message is the assistant's; and of each reply, it does not end with a comma, or another
-    sign that something follows; it closes its code fences; and it has as many closing brackets of
-    each kind as opening ones.
+    """The share of three checks of each reply that it passes; one that was cut off fails some. It
+    does not end with a comma, or another sign that more follows; it closes its code fences; and it
+    closes its brackets.
 
     >>> completeness([{"role": "assistant", "content": "It has three (or four,"}])
-    0.5
+    0.3333333333333333
     """
-    signs = [messages[-1]["role"] == "assistant"]
+    signs = []
     for reply in replies(messages):
         is_cut = re.search(r"([,;:(\[{-]|\.\.\.|\u2026)\s*$", reply) is not None
-        closed = [reply.count(left) == reply.count(right) for left, right in ("()", "[]", "{}")]
+        # Lists such as "1) ..., 2) ..." close what they never opened.
+        closed = [reply.count(left) <= reply.count(right) for left, right in ("()", "[]", "{}")]
         signs.append(not is_cut)
         signs.append(reply.count("```") % 2 == 0)
         signs.append(all(closed))
@@ -206,13 +206,15 @@ def coherence(messages: list[dict]) -> float:
 def dedup_and_filter(conversations: list, duplicate_share: float) -> tuple[list, str]:
     """Drop near-duplicates, repetitive and incoherent conversations of a domain -> the others, and
     a line for the report. A conversation is a near-duplicate if more than duplicate_share of its
-    five-grams (five words in a row) are in those kept before it, as they are in generated tasks
-    that differ in a number only. All five-grams stay in memory, some 60 bytes per word."""
+    five-grams (five words in a row, system messages left out, as many may share one) are in those
+    kept before it, as they are in generated tasks that differ in a number only. All five-grams stay
+    in memory, some 60 bytes per word."""
     kept = []
     seen = set()
     dropped = {}  # reason -> conversations
     for messages in conversations:
-        grams = conversation_grams(messages, 5)
+        turns = [message for message in messages if message["role"] != "system"]
+        grams = conversation_grams(turns, 5)
         if grams and len(grams & seen) > duplicate_share * len(grams):
             dropped.setdefault("near-duplicate", []).append(messages)
         elif distinct_3(messages) < MIN_DISTINCT:
@@ -250,8 +252,9 @@ def decontaminate(conversations: list, benchmark: dict[int, str]) -> tuple[list,
 
 def benchmark_files(patterns: list[str], benchmark_dir: str | None) -> dict[Path, Callable | None]:
     """{file: accept} of the .jsonl files that the globs name, and of those in benchmark_dir that
-    hold questions of eval.py's tasks. One file may hold a training split too: mbpp's. accept(row,
-    False) tells which rows are questions; None: all are. Examples may be read."""
+    hold questions of eval.py's tasks. accept(row, is_fewshot=False) tells which of its rows are
+    questions, as mbpp's file holds a training split too; None: all are. What serves as a few-shot
+    example is not looked for: training may contain it."""
     files = {}
     for pattern in patterns:
         if not isinstance(pattern, str):
@@ -373,18 +376,18 @@ def train_val_split(conversations: list, held_out: set[int]) -> dict[str, list]:
     val     conversations whose first question is held out by this domain: its hash is below the
             bound, or the smallest where none is. They end after the first reply, since what the
             user asks next may be a question of the training conversations
-    train   conversations in which no question is held out, by this domain or in held_out
+    train   conversations in which no question is held out, by its hash or in held_out
 
     Conversations of neither kind are dropped: in training they would tell a held-out answer.
     """
     hashes = [question_hashes(messages) for messages in conversations]
     smallest = min((questions[0] for questions in hashes), default=0)
-    bound = max(HELD_OUT_BELOW, smallest + 1)
+    held_out = held_out | {smallest}
 
     parts = {"val": [], "train": []}
     for messages, questions in zip(conversations, hashes):
-        if questions[0] < bound:
+        if questions[0] < HELD_OUT_BELOW or questions[0] == smallest:
             parts["val"].append(messages[:index_of_first_reply(messages) + 1])
-        elif min(questions) >= bound and held_out.isdisjoint(questions):
+        elif min(questions) >= HELD_OUT_BELOW and held_out.isdisjoint(questions):
             parts["train"].append(messages)
     return parts

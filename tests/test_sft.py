@@ -443,9 +443,10 @@ TORN = chat("What are 3 boxes of 4 eggs?", "Each box (of the three has 4 eggs an
 def test_quality_is_the_mean_of_three_measures():
     assert selection.reasoning_density(GOOD) == pytest.approx(1 / 3)
     assert selection.reasoning_density(TORN) == 0
-    assert (selection.completeness(GOOD), selection.completeness(TORN)) == (1, 0.5)
+    assert (selection.completeness(GOOD), selection.completeness(TORN)) == (1, 1 / 3)
+    assert selection.completeness(chat("How?", "1) Add. 2) Stop.")) == 1
     assert selection.structure(GOOD) == 1 and selection.structure(TORN) == pytest.approx(1 / 3)
-    assert selection.quality(TORN) == pytest.approx((0 + 0.5 + 1 / 3) / 3)
+    assert selection.quality(TORN) == pytest.approx((0 + 1 / 3 + 1 / 3) / 3)
 
 
 def test_the_best_are_kept_in_their_order():
@@ -465,6 +466,11 @@ def test_near_duplicates_and_what_is_repetitive_or_incoherent_are_dropped():
     assert kept == [GOOD, other]
     assert [line.partition(",")[0] for line in report.split("; ")] == [
         "2 dropped as near-duplicate", "1 dropped as repetitive", "1 dropped as incoherent"]
+
+    # A system message that they share makes no duplicates of them.
+    rules = " ".join(f"Rule {i} is to say word {i}." for i in range(20))
+    ruled = [chat(*(m["content"] for m in messages), system=rules) for messages in (GOOD, other)]
+    assert selection.dedup_and_filter(ruled, 0.7)[0] == ruled
 
 
 def test_thirteen_words_of_a_benchmark_are_one_too_many(tmp_path):
@@ -640,6 +646,17 @@ def test_a_small_domain_holds_out_one_question():
     parts = selection.train_val_split([chat(f"What is {i}?", "Nothing.") for i in range(3)], set())
     assert (len(parts["val"]), len(parts["train"])) == (1, 2)
     assert selection.train_val_split([], set()) == {"val": [], "train": []}
+
+    # And no more: of questions that follow, only those below the bound of all domains.
+    talks = [chat(*(f"And what is {i} + {j}?" if j % 2 == 0 else "Nothing." for j in range(10)))
+             for i in range(20)]
+    talks = [messages for messages in talks
+             if selection.question_hashes(messages)[0] >= selection.HELD_OUT_BELOW]
+    hashes = [selection.question_hashes(messages) for messages in talks]
+    first = min(found[0] for found in hashes)
+    expected = [messages for messages, found in zip(talks, hashes)
+                if found[0] != first and min(found) >= selection.HELD_OUT_BELOW]
+    assert len(expected) >= 5 and selection.train_val_split(talks, set())["train"] == expected
 
 
 def test_no_stage_trains_on_a_question_held_out_or_kept_for_evaluation(tmp_path, monkeypatch):
