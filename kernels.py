@@ -54,10 +54,6 @@ except ImportError:
 
 ENABLED = True    # False: plain PyTorch everywhere, to compare with
 ATTENTION = None  # "fused", "flex" or "plain": in place of what attention_form would choose
-# True: FlexAttention wherever the kernels of attention do not apply: on other GPUs, in fp32, with a
-# KV cache. Not yet: one of its tests failed on a GPU (an H200, torch 2.11). The fault is mended,
-# but the tests were not run there again.
-TRUST_FLEX = False
 # Triton's interpreter runs kernels on a CPU. It is slow, but it checks them. Triton reads the
 # variable when a kernel is defined, so it must be set before this file is imported.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -1350,7 +1346,7 @@ def attention_form(q: Tensor, k: Tensor, v: Tensor, query_slots: Tensor | None =
     """Which form of attention computes these inputs:
 
     "fused"   the kernels above: on a Hopper GPU, in bf16 or fp16, without a KV cache
-    "flex"    FlexAttention, below: on any GPU from Ampere on, if TRUST_FLEX
+    "flex"    FlexAttention, below: on any GPU from Ampere on, where it is worth_compiling
     "plain"   model.py's definition, which makes all logits: everywhere else
     """
     if not ENABLED or q.dtype == torch.float64:
@@ -1359,9 +1355,19 @@ def attention_form(q: Tensor, k: Tensor, v: Tensor, query_slots: Tensor | None =
         return ATTENTION
     if query_slots is None and can_fuse_attention(q, k, v):
         return "fused"
-    if TRUST_FLEX and can_flex_attention(q, k, v):
+    if can_flex_attention(q, k, v) and worth_compiling(q, k):
         return "flex"
     return "plain"
+
+
+FEW_LOGITS = 2**27        # plain attention holds them several times: some 2 GB
+
+
+def worth_compiling(q: Tensor, k: Tensor) -> bool:
+    """FlexAttention is compiled at its first call, in about ten seconds. Inside of a block that is
+    compiled anyway that adds little. Elsewhere, say for a prompt, it is for many logits alone."""
+    B, T, H, _ = q.shape
+    return torch.compiler.is_compiling() or B * H * T * k.shape[1] > FEW_LOGITS
 
 
 def can_fuse_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -1436,10 +1442,10 @@ def interval_block_mask(first: Tensor, last: Tensor, S: int) -> BlockMask:
     T = first.shape[1]
     block_begin = torch.arange(0, T, FLEX_BLOCK, device=first.device)
     block_end = (block_begin + FLEX_BLOCK - 1).clamp(max=T - 1)
-    lo = first[:, None, block_begin] // FLEX_BLOCK                       # (B, 1, query blocks)
-    hi = last[:, None, block_end] // FLEX_BLOCK + 1
-    full_lo = ceil_div(first[:, None, block_end], FLEX_BLOCK)
-    full_hi = (last[:, None, block_begin] + 1) // FLEX_BLOCK
+    lo = first[:, block_begin] // FLEX_BLOCK                             # (B, query blocks)
+    hi = last[:, block_end] // FLEX_BLOCK + 1
+    full_lo = ceil_div(first[:, block_end], FLEX_BLOCK)
+    full_hi = (last[:, block_begin] + 1) // FLEX_BLOCK
     full_hi = torch.maximum(full_hi, full_lo)                            # no full block: empty
     key_lists = block_lists(lo, full_lo, full_hi, hi, ceil_div(S, FLEX_BLOCK))
 
@@ -1447,10 +1453,10 @@ def interval_block_mask(first: Tensor, last: Tensor, S: int) -> BlockMask:
     # whose range begins at j or before. As bounds never fall, block i is among them exactly if
     # lo[i] <= j < hi[i]; empty ranges drop out.
     j = torch.arange(ceil_div(S, FLEX_BLOCK), device=first.device)[:, None]
-    query_lo = (hi[:, :, None] <= j).sum(-1)                             # (B, 1, key blocks)
-    query_hi = (lo[:, :, None] <= j).sum(-1)
-    query_full_lo = (full_hi[:, :, None] <= j).sum(-1)
-    query_full_hi = (full_lo[:, :, None] <= j).sum(-1)
+    query_lo = (hi[:, None] <= j).sum(-1)                                # (B, key blocks)
+    query_hi = (lo[:, None] <= j).sum(-1)
+    query_full_lo = (full_hi[:, None] <= j).sum(-1)
+    query_full_hi = (full_lo[:, None] <= j).sum(-1)
     query_lists = block_lists(query_lo, query_full_lo, query_full_hi, query_hi,
                               block_begin.shape[0])
 
@@ -1464,13 +1470,9 @@ def interval_block_mask(first: Tensor, last: Tensor, S: int) -> BlockMask:
 def block_lists(lo: Tensor, full_lo: Tensor, full_hi: Tensor, hi: Tensor,
                 n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """BlockMask's lists: how many partial blocks each row of blocks has, which ones, how many full
-    blocks, which ones. Bounds (B, 1, rows) -> counts (B, 1, rows) and numbers of blocks (B, 1,
-    rows, n); numbers behind a count mean nothing.
-
-    The 1 stands for the heads, which all see the same. FlexAttention finds the counts of sequence b
-    at b times the stride of this dimension, which is `rows` for a contiguous tensor. If it were
-    added at the end, by counts[:, None], torch.compile (2.11 and 2.13) would give it a stride of 0,
-    and every sequence would have the counts of the first. So it is there from the start."""
+    blocks, which ones. Bounds (B, rows) -> counts (B, 1, rows) and numbers of blocks (B, 1, rows,
+    n), where the 1 stands for the heads, which all see the same; numbers behind a count mean
+    nothing."""
     num_full = full_hi - full_lo
     num_partial = hi - lo - num_full
     i = torch.arange(n, device=lo.device)
@@ -1480,8 +1482,19 @@ def block_lists(lo: Tensor, full_lo: Tensor, full_hi: Tensor, hi: Tensor,
 
     lists = []
     for numbers in (num_partial, partial.clamp(max=n - 1), num_full, full.clamp(max=n - 1)):
-        lists.append(numbers.int())
+        lists.append(with_dimension_of_heads(numbers.int().contiguous()))
     return tuple(lists)
+
+
+def with_dimension_of_heads(t: Tensor) -> Tensor:
+    """(B, ...), contiguous -> (B, 1, ...), the same as t[:, None].
+
+    FlexAttention looks for the list of sequence b at b times the stride of the heads' dimension. A
+    dimension of size 1 may have any stride, and torch.compile (2.11 and 2.13) gives one made by
+    t[:, None] 0 or B times too much. as_strided sets it to that of the sequences."""
+    B, *sizes = t.shape
+    b_stride, *strides = t.stride()
+    return t.as_strided((B, 1, *sizes), (b_stride, b_stride, *strides))
 
 
 def flex_tile_rows(q: Tensor, v: Tensor) -> int:
@@ -1562,9 +1575,14 @@ def flex_softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | 
     if query_slots is not None:
         last = query_slots
 
-    # Inside of another torch.compile it becomes a part of that graph.
-    run = flex_softmax if torch.compiler.is_compiling() else compiled_flex_softmax()
-    out, max_logits = run(q.flatten(2, 3), k, v, first.int(), last.int())
+    arguments = (q.flatten(2, 3), k, v, first.int(), last.int())
+    if torch.compiler.is_compiling():
+        # It becomes a part of that graph.
+        out, max_logits = flex_softmax(*arguments)
+    else:
+        # Also where "force_eager" keeps the blocks from being compiled (pretrain.py: Validation).
+        with torch.compiler.set_stance("default"):
+            out, max_logits = compiled_flex_softmax()(*arguments)
     return out.unflatten(2, (K, h)), max_logits.view(K, h)
 
 
