@@ -91,6 +91,11 @@ class TrainConfig:
     activation_checkpoint_layers: Size = 0  # how many blocks, the first ones, recompute activations
                                     # in the backward pass: less memory, more FLOPs
     dp_replicate: Count = 1         # copies of the model among the ranks (HSDP); each is sharded
+    sum_ends_once: bool = True      # several ranks gather embedding and head, and sum their
+                                    # gradients, once a step; False: in each micro-batch, which
+                                    # takes less memory and more time
+    sum_precision: Literal["auto", "fp32", "bf16"] = "auto"  # in which ranks sum the gradients of
+                                    # blocks; auto: fp32, but with precision=fp8 bf16
     timeout_seconds: Annotated[int, 1, 10**7] = 600  # how long a rank waits for another before the
                                     # run ends
     seed: Seed = 1337               # of the initial weights and of the order of the data
@@ -321,7 +326,8 @@ def train_step(model: Motif, optimizer, batch: tuple, micro_batch_rows: int, num
         batch = [t.pin_memory() for t in batch]
     batch = [t.to(device, non_blocking=on_cuda) for t in batch]
 
-    loss, max_logits = forward_backward(model, batch, micro_batch_rows, num_targets)
+    loss, max_logits = forward_backward(model, batch, micro_batch_rows, num_targets,
+                                        c.sum_ends_once)
     loss, grad_norm = reduce_and_clip(model, loss, c.grad_clip, c.dp_replicate)
     skipped = ~torch.isfinite(loss + grad_norm)
 
@@ -332,7 +338,8 @@ def train_step(model: Motif, optimizer, batch: tuple, micro_batch_rows: int, num
     return StepResult(loss, grad_norm, max_logits, skipped)
 
 
-def forward_backward(model: Motif, batch: tuple, micro_batch_rows: int, num_targets: int):
+def forward_backward(model: Motif, batch: tuple, micro_batch_rows: int, num_targets: int,
+                     sum_ends_once: bool = True):
     """Go through the rows of a batch in micro-batches, and add up their gradients in .grad -> (this
     rank's part of the loss, the largest attention logits in its rows (layers, H)).
 
@@ -357,7 +364,7 @@ def forward_backward(model: Motif, batch: tuple, micro_batch_rows: int, num_targ
     micro_batches = split_micro_batches(batch, micro_batch_rows)
     for i, micro_batch in enumerate(micro_batches):
         if is_fsdp:
-            set_gradient_sync(model, is_last=i == len(micro_batches) - 1)
+            set_gradient_sync(model, i == len(micro_batches) - 1, sum_ends_once)
         part = model(*micro_batch, reduction="sum", scale=1 / num_targets)
         part.backward()
         loss += part.detach()
@@ -373,18 +380,21 @@ def split_micro_batches(batch: tuple, rows: int) -> list[tuple]:
     return list(zip(*[t.split(rows) for t in batch]))
 
 
-def set_gradient_sync(model: Motif, is_last: bool) -> None:
+def set_gradient_sync(model: Motif, is_last: bool, sum_ends_once: bool) -> None:
     """Tell FSDP2 what to do at the end of a micro-batch's backward pass."""
-    # The ranks that share one copy of the model exchange gradients after each micro-batch, because
-    # none of them has room for the gradients of the whole model. Several copies (HSDP) sum theirs
-    # once a step.
+    # The ranks that share one copy of the model exchange the gradients of blocks after each
+    # micro-batch, because none of them has room for those of the whole model. Several copies (HSDP)
+    # sum theirs once a step.
     model.set_requires_all_reduce(is_last)
 
-    # A single rank has room for all gradients. So it keeps the weights that it has cast to bf16,
-    # and adds up gradients in .grad, until the last micro-batch.
-    if WORLD == 1:
-        model.set_reshard_after_backward(is_last)
-        model.set_requires_gradient_sync(is_last)
+    # Embedding and head, the group of `model` itself, are 1.8B of the 12.7B parameters, and nothing
+    # can be computed while they arrive or while their gradients leave. So where they have room,
+    # ranks keep them gathered until the last micro-batch, and add up their gradients in fp32. A
+    # single rank has room for all weights and gradients, and does so with the blocks as well.
+    if WORLD == 1 or sum_ends_once:
+        every_group = WORLD == 1
+        model.set_reshard_after_backward(is_last, recurse=every_group)
+        model.set_requires_gradient_sync(is_last, recurse=every_group)
 
 
 def reduce_and_clip(model: Motif, loss: Tensor, max_norm: float, replicas: int):
@@ -527,15 +537,16 @@ def build(c: Config, device: torch.device) -> Motif:
         for module in block.modules():
             if isinstance(module, Linear):
                 module.fp8 = compute_precision(c, device) == "fp8"
-        if i < c.activation_checkpoint_layers:
-            # Nothing in a block is random, so there is no random state to restore.
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
-                                              preserve_rng_state=False)
         if compiles(c, device):
             # Each shape of a micro-batch gets a graph of its own: one for each sequence length of
             # the curriculum, and one more where the last micro-batch has fewer rows.
             torch._dynamo.config.recompile_limit = 64
             block.forward = torch.compile(block.forward, dynamic=False)
+        if i < c.activation_checkpoint_layers:
+            # Around torch.compile, not inside: it would keep what our Triton kernels return.
+            # Nothing in a block is random, so there is no random state to restore.
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
+                                              preserve_rng_state=False)
 
     if uses_fsdp(c, device):
         shard(model, c, device)
@@ -558,10 +569,10 @@ def shard(model: Motif, c: Config, device: torch.device) -> None:
     precision = compute_precision(c, device)
     model.compute_dtype = COMPUTE_DTYPE[precision]
 
-    # Gradients are summed over ranks in fp32; with FP8 in bf16, as the report has it.
-    in_bf16 = precision == "fp8" and WORLD > 1
-    policy = MixedPrecisionPolicy(model.compute_dtype, torch.bfloat16 if in_bf16 else torch.float32,
-                                  cast_forward_inputs=False)
+    # Gradients are summed over ranks in fp32; with FP8 in bf16, as the report has it. Those of
+    # embedding and head always in fp32, as sum_ends_once adds them up in the same dtype.
+    in_bf16 = c.sum_precision == "bf16" or (c.sum_precision == "auto" and precision == "fp8")
+    block_dtype = torch.bfloat16 if in_bf16 and WORLD > 1 else torch.float32
     sizes = (WORLD,)
     names = ("shard",)
     if c.dp_replicate > 1:
@@ -574,6 +585,9 @@ def shard(model: Motif, c: Config, device: torch.device) -> None:
         # `model` is here the group of the embedding and the head. The backward pass begins with the
         # head, so that group is not freed after the forward pass.
         free = WORLD > 1 and module is not model
+        policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype,
+                                      reduce_dtype=torch.float32 if module is model else block_dtype,
+                                      cast_forward_inputs=False)
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=vectors,
                     reshard_after_forward=free)
         if WORLD > 1:

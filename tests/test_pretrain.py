@@ -273,13 +273,13 @@ def test_activation_checkpointing_changes_nothing(run):
 
 def test_compiled_blocks_are_one_graph_with_fsdp_and_activation_checkpointing(run, monkeypatch):
     """fullgraph: nothing is left to the interpreter. aot_eager: both graphs, and no wait for a C++
-    compiler. There is one graph for all plain blocks, and one for those with checkpointing."""
+    compiler. There is one graph for all blocks, those with checkpointing too."""
     graphs = CompileCounterWithBackend("aot_eager")
     options = dict(max_steps=4, precision="bf16", num_hidden_layers=5)
     run(**options)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs, fullgraph=True))
     run(**options, activation_checkpoint_layers=2, compile=True, out_dir="compiled")
-    assert graphs.frame_count == 2                   # and none for the shapes of an evaluation
+    assert graphs.frame_count == 1                   # and none for the shapes of an evaluation
     for a, b in zip(metrics(), metrics("compiled"), strict=True):
         for key in {"loss", "val_loss"} & a.keys():
             assert a[key] == pytest.approx(b[key], rel=1e-3)

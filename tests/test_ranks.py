@@ -88,29 +88,56 @@ def write_samples(folder: Path) -> None:
     gathers = []
     for bound in (pretrain.SAMPLE_BYTES, 0):
         pretrain.SAMPLE_BYTES = bound
-        with AllGathers() as communication:
+        with Collectives() as messages:
             _, samples = validation.evaluate_and_sample(model, 0)
         assert (samples == f"{pretrain.NO_SAMPLES}\n") == (bound == 0 and WORLD > 1)
-        gathers.append(communication.count)
+        gathers.append(messages.gathers)
         if bound > 0 and RANK == 0:
             folder.mkdir(exist_ok=True)
             (folder / f"samples{WORLD}.txt").write_text(samples)
 
-    with AllGathers() as communication:      # each block is freed after each forward pass
+    with Collectives() as messages:      # each block is freed after each forward pass
         pretrain.sample_prompts(model, load_tokenizer("byte"), c, pretrain.encode_text_prompt)
-    gathers.append(communication.count)
+    gathers.append(messages.gathers)
     if RANK == 0:
         (folder / f"gathers{WORLD}.json").write_text(json.dumps(gathers))
 
 
-class AllGathers(TorchDispatchMode):
-    """Counts the calls of all_gather_into_tensor."""
-    count = 0
+class Collectives(TorchDispatchMode):
+    """Counts the calls of all_gather_into_tensor and reduce_scatter_tensor."""
+    gathers = 0
+    reductions = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if "_allgather_base_" in str(function):
-            self.count += 1
+            self.gathers += 1
+        if "_reduce_scatter_base_" in str(function):
+            self.reductions += 1
         return function(*args, **(kwargs or {}))
+
+
+def count_messages(folder: Path) -> None:
+    """How often a step of three micro-batches gathers and sums: with sum_ends_once and without. The
+    gradients are the same."""
+    import pretrain
+    from support.ranks import RANK, pick_device
+    c = pretrain.Config(**OPTIONS)
+    device = pick_device(c)
+    pretrain.meet_ranks(c, device)
+    model = pretrain.build(c, device)
+    ids, targets = torch.randint(256, (2, 3, 32), generator=torch.manual_seed(RANK))
+    counts = {}
+    gradients = []
+    for once in (True, False):
+        with Collectives() as messages:
+            pretrain.forward_backward(model, (ids, targets), 1, 6 * 32, sum_ends_once=once)
+        counts[str(once)] = [messages.gathers, messages.reductions]
+        gradients.append([muonclip.local_shard(p.grad) for p in model.parameters()])
+        model.zero_grad()
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+    if RANK == 0:
+        (folder / "messages.json").write_text(json.dumps(counts))
 
 
 def steps_with_set_gradients(out: Path, first: int, last: int) -> None:
@@ -140,13 +167,15 @@ def steps_with_set_gradients(out: Path, first: int, last: int) -> None:
 def run_worlds(folder: Path) -> None:
     shards = folder / "shards"
     world(1, train, folder / "one", shards)
-    world(4, train, folder / "four", shards)
+    world(4, train, folder / "four", shards, micro_batch_tokens=32)
     world(4, train, folder / "replicas", shards, dp_replicate=2, max_steps=12, eval_every=None,
           micro_batch_tokens=64)
-    world(4, train, folder / "interrupted", shards, sigterm_at=5, max_steps=24)
+    world(4, train, folder / "interrupted", shards, sigterm_at=5, max_steps=24,
+          micro_batch_tokens=32)
     world(2, refuse_folders_of_their_own, folder / "machines", shards)
     for ranks in (1, 2, 4):
         world(ranks, write_samples, folder / "samples")
+    world(2, count_messages, folder)
     world(1, steps_with_set_gradients, folder / "still", 0, 5)
     world(4, steps_with_set_gradients, folder / "moving", 0, 2)
     world(2, steps_with_set_gradients, folder / "moving", 2, 3)
@@ -227,6 +256,14 @@ def test_samples_are_those_of_one_rank_and_gather_the_model_once(folder):
         assert freed == 2 * 80 + 1
 
 
+def test_embedding_and_head_are_gathered_and_summed_once_a_step(folder):
+    """A micro-batch gathers each of the two blocks for its forward pass and for its backward pass,
+    where the last one is still there; and sums the gradients of both."""
+    once, each_time = json.loads((folder / "messages.json").read_text()).values()
+    assert each_time == [3 * (2 * 2 + 1), 3 * (2 + 1)]
+    assert once == [3 * 2 * 2 + 1, 3 * 2 + 1]
+
+
 def test_a_checkpoint_moves_between_numbers_of_ranks(folder):
     """To step 2 on four ranks, to 3 on two, to 5 on three: bit by bit one process's five steps."""
     assert same(folder / "moving/step_5", folder / "still/step_5")
@@ -240,7 +277,8 @@ def test_sigterm_saves_and_a_lost_rank_ends_all_and_a_restart_goes_on(folder):
     stopped = (out / "log.txt").read_text().splitlines()[-1]
     assert stopped.startswith("stopped at step 5;") and f"{out}/step_5" in stopped
 
-    options = {**OPTIONS, "out_dir": out, "data_dir": folder / "shards", "max_steps": 24}
+    options = {**OPTIONS, "out_dir": out, "data_dir": folder / "shards", "max_steps": 24,
+               "micro_batch_tokens": 32}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4",
                "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--max_restarts=1",
                str(ROOT / "pretrain.py"), *arguments(options)]

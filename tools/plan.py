@@ -95,12 +95,13 @@ def part_of(name: str) -> str:
 #                    arrives), embedding and head
 #     activations    of a block that keeps them, what its backward pass reads: activation_bytes per
 #                    token; of a block with activation checkpointing its input alone
+#     sums           with sum_ends_once, the gradients of embedding and head, not sharded, in fp32
 #
 # A step goes through phases, of which the one that takes most decides:
 #
 #     loss            all activations, the logits of a chunk of tokens, the head's gradient
-#     backward pass   all activations, those of the block that is recomputed, the gradients of two
-#                     blocks on their way to their shards
+#     backward pass   all activations, those of the block that is recomputed with as many
+#                     gradients of them, the gradients of two blocks on their way to their shards
 #     its end         the gradients of embedding and head, on their way
 #     Parallel Muon   momentum and results on their way
 #
@@ -153,7 +154,7 @@ def memory_of_rank(c: Config, T: int, checkpointed: int) -> tuple[dict, dict]:
     block_bytes, input_bytes = activation_bytes(config)
     plain = c.num_hidden_layers - checkpointed
     activations = tokens * (checkpointed * input_bytes + plain * block_bytes)
-    recomputed = tokens * block_bytes if checkpointed else 0
+    recomputed = 2 * tokens * block_bytes if checkpointed else 0
 
     head = model.head_weight.numel()
     ends = head
@@ -167,11 +168,15 @@ def memory_of_rank(c: Config, T: int, checkpointed: int) -> tuple[dict, dict]:
     ends_gradients = BF16 * ends
     if shards > 1:
         ends_gradients += (BF16 + FP32) * ends
+    sums = 0
+    if shards > 1 and c.sum_ends_once:
+        always["gradients"] -= FP32 * ends / shards      # they are there from the end on
+        sums = FP32 * ends
 
-    phases = {"loss": gathered + activations + logits + BF16 * head,
-              "backward pass": (gathered + activations + recomputed + BF16 * head
+    phases = {"loss": gathered + activations + sums + logits + BF16 * head,
+              "backward pass": (gathered + activations + sums + recomputed + BF16 * head
                                 + block_gradients),
-              "its end": ends_gradients,
+              "its end": sums + ends_gradients + FP32 * ends / shards,
               "Parallel Muon": parallel_muon_bytes(c, model)}
     return always, phases
 
