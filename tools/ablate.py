@@ -559,26 +559,35 @@ def difference(summary: Summary, baseline: Summary | None) -> str:
 
 
 def draw(out: Path, grids: dict[str, list[Summary]]) -> None:
-    """Draw out/curves.png: held-out loss over tokens, a panel for each grid. The first evaluation,
-    of a model that has learnt nothing, is left out. Without matplotlib there is no picture."""
+    """Draw out/curves.png, a row for each grid: on the left held-out loss over tokens, on the right
+    the loss at the end, a dot for each seed and a line at their mean. The first evaluation, of a
+    model that has learnt nothing, is left out. Without matplotlib there is no picture."""
     plt = import_pyplot()
     if plt is None:
         print("no picture, as there is no matplotlib")
         return
-    figure, axes = plt.subplots(len(grids), 1, figsize=(9, 5 * len(grids)), squeeze=False,
-                                layout="constrained")
-    for axis, (grid, summaries) in zip(axes[:, 0], grids.items()):
+    heights = [1.0 + 0.28 * max(4, len(summaries)) for summaries in grids.values()]
+    figure, axes = plt.subplots(len(grids), 2, figsize=(11, sum(heights)), squeeze=False,
+                                layout="constrained", height_ratios=heights, width_ratios=[2, 3])
+    for (left, right), (grid, summaries) in zip(axes, grids.items()):
         for i, summary in enumerate(summaries):
-            label = summary.name
+            color = f"C{i % 10}"
             for curve in summary.curves:
-                tokens = [int(point["tokens"]) for point in curve[1:]]
+                tokens = [int(point["tokens"]) / 1e6 for point in curve[1:]]
                 losses = [float(point["loss"]) for point in curve[1:]]
-                axis.plot(tokens, losses, marker="o", ms=3, lw=1, color=f"C{i % 10}",
-                          ls=("-", "--", ":")[i // 10 % 3], label=label)
-                label = None                # one entry of the legend for all seeds
-        axis.set(title=grid, xlabel="tokens seen", ylabel="held-out loss (nats per token)")
-        axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-        axis.grid(alpha=0.3)
+                left.plot(tokens, losses, marker="o", ms=2, lw=1, color=color)
+            losses = summary.losses()
+            right.plot(losses, [i] * len(losses), "o", ms=5, alpha=0.6, color=color)
+            right.plot([statistics.fmean(losses)], [i], "|", ms=16, color=color)
+        left.set_title(grid, loc="left", fontsize="medium")
+        left.set_ylabel("nats per token", fontsize="small")
+        right.set_yticks(range(len(summaries)), [summary.name for summary in summaries])
+        right.set_ylim(len(summaries) - 0.5, -0.5)
+        for axis in (left, right):
+            axis.tick_params(labelsize="small")
+            axis.grid(alpha=0.3)
+    left.set_xlabel("million tokens seen", fontsize="small")
+    right.set_xlabel("held-out loss after the last step, nats per token", fontsize="small")
     figure.savefig(out / "curves.png", dpi=110)
     plt.close(figure)
 
