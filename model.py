@@ -116,9 +116,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # It costs four scalars a layer, stored as weight = (w3, w2, w1) and bias = b, and three means over
 # the features. Fused, as in kernels.py, it moves no more memory than SiLU.
 #
-# Does it pay? In runs of 52M tokens with 115M parameters PolyNorm is worse than SwiGLU by 0.050
+# Does it pay? In runs of 52M tokens with 115M parameters PolyNorm is worse than SwiGLU by 0.049
 # nats per token, +- 0.002, if w3, w2 and w1 begin at 1/3, as in its paper. If they begin at 1/48,
-# which is the default here [ours], it is as good: 0.001 worse, +- 0.002. Begun at 1/3 its output is
+# which is the default here [ours], it is as good: 0.001 better, +- 0.003. Begun at 1/3 its output is
 # too large: it has a root mean square of 0.71 for normally distributed inputs of any size, where a
 # fresh SiLU's has 0.30. (MEASUREMENTS.md has these runs.)
 #
@@ -270,8 +270,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None 
 # num_noise_heads = 0 switches to plain grouped-query attention, to compare with.
 #
 # Does it pay? In runs of 52M tokens with 115M parameters it is better than grouped-query attention
-# of as many parameters by 0.106 nats per token, +- 0.002. There, 6 signal heads with 6 noise heads
-# are as good as 8 with 2.
+# of as many parameters by 0.107 nats per token, +- 0.002. There, 6 signal heads with 6 noise heads
+# are no worse than 8 with 2: 0.006 better, +- 0.003. (MEASUREMENTS.md has these runs.)
 #
 # Beside grouped-query attention with the same 32 signal heads it costs 8 more query heads and, for
 # values of 256 numbers, an o_proj twice as wide: 71.3M parameters in a layer's attention and not
