@@ -26,10 +26,10 @@ to rounding on another. Ctrl-C, or the SIGTERM that a cluster sends, lets the cu
 saves a checkpoint (unless save_every is None) and exits with status 0; until the first step is done
 there is nothing to save, and they end the run at once.
 
-The loop is `train`, and reading may begin there. The file has, in this order: the knobs, the
-schedules, one training step, what a step reads, FSDP2, checkpoints, validation, the loop, the
-set-up. What any training run needs is in support/: how ranks talk (ranks.py), the log (log.py), and
-the folder of a run (run_folder.py).
+One may begin to read at the end: main, setup, train, train_step. The file has, in this order: the
+knobs, the schedules, one training step, what a step reads, FSDP2, checkpoints, validation, the
+loop, the set-up. What any training run needs is in support/: how ranks talk (ranks.py), the log
+(log.py), and the folder of a run (run_folder.py).
 """
 import functools
 import json
@@ -87,15 +87,17 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # dtype of matrix products; auto:
                                     # bf16 on CUDA, else fp32; fp8: linear layers of the blocks only
     compile: bool | None = None     # torch.compile the blocks; None: on CUDA only
-    micro_batch_tokens: Count = 4096  # tokens in one forward pass of one rank: as memory allows
+    micro_batch_tokens: Count = 4096  # tokens in one forward pass of one rank, as memory allows;
+                                    # at least one row
     activation_checkpoint_layers: Size = 0  # how many blocks, the first ones, recompute activations
                                     # in the backward pass: less memory, more FLOPs
     dp_replicate: Count = 1         # copies of the model among the ranks (HSDP); each is sharded
-    sum_ends_once: bool = True      # several ranks gather embedding and head, and sum their
+    sum_embeddings_once: bool = True  # several ranks gather embedding and head, and sum their
                                     # gradients, once a step; False: in each micro-batch, which
                                     # takes less memory and more time
-    sum_precision: Literal["auto", "fp32", "bf16"] = "auto"  # in which ranks sum the gradients of
-                                    # blocks; auto: fp32, but with precision=fp8 bf16
+    sum_precision: Literal["auto", "fp32", "bf16"] = "auto"  # dtype in which ranks sum the
+                                    # gradients of blocks; auto: fp32, but bf16 with precision=fp8
+                                    # and one copy of the model
     timeout_seconds: Annotated[int, 1, 10**7] = 600  # how long a rank waits for another before the
                                     # run ends
     seed: Seed = 1337               # of the initial weights and of the order of the data
@@ -254,7 +256,8 @@ def lr_at(c: Config, curriculum: data.Curriculum, step: int) -> float:
 
 def check_lr_goes_on(c: Config, curriculum: data.Curriculum, state: dict) -> None:
     """UserError if the new plan of a run that goes on would raise the learning rate again after it
-    has begun to fall. During the stable part it stays as it is."""
+    has begun to fall. During the stable part it stays as it is. (Another --lr or --decay_fraction
+    for the same steps is taken as meant.)"""
     if not curriculum.before or c.lr_may_rise:
         return
     old_curriculum, step = curriculum.before
@@ -298,8 +301,14 @@ def theta_at(c: Config, tokens: int) -> float:
 # fine-tuning only replies are targets, and some ranks have more of them than others.
 #
 # The gradient. FSDP2 (below) shards the matrices: it sums their gradients over the ranks, and each
-# rank keeps its own shard of the sum. Vectors are whole on every rank; reduce_and_clip sums their
-# gradients.
+# rank keeps its own shard of the sum. When it does so depends on the matrix (set_gradient_sync):
+#
+#     blocks                 after each micro-batch: no rank has room for all their gradients
+#     embedding and head     once a step: until then ranks add up theirs, whole and in fp32
+#     copies of the model    once a step, each shard among the ranks that hold the same (HSDP)
+#     a single rank          has nothing to sum, and keeps all matrices gathered for the whole step
+#
+# Vectors are whole on every rank; reduce_and_clip sums their gradients.
 #
 # NaN. A loss or gradient that is not finite must not reach the weights. But if the host read the
 # loss to find out, it would wait for the GPU, and then the GPU for the host, at every step. So the
@@ -327,7 +336,7 @@ def train_step(model: Motif, optimizer, batch: tuple, micro_batch_rows: int, num
     batch = [t.to(device, non_blocking=on_cuda) for t in batch]
 
     loss, max_logits = forward_backward(model, batch, micro_batch_rows, num_targets,
-                                        c.sum_ends_once)
+                                        c.sum_embeddings_once)
     loss, grad_norm = reduce_and_clip(model, loss, c.grad_clip, c.dp_replicate)
     skipped = ~torch.isfinite(loss + grad_norm)
 
@@ -339,7 +348,7 @@ def train_step(model: Motif, optimizer, batch: tuple, micro_batch_rows: int, num
 
 
 def forward_backward(model: Motif, batch: tuple, micro_batch_rows: int, num_targets: int,
-                     sum_ends_once: bool = True):
+                     sum_embeddings_once: bool = True):
     """Go through the rows of a batch in micro-batches, and add up their gradients in .grad -> (this
     rank's part of the loss, the largest attention logits in its rows (layers, H)).
 
@@ -364,7 +373,7 @@ def forward_backward(model: Motif, batch: tuple, micro_batch_rows: int, num_targ
     micro_batches = split_micro_batches(batch, micro_batch_rows)
     for i, micro_batch in enumerate(micro_batches):
         if is_fsdp:
-            set_gradient_sync(model, i == len(micro_batches) - 1, sum_ends_once)
+            set_gradient_sync(model, i == len(micro_batches) - 1, sum_embeddings_once)
         part = model(*micro_batch, reduction="sum", scale=1 / num_targets)
         part.backward()
         loss += part.detach()
@@ -380,21 +389,19 @@ def split_micro_batches(batch: tuple, rows: int) -> list[tuple]:
     return list(zip(*[t.split(rows) for t in batch]))
 
 
-def set_gradient_sync(model: Motif, is_last: bool, sum_ends_once: bool) -> None:
+def set_gradient_sync(model: Motif, is_last: bool, sum_embeddings_once: bool) -> None:
     """Tell FSDP2 what to do at the end of a micro-batch's backward pass."""
-    # The ranks that share one copy of the model exchange the gradients of blocks after each
-    # micro-batch, because none of them has room for those of the whole model. Several copies (HSDP)
-    # sum theirs once a step.
+    # Copies of the model (HSDP).
     model.set_requires_all_reduce(is_last)
 
     # Embedding and head, the group of `model` itself, are 1.8B of the 12.7B parameters, and nothing
-    # can be computed while they arrive or while their gradients leave. So where they have room,
-    # ranks keep them gathered until the last micro-batch, and add up their gradients in fp32. A
-    # single rank has room for all weights and gradients, and does so with the blocks as well.
-    if WORLD == 1 or sum_ends_once:
-        every_group = WORLD == 1
-        model.set_reshard_after_backward(is_last, recurse=every_group)
-        model.set_requires_gradient_sync(is_last, recurse=every_group)
+    # can be computed while they arrive or while their gradients leave. So they stay gathered until
+    # the last micro-batch, if the rank has room; and on a single rank the blocks do as well. What
+    # is not set here, FSDP2 does after each micro-batch.
+    if WORLD == 1 or sum_embeddings_once:
+        also_blocks = WORLD == 1
+        model.set_reshard_after_backward(is_last, recurse=also_blocks)
+        model.set_requires_gradient_sync(is_last, recurse=also_blocks)
 
 
 def reduce_and_clip(model: Motif, loss: Tensor, max_norm: float, replicas: int):
@@ -482,8 +489,8 @@ def read_batch(dataset: Dataset, step: int) -> tuple[Tensor, ...]:
 # Muon's momentum (or 8, AdamW's two moments): more than 150 GB, and a GPU has 80.
 #
 # The idea. FSDP2 cuts each matrix by rows into a shard for each rank, which keeps weight, gradient
-# and momentum of its shard alone, in fp32: on 8 GPUs some 20 GB. A whole matrix exists only while
-# it is used, in bf16. A block of the 12.7B model is 0.55 GB then:
+# and momentum of its shard alone, in fp32: on 8 GPUs some 20 GB. A whole matrix of a block exists
+# only while it is used, in bf16. A block of the 12.7B model is 0.55 GB then:
 #
 #     forward    for each block: all-gather | compute | free
 #     backward   for each block: all-gather | compute | free, reduce-scatter the gradient in fp32
@@ -520,6 +527,9 @@ def meet_ranks(c: TrainConfig, device: torch.device) -> None:
     if WORLD % c.dp_replicate:
         raise UserError(f"{WORLD} ranks cannot be dp_replicate={c.dp_replicate} copies of the same "
                         "size; give a divisor")
+    if c.sum_precision == "bf16" and c.dp_replicate > 1:
+        raise UserError(f"sum_precision=bf16 and dp_replicate={c.dp_replicate} would add up "
+                        "micro-batches in bf16; give --sum_precision=fp32")
     init_distributed(device, c.timeout_seconds, even_alone=uses_fsdp(c, device))
     if WORLD > 1 and c.out_dir:
         check_shared(Path(c.out_dir))
@@ -543,7 +553,8 @@ def build(c: Config, device: torch.device) -> Motif:
             torch._dynamo.config.recompile_limit = 64
             block.forward = torch.compile(block.forward, dynamic=False)
         if i < c.activation_checkpoint_layers:
-            # Around torch.compile, not inside: it would keep what our Triton kernels return.
+            # This goes around the compiled block. Inside of it torch.compile would keep what our
+            # Triton kernels return and not compute it again: 1 GiB a block of the 12.7B model.
             # Nothing in a block is random, so there is no random state to restore.
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
                                               preserve_rng_state=False)
@@ -569,10 +580,12 @@ def shard(model: Motif, c: Config, device: torch.device) -> None:
     precision = compute_precision(c, device)
     model.compute_dtype = COMPUTE_DTYPE[precision]
 
-    # Gradients are summed over ranks in fp32; with FP8 in bf16, as the report has it. Those of
-    # embedding and head always in fp32, as sum_ends_once adds them up in the same dtype.
+    # Gradients are summed over ranks in fp32; those of blocks, with FP8, in bf16, as the report has
+    # it. FSDP2 adds up micro-batches in the same dtype where it waits for the last one to sum, and
+    # there bf16 would lose them: for embedding and head, and for copies of the model.
     in_bf16 = c.sum_precision == "bf16" or (c.sum_precision == "auto" and precision == "fp8")
-    block_dtype = torch.bfloat16 if in_bf16 and WORLD > 1 else torch.float32
+    in_bf16 = in_bf16 and WORLD > 1 and c.dp_replicate == 1
+    block_dtype = torch.bfloat16 if in_bf16 else torch.float32
     sizes = (WORLD,)
     names = ("shard",)
     if c.dp_replicate > 1:
@@ -585,8 +598,8 @@ def shard(model: Motif, c: Config, device: torch.device) -> None:
         # `model` is here the group of the embedding and the head. The backward pass begins with the
         # head, so that group is not freed after the forward pass.
         free = WORLD > 1 and module is not model
-        policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype,
-                                      reduce_dtype=torch.float32 if module is model else block_dtype,
+        sum_dtype = torch.float32 if module is model else block_dtype
+        policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=sum_dtype,
                                       cast_forward_inputs=False)
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=vectors,
                     reshard_after_forward=free)
@@ -595,7 +608,7 @@ def shard(model: Motif, c: Config, device: torch.device) -> None:
             # averaged. And a sum is all that gloo can do.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    register_fsdp_forward_method(model, "token_losses")
+    register_fsdp_forward_method(model, "token_losses")   # evaluate calls it, not forward
 
 
 # Sampling takes a forward pass for each new token. To all-gather the whole model for each of them

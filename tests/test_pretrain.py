@@ -744,6 +744,16 @@ def test_dry_run_opens_nothing(run, monkeypatch, capsys, name, parameters, steps
     assert not list(Path().iterdir())
 
 
+def test_a_plan_counts_whole_rows_in_a_pass(run, capsys):
+    """Of a schedule, the length with most tokens in a pass: its row, if that is longer."""
+    plans = []
+    for micro_batch_tokens in (64, 16):
+        run(dry_run=True, seq_len=[[0, 32], [128, 64]], batch_tokens=128,
+            micro_batch_tokens=micro_batch_tokens)
+        plans.append(capsys.readouterr().out)
+    assert plans[0] == plans[1] and " 64 tokens in a pass" in plans[0]
+
+
 # ---- what a user gets wrong: one line, nothing left behind
 
 @pytest.mark.parametrize("options, key", [

@@ -117,7 +117,7 @@ class Collectives(TorchDispatchMode):
 
 
 def count_messages(folder: Path) -> None:
-    """How often a step of three micro-batches gathers and sums: with sum_ends_once and without. The
+    """How often a step of three micro-batches gathers and sums: with sum_embeddings_once and without. The
     gradients are the same."""
     import pretrain
     from support.ranks import RANK, pick_device
@@ -130,7 +130,7 @@ def count_messages(folder: Path) -> None:
     gradients = []
     for once in (True, False):
         with Collectives() as messages:
-            pretrain.forward_backward(model, (ids, targets), 1, 6 * 32, sum_ends_once=once)
+            pretrain.forward_backward(model, (ids, targets), 1, 6 * 32, sum_embeddings_once=once)
         counts[str(once)] = [messages.gathers, messages.reductions]
         gradients.append([muonclip.local_shard(p.grad) for p in model.parameters()])
         model.zero_grad()

@@ -11,8 +11,8 @@ A GRID is a small file, such as config/grids/attention.py, that says how runs di
     ]
     seeds = [1, 2]
 
-makes eight runs: gqa-swiglu, gqa-polynorm, 4to1-swiglu and 4to1-polynorm with either seed. Options
-are keys of the grid (see Grid) or of pretrain.py; the latter go to every run.
+makes eight runs: gqa-swiglu, gqa-polynorm, 4to1-swiglu and 4to1-polynorm, each with both seeds.
+Options are keys of the grid (see Grid) or of pretrain.py; the latter go to every run.
 
 The folder of a run is OUT/<name>-seed<seed>. A run that has ended is not repeated, and one that was
 cut goes on from its checkpoint, or begins anew if it has none. So the same command goes on with a
@@ -55,9 +55,9 @@ from tools.plots import import_pyplot
 class Grid:
     """What the runs share, and what they differ in."""
     base: str = "config/evidence.py"    # the config file of pretrain.py that all runs have
-    axes: list = field(default_factory=list)   # [{name: {key: value}}, ...]: a run for each choice
-                                        # of one name of each axis, called "name-name"; the name ""
-                                        # adds nothing
+    axes: list = field(default_factory=list)   # [{name: {key: value}}, ...]: a run for every
+                                        # combination, one name from each axis, called "name-name";
+                                        # the name "" adds nothing
     runs: dict = field(default_factory=dict)   # name -> {key: value}: more runs
     seeds: list = field(default_factory=lambda: [1337])
     baseline: str | None = None         # the run that others are compared with; None: the first
@@ -122,6 +122,8 @@ def plan_runs(grid: Grid, out: Path, options: dict[str, str]) -> list[Run]:
                 if key in settings:
                     raise UserError(f"--{key} is what the grid varies: {name} sets it; change the "
                                     "grid")
+                if key in ("seed", "out_dir"):
+                    raise UserError(f"--{key} differs from run to run; give --seeds=[...] and OUT")
             folder = out / f"{name}-seed{seed}"
             values = {**options, **settings, "seed": seed, "out_dir": folder}
             argv = [grid.base] + [f"--{key}={value}" for key, value in values.items()]
@@ -165,7 +167,7 @@ def check_folder(run: Run) -> None:
 # Each run is a process of its own, which sees one GPU. As soon as it has ended, the next one gets
 # the GPU. What a run prints goes to output.txt in its folder. This process only waits, and keeps a
 # note beside that, ablate.json: on which card the run was, the date, and once it has ended how many
-# seconds it took in all, with compiling and evaluations.
+# seconds its last process took, with compiling and evaluations.
 
 POLL_SECONDS = 0.2
 REPORT_SECONDS = 30
@@ -184,6 +186,8 @@ def find_cards(device: str) -> list[str | None]:
     CPU or on MPS."""
     if device in ("cpu", "mps") or not torch.cuda.is_available():
         return [None]
+    if ":" in device:
+        raise UserError(f"--device={device} is one GPU; to choose some, set CUDA_VISIBLE_DEVICES")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible:
         return visible.split(",")
@@ -449,7 +453,8 @@ def training_seconds(metrics: list[dict], tokens: int) -> float:
 # the table also reads each name's held-out curve, over seconds of training, at the moment when the
 # fastest name of the table ended. Then the learning rate of a slower run has not yet decayed to its
 # end, as it would have in a run that was planned for that time: this column is too hard on slow
-# runs. To be fair to one, run it again with a --max_steps that lets it end with the fastest.
+# runs. To be fair to one, run it again with a --max_steps that lets it end with the fastest. And
+# compare runs of one machine: machines of the same kind differ by 5%.
 #
 # Standard errors. With s^2 the variance over the n seeds of a name, that of a difference is
 # sqrt(s1^2 / n1 + s2^2 / n2). From two or three seeds it is itself only known to a factor of two.

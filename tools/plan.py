@@ -44,7 +44,7 @@ def cost_table(config: MotifConfig, lengths: list[int]) -> str:
 
     ranks = (1, 8, 64)
     lines += ["", f"{'GiB per GPU':20s}" + "".join(f"{f'ranks: {n}':>12s}" for n in ranks)]
-    columns = [memory_per_gpu(model, n) for n in ranks]
+    columns = [memory_per_gpu(model, n, alone=n == 1) for n in ranks]
     for column in columns:
         column["without activations"] = sum(column.values())
     for key in columns[0]:
@@ -95,17 +95,19 @@ def part_of(name: str) -> str:
 #                    arrives), embedding and head
 #     activations    of a block that keeps them, what its backward pass reads: activation_bytes per
 #                    token; of a block with activation checkpointing its input alone
-#     sums           with sum_ends_once, the gradients of embedding and head, not sharded, in fp32
+#     sums           with sum_embeddings_once, the gradients of embedding and head: whole, in fp32,
+#                    and sharded only after the last pass
 #
 # A step goes through phases, of which the one that takes most decides:
 #
 #     loss            all activations, the logits of a chunk of tokens, the head's gradient
 #     backward pass   all activations, those of the block that is recomputed with as many
 #                     gradients of them, the gradients of two blocks on their way to their shards
-#     its end         the gradients of embedding and head, on their way
+#     last sum        the gradients of embedding and head, on their way to their shards
 #     Parallel Muon   momentum and results on their way
 #
-# It is a sum over the large tensors. The allocator and NCCL take a few GB on top.
+# It is a sum over the large tensors, of training in bf16. The allocator and NCCL take a few GB on
+# top.
 
 def activation_bytes(config: MotifConfig) -> tuple[int, int]:
     """Bytes per token, in bf16, that a block keeps for its backward pass, and those of its input.
@@ -117,68 +119,76 @@ def activation_bytes(config: MotifConfig) -> tuple[int, int]:
     mlp = 3 * c.intermediate_size                    # gate, up, and the input of down
     heads = c.num_attention_heads + 2 * c.num_key_value_heads                        # q, k, v
     if c.num_noise_heads:
-        # Signal and noise, and their normed difference: values of two heads' width.
+        # Two heads wide are the outputs of signal and noise heads, and the normed differences.
         heads += 2 * (2 * c.num_attention_heads - c.num_noise_heads)
     else:
         heads += c.num_attention_heads
     return BF16 * (residual + heads * c.head_dim + mlp), BF16 * c.hidden_size
 
 
-def memory_per_gpu(model: Motif, ranks: int) -> dict[str, float]:
-    """Bytes that each of so many ranks holds, without activations and logits."""
+def memory_per_gpu(model: Motif, shards: int, alone: bool) -> dict[str, float]:
+    """Bytes that a rank holds, without activations and logits. alone: it is the only one."""
     total = sum(p.numel() for p in model.parameters())
     muon = sum(p.numel() for p in model.matrices().values())
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     layers = len(model.model.layers)
-    ends = total - layers * block                    # embedding, final norm, head
+    rest = total - layers * block                    # embedding, final norm, head
 
-    # One rank has nothing to gather, and keeps the bf16 copies of all blocks.
-    gathered_blocks = layers if ranks == 1 else 2
-    return {"weights": FP32 * total / ranks,
-            "gradients": FP32 * total / ranks,
-            "optimizer": (FP32 * muon + 2 * FP32 * (total - muon)) / ranks,
-            "gathered": BF16 * (gathered_blocks * block + ends)}
+    # A single rank has nothing to gather, and keeps the bf16 copies of all blocks.
+    gathered_blocks = layers if alone else 2
+    return {"weights": FP32 * total / shards,
+            "gradients": FP32 * total / shards,
+            "optimizer": (FP32 * muon + 2 * FP32 * (total - muon)) / shards,
+            "gathered": BF16 * (gathered_blocks * block + rest)}
 
 
 def memory_of_rank(c: Config, T: int, checkpointed: int) -> tuple[dict, dict]:
     """Bytes that one of c.plan_world_size GPUs holds at the most -> (always, in each phase of a
     step). T: sequence length; checkpointed: blocks with activation checkpointing."""
     shards = c.plan_world_size // c.dp_replicate
+    alone = c.plan_world_size == 1
     config = model_config(c)
     with torch.device("meta"):
         model = Motif(config)
-    always = memory_per_gpu(model, shards)
+    always = memory_per_gpu(model, shards, alone)
     gathered = always.pop("gathered")
 
-    tokens = max(1, c.micro_batch_tokens // T) * T
+    tokens = tokens_in_a_pass(c, T)
     block_bytes, input_bytes = activation_bytes(config)
     plain = c.num_hidden_layers - checkpointed
     activations = tokens * (checkpointed * input_bytes + plain * block_bytes)
     recomputed = 2 * tokens * block_bytes if checkpointed else 0
 
     head = model.head_weight.numel()
-    ends = head
+    embeddings = head                                # embedding and head
     if not c.tie_word_embeddings:
-        ends += model.model.embed_tokens.weight.numel()
+        embeddings += model.model.embed_tokens.weight.numel()
     block = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim > 1)
     logits = BF16 * min(tokens, LOSS_CHUNK) * c.vocab_size
 
     # Over several ranks a gradient is there twice on its way: in bf16, and in fp32 to be summed.
-    block_gradients = 2 * (BF16 + FP32) * block if shards > 1 else 0
-    ends_gradients = BF16 * ends
-    if shards > 1:
-        ends_gradients += (BF16 + FP32) * ends
+    block_gradients = 0 if alone else 2 * (BF16 + FP32) * block
+    last_sum = BF16 * embeddings
+    if not alone:
+        last_sum += (BF16 + FP32) * embeddings
     sums = 0
-    if shards > 1 and c.sum_ends_once:
-        always["gradients"] -= FP32 * ends / shards      # they are there from the end on
-        sums = FP32 * ends
+    if not alone and c.sum_embeddings_once:
+        shard = FP32 * embeddings / shards           # there only from the last sum on
+        always["gradients of blocks"] = always.pop("gradients") - shard
+        sums = FP32 * embeddings
+        last_sum += sums + shard
 
     phases = {"loss": gathered + activations + sums + logits + BF16 * head,
               "backward pass": (gathered + activations + sums + recomputed + BF16 * head
                                 + block_gradients),
-              "its end": sums + ends_gradients + FP32 * ends / shards,
+              "last sum": last_sum,
               "Parallel Muon": parallel_muon_bytes(c, model)}
     return always, phases
+
+
+def tokens_in_a_pass(c: Config, T: int) -> int:
+    """A pass takes whole rows, and at least one."""
+    return max(1, c.micro_batch_tokens // T) * T
 
 
 def parallel_muon_bytes(c: Config, model: Motif) -> int:
@@ -202,16 +212,22 @@ def memory_table(c: Config, T: int) -> str:
     for checkpointed in (wanted, 0, layers):
         columns[checkpointed] = memory_of_rank(c, T, checkpointed)
 
-    lines = [f"{'GiB per GPU, recomputed:':24s}" + "".join(f"{n:8d}" for n in columns)]
+    lines = [f"{'GiB per GPU, if so many blocks are recomputed:':46s}"
+             + "".join(f"{n:8d}" for n in columns)]
     rows = {}
     for always, phases in columns.values():
-        most = sum(always.values()) + max(phases.values())
-        for key, size in {**always, **phases, "at the most": most}.items():
+        total = sum(always.values())
+        column = {f"  {key}": size for key, size in always.items()}
+        column["always"] = total
+        for key, size in phases.items():
+            column[f"  + {key}"] = size
+        column["at the most: always and the largest phase"] = total + max(phases.values())
+        for key, size in column.items():
             rows.setdefault(key, []).append(size)
     for key, sizes in rows.items():
-        lines.append(f"{key:24s}" + "".join(f"{size / 2**30:8.1f}" for size in sizes))
+        lines.append(f"{key:46s}" + "".join(f"{size / 2**30:8.1f}" for size in sizes))
 
-    if rows["at the most"][0] < USABLE:
+    if sizes[0] < USABLE:
         lines.append("fits a GPU of 80 GB")
     else:
         lines.append("does NOT fit a GPU of 80 GB; raise --activation_checkpoint_layers or "
@@ -234,8 +250,8 @@ def dry_run_report(c: Config, curriculum: data.Curriculum) -> str:
     flops_per_second = c.plan_world_size * PEAK_FLOPS["H100"] * max(c.assumed_mfu, 1e-3)
     days = flops / flops_per_second / 86400
 
-    # The length that fills a micro-batch best takes the most memory.
-    T = max(curriculum.seq_len, key=lambda T: c.micro_batch_tokens // T * T)
+    # The length of which most tokens go into a pass takes the most memory.
+    T = max(curriculum.seq_len, key=lambda T: tokens_in_a_pass(c, T))
     return "\n".join([
         cost_table(config, sorted(flops_at)),
         "",
@@ -243,7 +259,7 @@ def dry_run_report(c: Config, curriculum: data.Curriculum) -> str:
         f"{days:,.1f} days on {c.plan_world_size} H100 at {c.assumed_mfu:.0%} MFU",
         "",
         f"{c.dp_replicate} x {c.plan_world_size // c.dp_replicate} ranks, "
-        f"{c.micro_batch_tokens:,d} tokens in a pass",
+        f"{tokens_in_a_pass(c, T):,d} tokens in a pass, in bf16",
         memory_table(c, T),
         "",
         curriculum.table()])
