@@ -45,7 +45,8 @@ try:
     from triton import jit
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
-    # Without Triton the plain forms below do everything; the kernels only have to be defined.
+    # Without Triton plain forms, here and in model.py, do everything; the kernels only have to be
+    # defined.
     triton = None
     tl = SimpleNamespace(constexpr=None)
 
@@ -98,10 +99,10 @@ def is_hopper(device: torch.device) -> bool:
 def custom_op(fake: Callable, mutates_args: tuple[str, ...] = ()) -> Callable:
     """Decorator: registers a function that launches kernels as the custom operator motif::<name>.
 
-    torch.compile cannot look into a Triton launch, so it puts the operator into its graph as one
-    node. To know the shapes that come out it calls `fake` with the same arguments: a function that
-    returns outputs of the right shape and dtype, and computes nothing. mutates_args names the
-    arguments that the function writes to.
+    torch.compile does not look into an operator: it puts it into its graph as one node. To know the
+    shapes that come out it calls `fake` with the same arguments: a function that returns outputs of
+    the right shape and dtype, and computes nothing. mutates_args names the arguments that the
+    function writes to.
     """
     def register(function: Callable) -> Callable:
         if triton is None:
@@ -180,8 +181,8 @@ def scale_(x: Tensor, factor: Tensor) -> None:
 #     r_p = 1 / sqrt(mean((x^p)^2) + eps)           normalises x^p: r3 comes from the mean of x^6
 #     y   = b + x (w1 r1 + x (w2 r2 + x w3 r3))
 #
-# model.py derives the gradient. The output is y * up, so that g = dL/dy = d_out * up, and d_up =
-# d_out * y. It is computed here as
+# The output is y * up, so that d_up = d_out * y. With g = dL/dy = d_out * up the gradients of the
+# weight, the bias and x, which model.py derives, are
 #
 #     s_p  = r_p sum(g x^p)                         dw_p sums s_p over all rows, and db sums g
 #     k_p  = p w_p r_p^2 s_p / n
@@ -496,7 +497,8 @@ def differential_norm_backward_kernel(dy_ptr, signal_ptr, noise_ptr, lambda_ptr,
                                       W_PADDED: tl.constexpr):
     """A persistent kernel: a few programs per multiprocessor, each striding over the groups, so
     that there are few partial sums of d_weight and d_lambda to add up afterwards. The loop sums
-    over the heads; the sum over GROUPS comes after it, d_lambda's over the width in PyTorch."""
+    over heads only; the sum over GROUPS comes after it. The sums over programs, and d_lambda's over
+    the width, are left to PyTorch."""
     h = tl.arange(0, R_PADDED)[None, :, None]
     i = tl.arange(0, W_PADDED)[None, None, :]
     lambda_ = tl.load(lambda_ptr).to(tl.float32)
@@ -522,8 +524,8 @@ def differential_norm_backward_kernel(dy_ptr, signal_ptr, noise_ptr, lambda_ptr,
         dz = inv_rms * (d_normed - normed * (tl.sum(d_normed * normed, 2, keep_dims=True) / width))
         tl.store(d_signal_ptr + offsets, dz.to(d_signal_ptr.dtype.element_ty), mask=mask)
 
-        # Lanes from r on hold no head. Their dy was loaded as 0, so their dz is 0 too: inv_rms is
-        # finite, since eps > 0.
+        # Places h from r on hold no head. Their dy was loaded as 0, so their dz is 0 too: inv_rms
+        # is finite, since eps > 0.
         dz = tl.sum(dz, 1, keep_dims=True)
         d_noise = (-lambda_ * dz).to(d_noise_ptr.dtype.element_ty)
         tl.store(d_noise_ptr + g * width + i, d_noise, mask=noise_mask)
@@ -611,17 +613,17 @@ def fused_differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weig
 # ---- Linear cross entropy: F.cross_entropy(x @ weight.T, targets)
 #
 # The vocabulary is the widest dimension of the model. In Motif-2-12.7B the logits of 8,192 tokens
-# are 8192 x 219520: 3.4 GiB in bf16, 6.7 in fp32, and autograd wants them two or three times.
+# are 8192 x 219520: 3.3 GiB in bf16, 6.7 in fp32, and autograd wants them two or three times.
 #
 # So they never exist all at once. We take LOSS_CHUNK tokens, compute their logits (cuBLAS), turn
 # these *in place* into their gradient
 #
 #     dlogits = scale (softmax(logits) - onehot(target))                            (chunk, V)
 #
-# and compute dx = dlogits weight and dweight += dlogits^T x from it at once, before the next chunk
-# reuses the memory. So the forward pass already makes both gradients, and the backward pass only
-# multiplies them by the gradient of the loss, which is 1 in training. It does so in place, so there
-# can be one backward pass only: autograd refuses a second.
+# and compute dx = dlogits weight and dweight += dlogits^T x from it right away, before the next
+# chunk reuses the memory. So the forward pass already makes both gradients, and the backward pass
+# only multiplies them by the gradient of the loss, which is 1 in training. It does so in place, so
+# there can be one backward pass only: autograd refuses a second.
 #
 # scale, 1 / the number of tokens for a mean, belongs inside. Had the caller divided the loss by the
 # number of tokens instead, the gradients would first be rounded to bf16 and then multiplied and
@@ -800,7 +802,7 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 #
 # The logits of one layer of Motif-2-12.7B at T = 4,096 are 40 heads x 4096 x 4096: 2.5 GiB in fp32,
 # at 16,384 tokens sixteen times as many. FlashAttention (2205.14135) does not write them to memory:
-# it makes them block by block in registers, and uses each block at once. What is special here is
+# it makes them block by block in registers, and uses each block right away. What is special here is
 # that the value heads are twice as wide as the keys (2D), that signal and noise heads are computed
 # by one launch, and that it returns the largest logit of each head, which QK-clip wants.
 #
@@ -845,11 +847,11 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # in the second. After the first m_i = 3, l_i = 2^-2 + 2^0 = 1.25. The second raises m_i to 4, so
 # alpha = 2^-1 and l_i = 1.25 * 0.5 + 2^0 = 1.625, which is 2^(1-4) + 2^(3-4) + 2^(4-4).
 #
-# Powers of 2 are what the GPU has an instruction for. So `logits` in the code are q.k as they are.
-# They are multiplied by qk_scale = log2(e) / sqrt(D) where the maximum is taken, and inside exp2,
-# together with the subtraction of m_i: one fused multiply-add. Besides inputs and outputs, only
-# lse = m_i + log2(l_i) of each row is saved for the backward pass: from it the softmax, p =
-# exp2(q.k * qk_scale - lse), can be had again.
+# The GPU has an instruction for 2^x, and none for e^x. In the code `logits` are q.k as they are.
+# m_i and lse are q.k times qk_scale = log2(e) / sqrt(D), which turns exp into exp2. The scale is
+# applied where the maximum is taken, and inside exp2 together with the subtraction of m_i: one
+# fused multiply-add. Besides inputs and outputs, only lse = m_i + log2(l_i) of each row is saved
+# for the backward pass: from it the softmax, p = exp2(q.k * qk_scale - lse), can be had again.
 #
 # Documents. A sequence may hold several documents, end to end: query t then sees the keys
 # doc_start[t], ..., t. Blocks of keys before the document of a block's first query are skipped.
@@ -974,16 +976,37 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 # agree to the bit). Here the first kernel writes dS to memory, in q's dtype, and the second reads
 # it: five products (six where dV has a pass of its own), and no atomics.
 #
-# dS of one pair of key heads at T = 16,384 is 1.3 GiB, so only as many pairs as fit DS_BYTES are
-# done at one time (at least one), from first_pair on. So pairs and heads have several numbers:
+# The lower triangle of dS is cut into tiles of TILE x TILE. Tile (t, s) has the queries of tile row
+# t and the keys of tile column s <= t, and is number t (t + 1) / 2 + s of its head:
 #
-#     pair            0 .. P - 1, in its sequence               columns of q, k, v and of dO
-#     pair_in_batch   b * P + pair                              rows of lse and delta
-#     pair_in_ds      pair_in_batch - first_pair                rows of ds
-#     head_in_pair    0 .. heads_per_pair - 1, all its heads    columns of q; rows of lse, delta, ds
-#     index_in_kind   counts the pair's signal heads only, or its noise heads
-#     h_in_kind       the same in the sequence                  columns of d_signal or d_noise
-#     head_in_ds      pair_in_ds * heads_per_pair + head_in_pair    what the grid of dQ counts
+#                     keys s = 0     1     2     3
+#     queries t = 0            0
+#             t = 1            1     2
+#             t = 2            3     4     5
+#             t = 3            6     7     8     9
+#
+# A tile is stored transposed, a row for each key and a column for each query. The tiles of a head
+# lie one below the other in ds, a matrix of TILE columns: row (tile number) * TILE + key % TILE and
+# column query % TILE hold dS[query, key]. Thus tile row t is a matrix (keys, TILE queries), which
+# begins, with key 0, at row t (t + 1) / 2 * TILE of the head.
+#
+# attention_dq_kernel reads the dS of a tile row in blocks of 64 keys. So attention_dkdv_kernel must
+# write whole blocks, with zeros for queries that come before the keys, and begins with the first
+# query of a tile. Only columns of queries beyond T may stay unwritten; their rows of dQ are not
+# stored. BM, BN and the 64 divide TILE.
+#
+# dS of one pair of key heads at T = 16,384 is 1.3 GiB, so only as many pairs as fit DS_BYTES are
+# done at one time (at least one), from first_pair on. So pairs and heads are counted in several
+# ways, each by the tensors that are laid out like that:
+#
+#     q, k, v               by sequence: pair (0 .. P - 1) and h
+#     lse, delta            by batch: pair_in_batch = b * P + pair; in it head_in_pair, which counts
+#                           all heads of the pair
+#     ds                    from first_pair on: pair_in_ds = pair_in_batch - first_pair; in it
+#                           head_in_pair, so that head_in_ds = pair_in_ds * heads_per_pair +
+#                           head_in_pair
+#     d_signal, d_noise,    by sequence, signal or noise heads alone: h_in_kind; and within a pair
+#     which are dO          index_in_kind
 #
 # For example two heads of 12.7B (P = 8, R = 4, heads_per_pair = 5), of sequence b = 1. At T =
 # 16,384 two pairs are done at one time, and these two heads' turn comes with first_pair = 10:
@@ -999,24 +1022,6 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #
 # The kernels turn them into first rows of a matrix: seq_row of the sequence in q, k, v and dO;
 # lse_row of the pair in lse and delta; ds_row of the pair in ds. A head has tiles_per_head tiles.
-#
-# The lower triangle of dS is cut into tiles of TILE x TILE. Tile (t, s) has the queries of tile row
-# t and the keys of tile column s <= t, and is number t (t + 1) / 2 + s of its head:
-#
-#                     keys s = 0     1     2     3
-#     queries t = 0            0
-#             t = 1            1     2
-#             t = 2            3     4     5
-#             t = 3            6     7     8     9
-#
-# A tile is stored transposed, a row for each key and a column for each query. The tiles of a head
-# lie one below the other in ds, a matrix of TILE columns: row (tile number) * TILE + key % TILE and
-# column query % TILE hold dS[query, key]. Thus tile row t is a matrix (keys, TILE queries), which
-# begins, with key 0, at row t (t + 1) / 2 * TILE of the head.
-#
-# attention_dq_kernel loads the keys that its queries see in blocks of 64. So attention_dkdv_kernel
-# writes such blocks whole, even where dS is 0, as for queries before the keys. Only columns of
-# queries beyond T may stay unwritten; their rows of dQ are not stored.
 
 @jit
 def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, delta_ptr, T, H,
@@ -1048,8 +1053,8 @@ def attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
     queries. First rows: seq_row of the sequence in q and dO, lse_row of the pair in lse and delta,
     ds_row of the pair in ds.
 
-    One loop goes over heads and rows, instead of two nested ones: Triton loads ahead only within
-    an innermost loop, which would begin afresh with each head."""
+    One loop counts heads and blocks of rows together. Of two nested loops Triton would load ahead
+    in the inner one only, and begin that anew with each head."""
     heads_of_kind: tl.constexpr = 1 if IS_NOISE else R
     num_blocks = (hi - lo + BM - 1) // BM
     for step in range(0, GROUPS_PER_PAIR * heads_of_kind * num_blocks):
@@ -1203,7 +1208,7 @@ class AttentionShape:
 
 def flatten_batch_for_tma(x: Tensor) -> Tensor:
     """(B, T, heads, D) -> (B * T, heads * D). TMA needs contiguous rows that begin at multiples of
-    16 bytes; a copy is made only if they do not."""
+    16 bytes. If they do not, or the two dimensions cannot be merged, it is a copy."""
     x = x.reshape(x.shape[0] * x.shape[1], -1)
     row_bytes = x.stride(0) * x.element_size()
     aligned = x.data_ptr() % 16 == 0 and row_bytes % 16 == 0
@@ -1351,6 +1356,8 @@ def attention_form(q: Tensor, k: Tensor, v: Tensor, query_slots: Tensor | None =
     """
     if not ENABLED or q.dtype == torch.float64:
         return "plain"
+    if ATTENTION == "fused" and query_slots is not None:
+        raise ValueError("the fused attention knows no KV cache")
     if ATTENTION is not None:
         return ATTENTION
     if query_slots is None and can_fuse_attention(q, k, v):
@@ -1364,18 +1371,25 @@ FEW_LOGITS = 2**27        # plain attention holds them several times: some 2 GB
 
 
 def worth_compiling(q: Tensor, k: Tensor) -> bool:
-    """FlexAttention is compiled at its first call, in about ten seconds. Inside of a block that is
-    compiled anyway that adds little. Elsewhere, say for a prompt, it is for many logits alone."""
-    B, T, H, _ = q.shape
-    return torch.compiler.is_compiling() or B * H * T * k.shape[1] > FEW_LOGITS
+    """FlexAttention is compiled at its first call, in about ten seconds. Where the block is
+    compiled anyway, they hardly matter. Elsewhere, as for a prompt, it is compiled only if plain
+    attention would make more than FEW_LOGITS logits. q (B, T, ..., D), with its heads in between.
+    """
+    num_logits = q.numel() // q.shape[-1] * k.shape[1]
+    return torch.compiler.is_compiling() or num_logits > FEW_LOGITS
 
 
 def can_fuse_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernels take these inputs: on a Hopper GPU, in fp16 or bf16 (in the interpreter
-    also in fp32), with as many queries as keys, and values as wide as the keys or twice as wide."""
+    in fp16 or fp32), with as many queries as keys, and values as wide as the keys or twice as wide.
+    """
     if not use_triton(q):
         return False
-    if not INTERPRET and (q.dtype == torch.float32 or not is_hopper(q.device)):
+    if INTERPRET:
+        dtype_ok = q.dtype != torch.bfloat16    # Triton's interpreter multiplies bf16 wrongly
+    else:
+        dtype_ok = q.dtype.itemsize == 2 and is_hopper(q.device)
+    if not dtype_ok:
         return False
     D, DV = q.shape[-1], v.shape[-1]
     same_dtype = q.dtype == k.dtype == v.dtype
@@ -1449,9 +1463,10 @@ def interval_block_mask(first: Tensor, last: Tensor, S: int) -> BlockMask:
     full_hi = torch.maximum(full_hi, full_lo)                            # no full block: empty
     key_lists = block_lists(lo, full_lo, full_hi, hi, ceil_div(S, FLEX_BLOCK))
 
-    # The query blocks that see key block j: from the first whose range ends behind j to the last
-    # whose range begins at j or before. As bounds never fall, block i is among them exactly if
-    # lo[i] <= j < hi[i]; empty ranges drop out.
+    # Query block i sees key block j if lo[i] <= j < hi[i]. As lo and hi never fall from one i to
+    # the next, how many hi are <= j is also the number of the first block with hi > j, and how many
+    # lo are <= j is one more than that of the last block with lo <= j. All between see j. Of the
+    # full ranges, those that are empty drop out.
     j = torch.arange(ceil_div(S, FLEX_BLOCK), device=first.device)[:, None]
     query_lo = (hi[:, None] <= j).sum(-1)                                # (B, key blocks)
     query_hi = (lo[:, None] <= j).sum(-1)
@@ -1518,7 +1533,8 @@ def flex_tile_rows(q: Tensor, v: Tensor) -> int:
 
 def can_flex_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether FlexAttention takes these inputs: on a GPU from Ampere on, with heads of at least 16,
-    as a tensor core multiplies, and more than one query."""
+    as a tensor core multiplies, and more than one query: of a single one plain attention makes few
+    logits."""
     if not use_triton(q) or not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] < 8:
         return False
     same_dtype = q.dtype == k.dtype == v.dtype
@@ -1580,7 +1596,8 @@ def flex_softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | 
         # It becomes a part of that graph.
         out, max_logits = flex_softmax(*arguments)
     else:
-        # Also where "force_eager" keeps the blocks from being compiled (pretrain.py: Validation).
+        # pretrain.py evaluates under the stance "force_eager", which would switch off this compiler
+        # too. Here it stays on.
         with torch.compiler.set_stance("default"):
             out, max_logits = compiled_flex_softmax()(*arguments)
     return out.unflatten(2, (K, h)), max_logits.view(K, h)
@@ -1717,7 +1734,7 @@ def symmetric_matmul(X: Tensor, Y: Tensor, alpha: float, addend: Tensor | None =
 
 def can_use_symmetric_matmul(X: Tensor) -> bool:
     """Whether the kernel takes X (E, m, k), with contiguous rows or columns: fp16 or bf16 on a
-    Hopper GPU, and aligned as TMA wants it."""
+    Hopper GPU (in the interpreter fp16 or fp32), and aligned as TMA wants it."""
     if not use_triton(X):
         return False
     if X.is_cuda and not is_hopper(X.device):
@@ -1761,10 +1778,9 @@ def fits_tma(X: Tensor) -> bool:
 #     dW = dy^T x     tokens       dy: one per output (N,)        x: one per input  (K,)
 #
 # Each of x, W and dy is scaled along both of its axes, so it is quantised twice: q with a scale for
-# each row of x, and qt with a scale for each row of x^T. For 12.7B and 8,192 tokens, x of a
-# down_proj is (8192, 16384), W (4096, 16384). What is saved for the backward pass are the
-# transposes in FP8, half of the bf16 bytes. Below, x is whichever of x, W and dy is quantised, and
-# it has R rows and C columns.
+# each row of x, and qt with a scale for each row of x^T. What is saved for the backward pass are
+# the transposes in FP8, half of the bf16 bytes. In the functions below the argument x, of R rows
+# and C columns, is any of x, W and dy.
 #
 # Gradients are in E4M3 as well. E5M2 has more range, which they do not need with a scale per row,
 # and half the precision. Sums are in fp32 (use_fast_accum=False): the fast accumulation of Hopper
@@ -1820,8 +1836,8 @@ def load_scale(absmax_ptr, mask):
 @jit
 def quantize_kernel(x_ptr, row_max_ptr, column_max_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, R, C,
                     COLUMNS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """One program: a (BR, BC) tile of q (R, C) and, if COLUMNS, of qt (C, R). Here program_id(0)
-    counts tiles along a row, in absmax_kernel down a column."""
+    """One program: a (BR, BC) tile of q (R, C) and, if COLUMNS, of qt (C, R). program_id(0) counts
+    tiles along a row; in absmax_kernel, the other way round, down a column."""
     i = tl.program_id(1).to(tl.int64) * BR + tl.arange(0, BR)
     j = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)
     mask = (i[:, None] < R) & (j < C)

@@ -118,9 +118,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 #
 # Does it pay? In runs of 52M tokens with 115M parameters PolyNorm is worse than SwiGLU by 0.049
 # nats per token, +- 0.002, if w3, w2 and w1 begin at 1/3, as in its paper. If they begin at 1/48,
-# which is the default here [ours], it is as good: 0.001 better, +- 0.003. Begun at 1/3 its output is
-# too large: it has a root mean square of 0.71 for normally distributed inputs of any size, where a
-# fresh SiLU's has 0.30. (MEASUREMENTS.md has these runs.)
+# which is the default here [ours], it is as good: 0.001 better, +- 0.003. Begun at 1/3 its output
+# is too large: it has a root mean square of 0.71 for normally distributed inputs of any size, where
+# a fresh SiLU's has 0.30. (MEASUREMENTS.md has these runs.)
 #
 # The gradient. With r_p = 1 / rms(x^p) for the powers p = 1, 2, 3, the derivative d r_p / d x_j is
 # -r_p^3 p x_j^(2p-1) / F. So, with g = dL/dy,

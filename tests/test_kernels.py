@@ -562,6 +562,26 @@ def test_flex_attention_is_as_exact_as_plain_and_repeats_its_bits(name, flex):
     assert_all_equal(outcome(operation, views), outcome(operation, views))
 
 
+def test_flex_attention_is_taken_for_many_logits_and_in_compiled_blocks(flex, monkeypatch):
+    """Of 4 signal heads, and of causal attention's 6, but not of 2 noise heads."""
+    calls = []
+    real = kernels.flex_softmax_attention
+    monkeypatch.setattr(kernels, "flex_softmax_attention", lambda *a: calls.append(a) or real(*a))
+    monkeypatch.setattr(kernels, "ATTENTION", None)
+    monkeypatch.setattr(kernels, "can_fuse_attention", lambda q, k, v: False)
+    monkeypatch.setattr(kernels, "can_flex_attention", lambda q, k, v: True)
+    monkeypatch.setattr(kernels, "FEW_LOGITS", 2 * 2 * 40 * 40)
+    q, k, v = (torch.randn(2, 40, heads, 16, device=DEVICE, dtype=DTYPES[1]) for heads in (6, 2, 2))
+    for G in 2, 0:
+        ours = attention(G)(q, k, v)
+        assert len(calls) == 1 and calls.pop()[0].shape[2:4].numel() == (4 if G else 6)
+        with plain_twins():
+            torch.testing.assert_close(ours, attention(G)(q, k, v), rtol=1e-2, atol=1e-2)
+
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert kernels.attention_form(q[:, :2], k[:, :2], v[:, :2]) == "flex"
+
+
 @pytest.mark.parametrize("B, T, S", [(3, 40, 300), (1, 200, 640), (2, 129, 130)])
 def test_flex_attention_of_cached_keys_does_not_see_the_padding(B, T, S, flex):
     slots = cached_slots(B, T, S)
