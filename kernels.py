@@ -96,6 +96,16 @@ def is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
+def can_multiply(x: Tensor) -> bool:
+    """Whether the matrix kernels take x's device and dtype: fp16 or bf16 on a Hopper GPU; fp16 or
+    fp32 in Triton's interpreter, which multiplies bf16 wrongly."""
+    if not use_triton(x):
+        return False
+    if INTERPRET:
+        return x.dtype != torch.bfloat16
+    return x.dtype.itemsize == 2 and is_hopper(x.device)
+
+
 def custom_op(fake: Callable, mutates_args: tuple[str, ...] = ()) -> Callable:
     """Decorator: registers a function that launches kernels as the custom operator motif::<name>.
 
@@ -837,7 +847,7 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # One program computes BM query rows of one head. It walks over the keys, BN at a time. With the
 # largest logit of a row still unknown it keeps, as in FlashAttention, for each row
 #
-#     m_i    the largest logit so far (in the code times log2(e), as it works with powers of 2)
+#     m_i    the largest logit so far
 #     l_i    the sum of exp(logit - m_i) so far
 #     acc    the sum of exp(logit - m_i) * value so far
 #
@@ -847,11 +857,12 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # in the second. After the first m_i = 3, l_i = 2^-2 + 2^0 = 1.25. The second raises m_i to 4, so
 # alpha = 2^-1 and l_i = 1.25 * 0.5 + 2^0 = 1.625, which is 2^(1-4) + 2^(3-4) + 2^(4-4).
 #
-# The GPU has an instruction for 2^x, and none for e^x. In the code `logits` are q.k as they are.
-# m_i and lse are q.k times qk_scale = log2(e) / sqrt(D), which turns exp into exp2. The scale is
-# applied where the maximum is taken, and inside exp2 together with the subtraction of m_i: one
-# fused multiply-add. Besides inputs and outputs, only lse = m_i + log2(l_i) of each row is saved
-# for the backward pass: from it the softmax, p = exp2(q.k * qk_scale - lse), can be had again.
+# The GPU has an instruction for 2^x, and none for e^x. So in the code m_i, lse and max_logit are
+# logits times log2(e), that is q.k times qk_scale = log2(e) / sqrt(D); attention_forward multiplies
+# the largest by ln 2 at the end. `logits` are q.k without a scale: it is applied where the maximum
+# is taken, and inside exp2 together with the subtraction of m_i, one fused multiply-add. Besides
+# inputs and outputs, only lse = m_i + log2(l_i) of each row is saved for the backward pass: from it
+# the softmax, p = exp2(q.k * qk_scale - lse), can be had again.
 #
 # Documents. A sequence may hold several documents, end to end: query t then sees the keys
 # doc_start[t], ..., t. Blocks of keys before the document of a block's first query are skipped.
@@ -932,8 +943,8 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
                                                 v_col, rows, doc_start, 0, masked_lo, qk_scale,
                                                 False, BN)
     else:
-        # Documents lie one after the other: no later row looks further back than the first. So
-        # there are fewer blocks, and all of them are masked.
+        # No later row looks further back than the first one: blocks before its document are
+        # skipped. The rest are masked, as a later row's document may begin in any of them.
         masked_lo = tl.load(doc_start_ptr + b * T + m0) // BN * BN
         doc_start = tl.load(doc_start_ptr + b * T + rows, rows < T, 0)
     acc, m_i, l_i = attention_forward_sweep(Q, acc, m_i, l_i, k_desc, v_desc, b * T, k_col, v_col,
@@ -967,8 +978,8 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #
 # dS is the derivative of the softmax: in one row p_i = exp(s_i) / sum exp(s_j), so dp_i / ds_j =
 # p_i ((i == j) - p_j). That delta is also rowsum(O * dO) follows from O = p V, and needs no T x T
-# matrix. A key head collects dK from all query heads that read it, a value head dV from R + N of
-# them in each group.
+# matrix. A key head sums dK over the query heads that read it, a value head dV over all query heads
+# of its pair, signal and noise.
 #
 # dK and dV want a program per block of keys, which goes over the queries; dQ wants the opposite.
 # Either both recompute S and dP (seven products of matrices), as in Triton's tutorial; or the
@@ -992,12 +1003,13 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #
 # attention_dq_kernel reads the dS of a tile row in blocks of 64 keys. So attention_dkdv_kernel must
 # write whole blocks, with zeros for queries that come before the keys, and begins with the first
-# query of a tile. Only columns of queries beyond T may stay unwritten; their rows of dQ are not
-# stored. BM, BN and the 64 divide TILE.
+# query of a tile. Unwritten stay columns of queries beyond T, whose rows of dQ are not stored; and,
+# with documents, tiles in which no query sees the block's keys: attention_dq_kernel begins behind
+# them. BM, BN and the 64 divide TILE.
 #
 # dS of one pair of key heads at T = 16,384 is 1.3 GiB, so only as many pairs as fit DS_BYTES are
-# done at one time (at least one), from first_pair on. So pairs and heads are counted in several
-# ways, each by the tensors that are laid out like that:
+# done at one time (at least one), from first_pair on. So tensors number pairs and heads each in its
+# own way:
 #
 #     q, k, v               by sequence: pair (0 .. P - 1) and h
 #     lse, delta            by batch: pair_in_batch = b * P + pair; in it head_in_pair, which counts
@@ -1005,8 +1017,8 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #     ds                    from first_pair on: pair_in_ds = pair_in_batch - first_pair; in it
 #                           head_in_pair, so that head_in_ds = pair_in_ds * heads_per_pair +
 #                           head_in_pair
-#     d_signal, d_noise,    by sequence, signal or noise heads alone: h_in_kind; and within a pair
-#     which are dO          index_in_kind
+#     d_signal, d_noise,    by sequence, signal and noise heads apart: h_in_kind = pair * (heads of
+#     which are dO          that kind in a pair) + index_in_kind, which counts them in the pair
 #
 # For example two heads of 12.7B (P = 8, R = 4, heads_per_pair = 5), of sequence b = 1. At T =
 # 16,384 two pairs are done at one time, and these two heads' turn comes with first_pair = 10:
@@ -1118,7 +1130,7 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
         doc_end = tl.full([BN], 2**31 - 1, tl.int32)
     else:
         # No query beyond the end of the last key's document sees any of these keys. This range,
-        # too, is of whole tiles.
+        # too, ends with a tile, or at T.
         doc_end = tl.load(doc_end_ptr + b * T + n0 + n, n0 + n < T, 0)
         masked_hi = tl.minimum((tl.max(doc_end, 0) + TILE - 1) // TILE * TILE, T)
 
@@ -1348,12 +1360,15 @@ class FusedAttention(torch.autograd.Function):
 
 
 def attention_form(q: Tensor, k: Tensor, v: Tensor, query_slots: Tensor | None = None) -> str:
-    """Which form of attention computes these inputs:
+    """Which form of attention computes these inputs, the first of these that can:
 
-    "fused"   the kernels above: on a Hopper GPU, in bf16 or fp16, without a KV cache
-    "flex"    FlexAttention, below: on any GPU from Ampere on, where it is worth_compiling
-    "plain"   model.py's definition, which makes all logits: everywhere else
-    """
+    "fused"   the kernels above: without a KV cache, on a Hopper GPU (can_fuse_attention)
+    "flex"    FlexAttention, below: on a GPU from Ampere on (can_flex_attention), where it is
+              worth_compiling
+    "plain"   model.py's definition, which makes all logits
+
+    ATTENTION, where it is set, chooses without these checks. In float64, or if not ENABLED, it is
+    always "plain"."""
     if not ENABLED or q.dtype == torch.float64:
         return "plain"
     if ATTENTION == "fused" and query_slots is not None:
@@ -1371,25 +1386,17 @@ FEW_LOGITS = 2**27        # plain attention holds them several times: some 2 GB
 
 
 def worth_compiling(q: Tensor, k: Tensor) -> bool:
-    """FlexAttention is compiled at its first call, in about ten seconds. Where the block is
-    compiled anyway, they hardly matter. Elsewhere, as for a prompt, it is compiled only if plain
-    attention would make more than FEW_LOGITS logits. q (B, T, ..., D), with its heads in between.
-    """
+    """FlexAttention is compiled at its first call, which takes about ten seconds. That hardly
+    matters while torch.compile compiles the model around it. Elsewhere, as for a prompt, it is done
+    only if plain attention would make more than FEW_LOGITS logits. q (B, T, heads..., D)."""
     num_logits = q.numel() // q.shape[-1] * k.shape[1]
     return torch.compiler.is_compiling() or num_logits > FEW_LOGITS
 
 
 def can_fuse_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the kernels take these inputs: on a Hopper GPU, in fp16 or bf16 (in the interpreter
-    in fp16 or fp32), with as many queries as keys, and values as wide as the keys or twice as wide.
-    """
-    if not use_triton(q):
-        return False
-    if INTERPRET:
-        dtype_ok = q.dtype != torch.bfloat16    # Triton's interpreter multiplies bf16 wrongly
-    else:
-        dtype_ok = q.dtype.itemsize == 2 and is_hopper(q.device)
-    if not dtype_ok:
+    """Whether the kernels take these inputs: as many queries as keys, of some widths, and values as
+    wide as the keys or twice as wide."""
+    if not can_multiply(q):
         return False
     D, DV = q.shape[-1], v.shape[-1]
     same_dtype = q.dtype == k.dtype == v.dtype
@@ -1407,26 +1414,28 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
     return FusedAttention.apply(q, k, v, doc_start, num_noise_heads)
 
 
-# ---- FlexAttention: model.softmax_attention on other GPUs, and with a KV cache
+# ---- FlexAttention: model.softmax_attention for all that the kernels above refuse
 #
-# The kernels above need a Hopper, and as many queries as keys. FlexAttention (2412.05496), a part
-# of PyTorch, needs neither: it is a template of FlashAttention's kernels, into which torch.compile
-# puts our mask. A call computes one softmax, so that grouped differential attention takes two, as
-# in model.py. It takes grouped queries and wide values, and returns each query's largest logit.
+# They need a Hopper, bf16 or fp16, and as many queries as keys. FlexAttention (2412.05496), a part
+# of PyTorch, needs none of these: it is a template of FlashAttention's kernels, into which
+# torch.compile puts our mask. A call computes one softmax, so that grouped differential attention
+# takes two, as in model.py. It takes grouped queries and wide values, and returns each query's
+# largest logit.
 #
 # The mask. In every use a query sees an interval of keys, from `first` to `last`, both inclusive:
 #
 #                           first           last
 #     plain causal          0               the query's own place
 #     packed documents      doc_start       the query's own place
-#     KV cache              0               the query's slot; behind it is padding
+#     KV cache              0               the query's slot; behind it are later queries, padding
 #
 # FlexAttention wants that twice: as a function of a query and a key; and as lists of blocks, of 128
 # queries and 128 keys each, so that it can skip what nobody sees. In a *full* block every query
 # sees every key, and the function is not called. All other blocks in which a query sees a key are
 # *partial*. PyTorch makes these lists by computing all T x S elements of the mask. We need not:
-# from one query to the next, first and last never fall. So what a block of queries sees follows
-# from its first query and its last one. With blocks of 4, and a document that begins at token 2:
+# from one query to the next, first and last never fall. So of a block of queries, the first one has
+# the smallest bounds, which give lo and full_hi below; the last one has the largest, which give
+# full_lo and hi. With blocks of 4, and a document that begins at token 2:
 #
 #     key             0 1 2 3   4 5 6 7   8 9 10 11         first   last
 #     query  8            x x   x x x x   x                 2       8
@@ -1463,10 +1472,10 @@ def interval_block_mask(first: Tensor, last: Tensor, S: int) -> BlockMask:
     full_hi = torch.maximum(full_hi, full_lo)                            # no full block: empty
     key_lists = block_lists(lo, full_lo, full_hi, hi, ceil_div(S, FLEX_BLOCK))
 
-    # Query block i sees key block j if lo[i] <= j < hi[i]. As lo and hi never fall from one i to
-    # the next, how many hi are <= j is also the number of the first block with hi > j, and how many
-    # lo are <= j is one more than that of the last block with lo <= j. All between see j. Of the
-    # full ranges, those that are empty drop out.
+    # Query block i sees key block j if lo[i] <= j < hi[i]. lo and hi are sorted, so these i are a
+    # range too: it begins at the first i with hi[i] > j, which is the count of hi <= j, and ends
+    # before the first i with lo[i] > j, which is the count of lo <= j. The full blocks likewise: an
+    # empty range has full_lo = full_hi, and so adds to both counts or to neither.
     j = torch.arange(ceil_div(S, FLEX_BLOCK), device=first.device)[:, None]
     query_lo = (hi[:, None] <= j).sum(-1)                                # (B, key blocks)
     query_hi = (lo[:, None] <= j).sum(-1)
@@ -1504,9 +1513,9 @@ def block_lists(lo: Tensor, full_lo: Tensor, full_hi: Tensor, hi: Tensor,
 def with_dimension_of_heads(t: Tensor) -> Tensor:
     """(B, ...), contiguous -> (B, 1, ...), the same as t[:, None].
 
-    FlexAttention looks for the list of sequence b at b times the stride of the heads' dimension. A
-    dimension of size 1 may have any stride, and torch.compile (2.11 and 2.13) gives one made by
-    t[:, None] 0 or B times too much. as_strided sets it to that of the sequences."""
+    FlexAttention looks for the list of sequence b at b times the stride of the heads' dimension.
+    But a dimension of size 1 may have any stride, and for t[:, None] torch.compile (2.11) chose 0
+    in training, and B times too much without gradients. as_strided fixes it."""
     B, *sizes = t.shape
     b_stride, *strides = t.stride()
     return t.as_strided((B, 1, *sizes), (b_stride, b_stride, *strides))
@@ -1571,9 +1580,9 @@ def flex_softmax(q: Tensor, k: Tensor, v: Tensor, first: Tensor,
 def compiled_flex_softmax() -> Callable:
     """flex_softmax under torch.compile, without which FlexAttention would make all logits.
 
-    A graph fits any B, T and S, but signal and noise heads need graphs of their own, and so do
-    training and inference, one row and several, a mask of one block and of several. PyTorch gives
-    up after 8 graphs of a function unless told otherwise."""
+    One graph serves all sizes B > 1, T and S. Graphs of their own have signal and noise heads,
+    training and inference, B = 1, and a mask of a single block. PyTorch gives up after 8 graphs of
+    a function unless told otherwise."""
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, 64)
     return torch.compile(flex_softmax, dynamic=True, fullgraph=True)
@@ -1733,19 +1742,11 @@ def symmetric_matmul(X: Tensor, Y: Tensor, alpha: float, addend: Tensor | None =
 
 
 def can_use_symmetric_matmul(X: Tensor) -> bool:
-    """Whether the kernel takes X (E, m, k), with contiguous rows or columns: fp16 or bf16 on a
-    Hopper GPU (in the interpreter fp16 or fp32), and aligned as TMA wants it."""
-    if not use_triton(X):
-        return False
-    if X.is_cuda and not is_hopper(X.device):
-        return False
+    """Whether the kernel takes X (E, m, k), with contiguous rows or columns that are aligned as TMA
+    wants it."""
     if X.shape[0] > 65535:      # CUDA's limit for the second dimension of a grid
         return False
-    if INTERPRET:
-        dtype_ok = X.dtype != torch.bfloat16    # Triton's interpreter multiplies bf16 wrongly
-    else:
-        dtype_ok = X.dtype.itemsize == 2
-    return dtype_ok and fits_tma(X)
+    return can_multiply(X) and fits_tma(X)
 
 
 def fits_tma(X: Tensor) -> bool:

@@ -117,8 +117,8 @@ class Collectives(TorchDispatchMode):
 
 
 def count_messages(folder: Path) -> None:
-    """How often a step of three micro-batches gathers and sums: with sum_embeddings_once and without. The
-    gradients are the same."""
+    """How often a step of three micro-batches gathers and sums, with sum_embeddings_once and
+    without. The gradients are the same."""
     import pretrain
     from support.ranks import RANK, pick_device
     c = pretrain.Config(**OPTIONS)
