@@ -499,11 +499,13 @@ class MuonClip(torch.optim.Optimizer):
         self.heads_clipped = (torch.stack(gammas) < 1).sum()
 
 
-def configure_optimizer(model, *, optimizer: str = "muonclip", poly_norm_lr_scale: float = 1.0,
-                        **options) -> MuonClip:
+def configure_optimizer(model, *, optimizer: str = "muonclip", embedding_lr_scale: float = 1.0,
+                        poly_norm_lr_scale: float = 1.0, **options) -> MuonClip:
     """Make the optimizer of a model.Motif: Muon for the seven matrices of each layer, AdamW for all
     else, QK-clip on every layer. "adamw", to compare with: AdamW for everything, no QK-clip.
-    PolyNorm's parameters train with poly_norm_lr_scale times lr. options: arguments of MuonClip."""
+
+    The embedding and the head learn at embedding_lr_scale times lr, PolyNorm's parameters at
+    poly_norm_lr_scale times lr. options: arguments of MuonClip."""
     layers = model.model.layers
     matrices = []
     qk = []
@@ -515,19 +517,31 @@ def configure_optimizer(model, *, optimizer: str = "muonclip", poly_norm_lr_scal
     result = MuonClip(matrices, others, qk=qk, kv_map=model.config.kv_map,
                       head_dim=model.config.head_dim, **options)
 
-    # A group of their own. (This is for AdamW's groups: Muon takes all of its matrices in one, and
-    # knows no lr_scale. To scale a matrix's update, see MuonClip.apply_result.)
+    embeddings = {model.model.embed_tokens.weight, model.head_weight}
     poly_norm = set()
     for block in layers:
         if block.mlp.act_fn is not None:
             poly_norm.update(block.mlp.act_fn.parameters())
-    if poly_norm and poly_norm_lr_scale != 1:
-        vectors = result.param_groups[-1]
-        params = [p for p in vectors["params"] if p in poly_norm]
-        poly_norm_group = dict(vectors, params=params, lr_scale=poly_norm_lr_scale)
-        vectors["params"] = [p for p in vectors["params"] if p not in poly_norm]
-        result.param_groups.append(poly_norm_group)
+    set_lr_scale(result, embeddings, embedding_lr_scale)
+    set_lr_scale(result, poly_norm, poly_norm_lr_scale)
     return result
+
+
+def set_lr_scale(optimizer: MuonClip, chosen: set[Tensor], lr_scale: float) -> None:
+    """From now on these parameters, which all must be AdamW's, learn at lr_scale times lr: they
+    leave their group for one of their own. (Muon takes all of its matrices in one group, and knows
+    no lr_scale. To scale a matrix's update, see MuonClip.apply_result.)"""
+    if lr_scale == 1:
+        return
+    groups = []
+    for group in optimizer.param_groups:
+        scaled = [p for p in group["params"] if p in chosen]
+        others = [p for p in group["params"] if p not in chosen]
+        if others:
+            groups.append(dict(group, params=others))
+        if scaled:
+            groups.append(dict(group, params=scaled, lr_scale=lr_scale))
+    optimizer.param_groups = groups
 
 
 def describe_routing(model, optimizer: MuonClip) -> str:

@@ -108,6 +108,7 @@ class TrainConfig:
     weight_decay: NonNegative = 0.1  # of matrices and embeddings, per step, times lr
     ns_coefficients: Literal["quintic", "motif", "polar_express"] = "motif"  # of Newton-Schulz
     qk_clip_threshold: NonNegative = 100.0  # largest attention logit [ours]; 0: no QK-clip
+    embedding_lr_scale: NonNegative = 1.0  # embedding and head learn at lr times this [ours]
     poly_norm_lr_scale: NonNegative = 1.0  # PolyNorm's weights learn at lr times this [ours]
     grad_clip: NonNegative = 1.0    # largest norm of the whole gradient; 0: no clipping
     max_nonfinite_steps: Count = 10  # so many steps in a row with NaN or inf end the run
@@ -1088,7 +1089,7 @@ def build_model_and_optimizer(c: Config, device: torch.device, start: tuple | No
     optimizer = muonclip.configure_optimizer(
         model, lr=c.lr, optimizer=c.optimizer, momentum=c.momentum, weight_decay=c.weight_decay,
         coefficients=c.ns_coefficients, tau=c.qk_clip_threshold,
-        poly_norm_lr_scale=c.poly_norm_lr_scale,
+        embedding_lr_scale=c.embedding_lr_scale, poly_norm_lr_scale=c.poly_norm_lr_scale,
         dtype=COMPUTE_DTYPE[compute_precision(c, device)])
     if start:
         sync_errors(load_checkpoint, start[0], model, optimizer)

@@ -193,17 +193,19 @@ def test_poly_norm_scale_is_of_fresh_weights_alone(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["muonclip", "adamw"])
-def test_poly_norm_learns_at_its_own_rate(optimizer):
+@pytest.mark.parametrize("key, names", [
+    ("poly_norm_lr_scale", ("act_fn",)), ("embedding_lr_scale", ("embed_tokens", "lm_head"))])
+def test_some_parameters_learn_at_their_own_rate(key, names, optimizer):
     steps = {}
     for scale in (1.0, 4.0):
         torch.manual_seed(0)
         model = Motif(SMALL)
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
-        rule = configure_optimizer(model, lr=0.01, optimizer=optimizer, poly_norm_lr_scale=scale)
+        rule = configure_optimizer(model, lr=0.01, optimizer=optimizer, **{key: scale})
         ids = torch.arange(12).view(2, 6)
         model(ids, ids + 1).backward()
         rule.step()
         steps[scale] = {name: p.detach() - start[name] for name, p in model.named_parameters()}
     for name, step in steps[1.0].items():
-        factor = 4 if "act_fn" in name else 1
+        factor = 4 if any(part in name for part in names) else 1
         torch.testing.assert_close(steps[4.0][name], factor * step, rtol=1e-3, atol=1e-6)

@@ -308,6 +308,25 @@ def test_a_step_never_waits_for_the_gpu(run, monkeypatch, options):
     assert losses[-1] < losses[0]
 
 
+@needs_gpu
+def test_a_recomputed_block_keeps_its_input_alone(monkeypatch):
+    """Until the backward pass, compiled and with our kernels."""
+    monkeypatch.setattr(pretrain, "uses_fsdp", lambda c, device: False)
+    device = torch.device("cuda")
+    ids = torch.zeros(64, 256, dtype=torch.int64, device=device)
+    kept = {}
+    for layers in (2, 6):
+        c = Config(**SMALL | dict(num_hidden_layers=layers, activation_checkpoint_layers=layers))
+        model = pretrain.build(c, device).bfloat16()
+        for _ in range(2):                       # the first time something of CUDA's own may stay
+            before = torch.cuda.memory_allocated()
+            loss = model(ids, ids)
+            kept[layers] = torch.cuda.memory_allocated() - before
+            del loss
+    block_input = 2 * ids.numel() * SMALL["hidden_size"]     # bytes in bf16
+    assert (kept[6] - kept[2]) / 4 == pytest.approx(block_input, rel=0.05)
+
+
 SMALL = dict(
     hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=10,
     num_noise_heads=2, num_key_value_heads=4, head_dim=32, seq_len=256, batch_tokens=16384,
