@@ -7,7 +7,7 @@ One step of Muon on a matrix, from its gradient:
     O        = newton_schulz(u)                                          (u made orthogonal)
     weight   = weight - lr * (0.2 sqrt(max(m, n)) * O + weight_decay * weight)
 
-The first half is for everybody. The second half is Parallel Muon, which takes the same step on many
+The first half is the optimizer. The second half is Parallel Muon, which takes the same step on many
 GPUs, where FSDP2 has cut the matrices into shards.
 
 Sources: Muon (kellerjordan.github.io/posts/muon), Moonlight (arXiv 2502.16982) for the factor
@@ -49,9 +49,10 @@ import kernels
 #
 # It leaves U and V alone and sends every s to a polynomial of s. The five polynomials of the table
 # "motif" below, one after the other, bring every s from 0.002 to 1 to between 0.85 and 1.15; a
-# smaller s grows at most 493-fold. (Near 1 is enough: Keller Jordan's leave s between 0.68 and 1.2,
-# and train as well.) Five steps on the 280 matrices of the 12.7B model take 1.0e15 FLOPs, as many
-# as training it on 13,000 tokens; one optimizer step trains on millions of tokens.
+# smaller s grows at most 493-fold. (Near 1 seems to be enough: Keller Jordan's leave s between 0.68
+# and 1.2, and trained the models of his records.) Five steps on the 280 matrices of the 12.7B model
+# take 1.0e15 FLOPs, as many as training it on 13,000 tokens; one optimizer step trains on millions
+# of tokens.
 
 # (a, b, c) of the polynomials. "Error": |O O^T - I|_F / sqrt(m) of a Gaussian 512 x 2048 matrix.
 COEFFICIENTS = {
@@ -79,7 +80,8 @@ START_MARGIN = {"quintic": 1.0, "motif": 1.0, "polar_express": 1.02}
 
 
 def plain_newton_schulz(u: Tensor, steps: int = 5, coefficients: str = "motif") -> Tensor:
-    """The definition: u (m, n) -> O (m, n), near U V^T. newton_schulz below is the same, faster.
+    """The definition: u (m, n) -> O (m, n), near U V^T. newton_schulz below computes the same, and
+    is faster. steps: how many of the five polynomials are applied.
 
     Four singular values (columns) after each of the five polynomials (rows):
 
@@ -131,8 +133,9 @@ def newton_schulz(u: Tensor, steps: int = 5, coefficients: str = "motif",
         sX = sX.mT
     E, m, n = sX.shape              # m <= n from here on
 
-    # In gram_steps all products but X = Q X are symmetric, so half of each need not be computed.
-    # But too few tiles do not fill a GPU; then cuBLAS, which computes both halves, is faster.
+    # In gram_steps all products but X = Q X are symmetric, and a kernel computes only their tiles
+    # of 128 x 128 numbers on and below the diagonal. But where these are fewer than two for each
+    # processor of an H200, cuBLAS, which computes both halves, is faster.
     table = COEFFICIENTS[coefficients][:steps]
     tile_rows = math.ceil(m / kernels.TILE)
     tiles = E * tile_rows * (tile_rows + 1) // 2
@@ -163,15 +166,16 @@ def normalize(matrices: Tensor, margin: float) -> Tensor:
 
     # The largest entry is now 1, so the norm is at least 1, unless the matrix is 0.
     norm = torch.linalg.vector_norm(sX, dim=1, keepdim=True).clamp_(1)
-    sX /= norm.mul_(margin / SCALE)
+    sX /= norm.mul_(margin / SCALE)         # X = u / (margin |u|_F), and sX = SCALE X
     return sX.view(matrices.shape)
 
 
 def plain_steps(sX: Tensor, table: list) -> Tensor:
     """Run Newton-Schulz on sX (E, m, n), in three calls a step: for small matrices the time goes
-    into launching kernels. alpha and beta undo what SCALE adds, so that B is b A + c A A."""
+    into launching kernels."""
     for a, b, c in table:
         ssA = torch.bmm(sX, sX.mT)
+        # ssA = SCALE^2 A, so B = b A + c A A = (b / SCALE^2) ssA + (c / SCALE^4) ssA ssA.
         B = torch.baddbmm(ssA, ssA, ssA, beta=b / SCALE**2, alpha=c / SCALE**4)
         sX = torch.baddbmm(sX, B, sX, beta=a)
     return sX
@@ -185,9 +189,10 @@ def gram_steps(sX: Tensor, table: list, span: int) -> Tensor:
     Q = Z_3 Z_2 Z_1 together on (m, m) matrices, and touch the wide X once, X = Q X. A, Z and Q are
     all symmetric, since they are polynomials in one matrix.
 
-    Then compute A from X again: rounding makes eigenvalues of A that should be 0 a little negative,
-    and each step multiplies these by about a^2: 6 to 17, and 67 in polar_express's first step. In
-    fp16 that is harmless for three steps."""
+    Then compute A from X again. Rounding turns an eigenvalue of A that should be 0 into one of
+    -0.00001, say. Each step multiplies it by about a^2, which is 6 to 17, and 67 in polar_express's
+    first step, and far below 0 the polynomials grow without bound. After three steps in fp16 it is
+    still small."""
     # symmetric(X, Y, alpha, addend, beta) is alpha X Y^T + beta addend.
     symmetric = kernels.symmetric_matmul
     for first in range(0, len(table), span):
@@ -201,7 +206,7 @@ def gram_steps(sX: Tensor, table: list, span: int) -> Tensor:
                 sZA = symmetric(sB, sA, 1 / SCALE, sA, a)
                 sA = symmetric(sZA, sB, 1 / SCALE, sZA, a)
 
-            # Q = Z Q, and at first Q = Z = a I + B, in B's place.
+            # Q = Z Q, and at first Q = Z = a I + B, which may overwrite B: sA is there already.
             if i == 0:
                 sQ = sB
                 sQ.diagonal(dim1=1, dim2=2).add_(a * SCALE)
@@ -216,19 +221,20 @@ def gram_steps(sX: Tensor, table: list, span: int) -> Tensor:
 
 # ---- The update
 
-compiled = functools.cache(torch.compile)
+compile_once = functools.cache(torch.compile)    # the same function is compiled a single time
 
 
 def compile_rowwise(function):
-    """Decorator: view the first two tensors, of the same size, as (rows, 1024) if 1024 divides it,
-    and on a GPU compile the function into one pass over memory. Only the number of rows differs
-    from matrix to matrix, so one compiled kernel serves all, and can move 16 bytes at a time."""
+    """Decorator: view the first two tensors, of the same size, as (rows, 1024), or as narrower rows
+    where 1024 does not divide the size, and on a GPU compile the function into one pass over
+    memory. Only the number of rows differs from matrix to matrix, so one compiled kernel serves
+    all, and can move 16 bytes at a time."""
     def call(first, second, *args):
         width = math.gcd(first.numel(), 1024)
         first = first.view(-1, width)
         second = second.view(-1, width)
         if first.is_cuda and kernels.use_triton(first):
-            return compiled(function)(first, second, *args)
+            return compile_once(function)(first, second, *args)
         return function(first, second, *args)
     return call
 
@@ -245,7 +251,7 @@ def add_to_momentum(momentum: Tensor, G: Tensor, mu: Tensor, skip: Tensor,
 @compile_rowwise
 def apply_update(weight: Tensor, O: Tensor, decay: Tensor, rate: Tensor) -> Tensor:
     """weight = decay * weight - rate * O, in place -> partial norms of O, for update_rms: one for
-    each row of 1024 numbers in which O is viewed."""
+    each row of up to 1024 numbers in which O is viewed."""
     weight.mul_(decay).addcmul_(O, rate, value=-1)
     return torch.linalg.vector_norm(O, dim=1, dtype=weight.dtype)
 
@@ -264,6 +270,44 @@ def update_scale(shape) -> float:
     return 0.2 * max(shape[-2:]) ** 0.5
 
 
+# ---- Shards
+#
+# Under FSDP2 a parameter is a DTensor: each rank of a device mesh holds one shard of it. On one
+# process none of this happens, and a parameter is its own shard.
+
+def is_spread(p: Tensor) -> bool:
+    """Whether p is a DTensor that lies on more than one rank."""
+    return hasattr(p, "placements") and p.device_mesh.size() > 1
+
+
+def local_shard(p: Tensor) -> Tensor:
+    """Return this rank's part of p, not a copy; p itself if it is not sharded."""
+    return p.to_local() if hasattr(p, "to_local") else p
+
+
+def shard_dims(t: Tensor) -> tuple[int | None, ...]:
+    """Say for each mesh dimension of a DTensor which tensor dimension is sharded over it, or None
+    for replicas. FSDP2 has (0,), HSDP has (None, 0)."""
+    return tuple(place.dim if place.is_shard() else None for place in t.placements)
+
+
+def local_slices(shape, mesh_sizes, dims, coords) -> tuple[slice, ...]:
+    """Return the part of a tensor that the rank at coordinates `coords` of a mesh holds. dims: as
+    shard_dims returns them. The cuts are those of torch.chunk: 5 rows on 4 ranks are 2, 2, 1 and 0.
+
+    >>> [local_slices((5,), mesh_sizes=(4,), dims=(0,), coords=(rank,))[0] for rank in range(4)]
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None), slice(5, 5, None)]
+    """
+    slices = [slice(0, n) for n in shape]
+    for size, dim, coord in zip(mesh_sizes, dims, coords):
+        if dim is not None:
+            whole = slices[dim]
+            length = math.ceil((whole.stop - whole.start) / size)
+            first = min(whole.start + coord * length, whole.stop)
+            slices[dim] = slice(first, min(first + length, whole.stop))
+    return tuple(slices)
+
+
 # ---- QK-clip
 #
 # The problem. A logit q . k contains two projections, so it can grow as fast as the product of the
@@ -277,8 +321,8 @@ def update_scale(shape) -> float:
 # here heads share keys: in the 12.7B model 40 query heads read 16 key heads, and the 4 signal heads
 # of a group share one. A head below tau must not change because its neighbour is above. So
 #
-#     s_j = sqrt(min of gamma_h over the heads h that read key head j)        the factor of key j
-#     gamma_h / s_j                                                           the factor of query h
+#     f_j = sqrt(min of gamma_h over the heads h that read key head j)        the factor of key j
+#     gamma_h / f_j                                                           the factor of query h
 #
 # and every head's logits get exactly gamma_h. Without sharing, these are Kimi K2's factors.
 
@@ -302,9 +346,9 @@ def qk_clip(q_weight: Tensor, k_weight: Tensor, max_logits: Tensor, kv_map, head
     >>> torch.tensor([200.0, 50.0]) * (q * k).flatten()
     tensor([100.0000,  50.0000])
     """
-    # A NaN is not < inf either. This raises RuntimeError, on a GPU when the host next synchronises.
-    finite = (max_logits < torch.inf).all()
-    torch._assert_async(finite, "QK-clip: an attention logit is not finite")
+    # NaN and inf are not. This raises RuntimeError, on a GPU when the host next synchronises.
+    below_inf = (max_logits < torch.inf).all()
+    torch._assert_async(below_inf, "QK-clip: an attention logit is not finite")
     kv_map = torch.as_tensor(kv_map, device=max_logits.device)
     num_key_heads = len(k_weight) // head_dim
 
@@ -348,7 +392,7 @@ def batches_of_one_shape(params: list[Tensor]) -> Iterator[list[Tensor]]:
 class MuonClip(torch.optim.Optimizer):
     """Muon trains muon_params, AdamW trains adamw_params.
 
-    muon_params: contiguous matrices (m, n), or stacks of matrices (..., m, n).
+    muon_params: contiguous matrices (m, n), or stacks of them (..., m, n), in fp32 or fp64.
     adamw_params: anything. Vectors and scalars get no weight decay.
     qk: [(q_weight, k_weight), ...], a pair for each layer, for QK-clip; kv_map, head_dim and tau as
         in qk_clip. tau = 0 switches it off.
@@ -356,9 +400,9 @@ class MuonClip(torch.optim.Optimizer):
     On many ranks all ranks of a mesh call step() together, with the same `skip`. Parameters that
     are not DTensors belong to each process; the caller reduces their gradients, and max_logits.
 
-    After a step, update_rms[p] is the RMS of 0.2 sqrt(max(m, n)) O: of a matrix's last update
-    divided by lr, without the weight decay. heads_clipped is how many heads were above tau. Only
-    reading these tensors waits for the device."""
+    After a step that was not skipped, update_rms[p] is the RMS of 0.2 sqrt(max(m, n)) O: of a
+    matrix's last update divided by lr, without the weight decay. heads_clipped is how many heads
+    were above tau. Only reading these tensors waits for the device."""
 
     def __init__(self, muon_params, adamw_params, *, lr: float, momentum: float = 0.95,
                  weight_decay: float = 0.1, betas=(0.9, 0.95), eps: float = 1e-8,
@@ -370,6 +414,8 @@ class MuonClip(torch.optim.Optimizer):
             if p.dtype not in (torch.float32, torch.float64):
                 # bf16 rounds away any update below 1/512 of the weight.
                 raise ValueError("MuonClip trains fp32 weights; call model.float() first")
+        if coefficients not in COEFFICIENTS:
+            raise ValueError(f"coefficients={coefficients!r} is none of {', '.join(COEFFICIENTS)}")
 
         tables = [p for p in others if p.ndim > 1]
         vectors = [p for p in others if p.ndim < 2]
@@ -377,11 +423,12 @@ class MuonClip(torch.optim.Optimizer):
             dict(kind="muon", params=matrices, weight_decay=weight_decay),
             dict(kind="adamw", params=tables, weight_decay=weight_decay),
             dict(kind="adamw", params=vectors, weight_decay=0.0)]
+        # fused: load_state_dict looks for it, and then leaves AdamW's "step" where it is, in fp32.
         defaults = dict(lr=lr, momentum=momentum, betas=betas, eps=eps, fused=True)
         super().__init__([group for group in groups if group["params"]], defaults)
 
         self.ns_options = dict(coefficients=coefficients, dtype=dtype)
-        self.shard_groups = build_shard_groups(matrices, dtype)
+        self.exchanges = build_exchanges(matrices, dtype)
         self.update_rms = {}
 
         self.qk = list(qk)
@@ -423,20 +470,20 @@ class MuonClip(torch.optim.Optimizer):
             self._qk_clip_step(max_logits.masked_fill(skip, 0))
 
     def _muon_step(self, group: dict, skip: Tensor) -> None:
-        now = self._step_scalars(group, skip)
+        scalars = self._step_scalars(group, skip)
         whole = [p for p in group["params"] if p.grad is not None and not is_spread(p)]
         for params in batches_of_one_shape(whole):
-            updates = [self.add_gradient(p, now) for p in params]
+            updates = [self.add_gradient(p, scalars) for p in params]
             stacked = updates[0][None]          # one matrix, which may be large, is not copied
             if len(updates) > 1:
                 stacked = torch.stack(updates)
             results = newton_schulz(stacked, **self.ns_options)
             for p, O in zip(params, results):
-                self.apply_result(p, O, now)
+                self.apply_result(p, O, scalars)
 
         # Second half: matrices that lie in shards on many ranks.
-        for shard_group in self.shard_groups:
-            parallel_muon_step(self, shard_group, now)
+        for exchange in self.exchanges:
+            parallel_muon_step(self, exchange, scalars)
 
     def _step_scalars(self, group: dict, skip: Tensor) -> SimpleNamespace:
         """Return what all matrices share in one step, on the device, where `skip` can change it."""
@@ -445,24 +492,24 @@ class MuonClip(torch.optim.Optimizer):
         decay = 1 - lr * group["weight_decay"]
         return SimpleNamespace(lr=lr, mu=mu, decay=decay, skip=skip)
 
-    def add_gradient(self, p: Tensor, now: SimpleNamespace) -> Tensor:
-        """Add p's gradient to its momentum -> u, in the dtype that Newton-Schulz gets. now: what
-        _step_scalars returns."""
+    def add_gradient(self, p: Tensor, scalars: SimpleNamespace) -> Tensor:
+        """Add p's gradient to its momentum -> u, in the dtype that Newton-Schulz gets. scalars:
+        those of _step_scalars."""
         momentum = self.state[p]["momentum"]
         if p.grad is None:
             G = torch.zeros_like(momentum)  # other ranks may have one, and count on our message
         else:
             assert not is_spread(p) or p.grad.placements == p.placements, "reduce gradients first"
             G = local_shard(p.grad).contiguous()
-        u = add_to_momentum(momentum, G, now.mu, now.skip, self.ns_options["dtype"])
+        u = add_to_momentum(momentum, G, scalars.mu, scalars.skip, self.ns_options["dtype"])
         return u.view(momentum.shape)
 
-    def apply_result(self, p: Tensor, O: Tensor, now: SimpleNamespace) -> None:
+    def apply_result(self, p: Tensor, O: Tensor, scalars: SimpleNamespace) -> None:
         """Update this rank's part of p by O, which is its part of the whole O if p is sharded. Set
-        update_rms[p] to the RMS of scaled O; for a shard, to the sqrt of its share of the whole's
-        mean square."""
+        update_rms[p] to the RMS of scaled O; for a shard to its part of that: the squares of all
+        parts add up to the square of the RMS (ShardExchange.finish_update_rms)."""
         scale = update_scale(p.shape)
-        partial_norms = apply_update(local_shard(p), O, now.decay, now.lr * scale)
+        partial_norms = apply_update(local_shard(p), O, scalars.decay, scalars.lr * scale)
         self.update_rms[p] = torch.linalg.vector_norm(partial_norms) * (scale / p.numel() ** 0.5)
 
     def _adamw_step(self, group: dict, skip: Tensor) -> None:
@@ -506,6 +553,8 @@ def configure_optimizer(model, *, optimizer: str = "muonclip", embedding_lr_scal
 
     The embedding and the head learn at embedding_lr_scale times lr, PolyNorm's parameters at
     poly_norm_lr_scale times lr. options: arguments of MuonClip."""
+    if optimizer not in ("muonclip", "adamw"):
+        raise ValueError(f"optimizer={optimizer!r} is neither muonclip nor adamw")
     layers = model.model.layers
     matrices = []
     qk = []
@@ -537,6 +586,7 @@ def set_lr_scale(optimizer: MuonClip, chosen: set[Tensor], lr_scale: float) -> N
     for group in optimizer.param_groups:
         scaled = [p for p in group["params"] if p in chosen]
         others = [p for p in group["params"] if p not in chosen]
+        assert not scaled or group["kind"] == "adamw", "Muon knows no lr_scale"
         if others:
             groups.append(dict(group, params=others))
         if scaled:
@@ -553,7 +603,8 @@ def describe_routing(model, optimizer: MuonClip) -> str:
         params = group["params"]
         count = sum(p.numel() for p in params)
         kinds = dict.fromkeys(last_words[p] for p in params)
-        lines.append(f"{group['kind']}, weight decay {group['weight_decay']}: "
+        scaled = f", lr times {group['lr_scale']}" if "lr_scale" in group else ""
+        lines.append(f"{group['kind']}, weight decay {group['weight_decay']}{scaled}: "
                      f"{count:,d} in {len(params)} tensors: {', '.join(kinds)}")
     return "\n".join(lines)
 
@@ -571,8 +622,8 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 # The idea (Motif-2, arXiv 2511.07464). Every matrix has one owner. All ranks send the owner their
 # shards of u. The owner puts the matrix together, orthogonalises it, and sends every rank its shard
 # of O. So each matrix is orthogonalised once, and different ranks do different ones at the same
-# time. On CPUs the result is bit-identical to that of one process. On GPUs one process stacks small
-# matrices, and a stack may take another kernel (see newton_schulz) than each matrix alone.
+# time. On CPUs, in bf16, the result is bit-identical to that of one process. Elsewhere one process
+# stacks small matrices, and a stack may be rounded otherwise than each matrix alone.
 #
 # The timeline. A step goes in chunks, of about one large matrix for each rank, so that a rank holds
 # few whole matrices at a time, and one chunk can travel while another is computed. For each chunk k
@@ -584,51 +635,15 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 #     rank 3         | NS of matrix 3 | NS of matrix 7 | NS of matrix 11 |
 #     network   u(0) | u(1)           | O(0), u(2)     | O(1)            | O(2)
 #
-# HSDP. Each replica of the model could do all of this by itself, but then all would do the same
-# work. So groups of replicas share owners. An owner takes the shards of u from its own replica,
-# which has all of them, and sends O to every rank of its group. A group has only so many replicas
-# that each rank has one large matrix to do (replicas_per_muon_group): more would hardly save time.
+# What it costs. The matrices have N numbers, on C ranks. A rank receives u of what it owns, N / C
+# numbers, and its shard of every O, another N / C; of both it has a C-th itself. So it receives
+# 2 N / C (1 - 1 / C). If it gathered every matrix, it would receive N (1 - 1 / C). For the 12.7B
+# model on 8 GPUs in bf16 (N = 10.9e9) that is 4.77 GB instead of 19.08, and an eighth of the FLOPs.
 #
-# What it costs. A replica keeps matrices of N numbers on C ranks; a group has R replicas (FSDP: 1).
-# A rank needs u of what it owns, N / (R C) numbers, and its shard of every O, N / C. Of the u, and
-# of the O, N / (R C^2) never leave the rank. So it receives N / (R C) (1 + R - 2 / C). If it
-# gathered every matrix, it would receive N (1 - 1 / C). For the 12.7B model on 8 GPUs in bf16 (N =
-# 10.9e9) that is 4.77 GB instead of 19.08, and an eighth of the FLOPs.
+# Below come the plan (who owns what, and when), its execution (what a rank sends and receives), and
+# the step. Several replicas of a sharded model (HSDP) are a variation: replicas_per_muon_group.
 
-def is_spread(p: Tensor) -> bool:
-    """Whether p is a DTensor that lies on more than one rank."""
-    return hasattr(p, "placements") and p.device_mesh.size() > 1
-
-
-def local_shard(p: Tensor) -> Tensor:
-    """Return this rank's part of p, not a copy; p itself if it is not sharded."""
-    return p.to_local() if hasattr(p, "to_local") else p
-
-
-def shard_dims(t: Tensor) -> tuple[int | None, ...]:
-    """Say for each mesh dimension of a DTensor which tensor dimension is sharded over it, or None
-    for replicas. FSDP2 has (0,), HSDP has (None, 0)."""
-    return tuple(place.dim if place.is_shard() else None for place in t.placements)
-
-
-def local_slices(shape, mesh_sizes, dims, coords) -> tuple[slice, ...]:
-    """Return the part of a tensor that the rank at coordinates `coords` of a mesh holds. dims: as
-    shard_dims returns them. The cuts are those of torch.chunk: 5 rows on 4 ranks are 2, 2, 1 and 0.
-
-    >>> [local_slices((5,), mesh_sizes=(4,), dims=(0,), coords=(rank,))[0] for rank in range(4)]
-    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None), slice(5, 5, None)]
-    """
-    slices = [slice(0, n) for n in shape]
-    for size, dim, coord in zip(mesh_sizes, dims, coords):
-        if dim is not None:
-            whole = slices[dim]
-            length = math.ceil((whole.stop - whole.start) / size)
-            first = min(whole.start + coord * length, whole.stop)
-            slices[dim] = slice(first, min(first + length, whole.stop))
-    return tuple(slices)
-
-
-# ---- The plan: who owns what, and when
+# ---- The plan
 
 def newton_schulz_flops(shape) -> int:
     """Count the FLOPs of Newton-Schulz on (..., m, n): 6.2e12 for 4096 x 16384."""
@@ -643,9 +658,7 @@ def assign_owners(shapes, ranks: int) -> tuple[list, list]:
 
     Cut this schedule into windows, each as long as the largest matrix takes; the matrices that
     start in one window are one chunk -> (the owner of each matrix, the matrices of each chunk).
-    At the end of a chunk any two ranks have done equal work so far, up to one matrix. The first
-    to finish need not wait there. It may run one chunk ahead: others' shards of u(k+1) are there,
-    as they left before Newton-Schulz of chunk k, and it awaits O(k) only after that of chunk k+1.
+    At the end of a chunk any two ranks have done equal work so far, up to one matrix.
 
     Four matrices take 3, 2, 2 and 1 units of time. Rank 0 starts the first at time 0 and the last
     at time 3, which is in the second window; rank 1 starts the others at times 0 and 2. After the
@@ -662,41 +675,50 @@ def assign_owners(shapes, ranks: int) -> tuple[list, list]:
     by_falling_flops = sorted(range(len(shapes)), key=lambda i: -flops[i])
     for i in by_falling_flops:
         owner[i] = busy.index(min(busy))
+
+        # No matrix takes longer than a window, so no window is passed over: k <= len(chunks).
         k = busy[owner[i]] // window
         if k == len(chunks):
             chunks.append([])
         chunks[k].append(i)
         busy[owner[i]] += flops[i]
     for chunk in chunks:
-        chunk.sort(key=lambda i: (owner[i], i))     # as an all-to-all needs them
+        chunk.sort(key=lambda i: (owner[i], i))     # the order of messages, see MuonPlan
     return owner, chunks
 
 
-def replicas_per_muon_group(shapes, ranks: int, replicas: int) -> int:
-    """Choose how many replicas share the owners (HSDP): so many that the average rank has no more
-    to do than the largest matrix takes. With more, O goes to more ranks, and hardly sooner."""
-    flops = [newton_schulz_flops(shape) for shape in shapes]
-    enough = sum(flops) / max(flops)                # ranks
-    for count in range(1, replicas):
-        if replicas % count == 0 and count * ranks / replicas >= enough:
-            return count
-    return replicas
+class MuonPlan:
+    """Who orthogonalises which matrix, and how many numbers each rank sends to each. It follows
+    from shapes alone, so there are also plans for GPUs that are not there.
 
-
-class MuonShardGroup:
-    """The matrices that lie on one device mesh: who owns which, and how their shards travel.
-
-    The constructor only computes with shapes, so it also plans for GPUs that are not there. Then
-    connect() adds the process group. i is a matrix, r a rank, d a mesh dimension, k a chunk.
+    i is a matrix, r and s are ranks, d is a dimension of the mesh, k a chunk.
 
     shapes[i]        (m, n)
-    shard_dims[i]    as the function shard_dims returns it, e.g. (None, 0)
-    mesh             the ranks; torch.arange(8).view(2, 4) is 2 replicas of 4 shards
+    shard_dims[i]    as the function shard_dims returns it, e.g. (0,)
+    mesh             the ranks; torch.arange(8) has 8 shards of each matrix
     owner[i]         the rank that orthogonalises matrix i
-    chunks[k]        the matrices of chunk k, sorted by owner
+    chunks[k]        the matrices of chunk k, sorted by owner, then by i
     slices[i][r]     the part of matrix i that rank r holds
-    is_sender[i][r]  whether rank r sends its shard of u to the owner of matrix i
-    counts[name][k, r, s]  how many numbers of "u" or "O" of chunk k rank r sends to rank s"""
+    is_sender[i][r]  whether rank r sends its shard of u to the owner of matrix i: all ranks do,
+                     where there is one replica
+    counts[name][k, r, s]  how many numbers of "u" or "O" of chunk k rank r sends to rank s
+
+    Two ranks, three matrices. Rank 0 owns the large one, rank 1 the two others. Each rank sends
+    rank 0 its half of u of matrix 0, 16 numbers, and rank 1 its halves of matrices 1 and 2, 8 + 4
+    numbers. Of O rank 0 sends 16 numbers to each rank, and rank 1 sends 12 to each:
+
+    >>> shapes = [(4, 8), (4, 4), (2, 4)]
+    >>> plan = MuonPlan(shapes, shard_dims=[(0,), (0,), (0,)], mesh=torch.arange(2))
+    >>> plan.owner, plan.chunks
+    ([0, 1, 1], [[0, 1, 2]])
+    >>> plan.counts["u"][0].tolist(), plan.counts["O"][0].tolist()
+    ([[16, 12], [16, 12]], [[16, 16], [12, 12]])
+
+    The order of numbers in a message is never sent, so sender and receiver must agree on it: what
+    one rank sends to another is sorted by i. And the pieces that a rank sends stand in the order of
+    the ranks that get them, those that it receives in the order of the ranks that sent them. So
+    rank 0 sends u of matrix 0, 1, 2, as in chunks[0]; and rank 1, which owns two, receives u of
+    matrix 1 and 2 of rank 0, then the same of rank 1 (pieces)."""
 
     def __init__(self, shapes, shard_dims, mesh: Tensor):
         ranks = mesh.numel()
@@ -709,10 +731,10 @@ class MuonShardGroup:
         O_counts = torch.zeros_like(u_counts)
         self.counts = {"u": u_counts, "O": O_counts}
 
-        # A process group numbers its ranks by their global rank, whatever their place in the mesh.
-        # coords[r] is the place in the mesh of the rank that is number r in the group.
-        places = torch.unravel_index(mesh.flatten().argsort(), mesh.shape)
-        coords = torch.stack(places, 1)                                             # [r, d]
+        # Where in the mesh each rank is. Here, as in a process group, rank r is the one with the
+        # r-th smallest global number.
+        places = [(mesh == rank).nonzero()[0] for rank in sorted(mesh.flatten().tolist())]
+        coords = torch.stack(places)                                                # [r, d]
         for k, chunk in enumerate(self.chunks):
             for i in chunk:
                 owner = self.owner[i]
@@ -725,7 +747,8 @@ class MuonShardGroup:
                     sizes[r] = math.prod(s.stop - s.start for s in slices)
 
                 # The owner's replica sends u: it has the owner's coordinates in all dimensions of
-                # the mesh that replicate the matrix.
+                # the mesh that replicate the matrix. With one replica there is no such dimension,
+                # and all ranks send.
                 replicated = [d for d, dim in enumerate(dims) if dim is None]
                 agrees = coords[:, replicated] == coords[owner, replicated]
                 is_sender = agrees.all(1)
@@ -734,23 +757,57 @@ class MuonShardGroup:
                 u_counts[k, :, owner] += sizes * is_sender
                 O_counts[k, owner, :] += sizes
 
-    def connect(self, params: list[Tensor], dtype: torch.dtype) -> None:
-        """Prepare to exchange shards of params, in dtype. All ranks of the mesh call this."""
-        ranks = sorted(self.mesh.flatten().tolist())
+    def pieces(self, matrices: dict[int, Tensor]) -> Iterator:
+        """Yield (i, r, a view of what rank r holds of matrix i), in the order in which the owner of
+        these matrices gets their pieces, and sends them."""
+        for r in range(self.mesh.numel()):
+            for i, matrix in matrices.items():
+                yield i, r, matrix[self.slices[i][r]]
+
+
+def replicas_per_muon_group(shapes, ranks: int, replicas: int) -> int:
+    """Choose how many replicas of the model share the owners: so many that the average rank has no
+    more to do than the largest matrix takes. With more, O goes to more ranks, and hardly sooner.
+
+    HSDP keeps several replicas, each on C ranks. Each could do Parallel Muon by itself, but then
+    all would do the same work. So R of them form a group, and a matrix has one owner in the group.
+    The owner takes the shards of u from its own replica, which has all of them, and sends O to
+    every rank of the group. A rank owns N / (R C) numbers, and receives
+
+        of u    N / (R C)  less  N / (R C^2), its own shards of what it owns
+        of O    N / C      less  N / (R C^2)
+    """
+    flops = [newton_schulz_flops(shape) for shape in shapes]
+    enough = sum(flops) / max(flops)                # ranks
+    for count in range(1, replicas):
+        if replicas % count == 0 and count * ranks / replicas >= enough:
+            return count
+    return replicas
+
+
+# ---- The plan carried out
+
+class ShardExchange:
+    """Sends and receives what `plan` says for this rank: shards of u on their way to the owners,
+    and shards of O on their way back. All ranks of the plan's mesh make one, for the same params:
+    plan.shapes are theirs. dtype: of u and O."""
+
+    def __init__(self, plan: MuonPlan, params: list[Tensor], dtype: torch.dtype):
+        ranks = sorted(plan.mesh.flatten().tolist())
         self.process_group = dist.group.WORLD
         if len(ranks) < dist.get_world_size():
             self.process_group = dist.new_group(ranks, use_local_synchronization=True)
         self.me = ranks.index(dist.get_rank())
+        self.plan = plan
         self.params = params
         self.nothing = torch.empty(0, dtype=dtype, device=params[0].device)     # cat([]) would fail
-        sends = [self.is_sender[i][self.me] for i in range(len(params))]
-        self.this_rank_sends = self.nothing.new_tensor(sends)
         self.under_way = {}
 
     def send(self, name: str, k: int, pieces: list[Tensor]) -> None:
         """Start the all-to-all of chunk k's "u" or "O". pieces: flat, sorted by who gets them."""
-        send_sizes = self.counts[name][k, self.me].tolist()
-        receive_sizes = self.counts[name][k, :, self.me].tolist()
+        counts = self.plan.counts[name][k]
+        send_sizes = counts[self.me].tolist()
+        receive_sizes = counts[:, self.me].tolist()
         message = torch.cat([self.nothing, *pieces])
         received = message.new_empty(sum(receive_sizes))
         work = dist.all_to_all_single(received, message, receive_sizes, send_sizes,
@@ -763,112 +820,112 @@ class MuonShardGroup:
         work.wait()
         return received
 
-    def all_shards(self, matrices: dict) -> Iterator:
-        """Yield (i, r, a view of what rank r holds of matrix i), in the order of a message."""
-        for r in range(self.mesh.numel()):
-            for i, matrix in matrices.items():
-                yield i, r, matrix[self.slices[i][r]]
-
-    def send_updates(self, k: int, optimizer: MuonClip, now: SimpleNamespace) -> None:
+    def send_updates(self, k: int, optimizer: MuonClip, scalars: SimpleNamespace) -> None:
         """Add the gradients of chunk k to the momentum, and start to send u(k) to the owners."""
         pieces = []
-        for i in self.chunks[k]:
-            u = optimizer.add_gradient(self.params[i], now)
-            if self.is_sender[i][self.me]:
+        for i in self.plan.chunks[k]:
+            u = optimizer.add_gradient(self.params[i], scalars)
+            if self.plan.is_sender[i][self.me]:
                 pieces.append(u.flatten())
         self.send("u", k, pieces)
 
-    def gather_full(self, k: int) -> dict[int, Tensor]:
+    def gather_updates(self, k: int) -> dict[int, Tensor]:
         """Wait for u(k) -> {i: the whole u} for the matrices of chunk k that this rank owns."""
         received = self.receive("u", k)
-        matrices = {}
-        for i in self.chunks[k]:
-            if self.owner[i] == self.me:
-                matrices[i] = received.new_empty(self.shapes[i])
+        updates = {}
+        for i in self.plan.chunks[k]:
+            if self.plan.owner[i] == self.me:
+                updates[i] = received.new_empty(self.plan.shapes[i])
 
         position = 0
-        for i, r, shard in self.all_shards(matrices):
-            if self.is_sender[i][r]:
+        for i, r, shard in self.plan.pieces(updates):
+            if self.plan.is_sender[i][r]:
                 piece = received[position:position + shard.numel()]
                 shard.copy_(piece.view_as(shard))
                 position += shard.numel()
-        return matrices
+        return updates
 
     def send_results(self, k: int, results: dict[int, Tensor]) -> None:
         """Start to send every rank its shards of the O that this rank has computed."""
         pieces = []
-        for _, _, O_shard in self.all_shards(results):
+        for _, _, O_shard in self.plan.pieces(results):
             pieces.append(O_shard.flatten())
         self.send("O", k, pieces)
 
-    def apply_results(self, k: int, optimizer: MuonClip, now: SimpleNamespace) -> None:
+    def apply_results(self, k: int, optimizer: MuonClip, scalars: SimpleNamespace) -> None:
         """Wait for O(k), and update this rank's shards of the weights of chunk k."""
-        params = [self.params[i] for i in self.chunks[k]]
+        params = [self.params[i] for i in self.plan.chunks[k]]
         sizes = [local_shard(p).numel() for p in params]
         for p, O_shard in zip(params, self.receive("O", k).split(sizes)):
-            optimizer.apply_result(p, O_shard, now)
+            optimizer.apply_result(p, O_shard, scalars)
+
+    def finish_update_rms(self, optimizer: MuonClip) -> None:
+        """Add up the ranks' parts of each update_rms, of their shards. Where there are several
+        replicas, only those that send to the owner count, since they hold every shard once."""
+        partial_rms = torch.stack([optimizer.update_rms[p] for p in self.params])
+        sends = [self.plan.is_sender[i][self.me] for i in range(len(self.params))]
+        sends = torch.tensor(sends, device=partial_rms.device)
+        mean_square = partial_rms.square() * sends
+        dist.all_reduce(mean_square, group=self.process_group)
+        for p, rms in zip(self.params, mean_square.sqrt()):
+            optimizer.update_rms[p] = rms
 
 
-def build_shard_groups(matrices: list[Tensor], dtype: torch.dtype) -> list[MuonShardGroup]:
-    """Make one MuonShardGroup for each device mesh; with HSDP only for the replicas that share
-    owners with this rank's replica."""
+def build_exchanges(matrices: list[Tensor], dtype: torch.dtype) -> list[ShardExchange]:
+    """Plan the exchange of the matrices that lie in shards: one for each device mesh; with HSDP
+    only among the replicas that share owners with this rank's replica."""
     by_mesh = {}
     for p in matrices:
         if is_spread(p):
             by_mesh.setdefault(p.device_mesh, []).append(p)
 
-    shard_groups = []
+    exchanges = []
     for device_mesh, params in by_mesh.items():
         shapes = [p.shape for p in params]
         dims = [shard_dims(p) for p in params]
 
         # If the first dimension replicates every matrix, cut the mesh into groups along it: of 4
-        # replicas with together = 2, ranks of replica 3 take the mesh of replicas 2 and 3.
+        # replicas with together = 2, ranks of replicas 2 and 3 take the mesh of these two.
         mesh = device_mesh.mesh
         if all(d[0] is None for d in dims):
             together = replicas_per_muon_group(shapes, mesh.numel(), len(mesh))
             first = device_mesh.get_coordinate()[0] // together * together
             mesh = mesh[first:first + together]
 
-        shard_group = MuonShardGroup(shapes, dims, mesh)
-        shard_group.connect(params, dtype)
-        shard_groups.append(shard_group)
-    return shard_groups
+        plan = MuonPlan(shapes, dims, mesh)
+        exchanges.append(ShardExchange(plan, params, dtype))
+    return exchanges
 
 
 # ---- The step
 
-def parallel_muon_step(optimizer: MuonClip, shard_group: MuonShardGroup,
-                       now: SimpleNamespace) -> None:
-    """Take one step of Muon on the matrices of a group, in the order of the timeline above."""
-    last = len(shard_group.chunks) - 1
-    shard_group.send_updates(0, optimizer, now)
+def parallel_muon_step(optimizer: MuonClip, exchange: ShardExchange,
+                       scalars: SimpleNamespace) -> None:
+    """Take one step of Muon on the matrices of a plan, in the order of the timeline above."""
+    last = len(exchange.plan.chunks) - 1
+    exchange.send_updates(0, optimizer, scalars)
     for k in range(last + 1):
         # Phase 1: wait for u(k), and put together the matrices that this rank owns.
-        matrices = shard_group.gather_full(k)
+        updates = exchange.gather_updates(k)
 
         # Phase 2: start to send u(k+1). It travels during phase 3.
         if k < last:
-            shard_group.send_updates(k + 1, optimizer, now)
+            exchange.send_updates(k + 1, optimizer, scalars)
 
-        # Phase 3: orthogonalise whole matrices, one at a time.
-        for i in matrices:
-            matrices[i] = newton_schulz(matrices[i], **optimizer.ns_options)
+        # Phase 3: orthogonalise whole matrices, one at a time. pop: each u is freed on the way.
+        results = {}
+        for i in list(updates):
+            results[i] = newton_schulz(updates.pop(i), **optimizer.ns_options)
 
         # Phase 4: wait for O(k-1), which travelled during phase 3, and update this rank's shards.
+        # A rank that has less to do in chunk k need not wait for those that have more: they sent
+        # O(k-1) and u(k+1) before they began. So ranks may be one chunk apart.
         if k > 0:
-            shard_group.apply_results(k - 1, optimizer, now)
+            exchange.apply_results(k - 1, optimizer, scalars)
 
         # Phase 5: start to send O(k). The buffer that is sent is a copy, so free O itself.
-        shard_group.send_results(k, matrices)
-        del matrices
+        exchange.send_results(k, results)
+        del results
 
-    shard_group.apply_results(last, optimizer, now)
-
-    # Each rank has its shards' part of each RMS. Where there are several replicas, only the ranks
-    # that send to the owner count: they are one replica, which holds every shard once.
-    rms = torch.stack([optimizer.update_rms[p] for p in shard_group.params])
-    mean_square = rms.square_().mul_(shard_group.this_rank_sends)
-    dist.all_reduce(mean_square, group=shard_group.process_group)
-    for p, value in zip(shard_group.params, mean_square.sqrt_()):
-        optimizer.update_rms[p] = value
+    exchange.apply_results(last, optimizer, scalars)
+    exchange.finish_update_rms(optimizer)

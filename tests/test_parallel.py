@@ -20,7 +20,7 @@ from worlds import world
 
 import muonclip
 from configurator import UserError
-from muonclip import (MuonClip, MuonShardGroup, assign_owners, local_shard, local_slices,
+from muonclip import (MuonClip, MuonPlan, ShardExchange, assign_owners, local_shard, local_slices,
                       newton_schulz_flops, qk_clip, replicas_per_muon_group, shard_dims)
 from tools import bench_muon
 from tools.bench_muon import GatherAll, peak_elements, traffic
@@ -287,7 +287,7 @@ def check_traffic_and_memory(W, layouts):
     muonclip.newton_schulz = lambda u, **_: u
     for name, sizes, dims in cases:
         for shapes in (SHAPES, 3 * SHAPES):
-            plan = MuonShardGroup(shapes, [dims] * len(shapes), torch.arange(W).view(sizes))
+            plan = MuonPlan(shapes, [dims] * len(shapes), torch.arange(W).view(sizes))
             calls.clear()
             _, optimizer = train(layouts[name], steps=1, shapes=shapes, others=())
             assert len(calls) == 2 * len(plan.chunks) >= 2
@@ -303,8 +303,8 @@ def check_order_of_phases(layouts):
     """The messages travel beside the arithmetic: u(k+1) leaves before Newton-Schulz(k), and O(k-1)
     is waited for after it."""
     events = []
-    names = ("send_updates", "gather_full", "apply_results", "send_results")
-    originals = {name: getattr(MuonShardGroup, name) for name in names}
+    names = ("send_updates", "gather_updates", "apply_results", "send_results")
+    originals = {name: getattr(ShardExchange, name) for name in names}
 
     def recording(name):
         def call(self, k, *args):
@@ -313,15 +313,15 @@ def check_order_of_phases(layouts):
         return call
 
     for name in names:
-        setattr(MuonShardGroup, name, recording(name))
+        setattr(ShardExchange, name, recording(name))
     train(layouts["rows"], steps=1, others=())
     for name in names:
-        setattr(MuonShardGroup, name, originals[name])
+        setattr(ShardExchange, name, originals[name])
 
     last = max(k for _, k in events)
     expected = [("send_updates", 0)]
     for k in range(last + 1):
-        expected.append(("gather_full", k))
+        expected.append(("gather_updates", k))
         if k < last:
             expected.append(("send_updates", k + 1))
         if k > 0:
@@ -447,9 +447,9 @@ def test_traffic_is_that_of_the_formula(R, shards):
     shapes = 8 * LAYER
     P = sum(math.prod(shape) for shape in shapes)
     mesh = torch.arange(W).view(R, shards)
-    group = MuonShardGroup(shapes, [(None, 0)] * len(shapes), mesh)
+    plan = MuonPlan(shapes, [(None, 0)] * len(shapes), mesh)
     expected = P / W * (1 + R - 2 * R / W)
-    assert traffic(group).tolist() == [[expected] * W] * 2
+    assert traffic(plan).tolist() == [[expected] * W] * 2
 
 
 def test_main_prints_the_plan(monkeypatch, capsys):

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from configurator import UserError, load
 from model import Motif
-from muonclip import (COEFFICIENTS, MuonClip, MuonShardGroup, configure_optimizer,
+from muonclip import (COEFFICIENTS, MuonClip, MuonPlan, configure_optimizer,
                       describe_routing, local_shard, local_slices, newton_schulz,
                       newton_schulz_flops, replicas_per_muon_group, shard_dims)
 from pretrain import QUICKSTART, Config, model_config
@@ -44,14 +44,14 @@ def buffers(u: Tensor, O: Tensor) -> Buffers:
     return Buffers(u.sum(1), u.sum(0), O.sum(1), O.sum(0))
 
 
-def peak_elements(group: MuonShardGroup) -> Tensor:
+def peak_elements(plan: MuonPlan) -> Tensor:
     """Return (ranks,): the most numbers of u and O that each rank holds at any time in a step. What
     Newton-Schulz needs for itself comes on top.
 
     The peak is at one of three moments of muonclip.parallel_muon_step, for some chunk k. An empty
     chunk at the beginning stands for the time when only u(0) is sent."""
-    chunks = list(map(buffers, group.counts["u"], group.counts["O"]))
-    nothing = torch.zeros_like(group.counts["u"][0])
+    chunks = list(map(buffers, plan.counts["u"], plan.counts["O"]))
+    nothing = torch.zeros_like(plan.counts["u"][0])
     empty = buffers(nothing, nothing)
     chunks = [empty, empty, *chunks, empty]
 
@@ -76,10 +76,10 @@ def peak_elements(group: MuonShardGroup) -> Tensor:
     return torch.stack(held).amax(0)
 
 
-def traffic(group: MuonShardGroup) -> Tensor:
+def traffic(plan: MuonPlan) -> Tensor:
     """Return (2, ranks): how many numbers each rank sends to, and receives from, the others in a
     step."""
-    total = (group.counts["u"] + group.counts["O"]).sum(0)      # [sender, receiver]
+    total = (plan.counts["u"] + plan.counts["O"]).sum(0)      # [sender, receiver]
     total.fill_diagonal_(0)
     return torch.stack([total.sum(1), total.sum(0)])
 
@@ -90,16 +90,16 @@ def plan_table(shapes: list, world: int, replicas: int = 1) -> str:
     shards = world // replicas
     together = replicas_per_muon_group(shapes, world, replicas)
     mesh = torch.arange(together * shards).view(together, shards)
-    group = MuonShardGroup(shapes, [(None, 0)] * len(shapes), mesh)
+    plan = MuonPlan(shapes, [(None, 0)] * len(shapes), mesh)
 
-    tflops = torch.zeros(len(group.chunks), mesh.numel(), dtype=torch.float64)
-    for k, chunk in enumerate(group.chunks):
+    tflops = torch.zeros(len(plan.chunks), mesh.numel(), dtype=torch.float64)
+    for k, chunk in enumerate(plan.chunks):
         for i in chunk:
-            tflops[k, group.owner[i]] += newton_schulz_flops(shapes[i]) / 1e12
+            tflops[k, plan.owner[i]] += newton_schulz_flops(shapes[i]) / 1e12
 
     bytes_each = 2                                          # bf16
-    sent, received = traffic(group).double() * bytes_each
-    held = peak_elements(group).double() * bytes_each
+    sent, received = traffic(plan).double() * bytes_each
+    held = peak_elements(plan).double() * bytes_each
     rows = {
         "TFLOP": tflops.sum(0),
         "GB sent": sent / 1e9,
@@ -109,8 +109,8 @@ def plan_table(shapes: list, world: int, replicas: int = 1) -> str:
     elements = sum(math.prod(shape) for shape in shapes)
     lines = [
         f"{shards} shards x {replicas} replicas, {together} of which share {len(shapes)} matrices "
-        f"of {elements / 1e9:.3f}e9 elements, in {len(group.chunks)} chunks,",
-        f"among {len(set(group.owner))} of their ranks; the busiest rank, and over the mean:"]
+        f"of {elements / 1e9:.3f}e9 elements, in {len(plan.chunks)} chunks,",
+        f"among {len(set(plan.owner))} of their ranks; the busiest rank, and over the mean:"]
     for name, of_ranks in rows.items():
         most = of_ranks.max()
         lines.append(f"  {name:12s}{most:10,.2f}{most / of_ranks.mean():8.3f}")
@@ -167,14 +167,14 @@ class GatherAll(MuonClip):
     """MuonClip for sharded matrices only, in the plain way: every rank gathers every matrix."""
 
     def _muon_step(self, group: dict, skip: Tensor) -> None:
-        now = self._step_scalars(group, skip)
+        scalars = self._step_scalars(group, skip)
         for p in group["params"]:
             mesh = p.device_mesh
-            u = self.add_gradient(p, now)
+            u = self.add_gradient(p, scalars)
             u = DTensor.from_local(u, mesh, p.placements, shape=p.shape, stride=p.stride())
             O = newton_schulz(u.full_tensor(), **self.ns_options)
             box = local_slices(p.shape, mesh.shape, shard_dims(p), mesh.get_coordinate())
-            self.apply_result(p, O[box].contiguous(), now)
+            self.apply_result(p, O[box].contiguous(), scalars)
 
 
 def time_parallel(shapes: list, replicas: int) -> None:

@@ -14,7 +14,7 @@ import data
 from configurator import UserError, load
 from kernels import LOSS_CHUNK
 from model import Motif, MotifConfig, flops_per_token
-from muonclip import MuonShardGroup, replicas_per_muon_group
+from muonclip import MuonPlan, replicas_per_muon_group
 from pretrain import QUICKSTART, Config, make_curriculum, model_config
 from support.log import PEAK_FLOPS
 from support.ranks import run_main
@@ -199,8 +199,8 @@ def parallel_muon_bytes(c: Config, model: Motif) -> int:
     shards = c.plan_world_size // c.dp_replicate
     replicas = replicas_per_muon_group(shapes, c.plan_world_size, c.dp_replicate)
     mesh = torch.arange(replicas * shards).view(replicas, shards)
-    group = MuonShardGroup(shapes, [(None, 0)] * len(shapes), mesh)
-    return BF16 * peak_elements(group).max().item()
+    plan = MuonPlan(shapes, [(None, 0)] * len(shapes), mesh)
+    return BF16 * peak_elements(plan).max().item()
 
 
 def memory_table(c: Config, T: int) -> str:
