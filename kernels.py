@@ -21,8 +21,18 @@ linear_fp8 rounds them to FP8 first. Only symmetric_matmul and token_losses laun
 directly. All else is custom operators of PyTorch, which torch.compile takes as they are, except
 FlexAttention: torch.compile itself writes its kernels.
 
-Letters for sizes are model.py's, unless a section says otherwise: B, T, V, D, G, r, H, K, P, F.
-`n` is the length of a row. A *lane* is one element of a block.
+Letters for sizes are model.py's: B, T, S, V, D, G, r, H, K, P, Dv, h, F. Those of this file:
+
+    b       a row of the batch, in attention a sequence
+    n       length of a row; in a product of matrices, the size that it sums over
+    q k v   queries, keys and values: tensors, and in attention's kernels also blocks of them
+    p s     attention's probabilities, and the logits that they are the softmax of
+    BQ BK   queries and keys of a block of attention
+    i j     places in a row, a matrix or a list
+    E m     products computed at once, and their rows (symmetric products)
+    dx      the gradient of x; likewise dq, d_out and others
+
+A *lane* is one element of a block.
 """
 import functools
 import math
@@ -62,15 +72,15 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 TILE = 128                # side of the square tiles of attention and of symmetric_matmul
 LOSS_CHUNK = 4096         # rows whose logits exist at one time in linear_cross_entropy
 CACHE_BLOCK = 2**18       # elements per block of PolyNorm on a CPU: 1 MiB of fp32 fits an L2 cache
-DS_BYTES = 3 * 2**30      # memory for dS, see the backward pass of attention
+DS_BYTES = 3 * 2**30      # memory for ds, see the backward pass of attention
 # With fewer tiles than this, two for each of an H200's 132 multiprocessors, muonclip.py leaves a
 # symmetric product to cuBLAS.
 SYMMETRIC_TILES = 264
 
 
-def upcast(t: Tensor) -> Tensor:
-    """t in fp32; a float64 tensor stays float64."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+def upcast(x: Tensor) -> Tensor:
+    """x in fp32; a float64 tensor stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def widest_float(device: torch.device) -> torch.dtype:
@@ -134,7 +144,7 @@ def custom_op(fake: Callable, mutates_args: tuple[str, ...] = ()) -> Callable:
 
 # ---- How a Triton kernel is read
 #
-# PyTorch runs `y = x * x; z = y.sum(-1)` as two kernels, and each reads and writes GPU memory. Such
+# PyTorch runs `y = x * x; y.sum(-1)` as two kernels, and each reads and writes GPU memory. Such
 # operations spend their time on that traffic, not on arithmetic. A kernel of our own reads x once,
 # does everything in registers and writes the result.
 #
@@ -150,25 +160,25 @@ def custom_op(fake: Callable, mutates_args: tuple[str, ...] = ()) -> Callable:
 #     tl.load(addresses, mask, other)    reads them. Where mask is False nothing is read, and the
 #                                  element is `other`: that is how a block may stick out of a row
 #     tl.store(addresses, block, mask)   writes them
-#     tl.sum(z), tl.dot(a, b, c)   the sum of a block; a @ b + c on the tensor cores
+#     tl.sum(x), tl.dot(x, y, z)   the sum of a block; x @ y + z on the tensor cores
 #
-# Names in capitals that are marked tl.constexpr are known when the kernel is compiled: an `if` on
-# one of them costs nothing, and each combination of them is a kernel of its own. An argument that
-# is None is known as well. At the launch, num_warps says how many warps (of 32 threads) share a
-# program, and num_stages how many steps ahead a loop loads. A @jit function that a kernel calls is
-# inlined into it.
+# Arguments marked tl.constexpr are known when the kernel is compiled: an `if` on one of them costs
+# nothing, and each combination of them is a kernel of its own. Their names are in capitals, except
+# r and Dv. An argument that is None is known as well. At the launch, num_warps says how many warps
+# (of 32 threads) share a program, and num_stages how many steps ahead a loop loads. A @jit function
+# that a kernel calls is inlined into it.
 #
-# The simplest kernel here multiplies a tensor by a number, in place. Program p takes the elements
-# p * BLOCK_SIZE to (p + 1) * BLOCK_SIZE - 1, if they are among the n that there are. Offsets are
-# int64 where a tensor may have over 2^31 elements.
+# The simplest kernel here multiplies a tensor by a number, in place. Program i takes the elements
+# i * BLOCK_SIZE to (i + 1) * BLOCK_SIZE - 1, as far as there are any. Offsets are int64 where a
+# tensor may have over 2^31 elements.
 
 @jit
-def scale_kernel(x_ptr, factor_ptr, n, BLOCK_SIZE: tl.constexpr):
+def scale_kernel(x_ptr, factor_ptr, num_elements, BLOCK_SIZE: tl.constexpr):
     factor = tl.load(factor_ptr).to(tl.float32)
     # The factor is the gradient of the loss, in training 1: then x is neither read nor written.
     if factor != 1:
         offsets = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-        mask = offsets < n
+        mask = offsets < num_elements
         x = tl.load(x_ptr + offsets, mask=mask).to(tl.float32)
         tl.store(x_ptr + offsets, (x * factor).to(x_ptr.dtype.element_ty), mask=mask)
 
@@ -189,12 +199,12 @@ def scale_(x: Tensor, factor: Tensor) -> None:
 # the power of x that a number goes with. The weight tensor holds (w3, w2, w1), the cubic first.
 #
 #     r_p = 1 / sqrt(mean((x^p)^2) + eps)           normalises x^p: r3 comes from the mean of x^6
-#     y   = b + x (w1 r1 + x (w2 r2 + x w3 r3))
+#     y   = bias + x (w1 r1 + x (w2 r2 + x w3 r3))
 #
 # The output is y * up, so that d_up = d_out * y. With g = dL/dy = d_out * up the gradients of the
 # weight, the bias and x, which model.py derives, are
 #
-#     s_p  = r_p sum(g x^p)                         dw_p sums s_p over all rows, and db sums g
+#     s_p  = r_p sum(g x^p)                      dw_p sums s_p over all rows, and d_bias sums g
 #     k_p  = p w_p r_p^2 s_p / n
 #     dx   = g (w1 r1 + x (2 w2 r2 + x 3 w3 r3)) - x (k1 + x^2 (k2 + x^2 k3))
 #
@@ -209,52 +219,52 @@ def poly_norm_forward_plain(x: Tensor, up: Tensor, weight: Tensor, bias: Tensor,
                             eps: float) -> tuple[Tensor, Tensor]:
     """x and up (rows, n) -> out = polynorm(x) * up, and (r1, r2, r3) of each row (rows, 3)."""
     w3, w2, w1 = upcast(weight)
-    b = upcast(bias)
+    bias = upcast(bias)
     out = torch.empty_like(x)
     inv_rms = x.new_empty(x.shape[0], 3, dtype=w1.dtype)
 
     for rows in row_blocks(x):
-        z = upcast(x[rows])
-        z2 = z * z
-        inv_rms[rows, 0] = inverse_rms(z, eps)
-        inv_rms[rows, 1] = inverse_rms(z2, eps)
-        inv_rms[rows, 2] = inverse_rms(z2 * z, eps)
+        x32 = upcast(x[rows])
+        x2 = x32 * x32
+        inv_rms[rows, 0] = inverse_rms(x32, eps)
+        inv_rms[rows, 1] = inverse_rms(x2, eps)
+        inv_rms[rows, 2] = inverse_rms(x2 * x32, eps)
 
         r1, r2, r3 = inv_rms[rows].split(1, dim=-1)
-        y = horner(z, b, w1 * r1, w2 * r2, w3 * r3)
+        y = horner(x32, bias, w1 * r1, w2 * r2, w3 * r3)
         out[rows] = y * up[rows]
     return out, inv_rms
 
 
 def poly_norm_backward_plain(d_out: Tensor, x: Tensor, up: Tensor, weight: Tensor, bias: Tensor,
                              inv_rms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dx, d_up, and the four sums (dw3, dw2, dw1, db)."""
+    """-> dx, d_up, and the four sums (dw3, dw2, dw1, d_bias)."""
     w3, w2, w1 = upcast(weight)
-    b = upcast(bias)
+    bias = upcast(bias)
     n = x.shape[-1]
     dx = torch.empty_like(x)
     d_up = torch.empty_like(x)
     sums = inv_rms.new_zeros(4)
 
     for rows in row_blocks(x):
-        z = upcast(x[rows])
+        x32 = upcast(x[rows])
         r1, r2, r3 = inv_rms[rows].split(1, dim=-1)
         d_rows = upcast(d_out[rows])
-        d_up[rows] = d_rows * horner(z, b, w1 * r1, w2 * r2, w3 * r3)
+        d_up[rows] = d_rows * horner(x32, bias, w1 * r1, w2 * r2, w3 * r3)
         g = d_rows * up[rows]
 
-        gz = g * z
-        z2 = z * z
-        s1 = r1 * gz.sum(-1, keepdim=True)
-        s2 = r2 * torch.linalg.vecdot(g, z2).unsqueeze(-1)
-        s3 = r3 * torch.linalg.vecdot(gz, z2).unsqueeze(-1)
+        gx = g * x32
+        x2 = x32 * x32
+        s1 = r1 * gx.sum(-1, keepdim=True)
+        s2 = r2 * torch.linalg.vecdot(g, x2).unsqueeze(-1)
+        s3 = r3 * torch.linalg.vecdot(gx, x2).unsqueeze(-1)
         k1 = w1 * r1**2 * s1 / n
         k2 = 2 * w2 * r2**2 * s2 / n
         k3 = 3 * w3 * r3**2 * s3 / n
 
-        slope = horner(z, w1 * r1, 2 * w2 * r2, 3 * w3 * r3)
-        # g * slope - z * (k1 + z2 * (k2 + z2 * k3)), in one pass over them.
-        dx[rows] = torch.addcmul(g * slope, z, horner(z2, k1, k2, k3), value=-1)
+        slope = horner(x32, w1 * r1, 2 * w2 * r2, 3 * w3 * r3)
+        # g * slope - x32 * (k1 + x2 * (k2 + x2 * k3)), in one pass over them.
+        dx[rows] = torch.addcmul(g * slope, x32, horner(x2, k1, k2, k3), value=-1)
         sums += torch.stack([s3.sum(), s2.sum(), s1.sum(), g.sum()])
     return dx, d_up, sums
 
@@ -265,9 +275,9 @@ def row_blocks(x: Tensor) -> list[slice]:
     return [slice(i, i + step) for i in range(0, x.shape[0], step)]
 
 
-def inverse_rms(z: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(z^2) + eps) of each row: (rows, n) -> (rows,)."""
-    mean_square = torch.linalg.vector_norm(z, dim=-1).square() / z.shape[-1]
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) of each row: (rows, n) -> (rows,)."""
+    mean_square = torch.linalg.vector_norm(x, dim=-1).square() / x.shape[-1]
     return (mean_square + eps).rsqrt()
 
 
@@ -335,7 +345,7 @@ def poly_norm_backward_kernel(d_out_ptr, x_ptr, up_ptr, weight_ptr, bias_ptr, in
     r2 = tl.load(inv_rms_ptr + row * 3 + 1)
     r3 = tl.load(inv_rms_ptr + row * 3 + 2)
     c1, c2, c3 = poly_norm_coefficients(weight_ptr, r1, r2, r3)
-    b = tl.load(bias_ptr).to(tl.float32)
+    bias = tl.load(bias_ptr).to(tl.float32)
 
     # Partial sums of g x^p, one per lane of the block, so that a pass ends in a single reduction.
     sum_g = tl.zeros((BLOCK_SIZE,), tl.float32)
@@ -348,7 +358,7 @@ def poly_norm_backward_kernel(d_out_ptr, x_ptr, up_ptr, weight_ptr, bias_ptr, in
         x = load_row(x_ptr, row * x_row_stride, i, n, "evict_last").to(tl.float32)
         d_out = load_row(d_out_ptr, row * d_out_row_stride, i, n, "evict_last").to(tl.float32)
         up = load_row(up_ptr, row * up_row_stride, i, n, "evict_last")
-        y = x * (c1 + x * (c2 + x * c3)) + b
+        y = x * (c1 + x * (c2 + x * c3)) + bias
         tl.store(d_up_ptr + row * n + i, (d_out * y).to(d_up_ptr.dtype.element_ty), i < n,
                  eviction_policy="evict_first")
 
@@ -428,9 +438,9 @@ def poly_norm_backward(d_out: Tensor, x: Tensor, up: Tensor, weight: Tensor, bia
     return dx, d_up, sums.sum(1)
 
 
-def contiguous_last_dim(t: Tensor) -> Tensor:
-    """t, copied if its last dimension is strided. Row kernels accept any stride between rows."""
-    return t if t.stride(-1) == 1 else t.contiguous()
+def contiguous_last_dim(x: Tensor) -> Tensor:
+    """x, copied if its last dimension is strided. Row kernels accept any stride between rows."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class PolyNormMul(torch.autograd.Function):
@@ -471,7 +481,7 @@ def poly_norm_mul(x: Tensor, up: Tensor, weight: Tensor, bias: Tensor, eps: floa
 #
 # The r signal heads of a group subtract the same noise head (12.7B: G = 8 groups, r = 4, rows of
 # 2D = 256). So one program takes whole groups and reads their noise once. It lays them out as a
-# block (GROUPS, R_PADDED, W_PADDED): r and 2D rounded up to powers of two.
+# block (GROUPS, R_PADDED, WIDTH_PADDED): r and 2D rounded up to powers of two.
 #
 # With z = signal - lambda * noise, normed = z * inv_rms and y = normed * weight the gradients are
 #
@@ -483,18 +493,18 @@ def poly_norm_mul(x: Tensor, up: Tensor, weight: Tensor, bias: Tensor, eps: floa
 @jit
 def differential_norm_forward_kernel(signal_ptr, noise_ptr, lambda_ptr, weight_ptr, out_ptr,
                                      num_groups, r, width, eps, GROUPS: tl.constexpr,
-                                     R_PADDED: tl.constexpr, W_PADDED: tl.constexpr):
+                                     R_PADDED: tl.constexpr, WIDTH_PADDED: tl.constexpr):
     """One program: GROUPS groups, each one noise head and its r signal heads."""
-    g = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None, None]
-    h = tl.arange(0, R_PADDED)[None, :, None]
-    i = tl.arange(0, W_PADDED)[None, None, :]
-    noise_mask = (g < num_groups) & (i < width)
-    offsets = (g * r + h) * width + i
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None, None]
+    head = tl.arange(0, R_PADDED)[None, :, None]
+    i = tl.arange(0, WIDTH_PADDED)[None, None, :]
+    noise_mask = (group < num_groups) & (i < width)
+    offsets = (group * r + head) * width + i
 
     weight = tl.load(weight_ptr + i, mask=i < width, other=0).to(tl.float32)
-    mask = noise_mask & (h < r)
+    mask = noise_mask & (head < r)
     z = tl.load(signal_ptr + offsets, mask=mask, other=0).to(tl.float32)
-    noise = tl.load(noise_ptr + g * width + i, mask=noise_mask, other=0).to(tl.float32)
+    noise = tl.load(noise_ptr + group * width + i, mask=noise_mask, other=0).to(tl.float32)
     z -= tl.load(lambda_ptr).to(tl.float32) * noise
     z *= tl.rsqrt(tl.sum(z * z, 2, keep_dims=True) / width + eps) * weight
     tl.store(out_ptr + offsets, z.to(out_ptr.dtype.element_ty), mask=mask)
@@ -504,25 +514,25 @@ def differential_norm_forward_kernel(signal_ptr, noise_ptr, lambda_ptr, weight_p
 def differential_norm_backward_kernel(dy_ptr, signal_ptr, noise_ptr, lambda_ptr, weight_ptr,
                                       d_signal_ptr, d_noise_ptr, sums_ptr, num_groups, r, width,
                                       eps, GROUPS: tl.constexpr, R_PADDED: tl.constexpr,
-                                      W_PADDED: tl.constexpr):
+                                      WIDTH_PADDED: tl.constexpr):
     """A persistent kernel: a few programs per multiprocessor, each striding over the groups, so
     that there are few partial sums of d_weight and d_lambda to add up afterwards. The loop sums
     over heads only; the sum over GROUPS comes after it. The sums over programs, and d_lambda's over
     the width, are left to PyTorch."""
-    h = tl.arange(0, R_PADDED)[None, :, None]
-    i = tl.arange(0, W_PADDED)[None, None, :]
+    head = tl.arange(0, R_PADDED)[None, :, None]
+    i = tl.arange(0, WIDTH_PADDED)[None, None, :]
     lambda_ = tl.load(lambda_ptr).to(tl.float32)
     weight = tl.load(weight_ptr + i, mask=i < width, other=0).to(tl.float32)
-    d_weight = tl.zeros((GROUPS, 1, W_PADDED), tl.float32)
-    d_lambda = tl.zeros((GROUPS, 1, W_PADDED), tl.float32)
+    d_weight = tl.zeros((GROUPS, 1, WIDTH_PADDED), tl.float32)
+    d_lambda = tl.zeros((GROUPS, 1, WIDTH_PADDED), tl.float32)
 
     first_group = tl.program_id(0).to(tl.int64) * GROUPS
     for start in range(first_group, num_groups, tl.num_programs(0) * GROUPS):
-        g = start + tl.arange(0, GROUPS)[:, None, None]
-        noise_mask = (g < num_groups) & (i < width)
-        mask = noise_mask & (h < r)
-        offsets = (g * r + h) * width + i
-        noise = tl.load(noise_ptr + g * width + i, mask=noise_mask, other=0).to(tl.float32)
+        group = start + tl.arange(0, GROUPS)[:, None, None]
+        noise_mask = (group < num_groups) & (i < width)
+        mask = noise_mask & (head < r)
+        offsets = (group * r + head) * width + i
+        noise = tl.load(noise_ptr + group * width + i, mask=noise_mask, other=0).to(tl.float32)
         signal = tl.load(signal_ptr + offsets, mask=mask, other=0).to(tl.float32)
         z = signal - lambda_ * noise
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0).to(tl.float32)
@@ -534,11 +544,11 @@ def differential_norm_backward_kernel(dy_ptr, signal_ptr, noise_ptr, lambda_ptr,
         dz = inv_rms * (d_normed - normed * (tl.sum(d_normed * normed, 2, keep_dims=True) / width))
         tl.store(d_signal_ptr + offsets, dz.to(d_signal_ptr.dtype.element_ty), mask=mask)
 
-        # Places h from r on hold no head. Their dy was loaded as 0, so their dz is 0 too: inv_rms
+        # Places from r on hold no head. Their dy was loaded as 0, so their dz is 0 too: inv_rms
         # is finite, since eps > 0.
         dz = tl.sum(dz, 1, keep_dims=True)
         d_noise = (-lambda_ * dz).to(d_noise_ptr.dtype.element_ty)
-        tl.store(d_noise_ptr + g * width + i, d_noise, mask=noise_mask)
+        tl.store(d_noise_ptr + group * width + i, d_noise, mask=noise_mask)
         d_lambda -= dz * noise
 
     sums_ptr = sums_ptr + tl.program_id(0) * 2 * width + i
@@ -556,12 +566,12 @@ def differential_norm_forward(signal: Tensor, noise: Tensor, lambda_: Tensor, we
     if num_groups > 0:
         differential_norm_forward_kernel[(triton.cdiv(num_groups, 4),)](
             signal, noise, lambda_, weight, out, num_groups, r, width, eps, GROUPS=4, num_warps=2,
-            R_PADDED=triton.next_power_of_2(r), W_PADDED=triton.next_power_of_2(width))
+            R_PADDED=triton.next_power_of_2(r), WIDTH_PADDED=triton.next_power_of_2(width))
     return out
 
 
 def fake_differential_norm_backward(dy, signal, noise, lambda_, weight, eps):
-    return tuple(torch.empty_like(t) for t in (signal, noise, lambda_, weight))
+    return tuple(torch.empty_like(x) for x in (signal, noise, lambda_, weight))
 
 
 @custom_op(fake_differential_norm_backward)
@@ -577,8 +587,8 @@ def differential_norm_backward(dy: Tensor, signal: Tensor, noise: Tensor, lambda
     if num_groups > 0:
         differential_norm_backward_kernel[(num_programs,)](
             dy, signal, noise, lambda_, weight, d_signal, d_noise, sums, num_groups, r, width, eps,
-            R_PADDED=triton.next_power_of_2(r), W_PADDED=triton.next_power_of_2(width), GROUPS=4,
-            num_warps=4)
+            GROUPS=4, R_PADDED=triton.next_power_of_2(r),
+            WIDTH_PADDED=triton.next_power_of_2(width), num_warps=4)
     d_weight, d_lambda = sums.sum(0)
     return d_signal, d_noise, d_lambda.sum().to(lambda_.dtype), d_weight.to(weight.dtype)
 
@@ -701,15 +711,15 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor | None,
                                               BLOCK_SIZE=block_size, num_warps=8)
         return losses
 
-    z = upcast(logits)
+    logits32 = upcast(logits)
     index = targets.clamp(min=0)[:, None]
     is_real = (targets >= 0)[:, None]
-    lse = z.logsumexp(-1, keepdim=True)
-    losses = torch.where(is_real, lse - z.gather(1, index), 0)[:, 0]
+    lse = logits32.logsumexp(-1, keepdim=True)
+    losses = torch.where(is_real, lse - logits32.gather(1, index), 0)[:, 0]
     if gradient:
-        # In place: fp32 logits, which z then is itself, are the largest tensor of a step.
-        softmax = z.sub_(lse).exp_().mul_(is_real)
-        dlogits = softmax.scatter_add_(1, index, -is_real.to(z.dtype)).mul_(scale)
+        # In place: fp32 logits, which logits32 then is itself, are the largest tensor of a step.
+        softmax = logits32.sub_(lse).exp_().mul_(is_real)
+        dlogits = softmax.scatter_add_(1, index, -is_real.to(logits32.dtype)).mul_(scale)
         logits.copy_(dlogits)
     return losses
 
@@ -778,8 +788,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: 
                          scale: float = 1.0) -> Tensor:
     """scale times the cross entropy, in nats, of the logits x @ weight.T, never all there at once.
 
-    x (N, n), weight (V, n), targets (N,), negative where a token does not count -> fp32 scalar: the
-    "sum" over the tokens that count, or their "mean" (0 if there is none). Not for autocast.
+    x (rows, n), weight (V, n), targets (rows,), negative where a token does not count -> fp32
+    scalar: the "sum" over the tokens that count, or their "mean" (0 if there is none). Not for
+    autocast.
 
     Zero logits over 4 words have a loss of ln 4, and the second token does not count:
 
@@ -798,8 +809,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: 
 
 @torch.no_grad()
 def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The cross entropy of each token, without gradient: x (N, n), weight (V, n), targets (N,) ->
-    (N,) in fp32, in nats, 0 where the target is negative. Only the others' logits are computed."""
+    """The cross entropy of each token, without gradient: x (rows, n), weight (V, n), targets
+    (rows,) -> (rows,) in fp32, in nats, 0 where the target is negative. Only the others' logits are
+    computed."""
     losses = upcast(x.new_zeros(x.shape[0]))
     real_rows = (targets >= 0).nonzero()[:, 0]
     for rows in real_rows.split(LOSS_CHUNK):
@@ -819,22 +831,23 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # Who reads what. As in model.py there are H query heads, and P pairs of key heads, each pair with a
 # value head. Query heads stand group after group, each group's noise head last. `group` counts all
 # G groups of a sequence, and GROUPS_PER_PAIR = G / P of them share one pair of key heads. In 12.7B
-# P = G = 8, so GROUPS_PER_PAIR = 1, and R = 4, N = 1:
+# P = G = 8, so GROUPS_PER_PAIR = 1, and r = 4, HAS_NOISE = 1:
 #
-#     h     = group * (R + N) + i
-#     pair  = group // GROUPS_PER_PAIR                            12.7B:
-#     i < R    a signal head: reads key head 2 * pair             h = 0 .. 3 read key head 0
-#     i == R   the noise head: reads key head 2 * pair + 1        h = 4 reads key head 1
-#     both read value head `pair`, which is DV = 2D wide          h = 5 .. 8 read key head 2, ...
+#     head  = group * (r + HAS_NOISE) + place
+#     pair  = group // GROUPS_PER_PAIR                             12.7B:
+#     place < r     a signal head: reads key head 2 * pair         heads 0 .. 3 read key head 0
+#     place == r    the noise head: reads key head 2 * pair + 1    head 4 reads key head 1
+#     both read value head `pair`, which is Dv = 2D wide           heads 5 .. 8 read key head 2, ...
 #
-# So h is here the number of a query head, and is_noise = i // R. R is r, and N is 1. For plain
-# grouped-query attention N is 0: then a "pair" is one key head, and a group is the R query heads
-# that read it. The heads of one pair are neighbours, and head_in_pair counts them: h = pair *
-# heads_per_pair + head_in_pair, where heads_per_pair = GROUPS_PER_PAIR * (R + N).
+# So is_noise = place // r. For plain grouped-query attention HAS_NOISE is 0: then a "pair" is one
+# key head, and a group is the r query heads that read it. The heads of one pair are neighbours, and
+# head_in_pair counts them: head = pair * heads_per_pair + head_in_pair, where heads_per_pair =
+# GROUPS_PER_PAIR * (r + HAS_NOISE). head_in_batch = b * H + head counts those of all sequences.
 #
 # q, k and v are seen as matrices of B * T rows, q with H * D columns and so on. So sequence b
-# begins at row b * T, and head h at column h * D. desc.load([row, column]) copies a block by TMA.
-# The last block of a sequence may reach beyond its T rows. What do loads without a mask read there?
+# begins at row b * T, and a head at column head * D. desc.load([row, column]) copies a block by
+# TMA. The last block of a sequence may reach beyond its T rows. What do loads without a mask read
+# there?
 #
 #     behind the last sequence    zeros: TMA reads nothing outside a tensor.
 #     behind sequence b           rows of sequence b + 1. As keys they come after all queries of
@@ -844,7 +857,7 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # KNOWN LIMITATION: p = 0 does not take out a NaN, as 0 * NaN is NaN. A NaN at the beginning of
 # sequence b + 1 reaches the outputs and gradients at the end of sequence b.
 #
-# One program computes BM query rows of one head. It walks over the keys, BN at a time. With the
+# One program computes BQ query rows of one head. It walks over the keys, BK at a time. With the
 # largest logit of a row still unknown it keeps, as in FlashAttention, for each row
 #
 #     m_i    the largest logit so far
@@ -868,13 +881,13 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # doc_start[t], ..., t. Blocks of keys before the document of a block's first query are skipped.
 
 @jit
-def attention_forward_sweep(Q, acc, m_i, l_i, k_desc, v_desc, seq_row, k_col, v_col, rows,
-                            doc_start, lo, hi, qk_scale, MASKED: tl.constexpr, BN: tl.constexpr):
-    """The online softmax of the query rows Q (BM, D) over the keys lo to hi."""
-    for n0 in range(lo, hi, BN):
-        logits = tl.dot(Q, k_desc.load([seq_row + n0, k_col]).T)
+def attention_forward_sweep(q, acc, m_i, l_i, k_desc, v_desc, seq_row, k_col, v_col, rows,
+                            doc_start, lo, hi, qk_scale, MASKED: tl.constexpr, BK: tl.constexpr):
+    """The online softmax of the query rows q (BQ, D) over the keys lo to hi."""
+    for first_key in range(lo, hi, BK):
+        logits = tl.dot(q, k_desc.load([seq_row + first_key, k_col]).T)
         if MASKED:
-            keys = (n0 + tl.arange(0, BN))[None, :]
+            keys = (first_key + tl.arange(0, BK))[None, :]
             visible = (keys <= rows[:, None]) & (keys >= doc_start[:, None])
             logits = tl.where(visible, logits, float("-inf"))
 
@@ -882,28 +895,28 @@ def attention_forward_sweep(Q, acc, m_i, l_i, k_desc, v_desc, seq_row, k_col, v_
         p = tl.exp2(logits * qk_scale - m_new[:, None])
         alpha = tl.exp2(m_i - m_new)
         l_i = l_i * alpha + tl.sum(p, 1)
-        V = v_desc.load([seq_row + n0, v_col])
-        acc = tl.dot(p.to(V.dtype), V, acc * alpha[:, None])
+        v = v_desc.load([seq_row + first_key, v_col])
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
         m_i = m_new
     return acc, m_i, l_i
 
 
 @jit
-def output_of_head(signal_ptr, noise_ptr, h, H, R: tl.constexpr, N: tl.constexpr):
-    """The tensor that query head h writes, how many heads it has, and h's place among them."""
-    num_groups = H // (R + N)
-    group = h // (R + N)
-    i = h % (R + N)
-    is_noise = i // R
+def output_of_head(signal_ptr, noise_ptr, head, H, r: tl.constexpr, HAS_NOISE: tl.constexpr):
+    """The tensor that a query head writes, how many heads it has, and this one's index in it."""
+    num_groups = H // (r + HAS_NOISE)
+    group = head // (r + HAS_NOISE)
+    place = head % (r + HAS_NOISE)
+    is_noise = place // r
     if is_noise == 0:
-        return signal_ptr, num_groups * R, group * R + i
+        return signal_ptr, num_groups * r, group * r + place
     else:
         return noise_ptr, num_groups, group
 
 
 @jit
 def block_pointers(ptr, first_vector, num_heads, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Addresses of t[token : token + ROWS, head], a block (ROWS, WIDTH), for a contiguous t (B * T,
+    """Addresses of x[token : token + ROWS, head], a block (ROWS, WIDTH), for a contiguous x (B * T,
     num_heads, WIDTH) that begins at ptr. first_vector is token * num_heads + head, in int64."""
     ptr += first_vector * WIDTH
     return ptr + (tl.arange(0, ROWS)[:, None] * (num_heads * WIDTH) + tl.arange(0, WIDTH)[None, :])
@@ -911,308 +924,313 @@ def block_pointers(ptr, first_vector, num_heads, ROWS: tl.constexpr, WIDTH: tl.c
 
 @jit
 def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, noise_ptr, lse_ptr,
-                             max_logit_ptr, T, H, qk_scale, R: tl.constexpr, N: tl.constexpr,
-                             GROUPS_PER_PAIR: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-                             BM: tl.constexpr, BN: tl.constexpr):
-    """One program: BM query rows of one head. The grid is (blocks of rows, B * H)."""
+                             max_logit_ptr, T, H, qk_scale, r: tl.constexpr,
+                             HAS_NOISE: tl.constexpr, GROUPS_PER_PAIR: tl.constexpr,
+                             D: tl.constexpr, Dv: tl.constexpr, BQ: tl.constexpr,
+                             BK: tl.constexpr):
+    """One program: BQ query rows of one head. The grid is (blocks of rows, B * H)."""
     # The last rows see the most keys. They come first, so that no long program is left at the end.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    bh = tl.program_id(1)
-    b = bh // H
-    h = bh % H
-    group = h // (R + N)
+    head_in_batch = tl.program_id(1)
+    b = head_in_batch // H
+    head = head_in_batch % H
+    group = head // (r + HAS_NOISE)
     pair = group // GROUPS_PER_PAIR
-    is_noise = h % (R + N) // R
-    m0 = block * BM
-    rows = m0 + tl.arange(0, BM)
-    k_col = (pair * (1 + N) + is_noise) * D
-    v_col = pair * DV
+    is_noise = head % (r + HAS_NOISE) // r
+    first_query = block * BQ
+    rows = first_query + tl.arange(0, BQ)
+    k_col = (pair * (1 + HAS_NOISE) + is_noise) * D
+    v_col = pair * Dv
 
-    Q = q_desc.load([b * T + m0, h * D])
-    acc = tl.zeros([BM, DV], tl.float32)
+    q = q_desc.load([b * T + first_query, head * D])
+    acc = tl.zeros([BQ, Dv], tl.float32)
     # Not -inf: a row may see no key of a block, and its logits there are -inf. Then m_new would be
     # -inf too, and (-inf) - (-inf) is NaN. From -1e38, p = exp2(-inf) = 0 and alpha = 1.
-    m_i = tl.full([BM], -1e38, tl.float32)
-    l_i = tl.zeros([BM], tl.float32)
-    doc_start = tl.zeros([BM], tl.int32)
-    hi = tl.minimum(m0 + BM, T)
+    m_i = tl.full([BQ], -1e38, tl.float32)
+    l_i = tl.zeros([BQ], tl.float32)
+    doc_start = tl.zeros([BQ], tl.int32)
+    hi = tl.minimum(first_query + BQ, T)
     if doc_start_ptr is None:
-        # Every row of this block sees all keys before m0, so whole blocks of them need no mask.
-        masked_lo = m0 // BN * BN
-        acc, m_i, l_i = attention_forward_sweep(Q, acc, m_i, l_i, k_desc, v_desc, b * T, k_col,
+        # Every row of this block sees all keys before first_query, so whole blocks of them need no
+        # mask.
+        masked_lo = first_query // BK * BK
+        acc, m_i, l_i = attention_forward_sweep(q, acc, m_i, l_i, k_desc, v_desc, b * T, k_col,
                                                 v_col, rows, doc_start, 0, masked_lo, qk_scale,
-                                                False, BN)
+                                                False, BK)
     else:
         # No later row looks further back than the first one: blocks before its document are
         # skipped. The rest are masked, as a later row's document may begin in any of them.
-        masked_lo = tl.load(doc_start_ptr + b * T + m0) // BN * BN
+        masked_lo = tl.load(doc_start_ptr + b * T + first_query) // BK * BK
         doc_start = tl.load(doc_start_ptr + b * T + rows, rows < T, 0)
-    acc, m_i, l_i = attention_forward_sweep(Q, acc, m_i, l_i, k_desc, v_desc, b * T, k_col, v_col,
-                                            rows, doc_start, masked_lo, hi, qk_scale, True, BN)
+    acc, m_i, l_i = attention_forward_sweep(q, acc, m_i, l_i, k_desc, v_desc, b * T, k_col, v_col,
+                                            rows, doc_start, masked_lo, hi, qk_scale, True, BK)
 
     # Rows beyond T get lse = inf, so that the backward pass finds p = exp2(... - inf) = 0 there.
     # lse has room for them: each head has tl.num_programs(0) whole blocks.
     lse = tl.where(rows < T, m_i + tl.log2(l_i), float("inf"))
-    tl.store(lse_ptr + tl.cast(bh, tl.int64) * (tl.num_programs(0) * BM) + rows, lse)
+    tl.store(lse_ptr + tl.cast(head_in_batch, tl.int64) * (tl.num_programs(0) * BQ) + rows, lse)
     # A maximum drops a NaN, but the sum l_i keeps it. NaN == NaN is False: then inf tells QK-clip.
     max_logit = tl.where(l_i == l_i, m_i, float("inf"))
-    tl.store(max_logit_ptr + bh * tl.num_programs(0) + block,
+    tl.store(max_logit_ptr + head_in_batch * tl.num_programs(0) + block,
              tl.max(tl.where(rows < T, max_logit, float("-inf")), 0))
 
-    out_ptr, num_heads, index = output_of_head(signal_ptr, noise_ptr, h, H, R, N)
-    first_vector = tl.cast(b * T + m0, tl.int64) * num_heads + index
-    out_ptrs = block_pointers(out_ptr, first_vector, num_heads, BM, DV)
+    out_ptr, num_heads, index = output_of_head(signal_ptr, noise_ptr, head, H, r, HAS_NOISE)
+    first_vector = tl.cast(b * T + first_query, tl.int64) * num_heads + index
+    out_ptrs = block_pointers(out_ptr, first_vector, num_heads, BQ, Dv)
     out = (acc / l_i[:, None]).to(signal_ptr.dtype.element_ty)
     tl.store(out_ptrs, out, (rows < T)[:, None])
 
 
 # ---- The backward pass of attention
 #
-# For one head, with S = Q K^T / sqrt(D), p = softmax(S) and O = p V, and dO the gradient of O:
+# For one head, with s = q k^T / sqrt(D), p = softmax(s), out = p v, and d_out the gradient of out:
 #
-#     dV = p^T dO
-#     dP = dO V^T                                                              the gradient of p
-#     dS = p * (dP - delta),      delta = rowsum(p * dP) = rowsum(O * dO)      one number per row
-#     dQ = dS K / sqrt(D)
-#     dK = dS^T Q / sqrt(D)
+#     dv = p^T d_out
+#     dp = d_out v^T                                                           the gradient of p
+#     ds = p * (dp - delta),   delta = rowsum(p * dp) = rowsum(out * d_out)   one number per row
+#     dq = ds k / sqrt(D)
+#     dk = ds^T q / sqrt(D)
 #
-# dS is the derivative of the softmax: in one row p_i = exp(s_i) / sum exp(s_j), so dp_i / ds_j =
-# p_i ((i == j) - p_j). That delta is also rowsum(O * dO) follows from O = p V, and needs no T x T
-# matrix. A key head sums dK over the query heads that read it, a value head dV over all query heads
-# of its pair, signal and noise.
+# ds goes back through the softmax: in one row p_i = exp(s_i) / sum exp(s_j), so the derivative of
+# p_i by s_j is p_i ((i == j) - p_j). That delta is also rowsum(out * d_out) follows from out = p v,
+# and needs no T x T matrix. A key head sums dk over the query heads that read it, a value head dv
+# over all query heads of its pair, signal and noise.
 #
-# dK and dV want a program per block of keys, which goes over the queries; dQ wants the opposite.
-# Either both recompute S and dP (seven products of matrices), as in Triton's tutorial; or the
-# first adds to dQ with atomics, as in FlashAttention-2 (five, but in random order, so no two runs
-# agree to the bit). Here the first kernel writes dS to memory, in q's dtype, and the second reads
-# it: five products (six where dV has a pass of its own), and no atomics.
+# dk and dv want a program per block of keys, which goes over the queries; dq wants the opposite.
+# Either both recompute s and dp (seven products of matrices), as in Triton's tutorial; or the
+# first adds to dq with atomics, as in FlashAttention-2 (five, but in random order, so no two runs
+# agree to the bit). Here the first kernel writes ds to memory, in q's dtype, and the second reads
+# it: five products (six where dv has a pass of its own), and no atomics.
 #
-# The lower triangle of dS is cut into tiles of TILE x TILE. Tile (t, s) has the queries of tile row
-# t and the keys of tile column s <= t, and is number t (t + 1) / 2 + s of its head:
+# The lower triangle of ds is cut into tiles of TILE x TILE. Tile (i, j) has the queries of tile row
+# i and the keys of tile column j <= i, and is number i (i + 1) / 2 + j of its head:
 #
-#                     keys s = 0     1     2     3
-#     queries t = 0            0
-#             t = 1            1     2
-#             t = 2            3     4     5
-#             t = 3            6     7     8     9
+#                     keys j = 0     1     2     3
+#     queries i = 0            0
+#             i = 1            1     2
+#             i = 2            3     4     5
+#             i = 3            6     7     8     9
 #
 # A tile is stored transposed, a row for each key and a column for each query. The tiles of a head
-# lie one below the other in ds, a matrix of TILE columns: row (tile number) * TILE + key % TILE and
-# column query % TILE hold dS[query, key]. Thus tile row t is a matrix (keys, TILE queries), which
-# begins, with key 0, at row t (t + 1) / 2 * TILE of the head.
+# lie one below the other in memory, a matrix of TILE columns: row (tile number) * TILE + key % TILE
+# and column query % TILE hold ds[query, key]. Thus tile row i is a matrix (keys, TILE queries),
+# which begins, with key 0, at row i (i + 1) / 2 * TILE of the head.
 #
-# attention_dq_kernel reads the dS of a tile row in blocks of 64 keys. So attention_dkdv_kernel must
+# attention_dq_kernel reads the ds of a tile row in blocks of 64 keys. So attention_dkdv_kernel must
 # write whole blocks, with zeros for queries that come before the keys, and begins with the first
-# query of a tile. Unwritten stay columns of queries beyond T, whose rows of dQ are not stored; and,
+# query of a tile. Unwritten stay columns of queries beyond T, whose rows of dq are not stored; and,
 # with documents, tiles in which no query sees the block's keys: attention_dq_kernel begins behind
-# them. BM, BN and the 64 divide TILE.
+# them. BQ, BK and the 64 divide TILE.
 #
-# dS of one pair of key heads at T = 16,384 is 1.3 GiB, so only as many pairs as fit DS_BYTES are
+# ds of one pair of key heads at T = 16,384 is 1.3 GiB, so only as many pairs as fit DS_BYTES are
 # done at one time (at least one), from first_pair on. So tensors number pairs and heads each in its
 # own way:
 #
-#     q, k, v               by sequence: pair (0 .. P - 1) and h
+#     q, k, v               by sequence: pair (0 .. P - 1) and head
 #     lse, delta            by batch: pair_in_batch = b * P + pair; in it head_in_pair, which counts
 #                           all heads of the pair
 #     ds                    from first_pair on: pair_in_ds = pair_in_batch - first_pair; in it
 #                           head_in_pair, so that head_in_ds = pair_in_ds * heads_per_pair +
 #                           head_in_pair
-#     d_signal, d_noise,    by sequence, signal and noise heads apart: h_in_kind = pair * (heads of
-#     which are dO          that kind in a pair) + index_in_kind, which counts them in the pair
+#     d_signal, d_noise,    by sequence, signal and noise heads apart: head_in_kind = pair * (heads
+#     which are d_out       of that kind in a pair) + index_in_kind, which counts them in the pair
 #
-# For example two heads of 12.7B (P = 8, R = 4, heads_per_pair = 5), of sequence b = 1. At T =
+# For example two heads of 12.7B (P = 8, r = 4, heads_per_pair = 5), of sequence b = 1. At T =
 # 16,384 two pairs are done at one time, and these two heads' turn comes with first_pair = 10:
 #
-#                     h = 17, a signal head           h = 19, the noise head of its group
+#                     head 17, a signal head          head 19, the noise head of its group
 #     pair            17 // 5 = 3                     19 // 5 = 3
 #     pair_in_batch   1 * 8 + 3 = 11                  11
 #     pair_in_ds      11 - 10 = 1                     1
 #     head_in_pair    17 - 3 * 5 = 2                  19 - 3 * 5 = 4
 #     index_in_kind   2                               0
 #     head_in_ds      1 * 5 + 2 = 7                   1 * 5 + 4 = 9
-#     h_in_kind       3 * 4 + 2, of d_signal          3 * 1 + 0, of d_noise
+#     head_in_kind    3 * 4 + 2, of d_signal          3 * 1 + 0, of d_noise
 #
-# The kernels turn them into first rows of a matrix: seq_row of the sequence in q, k, v and dO;
+# The kernels turn them into first rows of a matrix: seq_row of the sequence in q, k, v and d_out;
 # lse_row of the pair in lse and delta; ds_row of the pair in ds. A head has tiles_per_head tiles.
 
 @jit
 def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, delta_ptr, T, H,
-                           R: tl.constexpr, N: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr):
-    """delta = rowsum(O * dO), for BM rows of one head."""
-    bh = tl.program_id(1)
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    b = tl.cast(bh // H, tl.int64)
-    h = bh % H
-    out_ptr, num_heads, index = output_of_head(signal_ptr, noise_ptr, h, H, R, N)
-    d_out_ptr, num_heads, index = output_of_head(d_signal_ptr, d_noise_ptr, h, H, R, N)
+                           r: tl.constexpr, HAS_NOISE: tl.constexpr, Dv: tl.constexpr,
+                           BQ: tl.constexpr):
+    """delta = rowsum(out * d_out), for BQ rows of one head."""
+    head_in_batch = tl.program_id(1)
+    rows = tl.program_id(0) * BQ + tl.arange(0, BQ)
+    b = tl.cast(head_in_batch // H, tl.int64)
+    head = head_in_batch % H
+    out_ptr, num_heads, index = output_of_head(signal_ptr, noise_ptr, head, H, r, HAS_NOISE)
+    d_out_ptr, num_heads, index = output_of_head(d_signal_ptr, d_noise_ptr, head, H, r, HAS_NOISE)
 
-    offsets = ((b * T + rows)[:, None] * num_heads + index) * DV + tl.arange(0, DV)[None, :]
+    offsets = ((b * T + rows)[:, None] * num_heads + index) * Dv + tl.arange(0, Dv)[None, :]
     out = tl.load(out_ptr + offsets, (rows < T)[:, None], 0.).to(tl.float32)
     d_out = tl.load(d_out_ptr + offsets, (rows < T)[:, None], 0.).to(tl.float32)
-    tl.store(delta_ptr + tl.cast(bh, tl.int64) * (tl.num_programs(0) * BM) + rows,
+    tl.store(delta_ptr + tl.cast(head_in_batch, tl.int64) * (tl.num_programs(0) * BQ) + rows,
              tl.sum(out * d_out, 1))
 
 
 @jit
-def attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc, ds_desc, ds_row,
-                         tiles_per_head, seq_row, lse_row, pair, n0, doc_end, lo, hi, qk_scale,
-                         IS_NOISE: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr,
-                         N: tl.constexpr, GROUPS_PER_PAIR: tl.constexpr, D: tl.constexpr,
-                         DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
+def attention_dkdv_sweep(k, v, dk, dv, q_desc, d_out_desc, lse_desc, delta_desc, ds_desc, ds_row,
+                         tiles_per_head, seq_row, lse_row, pair, first_key, doc_end, lo, hi,
+                         qk_scale, IS_NOISE: tl.constexpr, MASKED: tl.constexpr, r: tl.constexpr,
+                         HAS_NOISE: tl.constexpr, GROUPS_PER_PAIR: tl.constexpr, D: tl.constexpr,
+                         Dv: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,
                          NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
-    """What the query rows lo to hi add to dK and dV of the keys K (BN, D), from all heads of the
-    pair that are signal heads, or noise heads if IS_NOISE. Here p and dS are (BN, BM), keys by
-    queries. First rows: seq_row of the sequence in q and dO, lse_row of the pair in lse and delta,
-    ds_row of the pair in ds.
+    """What the query rows lo to hi add to dk and dv of the keys k (BK, D), from all heads of the
+    pair that are signal heads, or noise heads if IS_NOISE. Here p and ds are (BK, BQ), keys by
+    queries. First rows: seq_row of the sequence in q and d_out, lse_row of the pair in lse and
+    delta, ds_row of the pair in ds.
 
     One loop counts heads and blocks of rows together. Of two nested loops Triton would load ahead
     in the inner one only, and begin that anew with each head."""
-    heads_of_kind: tl.constexpr = 1 if IS_NOISE else R
-    num_blocks = (hi - lo + BM - 1) // BM
+    heads_of_kind: tl.constexpr = 1 if IS_NOISE else r
+    num_blocks = (hi - lo + BQ - 1) // BQ
     for step in range(0, GROUPS_PER_PAIR * heads_of_kind * num_blocks):
         # Which head of the pair, and from which row on.
         index_in_kind = step // num_blocks
-        m0 = lo + step % num_blocks * BM
+        first_query = lo + step % num_blocks * BQ
         group_in_pair = index_in_kind // heads_of_kind
-        head_in_pair = group_in_pair * (R + N) + IS_NOISE * R + index_in_kind % heads_of_kind
-        rows = m0 + tl.arange(0, BM)
+        place = IS_NOISE * r + index_in_kind % heads_of_kind
+        head_in_pair = group_in_pair * (r + HAS_NOISE) + place
+        rows = first_query + tl.arange(0, BQ)
 
-        h = pair * (GROUPS_PER_PAIR * (R + N)) + head_in_pair
-        Q = q_desc.load([seq_row + m0, h * D])
-        h_in_kind = pair * (GROUPS_PER_PAIR * heads_of_kind) + index_in_kind
-        dO = d_out_desc.load([seq_row + m0, h_in_kind * DV])
-        lse = lse_desc.load([lse_row + head_in_pair, m0]).reshape(BM)
+        head = pair * (GROUPS_PER_PAIR * (r + HAS_NOISE)) + head_in_pair
+        q = q_desc.load([seq_row + first_query, head * D])
+        head_in_kind = pair * (GROUPS_PER_PAIR * heads_of_kind) + index_in_kind
+        d_out = d_out_desc.load([seq_row + first_query, head_in_kind * Dv])
+        lse = lse_desc.load([lse_row + head_in_pair, first_query]).reshape(BQ)
 
-        p = tl.exp2(tl.dot(K, Q.T) * qk_scale - lse[None, :])
+        p = tl.exp2(tl.dot(k, q.T) * qk_scale - lse[None, :])
         if MASKED:
-            keys = (n0 + tl.arange(0, BN))[:, None]
+            keys = (first_key + tl.arange(0, BK))[:, None]
             visible = (keys <= rows[None, :]) & (rows[None, :] < doc_end[:, None])
             p = tl.where(visible, p, 0.)
         if NEED_DV:
-            dV = tl.dot(p.to(dO.dtype), dO, dV)
+            dv = tl.dot(p.to(d_out.dtype), d_out, dv)
         if NEED_DK:
-            dP = tl.dot(V, dO.T)
-            delta = delta_desc.load([lse_row + head_in_pair, m0]).reshape(1, BM)
-            dS = (p * (dP - delta)).to(Q.dtype)
-            t = m0 // TILE
-            tile = head_in_pair * tiles_per_head + t * (t + 1) // 2 + n0 // TILE
-            ds_desc.store([ds_row + tile * TILE + n0 % TILE, m0 % TILE], dS)
-            dK = tl.dot(dS, Q, dK)
-    return dK, dV
+            dp = tl.dot(v, d_out.T)
+            delta = delta_desc.load([lse_row + head_in_pair, first_query]).reshape(1, BQ)
+            ds = (p * (dp - delta)).to(q.dtype)
+            tile_i = first_query // TILE
+            tile = head_in_pair * tiles_per_head + tile_i * (tile_i + 1) // 2 + first_key // TILE
+            ds_desc.store([ds_row + tile * TILE + first_key % TILE, first_query % TILE], ds)
+            dk = tl.dot(ds, q, dk)
+    return dk, dv
 
 
 @jit
 def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_noise_desc,
                           lse_desc, delta_desc, dk_ptr, dv_ptr, ds_desc, first_pair, T, P,
-                          qk_scale, sm_scale, R: tl.constexpr, N: tl.constexpr,
-                          GROUPS_PER_PAIR: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-                          BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
+                          qk_scale, sm_scale, r: tl.constexpr, HAS_NOISE: tl.constexpr,
+                          GROUPS_PER_PAIR: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
+                          BQ: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,
                           NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
-    """One program: BN keys of one pair. NEED_DK: it computes dK of the pair's signal and noise key
-    heads, and writes dS to ds. NEED_DV: it computes dV. The grid is (blocks of keys, pairs from
+    """One program: BK keys of one pair. NEED_DK: it computes dk of the pair's signal and noise key
+    heads, and writes ds. NEED_DV: it computes dv. The grid is (blocks of keys, pairs from
     first_pair on)."""
     pair_in_ds = tl.program_id(1)
     pair_in_batch = first_pair + pair_in_ds
     b = pair_in_batch // P
     pair = pair_in_batch % P
-    n0 = tl.program_id(0) * BN
-    n = tl.arange(0, BN)
-    heads_per_pair: tl.constexpr = GROUPS_PER_PAIR * (R + N)
+    first_key = tl.program_id(0) * BK
+    lane = tl.arange(0, BK)
+    heads_per_pair: tl.constexpr = GROUPS_PER_PAIR * (r + HAS_NOISE)
     lse_row = pair_in_batch * heads_per_pair
     tile_rows = (T + TILE - 1) // TILE
     tiles_per_head = tile_rows * (tile_rows + 1) // 2
     ds_row = pair_in_ds * heads_per_pair * tiles_per_head * TILE
 
-    # From the tile's first row on, to write dS of the whole tile.
-    lo = n0 // TILE * TILE
+    # From the tile's first row on, to write ds of the whole tile.
+    lo = first_key // TILE * TILE
     if doc_end_ptr is None:
         masked_hi = tl.minimum(lo + TILE, T)
-        doc_end = tl.full([BN], 2**31 - 1, tl.int32)
+        doc_end = tl.full([BK], 2**31 - 1, tl.int32)
     else:
         # No query beyond the end of the last key's document sees any of these keys. This range,
         # too, ends with a tile, or at T.
-        doc_end = tl.load(doc_end_ptr + b * T + n0 + n, n0 + n < T, 0)
+        doc_end = tl.load(doc_end_ptr + b * T + first_key + lane, first_key + lane < T, 0)
         masked_hi = tl.minimum((tl.max(doc_end, 0) + TILE - 1) // TILE * TILE, T)
 
     # A 0 stands for what this pass does not need, and the sweep does not touch.
-    V = v_desc.load([b * T + n0, pair * DV]) if NEED_DK else 0
-    dV = tl.zeros([BN, DV], tl.float32) if NEED_DV else 0
-    first_row = tl.cast(b * T + n0, tl.int64)
+    v = v_desc.load([b * T + first_key, pair * Dv]) if NEED_DK else 0
+    dv = tl.zeros([BK, Dv], tl.float32) if NEED_DV else 0
+    first_row = tl.cast(b * T + first_key, tl.int64)
     # The compiler unrolls this loop: the signal key head, then the noise key head.
-    for IS_NOISE in tl.static_range(1 + N):
-        key_head = pair * (1 + N) + IS_NOISE
-        K = k_desc.load([b * T + n0, key_head * D])
-        dK = tl.zeros([BN, D], tl.float32) if NEED_DK else 0
+    for IS_NOISE in tl.static_range(1 + HAS_NOISE):
+        key_head = pair * (1 + HAS_NOISE) + IS_NOISE
+        k = k_desc.load([b * T + first_key, key_head * D])
+        dk = tl.zeros([BK, D], tl.float32) if NEED_DK else 0
         d_out_desc = d_noise_desc if IS_NOISE else d_signal_desc
-        dK, dV = attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
-                                      ds_desc, ds_row, tiles_per_head, b * T, lse_row, pair, n0,
-                                      doc_end, lo, masked_hi, qk_scale, IS_NOISE, True, R, N,
-                                      GROUPS_PER_PAIR, D, DV, BM, BN, TILE, NEED_DK, NEED_DV)
+        dk, dv = attention_dkdv_sweep(k, v, dk, dv, q_desc, d_out_desc, lse_desc, delta_desc,
+                                      ds_desc, ds_row, tiles_per_head, b * T, lse_row, pair,
+                                      first_key, doc_end, lo, masked_hi, qk_scale, IS_NOISE, True,
+                                      r, HAS_NOISE, GROUPS_PER_PAIR, D, Dv, BQ, BK, TILE, NEED_DK,
+                                      NEED_DV)
         if doc_end_ptr is None:
             # All later queries see all of these keys.
-            dK, dV = attention_dkdv_sweep(K, V, dK, dV, q_desc, d_out_desc, lse_desc, delta_desc,
+            dk, dv = attention_dkdv_sweep(k, v, dk, dv, q_desc, d_out_desc, lse_desc, delta_desc,
                                           ds_desc, ds_row, tiles_per_head, b * T, lse_row, pair,
-                                          n0, doc_end, masked_hi, T, qk_scale, IS_NOISE, False, R,
-                                          N, GROUPS_PER_PAIR, D, DV, BM, BN, TILE, NEED_DK, NEED_DV)
+                                          first_key, doc_end, masked_hi, T, qk_scale, IS_NOISE,
+                                          False, r, HAS_NOISE, GROUPS_PER_PAIR, D, Dv, BQ, BK,
+                                          TILE, NEED_DK, NEED_DV)
         if NEED_DK:
-            first_vector = first_row * (P * (1 + N)) + key_head
-            dk_ptrs = block_pointers(dk_ptr, first_vector, P * (1 + N), BN, D)
-            dK = (dK * sm_scale).to(dk_ptr.dtype.element_ty)
-            tl.store(dk_ptrs, dK, (n0 + n < T)[:, None])
+            first_vector = first_row * (P * (1 + HAS_NOISE)) + key_head
+            dk_ptrs = block_pointers(dk_ptr, first_vector, P * (1 + HAS_NOISE), BK, D)
+            dk = (dk * sm_scale).to(dk_ptr.dtype.element_ty)
+            tl.store(dk_ptrs, dk, (first_key + lane < T)[:, None])
     if NEED_DV:
-        dv_ptrs = block_pointers(dv_ptr, first_row * P + pair, P, BN, DV)
-        tl.store(dv_ptrs, dV.to(dv_ptr.dtype.element_ty), (n0 + n < T)[:, None])
+        dv_ptrs = block_pointers(dv_ptr, first_row * P + pair, P, BK, Dv)
+        tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), (first_key + lane < T)[:, None])
 
 
 @jit
 def attention_dq_kernel(ds_desc, k_desc, doc_start_ptr, dq_ptr, first_pair, T, P, sm_scale,
-                        R: tl.constexpr, N: tl.constexpr, GROUPS_PER_PAIR: tl.constexpr,
-                        D: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr):
-    """One program: dQ = dS K / sqrt(D) for one tile row t of one head. The grid is (tile rows,
+                        r: tl.constexpr, HAS_NOISE: tl.constexpr, GROUPS_PER_PAIR: tl.constexpr,
+                        D: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr):
+    """One program: dq = ds k / sqrt(D) for one tile row of one head. The grid is (tile rows,
     heads of the pairs in ds)."""
-    heads_per_pair: tl.constexpr = GROUPS_PER_PAIR * (R + N)
-    t = tl.num_programs(0) - 1 - tl.program_id(0)
+    heads_per_pair: tl.constexpr = GROUPS_PER_PAIR * (r + HAS_NOISE)
+    tile_i = tl.num_programs(0) - 1 - tl.program_id(0)
     head_in_ds = tl.program_id(1)         # pair_in_ds * heads_per_pair + head_in_pair
     pair_in_batch = first_pair + head_in_ds // heads_per_pair
     b = pair_in_batch // P
     pair = pair_in_batch % P
     head_in_pair = head_in_ds % heads_per_pair
-    is_noise = head_in_pair % (R + N) // R
-    k_col = (pair * (1 + N) + is_noise) * D
+    is_noise = head_in_pair % (r + HAS_NOISE) // r
+    k_col = (pair * (1 + HAS_NOISE) + is_noise) * D
     tile_rows = (T + TILE - 1) // TILE
     tiles_per_head = tile_rows * (tile_rows + 1) // 2
-    ds_row = (head_in_ds * tiles_per_head + t * (t + 1) // 2) * TILE
+    ds_row = (head_in_ds * tiles_per_head + tile_i * (tile_i + 1) // 2) * TILE
 
     # With documents, start at the key block in which the document of this tile's first row begins;
-    # attention_dkdv_kernel has written dS for it and for every later block.
+    # attention_dkdv_kernel has written ds for it and for every later block.
     lo = 0
     if doc_start_ptr is not None:
-        lo = tl.load(doc_start_ptr + b * T + t * TILE) // BN * BN
-    dQ = tl.zeros([TILE, D], tl.float32)
-    for n0 in range(lo, tl.minimum(t * TILE + TILE, T), BN):
-        dS = ds_desc.load([ds_row + n0, 0]).T
-        dQ = tl.dot(dS, k_desc.load([b * T + n0, k_col]), dQ)
+        lo = tl.load(doc_start_ptr + b * T + tile_i * TILE) // BK * BK
+    dq = tl.zeros([TILE, D], tl.float32)
+    for first_key in range(lo, tl.minimum(tile_i * TILE + TILE, T), BK):
+        ds = ds_desc.load([ds_row + first_key, 0]).T
+        dq = tl.dot(ds, k_desc.load([b * T + first_key, k_col]), dq)
 
     rows = tl.arange(0, TILE)
-    first_row = tl.cast(b * T + t * TILE, tl.int64)
+    first_row = tl.cast(b * T + tile_i * TILE, tl.int64)
     first_vector = first_row * (P * heads_per_pair) + pair * heads_per_pair + head_in_pair
     dq_ptrs = block_pointers(dq_ptr, first_vector, P * heads_per_pair, TILE, D)
-    dQ = (dQ * sm_scale).to(dq_ptr.dtype.element_ty)
-    tl.store(dq_ptrs, dQ, (t * TILE + rows < T)[:, None])
+    dq = (dq * sm_scale).to(dq_ptr.dtype.element_ty)
+    tl.store(dq_ptrs, dq, (tile_i * TILE + rows < T)[:, None])
 
 
 class AttentionShape:
-    """Sizes of one call. DV is the width of a value head, P the number of pairs of key heads, and
-    R, N and GROUPS_PER_PAIR are explained above. Without noise heads each key head is a pair with
-    one group."""
+    """Sizes of one call. Without noise heads each key head is a pair with one group. `heads` are
+    the kernels' arguments that are explained above."""
 
     def __init__(self, q: Tensor, v: Tensor, num_noise_heads: int):
         self.B, self.T, self.H, self.D = q.shape
-        self.P, self.DV = v.shape[2:]
-        self.N = 1 if num_noise_heads else 0
+        self.P, self.Dv = v.shape[2:]
+        self.has_noise = 1 if num_noise_heads else 0
         self.G = num_noise_heads or self.P
-        self.R = self.H // self.G - self.N
-        self.heads = {"R": self.R, "N": self.N, "GROUPS_PER_PAIR": self.G // self.P}
+        self.r = self.H // self.G - self.has_noise
+        self.heads = {"r": self.r, "HAS_NOISE": self.has_noise, "GROUPS_PER_PAIR": self.G // self.P}
         self.tile_rows = ceil_div(self.T, TILE)
         self.sm_scale = self.D**-0.5                  # what logits are multiplied by
         self.qk_scale = self.sm_scale / math.log(2)   # the same for logits in base 2
@@ -1236,11 +1254,11 @@ def tma(x: Tensor, *block: int):
 
 def empty_attention_outputs(q, k, v, doc_start, num_noise_heads):
     """signal, noise, lse (B * H, T rounded up to whole tiles) and the largest logits (H,)."""
-    s = AttentionShape(q, v, num_noise_heads)
-    signal = q.new_empty(s.B, s.T, s.G, s.R, s.DV)
-    noise = q.new_empty(s.B, s.T, s.G, s.N, s.DV)
-    lse = q.new_empty(s.B * s.H, s.tile_rows * TILE, dtype=torch.float32)
-    max_logits = q.new_empty(s.H, dtype=torch.float32)
+    shape = AttentionShape(q, v, num_noise_heads)
+    signal = q.new_empty(shape.B, shape.T, shape.G, shape.r, shape.Dv)
+    noise = q.new_empty(shape.B, shape.T, shape.G, shape.has_noise, shape.Dv)
+    lse = q.new_empty(shape.B * shape.H, shape.tile_rows * TILE, dtype=torch.float32)
+    max_logits = q.new_empty(shape.H, dtype=torch.float32)
     return signal, noise, lse, max_logits
 
 
@@ -1248,29 +1266,31 @@ def empty_attention_outputs(q, k, v, doc_start, num_noise_heads):
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
                       num_noise_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> signal, noise, lse in base 2, the largest logit of each head (H,)."""
-    s = AttentionShape(q, v, num_noise_heads)
-    if s.B * s.H > 65535:       # CUDA's limit for the second dimension of a grid
+    shape = AttentionShape(q, v, num_noise_heads)
+    if shape.B * shape.H > 65535:       # CUDA's limit for the second dimension of a grid
         raise ValueError(f"fused attention takes up to 65,535 sequences x heads at a time, not "
-                         f"{s.B} x {s.H}; use smaller micro-batches")
+                         f"{shape.B} x {shape.H}; use smaller micro-batches")
     signal, noise, lse, _ = empty_attention_outputs(q, k, v, doc_start, num_noise_heads)
-    max_logit = q.new_empty(s.B, s.H, s.tile_rows, dtype=torch.float32)   # of each block of rows
+    # The largest of each block of rows.
+    max_logit = q.new_empty(shape.B, shape.H, shape.tile_rows, dtype=torch.float32)
     # Keys at a time, and stages: the fastest, measured on an H200, of those that fit its shared
-    # memory. (At D = 128 and DV = 256, two stages of 128 keys take 225 of its 227 KiB.)
-    BN, num_stages = (128, 2) if s.DV > s.D else (64, 3)
-    attention_forward_kernel[s.tile_rows, s.B * s.H](
-        tma(flatten_batch_for_tma(q), TILE, s.D), tma(flatten_batch_for_tma(k), BN, s.D),
-        tma(flatten_batch_for_tma(v), BN, s.DV), doc_start, signal, noise, lse, max_logit, s.T, s.H,
-        s.qk_scale, **s.heads, D=s.D, DV=s.DV, BM=TILE, BN=BN, num_warps=8, num_stages=num_stages)
+    # memory. (At D = 128 and Dv = 256, two stages of 128 keys take 225 of its 227 KiB.)
+    BK, num_stages = (128, 2) if shape.Dv > shape.D else (64, 3)
+    attention_forward_kernel[shape.tile_rows, shape.B * shape.H](
+        tma(flatten_batch_for_tma(q), TILE, shape.D), tma(flatten_batch_for_tma(k), BK, shape.D),
+        tma(flatten_batch_for_tma(v), BK, shape.Dv), doc_start, signal, noise, lse, max_logit,
+        shape.T, shape.H, shape.qk_scale, **shape.heads, D=shape.D, Dv=shape.Dv, BQ=TILE, BK=BK,
+        num_warps=8, num_stages=num_stages)
     return signal, noise, lse, max_logit.amax((0, 2)) * math.log(2)
 
 
-# How attention_dkdv_kernel is launched. Where both accumulators, dK (BN, D) and dV (BN, DV) in
-# fp32, fit the registers, one pass makes both. Where they do not, at D = 128, dV has a pass of its
+# How attention_dkdv_kernel is launched. Where both accumulators, dk (BK, D) and dv (BK, Dv) in
+# fp32, fit the registers, one pass makes both. Where they do not, at D = 128, dv has a pass of its
 # own: p is computed twice, and blocks of keys may be twice as large. These numbers too were the
 # fastest, measured on an H200, of those that fit.
-ONE_PASS = dict(BM=64, BN=64, NEED_DK=True, NEED_DV=True, num_warps=4, num_stages=2)
-DV_PASS = dict(BM=64, BN=128, NEED_DK=False, NEED_DV=True, num_warps=8, num_stages=3)
-DK_PASS = dict(BM=64, BN=128, NEED_DK=True, NEED_DV=False, num_warps=8, num_stages=2)
+ONE_PASS = dict(BQ=64, BK=64, NEED_DK=True, NEED_DV=True, num_warps=4, num_stages=2)
+DV_PASS = dict(BQ=64, BK=128, NEED_DK=False, NEED_DV=True, num_warps=8, num_stages=3)
+DK_PASS = dict(BQ=64, BK=128, NEED_DK=True, NEED_DV=False, num_warps=8, num_stages=2)
 
 
 def empty_attention_gradients(d_signal, d_noise, q, k, v, *others):
@@ -1282,45 +1302,46 @@ def attention_backward(d_signal: Tensor, d_noise: Tensor, q: Tensor, k: Tensor, 
                        doc_start: Tensor | None, num_noise_heads: int, signal: Tensor,
                        noise: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq, dk, dv."""
-    s = AttentionShape(q, v, num_noise_heads)
+    shape = AttentionShape(q, v, num_noise_heads)
     d_signal = d_signal.contiguous()
     d_noise = d_noise.contiguous()
     delta = torch.empty_like(lse)
-    attention_delta_kernel[lse.shape[1] // 16, s.B * s.H](
-        signal, noise, d_signal, d_noise, delta, s.T, s.H, R=s.R, N=s.N, DV=s.DV, BM=16,
-        num_warps=4)
+    attention_delta_kernel[lse.shape[1] // 16, shape.B * shape.H](
+        signal, noise, d_signal, d_noise, delta, shape.T, shape.H, r=shape.r,
+        HAS_NOISE=shape.has_noise, Dv=shape.Dv, BQ=16, num_warps=4)
 
     dq, dk, dv = empty_attention_gradients(d_signal, d_noise, q, k, v)
     q = flatten_batch_for_tma(q)
     k = flatten_batch_for_tma(k)
     v = flatten_batch_for_tma(v)
     # A descriptor cannot describe the empty tensor that d_noise is without noise heads.
-    d_noise = flatten_batch_for_tma(d_noise if s.N else d_signal)
+    d_noise = flatten_batch_for_tma(d_noise if shape.has_noise else d_signal)
     d_signal = flatten_batch_for_tma(d_signal)
     doc_end = None if doc_start is None else document_ends(doc_start)
 
-    heads_per_pair = s.H // s.P
-    ds_rows = heads_per_pair * s.tile_rows * (s.tile_rows + 1) // 2 * TILE        # of one pair
+    heads_per_pair = shape.H // shape.P
+    ds_rows = heads_per_pair * shape.tile_rows * (shape.tile_rows + 1) // 2 * TILE  # of one pair
     pairs_at_once = max(1, DS_BYTES // (ds_rows * TILE * q.element_size()))
-    pairs_at_once = min(s.B * s.P, pairs_at_once)
+    pairs_at_once = min(shape.B * shape.P, pairs_at_once)
     ds = q.new_empty(pairs_at_once * ds_rows, TILE)
 
-    def launch_dkdv(first_pair, num_pairs, BM, BN, **options):
-        attention_dkdv_kernel[triton.cdiv(s.T, BN), num_pairs](
-            tma(q, BM, s.D), tma(k, BN, s.D), tma(v, BN, s.DV), doc_end, tma(d_signal, BM, s.DV),
-            tma(d_noise, BM, s.DV), tma(lse, 1, BM), tma(delta, 1, BM), dk, dv, tma(ds, BN, BM),
-            first_pair, s.T, s.P, s.qk_scale, s.sm_scale, **s.heads, D=s.D, DV=s.DV, BM=BM, BN=BN,
+    def launch_dkdv(first_pair, num_pairs, BQ, BK, **options):
+        attention_dkdv_kernel[triton.cdiv(shape.T, BK), num_pairs](
+            tma(q, BQ, shape.D), tma(k, BK, shape.D), tma(v, BK, shape.Dv), doc_end,
+            tma(d_signal, BQ, shape.Dv), tma(d_noise, BQ, shape.Dv), tma(lse, 1, BQ),
+            tma(delta, 1, BQ), dk, dv, tma(ds, BK, BQ), first_pair, shape.T, shape.P,
+            shape.qk_scale, shape.sm_scale, **shape.heads, D=shape.D, Dv=shape.Dv, BQ=BQ, BK=BK,
             TILE=TILE, **options)
 
-    one_pass = s.D + s.DV <= 192
+    one_pass = shape.D + shape.Dv <= 192
     if not one_pass:
-        launch_dkdv(0, s.B * s.P, **DV_PASS)
-    for first_pair in range(0, s.B * s.P, pairs_at_once):
-        num_pairs = min(pairs_at_once, s.B * s.P - first_pair)
+        launch_dkdv(0, shape.B * shape.P, **DV_PASS)
+    for first_pair in range(0, shape.B * shape.P, pairs_at_once):
+        num_pairs = min(pairs_at_once, shape.B * shape.P - first_pair)
         launch_dkdv(first_pair, num_pairs, **(ONE_PASS if one_pass else DK_PASS))
-        attention_dq_kernel[s.tile_rows, num_pairs * heads_per_pair](
-            tma(ds, 64, TILE), tma(k, 64, s.D), doc_start, dq, first_pair, s.T, s.P, s.sm_scale,
-            **s.heads, D=s.D, BN=64, TILE=TILE, num_warps=4, num_stages=3)
+        attention_dq_kernel[shape.tile_rows, num_pairs * heads_per_pair](
+            tma(ds, 64, TILE), tma(k, 64, shape.D), doc_start, dq, first_pair, shape.T, shape.P,
+            shape.sm_scale, **shape.heads, D=shape.D, BK=64, TILE=TILE, num_warps=4, num_stages=3)
     return dq, dk, dv
 
 
@@ -1398,9 +1419,9 @@ def can_fuse_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     wide as the keys or twice as wide."""
     if not can_multiply(q):
         return False
-    D, DV = q.shape[-1], v.shape[-1]
+    D, Dv = q.shape[-1], v.shape[-1]
     same_dtype = q.dtype == k.dtype == v.dtype
-    return same_dtype and q.shape[1] == k.shape[1] and D in (16, 32, 64, 128) and DV in (D, 2 * D)
+    return same_dtype and q.shape[1] == k.shape[1] and D in (16, 32, 64, 128) and Dv in (D, 2 * D)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
@@ -1492,33 +1513,36 @@ def interval_block_mask(first: Tensor, last: Tensor, S: int) -> BlockMask:
 
 
 def block_lists(lo: Tensor, full_lo: Tensor, full_hi: Tensor, hi: Tensor,
-                n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                num_blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """BlockMask's lists: how many partial blocks each row of blocks has, which ones, how many full
     blocks, which ones. Bounds (B, rows) -> counts (B, 1, rows) and numbers of blocks (B, 1, rows,
-    n), where the 1 stands for the heads, which all see the same; numbers behind a count mean
-    nothing."""
+    num_blocks), where the 1 stands for the heads, which all see the same; numbers behind a count
+    mean nothing."""
     num_full = full_hi - full_lo
     num_partial = hi - lo - num_full
-    i = torch.arange(n, device=lo.device)
+    i = torch.arange(num_blocks, device=lo.device)
     full = full_lo[..., None] + i
     partial = lo[..., None] + i                            # left of the full ones, then right
     partial = torch.where(partial < full_lo[..., None], partial, partial + num_full[..., None])
 
+    partial = partial.clamp(max=num_blocks - 1)
+    full = full.clamp(max=num_blocks - 1)
+
     lists = []
-    for numbers in (num_partial, partial.clamp(max=n - 1), num_full, full.clamp(max=n - 1)):
+    for numbers in (num_partial, partial, num_full, full):
         lists.append(with_dimension_of_heads(numbers.int().contiguous()))
     return tuple(lists)
 
 
-def with_dimension_of_heads(t: Tensor) -> Tensor:
-    """(B, ...), contiguous -> (B, 1, ...), the same as t[:, None].
+def with_dimension_of_heads(x: Tensor) -> Tensor:
+    """(B, ...), contiguous -> (B, 1, ...), the same as x[:, None].
 
     FlexAttention looks for the list of sequence b at b times the stride of the heads' dimension.
-    But a dimension of size 1 may have any stride, and for t[:, None] torch.compile (2.11) chose 0
+    But a dimension of size 1 may have any stride, and for x[:, None] torch.compile (2.11) chose 0
     in training, and B times too much without gradients. as_strided fixes it."""
-    B, *sizes = t.shape
-    b_stride, *strides = t.stride()
-    return t.as_strided((B, 1, *sizes), (b_stride, b_stride, *strides))
+    B, *sizes = x.shape
+    b_stride, *strides = x.stride()
+    return x.as_strided((B, 1, *sizes), (b_stride, b_stride, *strides))
 
 
 def flex_tile_rows(q: Tensor, v: Tensor) -> int:
@@ -1526,8 +1550,8 @@ def flex_tile_rows(q: Tensor, v: Tensor) -> int:
 
     Since Ampere a multiprocessor has at least 99 KiB of shared memory for a program (RTX 3090, 4090
     and 5090). PyTorch chooses tiles by D alone, and with D = 128 and Dv = 256 its backward pass
-    wants 241 KiB. With 64 rows, 768 bytes each, the K and V of the forward pass take 48 KiB and Q
-    16 KiB. The backward pass holds 48 KiB of K and V and goes over Q and dO in tiles of half as
+    wants 241 KiB. With 64 rows, 768 bytes each, k and v of the forward pass take 48 KiB and q
+    16 KiB. The backward pass holds 48 KiB of k and v and goes over q and d_out in tiles of half as
     many rows, 24 KiB. With what comes on top the forward pass asks for 72 KiB, the backward pass
     for 77; on Hopper, where more operands of products lie there, for 112 and 97 of its 227. Longer
     rows, of fp32 or D = 256, get half as many.
@@ -1558,9 +1582,9 @@ def flex_softmax(q: Tensor, k: Tensor, v: Tensor, first: Tensor,
     options = {
         "fwd_BLOCK_M": rows,            # forward: queries of a program, which goes over
         "fwd_BLOCK_N": rows,            # so many keys at a time
-        "bwd_BLOCK_N1": rows,           # dK and dV: keys of a program
+        "bwd_BLOCK_N1": rows,           # dk and dv: keys of a program
         "bwd_BLOCK_M1": rows // 2,      # queries at a time
-        "bwd_BLOCK_M2": rows,           # dQ: queries of a program
+        "bwd_BLOCK_M2": rows,           # dq: queries of a program
         "bwd_BLOCK_N2": rows // 2,      # keys at a time
         "num_stages": 2,
         "num_warps": 8,
@@ -1620,8 +1644,8 @@ def flex_softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | 
 # half of the FLOPs: for a 4096 x 16384 matrix 0.27 instead of 0.55 TFLOP a product.
 #
 # lower_tile tells a program which tile is its own. Row by row would be the natural numbering: row i
-# begins at t = i (i + 1) / 2. But the programs that run at one time should share rows of X and Y,
-# which then come from the L2 cache. So the tile rows are taken in bands of eight, and a band is
+# begins at number i (i + 1) / 2. But the programs that run at one time should share rows of X and
+# Y, which then come from the L2 cache. So the tile rows are taken in bands of eight, and a band is
 # walked column by column; its last columns, which form a triangle, row by row. With bands of two:
 #
 #     0
@@ -1646,25 +1670,26 @@ def lower_tiles(num_rows: int, band: int = 8) -> list[tuple[int, int]]:
 
 
 @jit
-def lower_tile(t, num_rows):
-    """Row and column of tile number t, with bands of eight.
+def lower_tile(number, num_rows):
+    """Row and column of the tile with this number, with bands of eight.
 
-    Row by row, tile t would be in row i = (sqrt(8 t + 1) - 1) / 2, rounded down: for the first tile
-    of row i, 8 t + 1 is (2i + 1)^2, for its last (2i + 3)^2 - 8. (The code has 5 in place of 1.
-    That gives the same i, and leaves room for rounding at both ends.) The bands do not number tiles
-    row by row, but reordering stays inside a band, so this i is a row of the right band. Two tiles
-    of the picture above, which has bands of two; everything is counted from 0:
+    Row by row, the tile would be in row i = (sqrt(8 number + 1) - 1) / 2, rounded down: for the
+    first tile of row i, 8 number + 1 is (2i + 1)^2, for its last (2i + 3)^2 - 8. (The code has 5 in
+    place of 1. That gives the same i, and leaves room for rounding at both ends.) The bands do not
+    number tiles row by row, but reordering stays inside a band, so this i is a row of the right
+    band. Two tiles of the picture above, which has bands of two; everything is counted from 0:
 
-        t = 5    i = 2: the band of rows 2 and 3. It begins at number 2 * 3 / 2 = 3, so t is its
-                 number 2. Each of its 2 columns before the triangle has 2 tiles, so 2 is the top
-                 tile of column 1: row 2, column 1.
-        t = 9    i = 3: the same band, its number 6. The triangle begins after 2 * 2 = 4 tiles, so t
-                 is number 2 in it, which is row 1 and column 1 there: row 3, column 3.
+        number 5    i = 2: the band of rows 2 and 3. It begins at number 2 * 3 / 2 = 3, so the tile
+                    is its number 2. Each of its 2 columns before the triangle has 2 tiles, so 2 is
+                    the top tile of column 1: row 2, column 1.
+        number 9    i = 3: the same band, its number 6. The triangle begins after 2 * 2 = 4 tiles,
+                    so the tile is number 2 in it, which is row 1 and column 1 there: row 3,
+                    column 3.
     """
-    i = ((tl.sqrt(8.0 * t + 5.0) - 1.0) * 0.5).to(tl.int32)
+    i = ((tl.sqrt(8.0 * number + 5.0) - 1.0) * 0.5).to(tl.int32)
     top = i // 8 * 8                                        # first row of the band
     height = min(num_rows - top, 8)
-    in_band = t - top * (top + 1) // 2                      # the number within the band
+    in_band = number - top * (top + 1) // 2                 # the number within the band
     in_triangle = in_band - top * height                    # within the triangle; < 0: left of it
     triangle_i = ((tl.sqrt(8.0 * tl.maximum(in_triangle, 0) + 5.0) - 1.0) * 0.5).to(tl.int32)
     row = top + tl.where(in_triangle < 0, in_band % height, triangle_i)
@@ -1674,24 +1699,24 @@ def lower_tile(t, num_rows):
 
 
 @jit
-def symmetric_kernel(X_desc, Y_desc, addend_desc, C_desc, m, k, alpha, beta, ADD: tl.constexpr,
-                     ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_SIZE_K: tl.constexpr):
+def symmetric_kernel(X_desc, Y_desc, addend_desc, C_desc, m, n, alpha, beta, ADD: tl.constexpr,
+                     ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, STEP: tl.constexpr):
     """One program: one tile of C = alpha X Y^T + beta addend on or below the diagonal, and its
-    mirror image. The grid is (tiles, E). X and Y (E, m, k) have contiguous rows if ROWS; else they
-    come as their transposes (E, k, m). ADD: there is an addend."""
+    mirror image. The grid is (tiles, E). X and Y (E, m, n) have contiguous rows if ROWS; else they
+    come as their transposes (E, n, m). ADD: there is an addend."""
     e = tl.program_id(1)
     tile_i, tile_j = lower_tile(tl.program_id(0), tl.cdiv(m, BLOCK_SIZE))
     i = tile_i * BLOCK_SIZE
     j = tile_j * BLOCK_SIZE
 
     acc = tl.zeros((BLOCK_SIZE, BLOCK_SIZE), tl.float32)
-    for z in range(0, k, BLOCK_SIZE_K):
+    for start in range(0, n, STEP):
         if ROWS:
-            x = X_desc.load([e, i, z]).reshape(BLOCK_SIZE, BLOCK_SIZE_K)
-            yT = Y_desc.load([e, j, z]).reshape(BLOCK_SIZE, BLOCK_SIZE_K).T
+            x = X_desc.load([e, i, start]).reshape(BLOCK_SIZE, STEP)
+            yT = Y_desc.load([e, j, start]).reshape(BLOCK_SIZE, STEP).T
         else:
-            x = X_desc.load([e, z, i]).reshape(BLOCK_SIZE_K, BLOCK_SIZE).T
-            yT = Y_desc.load([e, z, j]).reshape(BLOCK_SIZE_K, BLOCK_SIZE)
+            x = X_desc.load([e, start, i]).reshape(STEP, BLOCK_SIZE).T
+            yT = Y_desc.load([e, start, j]).reshape(STEP, BLOCK_SIZE)
         acc = tl.dot(x, yT, acc, input_precision="ieee")
     acc *= alpha
     if ADD:
@@ -1708,7 +1733,7 @@ def symmetric_matmul(X: Tensor, Y: Tensor, alpha: float, addend: Tensor | None =
                      beta: float = 0.0) -> Tensor:
     """C = alpha X Y^T + beta addend, where the caller knows that C is symmetric.
 
-    X and Y (E, m, k), laid out alike, and a contiguous addend (E, m, m) or None -> C (E, m, m): E
+    X and Y (E, m, n), laid out alike, and a contiguous addend (E, m, m) or None -> C (E, m, m): E
     products at once, by torch.baddbmm where the kernel does not take X. Not a custom operator: the
     optimizer is not compiled, and to dispatch one would take as long as a small product.
 
@@ -1721,7 +1746,7 @@ def symmetric_matmul(X: Tensor, Y: Tensor, alpha: float, addend: Tensor | None =
         C = X.new_empty(()) if addend is None else addend
         return torch.baddbmm(C, X, Y.mT, beta=beta, alpha=alpha)
 
-    E, m, k = X.shape
+    E, m, n = X.shape
     tile_rows = ceil_div(m, TILE)
     tiles = tile_rows * (tile_rows + 1) // 2
     C = X.new_empty(E, m, m)
@@ -1735,14 +1760,14 @@ def symmetric_matmul(X: Tensor, Y: Tensor, alpha: float, addend: Tensor | None =
     addend_desc = tma(C if addend is None else addend, 1, TILE, TILE)
     C_desc = tma(C, 1, TILE, TILE)
     with torch.cuda.device_of(X):
-        symmetric_kernel[tiles, E](X_desc, Y_desc, addend_desc, C_desc, m, k, alpha, beta,
+        symmetric_kernel[tiles, E](X_desc, Y_desc, addend_desc, C_desc, m, n, alpha, beta,
                                    ADD=addend is not None, ROWS=by_rows, BLOCK_SIZE=TILE,
-                                   BLOCK_SIZE_K=64, num_warps=4, num_stages=3)
+                                   STEP=64, num_warps=4, num_stages=3)
     return C
 
 
 def can_use_symmetric_matmul(X: Tensor) -> bool:
-    """Whether the kernel takes X (E, m, k), with contiguous rows or columns that are aligned as TMA
+    """Whether the kernel takes X (E, m, n), with contiguous rows or columns that are aligned as TMA
     wants it."""
     if X.shape[0] > 65535:      # CUDA's limit for the second dimension of a grid
         return False
@@ -1765,23 +1790,24 @@ def fits_tma(X: Tensor) -> bool:
 # 8 numbers from one power of 2 to the next: rounding changes a number by up to 1/16 of its size. As
 # that range is small, x is divided by a scale first, so that its largest |x| becomes 448:
 #
-#     s = max|x| / 448,      q = round(x / s) in FP8,      x is about s q
+#     scale = max|x| / 448,      x8 = round(x / scale) in FP8,      x is about scale x8
 #
 # One scale for a whole tensor would let one outlier push everything else towards 0. So there is a
 # scale for each index of the axis that the product keeps, shared by all numbers along the axis that
-# it sums over. Then the scales can be pulled out of the sum: sum over k of (s_i q_ik)(t_j p_jk) =
-# s_i t_j sum of q_ik p_jk. Training a linear layer of K inputs and N outputs on M tokens, x (M, K),
-# W (N, K), dy (M, N), takes three products, and each sums over another axis:
+# it sums over. Then the scales can be pulled out of the sum: for one row of x and one of W,
+# sum (x_scale x8)(W_scale W8) = x_scale W_scale sum x8 W8. Training a linear layer, x (tokens,
+# inputs), W (outputs, inputs), dy (tokens, outputs), takes three products, and each sums over
+# another axis:
 #
 #                     sums over    scales of the first factor     of the second
-#     y  = x W^T      inputs       x:  one per token  (M,)        W: one per output (N,)
-#     dx = dy W       outputs      dy: one per token  (M,)        W: one per input  (K,)
-#     dW = dy^T x     tokens       dy: one per output (N,)        x: one per input  (K,)
+#     y  = x W^T      inputs       x:  one per token              W: one per output
+#     dx = dy W       outputs      dy: one per token              W: one per input
+#     dW = dy^T x     tokens       dy: one per output             x: one per input
 #
-# Each of x, W and dy is scaled along both of its axes, so it is quantised twice: q with a scale for
-# each row of x, and qt with a scale for each row of x^T. What is saved for the backward pass are
-# the transposes in FP8, half of the bf16 bytes. In the functions below the argument x, of R rows
-# and C columns, is any of x, W and dy.
+# Each of x, W and dy is scaled along both of its axes, so it is quantised twice: x8 with a scale
+# for each row of x, and xT8 with a scale for each row of x^T. What is saved for the backward pass
+# are the transposes in FP8, half of the bf16 bytes. In the functions below the argument x is any of
+# x, W and dy.
 #
 # Gradients are in E4M3 as well. E5M2 has more range, which they do not need with a scale per row,
 # and half the precision. Sums are in fp32 (use_fast_accum=False): the fast accumulation of Hopper
@@ -1792,80 +1818,88 @@ TINY = 1e-30      # max|x| counts as at least this, so that a row of zeros stays
 
 
 def quantize_rows(x: Tensor) -> list[Tensor]:
-    """Plain form: x (R, C) -> q (R, C) in FP8, s (R,) in fp32, with x about s[:, None] * q.
+    """Plain form: x (rows, columns) -> x8 (rows, columns) in FP8, x_scale (rows,) in fp32, with x
+    about x_scale[:, None] * x8.
 
-    The largest number, 6, becomes 448. 0.1 / s is 7.467; its neighbours in FP8 are 7 and 7.5:
+    The largest number, 6, becomes 448. 0.1 / x_scale is 7.467; its neighbours in FP8 are 7 and 7.5:
 
-    >>> q, s = quantize_rows(torch.tensor([[0.1, -3.0, 6.0]]))
-    >>> q.float()
+    >>> x8, x_scale = quantize_rows(torch.tensor([[0.1, -3.0, 6.0]]))
+    >>> x8.float()
     tensor([[   7.5000, -224.0000,  448.0000]])
-    >>> s[:, None] * q.float()
+    >>> x_scale[:, None] * x8.float()
     tensor([[ 0.1004, -3.0000,  6.0000]])
     """
     x = x.float()
-    s = x.abs().amax(1).clamp(min=TINY) * (1 / 448)
-    q = (x * s.reciprocal()[:, None]).to(FP8)
-    return [q, s]
+    x_scale = x.abs().amax(1).clamp(min=TINY) * (1 / 448)
+    x8 = (x * x_scale.reciprocal()[:, None]).to(FP8)
+    return [x8, x_scale]
 
 
 @jit
-def absmax_kernel(x_ptr, row_max_ptr, column_max_ptr, R, C, COLUMNS: tl.constexpr,
-                  BR: tl.constexpr, BC: tl.constexpr):
-    """One program: a (BR, BC) tile of x (R, C), whose max|x| goes into those of its rows and, if
-    COLUMNS, columns. They are kept as the bits of an fp32 number, read as int32: for numbers >= 0
-    bits order as the numbers do (NaN is the largest), so an integer atomic_max does it, and its
-    result does not depend on who comes first."""
+def absmax_kernel(x_ptr, row_max_ptr, column_max_ptr, num_rows, num_columns,
+                  COLUMNS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """One program: a tile of BR rows and BC columns of x, whose max|x| goes into those of its rows
+    and, if COLUMNS, columns. They are kept as the bits of an fp32 number, read as int32: for
+    numbers >= 0 bits order as the numbers do (NaN is the largest), so an integer atomic_max does
+    it, and its result does not depend on who comes first."""
     i = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     j = tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC)
-    x = tl.load(x_ptr + i[:, None] * C + j, mask=(i[:, None] < R) & (j < C), other=0)
+    mask = (i[:, None] < num_rows) & (j < num_columns)
+    x = tl.load(x_ptr + i[:, None] * num_columns + j, mask=mask, other=0)
     bits = tl.abs(x.to(tl.float32)).to(tl.int32, bitcast=True)
-    tl.atomic_max(row_max_ptr + i, tl.max(bits, 1), mask=i < R, sem="relaxed")
+    tl.atomic_max(row_max_ptr + i, tl.max(bits, 1), mask=i < num_rows, sem="relaxed")
     if COLUMNS:
-        tl.atomic_max(column_max_ptr + j, tl.max(bits, 0), mask=j < C, sem="relaxed")
+        tl.atomic_max(column_max_ptr + j, tl.max(bits, 0), mask=j < num_columns, sem="relaxed")
 
 
 @jit
 def load_scale(absmax_ptr, mask):
-    """From the bits of max|x|: s = max|x| / 448, and 1 / s."""
+    """From the bits of max|x|: scale = max|x| / 448, and 1 / scale."""
     absmax = tl.load(absmax_ptr, mask=mask, other=0).to(tl.float32, bitcast=True)
     # 1e-30 is TINY. A NaN is not below it and stays.
-    s = tl.where(absmax < 1e-30, 1e-30, absmax) * (1 / 448)
-    # Rounded as PyTorch rounds it, so that q has the bits of quantize_rows.
-    return s, tl.div_rn(tl.full(s.shape, 1, tl.float32), s)
+    scale = tl.where(absmax < 1e-30, 1e-30, absmax) * (1 / 448)
+    # Rounded as PyTorch rounds it, so that x8 has the bits of quantize_rows.
+    return scale, tl.div_rn(tl.full(scale.shape, 1, tl.float32), scale)
 
 
 @jit
-def quantize_kernel(x_ptr, row_max_ptr, column_max_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, R, C,
-                    COLUMNS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """One program: a (BR, BC) tile of q (R, C) and, if COLUMNS, of qt (C, R). program_id(0) counts
-    tiles along a row; in absmax_kernel, the other way round, down a column."""
+def quantize_kernel(x_ptr, row_max_ptr, column_max_ptr, x8_ptr, x_scale_ptr, xT8_ptr, xT_scale_ptr,
+                    num_rows, num_columns, COLUMNS: tl.constexpr, BR: tl.constexpr,
+                    BC: tl.constexpr):
+    """One program: a tile of BR rows and BC columns of x8 and, if COLUMNS, the same place of xT8.
+    program_id(0) counts tiles along a row; in absmax_kernel, the other way round, down a column."""
     i = tl.program_id(1).to(tl.int64) * BR + tl.arange(0, BR)
     j = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)
-    mask = (i[:, None] < R) & (j < C)
-    x = tl.load(x_ptr + i[:, None] * C + j, mask=mask, other=0)
-    s, inverse = load_scale(row_max_ptr + i, i < R)
+    mask = (i[:, None] < num_rows) & (j < num_columns)
+    x = tl.load(x_ptr + i[:, None] * num_columns + j, mask=mask, other=0)
+    x_scale, inverse = load_scale(row_max_ptr + i, i < num_rows)
     # All tiles of a row write the same scale.
-    tl.store(s_ptr + i, s, mask=i < R)
-    q = (x.to(tl.float32) * inverse[:, None]).to(q_ptr.dtype.element_ty)
-    tl.store(q_ptr + i[:, None] * C + j, q, mask=mask)
+    tl.store(x_scale_ptr + i, x_scale, mask=i < num_rows)
+    x8 = (x.to(tl.float32) * inverse[:, None]).to(x8_ptr.dtype.element_ty)
+    tl.store(x8_ptr + i[:, None] * num_columns + j, x8, mask=mask)
     if COLUMNS:
-        st, inverse = load_scale(column_max_ptr + j, j < C)
-        tl.store(st_ptr + j, st, mask=j < C)
-        qt = (tl.trans(x).to(tl.float32) * inverse[:, None]).to(qt_ptr.dtype.element_ty)
-        tl.store(qt_ptr + j[:, None] * R + i, qt, mask=(j[:, None] < C) & (i < R))
+        xT_scale, inverse = load_scale(column_max_ptr + j, j < num_columns)
+        tl.store(xT_scale_ptr + j, xT_scale, mask=j < num_columns)
+        xT8 = (tl.trans(x).to(tl.float32) * inverse[:, None]).to(xT8_ptr.dtype.element_ty)
+        mask = (j[:, None] < num_columns) & (i < num_rows)
+        tl.store(xT8_ptr + j[:, None] * num_rows + i, xT8, mask=mask)
 
 
 def fake_quantize_fp8(x, columns):
-    R, C = x.shape
-    rows = [x.new_empty(R, C, dtype=FP8), x.new_empty(R, dtype=torch.float32)]
+    num_rows, num_columns = x.shape
+    x8 = x.new_empty(num_rows, num_columns, dtype=FP8)
+    x_scale = x.new_empty(num_rows, dtype=torch.float32)
     if not columns:
-        return rows
-    return rows + [x.new_empty(C, R, dtype=FP8), x.new_empty(C, dtype=torch.float32)]
+        return [x8, x_scale]
+    xT8 = x.new_empty(num_columns, num_rows, dtype=FP8)
+    xT_scale = x.new_empty(num_columns, dtype=torch.float32)
+    return [x8, x_scale, xT8, xT_scale]
 
 
 @custom_op(fake_quantize_fp8)
 def quantize_fp8(x: Tensor, columns: bool) -> list[Tensor]:
-    """quantize_rows of x and, if columns, of x^T too: q (R, C), s (R,), qt (C, R), st (C,).
+    """quantize_rows of x (rows, columns) and, if columns, of x^T too: x8 (rows, columns), x_scale
+    (rows,), xT8 (columns, rows), xT_scale (columns,).
 
     A NaN or infinity makes its whole row NaN in the product. q_proj, k_proj and v_proj quantise the
     same x: torch.compile merges the three calls into one."""
@@ -1875,29 +1909,31 @@ def quantize_fp8(x: Tensor, columns: bool) -> list[Tensor]:
             return quantize_rows(x) + quantize_rows(x.T.contiguous())
         return quantize_rows(x)
 
-    R, C = x.shape
-    absmax = x.new_zeros(R + C, dtype=torch.int32)
-    row_max, column_max = absmax.split([R, C])
+    num_rows, num_columns = x.shape
+    absmax = x.new_zeros(num_rows + num_columns, dtype=torch.int32)
+    row_max, column_max = absmax.split([num_rows, num_columns])
     # Triton's interpreter rounds to FP8 wrongly: there PyTorch does it.
     dtype = torch.float32 if INTERPRET else FP8
-    q = x.new_empty(R, C, dtype=dtype)
-    s = x.new_empty(R, dtype=torch.float32)
-    rows_of_qt = C if columns else 0
-    qt = x.new_empty(rows_of_qt, R, dtype=dtype)
-    st = x.new_empty(rows_of_qt, dtype=torch.float32)
-    absmax_kernel[triton.cdiv(R, 128), triton.cdiv(C, 64)](
-        x, row_max, column_max, R, C, COLUMNS=columns, BR=128, BC=64, num_warps=4)
-    quantize_kernel[triton.cdiv(C, 128), triton.cdiv(R, 64)](
-        x, row_max, column_max, q, s, qt, st, R, C, COLUMNS=columns, BR=64, BC=128, num_warps=8)
-    return [q.to(FP8), s, qt.to(FP8), st] if columns else [q.to(FP8), s]
+    x8 = x.new_empty(num_rows, num_columns, dtype=dtype)
+    x_scale = x.new_empty(num_rows, dtype=torch.float32)
+    rows_of_xT8 = num_columns if columns else 0
+    xT8 = x.new_empty(rows_of_xT8, num_rows, dtype=dtype)
+    xT_scale = x.new_empty(rows_of_xT8, dtype=torch.float32)
+    absmax_kernel[triton.cdiv(num_rows, 128), triton.cdiv(num_columns, 64)](
+        x, row_max, column_max, num_rows, num_columns, COLUMNS=columns, BR=128, BC=64, num_warps=4)
+    quantize_kernel[triton.cdiv(num_columns, 128), triton.cdiv(num_rows, 64)](
+        x, row_max, column_max, x8, x_scale, xT8, xT_scale, num_rows, num_columns, COLUMNS=columns,
+        BR=64, BC=128, num_warps=8)
+    return [x8.to(FP8), x_scale, xT8.to(FP8), xT_scale] if columns else [x8.to(FP8), x_scale]
 
 
-def scaled_mm(a: Tensor, sa: Tensor, b: Tensor, sb: Tensor) -> Tensor:
-    """(sa a) (sb b)^T in bf16: a (m, k) and b (n, k) in FP8, scales (m,) and (n,) -> (m, n)."""
-    if a.is_cuda:
-        return torch._scaled_mm(a, b.T, scale_a=sa[:, None], scale_b=sb[None],
+def scaled_mm(x8: Tensor, x_scale: Tensor, y8: Tensor, y_scale: Tensor) -> Tensor:
+    """x y^T in bf16: x8 (rows, n) and y8 (columns, n) in FP8 times their scales, (rows,) and
+    (columns,) -> (rows, columns)."""
+    if x8.is_cuda:
+        return torch._scaled_mm(x8, y8.T, scale_a=x_scale[:, None], scale_b=y_scale[None],
                                 out_dtype=torch.bfloat16, use_fast_accum=False)
-    return ((a.float() * sa[:, None]) @ (b.float() * sb[:, None]).T).bfloat16()
+    return ((x8.float() * x_scale[:, None]) @ (y8.float() * y_scale[:, None]).T).bfloat16()
 
 
 class LinearFP8(torch.autograd.Function):
@@ -1906,24 +1942,25 @@ class LinearFP8(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, grad_enabled):
         # Only the backward pass needs the transposes.
-        xq, xs, *x_transposed = quantize_fp8(x, grad_enabled)
-        wq, ws, *w_transposed = quantize_fp8(weight, grad_enabled)
+        x8, x_scale, *x_transposed = quantize_fp8(x, grad_enabled)
+        w8, w_scale, *w_transposed = quantize_fp8(weight, grad_enabled)
         ctx.save_for_backward(*x_transposed, *w_transposed)
-        return scaled_mm(xq, xs, wq, ws)
+        return scaled_mm(x8, x_scale, w8, w_scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        xqt, xst, wqt, wst = ctx.saved_tensors
-        dyq, dys, dyqt, dyst = quantize_fp8(dy, True)
-        dx = scaled_mm(dyq, dys, wqt, wst)
-        dw = scaled_mm(dyqt, dyst, xqt, xst)
+        xT8, xT_scale, wT8, wT_scale = ctx.saved_tensors
+        dy8, dy_scale, dyT8, dyT_scale = quantize_fp8(dy, True)
+        dx = scaled_mm(dy8, dy_scale, wT8, wT_scale)
+        dw = scaled_mm(dyT8, dyT_scale, xT8, xT_scale)
         return dx, dw, None
 
 
 def linear_fp8(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear(x, weight) in bf16 with all three products in FP8: x (..., K), weight (N, K) ->
-    (..., N). FP8 products need sizes that are multiples of 16; others are computed in bf16."""
+    """F.linear(x, weight) in bf16 with all three products in FP8: x (..., inputs), weight
+    (outputs, inputs) -> (..., outputs). FP8 products need sizes that are multiples of 16; others
+    are computed in bf16."""
     rows = x.reshape(-1, x.shape[-1])
     sizes = (*rows.shape, *weight.shape)
     if rows.numel() == 0 or any(size % 16 for size in sizes):

@@ -450,12 +450,12 @@ def test_fused_attention_is_as_exact_as_plain_and_repeats_its_bits(name, fused, 
     operation = attention(G, None if chance is None else random_documents(B, T, chance))
     qkv = torch.randn(B, T, H + 2 * K, D).to(DEVICE, DTYPES[dtype])
     views = qkv.split([H, K, K], dim=2)
-    # In documents of few tokens dS = p (dP - rowsum(O dO)) shows that O was rounded.
+    # In documents of few tokens ds = p (dp - rowsum(out d_out)) shows that out was rounded.
     assert_as_exact_as_plain(operation, views, factor=1.1 if chance is None else 1.5)
 
     before = qkv.clone()
     ours = outcome(operation, views)
-    monkeypatch.setattr(kernels, "DS_BYTES", 1)          # dS of one pair at a time
+    monkeypatch.setattr(kernels, "DS_BYTES", 1)          # ds of one pair at a time
     assert_all_equal(ours, outcome(operation, [t.contiguous() for t in views]))
     assert torch.equal(qkv, before)
 
@@ -557,7 +557,7 @@ def test_flex_attention_is_as_exact_as_plain_and_repeats_its_bits(name, flex):
     B, T, G, H, K, D, chance = FLEX[name]
     operation = attention(G, None if chance is None else random_documents(B, T, chance))
     views = torch.randn(B, T, H + 2 * K, D).to(DEVICE, DTYPES[-1]).split([H, K, K], dim=2)
-    # As with the kernels, dS shows that O was rounded: most in documents of few tokens.
+    # As with the kernels, ds shows that out was rounded: most in documents of few tokens.
     assert_as_exact_as_plain(operation, views, factor=1.1 if chance is None else 2.0)
     assert_all_equal(outcome(operation, views), outcome(operation, views))
 
@@ -702,12 +702,12 @@ def test_tiles_are_numbered_as_the_plain_numbering_says(fused):
     assert places.tolist() == [[i, j] for i, j in kernels.lower_tiles(rows)]
 
 
-# E, m, k: one tile; some with a part of one; more than the eight rows that a band has
-@pytest.mark.parametrize("E, m, k", [(1, 32, 80), (3, 264, 48), (1, 1168, 16)])
-def test_a_symmetric_product_is_as_exact_as_torchs(E, m, k, fused, poisoned):
+# E, m, n: one tile; some with a part of one; more than the eight rows that a band has
+@pytest.mark.parametrize("E, m, n", [(1, 32, 80), (3, 264, 48), (1, 1168, 16)])
+def test_a_symmetric_product_is_as_exact_as_torchs(E, m, n, fused, poisoned):
     for dtype in DTYPES[-2:] if m == 264 else DTYPES[-1:]:
-        by_rows = torch.randn(E, m, k).to(DEVICE, dtype)
-        by_columns = torch.randn(E, k, m).to(DEVICE, dtype).mT
+        by_rows = torch.randn(E, m, n).to(DEVICE, dtype)
+        by_columns = torch.randn(E, n, m).to(DEVICE, dtype).mT
         d = torch.randn(E, m, m).to(DEVICE, dtype)
         for x in by_rows, by_columns:
             assert_symmetric_product(x, None, 0.0)
