@@ -622,8 +622,8 @@ def generation_step(block: Block, x: Tensor, angles: tuple[Tensor, Tensor],
 
 @functools.cache
 def compiled_generation_step() -> Callable:
-    """The block is an argument of it, so that all layers share one graph. It fits any number of rows but
-    one: PyTorch treats a size of 1 as a constant."""
+    """The block is an argument of the graph, so that all layers share it. It fits any number of
+    rows but one: PyTorch treats a size of 1 as a constant."""
     return torch.compile(generation_step, dynamic=True)
 
 

@@ -4,8 +4,8 @@
 # A fresh PolyNorm returns numbers of a root mean square of 0.71, whatever its input's. SiLU of a
 # fresh gate_proj returns 0.30, which PolyNorm does at a scale of 0.42. The default is 1/16 since
 # these runs, but config/evidence.py begins with 1. The first two runs are those of the same names
-# in config/grids/attention.py. lr8 means: the four scalars at 8 times the learning rate; lr8e-3: all
-# parameters at 8e-3.
+# in config/grids/attention.py. lr8 means: the four scalars at 8 times the learning rate; lr8e-3:
+# all parameters at 8e-3.
 
 runs = {
     "4to1-swiglu": {"activation": "swiglu"},
