@@ -39,8 +39,9 @@ import kernels
 # then among all steps dW with |dW x| <= |x| for every x, -O lowers the loss most, to first order.
 #
 # Does it pay? In runs of 52M tokens with 115M parameters the loss is lower than AdamW's, at the
-# best of three learning rates, by 0.592 nats per token, +- 0.006. No logit reached
-# QK-clip's threshold in them. (MEASUREMENTS.md has these runs.)
+# best of three learning rates, by 0.592 nats per token, +- 0.006. Part of that may be the embedding,
+# which AdamW trains in both: at 1e-3 there, at 4e-3 beside Muon. No logit reached QK-clip's
+# threshold in them. (MEASUREMENTS.md has these runs.)
 #
 # Newton-Schulz. An SVD is slow on a GPU; matrix products are fast. Start with X = u / |u|_F, whose
 # singular values are at most 1. With A = X X^T, one step is
