@@ -39,9 +39,9 @@ import kernels
 # then among all steps dW with |dW x| <= |x| for every x, -O lowers the loss most, to first order.
 #
 # Does it pay? In runs of 52M tokens with 115M parameters the loss is lower than AdamW's, at the
-# best of three learning rates, by 0.592 nats per token, +- 0.006. Part of that may be the embedding,
-# which AdamW trains in both: at 1e-3 there, at 4e-3 beside Muon. No logit reached QK-clip's
-# threshold in them. (MEASUREMENTS.md has these runs.)
+# best of three learning rates, by 0.592 nats per token, +- 0.006. Part of that may be the
+# embedding, which AdamW trains in both: at 1e-3 there, at 4e-3 beside Muon. No logit reached
+# QK-clip's threshold in them. (MEASUREMENTS.md has these runs.)
 #
 # Newton-Schulz. An SVD is slow on a GPU; matrix products are fast. Start with X = u / |u|_F, whose
 # singular values are at most 1. With A = X X^T, one step is
@@ -470,6 +470,12 @@ class MuonClip(torch.optim.Optimizer):
         if max_logits is not None and self.qk and self.tau:
             self._qk_clip_step(max_logits.masked_fill(skip, 0))
 
+    def add_param_group(self, group: dict) -> None:
+        if hasattr(self, "exchanges"):
+            raise ValueError("the exchange of shards is planned once: give MuonClip all parameters "
+                             "when you make it")
+        super().add_param_group(group)
+
     def _muon_step(self, group: dict, skip: Tensor) -> None:
         scalars = self._step_scalars(group, skip)
         whole = [p for p in group["params"] if p.grad is not None and not is_spread(p)]
@@ -623,12 +629,13 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 # The idea (Motif-2, arXiv 2511.07464). Every matrix has one owner. All ranks send the owner their
 # shards of u. The owner puts the matrix together, orthogonalises it, and sends every rank its shard
 # of O. So each matrix is orthogonalised once, and different ranks do different ones at the same
-# time. On CPUs, in bf16, the result is bit-identical to that of one process. Elsewhere one process
-# stacks small matrices, and a stack may be rounded otherwise than each matrix alone.
+# time. The result is that of one process, which stacks small matrices: on a CPU in bf16 to the bit;
+# on a GPU, or in fp32, a stack may be rounded otherwise than each matrix alone.
 #
-# The timeline. A step goes in chunks, of about one large matrix for each rank, so that a rank holds
-# few whole matrices at a time, and one chunk can travel while another is computed. For each chunk k
-# one all-to-all carries u(k) to the owners and one carries O(k) back. 12 equal matrices on 4 ranks:
+# The timeline. A step goes in chunks, in each of which a rank has about as much to do as one large
+# matrix takes. So it holds few whole matrices at a time, and one chunk can travel while another is
+# computed. For each chunk k one all-to-all carries u(k) to the owners and one carries O(k) back. 12
+# equal matrices on 4 ranks:
 #
 #     rank 0         | NS of matrix 0 | NS of matrix 4 | NS of matrix 8  |
 #     rank 1         | NS of matrix 1 | NS of matrix 5 | NS of matrix 9  |
@@ -637,9 +644,10 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 #     network   u(0) | u(1)           | O(0), u(2)     | O(1)            | O(2)
 #
 # What it costs. The matrices have N numbers, on C ranks. A rank receives u of what it owns, N / C
-# numbers, and its shard of every O, another N / C; of both it has a C-th itself. So it receives
-# 2 N / C (1 - 1 / C). If it gathered every matrix, it would receive N (1 - 1 / C). For the 12.7B
-# model on 8 GPUs in bf16 (N = 10.9e9) that is 4.77 GB instead of 19.08, and an eighth of the FLOPs.
+# numbers, and its shard of every O, another N / C. A C-th of each is its own already. So it
+# receives 2 N / C (1 - 1 / C). If it gathered every matrix, it would receive N (1 - 1 / C). For the
+# 12.7B model on 8 GPUs in bf16 (N = 10.9e9) that is 4.77 GB instead of 19.08, and an eighth of the
+# FLOPs.
 #
 # Below come the plan (who owns what, and when), its execution (what a rank sends and receives), and
 # the step. Several replicas of a sharded model (HSDP) are a variation: replicas_per_muon_group.
@@ -659,11 +667,12 @@ def assign_owners(shapes, ranks: int) -> tuple[list, list]:
 
     Cut this schedule into windows, each as long as the largest matrix takes; the matrices that
     start in one window are one chunk -> (the owner of each matrix, the matrices of each chunk).
-    At the end of a chunk any two ranks have done equal work so far, up to one matrix.
+    At the end of a chunk any two ranks have done equal work so far, up to the largest matrix.
 
-    Four matrices take 3, 2, 2 and 1 units of time. Rank 0 starts the first at time 0 and the last
-    at time 3, which is in the second window; rank 1 starts the others at times 0 and 2. After the
-    first chunk the ranks have done 3 and 4 units, after the second 4 and 4:
+    Four matrices take 3, 2, 2 and 1 times 1920 FLOPs, which is our unit of time. Rank 0 starts the
+    first at time 0 and the last at time 3, which is in the second window; rank 1 starts the others
+    at times 0 and 2. After the first chunk the ranks have done 3 and 4 units, after the second 4
+    and 4:
 
     >>> assign_owners([(4, 16), (4, 10), (4, 10), (4, 4)], ranks=2)
     ([0, 1, 1, 0], [[0, 1, 2], [3]])
@@ -692,17 +701,22 @@ class MuonPlan:
     """Who orthogonalises which matrix, and how many numbers each rank sends to each. It follows
     from shapes alone, so there are also plans for GPUs that are not there.
 
-    i is a matrix, r and s are ranks, d is a dimension of the mesh, k a chunk.
+    The arguments, where i is a matrix:
 
-    shapes[i]        (m, n)
+    shapes[i]        (m, n), or (..., m, n) for a stack, which one rank owns
     shard_dims[i]    as the function shard_dims returns it, e.g. (0,)
-    mesh             the ranks; torch.arange(8) has 8 shards of each matrix
+    mesh             the ranks by their global numbers: torch.arange(8) for 8 shards of each matrix
+
+    What follows from them, where k is a chunk, and r, s and owners are ranks, numbered from 0 by
+    rising global number, as in a process group:
+
     owner[i]         the rank that orthogonalises matrix i
     chunks[k]        the matrices of chunk k, sorted by owner, then by i
     slices[i][r]     the part of matrix i that rank r holds
     is_sender[i][r]  whether rank r sends its shard of u to the owner of matrix i: all ranks do,
                      where there is one replica
-    counts[name][k, r, s]  how many numbers of "u" or "O" of chunk k rank r sends to rank s
+    counts[name][k, r, s]  how many numbers of "u" or "O" of chunk k rank r sends to rank s, which
+                     may be itself
 
     Two ranks, three matrices. Rank 0 owns the large one, rank 1 the two others. Each rank sends
     rank 0 its half of u of matrix 0, 16 numbers, and rank 1 its halves of matrices 1 and 2, 8 + 4
@@ -715,11 +729,22 @@ class MuonPlan:
     >>> plan.counts["u"][0].tolist(), plan.counts["O"][0].tolist()
     ([[16, 12], [16, 12]], [[16, 16], [12, 12]])
 
-    The order of numbers in a message is never sent, so sender and receiver must agree on it: what
-    one rank sends to another is sorted by i. And the pieces that a rank sends stand in the order of
-    the ranks that get them, those that it receives in the order of the ranks that sent them. So
-    rank 0 sends u of matrix 0, 1, 2, as in chunks[0]; and rank 1, which owns two, receives u of
-    matrix 1 and 2 of rank 0, then the same of rank 1 (pieces)."""
+    Two replicas of two shards (HSDP). Each matrix has an owner among the four ranks, and only the
+    owner's replica sends it u. Ranks 2 and 3 are the replica of matrix 2's owner:
+
+    >>> plan = MuonPlan(shapes, shard_dims=3 * [(None, 0)], mesh=torch.tensor([[0, 1], [2, 3]]))
+    >>> plan.owner, plan.is_sender[2]
+    ([0, 1, 2], [False, False, True, True])
+    >>> plan.counts["u"][0].tolist()
+    [[16, 8, 0, 0], [16, 8, 0, 0], [0, 0, 4, 0], [0, 0, 4, 0]]
+
+    Messages carry numbers alone. In which order they stand, all ranks know from chunks[k]:
+
+        u leaves a rank       by (owner, i), as in chunks[k]
+        u reaches its owner   by (sender, i)
+        O leaves its owner    by (receiver, i)
+        O reaches a rank      by (owner, i), as in chunks[k] again
+    """
 
     def __init__(self, shapes, shard_dims, mesh: Tensor):
         ranks = mesh.numel()
@@ -732,8 +757,7 @@ class MuonPlan:
         O_counts = torch.zeros_like(u_counts)
         self.counts = {"u": u_counts, "O": O_counts}
 
-        # Where in the mesh each rank is. Here, as in a process group, rank r is the one with the
-        # r-th smallest global number.
+        # Where in the mesh each rank is.
         places = [(mesh == rank).nonzero()[0] for rank in sorted(mesh.flatten().tolist())]
         coords = torch.stack(places)                                                # [r, d]
         for k, chunk in enumerate(self.chunks):
@@ -743,9 +767,9 @@ class MuonPlan:
                 self.slices[i] = []
                 sizes = torch.zeros(ranks, dtype=torch.int64)
                 for r, coord in enumerate(coords.tolist()):
-                    slices = local_slices(shapes[i], mesh.shape, dims, coord)
-                    self.slices[i].append(slices)
-                    sizes[r] = math.prod(s.stop - s.start for s in slices)
+                    part = local_slices(shapes[i], mesh.shape, dims, coord)
+                    self.slices[i].append(part)
+                    sizes[r] = math.prod(cut.stop - cut.start for cut in part)
 
                 # The owner's replica sends u: it has the owner's coordinates in all dimensions of
                 # the mesh that replicate the matrix. With one replica there is no such dimension,
@@ -759,16 +783,18 @@ class MuonPlan:
                 O_counts[k, owner, :] += sizes
 
     def pieces(self, matrices: dict[int, Tensor]) -> Iterator:
-        """Yield (i, r, a view of what rank r holds of matrix i), in the order in which the owner of
-        these matrices gets their pieces, and sends them."""
+        """Yield (i, r, a view of what rank r holds of matrix i) by (r, i): the order in which the
+        owner of these matrices sends their pieces and, without those of ranks that do not send u,
+        gets them."""
         for r in range(self.mesh.numel()):
             for i, matrix in matrices.items():
                 yield i, r, matrix[self.slices[i][r]]
 
 
 def replicas_per_muon_group(shapes, ranks: int, replicas: int) -> int:
-    """Choose how many replicas of the model share the owners: so many that the average rank has no
-    more to do than the largest matrix takes. With more, O goes to more ranks, and hardly sooner.
+    """Choose how many replicas of the model share the owners, R of `replicas`, on `ranks` ranks in
+    all: the fewest with which the average rank has no more to do than the largest matrix takes, or
+    all of them. With more, O goes to more ranks, and hardly sooner.
 
     HSDP keeps several replicas, each on C ranks. Each could do Parallel Muon by itself, but then
     all would do the same work. So R of them form a group, and a matrix has one owner in the group.
@@ -780,9 +806,9 @@ def replicas_per_muon_group(shapes, ranks: int, replicas: int) -> int:
     """
     flops = [newton_schulz_flops(shape) for shape in shapes]
     enough = sum(flops) / max(flops)                # ranks
-    for count in range(1, replicas):
-        if replicas % count == 0 and count * ranks / replicas >= enough:
-            return count
+    for R in range(1, replicas):
+        if replicas % R == 0 and R * ranks / replicas >= enough:
+            return R
     return replicas
 
 
@@ -802,6 +828,8 @@ class ShardExchange:
         self.plan = plan
         self.params = params
         self.nothing = torch.empty(0, dtype=dtype, device=params[0].device)     # cat([]) would fail
+        sends = [plan.is_sender[i][self.me] for i in range(len(params))]
+        self.this_rank_sends = torch.tensor(sends, device=params[0].device)
         self.under_way = {}
 
     def send(self, name: str, k: int, pieces: list[Tensor]) -> None:
@@ -816,7 +844,8 @@ class ShardExchange:
         self.under_way[name, k] = (work, received)
 
     def receive(self, name: str, k: int) -> Tensor:
-        """Wait for what send() started, and free the buffer that was sent, which `work` holds."""
+        """Wait for what send() started, and free the buffer that was sent, which `work` holds. On a
+        GPU only the stream waits, and the host goes on."""
         work, received = self.under_way.pop((name, k))
         work.wait()
         return received
@@ -854,19 +883,19 @@ class ShardExchange:
         self.send("O", k, pieces)
 
     def apply_results(self, k: int, optimizer: MuonClip, scalars: SimpleNamespace) -> None:
-        """Wait for O(k), and update this rank's shards of the weights of chunk k."""
+        """Wait for O(k), which comes in the order of chunks[k], and update this rank's shards of
+        those weights."""
         params = [self.params[i] for i in self.plan.chunks[k]]
         sizes = [local_shard(p).numel() for p in params]
         for p, O_shard in zip(params, self.receive("O", k).split(sizes)):
             optimizer.apply_result(p, O_shard, scalars)
 
     def finish_update_rms(self, optimizer: MuonClip) -> None:
-        """Add up the ranks' parts of each update_rms, of their shards. Where there are several
-        replicas, only those that send to the owner count, since they hold every shard once."""
+        """Make each update_rms that of the whole matrix: add up the squares of all ranks' parts,
+        and take the root. Where there are several replicas, only the ranks that send to the owner
+        count, since they hold every shard once."""
         partial_rms = torch.stack([optimizer.update_rms[p] for p in self.params])
-        sends = [self.plan.is_sender[i][self.me] for i in range(len(self.params))]
-        sends = torch.tensor(sends, device=partial_rms.device)
-        mean_square = partial_rms.square() * sends
+        mean_square = partial_rms.square() * self.this_rank_sends
         dist.all_reduce(mean_square, group=self.process_group)
         for p, rms in zip(self.params, mean_square.sqrt()):
             optimizer.update_rms[p] = rms
@@ -885,13 +914,13 @@ def build_exchanges(matrices: list[Tensor], dtype: torch.dtype) -> list[ShardExc
         shapes = [p.shape for p in params]
         dims = [shard_dims(p) for p in params]
 
-        # If the first dimension replicates every matrix, cut the mesh into groups along it: of 4
-        # replicas with together = 2, ranks of replicas 2 and 3 take the mesh of these two.
+        # If the first dimension of the mesh replicates every matrix, this rank's group is R rows of
+        # the mesh: of 4 replicas with R = 2, rows 0 and 1, or rows 2 and 3.
         mesh = device_mesh.mesh
         if all(d[0] is None for d in dims):
-            together = replicas_per_muon_group(shapes, mesh.numel(), len(mesh))
-            first = device_mesh.get_coordinate()[0] // together * together
-            mesh = mesh[first:first + together]
+            R = replicas_per_muon_group(shapes, mesh.numel(), len(mesh))
+            first_replica = device_mesh.get_coordinate()[0] // R * R
+            mesh = mesh[first_replica:first_replica + R]
 
         plan = MuonPlan(shapes, dims, mesh)
         exchanges.append(ShardExchange(plan, params, dtype))
@@ -919,8 +948,8 @@ def parallel_muon_step(optimizer: MuonClip, exchange: ShardExchange,
             results[i] = newton_schulz(updates.pop(i), **optimizer.ns_options)
 
         # Phase 4: wait for O(k-1), which travelled during phase 3, and update this rank's shards.
-        # A rank that has less to do in chunk k need not wait for those that have more: they sent
-        # O(k-1) and u(k+1) before they began. So ranks may be one chunk apart.
+        # All ranks sent O(k-1) and u(k+1) before they began phase 3. So a rank that is done first
+        # does not wait here: ranks may be one chunk apart.
         if k > 0:
             exchange.apply_results(k - 1, optimizer, scalars)
 
