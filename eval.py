@@ -27,7 +27,8 @@ import re
 import sys
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -387,6 +388,7 @@ def score_batch(model: Motif, batch: list[LoglikelihoodRequest], prefix_cache: K
         log_p = score_rows(model, rows, lengths[part], cache=copies)
         for (i, j, _), rest in zip(remaining[part], log_p):
             scores[i][j] = torch.cat([scores[i][j], rest])
+        del copies          # before the next ones are made
 
     # Only the choice counts, not the last words of a context.
     for request, row_scores in zip(batch, scores):
@@ -468,6 +470,7 @@ def generate_replies(model: Motif, text: PromptEncoder, prompts: list[list[int]]
         decoder = Decoder(model, stack_rows(ids, device), max_new_tokens, temperature,
                           prompt_lengths=prompt_lengths, row_seeds=row_seeds)
         yield from decode_until_stop(decoder, batch, text, until, max_new_tokens)
+        del decoder         # its cache must be gone before the next batch gets one
 
 
 def prompt_room(model: Motif, max_new_tokens: int) -> int:
@@ -545,20 +548,26 @@ def generation(task: Task, examples: dict[int, Example], model: Motif, text: Pro
     # A chat model's program may have several functions, and its fence must be closed.
     until = () if has_own_fence(task, c.chat) else task.until
     replies = {i: {} for i in examples}
-    jobs = []
+    jobs = set()
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    with ThreadPoolExecutor(max(1, os.cpu_count() // ranks_here)) as pool:
+    pool = ThreadPoolExecutor(max(1, os.cpu_count() // ranks_here))
+    try:
         for k, reply in generate_replies(model, text, prompts, until, task.max_new_tokens,
                                          c.kv_cache_tokens, c.temperature, seeds):
             i = numbers[k]
             replies[i][k] = reply
             if len(replies[i]) == num_samples:
                 in_order = [replies[i][number] for number in sorted(replies[i])]
-                jobs.append(pool.submit(judge, i, in_order))
-            while jobs and jobs[0].done():
-                yield jobs.pop(0).result()
-        for job in jobs:
+                jobs.add(pool.submit(judge, i, in_order))
+            done = {job for job in jobs if job.done()}
+            jobs -= done
+            for job in done:
+                yield job.result()
+        for job in as_completed(jobs):
             yield job.result()
+    finally:
+        # After an error or Ctrl-C the jobs that still wait for a thread are not begun.
+        pool.shutdown(cancel_futures=True)
 
 
 def generation_prompt(task: Task, example: Example, text: PromptEncoder,
@@ -752,8 +761,9 @@ def measure_task(name: str, task: Task, questions: dict[int, Example], records: 
                 "bits_per_byte": bits_per_byte}
     measured = measures[task.kind](task, mine, model, text, c)
     new = {}
-    # Unbuffered, so that a record is one write, and ranks do not write into each other's lines.
-    with (out / "samples.jsonl").open("ab", buffering=0) as file:
+    # Closing: if a record cannot be written, no program is run any more. Unbuffered, so that a
+    # record is one write, and ranks do not write into each other's lines.
+    with closing(measured), (out / "samples.jsonl").open("ab", buffering=0) as file:
         for i, record in with_progress(name, len(mine), measured):
             new[name, i] = {"task": name, "doc": i, "hash": hashes[i], **record}
             file.write(record_line(new[name, i]))

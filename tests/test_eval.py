@@ -10,6 +10,9 @@ import re
 import shutil
 import socket
 import sys
+import threading
+import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -357,6 +360,44 @@ def test_equal_choices_are_equally_likely_whatever_pass_they_come_to(
     assert record["acc"] == 1.0
 
 
+@pytest.fixture
+def cached_tokens(monkeypatch):
+    """A list to which, whenever a cache is made, the tokens are added that all living caches have
+    room for."""
+    living = weakref.WeakSet()
+    totals = []
+    init = KVCache.__init__
+
+    def noted(cache, *options):
+        init(cache, *options)
+        living.add(cache)
+        totals.append(sum(len(other.lengths) * other.max_length for other in living))
+    monkeypatch.setattr(KVCache, "__init__", noted)
+    return totals
+
+
+def test_the_scorer_s_caches_keep_to_the_budget_together(model, monkeypatch, cached_tokens):
+    """Ten prompts of 100 tokens fill half of the budget. Their 30 choices take several passes,
+    each with copies that fill the other half."""
+    monkeypatch.setattr(evaluation, "CPU_BATCH_TOKENS", 10**6)
+    requests = []
+    for i in range(10):
+        context = [i] * 100
+        pairs = [(context, [j] * 20) for j in (200, 201, 202)]
+        requests.append(LoglikelihoodRequest(i, pairs, MAX_LENGTH))
+    dict(evaluation.loglikelihoods(model, requests, kv_cache_tokens=2000))
+    assert len(cached_tokens) > 4
+    assert 1900 < max(cached_tokens) <= 2000
+
+
+def test_the_caches_of_generation_keep_to_the_budget(model, text, cached_tokens):
+    prompts = [[i] * 20 for i in range(12)]
+    budget = 4 * (20 + 24)
+    found = dict(evaluation.generate_replies(model, text, prompts, (), 24, budget))
+    assert len(found) == 12 and len(cached_tokens) >= 3
+    assert 0.9 * budget < max(cached_tokens) <= budget
+
+
 def test_what_prompts_share_is_read_once(model, monkeypatch):
     """40 questions behind the same 300 ids, each with two choices of two ids."""
     tokens_read = []
@@ -539,6 +580,61 @@ def test_draws_from_a_number_for_each_row_have_the_probabilities_of_the_softmax(
     torch.testing.assert_close(shares, (logits[0] / 0.7).softmax(-1), atol=3e-4, rtol=0)
     last = sample_next_token(logits[:1], 1.0, 2, None, torch.tensor([[1 - 2**-24]]))
     assert last.item() in (1, 3)
+
+
+@pytest.fixture
+def judge_in_threads(monkeypatch):
+    """judge_in_threads(judge, num_threads): replies are judged by this function of the example."""
+    def use(judge, num_threads):
+        monkeypatch.setattr(os, "cpu_count", lambda: num_threads)
+        monkeypatch.setattr(evaluation, "judge_replies",
+                            lambda task, example, replies, chat: judge(example))
+    return use
+
+
+def test_a_question_is_done_when_it_is_judged_though_an_earlier_one_is_not(
+        model, text, monkeypatch, judge_in_threads):
+    may_end = threading.Event()
+
+    def judge(example):
+        if example.text == "slow":
+            may_end.wait(10)
+        return {}
+    judge_in_threads(judge, 2)
+    replace_replies(monkeypatch, ["x", "y", "z"])
+    examples = {0: Example("slow"), 1: Example("b"), 2: Example("c")}
+    found = evaluation.generation(TASKS["chains"], examples, model, text, Config())
+    first_two = {next(found)[0], next(found)[0]}
+    may_end.set()
+    assert first_two == {1, 2}
+    assert [i for i, _ in found] == [0]
+
+
+@pytest.mark.parametrize("place", ["generate_replies", "record_line"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_after_an_error_the_questions_that_wait_are_not_judged(
+        run, monkeypatch, judge_in_threads, place, error):
+    judged = []
+
+    def judge(example):
+        judged.append(example)
+        time.sleep(0.05)
+        return {"acc": 1.0}
+    judge_in_threads(judge, 1)
+
+    def twenty_replies(*options):
+        yield from enumerate(["x"] * 20)
+        if place == "generate_replies":
+            raise error
+
+    def fail(record):
+        raise error
+    monkeypatch.setattr(evaluation, "generate_replies", twenty_replies)
+    if place == "record_line":
+        monkeypatch.setattr(evaluation, "record_line", fail)
+    with pytest.raises(SystemExit):
+        run(tasks="chains", limit=20, benchmark_dir=None)
+    assert 1 <= len(judged) < 10
 
 
 class ScriptedDecoder:
