@@ -34,6 +34,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Iterator, Literal
+from urllib.parse import unquote
 
 import torch
 import torch.distributed as dist
@@ -45,8 +46,8 @@ from configurator import Count, NonNegative, Size, UserError, one_line
 from model import Decoder, KVCache, Motif
 from pretrain import COMPUTE_DTYPE, compute_precision, pick_device
 from support.ranks import RANK, WORLD, all_gather_object, rank0_only, run_main
-from support.run_folder import (checkpoint_steps, is_out_of_memory, latest_checkpoint,
-                                read_state)
+from support.run_folder import (is_out_of_memory, latest_checkpoint, read_state,
+                                whole_checkpoints)
 from support.scores import (format_table, load_previous, record_line, save_results,
                             scores_by_metric, summarize)
 from support.tasks import (CHAINS, TASKS, Example, Task, has_own_fence, judge_replies,
@@ -664,11 +665,11 @@ class Config:
 
 def select_tasks(c: Config) -> dict[str, Task]:
     """The tasks that c.tasks names."""
-    if c.num_samples > 1 and c.temperature == 0:
-        raise UserError(f"num_samples={c.num_samples} would all be the same at temperature 0; give "
-                        "--temperature=0.8")
     names = []
     for name in c.tasks.split(","):
+        if not name:
+            raise UserError(f"tasks={c.tasks!r}: a name is empty; write names with one comma "
+                            "between them")
         names += BPB_TASKS if name == "bpb" else [name]
 
     tasks = {}
@@ -678,8 +679,8 @@ def select_tasks(c: Config) -> dict[str, Task]:
         if name == "bpb:replies":
             tasks[name] = replace(CHAINS, kind="bits_per_byte")
         elif name.startswith("bpb:"):
-            source = partial(read_texts, name.removeprefix("bpb:"), c.limit)
-            tasks[name] = Task(Example, "bits_per_byte", source=source)
+            source = partial(read_texts, source_of(name), c.limit)
+            tasks[name] = Task(read=Example, kind="bits_per_byte", source=source)
         elif name in TASKS:
             tasks[name] = TASKS[name]
         else:
@@ -690,7 +691,24 @@ def select_tasks(c: Config) -> dict[str, Task]:
         if tasks[name].program and not c.run_code:
             raise UserError(f"{name} runs programs that the model writes, in a sandbox; give "
                             "--run_code to allow that")
+    if c.num_samples > 1 and not any(task.program for task in tasks.values()):
+        raise UserError(f"num_samples={c.num_samples} is for tasks whose replies are programs, and "
+                        f"{c.tasks} has none; leave it out or give --tasks=humaneval, say")
+    if c.num_samples > 1 and c.temperature == 0:
+        raise UserError(f"num_samples={c.num_samples} would all be the same at temperature 0; give "
+                        "--temperature=0.8")
     return tasks
+
+
+def source_of(task_name: str) -> str:
+    """The source of a task bpb:SOURCE. Its path, which ends at a question mark, may have letters
+    as %XX. support/sources.py reads the options behind that in the same way.
+
+    >>> source_of("bpb:books/a%2Cb.txt")
+    'books/a,b.txt'
+    """
+    path, question_mark, options = task_name.removeprefix("bpb:").partition("?")
+    return unquote(path) + question_mark + options
 
 
 # ---- the run: samples and results
@@ -804,20 +822,13 @@ def find_models(c: Config) -> dict[str, Path]:
     folder = model_folder(c.model)
     if not folder.is_dir():
         raise UserError(f"model={c.model} is neither a folder nor owner/name of the Hub")
-    complete = {}
-    for step in sorted(checkpoint_steps(folder)):
-        checkpoint = folder / f"step_{step}"
-        try:
-            read_state(checkpoint)
-        except UserError as e:
-            print(f"{e}; passing it over")
-            continue
-        complete[checkpoint.name] = checkpoint
-
-    if complete and c.plot:
-        return complete
-    if complete:
-        return {"measured": list(complete.values())[-1]}
+    if c.plot:
+        found = {checkpoint.name: checkpoint for checkpoint, _ in whole_checkpoints(folder)}
+        if found:
+            return dict(reversed(found.items()))     # the oldest first
+    newest = latest_checkpoint(folder)
+    if newest:
+        return {"measured": newest[0]}
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"model={c.model} holds no complete checkpoint")
     return {"measured": folder}
@@ -868,7 +879,10 @@ def run(c: Config) -> None:
         torch.cuda.set_device(device)  # on which CUDA graphs are recorded
     models = find_models(c)
     c.precision = compute_precision(c, device)
-    if c.prompt is not None or c.tasks == "chat":
+    if c.prompt is not None and c.tasks != "chat":
+        raise UserError(f"prompt={c.prompt!r} begins a chat, and tasks={c.tasks} is none; give "
+                        "--tasks=chat, or leave the prompt out")
+    if c.tasks == "chat":
         from tools.chat import start_chat
         newest = list(models.values())[-1]
         start_chat(newest, c, device)

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ import tools.chat
 from configurator import UserError
 from eval import Config, LoglikelihoodRequest, PromptEncoder
 from model import KVCache, Motif, MotifConfig
-from support import ranks
+from support import ranks, run_folder
 from support.conversations import EVAL_DOMAINS, load_conversations
 from support.generation import sample_next_token
 from support.ranks import run_main
@@ -485,6 +486,16 @@ def test_bits_per_byte_are_those_of_whole_windows(run, model, text):
     assert record["bytes"] == len(content)
 
 
+def test_the_source_of_a_text_may_have_a_comma_written_as_a_code(run):
+    Path("a,b.txt").write_text("Ships sail.")
+    write_rows("q&a.jsonl", [{"q": "Do ships sail?", "a": "Yes."}])
+    names = ["bpb:a%2Cb.txt", "bpb:q%26a.jsonl?text=q%2Ca"]
+    _, (first, second) = run(tasks=",".join(names))
+    assert first["prompt"] == "Ships sail."
+    assert second["prompt"] == "Do ships sail?\n\nYes."
+    assert list(results("o")) == names
+
+
 # ---- generation, against greedy passes without a cache
 
 @torch.no_grad()
@@ -881,6 +892,29 @@ def test_stages_stand_side_by_side_and_are_measured_once(
     assert Path("out/eval/scores.png").exists()
 
 
+def test_a_checkpoint_that_is_damaged_is_passed_over_as_in_training(tmp_path, model_dir, capsys,
+                                                                    monkeypatch):
+    """step_4 has the state of another step, and step_6 has none."""
+    for step in (1, 3, 4):
+        folder = tmp_path / f"step_{step}"
+        shutil.copytree(model_dir, folder)
+        state = {"files": {}, "config": {"tokenizer": "byte"}, "step": min(step, 3)}
+        (folder / "state.json").write_text(json.dumps(state))
+    (tmp_path / "step_6").mkdir()
+
+    c = Config(model=str(tmp_path))
+    newest, _ = run_folder.latest_checkpoint(tmp_path)
+    warnings = capsys.readouterr().out
+    assert len(warnings.splitlines()) == 2
+    assert evaluation.find_models(c) == {"measured": newest} == {"measured": tmp_path / "step_3"}
+    assert capsys.readouterr().out == warnings
+
+    monkeypatch.setattr(run_folder, "RANK", 1)
+    found = evaluation.find_models(replace(c, plot=True))
+    assert list(found) == ["step_1", "step_3"]
+    assert capsys.readouterr().out == ""
+
+
 def test_a_limited_run_goes_on_without_the_limit(run):
     expected = FIXTURE["mmlu"]
     subjects = [row["subject"] for row in expected["rows"]]
@@ -988,6 +1022,11 @@ def test_ctrl_c_ends_a_reply(model, text, monkeypatch, capsys):
 @pytest.mark.parametrize("options, words", [
     ({"tasks": "arc_esay"}, "arc_esay.*arc_easy"),
     ({"tasks": "chat,mmlu"}, "--tasks=chat"),
+    ({"tasks": "chains,"}, "a name is empty"),
+    ({"tasks": ""}, "a name is empty"),
+    ({"tasks": "chains", "prompt": "Hello"}, "prompt='Hello'.*--tasks=chat"),
+    ({"tasks": "arc_easy,chains", "num_samples": 4},
+     "num_samples=4 .*arc_easy,chains.*leave it out"),
     ({"tasks": "humaneval"}, "--run_code"),
     ({"tasks": "humaneval", "run_code": True, "num_samples": 10}, "num_samples.*--temperature"),
     ({"tasks": "arc_easy", "benchmark_dir": "none"}, "none/arc_easy_test.jsonl"),
