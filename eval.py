@@ -716,31 +716,45 @@ def source_of(task_name: str) -> str:
 # A record is written to samples.jsonl as soon as its question is measured. A later run in the same
 # folder uses a record again if nothing that decides it has changed:
 #
-#     the model and the settings    results.json notes them for all records; if one has changed, all
-#                                   records are dropped
-#     the question                  its hash, few-shot examples included, is in the record
+#     the model, chat, precision    results.json notes them for all records. If one has changed, all
+#                                   records and results are dropped. A model in another folder is
+#                                   an error, which asks for another out_dir
+#     the question                  The record has a hash of it, few-shot examples included
+#     temperature, seed,            They decide replies alone. So they are in the hash of a question
+#     num_samples                   that asks for a reply, and in results.json beside its scores
 #
 # The code of a task is not looked at: if you change it, give another --out_dir.
 
 def settings_of(folder: Path, text: PromptEncoder, c: Config) -> dict:
-    """What decides a record, besides its question. The stamp is a hash of the model: of config.json
-    and of the tokenizer; and, as the weights would take long to read, of the size of their files
-    and of the time when each was changed."""
+    """What decides all records. The stamp is a hash of the model: of config.json and of the
+    tokenizer; and, as the weights would take long to read, of the size of their files and of the
+    time when each was changed."""
     parts = [(folder / "config.json").read_bytes(), text.tokenizer.fingerprint(), text.begin]
     for file in sorted(folder.glob("*.safetensors*")):    # also the index
         parts.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
     stamp = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
-    settings = {"model": str(folder), "stamp": stamp}
-    for key in ("chat", "temperature", "num_samples", "seed", "precision"):
-        settings[key] = getattr(c, key)
+    return {"model": str(folder), "stamp": stamp, "chat": c.chat, "precision": c.precision}
+
+
+def sampling_settings(task: Task, c: Config) -> dict:
+    """The settings that decide the replies to a task's questions: none if it asks for no reply, and
+    no seed if nothing is drawn."""
+    if task.kind != "generation":
+        return {}
+    settings = {"temperature": c.temperature}
+    if c.temperature > 0:
+        settings["seed"] = c.seed
+    if task.program:
+        settings["num_samples"] = c.num_samples
     return settings
 
 
 def evaluate_model(folder: Path, tasks: dict[str, tuple], out: Path, c: Config,
                    device: torch.device) -> dict:
     """Measure one model: tasks {name: (task, {number: question}, num_fewshot)} -> {name: result}.
-    The results of other tasks in out's results.json stay there."""
+    The results of other tasks in out's results.json stay there, if what decides all records is as
+    it was."""
     model, text = open_model(folder, c, device)
     if c.kv_cache_tokens is None:
         c = replace(c, kv_cache_tokens=default_kv_cache_tokens(model, device))
@@ -756,8 +770,8 @@ def evaluate_model(folder: Path, tasks: dict[str, tuple], out: Path, c: Config,
         results[name] = {}
         for metric, score in summarize([records[name, i] for i in questions]).items():
             results[name][metric] = {
-                **score, "shots": num_fewshot, "reported": task.reported.get(metric),
-                "report_shots": task.num_fewshot}
+                **score, "shots": num_fewshot, **sampling_settings(task, c),
+                "reported": task.reported.get(metric), "report_shots": task.num_fewshot}
     if RANK == 0:
         save_results(out, settings, records, {**earlier_results, **results})
     return results
@@ -769,10 +783,20 @@ def measure_task(name: str, task: Task, questions: dict[int, Example], records: 
     questions, and all of them append to the one samples.jsonl."""
     hashes = {}
     missing = []
+    num_outdated = 0
+    sampling = sampling_settings(task, c)
     for i, question in questions.items():
-        hashes[i] = hashlib.sha256(repr(question).encode()).hexdigest()[:16]
-        if records.get((name, i), {}).get("hash") != hashes[i]:
+        decisive = repr(question)
+        if sampling:
+            decisive += repr(sampling)
+        hashes[i] = hashlib.sha256(decisive.encode()).hexdigest()[:16]
+        record = records.get((name, i))
+        if record is None or record.get("hash") != hashes[i]:
             missing.append(i)
+            num_outdated += record is not None
+    if num_outdated and RANK == 0:
+        print(f"{name}: {num_outdated:,d} records had other settings or questions, and are "
+              "measured anew", flush=True)
     mine = {i: questions[i] for i in missing[RANK::WORLD]}
 
     measures = {"multiple_choice": multiple_choice, "generation": generation,

@@ -33,8 +33,9 @@ from support import ranks, run_folder
 from support.conversations import EVAL_DOMAINS, load_conversations
 from support.generation import sample_next_token
 from support.ranks import run_main
-from support.scores import read_record
-from support.tasks import TASKS, Example, Task, first_fence, number_in, read_chain
+from support.scores import read_record, record_line
+from support.tasks import (TASKS, Example, Task, first_fence, number_in, read_chain,
+                           read_questions)
 from support.tokenizer import BEGIN, ROLES, TURN, TURN_END, load_tokenizer
 
 FIXTURE = json.loads((Path(__file__).parent / "eval.json").read_text())
@@ -717,6 +718,79 @@ def test_other_prompts_and_other_settings_are_measured_anew(run, requests_scored
     requests_scored.clear()
     _, as_chat = run(tasks="arc_easy", chat=True)
     assert len(as_chat) == len(requests_scored) == 3
+
+
+SAMPLING = {"temperature": 1.0, "seed": 7}
+
+
+def test_another_temperature_or_seed_leaves_what_it_does_not_decide(run, requests_scored):
+    """The records and results of arc_easy stay, and those of chains are measured anew."""
+    options = {"tasks": "arc_easy,chains", "num_fewshot": 0, "limit": 2}
+    printed, greedy = run(**options)
+    assert "anew" not in printed and len(requests_scored) == 2
+    assert run(**options, seed=7)[1] == greedy            # a seed decides nothing without draws
+
+    printed, sampled = run(**options, **SAMPLING)
+    assert "\nchains: 2 records had other settings or questions, and are measured anew\n" in printed
+    assert len(requests_scored) == 2 and sampled[:2] == greedy[:2]
+    assert [a["output"] != b["output"] for a, b in zip(greedy[2:], sampled[2:])] == [True, True]
+    run(**{**options, "tasks": "arc_easy"}, temperature=0.5)
+
+    noted = results("o")
+    assert SAMPLING.items() <= noted["chains"]["acc"].items()
+    assert not {"temperature", "seed", "num_samples"} & noted["arc_easy"]["acc"].keys()
+    printed, again = run(**options, **SAMPLING)
+    assert again == sampled and "anew" not in printed
+
+
+def test_the_number_of_samples_decides_programs_alone(run, monkeypatch):
+    asked = []
+
+    def generate_replies(model, encoder, prompts, *options):
+        asked.append(len(prompts))
+        return enumerate(["x"] * len(prompts))
+    monkeypatch.setattr(evaluation, "generate_replies", generate_replies)
+    monkeypatch.setattr(evaluation, "judge_replies", lambda *options: {"acc": 1.0})
+    options = {"tasks": "chains,humaneval", "limit": 2, "temperature": 0.8, "run_code": "unsafe"}
+    run(**options, num_samples=3)
+    run(**options, num_samples=2)
+    assert asked == [2, 6, 0, 4]
+    assert results("o")["humaneval"]["acc"]["num_samples"] == 2
+    assert "num_samples" not in results("o")["chains"]["acc"]
+
+
+def test_a_folder_in_which_one_temperature_was_that_of_all_tasks_goes_on(run, requests_scored):
+    """results.json had the settings of sampling at its top, and no hash had them."""
+    options = {"tasks": "arc_easy,chains", "num_fewshot": 0, "limit": 2}
+    _, found = run(**options)
+    file = Path("o/results.json")
+    earlier = {**json.loads(file.read_text()), "temperature": 1.0, "num_samples": 1, "seed": 7}
+    del earlier["tasks"]["chains"]["acc"]["temperature"]
+    file.write_text(json.dumps(earlier))
+    lines = [record_line(record) for record in found[:2]]
+    for number, question in read_questions("chains", TASKS["chains"], 0, 2, None).items():
+        record = {**found[2 + number], "output": ["drawn"], "hash": short_hash(repr(question))}
+        lines.append(record_line(record))
+    Path("o/samples.jsonl").write_bytes(b"".join(lines))
+
+    printed, again = run(**options)
+    assert again == found and len(requests_scored) == 2
+    assert "chains: 2 records had other settings" in printed
+    assert "temperature" not in json.loads(file.read_text())
+
+
+def test_another_model_does_not_get_the_folder_of_the_first(run, model_dir):
+    """a/b and a-b have the same name in out/eval."""
+    for folder in ("a/b", "a-b"):
+        shutil.copytree(model_dir, folder)
+    run(model="a/b", tasks="arc_easy", out_dir=None)
+    written = Path("out/eval/a-b/samples.jsonl").read_bytes()
+    words = "^out/eval/a-b has the scores of a/b, not of a-b; .*--out_dir"
+    with pytest.raises(SystemExit, match=words):
+        run(model="a-b", tasks="arc_easy", out_dir=None)
+    assert Path("out/eval/a-b/samples.jsonl").read_bytes() == written
+    run(model=Path("a/b").resolve(), tasks="arc_easy", out_dir="out/eval/a-b")
+    assert Path("out/eval/a-b/samples.jsonl").read_bytes() == written
 
 
 def set_rope_theta(folder):
