@@ -24,8 +24,8 @@ def load_previous(out: Path, settings: dict) -> tuple[dict, dict]:
 
     model = earlier.get("model")
     if isinstance(model, str) and os.path.abspath(model) != os.path.abspath(settings["model"]):
-        raise UserError(f"{out} has the scores of {model}, not of {settings['model']}; delete it or "
-                        "give another --out_dir")
+        raise UserError(f"{out} has the scores of {model}, not of {settings['model']}; delete it "
+                        "or give another --out_dir")
 
     records = {}
     results = {}
