@@ -15,7 +15,9 @@ The file goes from the idea to the machinery: how a choice is scored, then a sec
 three questions, then the run. support/tasks.py has the benchmarks: where the questions of each come
 from, how they are worded and how replies are judged. A run writes
 
-    out_dir/samples.jsonl   a line per question: prompt, output, scores; an interrupted run resumes
+    out_dir/samples.jsonl   a line per question: the prompt, the scores and, except for bits per
+                            byte, the output, which is a sum for each choice or the replies. A run
+                            that was interrupted goes on from there
     out_dir/results.json    score, standard error and number of questions of every task
 """
 import difflib
@@ -27,12 +29,14 @@ import re
 import sys
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Iterator, Literal
+from urllib.parse import unquote
 
 import torch
 import torch.distributed as dist
@@ -44,14 +48,34 @@ from configurator import Count, NonNegative, Size, UserError, one_line
 from model import Decoder, KVCache, Motif
 from pretrain import COMPUTE_DTYPE, compute_precision, pick_device
 from support.ranks import RANK, WORLD, all_gather_object, rank0_only, run_main
-from support.run_folder import (checkpoint_steps, is_out_of_memory, latest_checkpoint,
-                                read_state)
+from support.run_folder import (is_out_of_memory, latest_checkpoint, read_state,
+                                whole_checkpoints)
 from support.scores import (format_table, load_previous, record_line, save_results,
                             scores_by_metric, summarize)
 from support.tasks import (CHAINS, TASKS, Example, Task, has_own_fence, judge_replies,
                            read_questions, read_texts)
 from support.tokenizer import BEGIN, END, TURN_END, Tokenizer, load_tokenizer
 from support.weights import model_folder
+
+# ---- what a question is
+#
+# support/tasks.py gives a Task, and its questions as Examples. This file uses these fields of them:
+#
+#     task.kind                     multiple_choice, generation or bits_per_byte
+#     task.fewshot                  "first" if all questions of a subject have the same examples
+#     task.acc_norm                 whether acc_norm is reported beside acc
+#     task.until, max_new_tokens    where a reply ends at the latest
+#     task.program                  makes a program of a reply; None if the reply is compared
+#     task.chat_prompt              gives the question other words, and the reply its beginning
+#     task.always_chat              asks in the turn format even without --chat
+#     task.source                   makes the questions; None if they are in a file or on the Hub
+#     task.num_fewshot, reported    the number of examples and the scores in the report
+#
+#     example.fewshot_context       how the prompt begins: a description and examples
+#     example.text                  the question, which follows that; or the text to measure
+#     example.choices, answer       the possible continuations, and the index of the right one
+#     example.contexts              winogrande: for each choice, what it continues instead of text
+#     example.target                bpb:replies: the reply to text, which is measured
 
 # ---- how a multiple-choice question is scored
 #
@@ -100,8 +124,8 @@ class PromptEncoder:
     begin       a list of the id that begins every text; empty if the model expects none
     end_ids     the ids that end a reply
 
-    >>> text = PromptEncoder(load_tokenizer("byte"), begin_id=None)
-    >>> text.encode_pair("A: ", "B")           # the space moves into the continuation
+    >>> encoder = PromptEncoder(load_tokenizer("byte"), begin_id=None)
+    >>> encoder.encode_pair("A: ", "B")           # the space moves into the continuation
     ([65, 58], [32, 66])
     """
 
@@ -135,10 +159,11 @@ class PromptEncoder:
 # Attention is causal, so the keys and values of a token depend only on the tokens before it. Those
 # of a common beginning are therefore computed once, and copied for each text that continues it.
 # This takes three stages. Below, a letter is a token that is read, "=" a token whose keys and
-# values are copied from the stage above, "." padding. The last token of a choice is not read, as
-# nothing comes after it:
+# values are copied from the stage above, "." padding. A prompt is what all choices of a question
+# begin with, shared_ids in the code: the examples, which other prompts have too, and a part of its
+# own, p or q. The last token of a choice is not read, as nothing comes after it:
 #
-#                                             examples    prompts   choices
+#                                             examples    own part  choices
 #     stage 1: one row                        eeeeeeeeeeee
 #
 #     stage 2: a row for each question        ============pppppppp
@@ -150,8 +175,9 @@ class PromptEncoder:
 #                                             =================dddd.
 #
 # The last token of a prompt predicts the first token of every choice. So stage 2 gives the
-# log-probabilities of all first tokens, and stage 3 only those of the others. The choices of MMLU
-# are the single tokens " A" to " D", and need no stage 3.
+# log-probabilities of all first tokens, and stage 3 only those of the others. The choices of MMLU,
+# " A" to " D", need no stage 3 where each is a single token, as in most tokenizers. (In bytes it is
+# two.)
 #
 # Cost: 5-shot MMLU has about 600 tokens of examples and 100 of question. Row by row, a question
 # would take 4 x 700 tokens. In stages it takes 100, and each subject 600 more.
@@ -170,11 +196,12 @@ MIN_SHARED_PREFIX = 32          # tokens; a shorter common beginning does not re
 class LoglikelihoodRequest:
     """One question, for the scorer.
 
+    number              of the question among those of its task, from 0
     rows[j]             the ids of context and choice j, one after the other. Only the last
                         max_length + 1 are kept; the last one is predicted and not read
     num_scored[j]       how many ids at the end of row j are scored: those of the choice
     was_cut             whether a row lost its beginning
-    prompt              the ids that all rows begin with, up to the first scored one
+    shared_ids          the ids that all rows begin with, up to the first scored one
     group               requests of one group go through stage 1 together
     """
 
@@ -189,7 +216,8 @@ class LoglikelihoodRequest:
             if not 1 <= len(choice) <= max_length:
                 raise UserError(f"question {number}: an answer to be scored has {len(choice)} "
                                 "tokens; it must have at least 1, and at most "
-                                f"max_position_embeddings={max_length}; take the question out")
+                                f"max_position_embeddings={max_length}; remove its row from a "
+                                "file in --benchmark_dir, or the task from --tasks")
             row = context + choice
             self.was_cut = self.was_cut or len(row) > max_length + 1
             self.rows.append(row[-(max_length + 1):])
@@ -198,7 +226,7 @@ class LoglikelihoodRequest:
         length = common_prefix_length(self.rows)
         for row, n in zip(self.rows, self.num_scored):
             length = min(length, len(row) - n)
-        self.prompt = self.rows[0][:length]
+        self.shared_ids = self.rows[0][:length]
 
         # Rows that lost their beginning share nothing with their group. Group "" shares nothing but
         # by chance.
@@ -286,7 +314,7 @@ def loglikelihoods(model: Motif, requests: list[LoglikelihoodRequest],
     without_cache = []
     groups = defaultdict(list)
     for request in requests:
-        if len(request.rows) == 1 or not request.prompt:
+        if len(request.rows) == 1 or not request.shared_ids:
             without_cache.append(request)
         else:
             groups[request.group].append(request)
@@ -300,17 +328,17 @@ def score_without_cache(model: Motif, requests: list[LoglikelihoodRequest],
                         batch_tokens: int) -> Iterator[tuple[LoglikelihoodRequest, list[Tensor]]]:
     """loglikelihoods() of requests of one row, or without a common beginning: whole rows are
     read."""
-    remaining = []          # (request, choice)
+    all_rows = []           # (request, choice)
     for request in requests:
-        remaining += [(request, j) for j in range(len(request.rows))]
-    remaining.sort(key=lambda item: -len(item[0].rows[item[1]]))
+        all_rows += [(request, j) for j in range(len(request.rows))]
+    all_rows.sort(key=lambda item: -len(item[0].rows[item[1]]))
 
-    lengths = [len(request.rows[j]) - 1 for request, j in remaining]
+    lengths = [len(request.rows[j]) - 1 for request, j in all_rows]
     scores = {request: {} for request in requests}
     for part in micro_batches(lengths, batch_tokens):
-        rows = [request.rows[j] for request, j in remaining[part]]
-        num_scored = [request.num_scored[j] for request, j in remaining[part]]
-        for (request, j), log_p in zip(remaining[part], score_rows(model, rows, num_scored)):
+        rows = [request.rows[j] for request, j in all_rows[part]]
+        num_scored = [request.num_scored[j] for request, j in all_rows[part]]
+        for (request, j), log_p in zip(all_rows[part], score_rows(model, rows, num_scored)):
             scores[request][j] = log_p
             if len(scores[request]) == len(request.rows):
                 done = scores.pop(request)
@@ -323,89 +351,113 @@ def score_with_shared_prefix(
     """loglikelihoods() of a group of requests, by the three stages. batch_tokens bounds a forward
     pass of stages 2 and 3, kv_tokens the cache of each."""
     device = model.head_weight.device
-    requests = sorted(requests, key=lambda r: -len(r.prompt))
-    prompts = [r.prompt for r in requests]
+    requests = sorted(requests, key=lambda r: -len(r.shared_ids))
+    prompts = [r.shared_ids for r in requests]
 
     # Stage 1: read once what all prompts begin with. At least one token of each prompt is left for
     # stage 2, which needs its logits.
-    shared = min(common_prefix_length(prompts), len(prompts[-1]) - 1)
-    if len(requests) == 1 or shared < MIN_SHARED_PREFIX:
-        shared = 0
-    prefix_cache = KVCache(model, 1, shared)
-    if shared:
-        model(torch.tensor([prompts[0][:shared]], device=device), cache=prefix_cache,
+    prefix_length = min(common_prefix_length(prompts), len(prompts[-1]) - 1)
+    if len(requests) == 1 or prefix_length < MIN_SHARED_PREFIX:
+        prefix_length = 0
+    prefix_cache = KVCache(model, 1, prefix_length)
+    if prefix_length:
+        model(torch.tensor([prompts[0][:prefix_length]], device=device), cache=prefix_cache,
               last_only=True)
 
-    own_lengths = [len(prompt) - shared for prompt in prompts]  # longest first, as the prompts are
-    for part in micro_batches(own_lengths, batch_tokens, kv_tokens, cached=shared):
+    own_lengths = [len(prompt) - prefix_length for prompt in prompts]       # the longest first
+    for part in micro_batches(own_lengths, batch_tokens, kv_tokens, cached=prefix_length):
         batch = requests[part]
-        scores = score_batch(model, batch, prefix_cache, shared, batch_tokens, kv_tokens)
-        yield from zip(batch, scores)
+        cache, first_log_p = read_prompts(model, batch, prefix_cache, prefix_length)
+        rest_log_p = score_rests(model, batch, cache, batch_tokens, kv_tokens)
+        del cache               # before the next batch gets one
+        yield from zip(batch, join_scores(batch, first_log_p, rest_log_p))
 
 
-def score_batch(model: Motif, batch: list[LoglikelihoodRequest], prefix_cache: KVCache,
-                shared: int, batch_tokens: int, kv_tokens: int) -> list[list[Tensor]]:
-    """Stages 2 and 3, for requests whose first `shared` ids are in prefix_cache, the longest prompt
-    first. Returns for each request the log-probabilities of each of its rows."""
+def read_prompts(model: Motif, batch: list[LoglikelihoodRequest], prefix_cache: KVCache,
+                 prefix_length: int) -> tuple[KVCache, Tensor]:
+    """Stage 2: read what each prompt has behind the prefix, the longest prompt first. Returns a
+    cache of all prompts; and the log-probability of the id that each row has next, which the last
+    token of its prompt predicts: (requests, choices)."""
     device = model.head_weight.device
-    max_length = len(batch[0].prompt)
-
-    # Stage 2: the rest of each prompt. Its last token predicts the first token of every choice.
-    own_ids = [r.prompt[shared:] for r in batch]
+    own_ids = [r.shared_ids[prefix_length:] for r in batch]
     own_lengths = torch.tensor([len(ids) for ids in own_ids], device=device)
-    cache = prefix_cache.select_rows([0] * len(batch), max_length=max_length)
+    longest_prompt = len(batch[0].shared_ids)
+    cache = prefix_cache.select_rows([0] * len(batch), max_length=longest_prompt)
     logits = model(stack_rows(own_ids, device), cache=cache, row_lengths=own_lengths,
                    last_only=True)
-    first_ids = [[row[len(r.prompt)] for row in r.rows] for r in batch]
-    log_p = logits[:, 0].float().log_softmax(-1)                         # (requests, V)
-    first_log_p = log_p.gather(1, stack_rows(first_ids, device)).cpu()     # (requests, choices)
 
-    # Stage 3: read the rest of each choice, where there is one, behind a copy of its prompt.
-    # The ids behind the prompt, which all rows begin with, are those of the choice. In Winogrande,
-    # whose contexts differ, they are also the last words of the context.
-    scores = []
-    remaining = []          # (request, choice, ids behind the prompt)
+    first_ids = [[row[len(r.shared_ids)] for row in r.rows] for r in batch]
+    log_p = logits[:, 0].float().log_softmax(-1)                            # (requests, V)
+    return cache, log_p.gather(1, stack_rows(first_ids, device)).cpu()
+
+
+def score_rests(model: Motif, batch: list[LoglikelihoodRequest], cache: KVCache,
+                batch_tokens: int, kv_tokens: int) -> dict[tuple[int, int], Tensor]:
+    """Stage 3: read what each row has behind its prompt, behind a copy of that. Returns {(request,
+    choice): log-probabilities of these ids but the first one}, of rows that have more than one.
+
+    The ids behind the prompt are those of the choice. In Winogrande, whose contexts differ, they
+    are also the last words of the context."""
+    behind_prompts = []             # (request, choice, ids)
     for i, request in enumerate(batch):
-        n = len(request.rows)
-        scores.append(list(first_log_p[i, :n].split(1)))
         for j, row in enumerate(request.rows):
-            ids = row[len(request.prompt):]
+            ids = row[len(request.shared_ids):]
             if len(ids) > 1:
-                remaining.append((i, j, ids))
+                behind_prompts.append((i, j, ids))
+    behind_prompts.sort(key=lambda item: -len(item[2]))
 
-    remaining.sort(key=lambda item: -len(item[2]))
-    lengths = [len(ids) - 1 for _, _, ids in remaining]
-    for part in micro_batches(lengths, batch_tokens, kv_tokens, cached=max_length):
-        of_requests = [i for i, _, _ in remaining[part]]
-        rows = [ids for _, _, ids in remaining[part]]
+    # All ids but the last one are read, and all but the first one are scored: as many.
+    num_rest = [len(ids) - 1 for _, _, ids in behind_prompts]
+    longest_prompt = len(batch[0].shared_ids)
+    scores = {}
+    for part in micro_batches(num_rest, batch_tokens, kv_tokens, cached=longest_prompt):
+        of_requests = [i for i, _, _ in behind_prompts[part]]
+        rows = [ids for _, _, ids in behind_prompts[part]]
         # The longest prompt and the longest rest may be of two rows, and their sum longer than any
         # row is.
-        longest_prompt = max(len(batch[i].prompt) for i in of_requests)
-        room = min(longest_prompt + lengths[part.start], model.config.max_position_embeddings)
+        longest_here = max(len(batch[i].shared_ids) for i in of_requests)
+        room = min(longest_here + num_rest[part.start], model.config.max_position_embeddings)
         copies = cache.select_rows(of_requests, max_length=room)
 
-        log_p = score_rows(model, rows, lengths[part], cache=copies)
-        for (i, j, _), rest in zip(remaining[part], log_p):
-            scores[i][j] = torch.cat([scores[i][j], rest])
+        log_p = score_rows(model, rows, num_rest[part], cache=copies)
+        del copies              # before the next ones are made
+        for (i, j, _), rest in zip(behind_prompts[part], log_p):
+            scores[i, j] = rest
+    return scores
 
-    # Only the choice counts, not the last words of a context.
-    for request, row_scores in zip(batch, scores):
-        for j, n in enumerate(request.num_scored):
-            row_scores[j] = row_scores[j][-n:]
+
+def join_scores(batch: list[LoglikelihoodRequest], first_log_p: Tensor,
+                rest_log_p: dict[tuple[int, int], Tensor]) -> list[list[Tensor]]:
+    """What stages 2 and 3 have found: for each request the log-probabilities of each of its rows.
+    Only the choice counts, not the last words of a context."""
+    scores = []
+    for i, request in enumerate(batch):
+        of_rows = []
+        for j, num_scored in enumerate(request.num_scored):
+            log_p = first_log_p[i, j:j + 1]
+            if (i, j) in rest_log_p:
+                log_p = torch.cat([log_p, rest_log_p[i, j]])
+            of_rows.append(log_p[-num_scored:])
+        scores.append(of_rows)
     return scores
 
 
 def finite_sum(log_p: Tensor) -> float:
-    """The sum of log-probabilities. It is an error if the model's logits were not finite: NaN is
-    neither less nor more than anything, and the first choice would count as the likeliest."""
+    """The sum of log-probabilities, which must be finite."""
     total = log_p.sum().item()
-    if not math.isfinite(total):
-        raise UserError("the model's logits are not finite; check its weights, or give "
-                        "--precision=fp32")
+    check_finite(total)
     return total
 
 
-def multiple_choice(task: Task, examples: dict[int, Example], model: Motif, text: PromptEncoder,
+def check_finite(total: float) -> None:
+    """UserError unless a sum of log-probabilities or logits is finite: NaN is neither less nor more
+    than anything, and the first choice would count as the likeliest."""
+    if not math.isfinite(total):
+        raise UserError("the model's logits are not finite; check its weights, or give "
+                        "--precision=fp32")
+
+
+def multiple_choice(task: Task, examples: dict[int, Example], model: Motif, encoder: PromptEncoder,
                     c: "Config") -> Iterator[tuple[int, dict]]:
     """Score questions: {number: example} -> yields (number, record) as they are done."""
     requests = []
@@ -416,9 +468,9 @@ def multiple_choice(task: Task, examples: dict[int, Example], model: Motif, text
             prompt = example.fewshot_context + context
             if c.chat:
                 # A choice begins with a space, which a reply does not.
-                pairs.append((text.encode_chat(prompt), text.encode(choice[1:])))
+                pairs.append((encoder.encode_chat(prompt), encoder.encode(choice[1:])))
             else:
-                pairs.append(text.encode_pair(prompt, choice))
+                pairs.append(encoder.encode_pair(prompt, choice))
 
         # Questions share their few-shot examples only if these are not drawn for each at random.
         group = example.fewshot_context if task.fewshot == "first" else ""
@@ -442,14 +494,14 @@ def multiple_choice(task: Task, examples: dict[int, Example], model: Motif, text
 # `until`, or a token that ends a text. support/tasks.py judges the reply: it compares an answer, or
 # runs a program in the sandbox.
 
-def generate_replies(model: Motif, text: PromptEncoder, prompts: list[list[int]], until: tuple,
+def generate_replies(model: Motif, encoder: PromptEncoder, prompts: list[list[int]], until: tuple,
                      max_new_tokens: int, kv_cache_tokens: int, temperature: float = 0.0,
                      seeds: list[int] | None = None) -> Iterator[tuple[int, str]]:
     """Continue prompts, in batches of similar length: yields (index of the prompt, reply) as
     replies end. A reply ends before the first of the strings `until`, at a token that ends a text,
-    or after max_new_tokens, of which there are at most half of the model's context. A prompt loses
-    its beginning if it is longer than prompt_room(). At a temperature each prompt draws with its
-    own seed, so that the reply does not depend on the batch."""
+    or after min(max_new_tokens, context / 2) tokens. A prompt loses its beginning if it is longer
+    than prompt_room(). At a temperature each prompt draws with its own seed, so that the reply does
+    not depend on the batch, up to rounding."""
     device = model.head_weight.device
     room = prompt_room(model, max_new_tokens)
     max_new_tokens = model.config.max_position_embeddings - room
@@ -467,7 +519,8 @@ def generate_replies(model: Motif, text: PromptEncoder, prompts: list[list[int]]
         row_seeds = [seeds[i] for i in batch] if temperature > 0 else None
         decoder = Decoder(model, stack_rows(ids, device), max_new_tokens, temperature,
                           prompt_lengths=prompt_lengths, row_seeds=row_seeds)
-        yield from decode_until_stop(decoder, batch, text, until, max_new_tokens)
+        yield from decode_until_stop(decoder, batch, encoder, until, max_new_tokens)
+        del decoder         # its cache must be gone before the next batch gets one
 
 
 def prompt_room(model: Motif, max_new_tokens: int) -> int:
@@ -477,20 +530,20 @@ def prompt_room(model: Motif, max_new_tokens: int) -> int:
     return max_length - min(max_new_tokens, max_length // 2)
 
 
-def decode_until_stop(decoder: Decoder, rows: list[int], text: PromptEncoder, until: tuple,
+def decode_until_stop(decoder: Decoder, rows: list[int], encoder: PromptEncoder, until: tuple,
                       max_new_tokens: int) -> Iterator[tuple[int, str]]:
     """The loop of generate_replies. rows: the index of each of the decoder's prompts."""
     replies = {i: b"" for i in rows}
     unfinished = set(rows)
     for _ in range(max_new_tokens):
         tokens = decoder.next_tokens()[:, 0].tolist()
-        finite_sum(decoder.logits.sum(dtype=torch.float32))    # an error unless all are finite
+        check_finite(decoder.logits.sum(dtype=torch.float32).item())
         for i, token in zip(rows, tokens):
             if i not in unfinished:
                 continue
-            replies[i] += text.tokenizer.token_bytes(token)
+            replies[i] += encoder.tokenizer.token_bytes(token)
             end = find_first(replies[i], until)
-            if end is not None or token in text.end_ids:
+            if end is not None or token in encoder.end_ids:
                 unfinished.remove(i)
                 yield i, replies[i][:end].decode("utf-8", "replace")
         if not unfinished:
@@ -519,59 +572,77 @@ def find_first(reply: bytes, strings: tuple) -> int | None:
     return min((place for place in places if place >= 0), default=None)
 
 
-def generation(task: Task, examples: dict[int, Example], model: Motif, text: PromptEncoder,
+@dataclass
+class Prompt:
+    """What the model continues for one sample of a question."""
+    question: int               # the number of the question
+    sample: int                 # 0, 1, ..., num_samples - 1
+    ids: list[int]
+    seed: int                   # of its own, whichever batch or rank it comes to
+
+
+def generation(task: Task, examples: dict[int, Example], model: Motif, encoder: PromptEncoder,
                c: "Config") -> Iterator[tuple[int, dict]]:
     """Write replies and judge them: {number: example} -> yields (number, record). Replies are
     judged in threads while the model writes the next ones; a program runs in its own process."""
     num_samples = c.num_samples if task.program else 1
-    shown = {}           # number -> the prompt as text, for the record
-    prompts = []         # num_samples times the ids of every question
-    numbers = []         # the question of each prompt
-    seeds = []           # of each prompt its own, whichever batch or rank it comes to
-    was_cut = {}         # number -> whether the prompt loses its beginning
+    shown = {}                  # number -> the prompt as text, for the record
+    was_cut = {}                # number -> whether the prompt loses its beginning
+    prompts = []
     room = prompt_room(model, task.max_new_tokens)
     for i, example in examples.items():
-        shown[i], ids = generation_prompt(task, example, text, c.chat or task.always_chat)
+        shown[i], ids = generation_prompt(task, example, encoder, c.chat or task.always_chat)
         was_cut[i] = len(ids) > room
-        for k in range(num_samples):
-            seeds.append(random.Random(f"{c.seed} {i} {k}").getrandbits(32))
-            prompts.append(ids)
-            numbers.append(i)
+        for sample in range(num_samples):
+            seed = random.Random(f"{c.seed} {i} {sample}").getrandbits(32)
+            prompts.append(Prompt(i, sample, ids, seed))
 
     def judge(i: int, replies: list[str]) -> tuple[int, dict]:
         scores = judge_replies(task, examples[i], replies, c.chat)
         return i, {"prompt": shown[i], "output": replies, "cut": was_cut[i], **scores}
 
-    # A chat model's program may have several functions, and its fence must be closed.
+    # A chat model writes its program as ```python ... ```. A reply must not end inside that, where
+    # a second function begins, say.
     until = () if has_own_fence(task, c.chat) else task.until
-    replies = {i: {} for i in examples}
-    jobs = []
+    ids = [prompt.ids for prompt in prompts]
+    seeds = [prompt.seed for prompt in prompts]
+    replies = {i: {} for i in examples}                 # number -> {sample: reply}
+    jobs = set()
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    with ThreadPoolExecutor(max(1, os.cpu_count() // ranks_here)) as pool:
-        for k, reply in generate_replies(model, text, prompts, until, task.max_new_tokens,
-                                         c.kv_cache_tokens, c.temperature, seeds):
-            i = numbers[k]
-            replies[i][k] = reply
-            if len(replies[i]) == num_samples:
-                in_order = [replies[i][number] for number in sorted(replies[i])]
-                jobs.append(pool.submit(judge, i, in_order))
-            while jobs and jobs[0].done():
-                yield jobs.pop(0).result()
-        for job in jobs:
+    pool = ThreadPoolExecutor(max(1, os.cpu_count() // ranks_here))
+    try:
+        for place, reply in generate_replies(model, encoder, ids, until, task.max_new_tokens,
+                                             c.kv_cache_tokens, c.temperature, seeds):
+            prompt = prompts[place]
+            of_question = replies[prompt.question]
+            of_question[prompt.sample] = reply
+            if len(of_question) == num_samples:
+                in_order = [of_question[sample] for sample in range(num_samples)]
+                jobs.add(pool.submit(judge, prompt.question, in_order))
+            done = {job for job in jobs if job.done()}
+            jobs -= done
+            for job in done:
+                yield job.result()
+        for job in as_completed(jobs):
             yield job.result()
+    finally:
+        # After an error or Ctrl-C the jobs that still wait for a thread are not begun.
+        pool.shutdown(cancel_futures=True)
 
 
-def generation_prompt(task: Task, example: Example, text: PromptEncoder,
+def generation_prompt(task: Task, example: Example, encoder: PromptEncoder,
                       use_chat: bool) -> tuple[str, list[int]]:
-    """The prompt of a task that generates, as text and as ids."""
+    """The prompt of a task that generates, as text and as ids. A chat_prompt replaces the question
+    and its few-shot examples, without the turn format too. (The one task with a chat_prompt has no
+    examples.)"""
     question = example.fewshot_context + example.text
     reply_start = ""
     if task.chat_prompt:
         question, reply_start = task.chat_prompt(example)
     if use_chat:
-        return question + reply_start, text.encode_chat(question) + text.encode(reply_start)
+        return question + reply_start, encoder.encode_chat(question) + encoder.encode(reply_start)
     question += reply_start
-    return question, text.begin + text.encode(question)
+    return question, encoder.begin + encoder.encode(question)
 
 
 # ---- bits per byte
@@ -580,24 +651,21 @@ def generation_prompt(task: Task, example: Example, text: PromptEncoder,
 # in its section on validation why one measures this and not the loss per token. Random bytes have
 # 8; good models reach 1 on English.
 
-def bits_per_byte(task: Task, examples: dict[int, Example], model: Motif, text: PromptEncoder,
+def bits_per_byte(task: Task, examples: dict[int, Example], model: Motif, encoder: PromptEncoder,
                   c: "Config") -> Iterator[tuple[int, dict]]:
     """Measure texts: {number: example} -> yields (number, record). A text that is longer than the
-    model's context is cut into windows, and nothing before a window is read with it. An example
-    with a target is a chat: what is scored is the target, with its end of turn, as the reply to the
-    text."""
+    model's context is cut into windows. An example with a target is a chat: what is scored is the
+    target, with its end of turn, as the reply to the text."""
     max_length = model.config.max_position_embeddings
     requests = []
     for i, example in examples.items():
         if example.target:
-            reply = text.encode(example.target) + [text.tokenizer.special[TURN_END]]
-            pair = (text.encode_chat(example.text), reply)
+            reply = encoder.encode(example.target) + [encoder.tokenizer.special[TURN_END]]
+            pair = (encoder.encode_chat(example.text), reply)
             requests.append(LoglikelihoodRequest(i, [pair], max_length))
             continue
-        begin, ids = text.encode_pair("", example.text)
-        ids = begin + ids
-        for start in range(0, len(ids) - 1, max_length):
-            window = ids[start:start + max_length + 1]
+        begin, ids = encoder.encode_pair("", example.text)
+        for window in cut_into_windows(begin + ids, max_length):
             requests.append(LoglikelihoodRequest(i, [(window[:1], window[1:])], max_length))
 
     num_windows = Counter(request.number for request in requests)
@@ -608,11 +676,24 @@ def bits_per_byte(task: Task, examples: dict[int, Example], model: Motif, text: 
         i = request.number
         bits[i] -= finite_sum(log_p.double()) / math.log(2)
         for token in request.rows[0][-len(log_p):]:
-            num_bytes[i] += len(text.tokenizer.token_bytes(token))
+            num_bytes[i] += len(encoder.tokenizer.token_bytes(token))
         windows_left[i] -= 1
         if windows_left[i] == 0:
             yield i, {"prompt": examples[i].text[:80], "bits": bits[i], "bytes": num_bytes[i],
                       "cut": num_windows[i] > 1 or request.was_cut}
+
+
+def cut_into_windows(ids: list[int], max_length: int) -> Iterator[list[int]]:
+    """Windows of at most max_length + 1 ids. The model reads all of a window but the last id, and
+    predicts all but the first. So each window begins with the last id of the one before, and every
+    id of a text but its first is predicted once. Of what comes before a window the model reads that
+    one id alone. With letters for ids, and ? for the begin of a text:
+
+    >>> list(cut_into_windows("?abcdefghij", max_length=4))
+    ['?abcd', 'defgh', 'hij']
+    """
+    for start in range(0, len(ids) - 1, max_length):
+        yield ids[start:start + max_length + 1]
 
 
 # ---- the run: what is measured
@@ -624,22 +705,30 @@ BPB_TASKS = ["bpb:builtin:language", "bpb:builtin:code", "bpb:builtin:math",
 
 @dataclass
 class Config:
-    """What is evaluated, and how."""
+    """What is evaluated, and how.
+
+    tasks: names in TASKS, separated by commas, or
+
+        bpb:SOURCE    bits per byte of a source of support/sources.py, such as a file; a comma in
+                      it is written %2C, and % is written %25
+        bpb           of all builtin sources, and of replies to chains
+        chat          alone: a conversation
+
+    out_dir: without it, out/eval/NAME. NAME is the model's path, with one - in place of any
+    characters that are no letter, digit, _ or dot. Where several models are measured, each has a
+    folder of such a name, in out_dir or out/eval.
+    """
     model: str | None = None      # a checkpoint, a run (its newest one), or owner/name of the
                                   # Hub; None: those of out/quickstart, sft1, sft2 and sft3
     tokenizer: str | None = None  # None: the model's own
-    tasks: str = "bpb,chains"     # names in TASKS, separated by commas. bpb:SOURCE: bits per byte
-                                  # of a source of support/sources.py, such as a file (write a comma
-                                  # in it as %2C). bpb: of all builtin sources, and of replies to
-                                  # chains. Or chat, alone: a conversation
+    tasks: str = "bpb,chains"     # see above
     num_fewshot: Size | None = None   # examples before each question; None: as many as the report
     limit: Count | None = None    # questions per task, for mmlu per subject; None: all
     chat: bool = False            # ask in the turn format, as fine-tuned models expect
     run_code: bool | Literal["unsafe"] = False   # let humaneval and mbpp run the programs that the
                                   # model writes; unsafe: also where the sandbox has gaps
     benchmark_dir: str | None = None  # folder with the tasks' files; None: the Hub's data sets
-    out_dir: str | None = None    # None: out/eval/<the model's path, "-" for "/">. Several models
-                                  # have a folder of such a name each, in out_dir or out/eval
+    out_dir: str | None = None    # where samples and results are written; see above
     kv_cache_tokens: Count | None = None  # tokens whose keys and values are in memory at once;
                                   # None: as many as fit in 16 GiB (on the CPU in 1 GiB)
     temperature: NonNegative = 0.0  # for generation tasks; 0: greedy. Chat begins with 0.7
@@ -655,11 +744,11 @@ class Config:
 
 def select_tasks(c: Config) -> dict[str, Task]:
     """The tasks that c.tasks names."""
-    if c.num_samples > 1 and c.temperature == 0:
-        raise UserError(f"num_samples={c.num_samples} would all be the same at temperature 0; give "
-                        "--temperature=0.8")
     names = []
     for name in c.tasks.split(","):
+        if not name:
+            raise UserError(f"tasks={c.tasks!r}: a name is empty; write names with one comma "
+                            "between them")
         names += BPB_TASKS if name == "bpb" else [name]
 
     tasks = {}
@@ -669,8 +758,8 @@ def select_tasks(c: Config) -> dict[str, Task]:
         if name == "bpb:replies":
             tasks[name] = replace(CHAINS, kind="bits_per_byte")
         elif name.startswith("bpb:"):
-            source = partial(read_texts, name.removeprefix("bpb:"), c.limit)
-            tasks[name] = Task(Example, "bits_per_byte", source=source)
+            source = partial(read_texts, source_of(name), c.limit)
+            tasks[name] = Task(read=Example, kind="bits_per_byte", source=source)
         elif name in TASKS:
             tasks[name] = TASKS[name]
         else:
@@ -681,7 +770,31 @@ def select_tasks(c: Config) -> dict[str, Task]:
         if tasks[name].program and not c.run_code:
             raise UserError(f"{name} runs programs that the model writes, in a sandbox; give "
                             "--run_code to allow that")
+    check_num_samples(c, tasks)
     return tasks
+
+
+def check_num_samples(c: Config, tasks: dict[str, Task]) -> None:
+    """UserError if several samples were asked for, and would not be drawn or be the same."""
+    if c.num_samples == 1:
+        return
+    if not any(task.program for task in tasks.values()):
+        raise UserError(f"num_samples={c.num_samples} is for tasks whose replies are programs, and "
+                        f"{c.tasks} has none; leave it out or give --tasks=humaneval, say")
+    if c.temperature == 0:
+        raise UserError(f"num_samples={c.num_samples} would all be the same at temperature 0; give "
+                        "--temperature=0.8")
+
+
+def source_of(task_name: str) -> str:
+    """The source of a task bpb:SOURCE. Its path, which ends at a question mark, may have letters
+    as %XX. support/sources.py reads the options behind that in the same way.
+
+    >>> source_of("bpb:books/a%2Cb.txt")
+    'books/a,b.txt'
+    """
+    path, question_mark, options = task_name.removeprefix("bpb:").partition("?")
+    return unquote(path) + question_mark + options
 
 
 # ---- the run: samples and results
@@ -689,71 +802,106 @@ def select_tasks(c: Config) -> dict[str, Task]:
 # A record is written to samples.jsonl as soon as its question is measured. A later run in the same
 # folder uses a record again if nothing that decides it has changed:
 #
-#     the model and the settings    results.json notes them for all records; if one has changed, all
-#                                   records are dropped
-#     the question                  its hash, few-shot examples included, is in the record
+#     the model, chat, precision    results.json notes them for all records. If one has changed, all
+#                                   records and results are dropped. A model in another folder is
+#                                   an error, which asks for another out_dir
+#     the question                  The record has a hash of it, few-shot examples included
+#     temperature, seed,            They decide replies alone. So they are in the hash of a question
+#     num_samples                   that asks for a reply, and in results.json beside its scores
 #
 # The code of a task is not looked at: if you change it, give another --out_dir.
 
-def settings_of(folder: Path, text: PromptEncoder, c: Config) -> dict:
-    """What decides a record, besides its question. The stamp is a hash of the model: of config.json
-    and of the tokenizer; and, as the weights would take long to read, of the size of their files
-    and of the time when each was changed."""
-    parts = [(folder / "config.json").read_bytes(), text.tokenizer.fingerprint(), text.begin]
+def settings_of(folder: Path, encoder: PromptEncoder, c: Config) -> dict:
+    """What decides all records. The stamp is a hash of the model: of config.json and of the
+    tokenizer; and, as the weights would take long to read, of the size of their files and of the
+    time when each was changed."""
+    parts = [(folder / "config.json").read_bytes(), encoder.tokenizer.fingerprint(), encoder.begin]
     for file in sorted(folder.glob("*.safetensors*")):    # also the index
         parts.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
     stamp = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
-    settings = {"model": str(folder), "stamp": stamp}
-    for key in ("chat", "temperature", "num_samples", "seed", "precision"):
-        settings[key] = getattr(c, key)
+    return {"model": str(folder), "stamp": stamp, "chat": c.chat, "precision": c.precision}
+
+
+def sampling_settings(task: Task, c: Config) -> dict:
+    """The settings that decide the replies to a task's questions: none if it asks for no reply, and
+    no seed if nothing is drawn."""
+    if task.kind != "generation":
+        return {}
+    settings = {"temperature": c.temperature}
+    if c.temperature > 0:
+        settings["seed"] = c.seed
+    if task.program:
+        settings["num_samples"] = c.num_samples
     return settings
 
 
-def evaluate_model(folder: Path, tasks: dict[str, tuple], out: Path, c: Config,
+@dataclass
+class SelectedTask:
+    """A task, and what this run asks of it."""
+    task: Task
+    questions: dict[int, Example]       # number -> question
+    num_fewshot: int
+
+
+def evaluate_model(folder: Path, tasks: dict[str, SelectedTask], out: Path, c: Config,
                    device: torch.device) -> dict:
-    """Measure one model: tasks {name: (task, {number: question}, num_fewshot)} -> {name: result}.
-    The results of other tasks in out's results.json stay there."""
-    model, text = open_model(folder, c, device)
+    """Measure one model -> {name of the task: {metric: score}}. The results of other tasks in out's
+    results.json stay there, if what decides all records is as it was."""
+    model, encoder = open_model(folder, c, device)
     if c.kv_cache_tokens is None:
         c = replace(c, kv_cache_tokens=default_kv_cache_tokens(model, device))
 
-    settings = settings_of(folder, text, c)
+    settings = settings_of(folder, encoder, c)
     records, earlier_results = rank0_only(load_previous, out, settings)
 
     results = {}
-    for name, (task, questions, num_fewshot) in tasks.items():
+    for name, selected in tasks.items():
+        task = selected.task
         # A compiled step pays only where many steps follow.
         model.compile_steps = c.compile and device.type == "cuda" and task.kind == "generation"
-        measure_task(name, task, questions, records, out, model, text, c)
+        measure_task(name, selected, records, out, model, encoder, c)
         results[name] = {}
-        for metric, score in summarize([records[name, i] for i in questions]).items():
+        for metric, score in summarize([records[name, i] for i in selected.questions]).items():
             results[name][metric] = {
-                **score, "shots": num_fewshot, "reported": task.reported.get(metric),
-                "report_shots": task.num_fewshot}
+                **score, "shots": selected.num_fewshot, **sampling_settings(task, c),
+                "reported": task.reported.get(metric), "report_shots": task.num_fewshot}
     if RANK == 0:
         save_results(out, settings, records, {**earlier_results, **results})
     return results
 
 
-def measure_task(name: str, task: Task, questions: dict[int, Example], records: dict, out: Path,
-                 model: Motif, text: PromptEncoder, c: Config) -> None:
+def measure_task(name: str, selected: SelectedTask, records: dict, out: Path, model: Motif,
+                 encoder: PromptEncoder, c: Config) -> None:
     """Measure the questions that have no record yet, and add theirs to records. The ranks share the
     questions, and all of them append to the one samples.jsonl."""
+    task = selected.task
     hashes = {}
     missing = []
-    for i, question in questions.items():
-        hashes[i] = hashlib.sha256(repr(question).encode()).hexdigest()[:16]
-        if records.get((name, i), {}).get("hash") != hashes[i]:
+    num_outdated = 0
+    sampling = sampling_settings(task, c)
+    for i, question in selected.questions.items():
+        decisive = repr(question)
+        if sampling:
+            decisive += repr(sampling)
+        hashes[i] = hashlib.sha256(decisive.encode()).hexdigest()[:16]
+        record = records.get((name, i))
+        if record is None or record.get("hash") != hashes[i]:
             missing.append(i)
-    mine = {i: questions[i] for i in missing[RANK::WORLD]}
+            if record is not None:
+                num_outdated += 1
+    if num_outdated and RANK == 0:
+        print(f"{name}: {num_outdated:,d} records had other settings or questions, and are "
+              "measured anew", flush=True)
+    mine = {i: selected.questions[i] for i in missing[RANK::WORLD]}
 
     measures = {"multiple_choice": multiple_choice, "generation": generation,
                 "bits_per_byte": bits_per_byte}
-    measured = measures[task.kind](task, mine, model, text, c)
+    measured = measures[task.kind](task, mine, model, encoder, c)
     new = {}
-    # Unbuffered, so that a record is one write, and ranks do not write into each other's lines.
-    with (out / "samples.jsonl").open("ab", buffering=0) as file:
+    # Closing: if a record cannot be written, no program is run any more. Unbuffered, so that a
+    # record is one write, and ranks do not write into each other's lines.
+    with closing(measured), (out / "samples.jsonl").open("ab", buffering=0) as file:
         for i, record in with_progress(name, len(mine), measured):
             new[name, i] = {"task": name, "doc": i, "hash": hashes[i], **record}
             file.write(record_line(new[name, i]))
@@ -772,7 +920,7 @@ def with_progress(name: str, total: int, items: Iterator) -> Iterator:
             last_print = now
             per_second = n / max(now - start, 1e-9)
             eta = timedelta(seconds=int((total - n) / per_second))
-            print(f"{name}  {n:,d}/{total:,d} documents  {per_second:,.1f}/s  eta {eta}",
+            print(f"{name}  {n:,d}/{total:,d} questions  {per_second:,.1f}/s  eta {eta}",
                   flush=True)
 
 
@@ -794,20 +942,14 @@ def find_models(c: Config) -> dict[str, Path]:
     folder = model_folder(c.model)
     if not folder.is_dir():
         raise UserError(f"model={c.model} is neither a folder nor owner/name of the Hub")
-    complete = {}
-    for step in sorted(checkpoint_steps(folder)):
-        checkpoint = folder / f"step_{step}"
-        try:
-            read_state(checkpoint)
-        except UserError as e:
-            print(f"{e}; passing it over")
-            continue
-        complete[checkpoint.name] = checkpoint
-
-    if complete and c.plot:
-        return complete
-    if complete:
-        return {"measured": list(complete.values())[-1]}
+    if c.plot:
+        found = {checkpoint.name: checkpoint for checkpoint, _ in whole_checkpoints(folder)}
+        if found:
+            return dict(reversed(found.items()))     # the oldest first
+    else:
+        newest = latest_checkpoint(folder)
+        if newest:
+            return {"measured": newest[0]}
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"model={c.model} holds no complete checkpoint")
     return {"measured": folder}
@@ -844,11 +986,9 @@ def open_model(folder: Path, c: Config, device: torch.device) -> tuple[Motif, Pr
 
 def default_kv_cache_tokens(model: Motif, device: torch.device) -> int:
     """How many tokens' keys and values fit in CPU_KV_BYTES or GPU_KV_BYTES."""
-    cache = KVCache(model, batch_size=1, max_length=1)
-    num_slots = cache.keys[0].shape[2]
-    bytes_per_slot = sum(t.nbytes for t in cache.keys + cache.values) // num_slots
     total = GPU_KV_BYTES if device.type == "cuda" else CPU_KV_BYTES
-    return max(1, total // bytes_per_slot)
+    small_cache = KVCache(model, batch_size=1, max_length=1)
+    return max(1, total // small_cache.bytes_per_token)
 
 
 def run(c: Config) -> None:
@@ -858,7 +998,11 @@ def run(c: Config) -> None:
         torch.cuda.set_device(device)  # on which CUDA graphs are recorded
     models = find_models(c)
     c.precision = compute_precision(c, device)
-    if c.prompt is not None or c.tasks == "chat":
+    if c.prompt is not None and c.tasks != "chat":
+        raise UserError(f"prompt={c.prompt!r} begins a chat, and tasks={c.tasks} is none; give "
+                        "--tasks=chat, or leave the prompt out")
+    if c.tasks == "chat":
+        check_num_samples(c, {})
         from tools.chat import start_chat
         newest = list(models.values())[-1]
         start_chat(newest, c, device)
@@ -871,8 +1015,8 @@ def run(c: Config) -> None:
         if c.num_fewshot is not None and not task.source:
             num_fewshot = c.num_fewshot
         questions = read_questions(name, task, num_fewshot, c.limit, c.benchmark_dir)
-        tasks[name] = (task, questions, num_fewshot)
-    if any(task.program for task, _, _ in tasks.values()):
+        tasks[name] = SelectedTask(task, questions, num_fewshot)
+    if any(selected.task.program for selected in tasks.values()):
         from tools.sandbox import sandbox_gaps
         gaps = sandbox_gaps()
         if gaps and c.run_code != "unsafe":

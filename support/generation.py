@@ -72,6 +72,11 @@ class KVCache:
             self.keys.append(torch.zeros(key_shape, dtype=dtype, device=weight.device))
             self.values.append(torch.zeros(value_shape, dtype=dtype, device=weight.device))
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of the keys and values of one token, in all layers."""
+        return sum(t[0, :, 0].nbytes for t in self.keys + self.values)
+
     def open(self, positions: Tensor, row_lengths: Tensor | None) -> "list[LayerCache]":
         """What each layer needs for a pass over tokens at these positions (B, T)."""
         T = positions.shape[1]

@@ -10,6 +10,7 @@ import sys
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Iterator
 
 import torch
 
@@ -127,19 +128,25 @@ def check_state(state: dict) -> None:
         raise UserError("its state.json has another form")
 
 
-def latest_checkpoint(out: Path) -> tuple[Path, dict] | None:
-    """The newest checkpoint in out that is whole, and its state; None if there is none. Those that
-    are damaged are passed over, with a line for each."""
+def whole_checkpoints(out: Path) -> Iterator[tuple[Path, dict]]:
+    """Yield each checkpoint in out that is whole, the newest first, with its state. Those that are
+    damaged are passed over, for each of which rank 0 prints a line."""
     for step in sorted(checkpoint_steps(out), reverse=True):
         folder = out / f"step_{step}"
         try:
             state = read_state(folder)
-            if state.get("step", step) == step:
-                return folder, state
-            print(f"checkpoint {folder} is of step {state['step']}; passing it over")
+            if state.get("step", step) != step:
+                raise UserError(f"checkpoint {folder} is of step {state['step']}")
         except UserError as e:
-            print(f"{e}; passing it over")
-    return None
+            if RANK == 0:
+                print(f"{e}; passing it over")
+        else:
+            yield folder, state
+
+
+def latest_checkpoint(out: Path) -> tuple[Path, dict] | None:
+    """The newest checkpoint in out that is whole, and its state; None if there is none."""
+    return next(whole_checkpoints(out), None)
 
 
 def last_good(out: Path) -> str:

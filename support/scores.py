@@ -1,5 +1,6 @@
 """What eval.py makes of the records of questions: its two files, scores, and the table."""
 import json
+import os
 import statistics
 import zlib
 from pathlib import Path
@@ -10,7 +11,8 @@ from support.weights import read_json
 
 def load_previous(out: Path, settings: dict) -> tuple[dict, dict]:
     """What an earlier run with the same settings left in out: records {(task, number): record} and
-    results {task: result}. All else is removed from the files."""
+    results {task: result}. All else is removed from the files. UserError if the run was of a model
+    in another folder: two models may have the same out_dir by accident."""
     out.mkdir(parents=True, exist_ok=True)
     samples = out / "samples.jsonl"
     earlier = {}
@@ -20,16 +22,23 @@ def load_previous(out: Path, settings: dict) -> tuple[dict, dict]:
         except UserError as e:
             print(f"{e}; all questions are measured anew")
 
+    model = earlier.get("model")
+    if isinstance(model, str) and os.path.abspath(model) != os.path.abspath(settings["model"]):
+        raise UserError(f"{out} has the scores of {model}, not of {settings['model']}; delete it "
+                        "or give another --out_dir")
+
     records = {}
     results = {}
-    if isinstance(earlier.get("tasks"), dict) and settings.items() <= earlier.items():
+    unchanged = all(earlier.get(key) == settings[key] for key in settings if key != "model")
+    if isinstance(earlier.get("tasks"), dict) and unchanged:
         results = earlier["tasks"]
         for line in samples.read_bytes().splitlines(keepends=True):
             record = read_record(line)
             if record is not None:
                 records[record["task"], record["doc"]] = record
     elif earlier:
-        print(f"{out}: another model or other settings before; its samples are dropped")
+        print(f"{out}: the model's files, --chat or --precision were others before; all questions "
+              "are measured anew")
     save_results(out, settings, records, results)
     return records, results
 

@@ -10,6 +10,10 @@ import re
 import shutil
 import socket
 import sys
+import threading
+import time
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,12 +29,13 @@ import tools.chat
 from configurator import UserError
 from eval import Config, LoglikelihoodRequest, PromptEncoder
 from model import KVCache, Motif, MotifConfig
-from support import ranks
+from support import ranks, run_folder
 from support.conversations import EVAL_DOMAINS, load_conversations
 from support.generation import sample_next_token
 from support.ranks import run_main
-from support.scores import read_record
-from support.tasks import TASKS, Example, Task, first_fence, number_in, read_chain
+from support.scores import read_record, record_line
+from support.tasks import (TASKS, Example, Task, first_fence, number_in, read_chain,
+                           read_questions)
 from support.tokenizer import BEGIN, ROLES, TURN, TURN_END, load_tokenizer
 
 FIXTURE = json.loads((Path(__file__).parent / "eval.json").read_text())
@@ -78,7 +83,7 @@ def model(model_dir):
 
 
 @pytest.fixture(scope="module")
-def text():
+def encoder():
     tokenizer = load_tokenizer("byte")
     return PromptEncoder(tokenizer, tokenizer.begin_id)
 
@@ -117,7 +122,7 @@ def replace_replies(monkeypatch, replies):
     prompts that it gets."""
     prompts_seen = []
 
-    def generate_replies(model, text, prompts, until, *options):
+    def generate_replies(model, encoder, prompts, until, *options):
         prompts_seen.extend(prompts)
         cut = [reply[:evaluation.find_first(reply.encode(), until)] for reply in replies]
         return list(enumerate(cut))
@@ -215,7 +220,7 @@ def test_the_numbers_found_in_gsm8k_replies_are_those_of_the_harness():
 @pytest.mark.parametrize("name, domain, lengths", [
     ("chains", "held_chains", {2, 3, 4}), ("longer_chains", "longer_chains", {5, 6})])
 def test_chains_are_asked_in_turns_and_their_answers_compared(
-        run, text, monkeypatch, name, domain, lengths):
+        run, encoder, monkeypatch, name, domain, lengths):
     chains = list(load_conversations(EVAL_DOMAINS[domain][0]))[:30]
     right = [chain[1]["content"].split("\n") for chain in chains]
     assert {len(lines) - 1 for lines in right} == lengths
@@ -230,7 +235,7 @@ def test_chains_are_asked_in_turns_and_their_answers_compared(
     prompts = replace_replies(monkeypatch, replies)
     printed, found = run(tasks=name, limit=30, benchmark_dir=None)
 
-    assert prompts == [sft.encode_prompt(text.tokenizer, chain[:1]) for chain in chains]
+    assert prompts == [sft.encode_prompt(encoder.tokenizer, chain[:1]) for chain in chains]
     assert [record["acc"] for record in found] == [1.0, 0.0, 0.0] * 10
     assert [record["steps"] for record in found] == pytest.approx(steps)
     assert results("o")[name]["acc"]["value"] == pytest.approx(100 / 3)
@@ -345,16 +350,54 @@ def test_passes_over_rows_that_share_nothing_keep_to_their_tokens(model, monkeyp
 
 
 def test_equal_choices_are_equally_likely_whatever_pass_they_come_to(
-        model, text, monkeypatch):
+        model, encoder, monkeypatch):
     def rounded(model, requests, kv_cache_tokens):
         for request in requests:
             yield request, [torch.tensor([-1.0 + 1e-6 * j]) for j in range(len(request.rows))]
     monkeypatch.setattr(evaluation, "loglikelihoods", rounded)
     example = Example("Q", choices=[" a", " b", " a"], answer=1)
     c = Config(kv_cache_tokens=1000)
-    (_, record), = evaluation.multiple_choice(TASKS["arc_easy"], {0: example}, model, text, c)
+    (_, record), = evaluation.multiple_choice(TASKS["arc_easy"], {0: example}, model, encoder, c)
     assert record["output"][0] == record["output"][2] < record["output"][1]
     assert record["acc"] == 1.0
+
+
+@pytest.fixture
+def cached_tokens(monkeypatch):
+    """A list to which, whenever a cache is made, the tokens are added that all living caches have
+    room for."""
+    living = weakref.WeakSet()
+    totals = []
+    init = KVCache.__init__
+
+    def noted(cache, *options):
+        init(cache, *options)
+        living.add(cache)
+        totals.append(sum(len(other.lengths) * other.max_length for other in living))
+    monkeypatch.setattr(KVCache, "__init__", noted)
+    return totals
+
+
+def test_the_scorer_s_caches_keep_to_the_budget_together(model, monkeypatch, cached_tokens):
+    """Ten prompts of 100 tokens fill half of the budget. Their 30 choices take several passes,
+    each with copies that fill the other half."""
+    monkeypatch.setattr(evaluation, "CPU_BATCH_TOKENS", 10**6)
+    requests = []
+    for i in range(10):
+        context = [i] * 100
+        pairs = [(context, [j] * 20) for j in (200, 201, 202)]
+        requests.append(LoglikelihoodRequest(i, pairs, MAX_LENGTH))
+    dict(evaluation.loglikelihoods(model, requests, kv_cache_tokens=2000))
+    assert len(cached_tokens) > 4
+    assert 1900 < max(cached_tokens) <= 2000
+
+
+def test_the_caches_of_generation_keep_to_the_budget(model, encoder, cached_tokens):
+    prompts = [[i] * 20 for i in range(12)]
+    budget = 4 * (20 + 24)
+    found = dict(evaluation.generate_replies(model, encoder, prompts, (), 24, budget))
+    assert len(found) == 12 and len(cached_tokens) >= 3
+    assert 0.9 * budget < max(cached_tokens) <= budget
 
 
 def test_what_prompts_share_is_read_once(model, monkeypatch):
@@ -383,13 +426,13 @@ def test_an_answer_without_tokens_or_longer_than_the_model_is_an_error(length):
         LoglikelihoodRequest(7, [([1], [2]), ([1], [3] * length)], MAX_LENGTH)
 
 
-def test_an_empty_context_becomes_begin(text):
-    assert text.encode_pair("a  ", "b") == ([*text.begin, 97], [32, 32, 98])
-    assert text.encode_pair("", " b") == (text.begin, [32, 98])
-    no_begin = PromptEncoder(text.tokenizer, begin_id=None)
+def test_an_empty_context_becomes_begin(encoder):
+    assert encoder.encode_pair("a  ", "b") == ([*encoder.begin, 97], [32, 32, 98])
+    assert encoder.encode_pair("", " b") == (encoder.begin, [32, 98])
+    no_begin = PromptEncoder(encoder.tokenizer, begin_id=None)
     assert no_begin.encode_pair("a", "b") == ([97], [98])
-    assert no_begin.encode_pair("", "b") == (text.begin, [98])
-    assert no_begin.encode_pair(" ", "b") == (text.begin, [32, 98])
+    assert no_begin.encode_pair("", "b") == (encoder.begin, [98])
+    assert no_begin.encode_pair(" ", "b") == (encoder.begin, [32, 98])
 
 
 def save_byte_level_tokenizer(file, special):
@@ -413,27 +456,27 @@ def test_the_tokenizer_begins_a_text_unless_the_model_was_trained_here(model_dir
 
     state = {"files": {}, "config": {"tokenizer": str(folder)}}
     (folder / "state.json").write_text(json.dumps(state))
-    text = evaluation.open_model(folder, c, cpu)[1]
-    assert text.begin == [text.tokenizer.special[BEGIN]]
+    encoder = evaluation.open_model(folder, c, cpu)[1]
+    assert encoder.begin == [encoder.tokenizer.special[BEGIN]]
 
 
-def test_bits_of_replies_are_the_loss_of_fine_tuning(model, text):
+def test_bits_of_replies_are_the_loss_of_fine_tuning(model, encoder):
     chains = list(load_conversations("builtin:chains?n=3&steps=2"))
     examples = {i: read_chain(chain) for i, chain in enumerate(chains)}
     c = Config(kv_cache_tokens=600)
-    found = dict(evaluation.bits_per_byte(None, examples, model, text, c))
+    found = dict(evaluation.bits_per_byte(None, examples, model, encoder, c))
     for i, chain in enumerate(chains):
-        ids, targets = sft.encode_chat(text.tokenizer, chain)
+        ids, targets = sft.encode_chat(encoder.tokenizer, chain)
         nats = model(torch.tensor([ids]), torch.tensor([targets]), reduction="sum").item()
         assert found[i]["bits"] == pytest.approx(nats / math.log(2), rel=1e-5)
         assert found[i]["bytes"] == len(chain[1]["content"])
 
 
-def test_bits_per_byte_are_those_of_whole_windows(run, model, text):
+def test_bits_per_byte_are_those_of_whole_windows(run, model, encoder):
     content = "Ships sail.\n" * 90
     Path("own.txt").write_text(content)
     printed, (record,) = run(tasks="bpb:own.txt")
-    ids = text.begin + list(content.encode())
+    ids = encoder.begin + list(content.encode())
 
     total = 0.0
     for start in (0, 512, 1024):
@@ -442,6 +485,16 @@ def test_bits_per_byte_are_those_of_whole_windows(run, model, text):
     assert "bits per byte" in printed
     assert record["bits"] == pytest.approx(total / math.log(2), rel=1e-5)
     assert record["bytes"] == len(content)
+
+
+def test_the_source_of_a_text_may_have_a_comma_written_as_a_code(run):
+    Path("a,b.txt").write_text("Ships sail.")
+    write_rows("q&a.jsonl", [{"q": "Do ships sail?", "a": "Yes."}])
+    names = ["bpb:a%2Cb.txt", "bpb:q%26a.jsonl?text=q%2Ca"]
+    _, (first, second) = run(tasks=",".join(names))
+    assert first["prompt"] == "Ships sail."
+    assert second["prompt"] == "Do ships sail?\n\nYes."
+    assert list(results("o")) == names
 
 
 # ---- generation, against greedy passes without a cache
@@ -456,23 +509,23 @@ def plain_greedy(model, prompt, max_new_tokens):
     return new
 
 
-def cut_reply(ids, text, until=()):
+def cut_reply(ids, encoder, until=()):
     """The reply that these ids are: up to a token that ends it, and to the first stop string."""
     reply = b""
     for i in ids:
-        if i in text.end_ids:
+        if i in encoder.end_ids:
             break
-        reply += text.tokenizer.token_bytes(i)
+        reply += encoder.tokenizer.token_bytes(i)
     for stop in until:
         reply = reply.partition(stop.encode())[0]
     return reply.decode("utf-8", "replace")
 
 
-def test_replies_of_a_batch_are_those_of_one_prompt_at_a_time(model, text):
+def test_replies_of_a_batch_are_those_of_one_prompt_at_a_time(model, encoder):
     prompts = [list(b"The quick brown fox"[:n]) for n in (1, 4, 9, 19)] + [list(b"zq" * 300)]
     new_ids = [plain_greedy(model, prompt, 24) for prompt in prompts]
-    whole = [cut_reply(ids, text) for ids in new_ids]
-    found = dict(evaluation.generate_replies(model, text, prompts, (), 24, 2048))
+    whole = [cut_reply(ids, encoder) for ids in new_ids]
+    found = dict(evaluation.generate_replies(model, encoder, prompts, (), 24, 2048))
     assert found == dict(enumerate(whole))
 
     # Letters that fall within the replies, as strings to stop at.
@@ -480,32 +533,32 @@ def test_replies_of_a_batch_are_those_of_one_prompt_at_a_time(model, text):
     for reply, k in zip(whole, (3, 9, 20)):
         if len(reply) > k and reply[k] != "\ufffd":
             until.append(reply[k])
-    cut = [cut_reply(ids, text, until) for ids in new_ids]
+    cut = [cut_reply(ids, encoder, until) for ids in new_ids]
     assert cut != whole
-    found = dict(evaluation.generate_replies(model, text, prompts, tuple(until), 24, 2048))
+    found = dict(evaluation.generate_replies(model, encoder, prompts, tuple(until), 24, 2048))
     assert found == dict(enumerate(cut))
 
 
-def test_a_run_generates_greedily_unless_a_temperature_is_given(run, model, text):
+def test_a_run_generates_greedily_unless_a_temperature_is_given(run, model, encoder):
     chain = next(iter(load_conversations(EVAL_DOMAINS["held_chains"][0])))
-    prompt = sft.encode_prompt(text.tokenizer, chain[:1])
-    greedy = cut_reply(plain_greedy(model, prompt, 200), text)
+    prompt = sft.encode_prompt(encoder.tokenizer, chain[:1])
+    greedy = cut_reply(plain_greedy(model, prompt, 200), encoder)
     assert len(greedy) > 5
     options = {"tasks": "chains", "limit": 1, "benchmark_dir": None}
     assert run(**options)[1][0]["output"] == [greedy]
     assert run(**options, temperature=1.0)[1][0]["output"] != [greedy]
 
 
-def test_what_is_sampled_for_a_question_does_not_depend_on_its_batch(model, text):
+def test_what_is_sampled_for_a_question_does_not_depend_on_its_batch(model, encoder):
     """The same question in many batches, then once by itself, as another rank may have it."""
     question = Example("The fox", row={})
     task = Task(None, "generation", metric=lambda example, reply: {}, max_new_tokens=24)
     rows_per_batch = 4
-    c = Config(kv_cache_tokens=rows_per_batch * (len(text.encode_chat("The fox")) + 24),
+    c = Config(kv_cache_tokens=rows_per_batch * (len(encoder.encode_chat("The fox")) + 24),
                temperature=1.0, chat=True)
 
     def sampled(examples):
-        found = evaluation.generation(task, examples, model, text, c)
+        found = evaluation.generation(task, examples, model, encoder, c)
         return {i: record["output"][0] for i, record in found}
 
     examples = {i: question for i in range(12)}
@@ -515,14 +568,14 @@ def test_what_is_sampled_for_a_question_does_not_depend_on_its_batch(model, text
         assert sampled({i: question for i in chosen}) == {i: replies[i] for i in chosen}
 
 
-def test_the_samples_of_a_question_are_its_own_and_keep_their_order(model, text, monkeypatch):
+def test_the_samples_of_a_question_are_its_own_and_keep_their_order(model, encoder, monkeypatch):
     monkeypatch.setattr(evaluation, "judge_replies", lambda *options: {})
     task = Task(None, "generation", program=print, until=("e",), max_new_tokens=24)
 
     def sampled(numbers, kv_cache_tokens):
         examples = {i: Example("The fox" * i) for i in numbers}
         c = Config(kv_cache_tokens=kv_cache_tokens, temperature=1.0, num_samples=5)
-        found = evaluation.generation(task, examples, model, text, c)
+        found = evaluation.generation(task, examples, model, encoder, c)
         return {i: record["output"] for i, record in found}
 
     together = sampled([1, 2, 3], 10**4)
@@ -539,6 +592,61 @@ def test_draws_from_a_number_for_each_row_have_the_probabilities_of_the_softmax(
     torch.testing.assert_close(shares, (logits[0] / 0.7).softmax(-1), atol=3e-4, rtol=0)
     last = sample_next_token(logits[:1], 1.0, 2, None, torch.tensor([[1 - 2**-24]]))
     assert last.item() in (1, 3)
+
+
+@pytest.fixture
+def judge_in_threads(monkeypatch):
+    """judge_in_threads(judge, num_threads): replies are judged by this function of the example."""
+    def use(judge, num_threads):
+        monkeypatch.setattr(os, "cpu_count", lambda: num_threads)
+        monkeypatch.setattr(evaluation, "judge_replies",
+                            lambda task, example, replies, chat: judge(example))
+    return use
+
+
+def test_a_question_is_done_when_it_is_judged_though_an_earlier_one_is_not(
+        model, encoder, monkeypatch, judge_in_threads):
+    may_end = threading.Event()
+
+    def judge(example):
+        if example.text == "slow":
+            may_end.wait(10)
+        return {}
+    judge_in_threads(judge, 2)
+    replace_replies(monkeypatch, ["x", "y", "z"])
+    examples = {0: Example("slow"), 1: Example("b"), 2: Example("c")}
+    found = evaluation.generation(TASKS["chains"], examples, model, encoder, Config())
+    first_two = {next(found)[0], next(found)[0]}
+    may_end.set()
+    assert first_two == {1, 2}
+    assert [i for i, _ in found] == [0]
+
+
+@pytest.mark.parametrize("place", ["generate_replies", "record_line"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_after_an_error_the_questions_that_wait_are_not_judged(
+        run, monkeypatch, judge_in_threads, place, error):
+    judged = []
+
+    def judge(example):
+        judged.append(example)
+        time.sleep(0.05)
+        return {"acc": 1.0}
+    judge_in_threads(judge, 1)
+
+    def twenty_replies(*options):
+        yield from enumerate(["x"] * 20)
+        if place == "generate_replies":
+            raise error
+
+    def fail(record):
+        raise error
+    monkeypatch.setattr(evaluation, "generate_replies", twenty_replies)
+    if place == "record_line":
+        monkeypatch.setattr(evaluation, "record_line", fail)
+    with pytest.raises(SystemExit):
+        run(tasks="chains", limit=20, benchmark_dir=None)
+    assert 1 <= len(judged) < 10
 
 
 class ScriptedDecoder:
@@ -559,10 +667,10 @@ class ScriptedDecoder:
         self.rows = [self.rows[k] for k in rows]
 
 
-def test_rows_that_have_ended_are_left_out(text):
+def test_rows_that_have_ended_are_left_out(encoder):
     """Also: a string to stop at is found across tokens, and two rows stay to the end."""
     decoder = ScriptedDecoder(b"one\n\ntwo", b"Question", b"no\n\nmore", b"so zz it")
-    found = evaluation.decode_until_stop(decoder, [5, 6, 7, 8], text, ("\n\n", "zz"), 8)
+    found = evaluation.decode_until_stop(decoder, [5, 6, 7, 8], encoder, ("\n\n", "zz"), 8)
     assert dict(found) == {5: "one", 6: "Question", 7: "no", 8: "so "}
     assert decoder.num_rows == [4, 4, 4, 4, 4, 2, 2, 2]
     assert decoder.rows[0] == 1
@@ -610,6 +718,79 @@ def test_other_prompts_and_other_settings_are_measured_anew(run, requests_scored
     requests_scored.clear()
     _, as_chat = run(tasks="arc_easy", chat=True)
     assert len(as_chat) == len(requests_scored) == 3
+
+
+SAMPLING = {"temperature": 1.0, "seed": 7}
+
+
+def test_another_temperature_or_seed_leaves_what_it_does_not_decide(run, requests_scored):
+    """The records and results of arc_easy stay, and those of chains are measured anew."""
+    options = {"tasks": "arc_easy,chains", "num_fewshot": 0, "limit": 2}
+    printed, greedy = run(**options)
+    assert "anew" not in printed and len(requests_scored) == 2
+    assert run(**options, seed=7)[1] == greedy            # a seed decides nothing without draws
+
+    printed, sampled = run(**options, **SAMPLING)
+    assert "\nchains: 2 records had other settings or questions, and are measured anew\n" in printed
+    assert len(requests_scored) == 2 and sampled[:2] == greedy[:2]
+    assert [a["output"] != b["output"] for a, b in zip(greedy[2:], sampled[2:])] == [True, True]
+    run(**{**options, "tasks": "arc_easy"}, temperature=0.5)
+
+    noted = results("o")
+    assert SAMPLING.items() <= noted["chains"]["acc"].items()
+    assert not {"temperature", "seed", "num_samples"} & noted["arc_easy"]["acc"].keys()
+    printed, again = run(**options, **SAMPLING)
+    assert again == sampled and "anew" not in printed
+
+
+def test_the_number_of_samples_decides_programs_alone(run, monkeypatch):
+    asked = []
+
+    def generate_replies(model, encoder, prompts, *options):
+        asked.append(len(prompts))
+        return enumerate(["x"] * len(prompts))
+    monkeypatch.setattr(evaluation, "generate_replies", generate_replies)
+    monkeypatch.setattr(evaluation, "judge_replies", lambda *options: {"acc": 1.0})
+    options = {"tasks": "chains,humaneval", "limit": 2, "temperature": 0.8, "run_code": "unsafe"}
+    run(**options, num_samples=3)
+    run(**options, num_samples=2)
+    assert asked == [2, 6, 0, 4]
+    assert results("o")["humaneval"]["acc"]["num_samples"] == 2
+    assert "num_samples" not in results("o")["chains"]["acc"]
+
+
+def test_a_folder_in_which_one_temperature_was_that_of_all_tasks_goes_on(run, requests_scored):
+    """results.json had the settings of sampling at its top, and no hash had them."""
+    options = {"tasks": "arc_easy,chains", "num_fewshot": 0, "limit": 2}
+    _, found = run(**options)
+    file = Path("o/results.json")
+    earlier = {**json.loads(file.read_text()), "temperature": 1.0, "num_samples": 1, "seed": 7}
+    del earlier["tasks"]["chains"]["acc"]["temperature"]
+    file.write_text(json.dumps(earlier))
+    lines = [record_line(record) for record in found[:2]]
+    for number, question in read_questions("chains", TASKS["chains"], 0, 2, None).items():
+        record = {**found[2 + number], "output": ["drawn"], "hash": short_hash(repr(question))}
+        lines.append(record_line(record))
+    Path("o/samples.jsonl").write_bytes(b"".join(lines))
+
+    printed, again = run(**options)
+    assert again == found and len(requests_scored) == 2
+    assert "chains: 2 records had other settings" in printed
+    assert "temperature" not in json.loads(file.read_text())
+
+
+def test_another_model_does_not_get_the_folder_of_the_first(run, model_dir):
+    """a/b and a-b have the same name in out/eval."""
+    for folder in ("a/b", "a-b"):
+        shutil.copytree(model_dir, folder)
+    run(model="a/b", tasks="arc_easy", out_dir=None)
+    written = Path("out/eval/a-b/samples.jsonl").read_bytes()
+    words = "^out/eval/a-b has the scores of a/b, not of a-b; .*--out_dir"
+    with pytest.raises(SystemExit, match=words):
+        run(model="a-b", tasks="arc_easy", out_dir=None)
+    assert Path("out/eval/a-b/samples.jsonl").read_bytes() == written
+    run(model=Path("a/b").resolve(), tasks="arc_easy", out_dir="out/eval/a-b")
+    assert Path("out/eval/a-b/samples.jsonl").read_bytes() == written
 
 
 def set_rope_theta(folder):
@@ -785,6 +966,29 @@ def test_stages_stand_side_by_side_and_are_measured_once(
     assert Path("out/eval/scores.png").exists()
 
 
+def test_a_checkpoint_that_is_damaged_is_passed_over_as_in_training(tmp_path, model_dir, capsys,
+                                                                    monkeypatch):
+    """step_4 has the state of another step, and step_6 has none."""
+    for step in (1, 3, 4):
+        folder = tmp_path / f"step_{step}"
+        shutil.copytree(model_dir, folder)
+        state = {"files": {}, "config": {"tokenizer": "byte"}, "step": min(step, 3)}
+        (folder / "state.json").write_text(json.dumps(state))
+    (tmp_path / "step_6").mkdir()
+
+    c = Config(model=str(tmp_path))
+    newest, _ = run_folder.latest_checkpoint(tmp_path)
+    warnings = capsys.readouterr().out
+    assert len(warnings.splitlines()) == 2
+    assert evaluation.find_models(c) == {"measured": newest} == {"measured": tmp_path / "step_3"}
+    assert capsys.readouterr().out == warnings
+
+    monkeypatch.setattr(run_folder, "RANK", 1)
+    found = evaluation.find_models(replace(c, plot=True))
+    assert list(found) == ["step_1", "step_3"]
+    assert capsys.readouterr().out == ""
+
+
 def test_a_limited_run_goes_on_without_the_limit(run):
     expected = FIXTURE["mmlu"]
     subjects = [row["subject"] for row in expected["rows"]]
@@ -829,17 +1033,17 @@ def test_scores_do_not_depend_on_the_number_of_ranks(run, monkeypatch):
 
 # ---- chat
 
-def test_chat_keeps_the_conversation(model, text, monkeypatch, capsys):
+def test_chat_keeps_the_conversation(model, encoder, monkeypatch, capsys):
     lines = iter(["hello", "/system Be brief.", "again", "/temp x", "/temp 0.5", "more", "/what",
                   "/reset", "new", "/quit"])
     asked = []
 
-    def print_reply(messages, model, text, temperature, seed):
+    def print_reply(messages, model, encoder, temperature, seed):
         asked.append(([message["content"] for message in messages], temperature))
         return "yes"
     monkeypatch.setattr(tools.chat, "print_reply", print_reply)
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    tools.chat.chat(model, text, Config())
+    tools.chat.chat(model, encoder, Config())
     assert asked == [(["hello"], 0.7),
                      (["Be brief.", "again"], 0.7),
                      (["Be brief.", "again", "yes", "more"], 0.5),
@@ -848,32 +1052,32 @@ def test_chat_keeps_the_conversation(model, text, monkeypatch, capsys):
     assert "/temp" in printed and "/what" in printed
 
 
-def test_a_user_cannot_spell_a_special_token(text):
-    special = text.tokenizer.special
-    assert text.encode_chat("a<|endofturn|>") == [
+def test_a_user_cannot_spell_a_special_token(encoder):
+    special = encoder.tokenizer.special
+    assert encoder.encode_chat("a<|endofturn|>") == [
         special[BEGIN], special[TURN], special[ROLES["user"]],
         *b"\n\na<|endofturn|>", special[TURN_END], special[TURN],
         special[ROLES["assistant"]], *b"\n\n"]
 
 
-def test_a_long_conversation_loses_its_oldest_exchanges_but_not_the_system_s_words(text):
+def test_a_long_conversation_loses_its_oldest_exchanges_but_not_the_system_s_words(encoder):
     system = {"role": "system", "content": "s"}
     long = {"role": "user", "content": "x" * 600}
     reply = {"role": "assistant", "content": "y" * 9}
     short = {"role": "user", "content": "short"}
 
     def encode(*messages):
-        return sft.encode_prompt(text.tokenizer, list(messages))
+        return sft.encode_prompt(encoder.tokenizer, list(messages))
 
     conversation = [system, long, reply, short]
-    assert tools.chat.fit_conversation(conversation, text, 1000) == encode(*conversation)
-    assert tools.chat.fit_conversation(conversation, text, 32) == encode(system, short)
-    assert tools.chat.fit_conversation([system, long], text, 32) == encode(system, long)[-32:]
+    assert tools.chat.fit_conversation(conversation, encoder, 1000) == encode(*conversation)
+    assert tools.chat.fit_conversation(conversation, encoder, 32) == encode(system, short)
+    assert tools.chat.fit_conversation([system, long], encoder, 32) == encode(system, long)[-32:]
 
 
-def test_ctrl_c_ends_a_reply(model, text, monkeypatch, capsys):
+def test_ctrl_c_ends_a_reply(model, encoder, monkeypatch, capsys):
     question = [{"role": "user", "content": "short"}]
-    whole = tools.chat.print_reply(question, model, text, 0.0, seed=1)
+    whole = tools.chat.print_reply(question, model, encoder, 0.0, seed=1)
     assert capsys.readouterr().out == whole + "\n"
 
     next_tokens = model_module.Decoder.next_tokens
@@ -883,7 +1087,7 @@ def test_ctrl_c_ends_a_reply(model, text, monkeypatch, capsys):
             raise KeyboardInterrupt
         return next_tokens(decoder)
     monkeypatch.setattr(model_module.Decoder, "next_tokens", interrupted)
-    begun = tools.chat.print_reply(question, model, text, 0.0, seed=1)
+    begun = tools.chat.print_reply(question, model, encoder, 0.0, seed=1)
     assert whole.startswith(begun) and 0 < len(begun) < len(whole)
 
 
@@ -892,6 +1096,12 @@ def test_ctrl_c_ends_a_reply(model, text, monkeypatch, capsys):
 @pytest.mark.parametrize("options, words", [
     ({"tasks": "arc_esay"}, "arc_esay.*arc_easy"),
     ({"tasks": "chat,mmlu"}, "--tasks=chat"),
+    ({"tasks": "chains,"}, "a name is empty"),
+    ({"tasks": ""}, "a name is empty"),
+    ({"tasks": "chains", "prompt": "Hello"}, "prompt='Hello'.*--tasks=chat"),
+    ({"tasks": "arc_easy,chains", "num_samples": 4},
+     "num_samples=4 .*arc_easy,chains.*leave it out"),
+    ({"tasks": "chat", "num_samples": 4}, "num_samples=4 .*chat.*leave it out"),
     ({"tasks": "humaneval"}, "--run_code"),
     ({"tasks": "humaneval", "run_code": True, "num_samples": 10}, "num_samples.*--temperature"),
     ({"tasks": "arc_easy", "benchmark_dir": "none"}, "none/arc_easy_test.jsonl"),

@@ -20,16 +20,16 @@ def start_chat(folder: Path, c: Config, device: torch.device) -> None:
     """Answer --prompt with the model in this folder or, without one, converse."""
     if WORLD > 1:
         raise UserError("a chat needs one process; start it without torchrun")
-    model, text = open_model(folder, c, device)
+    model, encoder = open_model(folder, c, device)
     model.compile_steps = c.compile and device.type == "cuda"
     if c.prompt is None:
-        chat(model, text, c)
+        chat(model, encoder, c)
     else:
         question = [{"role": "user", "content": c.prompt}]
-        print_reply(question, model, text, c.temperature, c.seed)
+        print_reply(question, model, encoder, c.temperature, c.seed)
 
 
-def chat(model: Motif, text: PromptEncoder, c: Config) -> None:
+def chat(model: Motif, encoder: PromptEncoder, c: Config) -> None:
     """Read lines from the terminal and answer them, until /quit or the end of the input. Each
     reply has a seed of its own, so that the same question may get another answer."""
     print("/reset forgets, /system TEXT instructs, /temp X, /quit; Ctrl-C stops a reply")
@@ -57,7 +57,7 @@ def chat(model: Motif, text: PromptEncoder, c: Config) -> None:
             print(f"{command} is unknown; there are /reset, /system, /temp and /quit")
         elif line:
             messages.append({"role": "user", "content": line})
-            reply = print_reply(system + messages, model, text, temperature, c.seed + turn)
+            reply = print_reply(system + messages, model, encoder, temperature, c.seed + turn)
             messages.append({"role": "assistant", "content": reply})
         turn += 1
 
@@ -75,12 +75,12 @@ def parse_temperature(text: str, current: float) -> float:
     return current
 
 
-def print_reply(messages: list[dict], model: Motif, text: PromptEncoder, temperature: float,
+def print_reply(messages: list[dict], model: Motif, encoder: PromptEncoder, temperature: float,
                 seed: int) -> str:
     """Print a reply while it is generated, and return it. Ctrl-C ends it."""
     max_length = model.config.max_position_embeddings
     max_new_tokens = min(MAX_REPLY_TOKENS, max_length // 2)
-    prompt = fit_conversation(messages, text, max_length - max_new_tokens)
+    prompt = fit_conversation(messages, encoder, max_length - max_new_tokens)
     prompt = torch.tensor([prompt], device=model.head_weight.device)
 
     reply = ""
@@ -90,9 +90,9 @@ def print_reply(messages: list[dict], model: Motif, text: PromptEncoder, tempera
         decoder = Decoder(model, prompt, max_new_tokens, temperature, CHAT_TOP_K, seed)
         for _ in range(max_new_tokens):
             token = decoder.next_tokens().item()
-            if token in text.end_ids:
+            if token in encoder.end_ids:
                 break
-            piece = utf8.decode(text.tokenizer.token_bytes(token))
+            piece = utf8.decode(encoder.tokenizer.token_bytes(token))
             print(piece, end="", flush=True)
             reply += piece
     except KeyboardInterrupt:
@@ -101,7 +101,7 @@ def print_reply(messages: list[dict], model: Motif, text: PromptEncoder, tempera
     return reply
 
 
-def fit_conversation(messages: list[dict], text: PromptEncoder, max_tokens: int) -> list[int]:
+def fit_conversation(messages: list[dict], encoder: PromptEncoder, max_tokens: int) -> list[int]:
     """The ids of a conversation, at most max_tokens. If it is longer, the oldest exchanges are left
     out, but not the system message. If the last question alone is too long, the beginning of all is
     cut off."""
@@ -109,7 +109,7 @@ def fit_conversation(messages: list[dict], text: PromptEncoder, max_tokens: int)
     system = messages[:questions[0]]
     ids = []
     for start in questions:
-        ids = sft.encode_prompt(text.tokenizer, system + messages[start:])
+        ids = sft.encode_prompt(encoder.tokenizer, system + messages[start:])
         if len(ids) <= max_tokens:
             break
     return ids[-max_tokens:]

@@ -22,7 +22,7 @@ class TaskScores:
         self.c = evaluation.Config(
             tasks=c.eval_tasks, limit=c.eval_limit, benchmark_dir=c.benchmark_dir, chat=True,
             seed=c.seed, run_code=True)
-        self.text = evaluation.PromptEncoder(tokenizer, tokenizer.special[BEGIN])
+        self.encoder = evaluation.PromptEncoder(tokenizer, tokenizer.special[BEGIN])
         self.tasks = {}  # name -> task, {number: question}
         for name, task in evaluation.select_tasks(self.c).items():
             if task.program:
@@ -54,4 +54,4 @@ class TaskScores:
         """{number: record} of this rank's questions."""
         mine = {i: questions[i] for i in list(questions)[RANK::WORLD]}
         measure = getattr(evaluation, task.kind)  # multiple_choice, generation, bits_per_byte
-        return dict(measure(task, mine, model, self.text, self.c))
+        return dict(measure(task, mine, model, self.encoder, self.c))
