@@ -1,6 +1,7 @@
 """Motif-2, the model (arXiv 2511.07464): a decoder with two ideas of its own.
 
-In outline a Motif is a Llama: RMSNorm, rotary positions, residual blocks, no biases. A block is
+In outline a Motif is a Llama: RMSNorm, rotary positions, residual blocks, matrices without bias. A
+block is
 
     x = x + attention(norm(x))
     x = x + mlp(norm(x))
@@ -9,7 +10,7 @@ It differs in two places. Its attention subtracts a second attention map, the no
 (grouped differential attention, below), and its MLP has a learnt polynomial, PolyNorm, where Llama
 has SiLU. Both are defined here in plain PyTorch. What runs is kernels.py, wherever it has a faster
 form of the same: on a GPU for nearly all, on a CPU for a part. With kernels.ENABLED = False the
-definitions here run, and for the loss F.cross_entropy.
+definitions here run; but the loss stays kernels.linear_cross_entropy, in plain PyTorch.
 
 The letters that this project uses for sizes, with their values in Motif-2-12.7B:
 
@@ -18,7 +19,7 @@ The letters that this project uses for sizes, with their values in Motif-2-12.7B
     S   keys given to attention                T, or the visible slots of a KV cache
     V   vocabulary                             219,520
     D   head_dim                               128
-    G   noise heads; each leads one group      8
+    G   noise heads, the last of each group    8
     r   signal heads in a group                4
     H   query heads, G (r + 1)                 40
     K   key heads                              16
@@ -54,7 +55,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -63,8 +63,7 @@ from configurator import NonNegative, UserError, check_value
 from kernels import upcast, widest_float  # upcast to fp32; float64 stays float64
 from support.generation import Decoder, KVCache, LayerCache
 from support.released_config import read_released_config, released_config
-from support.weights import (check_finite, iter_checkpoint, model_folder, read_json, save_tensors,
-                             write_json)
+from support.weights import check_finite, iter_checkpoint, model_folder, read_json, save_tensors
 
 # ---- normalisation and positions
 
@@ -119,8 +118,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # Does it pay? In runs of 52M tokens with 115M parameters PolyNorm is worse than SwiGLU by 0.049
 # nats per token, +- 0.002, if w3, w2 and w1 begin at 1/3, as in its paper. If they begin at 1/48,
 # which is the default here [ours], it is as good: 0.001 better, +- 0.003. Begun at 1/3 its output
-# is too large: it has a root mean square of 0.71 for normally distributed inputs of any size, where
-# a fresh SiLU's has 0.30. (MEASUREMENTS.md has these runs.)
+# is too large: it has a root mean square of 0.71 for normally distributed inputs, however large,
+# where a fresh SiLU's has 0.30. (MEASUREMENTS.md has these runs.)
 #
 # The gradient. With r_p = 1 / rms(x^p) for the powers p = 1, 2, 3, the derivative d r_p / d x_j is
 # -r_p^3 p x_j^(2p-1) / F. So, with g = dL/dy,
@@ -179,8 +178,8 @@ def document_starts(doc_ids: Tensor) -> Tensor:
 
 def visibility_mask(T: int, S: int, doc_start: Tensor | None, query_slots: Tensor | None,
                     like: Tensor) -> Tensor:
-    """-> (T, S), or (B, 1, 1, T, S) if rows differ: what is added to the logits (B, K, h, T, S). It
-    is 0 where a query may see a key, else -inf.
+    """-> (T, S), or (B, 1, 1, T, S) if doc_start or query_slots is given: what is added to the
+    logits (B, K, h, T, S). It is 0 where a query may see a key, else -inf.
 
     A *slot* is a key's place among the S, in a KV cache its position. Query (b, t) sees the keys in
     the slots doc_start[b, t], ..., query_slots[b, t]; the last one is its own. Without doc_start it
@@ -211,7 +210,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None 
     -> out (B, T, K, h, Dv), and the largest visible logit of each query head (K, h) for QK-clip.
     The softmax is in fp32. Both products, and so the logits, are in the dtype of q; kernels.py
     keeps logits in fp32."""
-    # Where the fused kernel applies, the callers below have called it.
+    # The callers below have asked for the fused kernel already: what is left is this or plain.
     if kernels.attention_form(q, k, v, query_slots) == "flex":
         return kernels.flex_softmax_attention(q, k, v, doc_start, query_slots)
     B, T, K, h, D = q.shape
@@ -341,11 +340,11 @@ def differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Te
 
 
 def lambda_init(layer: Tensor) -> Tensor:
-    """The value at which a layer's lambda starts, in float64: 0.8 - 0.6 exp(-0.3 (layer - 1)).
+    """The value around which a layer's lambda starts, in float64: 0.8 - 0.6 exp(-0.3 (layer - 1)).
 
-    The paper counts layers from 1, and its first lambda is 0.2. The released code passes a layer
-    number that counts from 0 into the same formula. So the first layer starts with -0.0099: it adds
-    one hundredth of the noise. We keep that, because the checkpoints were trained with it.
+    The paper counts layers from 1, and its first value is 0.2. The released code passes a layer
+    number that counts from 0 into the same formula. So the first layer's is -0.0099: there a
+    hundredth of the noise is added. We keep that, because the checkpoints were trained with it.
 
     >>> [round(lambda_init(torch.tensor(layer)).item(), 4) for layer in (0, 1, 2, 39)]
     [-0.0099, 0.2, 0.3555, 0.8]
@@ -630,7 +629,8 @@ def compiled_generation_step() -> Callable:
 class Motif(nn.Module):
     """Motif(config): the model with fresh weights, drawn from torch's global generator.
 
-    max_logits      (layers, H): largest attention logits of the last forward pass, for QK-clip
+    max_logits      (layers, H): largest attention logits of the last forward pass, for QK-clip;
+                    None before the first one. Compiled steps of generation do not set it
     compute_dtype   dtype of the activations where FSDP2 casts the weights, which a KV cache must
                     know (pretrain.py sets it); None: the weights' own
     compile_steps   whether torch.compile runs the blocks when one token of each row is generated
@@ -640,6 +640,7 @@ class Motif(nn.Module):
         super().__init__()
         config.check()
         self.config = config
+        self.max_logits = None
         self.compute_dtype = None
         self.compile_steps = False
         self.model = nn.ModuleDict({
@@ -774,29 +775,30 @@ class Motif(nn.Module):
         Each tensor keeps its stored dtype unless one is given, and is read straight to the device.
         On a CPU it stays in the memory-mapped file until somebody writes to it."""
         path = model_folder(path)
+        device = torch.device("cpu" if device is None else device)
         with torch.device("meta"):
             model = cls(MotifConfig.from_dict(read_json(path / "config.json")))
         shapes = {name: p.shape for name, p in model.state_dict().items()}
         tensors = {}
         for name, read in iter_checkpoint(path, "model", shapes, device):
-            tensors[name] = read().to(dtype)
-            check_finite(path, name, tensors[name])
+            stored = read()
+            check_finite(path, name, stored)
+            tensors[name] = stored.to(dtype)
+            if dtype == torch.float16 and not tensors[name].isfinite().all():
+                raise UserError(f"{path}: {name} has numbers above 65,504, which float16 cannot "
+                                "hold; give dtype=torch.bfloat16")
         model.load_state_dict(tensors, assign=True)
-        return model.to(device or "cpu").requires_grad_()
+        return model.to(device).requires_grad_()
 
     def save_pretrained(self, path, shard_bytes: int = 5 * 10**9) -> None:
-        """Write the released layout, in the model's own dtypes. All ranks of FSDP2 call it.
+        """Write the released layout, in the model's own dtypes. A model that was there stays until
+        all files are written.
 
-        The files are dealt out to the ranks; config.json is the last of rank 0's. The folder is
-        whole once all ranks have returned."""
-        path = Path(path)
-        is_first_rank = not dist.is_initialized() or dist.get_rank() == 0
-        if is_first_rank:
-            (path / "config.json").unlink(missing_ok=True)
-        save_tensors(path, "model", self.state_dict(), shard_bytes)
-        if is_first_rank:
-            dtype = str(self.head_weight.dtype).removeprefix("torch.")
-            write_json(path / "config.json", self.config.to_dict() | {"torch_dtype": dtype})
+        All ranks of FSDP2 call it: the files are dealt out to them, and the folder is whole once
+        all have returned. A model that is not sharded is written by each process that calls it."""
+        dtype = str(self.head_weight.dtype).removeprefix("torch.")
+        config = self.config.to_dict() | {"torch_dtype": dtype}
+        save_tensors(Path(path), "model", self.state_dict(), shard_bytes, {"config.json": config})
 
 
 def init_normal_(p: Tensor, std: float) -> None:

@@ -60,7 +60,7 @@ from support.ranks import (LOCAL_RANK, RANK, WORLD, all_gather_object, all_reduc
                            pick_device, rank0_first, rank0_only, run_main, split_rows, sync_errors)
 from support.run_folder import (check_files, check_shared, checksums, find_checkpoint,
                                 finish_checkpoint, friendly_errors, last_good, lock_folder,
-                                remove_old_checkpoints, remove_temporaries, safetensors_errors)
+                                remove_old_checkpoints, remove_temporaries)
 from support.tokenizer import (END, TURN_END, Tokenizer, bytes_per_token, encode_document,
                                load_tokenizer)
 from support.weights import check_finite, iter_checkpoint, save_tensors
@@ -674,8 +674,9 @@ def save_checkpoint(out: Path, step: int, model: Motif, optimizer, state: dict, 
         rank0_only(remove_temporaries, out)
         rank0_only(os.makedirs, temporary / "optimizer")
         # In two calls: a rank that cannot write leaves at the end of one, with all the others.
-        sync_errors(write_weights, temporary, model)
-        sync_errors(write_optimizer, temporary, model, optimizer)
+        sync_errors(model.save_pretrained, temporary, SHARD_BYTES)
+        sync_errors(save_tensors, temporary / "optimizer", "state",
+                    optimizer_tensors(model, optimizer), SHARD_BYTES)
         state = {"step": step, **state, "checksums": checksums(temporary)}
         rank0_only(finish_checkpoint, temporary, folder, state, c)
     except (OSError, UserError) as e:
@@ -685,17 +686,6 @@ def save_checkpoint(out: Path, step: int, model: Motif, optimizer, state: dict, 
                         f"{last_good(out)}") from None
     if RANK == 0:
         remove_old_checkpoints(out, step, c)
-
-
-def write_weights(temporary: Path, model: Motif) -> None:
-    with safetensors_errors():
-        model.save_pretrained(temporary, SHARD_BYTES)
-
-
-def write_optimizer(temporary: Path, model: Motif, optimizer) -> None:
-    with safetensors_errors():
-        save_tensors(temporary / "optimizer", "state", optimizer_tensors(model, optimizer),
-                     SHARD_BYTES)
 
 
 def optimizer_tensors(model: Motif, optimizer) -> dict[str, Tensor]:

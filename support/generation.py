@@ -87,12 +87,13 @@ class KVCache:
 
         # A step, T = 1, uses all slots, however few are full: its shapes are fixed and the host
         # need not ask the GPU for the lengths, as its CUDA graph demands. So the caller must not
-        # make more steps than fit: that is not checked (Decoder counts them).
+        # make more steps than fit: on a GPU that is not checked (Decoder counts them).
         was_empty = False
         if T > 1:
             longest = int(self.lengths.max())
             was_empty = longest == 0
             visible = min(longest + T, visible)
+        if T > 1 or self.lengths.device.type == "cpu":
             new = T if row_lengths is None else row_lengths
             if int((self.lengths + new).max()) > self.max_length:
                 raise ValueError(f"a row would exceed the cache's {self.max_length} tokens")
@@ -128,7 +129,7 @@ class LayerCache(NamedTuple):
     keys: Tensor            # (B, K, S, D): the slots that the new tokens may look at
     values: Tensor          # (B, P, S, Dv)
     slots: Tensor           # (B, T): where the new tokens go
-    was_empty: bool         # there was nothing before them
+    was_empty: bool         # the new tokens, more than one, are known to be the first
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store the keys (B, T, K, D) and values (B, T, P, Dv) of the new tokens -> the keys and
@@ -136,7 +137,8 @@ class LayerCache(NamedTuple):
 
         In an empty cache they look at each other, as in training, and need no slots: causal
         attention of T queries over T keys, which kernels.py may fuse."""
-        # Indices on both sides of a slice: the indexed dimensions come first, (B, T, K, D).
+        # keys[rows, :, slots] is (B, T, K, D), as k is: where a slice stands between two indices,
+        # PyTorch puts the indexed dimensions first.
         rows = torch.arange(k.shape[0], device=k.device)[:, None]        # (B, 1)
         self.keys[rows, :, self.slots] = k
         self.values[rows, :, self.slots] = v
@@ -163,7 +165,8 @@ class Decoder:
     ids (B, T)             prompts, padded on the right
     max_new_tokens         how often next_tokens can be called
     temperature            0 is greedy
-    top_k                  draw from the top_k likeliest tokens; None: from all
+    top_k                  draw from the top_k likeliest tokens, and those that are as likely as
+                           the last of these; None: from all
     seed                   makes the draws repeatable; None: torch's global generator
     prompt_lengths (B,)    tokens of each prompt; None: all T
     row_seeds              one for each row, so that what a row draws does not depend on the others
@@ -174,9 +177,13 @@ class Decoder:
                  top_k: int | None = None, seed: int | None = None,
                  prompt_lengths: Tensor | None = None, row_seeds: list[int] | None = None):
         B, T = ids.shape
-        if T == 0 or max_new_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
-            raise UserError("generate needs a token to begin with, max_new_tokens >= 0, "
-                            "temperature >= 0 and top_k >= 1")
+        if row_seeds is not None and (len(row_seeds) != B or seed is not None):
+            raise ValueError(f"row_seeds must be {B}, one for each row, and go without seed")
+        if ids.numel() == 0 or max_new_tokens < 0 or temperature < 0:
+            raise UserError("generate needs a token to begin with, max_new_tokens >= 0 and "
+                            "temperature >= 0")
+        if top_k is not None and top_k < 1:
+            raise UserError(f"top_k must be 1 or more, not {top_k}")
         self.model = model
         self.remaining = max_new_tokens
         self.temperature = temperature

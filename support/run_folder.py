@@ -274,16 +274,6 @@ def remove_old_checkpoints(out: Path, step: int, c) -> None:
 
 # ---- what the environment does to a run
 
-@contextmanager
-def safetensors_errors():
-    """safetensors has an exception of its own for a full disk and the like: make it an OSError."""
-    from safetensors import SafetensorError
-    try:
-        yield
-    except SafetensorError as e:
-        raise OSError(str(e)) from None
-
-
 def is_out_of_memory(e: RuntimeError) -> bool:
     """Whether a tensor had no room. CUDA has an exception for that, a CPU and MPS a text."""
     is_cuda = isinstance(e, torch.OutOfMemoryError)

@@ -5,6 +5,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,25 +30,64 @@ HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"              # of a tied model the head, too
 
 
-def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes: int) -> None:
+def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes: int,
+                 json_files: dict[str, dict] | None = None) -> None:
     """Write name -> tensor to path/<stem>.safetensors, or to several files of at most shard_bytes
-    and an index.
+    (or of one larger tensor) and an index. json_files: file name -> what to write beside them, such
+    as config.json. An earlier model in this folder goes when all of that has been written, under
+    other names: so it is not lost if the disk is full.
 
-    If FSDP2 shards some of them, all ranks call this. They assemble each tensor together, and each
-    rank writes some of the files."""
+    If FSDP2 shards some of the tensors, all ranks call this. They assemble each tensor together,
+    and each rank writes some of the files."""
     from safetensors.torch import save_file
     rank, world = 0, 1
-    if any(hasattr(t, "full_tensor") for t in tensors.values()):
+    is_sharded = any(hasattr(t, "full_tensor") for t in tensors.values())
+    if is_sharded:
         rank, world = dist.get_rank(), dist.get_world_size()
-    path.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        # Other programs read every safetensors file of a folder, old ones too.
-        for old in path.glob(f"{stem}[.-]*safetensors*"):
-            old.unlink()
+
+    names_of_file = divide_into_files(tensors, stem, shard_bytes)
+    json_files = dict(json_files or {})
+    if len(names_of_file) > 1:
+        json_files[stem + INDEX] = make_index(tensors, names_of_file)
 
     # All tensors are assembled before any file is written: if writing fails on one rank, the other
     # ranks must not be left waiting for it in full_tensor().
-    names_of_file = divide_into_files(tensors, stem, shard_bytes)
+    mine = assemble_files(tensors, names_of_file, rank, world)
+
+    def write_temporaries() -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        with safetensors_errors():
+            for file, shard in mine.items():
+                save_file(shard, path / f"{file}.tmp", metadata={"format": "pt"})
+        if rank == 0:
+            for file, content in json_files.items():
+                write_json(path / f"{file}.tmp", content)
+
+    if is_sharded:
+        from support.ranks import sync_errors
+        sync_errors(write_temporaries)      # if one rank fails, none goes on
+    else:
+        write_temporaries()
+
+    if rank == 0:
+        remove_earlier(path, stem, names_of_file, json_files)
+    for file in mine:
+        os.replace(path / f"{file}.tmp", path / file)
+    if rank == 0:
+        for file in json_files:
+            os.replace(path / f"{file}.tmp", path / file)
+
+
+def make_index(tensors: dict[str, Tensor], names_of_file: dict[str, list[str]]) -> dict:
+    """The content of <stem>.safetensors.index.json."""
+    weight_map = {name: file for file, names in names_of_file.items() for name in names}
+    total_size = sum(t.numel() * t.element_size() for t in tensors.values())
+    return {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+
+
+def assemble_files(tensors: dict[str, Tensor], names_of_file: dict[str, list[str]], rank: int,
+                   world: int) -> dict[str, dict[str, Tensor]]:
+    """{file: {name: whole tensor}} of the files that this rank writes, every world-th one."""
     mine = {}
     for i, (file, names) in enumerate(names_of_file.items()):
         for name in names:
@@ -56,20 +96,34 @@ def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes:
             if i % world == rank:
                 t = t.contiguous()
                 mine.setdefault(file, {})[name] = t.cpu() if world > 1 else t
+    return mine
 
-    for file, shard in mine.items():
-        save_file(shard, path / f"{file}.tmp", metadata={"format": "pt"})
-        os.replace(path / f"{file}.tmp", path / file)
-    if rank == 0 and len(names_of_file) > 1:
-        weight_map = {name: file for file, names in names_of_file.items() for name in names}
-        total_size = sum(t.numel() * t.element_size() for t in tensors.values())
-        write_json(path / (stem + INDEX),
-                   {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+
+def remove_earlier(path: Path, stem: str, files, json_files) -> None:
+    """Remove what would not be overwritten of an earlier model: programs read all files of a folder
+    that have such names. Its JSON files go too, so that nobody takes a half for a whole."""
+    name_of_ours = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
+    for old in path.iterdir():
+        name = old.name.removesuffix(".tmp")
+        if name_of_ours.fullmatch(name) and name not in files and name not in json_files:
+            old.unlink()
+    for file in json_files:
+        (path / file).unlink(missing_ok=True)
+
+
+@contextmanager
+def safetensors_errors():
+    """safetensors has an exception of its own for a full disk and the like: make it an OSError."""
+    from safetensors import SafetensorError
+    try:
+        yield
+    except SafetensorError as e:
+        raise OSError(str(e)) from None
 
 
 def checksum(file: Path) -> int:
-    """The file's CRC-32: it finds any flipped bit. (Of 500 MB in memory in 0.16 s; SHA-256: 0.37 s,
-    on one core of an EPYC.)"""
+    """The file's CRC-32: it finds any single flipped bit. (Of 500 MB in memory in 0.16 s; SHA-256:
+    0.37 s, on one core of an EPYC.)"""
     value = 0
     with open(file, "rb") as f:
         while block := f.read(2**22):
@@ -101,11 +155,12 @@ def divide_into_files(tensors: dict[str, Tensor], stem: str, most: int) -> dict[
 
 
 def iter_checkpoint(path: Path, stem: str, shapes: dict[str, tuple],
-                    device=None) -> Iterator[tuple[str, Callable]]:
+                    device: torch.device | None = None) -> Iterator[tuple[str, Callable]]:
     """Yield (name, read) of each tensor that save_tensors wrote: read() loads the tensor,
     read(*slices) a part of it. Call read before advancing.
 
-    shapes: the tensors that there must be, all of them and no others. UserError, before anything is
+    shapes: the tensors that there must be, all of them and no others, except those that follow from
+    them (a tied head, the frequencies of rotary positions). UserError, before anything is
     yielded, if they are not there."""
     from safetensors import safe_open
     files = tensor_files(path, stem)
@@ -233,6 +288,6 @@ def read_json(file: Path) -> dict:
 
 
 def write_json(file: Path, value: dict) -> None:
-    temporary = file.with_suffix(".tmp")
+    temporary = file.with_name(f"{file.name}.part")
     temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, file)

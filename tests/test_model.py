@@ -399,15 +399,43 @@ def test_any_reader_of_the_files_finds_the_same_function(tmp_path, dtype, shape)
 
 
 def test_one_rank_of_many_writes_all_of_a_model_that_is_whole(tmp_path, monkeypatch):
-    """As --init does, whose files the other ranks then read."""
+    """As --init does, whose files the other ranks then read; here it is not the first rank."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
     model = make()
     model.save_pretrained(tmp_path, shard_bytes=4000)
     assert len([*tmp_path.glob("*.safetensors")]) > 3
     again = Motif.from_pretrained(tmp_path)
     assert all(map(torch.equal, model.parameters(), again.parameters()))
+
+
+def test_a_save_that_fails_leaves_the_earlier_model_and_other_files_alone(tmp_path):
+    """Here two parameters share memory, which safetensors refuses."""
+    model = make()
+    model.save_pretrained(tmp_path, shard_bytes=4000)
+    for name in "model-ema.safetensors", "model.lora.safetensors":
+        (tmp_path / name).write_text("mine")
+    again = make(1)
+    again.lm_head.weight = again.model.embed_tokens.weight
+    with pytest.raises(Exception, match="share memory"):
+        again.save_pretrained(tmp_path)
+    kept = Motif.from_pretrained(tmp_path)
+    assert all(map(torch.equal, model.parameters(), kept.parameters()))
+
+    make(2, num_hidden_layers=1).save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        CONFIG, WEIGHTS, "model-ema.safetensors", "model.lora.safetensors"}
+
+
+def test_numbers_that_float16_cannot_hold_are_named(tmp_path):
+    model = make()
+    with torch.no_grad():
+        model.model.norm.weight[0] = 1e6
+    model.save_pretrained(tmp_path)
+    assert Motif.from_pretrained(tmp_path, dtype=torch.bfloat16).model.norm.weight[0] > 9e5
+    with pytest.raises(UserError, match=f"{NORM}.*float16"):
+        Motif.from_pretrained(tmp_path, dtype=torch.float16)
 
 
 def refused(folder, *words):

@@ -22,11 +22,11 @@ import torch
 import sft
 from configurator import UserError
 from model import Motif, MotifConfig
-from support.run_folder import fsync_path, latest_checkpoint, read_state, safetensors_errors
+from support.run_folder import fsync_path, latest_checkpoint, read_state
 from support.tokenizer import (BEGIN, BYTE_OF, END, TURN_END, JsonTokenizer, TiktokenTokenizer,
                                Tokenizer, load_tokenizer, tokenizer_file)
-from support.weights import (INDEX, check_finite, iter_checkpoint, read_json, tensor_files,
-                             write_json)
+from support.weights import (INDEX, check_finite, iter_checkpoint, read_json, safetensors_errors,
+                             tensor_files, write_json)
 
 
 def export_checkpoint(c, out: Path) -> None:
