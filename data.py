@@ -15,7 +15,7 @@ import re
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import count
 
@@ -82,8 +82,24 @@ class Phase:
     first_step: int
     T: int
     start: np.ndarray         # (domains,) where the stretch begins, in tokens
-    count: np.ndarray | None  # (domains,) sequences in it; None in the last phase, whose end is
-                              # left open, so that prolonging the run does not change its windows
+    count: np.ndarray | None  # (domains,) sequences that are read of it; None in the last phase,
+                              # whose end is left open
+    # Of a phase in which the plan changes:
+    earlier: "Phase | None" = None     # what it was under the plan before
+    reached: np.ndarray | None = None  # (domains,) how many sequences were read under that
+
+    @property
+    def stretch(self) -> np.ndarray:
+        """(domains,) how many sequences long it is: count, or a window more. A window that has
+        begun, in random order, ends in this phase, even if its last sequences are not read. (No
+        such window ends later than a window's length after what was reached.)"""
+        if self.earlier is None:
+            return self.count
+        begun_end = self.reached - 1 + window_size(self.T)
+        if self.earlier.count is not None:
+            begun_end = np.minimum(begun_end, self.earlier.stretch)
+        begun_end = np.where(self.reached > 0, begun_end, 0)
+        return np.maximum(self.count, begun_end)
 
 
 class Curriculum:
@@ -156,12 +172,17 @@ class Curriculum:
     def _past(self, array: np.ndarray) -> np.ndarray:
         """(steps, domains) of the plan before -> its part that was followed, with a column for each
         of our domains. A domain that is new has read nothing."""
-        old, step = self.before
-        past = np.zeros((step, len(self.names)), dtype=array.dtype)
+        _, step = self.before
+        return self._our_columns(array[:step])
+
+    def _our_columns(self, array: np.ndarray) -> np.ndarray:
+        """(..., domains of the plan before) -> (..., our domains), with 0 for what is new."""
+        old, _ = self.before
+        ours = np.zeros((*array.shape[:-1], len(self.names)), dtype=array.dtype)
         for d, name in enumerate(self.names):
             if name in old.names:
-                past[:, d] = array[:step, old.names.index(name)]
-        return past
+                ours[..., d] = array[..., old.names.index(name)]
+        return ours
 
     def _plan_steps(self, batch_tokens, seq_len, max_steps: float, max_tokens: float) -> None:
         """Add the steps up to the end of the run to rows, seq_len and tokens."""
@@ -250,15 +271,43 @@ class Curriculum:
 
     @cached_property
     def phases(self) -> list[Phase]:
+        changes = [t for t in range(1, self.steps) if self.seq_len[t] != self.seq_len[t - 1]]
         phases = []
         start = np.zeros(len(self.names), dtype=np.int64)
-        for t in range(self.steps):
-            if t == 0 or self.seq_len[t] != self.seq_len[t - 1]:
-                if t > 0:
-                    phases[-1].count = self.end[t - 1]
-                    start = start + self.end[t - 1] * self.seq_len[t - 1]
-                phases.append(Phase(t, self.seq_len[t], start, None))
+        for first_step, next_step in zip([0, *changes], [*changes, None]):
+            count = None if next_step is None else self.end[next_step - 1]
+            phase = Phase(first_step, self.seq_len[first_step], start, count)
+            if self.before and first_step < self.before[1]:
+                phase = self._begun_before(phase, len(phases), next_step)
+            phases.append(phase)
+            if next_step is not None:
+                start = start + phase.stretch * phase.T
         return phases
+
+    def _begun_before(self, phase: Phase, i: int, next_step: int | None) -> Phase:
+        """Our phase number i, which the plan before began: as it was, if it was read to its end
+        under that plan; else with a note of how it was."""
+        old, step = self.before
+        earlier = self._with_our_domains(old.phases[i])
+        if next_step is not None and next_step < step:
+            return earlier
+        return replace(phase, earlier=earlier, reached=self.end[step - 1])
+
+    def _with_our_domains(self, phase: Phase | None) -> Phase | None:
+        """A phase of the plan before, with a column for each of our domains."""
+        if phase is None:
+            return None
+        count = None if phase.count is None else self._our_columns(phase.count)
+        reached = None if phase.reached is None else self._our_columns(phase.reached)
+        return Phase(phase.first_step, phase.T, self._our_columns(phase.start), count,
+                     self._with_our_domains(phase.earlier), reached)
+
+    def passed_over(self) -> dict[str, int]:
+        """Domain -> the most tokens of it that are not read, in this epoch, for changes of plan."""
+        tokens = np.zeros(len(self.names), dtype=np.int64)
+        for phase in self.phases[:-1]:
+            tokens += (phase.stretch - phase.count) * phase.T
+        return {name: int(n) for name, n in zip(self.names, tokens) if n > 0}
 
     def phase_of(self, step: int) -> Phase:
         begun = [phase for phase in self.phases if phase.first_step <= step]
@@ -382,9 +431,9 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
 #     sequences   2 0 1   4 3   1 2 0 ...
 #
 # The order follows from the seed, the domain, the window and its length. So a batch is a pure
-# function of (seed, step) under one plan, on any number of ranks. (A changed plan that moves a
-# change of seq_len may cut a window that has begun: up to a window of each domain is then read
-# again or passed over.)
+# function of (seed, step), on any number of ranks. Where a run is prolonged, or its plan changes
+# otherwise, the window that has begun keeps its length, and the new plan cuts the tape behind it.
+# (So a plan that changes seq_len within that window leaves a part of it unread in this epoch.)
 #
 # A window ends with the sequence in which an epoch ends, so that a text shorter than a window is
 # read once before any of it is read twice.
@@ -396,6 +445,11 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
 
 WINDOW_TOKENS = 2**20
 VAL_DOCUMENTS = 8
+
+
+def window_size(T: int) -> int:
+    """Sequences of T tokens in a window that nothing cuts short."""
+    return max(1, WINDOW_TOKENS // T)
 
 
 def random_order(n: int, *key) -> np.ndarray:
@@ -550,9 +604,15 @@ class TokenDataset:
         Windows begin anew with the first sequence that begins in an epoch. Say windows have 3
         sequences, the phase has 8, and an epoch ends within sequence 4, counted from 0. The windows
         are then 0 to 2, 3 to 4, 5 to 7."""
+        begun_end = 0
+        if phase.earlier is not None and phase.reached[d] > 0:
+            _, begun_end = self.window(phase.earlier, d, int(phase.reached[d]) - 1)
+            if place < begun_end:
+                return self.window(phase.earlier, d, place)
+
         T = phase.T
         start = int(phase.start[d])
-        size = max(1, WINDOW_TOKENS // T)
+        size = window_size(T)
         epoch_tokens = self.tapes[self.curriculum.names[d]].epoch_tokens
         begin, end = 0, math.inf
         if epoch_tokens < math.inf:
@@ -560,6 +620,7 @@ class TokenDataset:
             epoch = (start + place * T) // epoch_tokens
             begin = max(0, ceil_div(epoch * epoch_tokens - start, T))
             end = ceil_div((epoch + 1) * epoch_tokens - start, T)
+        begin = max(begin, begun_end)
         if phase.count is not None:
             end = min(end, int(phase.count[d]))
         window_first = begin + (place - begin) // size * size

@@ -193,9 +193,6 @@ def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
         # Domains in another order are another plan too: they break ties between quotas.
         if old != plan or list(old["domains"]) != list(plan["domains"]):
             earlier_plans.append([state["step"], old])
-        if RANK == 0 and old["seq_len"] != plan["seq_len"]:
-            print("seq_len has changed: up to a window of each domain's text may be read again or "
-                  "passed over")
 
     # Each curriculum has before = (the one before it, the step at which that one ended).
     before = None
@@ -203,6 +200,10 @@ def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
         before = (data.Curriculum(**plan_of(old), before=before), step)
     curriculum = data.Curriculum(**plan, before=before)
     curriculum.earlier_plans = earlier_plans
+    if RANK == 0 and earlier_plans:
+        for name, tokens in curriculum.passed_over().items():
+            print(f"the plan has changed within a window of {name}: up to {tokens:,d} tokens of it "
+                  "are not read in this epoch")
     if max(curriculum.seq_len) > c.max_position_embeddings:
         raise UserError(f"seq_len={c.seq_len} is longer than max_position_embeddings="
                         f"{c.max_position_embeddings}; raise that or shorten the sequence")

@@ -248,16 +248,19 @@ def test_the_rows_of_the_domains_are_mixed_in_a_batch():
     assert sum(order == sorted(order) for order in names) < curriculum.steps / 2
 
 
-def test_a_plan_that_is_prolonged_keeps_what_was_read():
+@pytest.mark.parametrize("change, rises", [(30, 4000), (63, 4000), (80, 4000), (30, 2500)])
+def test_a_plan_that_is_prolonged_keeps_what_was_read(change, rises):
+    """The old plan has seq_len rise at step 63. The new one may have it rise earlier."""
     domains = {"a": ("a.txt", 0.9, 0.2), "b": ("b.txt", 0.1, 0.8)}
     options = {"batch_tokens": 64, "seq_len": [[0, 8], [4000, 16]]}
     short = Curriculum(domains, max_steps=100, **options)
-    longer = Curriculum(domains, max_steps=300, before=(short, 80), **options)
+    options["seq_len"] = [[0, 8], [rises, 16]]
+    longer = Curriculum(domains, max_steps=300, before=(short, change), **options)
     again = Curriculum(domains, max_steps=400, before=(longer, 200), **options)
     texts = {name: MemoryDomain(name, 1, [999] * 40) for name in domains}
     datasets = [TokenDataset(c, texts, 1) for c in (short, longer, again)]
     for step in range(200):
-        batches = [d.batch(step).tolist() for d in datasets[step >= 80:]]
+        batches = [d.batch(step).tolist() for d in datasets[step >= change:]]
         assert all(batch == batches[0] for batch in batches)
 
     # The shares go on to the new end, and no domain strays from its quota.
