@@ -415,9 +415,9 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
 #     seq_len 4   |0--|1--|2--|3--|4--|
 #     seq_len 8                       |0------|1------|2------|
 #
-# A *unit* is a file or a part of one. support/preparing.py makes it piece by piece, some millions
-# of tokens each, a little ahead of the run. Of each piece that is there it keeps a *record*: its
-# number of tokens, whether it is its unit's last, and checksums.
+# A *unit* is a file, a part of one or several small ones. support/preparing.py makes it piece by
+# piece, some millions of tokens each, a little ahead of the run. Of each piece that it has made it
+# keeps a *record*: its number of tokens, whether it is its unit's last, and checksums.
 #
 # A sequence of T tokens takes one more from the tape, the target of its last token, which is also
 # the first token of the next sequence. It begins wherever it falls, as in GPT-2's training: in the
@@ -467,7 +467,7 @@ cached_random_order = lru_cache(maxsize=64)(random_order)  # of the units and wi
 
 
 class Tape:
-    """The pieces of a domain in the order in which a run reads them: the part that is prepared."""
+    """The pieces of a domain in the order in which a run reads them, as far as extend() came."""
 
     def __init__(self, domain: Domain, seed: int):
         self.domain = domain

@@ -164,7 +164,8 @@ class Config(TrainConfig, MotifConfig):
     verify: bool = False            # tools.prepare: check what is prepared, and make nothing
     workers: Count | None = None    # processes that prepare data at a time; None: one per core
     keep_read_pieces: Size | None = None  # pieces of some 4M tokens of each domain that are kept
-                                    # behind the run; None: all
+                                    # behind the run; None: all. With a number no other run may use
+                                    # this data_dir: it would miss what is deleted
 
 
 def model_config(c: Config) -> MotifConfig:

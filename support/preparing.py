@@ -1,9 +1,10 @@
 """Preparing: the pieces of text that a tape is made of, and the processes that make them.
 
     data_dir/<domain>-<key>/          a domain: one source of text under one tokenizer
-        manifest.jsonl                a line for each piece that is there
+        manifest.jsonl                a line for each piece that was made; its file may be gone
         00017-002.bin                 token ids of the training text: piece 2 of unit 17
-        00000-held-out.bin            token ids that are held out, of the first VAL_UNITS units
+        00000-held-out.bin            token ids that are held out of the first piece of unit 0;
+                                      there are such files of the first VAL_UNITS units
 
 A *unit* is what support/sources.py cuts a source into: some 16 MB of local text, or a file of a
 data set, of whatever size. A unit is made in *pieces* of at least PIECE_TOKENS, in whole
@@ -44,8 +45,8 @@ VAL_EVERY = 20        # one document in so many is held out for validation,
 VAL_UNITS = 16        # of the first piece of so many units: a bounded number of documents
 MAX_UNITS = 10**7     # of a source: more is a mistake in a manifest
 MAX_MAPPED = 16       # pieces of a domain that are open at a time
-MAX_PERMITS = 2       # pieces that a process may be allowed at a time. The parent allows more only
-                      # between training steps; with a second one it goes on meanwhile
+MAX_PERMITS = 2       # pieces that a process may be allowed at a time. The parent grants permits
+                      # only between training steps; a second one keeps the process busy in a step
 MAX_FAILURES = 3      # ends of a process in a row over one unit that end the run
 
 # ---- what is on the disk
@@ -53,7 +54,8 @@ MAX_FAILURES = 3      # ends of a process in a row over one unit that end the ru
 
 class Domain:
     """A domain's folder. Its key is a hash of what decides the content of the pieces: a run with
-    another source or tokenizer has another folder.
+    another source or tokenizer has another folder. (So has one with the same files under other
+    paths, or changed since, as files are told apart by path, size and time of change.)
 
     name         of the domain
     source       where its text comes from (support/sources.py); of the Hub with its revision
@@ -77,6 +79,7 @@ class Domain:
         self.records = {}  # (unit, piece) -> its line of the manifest
         self.unit_tokens = Counter()
         self.whole_units = set()
+        self.whole_tokens = 0   # of all of these
         self._mapped = {}  # (unit, piece) -> its ids
         self._read = {}    # manifest -> how many bytes of it were read
         self.refresh()
@@ -107,11 +110,15 @@ class Domain:
                 self._take_record(record)
 
     def _take_record(self, record: dict) -> None:
-        key = (record["unit"], record["piece"])
+        unit = record["unit"]
+        key = (unit, record["piece"])
         if key not in self.records:
-            self.unit_tokens[record["unit"]] += record["tokens"]
-        if record["last"]:
-            self.whole_units.add(record["unit"])
+            self.unit_tokens[unit] += record["tokens"]
+            if unit in self.whole_units:
+                self.whole_tokens += record["tokens"]
+        if record["last"] and unit not in self.whole_units:
+            self.whole_units.add(unit)
+            self.whole_tokens += self.unit_tokens[unit]
         self.records[key] = record
 
     def write(self, line: dict, manifest: str) -> None:
@@ -163,11 +170,11 @@ class Domain:
             return made
         if not self.whole_units:
             return PIECE_TOKENS
-        mean = sum(self.unit_tokens[whole] for whole in self.whole_units) / len(self.whole_units)
+        mean = self.whole_tokens / len(self.whole_units)
         return max(mean - made, min(mean, PIECE_TOKENS), 1)
 
     def read(self, unit: int, piece: int, start: int, count: int) -> np.ndarray:
-        """Ids start to start + count of a piece. The pieces read last stay mapped into memory."""
+        """Ids start to start + count of a piece. A few pieces stay mapped into memory."""
         if (unit, piece) not in self._mapped:
             if len(self._mapped) == MAX_MAPPED:
                 self._mapped.clear()
@@ -421,9 +428,11 @@ class Worker:
         threading.Thread(target=self._listen, args=(answers,), daemon=True).start()
 
     def _listen(self, answers: queue.SimpleQueue) -> None:
-        """Put what the process says into the queue, and None when it has ended."""
-        for line in self.process.stdout:
-            answers.put((self, json.loads(line)))
+        """Put what the process says into the queue, and None when it has ended. (The last line of
+        one that was killed may be cut.)"""
+        with suppress(ValueError):
+            for line in self.process.stdout:
+                answers.put((self, json.loads(line)))
         answers.put((self, None))
 
     def begin(self, domain: Domain, unit: int, piece: int) -> None:
@@ -484,10 +493,15 @@ class Preparer:
 
         units: (unit, its first piece that is wanted).
         part (i, n): make only units i, i + n, i + 2 n, ... of the source."""
+        is_fresh = False
         for unit, piece in units:
             if tokens <= 0:
                 return
             missing = domain.first_missing(unit, piece)
+            if missing is not None and not is_fresh:
+                domain.refresh()                # another run may have made it by now
+                is_fresh = True
+                missing = domain.first_missing(unit, piece)
             if missing is not None and unit % part[1] == part[0]:
                 worker = self._worker_at(domain, unit, missing)
                 if worker is None:

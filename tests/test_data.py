@@ -386,6 +386,23 @@ def test_preparing_ahead_behind_killed_or_in_parts_gives_the_same_batches(whole,
         assert [dataset.batch(step).tolist() for step in range(PLAN.steps)] == batches
 
 
+def test_what_another_run_has_made_meanwhile_is_not_made_again(whole):
+    batches, _ = whole
+    with open_dataset("shared", workers=1) as dataset:
+        dataset.batch(0)
+        with open_dataset("shared") as other:
+            prepare(other)
+        preparer = dataset.preparer
+        while preparer.num_busy():
+            preparer.collect(0.1)
+        for d, name in enumerate(PLAN.names):
+            _, end = dataset.windows_of(PLAN.steps - 1, d)
+            tape = dataset.tapes[name]
+            preparer.request(dataset.domains[name], end - len(tape), tape.units_to_come())
+        assert preparer.num_busy() == 0
+        assert [dataset.batch(step).tolist() for step in range(PLAN.steps)] == batches
+
+
 def test_no_more_is_prepared_than_a_little_ahead(small):
     with open_dataset("d", workers=1) as dataset:
         dataset.batch(0)
