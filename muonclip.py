@@ -193,7 +193,8 @@ def gram_steps(sX: Tensor, table: list, span: int) -> Tensor:
     Then compute A from X again. Rounding turns an eigenvalue of A that should be 0 into one of
     -0.00001, say. Each step multiplies it by about a^2, which is 6 to 17, and 67 in polar_express's
     first step, and far below 0 the polynomials grow without bound. After three steps in fp16 it is
-    still small."""
+    still small: O is as exact as by plain_steps, but for polar_express on matrices of rank 1 to 3,
+    where the error is 0.14 to 0.21 instead of 0.09 to 0.11."""
     # symmetric(X, Y, alpha, addend, beta) is alpha X Y^T + beta addend.
     symmetric = kernels.symmetric_matmul
     for first in range(0, len(table), span):
