@@ -90,16 +90,25 @@ class Phase:
 
     @property
     def stretch(self) -> np.ndarray:
-        """(domains,) how many sequences long it is: count, or a window more. A window that has
-        begun, in random order, ends in this phase, even if its last sequences are not read. (No
-        such window ends later than a window's length after what was reached.)"""
+        """(domains,) how many sequences long it is. If the plan changes within a window, which is
+        in random order, and the phase now ends before the window does, there is a choice: to begin
+        the next phase behind the window, and so pass over its other sequences; or to begin it where
+        this phase ends, and read again those of the window that lie behind. The first, unless more
+        would be passed over than was read."""
+        cut = self.cut_from_window
+        return self.count + np.where(cut <= self.count, cut, 0)
+
+    @property
+    def cut_from_window(self) -> np.ndarray:
+        """(domains,) how many sequences of a window that had begun lie behind the end of this
+        phase, at the most: no window ends later than its size after what was reached."""
         if self.earlier is None:
-            return self.count
-        begun_end = self.reached - 1 + window_size(self.T)
+            return np.zeros_like(self.count)
+        window_end = self.reached - 1 + window_size(self.T)
         if self.earlier.count is not None:
-            begun_end = np.minimum(begun_end, self.earlier.stretch)
-        begun_end = np.where(self.reached > 0, begun_end, 0)
-        return np.maximum(self.count, begun_end)
+            window_end = np.minimum(window_end, self.earlier.stretch)
+        window_end = np.where(self.reached > 0, window_end, 0)
+        return np.maximum(window_end - self.count, 0)
 
 
 class Curriculum:
@@ -302,11 +311,12 @@ class Curriculum:
         return Phase(phase.first_step, phase.T, self._our_columns(phase.start), count,
                      self._with_our_domains(phase.earlier), reached)
 
-    def passed_over(self) -> dict[str, int]:
-        """Domain -> the most tokens of it that are not read, in this epoch, for changes of plan."""
+    def lost_in_changes(self) -> dict[str, int]:
+        """Domain -> the most tokens of it that are read twice, or not in this epoch, because the
+        plan has changed within a window."""
         tokens = np.zeros(len(self.names), dtype=np.int64)
         for phase in self.phases[:-1]:
-            tokens += (phase.stretch - phase.count) * phase.T
+            tokens += np.minimum(phase.cut_from_window, phase.count) * phase.T
         return {name: int(n) for name, n in zip(self.names, tokens) if n > 0}
 
     def phase_of(self, step: int) -> Phase:
@@ -433,7 +443,7 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
 # The order follows from the seed, the domain, the window and its length. So a batch is a pure
 # function of (seed, step), on any number of ranks. Where a run is prolonged, or its plan changes
 # otherwise, the window that has begun keeps its length, and the new plan cuts the tape behind it.
-# (So a plan that changes seq_len within that window leaves a part of it unread in this epoch.)
+# (Only where seq_len now changes within that window, a part of it is read twice or not at all.)
 #
 # A window ends with the sequence in which an epoch ends, so that a text shorter than a window is
 # read once before any of it is read twice.

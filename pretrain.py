@@ -202,9 +202,9 @@ def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
     curriculum = data.Curriculum(**plan, before=before)
     curriculum.earlier_plans = earlier_plans
     if RANK == 0 and earlier_plans:
-        for name, tokens in curriculum.passed_over().items():
+        for name, tokens in curriculum.lost_in_changes().items():
             print(f"the plan has changed within a window of {name}: up to {tokens:,d} tokens of it "
-                  "are not read in this epoch")
+                  "are read twice, or not in this epoch")
     if max(curriculum.seq_len) > c.max_position_embeddings:
         raise UserError(f"seq_len={c.seq_len} is longer than max_position_embeddings="
                         f"{c.max_position_embeddings}; raise that or shorten the sequence")
