@@ -566,23 +566,14 @@ class TokenDataset:
         self.curriculum = curriculum
         self.domains = domains
         self.seed = seed
-        self.preparer = preparer
-        self.keep_read = keep_read
-        self.deleted = dict.fromkeys(domains, 0)    # pieces at the start of each tape
         self.tapes = {name: Tape(domain, seed) for name, domain in domains.items()}
-
-        self.positions = dict.fromkeys(domains, 0)  # where the window begins that is being read
-        workers = preparer.limit if preparer else 1
-        self.ahead = {}  # how far ahead to prepare: a piece for each process it can keep busy
-        for d, name in enumerate(curriculum.names):
-            share = curriculum.shares[:, d].max()
-            self.ahead[name] = PIECE_TOKENS * math.ceil(workers * share)
+        self.prefetcher = Prefetcher(self, preparer, keep_read)
 
     def fingerprint(self) -> str:
         """16 hex digits of a hash of piece 0 of unit 0 of each domain, and of what it holds out."""
         checksums = []
         for _, domain in sorted(self.domains.items()):
-            self._wait_for_held_out(domain, 0)
+            self.prefetcher.wait_for_held_out(domain, 0)
             record = domain.records[0, 0]
             checksums += [record["sha256"], record.get("held_out_sha256", "")]
         return hashlib.sha256("".join(checksums).encode()).hexdigest()[:16]
@@ -600,14 +591,14 @@ class TokenDataset:
         for d, name in enumerate(c.names):
             for place in range(c.first[step, d], c.end[step, d]):
                 # A window's places and its sequences are the same numbers, in another order.
-                window_first, window_end = self.window(phase, d, place)
+                window_first, window_end = self.window_of_place(phase, d, place)
                 order = cached_random_order(window_end - window_first, self.seed, name,
                                             int(phase.start[d]), window_first)
                 sequence = window_first + int(order[place - window_first])
                 rows.append((name, int(phase.start[d]) + sequence * phase.T))
         return [rows[i] for i in random_order(len(rows), self.seed, "rows", step)]
 
-    def window(self, phase: Phase, d: int, place: int) -> tuple[int, int]:
+    def window_of_place(self, phase: Phase, d: int, place: int) -> tuple[int, int]:
         """-> (first, end): the window that contains a place of a phase. Its places are first to
         end - 1, and so are, in shuffled order, its sequences.
 
@@ -616,9 +607,9 @@ class TokenDataset:
         are then 0 to 2, 3 to 4, 5 to 7."""
         begun_end = 0
         if phase.earlier is not None and phase.reached[d] > 0:
-            _, begun_end = self.window(phase.earlier, d, int(phase.reached[d]) - 1)
+            _, begun_end = self.window_of_place(phase.earlier, d, int(phase.reached[d]) - 1)
             if place < begun_end:
-                return self.window(phase.earlier, d, place)
+                return self.window_of_place(phase.earlier, d, place)
 
         T = phase.T
         start = int(phase.start[d])
@@ -640,7 +631,7 @@ class TokenDataset:
         """Rows first, first + world, first + 2 world, ... of the step's global batch -> (rows,
         T + 1) int64: inputs are [:, :-1], targets [:, 1:]. Waits until what it reads is prepared.
         Ranks may get unequally many (pretrain.read_batch pads them)."""
-        self.wait_for(step)
+        self.prefetcher.wait_for(step)
         T = self.curriculum.seq_len[step]
         rows = self.batch_rows(step)[first::world]
         out = np.empty((len(rows), T + 1), dtype=np.int64)
@@ -659,7 +650,7 @@ class TokenDataset:
         for unit in range(min(VAL_UNITS, domain.num_units)):
             if len(held_out) > rows * T and documents >= VAL_DOCUMENTS:
                 break
-            self._wait_for_held_out(domain, unit)
+            self.prefetcher.wait_for_held_out(domain, unit)
             held_out = np.concatenate([held_out, domain.read_held_out(unit)])
             documents += domain.records[unit, 0]["held_out_documents"]
 
@@ -671,36 +662,9 @@ class TokenDataset:
         starts = [i * there // rows * T for i in range(rows)]
         return np.stack([held_out[start:start + T + 1] for start in starts])
 
-    # Waiting for what is prepared meanwhile.
-
-    def wait_for(self, step: int) -> None:
-        """Wait until what a step reads is there, and ask for what comes after it."""
-        begun = time.monotonic()
-        while True:
-            self._request(step)
-            missing = [name for d, name in enumerate(self.curriculum.names)
-                       if not self._reaches(step, d, name)]
-            if not missing:
-                break
-            begun = self._wait(missing[0], begun)
-        if self.preparer and self.keep_read is not None:
-            self._delete_read()
-
-    def _reaches(self, step: int, d: int, name: str) -> bool:
-        """Go on with a tape as far as a step reads it -> whether it goes so far."""
-        tape = self.tapes[name]
-        epoch_tokens = None
-        # extend() may come to the end of the first epoch, which happens once. That changes the
-        # windows: ask again.
-        while epoch_tokens != tape.epoch_tokens:
-            epoch_tokens = tape.epoch_tokens
-            self.positions[name], end = self.windows_of(step, d)
-            reaches = tape.extend(end, self.positions[name])
-        return reaches
-
-    def windows_of(self, step: int, d: int) -> tuple[int, int]:
-        """Where the windows that a step reads of a domain begin and end on its tape. The end
-        includes one token more, the last one's target."""
+    def tape_span(self, step: int, d: int) -> tuple[int, int]:
+        """Where the windows that a step reads of a domain begin and end on its tape, in tokens. The
+        end includes one token more, the last one's target."""
         phase = self.curriculum.phase_of(step)
         start = int(phase.start[d])
         end_place = int(self.curriculum.end[step, d])
@@ -708,63 +672,120 @@ class TokenDataset:
             return start, start
         # A step that takes no place has first = end: then the window of the place before.
         first_place = min(int(self.curriculum.first[step, d]), end_place - 1)
-        first, _ = self.window(phase, d, first_place)
-        _, end = self.window(phase, d, end_place - 1)
+        first, _ = self.window_of_place(phase, d, first_place)
+        _, end = self.window_of_place(phase, d, end_place - 1)
         return start + first * phase.T, start + end * phase.T + 1
 
-    def _request(self, step: int) -> None:
+
+class Prefetcher:
+    """Has the text of a TokenDataset there in time: waits for what a step reads, asks for what
+    comes after it, and deletes what lies behind.
+
+    ahead_tokens     name -> how far ahead of the run its text is asked for: a piece for each
+                     process that the domain can keep busy
+    deleted_pieces   name -> how many pieces at the beginning of its tape are dealt with
+    """
+
+    def __init__(self, dataset: TokenDataset, preparer: Preparer | None, keep_read: int | None):
+        self.dataset = dataset
+        self.preparer = preparer
+        self.keep_read = keep_read
+        self.deleted_pieces = dict.fromkeys(dataset.domains, 0)
+        self.last_report = 0.0
+        workers = preparer.limit if preparer else 1
+        self.ahead_tokens = {}
+        for d, name in enumerate(dataset.curriculum.names):
+            share = dataset.curriculum.shares[:, d].max()
+            self.ahead_tokens[name] = PIECE_TOKENS * math.ceil(workers * share)
+
+    def wait_for(self, step: int) -> None:
+        """Wait until what a step reads is there, and ask for what comes after it."""
+        self.last_report = time.monotonic()
+        while True:
+            self.request(step)
+            missing = [name for d, name in enumerate(self.dataset.curriculum.names)
+                       if not self.extend_tape(step, d)]
+            if not missing:
+                break
+            self.pause()
+            self.report(missing[0])
+        if self.preparer and self.keep_read is not None:
+            self.delete_behind(step)
+
+    def wait_for_held_out(self, domain: Domain, unit: int) -> None:
+        """Wait for the first piece of a unit, and what is held out of it."""
+        if domain.has_held_out(unit):
+            return
+        self.last_report = time.monotonic()
+        while not domain.has_held_out(unit):
+            if self.preparer:
+                self.preparer.request(domain, 1, [(unit, 0)])
+            self.pause()
+            self.report(domain.name)
+        if self.preparer:
+            self.preparer.release(domain)     # nobody wants the rest of the unit yet
+
+    def request(self, step: int) -> None:
         """Have prepared what a step needs; then, as far as processes are free, a piece more for
         each of them, but nothing beyond the window in which the run ends."""
         if not self.preparer:
             return
+        dataset = self.dataset
         self.preparer.collect()
-        for ahead in (False, True):
-            for d, name in enumerate(self.curriculum.names):
-                begin, end = self.windows_of(step, d)
-                if ahead:
-                    _, run_end = self.windows_of(self.curriculum.steps - 1, d)
-                    end = min(run_end, end + self.ahead[name])
-                tape = self.tapes[name]
+        for is_ahead in (False, True):
+            for d, name in enumerate(dataset.curriculum.names):
+                begin, end = dataset.tape_span(step, d)
+                if is_ahead:
+                    _, run_end = dataset.tape_span(dataset.curriculum.steps - 1, d)
+                    end = min(run_end, end + self.ahead_tokens[name])
+                tape = dataset.tapes[name]
                 tape.extend(end, begin)
-                self.preparer.request(self.domains[name], end - len(tape), tape.units_to_come())
+                self.preparer.request(dataset.domains[name], end - len(tape),
+                                      tape.units_to_come())
 
-    def _wait(self, name: str, begun: float) -> float:
-        """Wait a little for a domain. With a preparer, say so every ten seconds."""
+    def extend_tape(self, step: int, d: int) -> bool:
+        """Go on with a domain's tape as far as a step reads it -> whether it goes so far."""
+        tape = self.dataset.tapes[self.dataset.curriculum.names[d]]
+        epoch_tokens = None
+        # extend() may come to the end of the first epoch, which happens once. That changes the
+        # windows: ask again.
+        while epoch_tokens != tape.epoch_tokens:
+            epoch_tokens = tape.epoch_tokens
+            begin, end = self.dataset.tape_span(step, d)
+            reaches = tape.extend(end, begin)
+        return reaches
+
+    def pause(self) -> None:
+        """Wait a little, and see what has been prepared meanwhile."""
         if self.preparer:
             self.preparer.collect(seconds=0.2)
         else:
             time.sleep(0.2)
-        for domain in self.domains.values():
+        for domain in self.dataset.domains.values():
             domain.refresh()
-        if time.monotonic() - begun < 10 or not self.preparer:
-            return begun
-        tokens = sum(self.domains[name].unit_tokens.values())
-        print(f"waiting for text of {name}, of which {tokens:,d} tokens are prepared", flush=True)
-        return time.monotonic()
 
-    def _wait_for_held_out(self, domain: Domain, unit: int) -> None:
-        """Wait for the first piece of a unit, and what is held out of it."""
-        if domain.has_held_out(unit):
-            return
-        begun = time.monotonic()
-        while not domain.has_held_out(unit):
-            if self.preparer:
-                self.preparer.request(domain, 1, [(unit, 0)])
-            begun = self._wait(domain.name, begun)
-        if self.preparer:
-            self.preparer.release(domain)
+    def report(self, name: str) -> None:
+        """Say every ten seconds which domain the run waits for; on the rank that prepares."""
+        now = time.monotonic()
+        if self.preparer and now - self.last_report >= 10:
+            self.last_report = now
+            tokens = sum(self.dataset.domains[name].unit_tokens.values())
+            print(f"waiting for text of {name}, of which {tokens:,d} tokens are prepared",
+                  flush=True)
 
-    def _delete_read(self) -> None:
-        """Delete the pieces that lie further behind than keep_read. No rank may be at an earlier
-        step: train() exchanges a flag (any_rank) at every step, which sees to that."""
-        for name, tape in self.tapes.items():
-            read = bisect_right(tape.ends, self.positions[name])
+    def delete_behind(self, step: int) -> None:
+        """Delete the pieces that lie further behind a step than keep_read. No rank may be at an
+        earlier step: train() exchanges a flag (any_rank) at every step, which sees to that."""
+        for d, name in enumerate(self.dataset.curriculum.names):
+            tape = self.dataset.tapes[name]
+            begin, _ = self.dataset.tape_span(step, d)
+            read = bisect_right(tape.ends, begin)
             # The next epoch has the same pieces: one of them may be kept, or be still to come.
             kept = set(tape.pieces[max(0, read - self.keep_read):])
-            for k in range(self.deleted[name], read - self.keep_read):
+            for k in range(self.deleted_pieces[name], read - self.keep_read):
                 if tape.pieces[k] not in kept:
-                    self.domains[name].path(*tape.pieces[k]).unlink(missing_ok=True)
-                self.deleted[name] = k + 1
+                    self.dataset.domains[name].path(*tape.pieces[k]).unlink(missing_ok=True)
+                self.deleted_pieces[name] = k + 1
 
 
 def ceil_div(a: int, b: int) -> int:

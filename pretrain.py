@@ -1039,7 +1039,7 @@ def load_data(c: Config, curriculum: data.Curriculum, tokenizer: Tokenizer,
     dataset = data.TokenDataset(curriculum, domains, c.seed, preparer, c.keep_read_pieces)
 
     def read_first() -> str:
-        dataset.wait_for(step)
+        dataset.prefetcher.wait_for(step)
         if c.eval_every:
             for name in curriculum.names:
                 dataset.validation(name, c.eval_tokens, max(curriculum.seq_len))

@@ -368,8 +368,8 @@ def test_preparing_ahead_behind_killed_or_in_parts_gives_the_same_batches(whole,
         for step in range(PLAN.steps):
             assert dataset.batch(step).tolist() == batches[step]
             # A process is killed while it works or waits: another one takes over.
-            if step in (3, 20, 21) and dataset.preparer.workers:
-                dataset.preparer.workers[0].process.kill()
+            if step in (3, 20, 21) and dataset.prefetcher.preparer.workers:
+                dataset.prefetcher.preparer.workers[0].process.kill()
     assert_equal_where_both(files("ahead"), everything)
 
     # The run is killed, again and again, and each time it goes on from where it was.
@@ -382,7 +382,7 @@ def test_preparing_ahead_behind_killed_or_in_parts_gives_the_same_batches(whole,
     # Two machines share a folder and prepare a part each.
     for part in (1, 0):
         with open_dataset("parts") as dataset:
-            dataset.preparer.manifest = f"manifest-{part + 1}-of-2.jsonl"
+            dataset.prefetcher.preparer.manifest = f"manifest-{part + 1}-of-2.jsonl"
             prepare(dataset, (part, 2))
     with open_dataset("parts", workers=0) as dataset:
         assert [dataset.batch(step).tolist() for step in range(PLAN.steps)] == batches
@@ -394,11 +394,11 @@ def test_what_another_run_has_made_meanwhile_is_not_made_again(whole):
         dataset.batch(0)
         with open_dataset("shared") as other:
             prepare(other)
-        preparer = dataset.preparer
+        preparer = dataset.prefetcher.preparer
         while preparer.num_busy():
             preparer.collect(0.1)
         for d, name in enumerate(PLAN.names):
-            _, end = dataset.windows_of(PLAN.steps - 1, d)
+            _, end = dataset.tape_span(PLAN.steps - 1, d)
             tape = dataset.tapes[name]
             preparer.request(dataset.domains[name], end - len(tape), tape.units_to_come())
         assert preparer.num_busy() == 0
@@ -408,7 +408,7 @@ def test_what_another_run_has_made_meanwhile_is_not_made_again(whole):
 def test_no_more_is_prepared_than_a_little_ahead(small):
     with open_dataset("d", workers=1) as dataset:
         dataset.batch(0)
-        dataset.preparer.collect(1)
+        dataset.prefetcher.preparer.collect(1)
         made = sum(dataset.domains["a"].unit_tokens.values())
         assert 0 < made <= 4 * 1700 and len(dataset.tapes["a"]) >= 400
 
@@ -438,7 +438,7 @@ def test_a_long_unit_is_made_once_while_it_is_deleted_behind_the_run(small, monk
     with open_dataset("d", workers=1, curriculum=plan, keep_read=1) as dataset:
         for step in range(plan.steps):
             dataset.batch(step)
-        assert len(dataset.preparer.workers) == 1
+        assert len(dataset.prefetcher.preparer.workers) == 1
         assert len(set(made)) == len(made) > 9 and len(files("d")) < 6
 
     # A run that resumes makes nothing again that it has read.
@@ -446,18 +446,19 @@ def test_a_long_unit_is_made_once_while_it_is_deleted_behind_the_run(small, monk
     with open_dataset("d", workers=1, curriculum=plan, keep_read=1) as dataset:
         dataset.batch(100)
         again = [piece for _, piece in made if piece is not None]
-        assert all(dataset.tapes["a"].ends[piece] > dataset.positions["a"] > 0 for piece in again)
+        begin, _ = dataset.tape_span(100, 0)
+        assert all(dataset.tapes["a"].ends[piece] > begin > 0 for piece in again)
 
 
 def test_no_process_waits_that_nobody_needs(small):
     with open_dataset("d", workers=1) as dataset:
         for name in dataset.domains:
             dataset.validation(name, 500, 20)
-        assert len(dataset.preparer.workers) <= 1
+        assert len(dataset.prefetcher.preparer.workers) <= 1
         for step in range(PLAN.steps):
             dataset.batch(step)
-            assert dataset.preparer.num_busy() <= 1
-            assert len(dataset.preparer.workers) <= 1 + len(dataset.domains)
+            assert dataset.prefetcher.preparer.num_busy() <= 1
+            assert len(dataset.prefetcher.preparer.workers) <= 1 + len(dataset.domains)
 
 
 def test_held_out_and_training_documents_are_together_all_and_apart(small):
@@ -573,7 +574,7 @@ def test_ids_of_four_bytes_are_kept():
     dataset = TokenDataset(Curriculum({"a": ("a.jsonl", 1, 1)}, batch_tokens=900, seq_len=9,
                                       max_steps=1), {"a": domain}, 1, Preparer(1))
     batch = dataset.batch(0)
-    dataset.preparer.close()
+    dataset.prefetcher.preparer.close()
     assert domain.dtype.itemsize == 4 and batch.max() > 2**16
 
 

@@ -36,14 +36,14 @@ def prepare(dataset: TokenDataset, part: tuple[int, int] = (0, 1)) -> None:
         if part[0] == 0:
             dataset.validation(name, 1, 1)
     while True:
-        dataset.preparer.collect(seconds=0.2)
+        dataset.prefetcher.preparer.collect(seconds=0.2)
         for d, name in enumerate(curriculum.names):
             domain = dataset.domains[name]
-            _, end = dataset.windows_of(curriculum.steps - 1, d)
+            _, end = dataset.tape_span(curriculum.steps - 1, d)
             tape = dataset.tapes[name]
             tape.extend(end)
-            dataset.preparer.request(domain, end - len(tape), tape.units_to_come(), part)
-        if dataset.preparer.num_busy() == 0:
+            dataset.prefetcher.preparer.request(domain, end - len(tape), tape.units_to_come(), part)
+        if dataset.prefetcher.preparer.num_busy() == 0:
             break
         if time.monotonic() - shown > 10:
             shown = time.monotonic()
