@@ -604,7 +604,9 @@ class TokenDataset:
 
         Windows begin anew with the first sequence that begins in an epoch. Say windows have 3
         sequences, the phase has 8, and an epoch ends within sequence 4, counted from 0. The windows
-        are then 0 to 2, 3 to 4, 5 to 7."""
+        are then 0 to 2, 3 to 4, 5 to 7.
+
+        A window that had begun when the plan changed stays as it was."""
         begun_end = 0
         if phase.earlier is not None and phase.reached[d] > 0:
             _, begun_end = self.window_of_place(phase.earlier, d, int(phase.reached[d]) - 1)
