@@ -77,8 +77,8 @@ MAX_STEPS = 5_000_000  # of a plan: beyond it planning takes minutes and gigabyt
 
 @dataclass
 class Phase:
-    """Consecutive steps with the same seq_len. In them a domain reads a stretch of its tape, which
-    is its text, end to end."""
+    """Consecutive steps with the same seq_len. In them each domain reads one stretch of its tape
+    (see "the tape", below)."""
     first_step: int
     T: int
     start: np.ndarray         # (domains,) where the stretch begins, in tokens
@@ -90,23 +90,25 @@ class Phase:
 
     @property
     def stretch(self) -> np.ndarray:
-        """(domains,) how many sequences long it is. If the plan changes within a window, which is
-        in random order, and the phase now ends before the window does, there is a choice: to begin
-        the next phase behind the window, and so pass over its other sequences; or to begin it where
-        this phase ends, and read again those of the window that lie behind. The first, unless more
-        would be passed over than was read."""
+        """(domains,) how many sequences long it is: count, and what is passed over behind them. If
+        the phase now ends within a window that had begun, the next one could begin at count: then
+        those of the window that lie behind count and were read already are read again, and as many
+        before it never. Or behind the window: then its other sequences are not read. The latter,
+        unless that would be more than the phase has read."""
         cut = self.cut_from_window
         return self.count + np.where(cut <= self.count, cut, 0)
 
     @property
     def cut_from_window(self) -> np.ndarray:
-        """(domains,) how many sequences of a window that had begun lie behind the end of this
-        phase, at the most: no window ends later than its size after what was reached."""
+        """(domains,) how many sequences of a window that had begun lie behind count, at the most.
+        The window of the last place that was read ends a window's size later at the latest; where,
+        depends on the ends of epochs, which a curriculum does not know."""
         if self.earlier is None:
             return np.zeros_like(self.count)
         window_end = self.reached - 1 + window_size(self.T)
         if self.earlier.count is not None:
-            window_end = np.minimum(window_end, self.earlier.stretch)
+            earlier_end = self.earlier.count + self.earlier.cut_from_window
+            window_end = np.minimum(window_end, earlier_end)
         window_end = np.where(self.reached > 0, window_end, 0)
         return np.maximum(window_end - self.count, 0)
 
@@ -312,8 +314,8 @@ class Curriculum:
                      self._with_our_domains(phase.earlier), reached)
 
     def lost_in_changes(self) -> dict[str, int]:
-        """Domain -> the most tokens of it that are read twice, or not in this epoch, because the
-        plan has changed within a window."""
+        """Domain -> the most tokens of it that are not read in this epoch because the plan has
+        changed within a window. (Where Phase.stretch is count, as many may be read twice.)"""
         tokens = np.zeros(len(self.names), dtype=np.int64)
         for phase in self.phases[:-1]:
             tokens += np.minimum(phase.cut_from_window, phase.count) * phase.T
@@ -443,7 +445,10 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
 # The order follows from the seed, the domain, the window and its length. So a batch is a pure
 # function of (seed, step), on any number of ranks. Where a run is prolonged, or its plan changes
 # otherwise, the window that has begun keeps its length, and the new plan cuts the tape behind it.
-# (Only where seq_len now changes within that window, a part of it is read twice or not at all.)
+# But seq_len may now change before that window ends. Say it has sequences 0 to 3 in the order 2, 0,
+# 3, 1, and three of them are read. If the next phase began with sequence 3, it would read that
+# again, and 1 would never be read. If it begins with sequence 4, only 1 is not read. (Phase.stretch
+# chooses.)
 #
 # A window ends with the sequence in which an epoch ends, so that a text shorter than a window is
 # read once before any of it is read twice.
@@ -590,7 +595,7 @@ class TokenDataset:
         rows = []
         for d, name in enumerate(c.names):
             for place in range(c.first[step, d], c.end[step, d]):
-                # A window's places and its sequences are the same numbers, in another order.
+                # Place p of a window reads its sequence number order[p - window_first].
                 window_first, window_end = self.window_of_place(phase, d, place)
                 order = cached_random_order(window_end - window_first, self.seed, name,
                                             int(phase.start[d]), window_first)
@@ -609,8 +614,11 @@ class TokenDataset:
         A window that had begun when the plan changed stays as it was."""
         begun_end = 0
         if phase.earlier is not None and phase.reached[d] > 0:
-            _, begun_end = self.window_of_place(phase.earlier, d, int(phase.reached[d]) - 1)
-            if place < begun_end:
+            last_read = int(phase.reached[d]) - 1
+            begun_first, begun_end = self.window_of_place(phase.earlier, d, last_read)
+            if begun_first <= place < begun_end:
+                return begun_first, begun_end
+            if place < begun_first:
                 return self.window_of_place(phase.earlier, d, place)
 
         T = phase.T
@@ -685,7 +693,8 @@ class Prefetcher:
 
     ahead_tokens     name -> how far ahead of the run its text is asked for: a piece for each
                      process that the domain can keep busy
-    deleted_pieces   name -> how many pieces at the beginning of its tape are dealt with
+    deleted_pieces   name -> how many pieces at the beginning of its tape were deleted, or kept
+                     because it has them again further on
     """
 
     def __init__(self, dataset: TokenDataset, preparer: Preparer | None, keep_read: int | None):
@@ -729,7 +738,7 @@ class Prefetcher:
 
     def request(self, step: int) -> None:
         """Have prepared what a step needs; then, as far as processes are free, a piece more for
-        each of them, but nothing beyond the window in which the run ends."""
+        each process, but nothing beyond the window in which the run ends."""
         if not self.preparer:
             return
         dataset = self.dataset
@@ -739,7 +748,7 @@ class Prefetcher:
                 begin, end = dataset.tape_span(step, d)
                 if is_ahead:
                     _, run_end = dataset.tape_span(dataset.curriculum.steps - 1, d)
-                    end = min(run_end, end + self.ahead_tokens[name])
+                    end = max(end, min(run_end, end + self.ahead_tokens[name]))
                 tape = dataset.tapes[name]
                 tape.extend(end, begin)
                 self.preparer.request(dataset.domains[name], end - len(tape),

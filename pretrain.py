@@ -204,7 +204,7 @@ def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
     if RANK == 0 and earlier_plans:
         for name, tokens in curriculum.lost_in_changes().items():
             print(f"the plan has changed within a window of {name}: up to {tokens:,d} tokens of it "
-                  "are read twice, or not in this epoch")
+                  "may not be read in this epoch, or some twice")
     if max(curriculum.seq_len) > c.max_position_embeddings:
         raise UserError(f"seq_len={c.seq_len} is longer than max_position_embeddings="
                         f"{c.max_position_embeddings}; raise that or shorten the sequence")
