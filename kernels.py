@@ -7,7 +7,8 @@ definition, against which tests/test_kernels.py checks it:
     poly_norm_mul             model.poly_norm(x) * up                         memory traffic
     fused_differential_norm   model.differential_norm                         memory traffic
     linear_cross_entropy      F.cross_entropy(x @ weight.T, targets)          all tokens' logits
-    fused_attention           model.grouped_differential_attention            the T x T logits
+    fused_attention           model.grouped_differential_attention, and       the T x T logits
+                              model.causal_attention
     flex_softmax_attention    model.softmax_attention                         the T x S logits
     symmetric_matmul          torch.baddbmm, where the product is symmetric   half of the FLOPs
     linear_fp8                F.linear, up to the rounding of FP8             half of the time
@@ -69,7 +70,8 @@ ATTENTION = None  # "fused", "flex" or "plain": in place of what attention_form 
 # variable when a kernel is defined, so it must be set before this file is imported.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
-TILE = 128                # side of the square tiles of attention and of symmetric_matmul
+TILE = 128                # side of the tiles of ds and of symmetric_matmul; queries of a program in
+                          # attention's forward pass and for dq
 LOSS_CHUNK = 4096         # rows whose logits exist at one time in linear_cross_entropy
 CACHE_BLOCK = 2**18       # elements per block of PolyNorm on a CPU: 1 MiB of fp32 fits an L2 cache
 DS_BYTES = 3 * 2**30      # memory for ds, see the backward pass of attention
@@ -864,11 +866,11 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 #     l_i    the sum of exp(logit - m_i) so far
 #     acc    the sum of exp(logit - m_i) * value so far
 #
-# A new block first raises m_i; what was summed before is then too large by the same factor, so l_i
-# and acc are multiplied by alpha = exp(m_old - m_i). At the end out = acc / l_i, and m_i is the
-# largest logit of the row, for free. By hand, with powers of 2: logits 1, 3 in the first block, 4
-# in the second. After the first m_i = 3, l_i = 2^-2 + 2^0 = 1.25. The second raises m_i to 4, so
-# alpha = 2^-1 and l_i = 1.25 * 0.5 + 2^0 = 1.625, which is 2^(1-4) + 2^(3-4) + 2^(4-4).
+# A new block first raises m_i to m_new; what was summed before is then too large by the same
+# factor, so l_i and acc are multiplied by alpha = exp(m_i - m_new). At the end out = acc / l_i, and
+# m_i is the largest logit of the row, for free. By hand, with powers of 2: logits 1, 3 in the first
+# block, 4 in the second. After the first m_i = 3, l_i = 2^-2 + 2^0 = 1.25. The second raises m_i to
+# 4, so alpha = 2^-1 and l_i = 1.25 * 0.5 + 2^0 = 1.625, which is 2^(1-4) + 2^(3-4) + 2^(4-4).
 #
 # The GPU has an instruction for 2^x, and none for e^x. So in the code m_i, lse and max_logit are
 # logits times log2(e), that is q.k times qk_scale = log2(e) / sqrt(D); attention_forward multiplies
@@ -903,7 +905,8 @@ def attention_forward_sweep(q, acc, m_i, l_i, k_desc, v_desc, seq_row, k_col, v_
 
 @jit
 def output_of_head(signal_ptr, noise_ptr, head, H, r: tl.constexpr, HAS_NOISE: tl.constexpr):
-    """The tensor that a query head writes, how many heads it has, and this one's index in it."""
+    """Where the output of a query head is, and its gradient likewise: the tensor, how many heads it
+    has, and this one's number among them."""
     num_groups = H // (r + HAS_NOISE)
     group = head // (r + HAS_NOISE)
     place = head % (r + HAS_NOISE)
@@ -969,7 +972,8 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
     # lse has room for them: each head has tl.num_programs(0) whole blocks.
     lse = tl.where(rows < T, m_i + tl.log2(l_i), float("inf"))
     tl.store(lse_ptr + tl.cast(head_in_batch, tl.int64) * (tl.num_programs(0) * BQ) + rows, lse)
-    # A maximum drops a NaN, but the sum l_i keeps it. NaN == NaN is False: then inf tells QK-clip.
+    # A maximum drops a NaN, but the sum l_i keeps it. NaN == NaN is False: then inf is stored, a
+    # sign for QK-clip.
     max_logit = tl.where(l_i == l_i, m_i, float("inf"))
     tl.store(max_logit_ptr + head_in_batch * tl.num_programs(0) + block,
              tl.max(tl.where(rows < T, max_logit, float("-inf")), 0))
@@ -991,16 +995,16 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #     dq = ds k / sqrt(D)
 #     dk = ds^T q / sqrt(D)
 #
-# ds goes back through the softmax: in one row p_i = exp(s_i) / sum exp(s_j), so the derivative of
-# p_i by s_j is p_i ((i == j) - p_j). That delta is also rowsum(out * d_out) follows from out = p v,
-# and needs no T x T matrix. A key head sums dk over the query heads that read it, a value head dv
-# over all query heads of its pair, signal and noise.
+# ds goes back through the softmax: in one row p_i = exp(s_i) / Z, where Z is the row's sum of
+# exp(s), so the derivative of p_i by s_j is p_i ((i == j) - p_j). That delta is also rowsum(out *
+# d_out) follows from out = p v, and needs no T x T matrix. A key head sums dk over the query heads
+# that read it, a value head dv over all query heads of its pair, signal and noise.
 #
 # dk and dv want a program per block of keys, which goes over the queries; dq wants the opposite.
-# Either both recompute s and dp (seven products of matrices), as in Triton's tutorial; or the
-# first adds to dq with atomics, as in FlashAttention-2 (five, but in random order, so no two runs
-# agree to the bit). Here the first kernel writes ds to memory, in q's dtype, and the second reads
-# it: five products (six where dv has a pass of its own), and no atomics.
+# Either both recompute s and dp (seven products of matrices), as in Triton's tutorial; or the one
+# for dk and dv adds to dq with atomics, as in FlashAttention-2 (five, but in random order, so no
+# two runs agree to the bit). Here attention_dkdv_kernel writes ds to memory, in q's dtype, and
+# attention_dq_kernel reads it: five products (six where dv has a pass of its own), and no atomics.
 #
 # The lower triangle of ds is cut into tiles of TILE x TILE. Tile (i, j) has the queries of tile row
 # i and the keys of tile column j <= i, and is number i (i + 1) / 2 + j of its head:
@@ -1018,17 +1022,19 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #
 # attention_dq_kernel reads the ds of a tile row in blocks of 64 keys. So attention_dkdv_kernel must
 # write whole blocks, with zeros for queries that come before the keys, and begins with the first
-# query of a tile. Unwritten stay columns of queries beyond T, whose rows of dq are not stored; and,
-# with documents, tiles in which no query sees the block's keys: attention_dq_kernel begins behind
-# them. BQ, BK and the 64 divide TILE.
+# query of a tile. What stays unwritten is not used: blocks of queries beyond T, whose rows of dq
+# are not stored; blocks of keys beyond T; and, with documents, tiles in which no query sees a
+# block's keys: attention_dq_kernel begins behind them. BQ, BK and the 64 divide TILE.
 #
 # ds of one pair of key heads at T = 16,384 is 1.3 GiB, so only as many pairs as fit DS_BYTES are
 # done at one time (at least one), from first_pair on. So tensors number pairs and heads each in its
 # own way:
 #
-#     q, k, v               by sequence: pair (0 .. P - 1) and head
+#     q, k, v               by sequence: head, pair (0 .. P - 1), and key_head = pair * (1 +
+#                           HAS_NOISE) + is_noise
 #     lse, delta            by batch: pair_in_batch = b * P + pair; in it head_in_pair, which counts
-#                           all heads of the pair
+#                           all heads of the pair. This is head_in_batch, by which they are written:
+#                           pair_in_batch * heads_per_pair + head_in_pair
 #     ds                    from first_pair on: pair_in_ds = pair_in_batch - first_pair; in it
 #                           head_in_pair, so that head_in_ds = pair_in_ds * heads_per_pair +
 #                           head_in_pair
@@ -1040,12 +1046,14 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #
 #                     head 17, a signal head          head 19, the noise head of its group
 #     pair            17 // 5 = 3                     19 // 5 = 3
+#     key_head        3 * 2 + 0 = 6                   3 * 2 + 1 = 7
 #     pair_in_batch   1 * 8 + 3 = 11                  11
 #     pair_in_ds      11 - 10 = 1                     1
 #     head_in_pair    17 - 3 * 5 = 2                  19 - 3 * 5 = 4
+#     head_in_batch   11 * 5 + 2 = 57                 11 * 5 + 4 = 59
 #     index_in_kind   2                               0
 #     head_in_ds      1 * 5 + 2 = 7                   1 * 5 + 4 = 9
-#     head_in_kind    3 * 4 + 2, of d_signal          3 * 1 + 0, of d_noise
+#     head_in_kind    3 * 4 + 2 = 14, of d_signal     3 * 1 + 0 = 3, of d_noise
 #
 # The kernels turn them into first rows of a matrix: seq_row of the sequence in q, k, v and d_out;
 # lse_row of the pair in lse and delta; ds_row of the pair in ds. A head has tiles_per_head tiles.
@@ -1152,6 +1160,7 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
         masked_hi = tl.minimum((tl.max(doc_end, 0) + TILE - 1) // TILE * TILE, T)
 
     # A 0 stands for what this pass does not need, and the sweep does not touch.
+    # v is for dp, and so for dk; dv needs none.
     v = v_desc.load([b * T + first_key, pair * Dv]) if NEED_DK else 0
     dv = tl.zeros([BK, Dv], tl.float32) if NEED_DV else 0
     first_row = tl.cast(b * T + first_key, tl.int64)
@@ -1221,8 +1230,9 @@ def attention_dq_kernel(ds_desc, k_desc, doc_start_ptr, dq_ptr, first_pair, T, P
 
 
 class AttentionShape:
-    """Sizes of one call. Without noise heads each key head is a pair with one group. `heads` are
-    the kernels' arguments that are explained above."""
+    """Sizes of one call. Without noise heads each key head is a pair with one group: so here G = P,
+    where model.py has G = 0, and r = H / K. `heads` are the kernels' arguments that are explained
+    above."""
 
     def __init__(self, q: Tensor, v: Tensor, num_noise_heads: int):
         self.B, self.T, self.H, self.D = q.shape
@@ -1232,12 +1242,12 @@ class AttentionShape:
         self.r = self.H // self.G - self.has_noise
         self.heads = {"r": self.r, "HAS_NOISE": self.has_noise, "GROUPS_PER_PAIR": self.G // self.P}
         self.tile_rows = ceil_div(self.T, TILE)
-        self.sm_scale = self.D**-0.5                  # what logits are multiplied by
+        self.sm_scale = self.D**-0.5                  # what q.k is multiplied by
         self.qk_scale = self.sm_scale / math.log(2)   # the same for logits in base 2
 
 
 def flatten_batch_for_tma(x: Tensor) -> Tensor:
-    """(B, T, heads, D) -> (B * T, heads * D). TMA needs contiguous rows that begin at multiples of
+    """(B, T, ...) -> (B * T, all the rest). TMA needs contiguous rows that begin at multiples of
     16 bytes. If they do not, or the two dimensions cannot be merged, it is a copy."""
     x = x.reshape(x.shape[0] * x.shape[1], -1)
     row_bytes = x.stride(0) * x.element_size()
@@ -1346,7 +1356,8 @@ def attention_backward(d_signal: Tensor, d_noise: Tensor, q: Tensor, k: Tensor, 
 
 
 def document_ends(doc_start: Tensor) -> Tensor:
-    """Where each token's document ends, from where it begins: both (B, T) int32.
+    """Where each token's document ends (the token after its last one), from where it begins: both
+    (B, T) int32.
 
     >>> document_ends(torch.tensor([[0, 0, 2, 2, 2]], dtype=torch.int32))
     tensor([[2, 2, 5, 5, 5]], dtype=torch.int32)
@@ -1388,8 +1399,8 @@ def attention_form(q: Tensor, k: Tensor, v: Tensor, query_slots: Tensor | None =
               worth_compiling
     "plain"   model.py's definition, which makes all logits
 
-    ATTENTION, where it is set, chooses without these checks. In float64, or if not ENABLED, it is
-    always "plain"."""
+    ATTENTION, where it is set, chooses without these checks ("fused" with a KV cache is an error).
+    In float64, or if not ENABLED, it is always "plain"."""
     if not ENABLED or q.dtype == torch.float64:
         return "plain"
     if ATTENTION == "fused" and query_slots is not None:
@@ -1550,11 +1561,11 @@ def flex_tile_rows(q: Tensor, v: Tensor) -> int:
 
     Since Ampere a multiprocessor has at least 99 KiB of shared memory for a program (RTX 3090, 4090
     and 5090). PyTorch chooses tiles by D alone, and with D = 128 and Dv = 256 its backward pass
-    wants 241 KiB. With 64 rows, 768 bytes each, k and v of the forward pass take 48 KiB and q
-    16 KiB. The backward pass holds 48 KiB of k and v and goes over q and d_out in tiles of half as
-    many rows, 24 KiB. With what comes on top the forward pass asks for 72 KiB, the backward pass
-    for 77; on Hopper, where more operands of products lie there, for 112 and 97 of its 227. Longer
-    rows, of fp32 or D = 256, get half as many.
+    wants 241 KiB. With 64 rows, a key and its value of 768 bytes each, k and v of the forward pass
+    take 48 KiB and q 16 KiB. The backward pass holds 48 KiB of k and v and goes over q and d_out in
+    tiles of half as many rows, 24 KiB. With what comes on top the forward pass asks for 72 KiB, the
+    backward pass for 77; on Hopper, where more operands of products lie there, for 112 and 97 of
+    its 227. Longer rows, of fp32 or D = 256, get half as many.
     """
     row_bytes = (q.shape[-1] + v.shape[-1]) * q.element_size()
     if row_bytes <= 768:
@@ -1565,9 +1576,9 @@ def flex_tile_rows(q: Tensor, v: Tensor) -> int:
 
 
 def can_flex_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether FlexAttention takes these inputs: on a GPU from Ampere on, with heads of at least 16,
-    as a tensor core multiplies, and more than one query: of a single one plain attention makes few
-    logits."""
+    """Whether FlexAttention takes these inputs: on a GPU from Ampere on, with heads at least 16
+    wide, as a tensor core multiplies, and more than one query: of a single one plain attention
+    makes few logits."""
     if not use_triton(q) or not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] < 8:
         return False
     same_dtype = q.dtype == k.dtype == v.dtype
@@ -1595,7 +1606,7 @@ def flex_softmax(q: Tensor, k: Tensor, v: Tensor, first: Tensor,
                               block_mask=mask, enable_gqa=True, kernel_options=options,
                               return_aux=AuxRequest(lse=True, max_scores=True))
     # max_scores are logits as in model.py, divided by sqrt(D). A maximum drops a NaN, but the
-    # log-sum-exp keeps it: then inf tells QK-clip.
+    # log-sum-exp keeps it: then the maximum is inf, a sign for QK-clip.
     row_max = torch.where(aux.lse.detach().isnan(), torch.inf, aux.max_scores.detach())
     return out.transpose(1, 2), row_max.amax((0, 2))
 
@@ -1604,9 +1615,9 @@ def flex_softmax(q: Tensor, k: Tensor, v: Tensor, first: Tensor,
 def compiled_flex_softmax() -> Callable:
     """flex_softmax under torch.compile, without which FlexAttention would make all logits.
 
-    One graph serves all sizes B > 1, T and S. Graphs of their own have signal and noise heads,
-    training and inference, B = 1, and a mask of a single block. PyTorch gives up after 8 graphs of
-    a function unless told otherwise."""
+    One graph serves all sizes B > 1, T and S. There is a separate graph each for signal and for
+    noise heads, training and inference, B = 1, and a mask of a single block. PyTorch gives up
+    after 8 graphs of a function unless told otherwise."""
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, 64)
     return torch.compile(flex_softmax, dynamic=True, fullgraph=True)
