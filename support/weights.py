@@ -34,7 +34,7 @@ def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes:
                  json_files: dict[str, dict] | None = None) -> None:
     """Write name -> tensor to path/<stem>.safetensors, or to several files of at most shard_bytes
     (or of one larger tensor) and an index. json_files: file name -> what to write beside them, such
-    as config.json. An earlier model in this folder goes when all of that has been written, under
+    as config.json. An earlier model in this folder goes when all tensors have been written, under
     other names: so it is not lost if the disk is full.
 
     If FSDP2 shards some of the tensors, all ranks call this. They assemble each tensor together,
@@ -59,23 +59,25 @@ def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes:
         with safetensors_errors():
             for file, shard in mine.items():
                 save_file(shard, path / f"{file}.tmp", metadata={"format": "pt"})
-        if rank == 0:
-            for file, content in json_files.items():
-                write_json(path / f"{file}.tmp", content)
 
-    if is_sharded:
-        from support.ranks import sync_errors
-        sync_errors(write_temporaries)      # if one rank fails, none goes on
-    else:
-        write_temporaries()
+    try:
+        if is_sharded:
+            from support.ranks import sync_errors
+            sync_errors(write_temporaries)      # if one rank fails, none goes on
+        else:
+            write_temporaries()
+    except BaseException:
+        for file in mine:
+            (path / f"{file}.tmp").unlink(missing_ok=True)
+        raise
 
     if rank == 0:
         remove_earlier(path, stem, names_of_file, json_files)
     for file in mine:
         os.replace(path / f"{file}.tmp", path / file)
     if rank == 0:
-        for file in json_files:
-            os.replace(path / f"{file}.tmp", path / file)
+        for file, content in json_files.items():
+            write_json(path / file, content)
 
 
 def make_index(tensors: dict[str, Tensor], names_of_file: dict[str, list[str]]) -> dict:
@@ -288,6 +290,6 @@ def read_json(file: Path) -> dict:
 
 
 def write_json(file: Path, value: dict) -> None:
-    temporary = file.with_name(f"{file.name}.part")
+    temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, file)

@@ -276,6 +276,40 @@ def test_a_plan_that_is_prolonged_keeps_what_was_read(change, rises):
         assert twice == 0 or (rises == 2500 and twice <= again.lost_in_changes()[name])
 
 
+@pytest.mark.parametrize("seed", [*range(20), 98, 175, 388, 418])     # the last ones are nested
+def test_changes_of_plan_in_a_row_lose_no_more_than_is_told(monkeypatch, seed):
+    """Up to five plans, most of which change within one window, of 100 sequences."""
+    window = 800
+    monkeypatch.setattr(data, "WINDOW_TOKENS", window)
+    rng = np.random.default_rng(seed)
+    first, last = rng.uniform(0.1, 0.9, 2).tolist()
+    domains = {"a": ("a.txt", first, last), "b": ("b.txt", 1 - first, 1 - last)}
+    texts = {name: MemoryDomain(name, seed, [20_000]) for name in domains}
+    changes = (4 + rng.integers(1, 30, rng.integers(1, 5)).cumsum()).tolist()
+    curriculum = None
+    followed = []                   # the rows of each step, under the plan of its time
+    for end in [*changes, None]:
+        before = (curriculum, len(followed)) if curriculum else None
+        lengths = [[0, 8], [int(rng.choice([400, 800, 1200, 1600, 3000, 6000])), 16]]
+        curriculum = Curriculum(domains, batch_tokens=64, seq_len=lengths, before=before,
+                                max_steps=(end or len(followed)) + 1 + int(rng.integers(100)))
+        dataset = TokenDataset(curriculum, texts, 1)
+        for step in range(len(followed), end or curriculum.steps):
+            dataset.prefetcher.wait_for(step)
+            followed.append(sorted(dataset.batch_rows(step)))
+
+    # The last plan tells of every step what was read.
+    assert [sorted(dataset.batch_rows(step)) for step in range(curriculum.steps)] == followed
+    read = {name: [] for name in domains}
+    for step, rows in enumerate(followed):
+        for name, start in rows:
+            read[name] += range(start, start + curriculum.seq_len[step])
+    for name, places in read.items():
+        lost = curriculum.lost_in_changes().get(name, 0)
+        assert len(places) - len(set(places)) <= lost                      # read twice
+        assert max(places) + 1 - len(set(places)) <= lost + 2 * window     # not read, or not yet
+
+
 def test_domains_in_another_order_keep_what_was_read_and_their_quotas():
     domains = {name: (f"{name}.txt", 1 / 3, 1 / 3) for name in "abc"}
     turned = dict(reversed(domains.items()))

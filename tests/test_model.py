@@ -422,6 +422,7 @@ def test_a_save_that_fails_leaves_the_earlier_model_and_other_files_alone(tmp_pa
         again.save_pretrained(tmp_path)
     kept = Motif.from_pretrained(tmp_path)
     assert all(map(torch.equal, model.parameters(), kept.parameters()))
+    assert not [*tmp_path.glob("*.tmp")]
 
     make(2, num_hidden_layers=1).save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {
