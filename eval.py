@@ -1,4 +1,4 @@
-"""Evaluation: the scores of a checkpoint, as lm-evaluation-harness 0.4.13 gives them.
+"""Evaluation: the scores of a checkpoint. Those of benchmarks are lm-evaluation-harness 0.4.13's.
 
     python eval.py                                   the quick start's model and its later stages
     python eval.py --model=PATH --tasks=mmlu,gsm8k   benchmarks, beside the scores in the report of
@@ -47,6 +47,7 @@ import sft
 from configurator import Count, NonNegative, Size, UserError, one_line
 from model import Decoder, KVCache, Motif
 from pretrain import COMPUTE_DTYPE, compute_precision, pick_device
+from support.preparing import num_cores
 from support.ranks import RANK, WORLD, all_gather_object, rank0_only, run_main
 from support.run_folder import (is_out_of_memory, latest_checkpoint, read_state,
                                 whole_checkpoints)
@@ -121,7 +122,8 @@ def choice_scores(sums: list[float], choices: list[str], answer: int) -> dict[st
 class PromptEncoder:
     """A tokenizer, with the special tokens that the model expects around a text.
 
-    begin       a list of the id that begins every text; empty if the model expects none
+    begin       a list of the id that begins every text but a conversation, whose format says how it
+                begins; empty if the model expects none
     end_ids     the ids that end a reply
 
     >>> encoder = PromptEncoder(load_tokenizer("byte"), begin_id=None)
@@ -156,8 +158,8 @@ class PromptEncoder:
 #
 # One forward pass for each choice would compute most tokens many times: all 5-shot questions of a
 # subject begin with the same examples, and all choices of a question with the same prompt.
-# Attention is causal, so the keys and values of a token depend only on the tokens before it. Those
-# of a common beginning are therefore computed once, and copied for each text that continues it.
+# Attention is causal, so no later token changes a token's keys and values. Those of a common
+# beginning are therefore computed once, and copied for each text that continues it.
 # This takes three stages. Below, a letter is a token that is read, "=" a token whose keys and
 # values are copied from the stage above, "." padding. A prompt is what all choices of a question
 # begin with, shared_ids in the code: the examples, which other prompts have too, and a part of its
@@ -451,7 +453,7 @@ def finite_sum(log_p: Tensor) -> float:
 
 def check_finite(total: float) -> None:
     """UserError unless a sum of log-probabilities or logits is finite: NaN is neither less nor more
-    than anything, and the first choice would count as the likeliest."""
+    than anything, and an arbitrary choice would count as the likeliest."""
     if not math.isfinite(total):
         raise UserError("the model's logits are not finite; check its weights, or give "
                         "--precision=fp32")
@@ -609,7 +611,7 @@ def generation(task: Task, examples: dict[int, Example], model: Motif, encoder: 
     replies = {i: {} for i in examples}                 # number -> {sample: reply}
     jobs = set()
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    pool = ThreadPoolExecutor(max(1, os.cpu_count() // ranks_here))
+    pool = ThreadPoolExecutor(max(1, num_cores() // ranks_here))
     try:
         for place, reply in generate_replies(model, encoder, ids, until, task.max_new_tokens,
                                              c.kv_cache_tokens, c.temperature, seeds):
@@ -803,7 +805,8 @@ def source_of(task_name: str) -> str:
 # folder uses a record again if nothing that decides it has changed:
 #
 #     the model, chat, precision    results.json notes them for all records. If one has changed, all
-#                                   records and results are dropped. A model in another folder is
+#                                   records and results are dropped, also those that chat does not
+#                                   decide. A model in another folder is
 #                                   an error, which asks for another out_dir
 #     the question                  The record has a hash of it, few-shot examples included
 #     temperature, seed,            They decide replies alone. So they are in the hash of a question
@@ -910,7 +913,8 @@ def measure_task(name: str, selected: SelectedTask, records: dict, out: Path, mo
 
 
 def with_progress(name: str, total: int, items: Iterator) -> Iterator:
-    """Pass the items on; print every five seconds how many are done and how long the rest takes."""
+    """Pass the items on. Every five seconds rank 0 prints how many of its own are done, and how
+    long the rest takes."""
     start = time.monotonic()
     last_print = start
     for n, item in enumerate(items, 1):
@@ -1028,7 +1032,8 @@ def run(c: Config) -> None:
     for name, folder in models.items():
         out = top
         if len(models) > 1 or not c.out_dir:
-            out = top / re.sub("[^A-Za-z0-9_.]+", "-", str(folder)).strip("-")
+            path = folder.resolve() if folder.name in ("", "..") else folder
+            out = top / re.sub("[^A-Za-z0-9_.]+", "-", str(path)).strip("-")
         results[name] = evaluate_model(folder, tasks, out, c, device)
     if RANK == 0:
         where = out if len(models) == 1 else f"the folders of {top}"

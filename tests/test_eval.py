@@ -598,7 +598,7 @@ def test_draws_from_a_number_for_each_row_have_the_probabilities_of_the_softmax(
 def judge_in_threads(monkeypatch):
     """judge_in_threads(judge, num_threads): replies are judged by this function of the example."""
     def use(judge, num_threads):
-        monkeypatch.setattr(os, "cpu_count", lambda: num_threads)
+        monkeypatch.setattr(evaluation, "num_cores", lambda: num_threads)
         monkeypatch.setattr(evaluation, "judge_replies",
                             lambda task, example, replies, chat: judge(example))
     return use
