@@ -1,4 +1,4 @@
-"""tools/ablate.py: a grid is run once, whatever cuts it; its table comes from two files alone."""
+"""tools/ablate.py: a grid is run once, whatever cuts it; its table comes from its files alone."""
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +66,7 @@ def losses_of(folder: Path) -> list:
     return [m["val_loss"] for m in ablate.read_metrics(folder) if "val_loss" in m]
 
 
-def test_a_grid_goes_on_after_a_cut_and_its_table_comes_from_the_two_files(run, monkeypatch):
+def test_a_grid_goes_on_after_a_cut_and_its_table_comes_from_its_files(run, monkeypatch):
     assert "4 runs are left" in run("grid.py", "out", "--max_minutes=0")     # prepares the data
     monkeypatch.setattr(ablate, "prepare_data", lambda runs: None)
     assert "one seed" in run("grid.py", "out", "--seeds=[1]")
@@ -80,16 +80,19 @@ def test_a_grid_goes_on_after_a_cut_and_its_table_comes_from_the_two_files(run, 
     (cut / "metrics.jsonl").write_text("".join(lines[:-2]))
     shutil.rmtree(cut / "step_4")
     Path("out/runs.csv").unlink()
-    printed = run("grid.py", "out")
+    printed = run("grid.py", "out", "--overlap_seconds=1000")
     assert "started gda-swiglu seed 1" in printed and "started gda-polynorm seed 1" not in printed
     assert "resumed" in (cut / "log.txt").read_text() and losses_of(cut) == losses
     assert whole.stat().st_mtime_ns == written
+
+    # With that overlap the last run began before the one before it ended.
+    assert printed.index("started gda-polynorm seed 2") < printed.index("ended gda-swiglu seed 2")
 
     # Without the runs the table is the same, and nothing is run again.
     table = printed[printed.index("grid: held-out loss"):]
     assert len(table.splitlines()) == 4 and "±" in table
     Path("kept").mkdir()
-    for name in ("runs.csv", "curves.csv"):
+    for name in ("runs.csv", "curves.csv", "poly_norm.csv"):
         shutil.copy(f"out/{name}", "kept")
         assert 25 * Path(f"out/{name}").stat().st_size < 100_000      # of 100 runs
     shutil.rmtree("out")
@@ -98,7 +101,10 @@ def test_a_grid_goes_on_after_a_cut_and_its_table_comes_from_the_two_files(run, 
     with pytest.raises(UserError, match="max_steps"):              # that would be other runs
         run("grid.py", "kept", "--max_steps=5")
     assert sorted(path.name for path in Path("kept").iterdir()) == [
-        "curves.csv", "curves.png", "runs.csv"]
+        "curves.csv", "curves.png", "poly_norm.csv", "poly_norm.png", "runs.csv"]
+    weights = ablate.read_by_run(Path("kept/poly_norm.csv"))["gda-polynorm", "1"]
+    assert [(line["tokens"], line["w1"]) for line in weights][0] == ("0", "0.0208")     # 1 / 48
+    assert [line["tokens"] for line in weights] == ["0", "512", "1024"]      # of its one layer
 
     # Where a name has no speed, all else of its line is the same.
     for name, column in (("runs.csv", "tok_per_s"), ("curves.csv", "seconds")):

@@ -18,9 +18,10 @@ The folder of a run is OUT/<name>-seed<seed>. A run that has ended is not repeat
 cut goes on from its checkpoint, or begins anew if it has none. So the same command goes on with a
 grid, and grids that share OUT share the runs that they have in common.
 
-Each run that ends adds a line to OUT/runs.csv and its held-out curve to OUT/curves.csv. From these
-two files alone --table prints a table for each grid, and draws OUT/curves.png. They also tell which
-runs have ended: where the folders are gone, a run with a line in runs.csv is not repeated either.
+Each run that ends adds a line to OUT/runs.csv, its held-out curve to OUT/curves.csv, and what
+became of PolyNorm's weights to OUT/poly_norm.csv. From these files alone --table prints a table for
+each grid, and draws OUT/curves.png and OUT/poly_norm.png. They also tell which runs have ended:
+where the folders are gone, a run with a line in runs.csv is not repeated either.
 """
 import csv
 import itertools
@@ -33,6 +34,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -63,6 +65,9 @@ class Grid:
     baseline: str | None = None         # the run that others are compared with; None: the first
     max_minutes: NonNegative | None = None  # no run begins that would not end by then, if it took
                                         # as long as the longest so far
+    overlap_seconds: NonNegative = 0    # a card gets its next run so long before the last one
+                                        # ends: then it imports and compiles while the card still
+                                        # works. There must be memory for both
 
 
 def cells(grid: Grid) -> dict[str, dict]:
@@ -164,10 +169,11 @@ def check_folder(run: Run) -> None:
 
 # ---- running it
 #
-# Each run is a process of its own, which sees one GPU. As soon as it has ended, the next one gets
-# the GPU. What a run prints goes to output.txt in its folder. This process only waits, and keeps a
-# note beside that, ablate.json: on which card the run was, the date, and once it has ended how many
-# seconds its last process took, with compiling and evaluations.
+# Each run is a process of its own, which sees one GPU. As soon as it has ended, or overlap_seconds
+# before it will, the next one gets the GPU. What a run prints goes to output.txt in its folder.
+# This process only waits, and keeps a note beside that, ablate.json: on which card the run was, the
+# date, and once it has ended how many seconds its last process took, with compiling and
+# evaluations.
 
 POLL_SECONDS = 0.2
 REPORT_SECONDS = 30
@@ -228,9 +234,10 @@ def run_all(todo: list[Run], planned: list[Run], out: Path, grid: Grid,
     failed = []
     try:
         while waiting or running:
-            while waiting and cards and has_time(grid.max_minutes, begun, planned):
-                running.append(start(waiting.pop(0), cards.pop(0), card_name))
-                print(f"started {running[-1].run}; {len(waiting)} wait", flush=True)
+            for card in free_cards(cards, running, grid.overlap_seconds):
+                if waiting and has_time(grid.max_minutes, begun, planned):
+                    running.append(start(waiting.pop(0), card, card_name))
+                    print(f"started {running[-1].run}; {len(waiting)} wait", flush=True)
             if not running:
                 break                       # there is no time for what waits
 
@@ -239,7 +246,6 @@ def run_all(todo: list[Run], planned: list[Run], out: Path, grid: Grid,
                 if job.process.poll() is None:
                     continue
                 running.remove(job)
-                cards.append(job.card)
                 if has_ended(job.run):
                     report_end(job)
                     add_to_tables(out, [job.run], grid, grid_name)
@@ -256,6 +262,27 @@ def run_all(todo: list[Run], planned: list[Run], out: Path, grid: Grid,
         for job in running:
             job.process.wait()
     return failed
+
+
+def free_cards(cards: list[str | None], running: list[Job],
+               overlap_seconds: float) -> list[str | None]:
+    """The cards that can have another run."""
+    free = []
+    for card in cards:
+        jobs = [job for job in running if job.card == card]
+        if not jobs or (len(jobs) == 1 and seconds_left(jobs[0].run) < overlap_seconds):
+            free.append(card)
+    return free
+
+
+def seconds_left(run: Run) -> float:
+    """How long the run will go on, by the median speed of its logged lines; infinite while it has
+    fewer than three."""
+    logged = [m for m in read_metrics(run.folder) if "tok_per_s" in m]
+    if len(logged) < 3:
+        return math.inf
+    tokens_left = pretrain.make_curriculum(run.config).tokens[-1] - logged[-1]["tokens"]
+    return tokens_left / median_speed(logged)
 
 
 def start(run: Run, card: str | None, card_name: str) -> Job:
@@ -318,14 +345,16 @@ def report_progress(running: list[Job]) -> None:
                   f"{m['tok_per_s']:,.0f} tok/s", flush=True)
 
 
-# ---- runs.csv and curves.csv
+# ---- runs.csv, curves.csv and poly_norm.csv
 #
-# All that the table and the picture need, small enough to be kept with the code:
+# All that the table and the pictures need, small enough to be kept with the code:
 #
 #     runs.csv       a line for each run of each grid. overrides and loss_by_domain are JSON;
 #                    tok_per_s is the median of the logged lines; flops_per_token counts forward and
 #                    backward pass; loss is held out, in nats per token, after the last step
 #     curves.csv     a line for each evaluation of each run: tokens seen, seconds of training, loss
+#     poly_norm.csv  for each layer at each evaluation of each run with PolyNorm: its weights of
+#                    x^3, x^2 and x, and its bias
 #
 # tok_per_s and seconds may be empty: of runs that shared a card with others, say.
 #
@@ -334,6 +363,7 @@ def report_progress(running: list[Job]) -> None:
 RUN_COLUMNS = ["grid", "name", "seed", "baseline", "overrides", "parameters", "flops_per_token",
                "tokens", "tok_per_s", "loss", "loss_by_domain", "date", "card"]
 CURVE_COLUMNS = ["name", "seed", "tokens", "seconds", "loss"]
+POLY_NORM_COLUMNS = ["name", "seed", "tokens", "layer", "w3", "w2", "w1", "b"]
 
 
 def read_csv(path: Path) -> list[dict]:
@@ -342,6 +372,14 @@ def read_csv(path: Path) -> list[dict]:
         return []
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def read_by_run(path: Path) -> dict[tuple[str, str], list[dict]]:
+    """(name, seed) -> its lines."""
+    runs = {}
+    for row in read_csv(path):
+        runs.setdefault((row["name"], row["seed"]), []).append(row)
+    return runs
 
 
 def write_csv(path: Path, columns: list[str], rows: list[dict]) -> None:
@@ -355,14 +393,13 @@ def write_csv(path: Path, columns: list[str], rows: list[dict]) -> None:
 
 
 def add_to_tables(out: Path, runs: list[Run], grid: Grid, grid_name: str) -> None:
-    """Write what has ended of these runs into the two files, in place of what they have of them.
-    All other lines stay, also of runs whose folders are gone."""
+    """Write what has ended of these runs into the files, in place of what they have of them. All
+    other lines stay, also of runs whose folders are gone."""
     rows = {}
     for row in read_csv(out / "runs.csv"):
         rows[row["grid"], row["name"], row["seed"]] = row
-    curves = {}
-    for point in read_csv(out / "curves.csv"):
-        curves.setdefault((point["name"], point["seed"]), []).append(point)
+    curves = read_by_run(out / "curves.csv")
+    weights = read_by_run(out / "poly_norm.csv")
 
     baseline = grid.baseline or next(iter(cells(grid)))
     for run in runs:
@@ -371,14 +408,15 @@ def add_to_tables(out: Path, runs: list[Run], grid: Grid, grid_name: str) -> Non
         if has_ended(run):
             row = measure(run)
             curves[run.name, seed] = measure_curve(run)
+            weights[run.name, seed] = measure_poly_norm(run)
         if row is not None:
             # To the end: so the lines of a grid come to stand in the order of its runs.
             rows.pop((grid_name, run.name, seed), None)
             rows[grid_name, run.name, seed] = {**row, "grid": grid_name, "baseline": baseline}
 
     write_csv(out / "runs.csv", RUN_COLUMNS, list(rows.values()))
-    points = [point for curve in curves.values() for point in curve]
-    write_csv(out / "curves.csv", CURVE_COLUMNS, points)
+    write_csv(out / "curves.csv", CURVE_COLUMNS, list(itertools.chain(*curves.values())))
+    write_csv(out / "poly_norm.csv", POLY_NORM_COLUMNS, list(itertools.chain(*weights.values())))
 
 
 def recorded_row(run: Run, rows) -> dict | None:
@@ -419,6 +457,18 @@ def measure_curve(run: Run) -> list[dict]:
             points.append({"name": run.name, "seed": str(run.seed), "tokens": m["tokens"],
                            "seconds": seconds, "loss": f"{m['val_loss']:.5f}"})
     return points
+
+
+def measure_poly_norm(run: Run) -> list[dict]:
+    """The lines of poly_norm.csv; none if the run has another activation."""
+    lines = []
+    for m in read_metrics(run.folder):
+        for i, layer in enumerate(m.get("layers", [])):
+            if "polynorm" in layer:
+                w3, w2, w1, b = layer["polynorm"]
+                lines.append({"name": run.name, "seed": str(run.seed), "tokens": m["tokens"],
+                              "layer": i, "w3": w3, "w2": w2, "w1": w1, "b": b})
+    return lines
 
 
 def median_speed(metrics: list[dict]) -> float:
@@ -498,11 +548,8 @@ class Summary(NamedTuple):
 
 
 def summarize(out: Path) -> dict[str, list[Summary]]:
-    """Grid -> its names, from the two files."""
-    curves = {}
-    for point in read_csv(out / "curves.csv"):
-        curves.setdefault((point["name"], point["seed"]), []).append(point)
-
+    """Grid -> its names, from runs.csv and curves.csv."""
+    curves = read_by_run(out / "curves.csv")
     grids = {}
     for row in read_csv(out / "runs.csv"):
         names = grids.setdefault(row["grid"], {})
@@ -564,28 +611,26 @@ def difference(summary: Summary, baseline: Summary | None) -> str:
 
 
 def draw(out: Path, grids: dict[str, list[Summary]]) -> None:
-    """Draw out/curves.png, a row for each grid: on the left held-out loss over tokens, on the right
-    the loss at the end, a dot for each seed and a line at their mean. The first evaluation, of a
-    model that has learnt nothing, is left out. Without matplotlib there is no picture."""
+    """Draw out/curves.png, a row for each grid: on the left how far the held-out loss is above the
+    baseline's at each evaluation but the first, on the right the loss at the end, a dot for each
+    seed and a line at their mean."""
     plt = import_pyplot()
-    if plt is None:
-        print("no picture, as there is no matplotlib")
-        return
     heights = [1.0 + 0.28 * max(4, len(summaries)) for summaries in grids.values()]
     figure, axes = plt.subplots(len(grids), 2, figsize=(11, sum(heights)), squeeze=False,
                                 layout="constrained", height_ratios=heights, width_ratios=[2, 3])
     for (left, right), (grid, summaries) in zip(axes, grids.items()):
+        baseline = baseline_curve(summaries)
         for i, summary in enumerate(summaries):
             color = f"C{i % 10}"
             for curve in summary.curves:
                 tokens = [int(point["tokens"]) / 1e6 for point in curve[1:]]
-                losses = [float(point["loss"]) for point in curve[1:]]
-                left.plot(tokens, losses, marker="o", ms=2, lw=1, color=color)
+                above = [float(point["loss"]) - baseline[point["tokens"]] for point in curve[1:]]
+                left.plot(tokens, above, marker="o", ms=2, lw=1, color=color)
             losses = summary.losses()
             right.plot(losses, [i] * len(losses), "o", ms=5, alpha=0.6, color=color)
             right.plot([statistics.fmean(losses)], [i], "|", ms=16, color=color)
         left.set_title(grid, loc="left", fontsize="medium")
-        left.set_ylabel("nats per token", fontsize="small")
+        left.set_ylabel(f"loss less {summaries[0].runs[0]['baseline']}'s", fontsize="small")
         right.set_yticks(range(len(summaries)), [summary.name for summary in summaries])
         right.set_ylim(len(summaries) - 0.5, -0.5)
         for axis in (left, right):
@@ -597,14 +642,59 @@ def draw(out: Path, grids: dict[str, list[Summary]]) -> None:
     plt.close(figure)
 
 
+def baseline_curve(summaries: list[Summary]) -> dict[str, float]:
+    """Tokens -> the mean loss of the baseline's seeds there; where it has none, 0."""
+    losses = defaultdict(list)
+    for summary in summaries:
+        if summary.name == summary.runs[0]["baseline"]:
+            for point in itertools.chain(*summary.curves):
+                losses[point["tokens"]].append(float(point["loss"]))
+    return defaultdict(float, {tokens: statistics.fmean(x) for tokens, x in losses.items()})
+
+
+def draw_poly_norm(out: Path) -> None:
+    """Draw out/poly_norm.png, a row for each name in poly_norm.csv (its first seed), and a column for
+    each of PolyNorm's four parameters: its value in each layer over tokens."""
+    runs = {}
+    for (name, _), lines in read_by_run(out / "poly_norm.csv").items():
+        runs.setdefault(name, lines)
+    if not runs:
+        return
+    plt = import_pyplot()
+    columns = {"w3": "w3, of n(x³)", "w2": "w2, of n(x²)", "w1": "w1, of n(x)", "b": "b"}
+    figure, axes = plt.subplots(len(runs), 4, figsize=(11, 0.6 + 1.5 * len(runs)), squeeze=False,
+                                sharex=True, layout="constrained")
+    for row, (name, lines) in zip(axes, runs.items()):
+        layers = defaultdict(list)
+        for line in lines:
+            layers[int(line["layer"])].append(line)
+        colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(layers)))
+        for axis, (column, title) in zip(row, columns.items()):
+            for i, points in layers.items():
+                tokens = [int(point["tokens"]) / 1e6 for point in points]
+                values = [float(point[column]) for point in points]
+                axis.plot(tokens, values, lw=1, color=colors[i])
+            axis.set_title(f"{name}: {title}", fontsize="x-small")
+            axis.tick_params(labelsize="x-small")
+            axis.grid(alpha=0.3)
+    axes[-1][0].set_xlabel("million tokens; from violet, the first layer, to green, the last one",
+                           fontsize="small", loc="left")
+    figure.savefig(out / "poly_norm.png", dpi=110)
+    plt.close(figure)
+
+
 def show(out: Path) -> None:
-    """Print the tables of the runs in a folder's two files, and draw the picture."""
+    """Print the tables of the runs in a folder's files, and draw the pictures."""
     grids = summarize(out)
     if not grids:
         raise UserError(f"{out}/runs.csv has no runs")
     for grid, summaries in grids.items():
         print(table(grid, summaries) + "\n")
+    if import_pyplot() is None:
+        print("no pictures, as there is no matplotlib")
+        return
     draw(out, grids)
+    draw_poly_norm(out)
 
 
 # ---- the command

@@ -57,25 +57,29 @@ SIZES = {
         small={"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 10,
                "num_attention_heads": 4},
         large={},
-        both={"tie_word_embeddings": False, "eval_every": 50, "save_every": 10_000},
+        both={"tie_word_embeddings": False, "poly_norm_scale": 1 / 16, "eval_every": 50,
+              "save_every": 10_000},
         steps=400),
 }
 
 
-def arguments(size: Size, shape: dict, user_options: list[str], **options) -> list[str]:
+def arguments(size: Size, shape: dict, user_options: dict[str, str], **options) -> list[str]:
     """The command line of pretrain.py for a model of this shape."""
+    for key in user_options:
+        if key in {**shape, **options}:
+            raise UserError(f"--{key} differs from run to run here; leave it out")
     config_file = Path(pretrain.__file__).parent / size.config_file
-    settings = {**size.both, **shape, **options}
-    return [str(config_file), *user_options] + [f"--{k}={v}" for k, v in settings.items()]
+    settings = {**size.both, **user_options, **shape, **options}
+    return [str(config_file)] + [f"--{key}={value}" for key, value in settings.items()]
 
 
-def flops_per_step(size: Size, shape: dict, user_options: list[str]) -> float:
+def flops_per_step(size: Size, shape: dict, user_options: dict[str, str]) -> float:
     c = configurator.load(pretrain.Config, arguments(size, shape, user_options))
     forward, backward = flops_per_token(pretrain.model_config(c), c.seq_len)
     return c.batch_tokens * (forward + backward)
 
 
-def train(out: Path, size: Size, shape: dict, user_options: list[str], **options):
+def train(out: Path, size: Size, shape: dict, user_options: dict[str, str], **options):
     """Train to the end -> training FLOPs and held-out loss (nats per token) at each evaluation."""
     argv = arguments(size, shape, user_options, out_dir=out, **options)
     subprocess.run([sys.executable, pretrain.__file__, *argv], check=True)
@@ -91,7 +95,7 @@ def train(out: Path, size: Size, shape: dict, user_options: list[str], **options
     return flops, losses
 
 
-def train_three(out: Path, size: Size, seed: int, user_options: list[str]) -> dict:
+def train_three(out: Path, size: Size, seed: int, user_options: dict[str, str]) -> dict:
     """The three runs of one seed -> name: (FLOPs, losses)."""
     small_cost = flops_per_step(size, size.small, user_options)
     large_cost = flops_per_step(size, size.large, user_options)
@@ -138,13 +142,13 @@ def main() -> None:
         raise UserError("the output folder is missing: python -m tools.growth_pays OUT [--key=...]")
     out = Path(sys.argv[1])
     own = {"size": "quickstart", "seeds": "1,2,3"}
-    user_options = []
+    user_options = {}
     for option in sys.argv[2:]:
-        key, _, text = option.removeprefix("--").partition("=")
+        key, equals, text = option.removeprefix("--").partition("=")
         if key in own:
             own[key] = text
         else:
-            user_options.append(option)
+            user_options[key] = text if equals else "True"
     if own["size"] not in SIZES:
         raise UserError(f"size={own['size']} must be one of {', '.join(SIZES)}")
     if not re.fullmatch(r"\d+(,\d+)*", own["seeds"]):
