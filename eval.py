@@ -35,7 +35,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Iterator, Literal
+from typing import Callable, Iterator, Literal
 from urllib.parse import unquote
 
 import torch
@@ -496,29 +496,37 @@ def multiple_choice(task: Task, examples: dict[int, Example], model: Motif, enco
 # `until`, or a token that ends a text. support/tasks.py judges the reply: it compares an answer, or
 # runs a program in the sandbox.
 
-def generate_replies(model: Motif, encoder: PromptEncoder, prompts: list[list[int]], until: tuple,
-                     max_new_tokens: int, kv_cache_tokens: int, temperature: float = 0.0,
-                     seeds: list[int] | None = None) -> Iterator[tuple[int, str]]:
-    """Continue prompts, in batches of similar length: yields (index of the prompt, reply) as
-    replies end. A reply ends before the first of the strings `until`, at a token that ends a text,
-    or after min(max_new_tokens, context / 2) tokens. A prompt loses its beginning if it is longer
-    than prompt_room(). At a temperature each prompt draws with its own seed, so that the reply does
-    not depend on the batch, up to rounding."""
+@dataclass
+class Prompt:
+    """What the model continues for one sample of a question."""
+    question: int               # the number of the question
+    sample: int                 # 0, 1, ..., num_samples - 1
+    ids: list[int]
+    seed: int                   # of its own, whichever batch or rank it comes to
+
+
+def generate_replies(model: Motif, encoder: PromptEncoder, prompts: list[Prompt], until: tuple,
+                     max_new_tokens: int, kv_cache_tokens: int,
+                     temperature: float = 0.0) -> Iterator[tuple[Prompt, str]]:
+    """Continue prompts, in batches of similar length: yields (prompt, reply) as replies end. A
+    reply ends before the first of the strings `until`, at a token that ends a text, or after
+    min(max_new_tokens, context / 2) tokens. A prompt loses its beginning if it is longer than
+    prompt_room(). At a temperature each prompt draws with its own seed, so that the reply does not
+    depend on the batch, up to rounding."""
     device = model.head_weight.device
     room = prompt_room(model, max_new_tokens)
     max_new_tokens = model.config.max_position_embeddings - room
-    prompts = [ids[-room:] for ids in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    waiting = sorted(prompts, key=lambda prompt: -min(len(prompt.ids), room))
 
-    while order:
-        row_tokens = len(prompts[order[0]]) + max_new_tokens
+    while waiting:
+        row_tokens = min(len(waiting[0].ids), room) + max_new_tokens
         batch_size = max(1, kv_cache_tokens // row_tokens)
-        batch = order[:batch_size]
-        order = order[batch_size:]
+        batch = waiting[:batch_size]
+        waiting = waiting[batch_size:]
 
-        ids = [prompts[i] for i in batch]
+        ids = [prompt.ids[-room:] for prompt in batch]
         prompt_lengths = torch.tensor([len(row) for row in ids], device=device)
-        row_seeds = [seeds[i] for i in batch] if temperature > 0 else None
+        row_seeds = [prompt.seed for prompt in batch] if temperature > 0 else None
         decoder = Decoder(model, stack_rows(ids, device), max_new_tokens, temperature,
                           prompt_lengths=prompt_lengths, row_seeds=row_seeds)
         yield from decode_until_stop(decoder, batch, encoder, until, max_new_tokens)
@@ -532,11 +540,12 @@ def prompt_room(model: Motif, max_new_tokens: int) -> int:
     return max_length - min(max_new_tokens, max_length // 2)
 
 
-def decode_until_stop(decoder: Decoder, rows: list[int], encoder: PromptEncoder, until: tuple,
-                      max_new_tokens: int) -> Iterator[tuple[int, str]]:
-    """The loop of generate_replies. rows: the index of each of the decoder's prompts."""
-    replies = {i: b"" for i in rows}
-    unfinished = set(rows)
+def decode_until_stop(decoder: Decoder, prompts: list[Prompt], encoder: PromptEncoder,
+                      until: tuple, max_new_tokens: int) -> Iterator[tuple[Prompt, str]]:
+    """The loop of generate_replies over one batch, whose prompts the decoder has read."""
+    replies = [b"" for _ in prompts]
+    unfinished = set(range(len(prompts)))
+    rows = list(range(len(prompts)))    # the prompt of each of the decoder's rows, by its index
     for _ in range(max_new_tokens):
         tokens = decoder.next_tokens()[:, 0].tolist()
         check_finite(decoder.logits.sum(dtype=torch.float32).item())
@@ -547,7 +556,7 @@ def decode_until_stop(decoder: Decoder, rows: list[int], encoder: PromptEncoder,
             end = find_first(replies[i], until)
             if end is not None or token in encoder.end_ids:
                 unfinished.remove(i)
-                yield i, replies[i][:end].decode("utf-8", "replace")
+                yield prompts[i], replies[i][:end].decode("utf-8", "replace")
         if not unfinished:
             return
 
@@ -561,7 +570,7 @@ def decode_until_stop(decoder: Decoder, rows: list[int], encoder: PromptEncoder,
 
     for i in rows:
         if i in unfinished:
-            yield i, replies[i].decode("utf-8", "replace")
+            yield prompts[i], replies[i].decode("utf-8", "replace")
 
 
 def find_first(reply: bytes, strings: tuple) -> int | None:
@@ -574,19 +583,9 @@ def find_first(reply: bytes, strings: tuple) -> int | None:
     return min((place for place in places if place >= 0), default=None)
 
 
-@dataclass
-class Prompt:
-    """What the model continues for one sample of a question."""
-    question: int               # the number of the question
-    sample: int                 # 0, 1, ..., num_samples - 1
-    ids: list[int]
-    seed: int                   # of its own, whichever batch or rank it comes to
-
-
 def generation(task: Task, examples: dict[int, Example], model: Motif, encoder: PromptEncoder,
                c: "Config") -> Iterator[tuple[int, dict]]:
-    """Write replies and judge them: {number: example} -> yields (number, record). Replies are
-    judged in threads while the model writes the next ones; a program runs in its own process."""
+    """Write replies and judge them: {number: example} -> yields (number, record)."""
     num_samples = c.num_samples if task.program else 1
     shown = {}                  # number -> the prompt as text, for the record
     was_cut = {}                # number -> whether the prompt loses its beginning
@@ -606,21 +605,37 @@ def generation(task: Task, examples: dict[int, Example], model: Motif, encoder: 
     # A chat model writes its program as ```python ... ```. A reply must not end inside that, where
     # a second function begins, say.
     until = () if has_own_fence(task, c.chat) else task.until
-    ids = [prompt.ids for prompt in prompts]
-    seeds = [prompt.seed for prompt in prompts]
-    replies = {i: {} for i in examples}                 # number -> {sample: reply}
-    jobs = set()
+    replies = generate_replies(model, encoder, prompts, until, task.max_new_tokens,
+                               c.kv_cache_tokens, c.temperature)
+    yield from judge_in_threads(judge, by_question(replies, num_samples))
+
+
+def by_question(replies: Iterator[tuple[Prompt, str]],
+                num_samples: int) -> Iterator[tuple[int, list[str]]]:
+    """Yields (number of the question, its replies in order) once a question has all of them.
+
+    >>> first, second = Prompt(7, 0, [], seed=1), Prompt(7, 1, [], seed=2)
+    >>> list(by_question(iter([(second, "no"), (first, "yes")]), num_samples=2))
+    [(7, ['yes', 'no'])]
+    """
+    questions = defaultdict(dict)                       # number -> {sample: reply}
+    for prompt, reply in replies:
+        samples = questions[prompt.question]
+        samples[prompt.sample] = reply
+        if len(samples) == num_samples:
+            yield prompt.question, [samples[k] for k in range(num_samples)]
+            del questions[prompt.question]
+
+
+def judge_in_threads(judge: Callable, questions: Iterator[tuple]) -> Iterator:
+    """Yields judge(*question) of each question, as the judgements are done. They are made in
+    threads, while the model writes the next replies; a program runs in its own process."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     pool = ThreadPoolExecutor(max(1, num_cores() // ranks_here))
+    jobs = set()
     try:
-        for place, reply in generate_replies(model, encoder, ids, until, task.max_new_tokens,
-                                             c.kv_cache_tokens, c.temperature, seeds):
-            prompt = prompts[place]
-            of_question = replies[prompt.question]
-            of_question[prompt.sample] = reply
-            if len(of_question) == num_samples:
-                in_order = [of_question[sample] for sample in range(num_samples)]
-                jobs.add(pool.submit(judge, prompt.question, in_order))
+        for question in questions:
+            jobs.add(pool.submit(judge, *question))
             done = {job for job in jobs if job.done()}
             jobs -= done
             for job in done:

@@ -123,11 +123,18 @@ def replace_replies(monkeypatch, replies):
     prompts_seen = []
 
     def generate_replies(model, encoder, prompts, until, *options):
-        prompts_seen.extend(prompts)
+        prompts_seen.extend(prompt.ids for prompt in prompts)
         cut = [reply[:evaluation.find_first(reply.encode(), until)] for reply in replies]
-        return list(enumerate(cut))
+        return iter(list(zip(prompts, cut)))
     monkeypatch.setattr(evaluation, "generate_replies", generate_replies)
     return prompts_seen
+
+
+def greedy_replies(model, encoder, prompts, until, kv_cache_tokens):
+    """The replies of 24 tokens to lists of ids, by the number of the list."""
+    prompts = [evaluation.Prompt(i, 0, ids, seed=0) for i, ids in enumerate(prompts)]
+    found = evaluation.generate_replies(model, encoder, prompts, until, 24, kv_cache_tokens)
+    return {prompt.question: reply for prompt, reply in found}
 
 
 # ---- as lm-evaluation-harness has it
@@ -395,7 +402,7 @@ def test_the_scorer_s_caches_keep_to_the_budget_together(model, monkeypatch, cac
 def test_the_caches_of_generation_keep_to_the_budget(model, encoder, cached_tokens):
     prompts = [[i] * 20 for i in range(12)]
     budget = 4 * (20 + 24)
-    found = dict(evaluation.generate_replies(model, encoder, prompts, (), 24, budget))
+    found = greedy_replies(model, encoder, prompts, (), budget)
     assert len(found) == 12 and len(cached_tokens) >= 3
     assert 0.9 * budget < max(cached_tokens) <= budget
 
@@ -525,7 +532,7 @@ def test_replies_of_a_batch_are_those_of_one_prompt_at_a_time(model, encoder):
     prompts = [list(b"The quick brown fox"[:n]) for n in (1, 4, 9, 19)] + [list(b"zq" * 300)]
     new_ids = [plain_greedy(model, prompt, 24) for prompt in prompts]
     whole = [cut_reply(ids, encoder) for ids in new_ids]
-    found = dict(evaluation.generate_replies(model, encoder, prompts, (), 24, 2048))
+    found = greedy_replies(model, encoder, prompts, (), 2048)
     assert found == dict(enumerate(whole))
 
     # Letters that fall within the replies, as strings to stop at.
@@ -535,7 +542,7 @@ def test_replies_of_a_batch_are_those_of_one_prompt_at_a_time(model, encoder):
             until.append(reply[k])
     cut = [cut_reply(ids, encoder, until) for ids in new_ids]
     assert cut != whole
-    found = dict(evaluation.generate_replies(model, encoder, prompts, tuple(until), 24, 2048))
+    found = greedy_replies(model, encoder, prompts, tuple(until), 2048)
     assert found == dict(enumerate(cut))
 
 
@@ -634,8 +641,9 @@ def test_after_an_error_the_questions_that_wait_are_not_judged(
         return {"acc": 1.0}
     judge_in_threads(judge, 1)
 
-    def twenty_replies(*options):
-        yield from enumerate(["x"] * 20)
+    def twenty_replies(model, encoder, prompts, *options):
+        assert len(prompts) == 20
+        yield from ((prompt, "x") for prompt in prompts)
         if place == "generate_replies":
             raise error
 
@@ -748,7 +756,7 @@ def test_the_number_of_samples_decides_programs_alone(run, monkeypatch):
 
     def generate_replies(model, encoder, prompts, *options):
         asked.append(len(prompts))
-        return enumerate(["x"] * len(prompts))
+        return ((prompt, "x") for prompt in prompts)
     monkeypatch.setattr(evaluation, "generate_replies", generate_replies)
     monkeypatch.setattr(evaluation, "judge_replies", lambda *options: {"acc": 1.0})
     options = {"tasks": "chains,humaneval", "limit": 2, "temperature": 0.8, "run_code": "unsafe"}
