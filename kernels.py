@@ -13,8 +13,9 @@ definition, against which tests/test_kernels.py checks it:
     symmetric_matmul          torch.baddbmm, where the product is symmetric   half of the FLOPs
     linear_fp8                F.linear, up to the rounding of FP8             half of the time
 
-The order is from simple to hard: kernels that go over rows, then kernels that multiply matrices.
-RMSNorm and rotary embeddings have no kernel: torch.compile fuses them well enough by itself.
+Kernels that go over rows come first. Attention, in the middle, is the hardest, and what follows it,
+symmetric products and FP8, needs nothing of it. RMSNorm and rotary embeddings have no kernel:
+torch.compile fuses them well enough by itself.
 
 Kernels sum in fp32, whatever the dtype of the inputs, and in a fixed order, without floating-point
 atomics, so two runs give the same bits. Tensor cores multiply numbers in the dtype of the inputs;
@@ -27,7 +28,8 @@ Letters for sizes are model.py's: B, T, S, V, D, G, r, H, K, P, Dv, h, F. Those 
     b       a row of the batch, in attention a sequence
     n       length of a row; in a product of matrices, the size that it sums over
     q k v   queries, keys and values: tensors, and in attention's kernels also blocks of them
-    p s     attention's probabilities, and the logits that they are the softmax of
+    p       attention's probabilities; in its forward pass not yet divided by their sum
+    s       in formulas: the logits that p is the softmax of
     BQ BK   queries and keys of a block of attention
     i j     places in a row, a matrix or a list
     E m     products computed at once, and their rows (symmetric products)
@@ -48,7 +50,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 try:
-    # Triton takes 0.2 s to import. Without CUDA only tests need it, which set the variable.
+    # Triton takes 0.2 s to import. Without CUDA only tests need it, and they set the variable.
     if not torch.backends.cuda.is_built() and "TRITON_INTERPRET" not in os.environ:
         raise ImportError
     import triton
@@ -157,7 +159,7 @@ def custom_op(fake: Callable, mutates_args: tuple[str, ...] = ()) -> Callable:
 # A program computes on *blocks*, small tensors in registers:
 #
 #     x_ptr                        a tensor argument: the address of its first element
-#     tl.arange(0, BLOCK_SIZE)     the block 0, 1, ..., BLOCK_SIZE - 1, which is a power of two
+#     tl.arange(0, BLOCK_SIZE)     the block 0, ..., BLOCK_SIZE - 1; BLOCK_SIZE is a power of two
 #     x_ptr + offsets              a block of addresses
 #     tl.load(addresses, mask, other)    reads them. Where mask is False nothing is read, and the
 #                                  element is `other`: that is how a block may stick out of a row
@@ -166,7 +168,8 @@ def custom_op(fake: Callable, mutates_args: tuple[str, ...] = ()) -> Callable:
 #
 # Arguments marked tl.constexpr are known when the kernel is compiled: an `if` on one of them costs
 # nothing, and each combination of them is a kernel of its own. Their names are in capitals, except
-# r and Dv. An argument that is None is known as well. At the launch, num_warps says how many warps
+# r and Dv. (The sizes B, T, H, P and V are in capitals too, and are ordinary arguments. So is r in
+# differential norm.) An argument that is None is known as well. num_warps says how many warps
 # (of 32 threads) share a program, and num_stages how many steps ahead a loop loads. A @jit function
 # that a kernel calls is inlined into it.
 #
@@ -210,9 +213,11 @@ def scale_(x: Tensor, factor: Tensor) -> None:
 #     k_p  = p w_p r_p^2 s_p / n
 #     dx   = g (w1 r1 + x (2 w2 r2 + x 3 w3 r3)) - x (k1 + x^2 (k2 + x^2 k3))
 #
-# k_p has the r_p^3 of the derivative of r_p: one r_p is in s_p, two come on top. They stay apart
-# because gates of large models reach |x| = 3e5, where r3^3 = 5e-50 is 0 in fp32. Polynomials are
-# evaluated from the inside (Horner's rule), which saves the powers of x.
+# k_p has the r_p^3 of the derivative of r_p: one r_p is in s_p, two come on top. The code never
+# multiplies the three: x, the output of gate_proj, reaches 3e5 in large models, and there r3^3 =
+# 5e-50 is 0 in fp32. (Where a whole row of 16,384 is beyond 5e5, the sum of x^6 overflows. Then r3
+# is 0 and the cubic term is lost, here as in model.py.) Polynomials are evaluated from the inside
+# (Horner's rule), which saves the powers of x.
 #
 # Why by hand: autograd would keep a dozen tensors as large as x for the backward pass. In this form
 # x, up and r1, r2, r3 of each row are enough, and y is computed again.
@@ -286,8 +291,9 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
 def horner(x: Tensor, *c: Tensor) -> Tensor:
     """The polynomial c[0] + x (c[1] + x (c[2] + ...)).
 
-    In place, since x is large: a new tensor at every step would be slower, and one addcmul per step
-    three times slower, as it has no fast path for coefficients that differ from row to row.
+    y is updated in place, since it is large: a new tensor at every step would be slower, and one
+    addcmul per step three times slower, as it has no fast path for coefficients that differ from
+    row to row. x is kept.
 
     >>> horner(torch.tensor([2.0, 10.0]), torch.tensor(5.0), torch.tensor(1.0), torch.tensor(3.0))
     tensor([ 19., 315.])
@@ -441,7 +447,8 @@ def poly_norm_backward(d_out: Tensor, x: Tensor, up: Tensor, weight: Tensor, bia
 
 
 def contiguous_last_dim(x: Tensor) -> Tensor:
-    """x, copied if its last dimension is strided. Row kernels accept any stride between rows."""
+    """x, copied if its last dimension is strided. PolyNorm's kernels accept any stride between
+    rows."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -661,10 +668,10 @@ def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, scale_ptr, V, GRAD
     """One program: the loss of one token, logsumexp(logits) - logits[target], in nats.
 
     A negative target is ignored: its loss is 0, and so is its gradient, if its logits are finite. A
-    target >= V gives a loss of NaN. With GRADIENT the logits are then overwritten by
-    (softmax - onehot) * scale. For that BLOCK_SIZE must be at least the number of threads: else
-    Triton gives one element to several threads, and one of them may read what another has already
-    overwritten.
+    target >= V gives a loss of NaN, and in the plain form an error. With GRADIENT the logits are
+    then overwritten by (softmax - onehot) * scale. For that BLOCK_SIZE must be at least the number
+    of threads: else Triton gives one element to several threads, and one of them may read what
+    another has already overwritten.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * V
@@ -719,7 +726,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor | None,
     lse = logits32.logsumexp(-1, keepdim=True)
     losses = torch.where(is_real, lse - logits32.gather(1, index), 0)[:, 0]
     if gradient:
-        # In place: fp32 logits, which logits32 then is itself, are the largest tensor of a step.
+        # In place: logits in fp32 are the same tensor as logits32, and the largest of a step.
         softmax = logits32.sub_(lse).exp_().mul_(is_real)
         dlogits = softmax.scatter_add_(1, index, -is_real.to(logits32.dtype)).mul_(scale)
         logits.copy_(dlogits)
@@ -802,10 +809,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: 
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
-    scale = x.new_full((), scale, dtype=torch.promote_types(x.dtype, torch.float32))
+    factor = x.new_full((), scale, dtype=torch.promote_types(x.dtype, torch.float32))
     if reduction == "mean":
-        scale = scale / (targets >= 0).sum().clamp(min=1)
-    return LinearCrossEntropy.apply(x, weight, targets.contiguous(), scale,
+        factor = factor / (targets >= 0).sum().clamp(min=1)
+    return LinearCrossEntropy.apply(x, weight, targets.contiguous(), factor,
                                     torch.is_grad_enabled())
 
 
@@ -846,67 +853,83 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # head_in_pair counts them: head = pair * heads_per_pair + head_in_pair, where heads_per_pair =
 # GROUPS_PER_PAIR * (r + HAS_NOISE). head_in_batch = b * H + head counts those of all sequences.
 #
-# q, k and v are seen as matrices of B * T rows, q with H * D columns and so on. So sequence b
-# begins at row b * T, and a head at column head * D. desc.load([row, column]) copies a block by
-# TMA. The last block of a sequence may reach beyond its T rows. What do loads without a mask read
-# there?
+# How blocks are loaded. q, k and v are seen as matrices of B * T rows, one for each token; q has
+# H * D columns and so on. So sequence b begins at row b * T, and a head at column head * D.
+# desc.load([row, column]) copies a block by TMA. Its shape was fixed when the descriptor was made:
+# (BQ, D) of q, (BK, D) of k, (BK, Dv) of v. The last block of a sequence may reach beyond its T
+# rows. What do loads without a mask read there?
 #
 #     behind the last sequence    zeros: TMA reads nothing outside a tensor.
 #     behind sequence b           rows of sequence b + 1. As keys they come after all queries of
 #                                 sequence b, so the causal mask takes them out. As queries their
 #                                 results are not stored, and in the backward pass their p is 0.
 #
-# KNOWN LIMITATION: p = 0 does not take out a NaN, as 0 * NaN is NaN. A NaN at the beginning of
-# sequence b + 1 reaches the outputs and gradients at the end of sequence b.
+# KNOWN LIMITATION: p = 0 does not take out a NaN, as 0 * NaN is NaN. If T is no multiple of the
+# block, a NaN at the beginning of sequence b + 1 can reach the outputs and dq of the last block of
+# sequence b, and dk and dv of all of its keys (with documents, of those whose queries include the
+# last block).
 #
-# One program computes BQ query rows of one head. It walks over the keys, BK at a time. With the
-# largest logit of a row still unknown it keeps, as in FlashAttention, for each row
+# The algorithm. One program computes BQ queries of one head. It walks over the keys, BK at a time.
+# A row of the block of logits belongs to a query. While its largest logit is still unknown the
+# program keeps, as in FlashAttention, for each row
 #
-#     m_i    the largest logit so far
-#     l_i    the sum of exp(logit - m_i) so far
-#     acc    the sum of exp(logit - m_i) * value so far
+#     row_max    the largest logit so far
+#     row_sum    the sum of 2^(logit - row_max) so far
+#     acc        the sum of 2^(logit - row_max) * value so far
 #
-# A new block first raises m_i to m_new; what was summed before is then too large by the same
-# factor, so l_i and acc are multiplied by alpha = exp(m_i - m_new). At the end out = acc / l_i, and
-# m_i is the largest logit of the row, for free. By hand, with powers of 2: logits 1, 3 in the first
-# block, 4 in the second. After the first m_i = 3, l_i = 2^-2 + 2^0 = 1.25. The second raises m_i to
-# 4, so alpha = 2^-1 and l_i = 1.25 * 0.5 + 2^0 = 1.625, which is 2^(1-4) + 2^(3-4) + 2^(4-4).
+# (2^x, as the GPU has an instruction for it, and none for e^x.) A new block first raises row_max to
+# new_max; what was summed before is then too large by the same factor, so row_sum and acc are
+# multiplied by alpha = 2^(row_max - new_max). At the end out = acc / row_sum, and row_max is the
+# largest logit of the row, for free. By hand: logits 1, 3 in the first block, 4 in the second.
+# After the first row_max = 3, row_sum = 2^-2 + 2^0 = 1.25. The second raises row_max to 4, so alpha
+# = 2^-1 and row_sum = 1.25 * 0.5 + 2^0 = 1.625, which is 2^(1-4) + 2^(3-4) + 2^(4-4).
 #
-# The GPU has an instruction for 2^x, and none for e^x. So in the code m_i, lse and max_logit are
-# logits times log2(e), that is q.k times qk_scale = log2(e) / sqrt(D); attention_forward multiplies
-# the largest by ln 2 at the end. `logits` are q.k without a scale: it is applied where the maximum
-# is taken, and inside exp2 together with the subtraction of m_i, one fused multiply-add. Besides
-# inputs and outputs, only lse = m_i + log2(l_i) of each row is saved for the backward pass: from it
-# the softmax, p = exp2(q.k * qk_scale - lse), can be had again.
+# Units. A softmax over 2^x needs logits that are larger by log2(e): e^s = 2^(s log2(e)). So row_max
+# and lse, and the block_max that the kernel stores, are q.k times qk_scale = log2(e) / sqrt(D).
+# Only the max_logits that attention_forward returns are natural logits, as in model.py. In the code
+# `logits` are the bare q.k: the scale is applied where the maximum is taken, and inside exp2
+# together with the subtraction of row_max, one fused multiply-add.
+#
+# Besides inputs and outputs, only lse = row_max + log2(row_sum) of each row is saved for the
+# backward pass: from it the softmax, p = 2^(q.k * qk_scale - lse), can be had again.
 #
 # Documents. A sequence may hold several documents, end to end: query t then sees the keys
 # doc_start[t], ..., t. Blocks of keys before the document of a block's first query are skipped.
 
 @jit
-def attention_forward_sweep(q, acc, m_i, l_i, k_desc, v_desc, seq_row, k_col, v_col, rows,
-                            doc_start, lo, hi, qk_scale, MASKED: tl.constexpr, BK: tl.constexpr):
-    """The online softmax of the query rows q (BQ, D) over the keys lo to hi."""
+def attention_forward_sweep(q, acc, row_max, row_sum, k_desc, v_desc, seq_begin, k_col, v_col,
+                            queries, doc_start, lo, hi, qk_scale, MASKED: tl.constexpr,
+                            BK: tl.constexpr):
+    """The online softmax of the queries q (BQ, D) over the keys lo to hi. `queries` are their
+    places in the sequence, which begins at row seq_begin of k and v."""
     for first_key in range(lo, hi, BK):
-        logits = tl.dot(q, k_desc.load([seq_row + first_key, k_col]).T)
+        logits = tl.dot(q, k_desc.load([seq_begin + first_key, k_col]).T)
         if MASKED:
             keys = (first_key + tl.arange(0, BK))[None, :]
-            visible = (keys <= rows[:, None]) & (keys >= doc_start[:, None])
+            visible = (keys <= queries[:, None]) & (keys >= doc_start[:, None])
             logits = tl.where(visible, logits, float("-inf"))
 
-        m_new = tl.maximum(m_i, tl.max(logits, 1) * qk_scale)
-        p = tl.exp2(logits * qk_scale - m_new[:, None])
-        alpha = tl.exp2(m_i - m_new)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        v = v_desc.load([seq_row + first_key, v_col])
+        new_max = tl.maximum(row_max, tl.max(logits, 1) * qk_scale)
+        p = tl.exp2(logits * qk_scale - new_max[:, None])
+        alpha = tl.exp2(row_max - new_max)
+        row_sum = row_sum * alpha + tl.sum(p, 1)
+        v = v_desc.load([seq_begin + first_key, v_col])
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
-        m_i = m_new
-    return acc, m_i, l_i
+        row_max = new_max
+    return acc, row_max, row_sum
+
+
+@jit
+def key_head_of(pair, head_in_pair, r: tl.constexpr, HAS_NOISE: tl.constexpr):
+    """The key head that a query head reads: the first of its pair, or the second for noise."""
+    is_noise = head_in_pair % (r + HAS_NOISE) // r
+    return pair * (1 + HAS_NOISE) + is_noise
 
 
 @jit
 def output_of_head(signal_ptr, noise_ptr, head, H, r: tl.constexpr, HAS_NOISE: tl.constexpr):
     """Where the output of a query head is, and its gradient likewise: the tensor, how many heads it
-    has, and this one's number among them."""
+    has, and which of them this is."""
     num_groups = H // (r + HAS_NOISE)
     group = head // (r + HAS_NOISE)
     place = head % (r + HAS_NOISE)
@@ -927,62 +950,62 @@ def block_pointers(ptr, first_vector, num_heads, ROWS: tl.constexpr, WIDTH: tl.c
 
 @jit
 def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, noise_ptr, lse_ptr,
-                             max_logit_ptr, T, H, qk_scale, r: tl.constexpr,
+                             block_max_ptr, T, H, qk_scale, r: tl.constexpr,
                              HAS_NOISE: tl.constexpr, GROUPS_PER_PAIR: tl.constexpr,
                              D: tl.constexpr, Dv: tl.constexpr, BQ: tl.constexpr,
                              BK: tl.constexpr):
-    """One program: BQ query rows of one head. The grid is (blocks of rows, B * H)."""
-    # The last rows see the most keys. They come first, so that no long program is left at the end.
+    """One program: BQ queries of one head. The grid is (blocks of queries, B * H)."""
+    # The last queries see the most keys. They come first, so that no long program is left at the
+    # end.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head_in_batch = tl.program_id(1)
     b = head_in_batch // H
     head = head_in_batch % H
-    group = head // (r + HAS_NOISE)
-    pair = group // GROUPS_PER_PAIR
-    is_noise = head % (r + HAS_NOISE) // r
+    pair = head // (r + HAS_NOISE) // GROUPS_PER_PAIR
     first_query = block * BQ
-    rows = first_query + tl.arange(0, BQ)
-    k_col = (pair * (1 + HAS_NOISE) + is_noise) * D
+    queries = first_query + tl.arange(0, BQ)
+    k_col = key_head_of(pair, head, r, HAS_NOISE) * D
     v_col = pair * Dv
 
     q = q_desc.load([b * T + first_query, head * D])
     acc = tl.zeros([BQ, Dv], tl.float32)
-    # Not -inf: a row may see no key of a block, and its logits there are -inf. Then m_new would be
-    # -inf too, and (-inf) - (-inf) is NaN. From -1e38, p = exp2(-inf) = 0 and alpha = 1.
-    m_i = tl.full([BQ], -1e38, tl.float32)
-    l_i = tl.zeros([BQ], tl.float32)
+    # Not -inf: a row may see no key of a block, and its logits there are -inf. Then new_max would
+    # be -inf too, and (-inf) - (-inf) is NaN. From -1e38, p = exp2(-inf) = 0 and alpha = 1.
+    row_max = tl.full([BQ], -1e38, tl.float32)
+    row_sum = tl.zeros([BQ], tl.float32)
     doc_start = tl.zeros([BQ], tl.int32)
     hi = tl.minimum(first_query + BQ, T)
     if doc_start_ptr is None:
-        # Every row of this block sees all keys before first_query, so whole blocks of them need no
-        # mask.
+        # Every query of this block sees all keys before first_query, a multiple of BK, so these
+        # need no mask.
         masked_lo = first_query // BK * BK
-        acc, m_i, l_i = attention_forward_sweep(q, acc, m_i, l_i, k_desc, v_desc, b * T, k_col,
-                                                v_col, rows, doc_start, 0, masked_lo, qk_scale,
-                                                False, BK)
+        acc, row_max, row_sum = attention_forward_sweep(
+            q, acc, row_max, row_sum, k_desc, v_desc, b * T, k_col, v_col, queries, doc_start, 0,
+            masked_lo, qk_scale, False, BK)
     else:
-        # No later row looks further back than the first one: blocks before its document are
-        # skipped. The rest are masked, as a later row's document may begin in any of them.
+        # No later query looks further back than the first one: blocks before its document are
+        # skipped. The rest are masked, as a later query's document may begin in any of them.
         masked_lo = tl.load(doc_start_ptr + b * T + first_query) // BK * BK
-        doc_start = tl.load(doc_start_ptr + b * T + rows, rows < T, 0)
-    acc, m_i, l_i = attention_forward_sweep(q, acc, m_i, l_i, k_desc, v_desc, b * T, k_col, v_col,
-                                            rows, doc_start, masked_lo, hi, qk_scale, True, BK)
+        doc_start = tl.load(doc_start_ptr + b * T + queries, queries < T, 0)
+    acc, row_max, row_sum = attention_forward_sweep(
+        q, acc, row_max, row_sum, k_desc, v_desc, b * T, k_col, v_col, queries, doc_start,
+        masked_lo, hi, qk_scale, True, BK)
 
-    # Rows beyond T get lse = inf, so that the backward pass finds p = exp2(... - inf) = 0 there.
+    # Queries beyond T get lse = inf, so that the backward pass finds p = exp2(... - inf) = 0 there.
     # lse has room for them: each head has tl.num_programs(0) whole blocks.
-    lse = tl.where(rows < T, m_i + tl.log2(l_i), float("inf"))
-    tl.store(lse_ptr + tl.cast(head_in_batch, tl.int64) * (tl.num_programs(0) * BQ) + rows, lse)
-    # A maximum drops a NaN, but the sum l_i keeps it. NaN == NaN is False: then inf is stored, a
-    # sign for QK-clip.
-    max_logit = tl.where(l_i == l_i, m_i, float("inf"))
-    tl.store(max_logit_ptr + head_in_batch * tl.num_programs(0) + block,
-             tl.max(tl.where(rows < T, max_logit, float("-inf")), 0))
+    lse = tl.where(queries < T, row_max + tl.log2(row_sum), float("inf"))
+    tl.store(lse_ptr + tl.cast(head_in_batch, tl.int64) * (tl.num_programs(0) * BQ) + queries, lse)
+    # A maximum drops a NaN, but row_sum keeps it. NaN == NaN is False: then inf is stored, a sign
+    # for QK-clip.
+    row_max = tl.where(row_sum == row_sum, row_max, float("inf"))
+    block_max = tl.max(tl.where(queries < T, row_max, float("-inf")), 0)
+    tl.store(block_max_ptr + head_in_batch * tl.num_programs(0) + block, block_max)
 
-    out_ptr, num_heads, index = output_of_head(signal_ptr, noise_ptr, head, H, r, HAS_NOISE)
-    first_vector = tl.cast(b * T + first_query, tl.int64) * num_heads + index
+    out_ptr, num_heads, head_in_kind = output_of_head(signal_ptr, noise_ptr, head, H, r, HAS_NOISE)
+    first_vector = tl.cast(b * T + first_query, tl.int64) * num_heads + head_in_kind
     out_ptrs = block_pointers(out_ptr, first_vector, num_heads, BQ, Dv)
-    out = (acc / l_i[:, None]).to(signal_ptr.dtype.element_ty)
-    tl.store(out_ptrs, out, (rows < T)[:, None])
+    out = (acc / row_sum[:, None]).to(signal_ptr.dtype.element_ty)
+    tl.store(out_ptrs, out, (queries < T)[:, None])
 
 
 # ---- The backward pass of attention
@@ -1000,14 +1023,18 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 # d_out) follows from out = p v, and needs no T x T matrix. A key head sums dk over the query heads
 # that read it, a value head dv over all query heads of its pair, signal and noise.
 #
-# dk and dv want a program per block of keys, which goes over the queries; dq wants the opposite.
-# Either both recompute s and dp (seven products of matrices), as in Triton's tutorial; or the one
-# for dk and dv adds to dq with atomics, as in FlashAttention-2 (five, but in random order, so no
-# two runs agree to the bit). Here attention_dkdv_kernel writes ds to memory, in q's dtype, and
-# attention_dq_kernel reads it: five products (six where dv has a pass of its own), and no atomics.
+# The order of things. Read attention_backward, further down, for the launches, then the kernels:
+# attention_delta_kernel makes delta, attention_dkdv_kernel dk, dv and ds, attention_dq_kernel dq
+# from ds. Why so? dk and dv want a program per block of keys, which goes over the queries; dq wants
+# the opposite. Either both recompute s and dp (seven products of matrices), as in Triton's
+# tutorial; or the one for dk and dv adds to dq with atomics, as in FlashAttention-2 (five, but in
+# random order, so no two runs agree to the bit). Here attention_dkdv_kernel writes ds to memory, in
+# q's dtype, and attention_dq_kernel reads it: five products (six where dv has a pass of its own),
+# and no atomics.
 #
-# The lower triangle of ds is cut into tiles of TILE x TILE. Tile (i, j) has the queries of tile row
-# i and the keys of tile column j <= i, and is number i (i + 1) / 2 + j of its head:
+# Where ds is stored. Its lower triangle is cut into tiles of TILE x TILE. Tile (i, j) has the
+# queries of tile row i and the keys of tile column j <= i, and is number i (i + 1) / 2 + j of its
+# head:
 #
 #                     keys j = 0     1     2     3
 #     queries i = 0            0
@@ -1020,108 +1047,127 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 # and column query % TILE hold ds[query, key]. Thus tile row i is a matrix (keys, TILE queries),
 # which begins, with key 0, at row i (i + 1) / 2 * TILE of the head.
 #
-# attention_dq_kernel reads the ds of a tile row in blocks of 64 keys. So attention_dkdv_kernel must
-# write whole blocks, with zeros for queries that come before the keys, and begins with the first
-# query of a tile. What stays unwritten is not used: blocks of queries beyond T, whose rows of dq
-# are not stored; blocks of keys beyond T; and, with documents, tiles in which no query sees a
-# block's keys: attention_dq_kernel begins behind them. BQ, BK and the 64 divide TILE.
+# Which of it is written. attention_dq_kernel multiplies blocks of 64 keys by all TILE queries of a
+# tile row, without a mask. So attention_dkdv_kernel begins with the first query of the diagonal
+# tile, not with its own first key, and stores 0 where the query comes before the key. Three kinds
+# of elements stay unwritten, and none of them reaches a result that is stored: those of blocks of
+# queries beyond T; of blocks of keys beyond T; and, with documents, of blocks of keys that no query
+# of the tile sees, which attention_dq_kernel skips. BQ, BK and the 64 divide TILE.
 #
 # ds of one pair of key heads at T = 16,384 is 1.3 GiB, so only as many pairs as fit DS_BYTES are
-# done at one time (at least one), from first_pair on. So tensors number pairs and heads each in its
-# own way:
+# done at one time (at least one), from first_pair on.
 #
-#     q, k, v               by sequence: head, pair (0 .. P - 1), and key_head = pair * (1 +
-#                           HAS_NOISE) + is_noise
-#     lse, delta            by batch: pair_in_batch = b * P + pair; in it head_in_pair, which counts
-#                           all heads of the pair. This is head_in_batch, by which they are written:
-#                           pair_in_batch * heads_per_pair + head_in_pair
-#     ds                    from first_pair on: pair_in_ds = pair_in_batch - first_pair; in it
-#                           head_in_pair, so that head_in_ds = pair_in_ds * heads_per_pair +
-#                           head_in_pair
-#     d_signal, d_noise,    by sequence, signal and noise heads apart: head_in_kind = pair * (heads
-#     which are d_out       of that kind in a pair) + index_in_kind, which counts them in the pair
+# Numbers of a head. A program knows its pair and head_in_pair, which counts the heads of the pair.
+# But the tensors are laid out in four ways, so the same head has four more numbers:
+#
+#     of      tensors               the number, and what it is made of
+#     query   q: column head * D    head = pair * heads_per_pair + head_in_pair. The pair's keys are
+#     head                          key_head = pair * (1 + HAS_NOISE) + is_noise of k
+#     all     lse, delta: row       head_in_batch = pair_in_batch * heads_per_pair + head_in_pair,
+#     heads   head_in_batch         where pair_in_batch = b * P + pair. (The same as b * H + head.)
+#     heads   ds                    head_in_ds = pair_in_ds * heads_per_pair + head_in_pair,
+#     in ds                         where pair_in_ds = pair_in_batch - first_pair
+#     kind    d_signal, d_noise     head_in_kind = pair * (heads of its kind in a pair) +
+#             (which are d_out)     kind_in_pair, which counts the heads of its kind in the pair
 #
 # For example two heads of 12.7B (P = 8, r = 4, heads_per_pair = 5), of sequence b = 1. At T =
 # 16,384 two pairs are done at one time, and these two heads' turn comes with first_pair = 10:
 #
 #                     head 17, a signal head          head 19, the noise head of its group
 #     pair            17 // 5 = 3                     19 // 5 = 3
+#     head_in_pair    17 - 3 * 5 = 2                  19 - 3 * 5 = 4
 #     key_head        3 * 2 + 0 = 6                   3 * 2 + 1 = 7
 #     pair_in_batch   1 * 8 + 3 = 11                  11
-#     pair_in_ds      11 - 10 = 1                     1
-#     head_in_pair    17 - 3 * 5 = 2                  19 - 3 * 5 = 4
 #     head_in_batch   11 * 5 + 2 = 57                 11 * 5 + 4 = 59
-#     index_in_kind   2                               0
+#     pair_in_ds      11 - 10 = 1                     1
 #     head_in_ds      1 * 5 + 2 = 7                   1 * 5 + 4 = 9
+#     kind_in_pair    2                               0
 #     head_in_kind    3 * 4 + 2 = 14, of d_signal     3 * 1 + 0 = 3, of d_noise
 #
-# The kernels turn them into first rows of a matrix: seq_row of the sequence in q, k, v and d_out;
-# lse_row of the pair in lse and delta; ds_row of the pair in ds. A head has tiles_per_head tiles.
+# Rows of matrices at which something begins have names with `begin`: seq_begin the sequence in q,
+# k, v and d_out; lse_begin the pair in lse and delta; ds_begin the pair in ds.
+
+@jit
+def tiles_before(i):
+    """How many tiles of a head come before tile row i."""
+    return i * (i + 1) // 2
+
 
 @jit
 def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, delta_ptr, T, H,
                            r: tl.constexpr, HAS_NOISE: tl.constexpr, Dv: tl.constexpr,
                            BQ: tl.constexpr):
-    """delta = rowsum(out * d_out), for BQ rows of one head."""
+    """delta = rowsum(out * d_out), for BQ queries of one head."""
     head_in_batch = tl.program_id(1)
-    rows = tl.program_id(0) * BQ + tl.arange(0, BQ)
+    queries = tl.program_id(0) * BQ + tl.arange(0, BQ)
     b = tl.cast(head_in_batch // H, tl.int64)
     head = head_in_batch % H
-    out_ptr, num_heads, index = output_of_head(signal_ptr, noise_ptr, head, H, r, HAS_NOISE)
-    d_out_ptr, num_heads, index = output_of_head(d_signal_ptr, d_noise_ptr, head, H, r, HAS_NOISE)
+    out_ptr, num_heads, head_in_kind = output_of_head(signal_ptr, noise_ptr, head, H, r, HAS_NOISE)
+    d_out_ptr, num_heads, head_in_kind = output_of_head(d_signal_ptr, d_noise_ptr, head, H, r,
+                                                        HAS_NOISE)
 
-    offsets = ((b * T + rows)[:, None] * num_heads + index) * Dv + tl.arange(0, Dv)[None, :]
-    out = tl.load(out_ptr + offsets, (rows < T)[:, None], 0.).to(tl.float32)
-    d_out = tl.load(d_out_ptr + offsets, (rows < T)[:, None], 0.).to(tl.float32)
-    tl.store(delta_ptr + tl.cast(head_in_batch, tl.int64) * (tl.num_programs(0) * BQ) + rows,
+    offsets = ((b * T + queries)[:, None] * num_heads + head_in_kind) * Dv
+    offsets += tl.arange(0, Dv)[None, :]
+    out = tl.load(out_ptr + offsets, (queries < T)[:, None], 0.).to(tl.float32)
+    d_out = tl.load(d_out_ptr + offsets, (queries < T)[:, None], 0.).to(tl.float32)
+    tl.store(delta_ptr + tl.cast(head_in_batch, tl.int64) * (tl.num_programs(0) * BQ) + queries,
              tl.sum(out * d_out, 1))
 
 
 @jit
-def attention_dkdv_sweep(k, v, dk, dv, q_desc, d_out_desc, lse_desc, delta_desc, ds_desc, ds_row,
-                         tiles_per_head, seq_row, lse_row, pair, first_key, doc_end, lo, hi,
+def head_and_query_of_step(step, num_blocks, lo, IS_NOISE: tl.constexpr, r: tl.constexpr,
+                           HAS_NOISE: tl.constexpr, BQ: tl.constexpr):
+    """What a step works on, if the heads of one kind in a pair come one after the other, each with
+    num_blocks blocks of BQ queries from lo on -> kind_in_pair, head_in_pair, first_query."""
+    heads_per_group: tl.constexpr = 1 if IS_NOISE else r              # of this kind
+    kind_in_pair = step // num_blocks
+    first_query = lo + step % num_blocks * BQ
+    group_in_pair = kind_in_pair // heads_per_group
+    place = IS_NOISE * r + kind_in_pair % heads_per_group
+    head_in_pair = group_in_pair * (r + HAS_NOISE) + place
+    return kind_in_pair, head_in_pair, first_query
+
+
+@jit
+def attention_dkdv_sweep(k, v, dk, dv, q_desc, d_out_desc, lse_desc, delta_desc, ds_desc, ds_begin,
+                         tiles_per_head, seq_begin, lse_begin, pair, first_key, doc_end, lo, hi,
                          qk_scale, IS_NOISE: tl.constexpr, MASKED: tl.constexpr, r: tl.constexpr,
                          HAS_NOISE: tl.constexpr, GROUPS_PER_PAIR: tl.constexpr, D: tl.constexpr,
                          Dv: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,
                          NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
-    """What the query rows lo to hi add to dk and dv of the keys k (BK, D), from all heads of the
-    pair that are signal heads, or noise heads if IS_NOISE. Here p and ds are (BK, BQ), keys by
-    queries. First rows: seq_row of the sequence in q and d_out, lse_row of the pair in lse and
-    delta, ds_row of the pair in ds.
+    """What the queries lo to hi add to dk and dv of the keys k (BK, D), from all heads of the pair
+    that are signal heads, or noise heads if IS_NOISE. Here p and ds are (BK, BQ), keys by queries.
 
-    One loop counts heads and blocks of rows together. Of two nested loops Triton would load ahead
-    in the inner one only, and begin that anew with each head."""
-    heads_of_kind: tl.constexpr = 1 if IS_NOISE else r
+    One loop counts heads and blocks of queries together. Of two nested loops Triton would load
+    ahead in the inner one only, and begin that anew with each head."""
+    heads_per_pair: tl.constexpr = GROUPS_PER_PAIR * (r + HAS_NOISE)
+    kind_per_pair: tl.constexpr = GROUPS_PER_PAIR * (1 if IS_NOISE else r)
     num_blocks = (hi - lo + BQ - 1) // BQ
-    for step in range(0, GROUPS_PER_PAIR * heads_of_kind * num_blocks):
-        # Which head of the pair, and from which row on.
-        index_in_kind = step // num_blocks
-        first_query = lo + step % num_blocks * BQ
-        group_in_pair = index_in_kind // heads_of_kind
-        place = IS_NOISE * r + index_in_kind % heads_of_kind
-        head_in_pair = group_in_pair * (r + HAS_NOISE) + place
-        rows = first_query + tl.arange(0, BQ)
+    for step in range(0, kind_per_pair * num_blocks):
+        kind_in_pair, head_in_pair, first_query = head_and_query_of_step(step, num_blocks, lo,
+                                                                         IS_NOISE, r, HAS_NOISE, BQ)
+        queries = first_query + tl.arange(0, BQ)
 
-        head = pair * (GROUPS_PER_PAIR * (r + HAS_NOISE)) + head_in_pair
-        q = q_desc.load([seq_row + first_query, head * D])
-        head_in_kind = pair * (GROUPS_PER_PAIR * heads_of_kind) + index_in_kind
-        d_out = d_out_desc.load([seq_row + first_query, head_in_kind * Dv])
-        lse = lse_desc.load([lse_row + head_in_pair, first_query]).reshape(BQ)
+        head = pair * heads_per_pair + head_in_pair
+        q = q_desc.load([seq_begin + first_query, head * D])
+        head_in_kind = pair * kind_per_pair + kind_in_pair
+        d_out = d_out_desc.load([seq_begin + first_query, head_in_kind * Dv])
+        lse = lse_desc.load([lse_begin + head_in_pair, first_query]).reshape(BQ)
 
         p = tl.exp2(tl.dot(k, q.T) * qk_scale - lse[None, :])
         if MASKED:
             keys = (first_key + tl.arange(0, BK))[:, None]
-            visible = (keys <= rows[None, :]) & (rows[None, :] < doc_end[:, None])
+            visible = (keys <= queries[None, :]) & (queries[None, :] < doc_end[:, None])
             p = tl.where(visible, p, 0.)
         if NEED_DV:
             dv = tl.dot(p.to(d_out.dtype), d_out, dv)
         if NEED_DK:
             dp = tl.dot(v, d_out.T)
-            delta = delta_desc.load([lse_row + head_in_pair, first_query]).reshape(1, BQ)
+            delta = delta_desc.load([lse_begin + head_in_pair, first_query]).reshape(1, BQ)
             ds = (p * (dp - delta)).to(q.dtype)
             tile_i = first_query // TILE
-            tile = head_in_pair * tiles_per_head + tile_i * (tile_i + 1) // 2 + first_key // TILE
-            ds_desc.store([ds_row + tile * TILE + first_key % TILE, first_query % TILE], ds)
+            tile = head_in_pair * tiles_per_head + tiles_before(tile_i) + first_key // TILE
+            ds_desc.store([ds_begin + tile * TILE + first_key % TILE, first_query % TILE], ds)
             dk = tl.dot(ds, q, dk)
     return dk, dv
 
@@ -1129,26 +1175,27 @@ def attention_dkdv_sweep(k, v, dk, dv, q_desc, d_out_desc, lse_desc, delta_desc,
 @jit
 def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_noise_desc,
                           lse_desc, delta_desc, dk_ptr, dv_ptr, ds_desc, first_pair, T, P,
-                          qk_scale, sm_scale, r: tl.constexpr, HAS_NOISE: tl.constexpr,
+                          qk_scale, logit_scale, r: tl.constexpr, HAS_NOISE: tl.constexpr,
                           GROUPS_PER_PAIR: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
                           BQ: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,
                           NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
-    """One program: BK keys of one pair. NEED_DK: it computes dk of the pair's signal and noise key
-    heads, and writes ds. NEED_DV: it computes dv. The grid is (blocks of keys, pairs from
-    first_pair on)."""
+    """One program: BK keys of one pair. NEED_DK: it makes p, dp, ds, which it writes, and dk of the
+    pair's signal and noise key heads. NEED_DV: it makes p and dv. The options of the three kinds of
+    launch, one pass for both or a pass for each, stand before attention_backward. The grid is
+    (blocks of keys, pairs from first_pair on)."""
     pair_in_ds = tl.program_id(1)
     pair_in_batch = first_pair + pair_in_ds
     b = pair_in_batch // P
     pair = pair_in_batch % P
     first_key = tl.program_id(0) * BK
-    lane = tl.arange(0, BK)
+    key_in_block = tl.arange(0, BK)
     heads_per_pair: tl.constexpr = GROUPS_PER_PAIR * (r + HAS_NOISE)
-    lse_row = pair_in_batch * heads_per_pair
-    tile_rows = (T + TILE - 1) // TILE
-    tiles_per_head = tile_rows * (tile_rows + 1) // 2
-    ds_row = pair_in_ds * heads_per_pair * tiles_per_head * TILE
+    seq_begin = b * T
+    lse_begin = pair_in_batch * heads_per_pair
+    tiles_per_head = tiles_before((T + TILE - 1) // TILE)
+    ds_begin = pair_in_ds * heads_per_pair * tiles_per_head * TILE
 
-    # From the tile's first row on, to write ds of the whole tile.
+    # From the diagonal tile's first query on, to write ds of the whole tile.
     lo = first_key // TILE * TILE
     if doc_end_ptr is None:
         masked_hi = tl.minimum(lo + TILE, T)
@@ -1156,82 +1203,81 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
     else:
         # No query beyond the end of the last key's document sees any of these keys. This range,
         # too, ends with a tile, or at T.
-        doc_end = tl.load(doc_end_ptr + b * T + first_key + lane, first_key + lane < T, 0)
+        doc_end = tl.load(doc_end_ptr + seq_begin + first_key + key_in_block,
+                          first_key + key_in_block < T, 0)
         masked_hi = tl.minimum((tl.max(doc_end, 0) + TILE - 1) // TILE * TILE, T)
 
-    # A 0 stands for what this pass does not need, and the sweep does not touch.
-    # v is for dp, and so for dk; dv needs none.
-    v = v_desc.load([b * T + first_key, pair * Dv]) if NEED_DK else 0
+    # A 0 stands for what this pass does not need, and the sweep does not touch. (v is for dp.)
+    v = v_desc.load([seq_begin + first_key, pair * Dv]) if NEED_DK else 0
     dv = tl.zeros([BK, Dv], tl.float32) if NEED_DV else 0
-    first_row = tl.cast(b * T + first_key, tl.int64)
+    first_token = tl.cast(seq_begin + first_key, tl.int64)
     # The compiler unrolls this loop: the signal key head, then the noise key head.
     for IS_NOISE in tl.static_range(1 + HAS_NOISE):
         key_head = pair * (1 + HAS_NOISE) + IS_NOISE
-        k = k_desc.load([b * T + first_key, key_head * D])
+        k = k_desc.load([seq_begin + first_key, key_head * D])
         dk = tl.zeros([BK, D], tl.float32) if NEED_DK else 0
         d_out_desc = d_noise_desc if IS_NOISE else d_signal_desc
         dk, dv = attention_dkdv_sweep(k, v, dk, dv, q_desc, d_out_desc, lse_desc, delta_desc,
-                                      ds_desc, ds_row, tiles_per_head, b * T, lse_row, pair,
+                                      ds_desc, ds_begin, tiles_per_head, seq_begin, lse_begin, pair,
                                       first_key, doc_end, lo, masked_hi, qk_scale, IS_NOISE, True,
                                       r, HAS_NOISE, GROUPS_PER_PAIR, D, Dv, BQ, BK, TILE, NEED_DK,
                                       NEED_DV)
         if doc_end_ptr is None:
             # All later queries see all of these keys.
             dk, dv = attention_dkdv_sweep(k, v, dk, dv, q_desc, d_out_desc, lse_desc, delta_desc,
-                                          ds_desc, ds_row, tiles_per_head, b * T, lse_row, pair,
-                                          first_key, doc_end, masked_hi, T, qk_scale, IS_NOISE,
-                                          False, r, HAS_NOISE, GROUPS_PER_PAIR, D, Dv, BQ, BK,
-                                          TILE, NEED_DK, NEED_DV)
+                                          ds_desc, ds_begin, tiles_per_head, seq_begin, lse_begin,
+                                          pair, first_key, doc_end, masked_hi, T, qk_scale,
+                                          IS_NOISE, False, r, HAS_NOISE, GROUPS_PER_PAIR, D, Dv,
+                                          BQ, BK, TILE, NEED_DK, NEED_DV)
         if NEED_DK:
-            first_vector = first_row * (P * (1 + HAS_NOISE)) + key_head
+            first_vector = first_token * (P * (1 + HAS_NOISE)) + key_head
             dk_ptrs = block_pointers(dk_ptr, first_vector, P * (1 + HAS_NOISE), BK, D)
-            dk = (dk * sm_scale).to(dk_ptr.dtype.element_ty)
-            tl.store(dk_ptrs, dk, (first_key + lane < T)[:, None])
+            dk = (dk * logit_scale).to(dk_ptr.dtype.element_ty)
+            tl.store(dk_ptrs, dk, (first_key + key_in_block < T)[:, None])
     if NEED_DV:
-        dv_ptrs = block_pointers(dv_ptr, first_row * P + pair, P, BK, Dv)
-        tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), (first_key + lane < T)[:, None])
+        dv_ptrs = block_pointers(dv_ptr, first_token * P + pair, P, BK, Dv)
+        tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), (first_key + key_in_block < T)[:, None])
 
 
 @jit
-def attention_dq_kernel(ds_desc, k_desc, doc_start_ptr, dq_ptr, first_pair, T, P, sm_scale,
+def attention_dq_kernel(ds_desc, k_desc, doc_start_ptr, dq_ptr, first_pair, T, P, logit_scale,
                         r: tl.constexpr, HAS_NOISE: tl.constexpr, GROUPS_PER_PAIR: tl.constexpr,
                         D: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr):
     """One program: dq = ds k / sqrt(D) for one tile row of one head. The grid is (tile rows,
     heads of the pairs in ds)."""
     heads_per_pair: tl.constexpr = GROUPS_PER_PAIR * (r + HAS_NOISE)
     tile_i = tl.num_programs(0) - 1 - tl.program_id(0)
-    head_in_ds = tl.program_id(1)         # pair_in_ds * heads_per_pair + head_in_pair
+    head_in_ds = tl.program_id(1)
     pair_in_batch = first_pair + head_in_ds // heads_per_pair
     b = pair_in_batch // P
     pair = pair_in_batch % P
     head_in_pair = head_in_ds % heads_per_pair
-    is_noise = head_in_pair % (r + HAS_NOISE) // r
-    k_col = (pair * (1 + HAS_NOISE) + is_noise) * D
-    tile_rows = (T + TILE - 1) // TILE
-    tiles_per_head = tile_rows * (tile_rows + 1) // 2
-    ds_row = (head_in_ds * tiles_per_head + tile_i * (tile_i + 1) // 2) * TILE
+    k_col = key_head_of(pair, head_in_pair, r, HAS_NOISE) * D
+    tiles_per_head = tiles_before((T + TILE - 1) // TILE)
+    tile_row_begin = (head_in_ds * tiles_per_head + tiles_before(tile_i)) * TILE
 
-    # With documents, start at the key block in which the document of this tile's first row begins;
-    # attention_dkdv_kernel has written ds for it and for every later block.
+    # With documents, start at the key block in which the document of this tile's first query
+    # begins; attention_dkdv_kernel has written ds for it and for every later block.
+    first_query = tile_i * TILE
     lo = 0
     if doc_start_ptr is not None:
-        lo = tl.load(doc_start_ptr + b * T + tile_i * TILE) // BK * BK
+        lo = tl.load(doc_start_ptr + b * T + first_query) // BK * BK
     dq = tl.zeros([TILE, D], tl.float32)
-    for first_key in range(lo, tl.minimum(tile_i * TILE + TILE, T), BK):
-        ds = ds_desc.load([ds_row + first_key, 0]).T
+    for first_key in range(lo, tl.minimum(first_query + TILE, T), BK):
+        ds = ds_desc.load([tile_row_begin + first_key, 0]).T
         dq = tl.dot(ds, k_desc.load([b * T + first_key, k_col]), dq)
 
-    rows = tl.arange(0, TILE)
-    first_row = tl.cast(b * T + tile_i * TILE, tl.int64)
-    first_vector = first_row * (P * heads_per_pair) + pair * heads_per_pair + head_in_pair
+    query_in_tile = tl.arange(0, TILE)
+    first_token = tl.cast(b * T + first_query, tl.int64)
+    first_vector = first_token * (P * heads_per_pair) + pair * heads_per_pair + head_in_pair
     dq_ptrs = block_pointers(dq_ptr, first_vector, P * heads_per_pair, TILE, D)
-    dq = (dq * sm_scale).to(dq_ptr.dtype.element_ty)
-    tl.store(dq_ptrs, dq, (tile_i * TILE + rows < T)[:, None])
+    dq = (dq * logit_scale).to(dq_ptr.dtype.element_ty)
+    tl.store(dq_ptrs, dq, (first_query + query_in_tile < T)[:, None])
 
 
 class AttentionShape:
     """Sizes of one call. Without noise heads each key head is a pair with one group: so here G = P,
-    where model.py has G = 0, and r = H / K. `heads` are the kernels' arguments that are explained
+    where model.py has G = 0, and r = H / K. `layout` are the kernels' arguments that are explained
     above."""
 
     def __init__(self, q: Tensor, v: Tensor, num_noise_heads: int):
@@ -1240,10 +1286,11 @@ class AttentionShape:
         self.has_noise = 1 if num_noise_heads else 0
         self.G = num_noise_heads or self.P
         self.r = self.H // self.G - self.has_noise
-        self.heads = {"r": self.r, "HAS_NOISE": self.has_noise, "GROUPS_PER_PAIR": self.G // self.P}
-        self.tile_rows = ceil_div(self.T, TILE)
-        self.sm_scale = self.D**-0.5                  # what q.k is multiplied by
-        self.qk_scale = self.sm_scale / math.log(2)   # the same for logits in base 2
+        self.layout = {"r": self.r, "HAS_NOISE": self.has_noise,
+                       "GROUPS_PER_PAIR": self.G // self.P}
+        self.num_tile_rows = ceil_div(self.T, TILE)
+        self.logit_scale = self.D**-0.5                  # what q.k is multiplied by
+        self.qk_scale = self.logit_scale / math.log(2)   # the same for logits in base 2
 
 
 def flatten_batch_for_tma(x: Tensor) -> Tensor:
@@ -1267,7 +1314,7 @@ def empty_attention_outputs(q, k, v, doc_start, num_noise_heads):
     shape = AttentionShape(q, v, num_noise_heads)
     signal = q.new_empty(shape.B, shape.T, shape.G, shape.r, shape.Dv)
     noise = q.new_empty(shape.B, shape.T, shape.G, shape.has_noise, shape.Dv)
-    lse = q.new_empty(shape.B * shape.H, shape.tile_rows * TILE, dtype=torch.float32)
+    lse = q.new_empty(shape.B * shape.H, shape.num_tile_rows * TILE, dtype=torch.float32)
     max_logits = q.new_empty(shape.H, dtype=torch.float32)
     return signal, noise, lse, max_logits
 
@@ -1281,23 +1328,23 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
         raise ValueError(f"fused attention takes up to 65,535 sequences x heads at a time, not "
                          f"{shape.B} x {shape.H}; use smaller micro-batches")
     signal, noise, lse, _ = empty_attention_outputs(q, k, v, doc_start, num_noise_heads)
-    # The largest of each block of rows.
-    max_logit = q.new_empty(shape.B, shape.H, shape.tile_rows, dtype=torch.float32)
+    block_max = q.new_empty(shape.B, shape.H, shape.num_tile_rows, dtype=torch.float32)
     # Keys at a time, and stages: the fastest, measured on an H200, of those that fit its shared
     # memory. (At D = 128 and Dv = 256, two stages of 128 keys take 225 of its 227 KiB.)
     BK, num_stages = (128, 2) if shape.Dv > shape.D else (64, 3)
-    attention_forward_kernel[shape.tile_rows, shape.B * shape.H](
+    attention_forward_kernel[shape.num_tile_rows, shape.B * shape.H](
         tma(flatten_batch_for_tma(q), TILE, shape.D), tma(flatten_batch_for_tma(k), BK, shape.D),
-        tma(flatten_batch_for_tma(v), BK, shape.Dv), doc_start, signal, noise, lse, max_logit,
-        shape.T, shape.H, shape.qk_scale, **shape.heads, D=shape.D, Dv=shape.Dv, BQ=TILE, BK=BK,
+        tma(flatten_batch_for_tma(v), BK, shape.Dv), doc_start, signal, noise, lse, block_max,
+        shape.T, shape.H, shape.qk_scale, **shape.layout, D=shape.D, Dv=shape.Dv, BQ=TILE, BK=BK,
         num_warps=8, num_stages=num_stages)
-    return signal, noise, lse, max_logit.amax((0, 2)) * math.log(2)
+    return signal, noise, lse, block_max.amax((0, 2)) * math.log(2)
 
 
 # How attention_dkdv_kernel is launched. Where both accumulators, dk (BK, D) and dv (BK, Dv) in
 # fp32, fit the registers, one pass makes both. Where they do not, at D = 128, dv has a pass of its
-# own: p is computed twice, and blocks of keys may be twice as large. These numbers too were the
-# fastest, measured on an H200, of those that fit.
+# own: p is computed twice, and blocks of keys may be twice as large. (One pass with D = 64, Dv =
+# 128 keeps 64 x 192 sums in 128 threads: 96 registers of each.) These numbers too were the fastest,
+# measured on an H200, of those that fit.
 ONE_PASS = dict(BQ=64, BK=64, NEED_DK=True, NEED_DV=True, num_warps=4, num_stages=2)
 DV_PASS = dict(BQ=64, BK=128, NEED_DK=False, NEED_DV=True, num_warps=8, num_stages=3)
 DK_PASS = dict(BQ=64, BK=128, NEED_DK=True, NEED_DV=False, num_warps=8, num_stages=2)
@@ -1330,7 +1377,8 @@ def attention_backward(d_signal: Tensor, d_noise: Tensor, q: Tensor, k: Tensor, 
     doc_end = None if doc_start is None else document_ends(doc_start)
 
     heads_per_pair = shape.H // shape.P
-    ds_rows = heads_per_pair * shape.tile_rows * (shape.tile_rows + 1) // 2 * TILE  # of one pair
+    tiles_per_head = shape.num_tile_rows * (shape.num_tile_rows + 1) // 2
+    ds_rows = heads_per_pair * tiles_per_head * TILE                               # of one pair
     pairs_at_once = max(1, DS_BYTES // (ds_rows * TILE * q.element_size()))
     pairs_at_once = min(shape.B * shape.P, pairs_at_once)
     ds = q.new_empty(pairs_at_once * ds_rows, TILE)
@@ -1340,18 +1388,19 @@ def attention_backward(d_signal: Tensor, d_noise: Tensor, q: Tensor, k: Tensor, 
             tma(q, BQ, shape.D), tma(k, BK, shape.D), tma(v, BK, shape.Dv), doc_end,
             tma(d_signal, BQ, shape.Dv), tma(d_noise, BQ, shape.Dv), tma(lse, 1, BQ),
             tma(delta, 1, BQ), dk, dv, tma(ds, BK, BQ), first_pair, shape.T, shape.P,
-            shape.qk_scale, shape.sm_scale, **shape.heads, D=shape.D, Dv=shape.Dv, BQ=BQ, BK=BK,
+            shape.qk_scale, shape.logit_scale, **shape.layout, D=shape.D, Dv=shape.Dv, BQ=BQ, BK=BK,
             TILE=TILE, **options)
 
-    one_pass = shape.D + shape.Dv <= 192
+    one_pass = shape.D + shape.Dv <= 192        # dk and dv fit the registers
     if not one_pass:
         launch_dkdv(0, shape.B * shape.P, **DV_PASS)
     for first_pair in range(0, shape.B * shape.P, pairs_at_once):
         num_pairs = min(pairs_at_once, shape.B * shape.P - first_pair)
         launch_dkdv(first_pair, num_pairs, **(ONE_PASS if one_pass else DK_PASS))
-        attention_dq_kernel[shape.tile_rows, num_pairs * heads_per_pair](
+        attention_dq_kernel[shape.num_tile_rows, num_pairs * heads_per_pair](
             tma(ds, 64, TILE), tma(k, 64, shape.D), doc_start, dq, first_pair, shape.T, shape.P,
-            shape.sm_scale, **shape.heads, D=shape.D, BK=64, TILE=TILE, num_warps=4, num_stages=3)
+            shape.logit_scale, **shape.layout, D=shape.D, BK=64, TILE=TILE, num_warps=4,
+            num_stages=3)
     return dq, dk, dv
 
 
@@ -1419,8 +1468,9 @@ FEW_LOGITS = 2**27        # plain attention holds them several times: some 2 GB
 
 def worth_compiling(q: Tensor, k: Tensor) -> bool:
     """FlexAttention is compiled at its first call, which takes about ten seconds. That hardly
-    matters while torch.compile compiles the model around it. Elsewhere, as for a prompt, it is done
-    only if plain attention would make more than FEW_LOGITS logits. q (B, T, heads..., D)."""
+    matters while torch.compile compiles the model around it. Elsewhere, for example when a prompt
+    is read, it is done only if plain attention would make more than FEW_LOGITS logits. q (B, T,
+    heads..., D)."""
     num_logits = q.numel() // q.shape[-1] * k.shape[1]
     return torch.compiler.is_compiling() or num_logits > FEW_LOGITS
 
@@ -1459,7 +1509,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
 #                           first           last
 #     plain causal          0               the query's own place
 #     packed documents      doc_start       the query's own place
-#     KV cache              0               the query's slot; behind it are later queries, padding
+#     KV cache              0               the query's slot; slots after it hold the keys of later
+#                                           queries, or padding
 #
 # FlexAttention wants that twice: as a function of a query and a key; and as lists of blocks, of 128
 # queries and 128 keys each, so that it can skip what nobody sees. In a *full* block every query
@@ -1564,8 +1615,8 @@ def flex_tile_rows(q: Tensor, v: Tensor) -> int:
     wants 241 KiB. With 64 rows, a key and its value of 768 bytes each, k and v of the forward pass
     take 48 KiB and q 16 KiB. The backward pass holds 48 KiB of k and v and goes over q and d_out in
     tiles of half as many rows, 24 KiB. With what comes on top the forward pass asks for 72 KiB, the
-    backward pass for 77; on Hopper, where more operands of products lie there, for 112 and 97 of
-    its 227. Longer rows, of fp32 or D = 256, get half as many.
+    backward pass for 77. On Hopper, where more operands of a product lie in shared memory, they ask
+    for 112 and 97 of 227 KiB. Longer rows, of fp32 or D = 256, get half as many.
     """
     row_bytes = (q.shape[-1] + v.shape[-1]) * q.element_size()
     if row_bytes <= 768:
@@ -1711,10 +1762,10 @@ def lower_tile(number, num_rows):
 
 @jit
 def symmetric_kernel(X_desc, Y_desc, addend_desc, C_desc, m, n, alpha, beta, ADD: tl.constexpr,
-                     ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, STEP: tl.constexpr):
+                     BY_ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, STEP: tl.constexpr):
     """One program: one tile of C = alpha X Y^T + beta addend on or below the diagonal, and its
-    mirror image. The grid is (tiles, E). X and Y (E, m, n) have contiguous rows if ROWS; else they
-    come as their transposes (E, n, m). ADD: there is an addend."""
+    mirror image. The grid is (tiles, E). X and Y (E, m, n) have contiguous rows if BY_ROWS; else
+    they come as their transposes (E, n, m). ADD: there is an addend."""
     e = tl.program_id(1)
     tile_i, tile_j = lower_tile(tl.program_id(0), tl.cdiv(m, BLOCK_SIZE))
     i = tile_i * BLOCK_SIZE
@@ -1722,7 +1773,7 @@ def symmetric_kernel(X_desc, Y_desc, addend_desc, C_desc, m, n, alpha, beta, ADD
 
     acc = tl.zeros((BLOCK_SIZE, BLOCK_SIZE), tl.float32)
     for start in range(0, n, STEP):
-        if ROWS:
+        if BY_ROWS:
             x = X_desc.load([e, i, start]).reshape(BLOCK_SIZE, STEP)
             yT = Y_desc.load([e, j, start]).reshape(BLOCK_SIZE, STEP).T
         else:
@@ -1772,7 +1823,7 @@ def symmetric_matmul(X: Tensor, Y: Tensor, alpha: float, addend: Tensor | None =
     C_desc = tma(C, 1, TILE, TILE)
     with torch.cuda.device_of(X):
         symmetric_kernel[tiles, E](X_desc, Y_desc, addend_desc, C_desc, m, n, alpha, beta,
-                                   ADD=addend is not None, ROWS=by_rows, BLOCK_SIZE=TILE,
+                                   ADD=addend is not None, BY_ROWS=by_rows, BLOCK_SIZE=TILE,
                                    STEP=64, num_warps=4, num_stages=3)
     return C
 
@@ -1798,8 +1849,9 @@ def fits_tma(X: Tensor) -> bool:
 #
 # Hopper's tensor cores multiply FP8 twice as fast as bf16. The format used here, E4M3, has a sign,
 # 4 bits of exponent and 3 of mantissa. Its largest number is 448, its smallest 2^-9, and there are
-# 8 numbers from one power of 2 to the next: rounding changes a number by up to 1/16 of its size. As
-# that range is small, x is divided by a scale first, so that its largest |x| becomes 448:
+# 8 numbers from one power of 2 to the next: rounding changes a number by up to 1/16 of its size, or
+# if it is below 2^-6 by up to 2^-10. As that range is small, x is divided by a scale first, so that
+# its largest |x| becomes 448:
 #
 #     scale = max|x| / 448,      x8 = round(x / scale) in FP8,      x is about scale x8
 #
@@ -1848,9 +1900,9 @@ def quantize_rows(x: Tensor) -> list[Tensor]:
 
 @jit
 def absmax_kernel(x_ptr, row_max_ptr, column_max_ptr, num_rows, num_columns,
-                  COLUMNS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+                  TRANSPOSE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
     """One program: a tile of BR rows and BC columns of x, whose max|x| goes into those of its rows
-    and, if COLUMNS, columns. They are kept as the bits of an fp32 number, read as int32: for
+    and, if TRANSPOSE, columns. They are kept as the bits of an fp32 number, read as int32: for
     numbers >= 0 bits order as the numbers do (NaN is the largest), so an integer atomic_max does
     it, and its result does not depend on who comes first."""
     i = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
@@ -1859,7 +1911,7 @@ def absmax_kernel(x_ptr, row_max_ptr, column_max_ptr, num_rows, num_columns,
     x = tl.load(x_ptr + i[:, None] * num_columns + j, mask=mask, other=0)
     bits = tl.abs(x.to(tl.float32)).to(tl.int32, bitcast=True)
     tl.atomic_max(row_max_ptr + i, tl.max(bits, 1), mask=i < num_rows, sem="relaxed")
-    if COLUMNS:
+    if TRANSPOSE:
         tl.atomic_max(column_max_ptr + j, tl.max(bits, 0), mask=j < num_columns, sem="relaxed")
 
 
@@ -1875,10 +1927,11 @@ def load_scale(absmax_ptr, mask):
 
 @jit
 def quantize_kernel(x_ptr, row_max_ptr, column_max_ptr, x8_ptr, x_scale_ptr, xT8_ptr, xT_scale_ptr,
-                    num_rows, num_columns, COLUMNS: tl.constexpr, BR: tl.constexpr,
+                    num_rows, num_columns, TRANSPOSE: tl.constexpr, BR: tl.constexpr,
                     BC: tl.constexpr):
-    """One program: a tile of BR rows and BC columns of x8 and, if COLUMNS, the same place of xT8.
-    program_id(0) counts tiles along a row; in absmax_kernel, the other way round, down a column."""
+    """One program: a tile of BR rows and BC columns of x8 and, if TRANSPOSE, the same place of xT8.
+    program_id(0), which programs that run together differ in, counts tiles along a row, and in
+    absmax_kernel down a column."""
     i = tl.program_id(1).to(tl.int64) * BR + tl.arange(0, BR)
     j = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)
     mask = (i[:, None] < num_rows) & (j < num_columns)
@@ -1888,7 +1941,7 @@ def quantize_kernel(x_ptr, row_max_ptr, column_max_ptr, x8_ptr, x_scale_ptr, xT8
     tl.store(x_scale_ptr + i, x_scale, mask=i < num_rows)
     x8 = (x.to(tl.float32) * inverse[:, None]).to(x8_ptr.dtype.element_ty)
     tl.store(x8_ptr + i[:, None] * num_columns + j, x8, mask=mask)
-    if COLUMNS:
+    if TRANSPOSE:
         xT_scale, inverse = load_scale(column_max_ptr + j, j < num_columns)
         tl.store(xT_scale_ptr + j, xT_scale, mask=j < num_columns)
         xT8 = (tl.trans(x).to(tl.float32) * inverse[:, None]).to(xT8_ptr.dtype.element_ty)
@@ -1896,11 +1949,11 @@ def quantize_kernel(x_ptr, row_max_ptr, column_max_ptr, x8_ptr, x_scale_ptr, xT8
         tl.store(xT8_ptr + j[:, None] * num_rows + i, xT8, mask=mask)
 
 
-def fake_quantize_fp8(x, columns):
+def fake_quantize_fp8(x, with_transpose):
     num_rows, num_columns = x.shape
     x8 = x.new_empty(num_rows, num_columns, dtype=FP8)
     x_scale = x.new_empty(num_rows, dtype=torch.float32)
-    if not columns:
+    if not with_transpose:
         return [x8, x_scale]
     xT8 = x.new_empty(num_columns, num_rows, dtype=FP8)
     xT_scale = x.new_empty(num_columns, dtype=torch.float32)
@@ -1908,15 +1961,15 @@ def fake_quantize_fp8(x, columns):
 
 
 @custom_op(fake_quantize_fp8)
-def quantize_fp8(x: Tensor, columns: bool) -> list[Tensor]:
-    """quantize_rows of x (rows, columns) and, if columns, of x^T too: x8 (rows, columns), x_scale
-    (rows,), xT8 (columns, rows), xT_scale (columns,).
+def quantize_fp8(x: Tensor, with_transpose: bool) -> list[Tensor]:
+    """quantize_rows of x (rows, columns) and, if with_transpose, of x^T too: x8 (rows, columns),
+    x_scale (rows,), xT8 (columns, rows), xT_scale (columns,).
 
     A NaN or infinity makes its whole row NaN in the product. q_proj, k_proj and v_proj quantise the
     same x: torch.compile merges the three calls into one."""
     x = x.contiguous()
     if not use_triton(x):
-        if columns:
+        if with_transpose:
             return quantize_rows(x) + quantize_rows(x.T.contiguous())
         return quantize_rows(x)
 
@@ -1927,15 +1980,16 @@ def quantize_fp8(x: Tensor, columns: bool) -> list[Tensor]:
     dtype = torch.float32 if INTERPRET else FP8
     x8 = x.new_empty(num_rows, num_columns, dtype=dtype)
     x_scale = x.new_empty(num_rows, dtype=torch.float32)
-    rows_of_xT8 = num_columns if columns else 0
+    rows_of_xT8 = num_columns if with_transpose else 0
     xT8 = x.new_empty(rows_of_xT8, num_rows, dtype=dtype)
     xT_scale = x.new_empty(rows_of_xT8, dtype=torch.float32)
     absmax_kernel[triton.cdiv(num_rows, 128), triton.cdiv(num_columns, 64)](
-        x, row_max, column_max, num_rows, num_columns, COLUMNS=columns, BR=128, BC=64, num_warps=4)
+        x, row_max, column_max, num_rows, num_columns, TRANSPOSE=with_transpose, BR=128, BC=64,
+        num_warps=4)
     quantize_kernel[triton.cdiv(num_columns, 128), triton.cdiv(num_rows, 64)](
-        x, row_max, column_max, x8, x_scale, xT8, xT_scale, num_rows, num_columns, COLUMNS=columns,
-        BR=64, BC=128, num_warps=8)
-    return [x8.to(FP8), x_scale, xT8.to(FP8), xT_scale] if columns else [x8.to(FP8), x_scale]
+        x, row_max, column_max, x8, x_scale, xT8, xT_scale, num_rows, num_columns,
+        TRANSPOSE=with_transpose, BR=64, BC=128, num_warps=8)
+    return [x8.to(FP8), x_scale, xT8.to(FP8), xT_scale] if with_transpose else [x8.to(FP8), x_scale]
 
 
 def scaled_mm(x8: Tensor, x_scale: Tensor, y8: Tensor, y_scale: Tensor) -> Tensor:
@@ -1963,8 +2017,9 @@ class LinearFP8(torch.autograd.Function):
     def backward(ctx, dy):
         xT8, xT_scale, wT8, wT_scale = ctx.saved_tensors
         dy8, dy_scale, dyT8, dyT_scale = quantize_fp8(dy, True)
-        dx = scaled_mm(dy8, dy_scale, wT8, wT_scale)
-        dw = scaled_mm(dyT8, dyT_scale, xT8, xT_scale)
+        needs_dx, needs_dw = ctx.needs_input_grad[:2]
+        dx = scaled_mm(dy8, dy_scale, wT8, wT_scale) if needs_dx else None
+        dw = scaled_mm(dyT8, dyT_scale, xT8, xT_scale) if needs_dw else None
         return dx, dw, None
 
 
