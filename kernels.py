@@ -168,10 +168,10 @@ def custom_op(fake: Callable, mutates_args: tuple[str, ...] = ()) -> Callable:
 #
 # Arguments marked tl.constexpr are known when the kernel is compiled: an `if` on one of them costs
 # nothing, and each combination of them is a kernel of its own. Their names are in capitals, except
-# r and Dv. (The sizes B, T, H, P and V are in capitals too, and are ordinary arguments. So is r in
-# differential norm.) An argument that is None is known as well. num_warps says how many warps
-# (of 32 threads) share a program, and num_stages how many steps ahead a loop loads. A @jit function
-# that a kernel calls is inlined into it.
+# r and Dv. (The sizes B, T, H, P and V are in capitals too, and are ordinary arguments. In
+# differential norm r is one.) An argument that is None is known as well. num_warps says how many
+# warps (of 32 threads) share a program, and num_stages the blocks of how many steps a loop holds,
+# those of the current one included. A @jit function that a kernel calls is inlined into it.
 #
 # The simplest kernel here multiplies a tensor by a number, in place. Program i takes the elements
 # i * BLOCK_SIZE to (i + 1) * BLOCK_SIZE - 1, as far as there are any. Offsets are int64 where a
@@ -846,7 +846,8 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 #     pair  = group // GROUPS_PER_PAIR                             12.7B:
 #     place < r     a signal head: reads key head 2 * pair         heads 0 .. 3 read key head 0
 #     place == r    the noise head: reads key head 2 * pair + 1    head 4 reads key head 1
-#     both read value head `pair`, which is Dv = 2D wide           heads 5 .. 8 read key head 2, ...
+#                                                                  heads 5 .. 8 read key head 2, ...
+#     both read value head `pair`, which is Dv = 2D wide
 #
 # So is_noise = place // r. For plain grouped-query attention HAS_NOISE is 0: then a "pair" is one
 # key head, and a group is the r query heads that read it. The heads of one pair are neighbours, and
@@ -861,24 +862,25 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 #
 #     behind the last sequence    zeros: TMA reads nothing outside a tensor.
 #     behind sequence b           rows of sequence b + 1. As keys they come after all queries of
-#                                 sequence b, so the causal mask takes them out. As queries their
-#                                 results are not stored, and in the backward pass their p is 0.
+#                                 sequence b, so the causal mask takes them out. As queries they
+#                                 get no output, and lse = inf: so p and ds are 0 in the backward
+#                                 pass.
 #
-# KNOWN LIMITATION: p = 0 does not take out a NaN, as 0 * NaN is NaN. If T is no multiple of the
-# block, a NaN at the beginning of sequence b + 1 can reach the outputs and dq of the last block of
-# sequence b, and dk and dv of all of its keys (with documents, of those whose queries include the
-# last block).
+# KNOWN LIMITATION: p = 0 does not take out a NaN or an infinity, as 0 times either is NaN. If T is
+# no multiple of TILE, one at the beginning of sequence b + 1 can reach the outputs and dq of the
+# last TILE queries of sequence b, and dk and dv of all of its keys (with documents, of the blocks
+# of keys whose last document reaches into the last tile).
 #
 # The algorithm. One program computes BQ queries of one head. It walks over the keys, BK at a time.
-# A row of the block of logits belongs to a query. While its largest logit is still unknown the
-# program keeps, as in FlashAttention, for each row
+# A row of the block of logits belongs to a query. (Logits are here already scaled; see Units.)
+# While its largest logit is still unknown the program keeps, as in FlashAttention, for each row
 #
 #     row_max    the largest logit so far
 #     row_sum    the sum of 2^(logit - row_max) so far
 #     acc        the sum of 2^(logit - row_max) * value so far
 #
 # (2^x, as the GPU has an instruction for it, and none for e^x.) A new block first raises row_max to
-# new_max; what was summed before is then too large by the same factor, so row_sum and acc are
+# new_max; what was summed before is then too large by 2^(new_max - row_max), so row_sum and acc are
 # multiplied by alpha = 2^(row_max - new_max). At the end out = acc / row_sum, and row_max is the
 # largest logit of the row, for free. By hand: logits 1, 3 in the first block, 4 in the second.
 # After the first row_max = 3, row_sum = 2^-2 + 2^0 = 1.25. The second raises row_max to 4, so alpha
@@ -921,15 +923,16 @@ def attention_forward_sweep(q, acc, row_max, row_sum, k_desc, v_desc, seq_begin,
 
 @jit
 def key_head_of(pair, head_in_pair, r: tl.constexpr, HAS_NOISE: tl.constexpr):
-    """The key head that a query head reads: the first of its pair, or the second for noise."""
+    """The key head that a query head reads: the first of its pair, or the second for noise. As a
+    pair holds whole groups, `head` gives the same as head_in_pair."""
     is_noise = head_in_pair % (r + HAS_NOISE) // r
     return pair * (1 + HAS_NOISE) + is_noise
 
 
 @jit
 def output_of_head(signal_ptr, noise_ptr, head, H, r: tl.constexpr, HAS_NOISE: tl.constexpr):
-    """Where the output of a query head is, and its gradient likewise: the tensor, how many heads it
-    has, and which of them this is."""
+    """Where the output of a query head is, and its gradient likewise: the tensor of its kind,
+    signal or noise; how many heads that has; and head_in_kind, which of them this is."""
     num_groups = H // (r + HAS_NOISE)
     group = head // (r + HAS_NOISE)
     place = head % (r + HAS_NOISE)
@@ -976,9 +979,8 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
     doc_start = tl.zeros([BQ], tl.int32)
     hi = tl.minimum(first_query + BQ, T)
     if doc_start_ptr is None:
-        # Every query of this block sees all keys before first_query, a multiple of BK, so these
-        # need no mask.
-        masked_lo = first_query // BK * BK
+        # Every query of this block sees all keys before first_query, a multiple of BK.
+        masked_lo = first_query
         acc, row_max, row_sum = attention_forward_sweep(
             q, acc, row_max, row_sum, k_desc, v_desc, b * T, k_col, v_col, queries, doc_start, 0,
             masked_lo, qk_scale, False, BK)
@@ -1026,11 +1028,11 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 # The order of things. Read attention_backward, further down, for the launches, then the kernels:
 # attention_delta_kernel makes delta, attention_dkdv_kernel dk, dv and ds, attention_dq_kernel dq
 # from ds. Why so? dk and dv want a program per block of keys, which goes over the queries; dq wants
-# the opposite. Either both recompute s and dp (seven products of matrices), as in Triton's
-# tutorial; or the one for dk and dv adds to dq with atomics, as in FlashAttention-2 (five, but in
-# random order, so no two runs agree to the bit). Here attention_dkdv_kernel writes ds to memory, in
-# q's dtype, and attention_dq_kernel reads it: five products (six where dv has a pass of its own),
-# and no atomics.
+# the opposite. Either a kernel for each recomputes s and dp (seven products of matrices), as in
+# Triton's tutorial; or one for dk and dv adds to dq with atomics, as in FlashAttention-2 (five, but
+# in random order, so no two runs agree to the bit). Here attention_dkdv_kernel writes ds to memory,
+# in q's dtype, and attention_dq_kernel reads it: five products (six where dv has a pass of its
+# own), and no atomics.
 #
 # Where ds is stored. Its lower triangle is cut into tiles of TILE x TILE. Tile (i, j) has the
 # queries of tile row i and the keys of tile column j <= i, and is number i (i + 1) / 2 + j of its
@@ -1045,30 +1047,37 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 # A tile is stored transposed, a row for each key and a column for each query. The tiles of a head
 # lie one below the other in memory, a matrix of TILE columns: row (tile number) * TILE + key % TILE
 # and column query % TILE hold ds[query, key]. Thus tile row i is a matrix (keys, TILE queries),
-# which begins, with key 0, at row i (i + 1) / 2 * TILE of the head.
+# which begins, with key 0, at row i (i + 1) / 2 * TILE of the head. Heads follow each other: the
+# head with the number head_in_ds, below, begins at row head_in_ds * tiles_per_head * TILE.
 #
 # Which of it is written. attention_dq_kernel multiplies blocks of 64 keys by all TILE queries of a
 # tile row, without a mask. So attention_dkdv_kernel begins with the first query of the diagonal
 # tile, not with its own first key, and stores 0 where the query comes before the key. Three kinds
 # of elements stay unwritten, and none of them reaches a result that is stored: those of blocks of
 # queries beyond T; of blocks of keys beyond T; and, with documents, of blocks of keys that no query
-# of the tile sees, which attention_dq_kernel skips. BQ, BK and the 64 divide TILE.
+# of the tile row sees, which attention_dq_kernel skips. BQ and BK, of either kernel, divide TILE.
 #
 # ds of one pair of key heads at T = 16,384 is 1.3 GiB, so only as many pairs as fit DS_BYTES are
-# done at one time (at least one), from first_pair on.
+# done at one time (at least one). first_pair is the first of them, counted in the whole batch.
 #
-# Numbers of a head. A program knows its pair and head_in_pair, which counts the heads of the pair.
-# But the tensors are laid out in four ways, so the same head has four more numbers:
+# Numbers of a head. In attention_dkdv_kernel a program knows its pair, and in each step
+# head_in_pair, which counts the heads of the pair; the other kernels start from head_in_batch or
+# head_in_ds. The tensors are laid out in four ways, so the same head has four numbers:
 #
-#     of      tensors               the number, and what it is made of
-#     query   q: column head * D    head = pair * heads_per_pair + head_in_pair. The pair's keys are
-#     head                          key_head = pair * (1 + HAS_NOISE) + is_noise of k
-#     all     lse, delta: row       head_in_batch = pair_in_batch * heads_per_pair + head_in_pair,
-#     heads   head_in_batch         where pair_in_batch = b * P + pair. (The same as b * H + head.)
-#     heads   ds                    head_in_ds = pair_in_ds * heads_per_pair + head_in_pair,
-#     in ds                         where pair_in_ds = pair_in_batch - first_pair
-#     kind    d_signal, d_noise     head_in_kind = pair * (heads of its kind in a pair) +
-#             (which are d_out)     kind_in_pair, which counts the heads of its kind in the pair
+#     number          counts            is used in        and is made of
+#     head            the heads of a    q                 pair * heads_per_pair + head_in_pair
+#                     sequence
+#     head_in_batch   those of all      lse, delta        pair_in_batch * heads_per_pair +
+#                     sequences                           head_in_pair, where pair_in_batch = b * P
+#                                                         + pair. (That is b * H + head.)
+#     head_in_ds      those that are    ds                pair_in_ds * heads_per_pair +
+#                     done at one time                    head_in_pair, where pair_in_ds =
+#                                                         pair_in_batch - first_pair
+#     head_in_kind    signal or noise   d_signal or       pair * (heads of its kind in a pair) +
+#                     heads of a        d_noise, which    kind_in_pair, which counts these in the
+#                     sequence          are d_out         pair
+#
+# A head reads key_head = pair * (1 + HAS_NOISE) + is_noise of k, and value head `pair` of v.
 #
 # For example two heads of 12.7B (P = 8, r = 4, heads_per_pair = 5), of sequence b = 1. At T =
 # 16,384 two pairs are done at one time, and these two heads' turn comes with first_pair = 10:
@@ -1084,8 +1093,11 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #     kind_in_pair    2                               0
 #     head_in_kind    3 * 4 + 2 = 14, of d_signal     3 * 1 + 0 = 3, of d_noise
 #
+# (With two groups to a pair, the second group's noise head would have kind_in_pair 1.)
+#
 # Rows of matrices at which something begins have names with `begin`: seq_begin the sequence in q,
-# k, v and d_out; lse_begin the pair in lse and delta; ds_begin the pair in ds.
+# k, v and d_out; lse_begin the pair in lse and delta; ds_begin the pair in ds; tile_row_begin a
+# tile row of a head in ds.
 
 @jit
 def tiles_before(i):
@@ -1136,7 +1148,8 @@ def attention_dkdv_sweep(k, v, dk, dv, q_desc, d_out_desc, lse_desc, delta_desc,
                          Dv: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,
                          NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
     """What the queries lo to hi add to dk and dv of the keys k (BK, D), from all heads of the pair
-    that are signal heads, or noise heads if IS_NOISE. Here p and ds are (BK, BQ), keys by queries.
+    that are signal heads, or noise heads if IS_NOISE. With NEED_DK it also stores ds. Here p and ds
+    are (BK, BQ), keys by queries.
 
     One loop counts heads and blocks of queries together. Of two nested loops Triton would load
     ahead in the inner one only, and begin that anew with each head."""
@@ -1166,8 +1179,9 @@ def attention_dkdv_sweep(k, v, dk, dv, q_desc, d_out_desc, lse_desc, delta_desc,
             delta = delta_desc.load([lse_begin + head_in_pair, first_query]).reshape(1, BQ)
             ds = (p * (dp - delta)).to(q.dtype)
             tile_i = first_query // TILE
-            tile = head_in_pair * tiles_per_head + tiles_before(tile_i) + first_key // TILE
-            ds_desc.store([ds_begin + tile * TILE + first_key % TILE, first_query % TILE], ds)
+            tile_in_pair = head_in_pair * tiles_per_head + tiles_before(tile_i) + first_key // TILE
+            ds_row = ds_begin + tile_in_pair * TILE + first_key % TILE
+            ds_desc.store([ds_row, first_query % TILE], ds)
             dk = tl.dot(ds, q, dk)
     return dk, dv
 

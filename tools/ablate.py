@@ -86,10 +86,15 @@ def cells(grid: Grid) -> dict[str, dict]:
     if grid.axes:
         for choice in itertools.product(*[axis.items() for axis in grid.axes]):
             name = "-".join(part for part, _ in choice if part)
+            if name in found:
+                raise UserError(f"two combinations of the axes are called {name!r}")
             found[name] = {}
             for _, settings in choice:
                 found[name].update(settings)
-    found.update(grid.runs)
+    for name, settings in grid.runs.items():
+        if name in found:
+            raise UserError(f"the axes and runs both have {name!r}")
+        found[name] = settings
 
     for name in found:
         if not re.fullmatch(r"[\w.-]+", name):
@@ -185,6 +190,7 @@ class Job(NamedTuple):
     card: str | None            # as CUDA_VISIBLE_DEVICES has it; None: no GPU
     process: subprocess.Popen
     begun: float
+    metrics_before: int | None  # when metrics.jsonl was last written before it began, if it was
 
 
 def find_cards(device: str) -> list[str | None]:
@@ -270,18 +276,21 @@ def free_cards(cards: list[str | None], running: list[Job],
     free = []
     for card in cards:
         jobs = [job for job in running if job.card == card]
-        if not jobs or (len(jobs) == 1 and seconds_left(jobs[0].run) < overlap_seconds):
+        if not jobs or (len(jobs) == 1 and seconds_left(jobs[0]) < overlap_seconds):
             free.append(card)
     return free
 
 
-def seconds_left(run: Run) -> float:
+def seconds_left(job: Job) -> float:
     """How long the run will go on, by the median speed of its logged lines; infinite while it has
-    fewer than three."""
-    logged = [m for m in read_metrics(run.folder) if "tok_per_s" in m]
+    fewer than three. Lines that a process before this one has left do not count."""
+    path = job.run.folder / "metrics.jsonl"
+    if not path.exists() or path.stat().st_mtime_ns == job.metrics_before:
+        return math.inf
+    logged = [m for m in read_metrics(job.run.folder) if "tok_per_s" in m]
     if len(logged) < 3:
         return math.inf
-    tokens_left = pretrain.make_curriculum(run.config).tokens[-1] - logged[-1]["tokens"]
+    tokens_left = pretrain.make_curriculum(job.run.config).tokens[-1] - logged[-1]["tokens"]
     return tokens_left / median_speed(logged)
 
 
@@ -292,10 +301,12 @@ def start(run: Run, card: str | None, card_name: str) -> Job:
     environment = dict(os.environ)
     if card is not None:
         environment["CUDA_VISIBLE_DEVICES"] = card
+    metrics = run.folder / "metrics.jsonl"
+    metrics_before = metrics.stat().st_mtime_ns if metrics.exists() else None
     with open(run.folder / "output.txt", "w", encoding="utf-8") as output:
         process = subprocess.Popen([sys.executable, pretrain.__file__, *run.argv], stdout=output,
                                    stderr=subprocess.STDOUT, env=environment)
-    return Job(run, card, process, time.monotonic())
+    return Job(run, card, process, time.monotonic(), metrics_before)
 
 
 def report_end(job: Job) -> None:
@@ -352,17 +363,16 @@ def report_progress(running: list[Job]) -> None:
 #     runs.csv       a line for each run of each grid. overrides and loss_by_domain are JSON;
 #                    tok_per_s is the median of the logged lines; flops_per_token counts forward and
 #                    backward pass; loss is held out, in nats per token, after the last step
-#     curves.csv     a line for each evaluation of each run: tokens seen, seconds of training, loss
+#     curves.csv     a line for each evaluation of each run: tokens seen, loss
 #     poly_norm.csv  for each layer at each evaluation of each run with PolyNorm: its weights of
 #                    x^3, x^2 and x, and its bias
 #
-# tok_per_s and seconds may be empty: of runs that shared a card with others, say.
-#
-# A run that several grids have in common has a line in runs.csv for each of them.
+# A speed that means nothing, since the run shared its card, is to be emptied by hand. A run that
+# several grids have in common has a line in runs.csv for each of them.
 
-RUN_COLUMNS = ["grid", "name", "seed", "baseline", "overrides", "parameters", "flops_per_token",
-               "tokens", "tok_per_s", "loss", "loss_by_domain", "date", "card"]
-CURVE_COLUMNS = ["name", "seed", "tokens", "seconds", "loss"]
+RUN_COLUMNS = ["grid", "name", "seed", "baseline", "base", "overrides", "parameters",
+               "flops_per_token", "tokens", "tok_per_s", "loss", "loss_by_domain", "date", "card"]
+CURVE_COLUMNS = ["name", "seed", "tokens", "loss"]
 POLY_NORM_COLUMNS = ["name", "seed", "tokens", "layer", "w3", "w2", "w1", "b"]
 
 
@@ -424,6 +434,9 @@ def recorded_row(run: Run, rows) -> dict | None:
     settings."""
     for row in rows:
         if row["name"] == run.name and row["seed"] == str(run.seed):
+            if row["base"] != run.argv[0]:
+                raise UserError(f"runs.csv has {run} of {row['base']}, not of {run.argv[0]}; give "
+                                "another OUT or name")
             if json.loads(row["overrides"]) != json.loads(json.dumps(run.overrides)):
                 raise UserError(f"runs.csv has {run} with {row['overrides']}, not "
                                 f"{json.dumps(run.overrides)}; give another OUT or name")
@@ -440,7 +453,8 @@ def measure(run: Run) -> dict:
     flops = flops_per_token(model.config, pretrain.make_curriculum(run.config).context[-1])
     by_domain = {name: round(x, 5) for name, x in last["val_loss_by_domain"].items()}
     note = read_note(run)
-    return {"name": run.name, "seed": str(run.seed), "overrides": json.dumps(run.overrides),
+    return {"name": run.name, "seed": str(run.seed), "base": run.argv[0],
+            "overrides": json.dumps(run.overrides),
             "parameters": sum(p.numel() for p in model.parameters()),
             "flops_per_token": sum(flops), "tokens": last["tokens"],
             "tok_per_s": round(median_speed(metrics)), "loss": f"{last['val_loss']:.5f}",
@@ -453,9 +467,8 @@ def measure_curve(run: Run) -> list[dict]:
     points = []
     for m in metrics:
         if "val_loss" in m:
-            seconds = f"{training_seconds(metrics, m['tokens']):.1f}"
             points.append({"name": run.name, "seed": str(run.seed), "tokens": m["tokens"],
-                           "seconds": seconds, "loss": f"{m['val_loss']:.5f}"})
+                           "loss": f"{m['val_loss']:.5f}"})
     return points
 
 
@@ -476,38 +489,14 @@ def median_speed(metrics: list[dict]) -> float:
     return statistics.median(m["tok_per_s"] for m in metrics if "tok_per_s" in m)
 
 
-def training_seconds(metrics: list[dict], tokens: int) -> float:
-    """How long it took to train on the first so many tokens, without evaluations and compiling: a
-    logged line that is less than half as fast as the median has seen torch.compile at work, and
-    counts as if it had the median speed. Here the first line does:
-
-    >>> metrics = [{"tokens": 10, "tok_per_s": 1}, {"tokens": 50, "tok_per_s": 10},
-    ...            {"tokens": 90, "tok_per_s": 8}, {"tokens": 130, "tok_per_s": 8}]
-    >>> training_seconds(metrics, 90)            # 10 / 8 + 40 / 10 + 40 / 8
-    10.25
-    """
-    median = median_speed(metrics)
-    seconds = 0.0
-    before = 0
-    for m in metrics:
-        if "tok_per_s" in m and m["tokens"] <= tokens:
-            slow = m["tok_per_s"] < median / 2
-            seconds += (m["tokens"] - before) / (median if slow else m["tok_per_s"])
-            before = m["tokens"]
-    return seconds + (tokens - before) / median
-
-
-# ---- table and picture
-#
-# Loss at equal time. An idea that costs speed must gain more per step than it loses in steps. So
-# the table also reads each name's held-out curve, over seconds of training, at the moment when the
-# fastest name of the table ended. Then the learning rate of a slower run has not yet decayed to its
-# end, as it would have in a run that was planned for that time: this column is too hard on slow
-# runs. To be fair to one, run it again with a --max_steps that lets it end with the fastest. And
-# compare runs of one machine: machines of the same kind differ by 5%.
+# ---- table and pictures
 #
 # Standard errors. With s^2 the variance over the n seeds of a name, that of a difference is
 # sqrt(s1^2 / n1 + s2^2 / n2). From two or three seeds it is itself only known to a factor of two.
+#
+# Speeds are the medians of runs that may have been on different machines, and these differ: the
+# same run was up to 15% faster on one H200 than on another. To compare two names, compare runs of
+# one machine.
 
 class Summary(NamedTuple):
     """The runs of one name in one grid."""
@@ -520,31 +509,8 @@ class Summary(NamedTuple):
         return [float(run["loss"]) for run in self.runs]
 
     def speeds(self) -> list[float]:
-        """Tokens per second of each seed that had a card for itself."""
+        """Tokens per second of each seed that has a speed."""
         return [float(run["tok_per_s"]) for run in self.runs if run["tok_per_s"]]
-
-    def mean_curve(self) -> tuple[np.ndarray, np.ndarray]:
-        """Seconds of training and loss at each evaluation, the mean over the seeds that had a card
-        for themselves."""
-        seconds = []
-        losses = []
-        for curve in self.curves:
-            if curve[-1]["seconds"]:
-                seconds.append([float(point["seconds"]) for point in curve])
-                losses.append([float(point["loss"]) for point in curve])
-        return np.mean(seconds, axis=0), np.mean(losses, axis=0)
-
-    def end(self) -> float:
-        """Seconds of training in all; infinitely many if no seed tells."""
-        if not self.speeds():
-            return math.inf
-        seconds, _ = self.mean_curve()
-        return seconds[-1]
-
-    def loss_at(self, moment: float) -> float:
-        """The loss after so many seconds of training, on the straight line between evaluations."""
-        seconds, losses = self.mean_curve()
-        return float(np.interp(moment, seconds, losses))
 
 
 def summarize(out: Path) -> dict[str, list[Summary]]:
@@ -567,29 +533,20 @@ def table(grid: str, summaries: list[Summary]) -> str:
     """The table of one grid, with a line for each name."""
     baseline = summaries[0].runs[0]["baseline"]
     by_name = {summary.name: summary for summary in summaries}
-    fastest = min(summaries, key=Summary.end)
-    header = ["", "seeds", "loss", "std", "difference", "parameters", "GFLOP/token", "tok/s",
-              "at equal time"]
+    header = ["", "seeds", "loss", "std", "difference", "parameters", "GFLOP/token", "tok/s"]
     cells_of_rows = [header]
     for s in summaries:
         losses = s.losses()
         spread = f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "one seed"
-        speed = ""
-        at_equal_time = ""
-        if s.speeds():
-            speed = f"{statistics.median(s.speeds()):,.0f}"
-            at_equal_time = f"{s.loss_at(fastest.end()):.4f}"
+        speed = f"{statistics.median(s.speeds()):,.0f}" if s.speeds() else ""
         cells_of_rows.append([
             s.name, str(len(losses)), f"{statistics.fmean(losses):.4f}", spread,
             difference(s, by_name.get(baseline)), f"{int(s.runs[0]['parameters']):,d}",
-            f"{int(s.runs[0]['flops_per_token']) / 1e9:.3f}", speed, at_equal_time])
+            f"{int(s.runs[0]['flops_per_token']) / 1e9:.3f}", speed])
 
     widths = [max(len(row[i]) for row in cells_of_rows) for i in range(len(header))]
-    title = (f"{grid}: held-out loss in nats per token; differences are to {baseline}, ± their "
-             "standard error")
-    if fastest.speeds():
-        title += f"; equal time is {fastest.end():.0f} s, when {fastest.name} ended"
-    lines = [title]
+    lines = [f"{grid}: held-out loss in nats per token; differences are to {baseline}, ± their "
+             "standard error over seeds"]
     for row in cells_of_rows:
         columns = [row[0].ljust(widths[0])]
         columns += [text.rjust(width) for text, width in zip(row[1:], widths[1:])]
@@ -612,8 +569,8 @@ def difference(summary: Summary, baseline: Summary | None) -> str:
 
 def draw(out: Path, grids: dict[str, list[Summary]]) -> None:
     """Draw out/curves.png, a row for each grid: on the left how far the held-out loss is above the
-    baseline's at each evaluation but the first, on the right the loss at the end, a dot for each
-    seed and a line at their mean."""
+    baseline's at each evaluation but the first (of a run of which only the end is known, not even a
+    point), on the right the loss at the end, a dot for each seed and a line at their mean."""
     plt = import_pyplot()
     heights = [1.0 + 0.28 * max(4, len(summaries)) for summaries in grids.values()]
     figure, axes = plt.subplots(len(grids), 2, figsize=(11, sum(heights)), squeeze=False,
@@ -623,8 +580,9 @@ def draw(out: Path, grids: dict[str, list[Summary]]) -> None:
         for i, summary in enumerate(summaries):
             color = f"C{i % 10}"
             for curve in summary.curves:
-                tokens = [int(point["tokens"]) / 1e6 for point in curve[1:]]
-                above = [float(point["loss"]) - baseline[point["tokens"]] for point in curve[1:]]
+                points = [point for point in curve[1:] if point["tokens"] in baseline]
+                tokens = [int(point["tokens"]) / 1e6 for point in points]
+                above = [float(point["loss"]) - baseline[point["tokens"]] for point in points]
                 left.plot(tokens, above, marker="o", ms=2, lw=1, color=color)
             losses = summary.losses()
             right.plot(losses, [i] * len(losses), "o", ms=5, alpha=0.6, color=color)
@@ -632,6 +590,8 @@ def draw(out: Path, grids: dict[str, list[Summary]]) -> None:
         left.set_title(grid, loc="left", fontsize="medium")
         left.set_ylabel(f"loss less {summaries[0].runs[0]['baseline']}'s", fontsize="small")
         right.set_yticks(range(len(summaries)), [summary.name for summary in summaries])
+        for i, label in enumerate(right.get_yticklabels()):
+            label.set_color(f"C{i % 10}")
         right.set_ylim(len(summaries) - 0.5, -0.5)
         for axis in (left, right):
             axis.tick_params(labelsize="small")
@@ -643,13 +603,13 @@ def draw(out: Path, grids: dict[str, list[Summary]]) -> None:
 
 
 def baseline_curve(summaries: list[Summary]) -> dict[str, float]:
-    """Tokens -> the mean loss of the baseline's seeds there; where it has none, 0."""
+    """Tokens -> the mean loss of the baseline's seeds there; empty if it has not been run."""
     losses = defaultdict(list)
     for summary in summaries:
         if summary.name == summary.runs[0]["baseline"]:
             for point in itertools.chain(*summary.curves):
                 losses[point["tokens"]].append(float(point["loss"]))
-    return defaultdict(float, {tokens: statistics.fmean(x) for tokens, x in losses.items()})
+    return {tokens: statistics.fmean(x) for tokens, x in losses.items()}
 
 
 def draw_poly_norm(out: Path) -> None:

@@ -1,10 +1,12 @@
-"""Speed of greedy generation on a GPU: `python -m tools.bench_decode`.
+"""Speed of greedy generation on a GPU: `python -m tools.bench_decode [CHECKPOINT]`.
 
-Prints tokens per second of model.Decoder after a prompt of 128 tokens, for motif_124m and for four
-layers of the 12.7B model, in bf16, with and without torch.compile, for 1 and 32 rows. Beside it
-stands the share of the memory's speed: a step must read all weights, keys and values once, so it
-takes at least as long as a plain copy needs for that many bytes.
+Prints tokens per second of model.Decoder after a prompt of 128 tokens, for a checkpoint, or else
+for motif_124m and four layers of the 12.7B model with random weights: in bf16, with and without
+torch.compile, for 1 and 32 rows. Beside it stands the share of the memory's speed: a step must read
+all weights, keys and values once, so it takes at least as long as a plain copy needs for that many
+bytes.
 """
+import sys
 import time
 
 import torch
@@ -72,9 +74,15 @@ def report(name: str, model: Motif, rows: int, speed_of_copy: float) -> None:
 def main() -> None:
     speed_of_copy = copy_speed()
     print(f"{torch.cuda.get_device_name()}: copy {speed_of_copy / 1e9:.0f} GB/s")
-    models = {"motif_124m.py": [], "motif2_12b.py": ["--num_hidden_layers=4"]}
-    for name, options in models.items():
-        model = bf16_model(load_config(name, *options)).requires_grad_(False)
+    if len(sys.argv) > 1:
+        models = {sys.argv[1]: lambda: Motif.from_pretrained(sys.argv[1], "cuda", torch.bfloat16)}
+    else:
+        models = {
+            "motif_124m.py": lambda: bf16_model(load_config("motif_124m.py")),
+            "motif2_12b.py": lambda: bf16_model(load_config("motif2_12b.py",
+                                                            "--num_hidden_layers=4"))}
+    for name, make_model in models.items():
+        model = make_model().requires_grad_(False)
         for compile_steps in False, True:
             model.compile_steps = compile_steps
             for rows in ROWS:

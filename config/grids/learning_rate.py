@@ -1,7 +1,8 @@
 # ablate.py: the learning rate of attention x activation, by factors of two
 #
 # Which attention or activation is better is a fair question only at the best learning rate of each.
-# A best one at the end of the row would ask for a longer row; 4e-3 is the best of each.
+# A best one at the end of the row would ask for a longer row. 4e-3 is the best with SwiGLU; for
+# PolyNorm see the grid poly_norm.
 
 axes = [
     {

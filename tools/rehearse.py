@@ -1,0 +1,240 @@
+"""Rehearse a large run on this machine, before it is paid for.
+
+    python -m tools.rehearse config/motif2_12b.py [--gpus=8] [--out=out/rehearsal] [--key=value ...]
+
+With built-in text and byte tokens, so that no network is needed, it does what the run will do, only
+shorter. It prints each command and how long it took, and at the end the speed, and the memory
+beside what --dry_run plans. The parts are:
+
+    train       4 steps and a checkpoint; then one rank is killed, and the others must end
+    resume      from the checkpoint to step 8
+    export      the weights for other programs
+    generate    a reply with the exported weights; on a GPU also its speed
+    fine-tune   2 steps of the first stage, rows as long as the model can read, at most 16,384
+    muon        a step of Parallel Muon alone, beside the form in which each rank does every matrix
+
+All options but these two are those of pretrain.py. A step has 4 passes of each rank unless
+--batch_tokens says otherwise. --gpus is the number of ranks: without it all GPUs, or 2 on a CPU.
+"""
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import configurator
+import pretrain
+from configurator import UserError
+from model import MotifConfig
+from support.log import read_metrics
+from support.ranks import run_main
+from tools.plan import memory_of_rank, tokens_in_a_pass
+
+ROOT = Path(pretrain.__file__).parent
+CHECKPOINT_STEP = 4
+STEPS = 8
+MAX_ROW = 16_384                  # tokens of a row in fine-tuning, the report's
+
+
+class Rehearsal:
+    """The commands of a rehearsal, and where their output goes."""
+
+    def __init__(self, config_file: str, gpus: int, out: Path, options: dict[str, str]):
+        self.config_file = config_file
+        self.gpus = gpus
+        self.out = out
+        self.options = options
+        self.run = out / "run"
+        self.settings = {
+            "tokenizer": "byte", "domains": {"code": ["builtin:code", 1.0, 1.0]},
+            "max_tokens": None, "max_steps": STEPS, "warmup_steps": 2, "log_every": 1,
+            "eval_every": None, "save_every": CHECKPOINT_STEP, "keep_every": None, "prompts": [],
+            "data_dir": out / "data", **options, "out_dir": self.run}
+        c = configurator.load(pretrain.Config, self.train_arguments())
+        if "batch_tokens" not in options:
+            row = c.seq_len if isinstance(c.seq_len, int) else c.seq_len[0][1]
+            self.settings["batch_tokens"] = 4 * gpus * tokens_in_a_pass(c, row)
+            c = configurator.load(pretrain.Config, self.train_arguments())
+        self.config = c
+
+    def train_arguments(self, *more: str) -> list[str]:
+        pairs = [f"--{key}={value}" for key, value in self.settings.items()]
+        return [self.config_file, *pairs, *more]
+
+    def torchrun(self, *words: str) -> list[str]:
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                f"--nproc_per_node={self.gpus}", *words]
+
+    def train_command(self) -> list[str]:
+        return self.torchrun("pretrain.py", *self.train_arguments())
+
+    def start(self, part: str, command: list[str]) -> subprocess.Popen:
+        print(f"$ {shlex.join(command)}", flush=True)
+        with open(self.log(part), "w", encoding="utf-8") as log:
+            return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+
+    def log(self, part: str) -> Path:
+        return self.out / f"{part}.txt"
+
+    def do(self, part: str, command: list[str]) -> None:
+        """Run a command to its end."""
+        begin = time.monotonic()
+        if self.start(part, command).wait():
+            self.fail(part)
+        report(part, time.monotonic() - begin, f"see {self.log(part)}")
+
+    def fail(self, part: str) -> None:
+        lines = self.log(part).read_text(encoding="utf-8", errors="replace").splitlines()
+        words = [line for line in lines if line.strip()] or ["it printed nothing"]
+        raise UserError(f"{part} failed: {words[-1]} ({self.log(part)})")
+
+
+def report(part: str, seconds: float, text: str) -> None:
+    print(f"{part:10s} {seconds:6.0f} s   {text}", flush=True)
+
+
+# ---- the parts
+
+def train_until_a_rank_is_lost(r: Rehearsal) -> None:
+    """Kill one rank behind the checkpoint, and wait until torchrun has ended the others."""
+    begin = time.monotonic()
+    process = r.start("train", r.train_command())
+    while last_step(r.run) <= CHECKPOINT_STEP:
+        if process.poll() is not None:
+            r.fail("train")
+        time.sleep(0.05)
+    trained = time.monotonic()
+
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    rank = found.stdout.split()[-1]
+    subprocess.run(["kill", f"-{signal.SIGKILL}", rank])
+    if process.wait() == 0:
+        raise UserError("a rank was killed, and the run ended as if it had not been")
+    report("train", trained - begin, f"{last_step(r.run)} steps; all had ended "
+           f"{time.monotonic() - trained:.0f} s after one rank was killed")
+
+
+def last_step(run: Path) -> int:
+    return max([m["step"] for m in read_metrics(run)], default=-1)
+
+
+def resume(r: Rehearsal) -> None:
+    r.do("resume", r.train_command())
+    text = (r.run / "log.txt").read_text(encoding="utf-8")
+    if "resumed" not in text or last_step(r.run) != STEPS:
+        raise UserError(f"the run did not go on from its checkpoint: see {r.run}/log.txt")
+
+
+def export_and_generate(r: Rehearsal) -> None:
+    weights = r.out / "export"
+    r.do("export", [sys.executable, "pretrain.py", *r.train_arguments(f"--export={weights}")])
+    r.do("generate", [sys.executable, "eval.py", f"--model={weights}", "--tokenizer=byte",
+                      f"--device={r.config.device}", "--tasks=chat", "--prompt=Who are you?"])
+    if on_gpu(r.config):
+        r.do("decode", [sys.executable, "-m", "tools.bench_decode", str(weights)])
+
+
+def fine_tune(r: Rehearsal) -> None:
+    row = min(MAX_ROW, r.config.max_position_embeddings)
+    settings = {
+        "stage": 1, "model": r.run, "out_dir": r.out / "sft", "data_dir": r.out / "data",
+        "data": {"help": ["builtin:help", 1.0]}, "seq_len": row, "micro_batch_tokens": row,
+        "batch_tokens": r.gpus * row, "max_steps": 2, "epochs": 100, "eval_every": None,
+        "save_every": None, "log_every": 1, "prompts": [], "device": r.config.device,
+        "precision": r.config.precision,
+        "activation_checkpoint_layers": r.config.num_hidden_layers}
+    r.do("fine-tune", r.torchrun("sft.py", *[f"--{key}={value}"
+                                             for key, value in settings.items()]))
+
+
+def time_muon(r: Rehearsal) -> None:
+    shape = asdict(MotifConfig()).keys()
+    options = [f"--{key}={value}" for key, value in r.options.items()
+               if key in shape or key == "dp_replicate"]
+    r.do("muon", r.torchrun("-m", "tools.bench_muon", r.config_file, *options))
+
+
+def on_gpu(c: pretrain.Config) -> bool:
+    return pretrain.pick_device(c).type == "cuda"
+
+
+# ---- what came of it
+
+def summary(r: Rehearsal) -> str:
+    """Speed and memory of the steps in which nothing was compiled: the first two of a process may
+    be slow."""
+    steps = [m for m in read_metrics(r.run) if "tok_per_s" in m]
+    settled = [m for m in steps if m["step"] not in (1, 2, CHECKPOINT_STEP + 1,
+                                                     CHECKPOINT_STEP + 2)]
+    speeds = [m["tok_per_s"] for m in settled]
+    lines = [f"speed      {statistics.median(speeds):,.0f} tok/s ({min(speeds):,.0f} to "
+             f"{max(speeds):,.0f})"]
+    if on_gpu(r.config):
+        mfu = statistics.median(m["mfu"] for m in settled)
+        optimizer = statistics.median(m["optimizer_ms"] / m["ms"] for m in settled)
+        used = max(m["gib"] for m in steps)
+        lines[0] += f", {mfu:.1%} MFU; the optimizer takes {optimizer:.1%} of a step"
+        lines.append(f"memory     {used:.1f} GiB of a GPU; planned {planned_gib(r):.1f}")
+    losses = [m["loss"] for m in steps]
+    lines.append(f"loss       {losses[0]:.4f} to {losses[-1]:.4f}")
+    for part in ("decode", "muon"):
+        if r.log(part).exists():
+            lines += ["", *r.log(part).read_text(encoding="utf-8").splitlines()]
+    return "\n".join(lines)
+
+
+def planned_gib(r: Rehearsal) -> float:
+    c = r.config
+    c.plan_world_size = r.gpus
+    row = max(pretrain.make_curriculum(c).seq_len)
+    always, phases = memory_of_rank(c, row, c.activation_checkpoint_layers)
+    return (sum(always.values()) + max(phases.values())) / 2**30
+
+
+# ---- the command
+
+def read_arguments(argv: list[str]) -> Rehearsal:
+    own = {"gpus": None, "out": "out/rehearsal"}
+    options = {}
+    files = []
+    for word in argv:
+        key, equals, text = word.removeprefix("--").partition("=")
+        if not word.startswith("-"):
+            files.append(word)
+        elif key in own:
+            own[key] = text
+        else:
+            options[key] = text if equals else "True"
+    if len(files) != 1:
+        raise UserError("give a config: python -m tools.rehearse config/motif2_12b.py")
+    gpus = own["gpus"] or str(torch.cuda.device_count() or 2)
+    if not gpus.isdecimal() or int(gpus) == 0:
+        raise UserError(f"gpus={gpus} must be how many ranks there are")
+    out = Path(own["out"]).absolute()
+    if out.exists():
+        raise UserError(f"{out} exists; delete it, or give another --out")
+    return Rehearsal(str(Path(files[0]).absolute()), int(gpus), out, options)
+
+
+def main() -> None:
+    if "--help" in sys.argv or "-h" in sys.argv:
+        print(__doc__)
+        return
+    r = read_arguments(sys.argv[1:])
+    r.out.mkdir(parents=True)
+    print(f"{r.gpus} ranks, {r.config.batch_tokens:,d} tokens a step; in {r.out}", flush=True)
+    train_until_a_rank_is_lost(r)
+    resume(r)
+    export_and_generate(r)
+    fine_tune(r)
+    time_muon(r)
+    print(f"\n{summary(r)}")
+
+
+if __name__ == "__main__":
+    run_main(main)
