@@ -69,9 +69,9 @@ def losses_of(folder: Path) -> list:
 
 
 def test_a_grid_goes_on_after_a_cut_and_its_table_comes_from_its_files(run, monkeypatch):
-    assert "4 runs are left" in run("grid.py", "out", "--max_minutes=0")     # prepares the data
-    monkeypatch.setattr(ablate, "prepare_data", lambda runs: None)
+    assert "4 runs are left" in run("grid.py", "out", "--max_minutes=0")
     assert "one seed" in run("grid.py", "out", "--seeds=[1]")
+    monkeypatch.setattr(ablate.Preparation, "is_done", lambda self, run: True)
 
     # One run of two is cut after its checkpoint of step 2.
     cut = Path("out/gda-swiglu-seed1")
@@ -138,8 +138,7 @@ def grid_of(path) -> ablate.Grid:
     return configurator.load(ablate.Grid, [str(path)])
 
 
-def test_a_failed_run_is_named(run, monkeypatch):
-    monkeypatch.setattr(ablate, "prepare_data", lambda runs: None)
+def test_a_failed_run_is_named(run):
     Path("grid.py").write_text('''base = "base.py"
 runs = {"broken": {"tokenizer": "none.tiktoken"}}
 ''')

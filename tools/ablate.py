@@ -206,20 +206,46 @@ def find_cards(device: str) -> list[str | None]:
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
-def prepare_data(runs: list[Run]) -> None:
-    """Prepare what the runs read: runs that begin at the same time would each do so. (The seed is
-    also that of the order in which a domain is read.)"""
-    prepared = []
-    for run in runs:
-        c = run.config
-        reads = [c.domains, c.mixture, c.tokenizer, c.data_dir, c.seq_len, c.batch_tokens,
-                 c.max_steps, c.max_tokens, c.seed]
-        if reads in prepared:
-            continue
-        prepared.append(reads)
-        command = [sys.executable, "-m", "tools.prepare", *run.argv]
-        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-            raise UserError(f"the data of {run} could not be prepared: see above")
+class Preparation:
+    """Prepares what the runs read, one data set after the other: runs that begin at the same time
+    would each do so. The first runs train while the data of later ones are prepared. If that fails,
+    the run will, and say why."""
+
+    def __init__(self, runs: list[Run]):
+        self.waiting = {}                   # data_key -> the first run that reads these data
+        for run in runs:
+            self.waiting.setdefault(data_key(run), run)
+        self.current = None                 # the data_key of what is being prepared
+        self.process = None
+
+    def go_on(self) -> None:
+        """Begin the next data set if the last one is done."""
+        if self.process is not None and self.process.poll() is None:
+            return
+        self.current = self.process = None
+        if self.waiting:
+            self.current = next(iter(self.waiting))
+            run = self.waiting.pop(self.current)
+            command = [sys.executable, "-m", "tools.prepare", *run.argv]
+            self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL,
+                                            stderr=subprocess.DEVNULL)
+
+    def is_done(self, run: Run) -> bool:
+        key = data_key(run)
+        return key not in self.waiting and key != self.current
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait()
+
+
+def data_key(run: Run) -> str:
+    """Runs with the same key read the same data. (The seed is also that of the order in which a
+    domain is read.)"""
+    c = run.config
+    return str([c.domains, c.mixture, c.tokenizer, c.data_dir, c.seq_len, c.batch_tokens,
+                c.max_steps, c.max_tokens, c.seed])
 
 
 def run_all(todo: list[Run], planned: list[Run], out: Path, grid: Grid,
@@ -232,20 +258,22 @@ def run_all(todo: list[Run], planned: list[Run], out: Path, grid: Grid,
     else:
         card_name = torch.cuda.get_device_name()
     print(f"{len(todo)} runs on {len(cards)} x {card_name}", flush=True)
-    prepare_data(todo)
 
+    preparation = Preparation(todo)
     reported = begun
     waiting = list(todo)
     running = []
     failed = []
     try:
         while waiting or running:
+            in_time = has_time(grid.max_minutes, begun, planned)
+            if not running and not in_time:
+                break
+            preparation.go_on()
             for card in free_cards(cards, running, grid.overlap_seconds):
-                if waiting and has_time(grid.max_minutes, begun, planned):
+                if waiting and in_time and preparation.is_done(waiting[0]):
                     running.append(start(waiting.pop(0), card, card_name))
                     print(f"started {running[-1].run}; {len(waiting)} wait", flush=True)
-            if not running:
-                break                       # there is no time for what waits
 
             time.sleep(POLL_SECONDS)
             for job in list(running):
@@ -263,6 +291,7 @@ def run_all(todo: list[Run], planned: list[Run], out: Path, grid: Grid,
                 report_progress(running)
     finally:
         # Ctrl-C, say: let them save and end.
+        preparation.stop()
         for job in running:
             job.process.terminate()
         for job in running:
