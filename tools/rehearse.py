@@ -1,20 +1,21 @@
 """Rehearse a large run on this machine, before it is paid for.
 
-    python -m tools.rehearse config/motif2_12b.py [--gpus=8] [--out=out/rehearsal] [--key=value ...]
+    python -m tools.rehearse config/motif2_12b.py [--gpus=8] [--parts=restart,export,fine-tune,muon]
+                                                  [--out=out/rehearsal] [--key=value ...]
 
 With built-in text and byte tokens, so that no network is needed, it does what the run will do, only
 shorter. It prints each command and how long it took, and at the end the speed, and the memory
 beside what --dry_run plans. The parts are:
 
-    train       4 steps and a checkpoint; then one rank is killed, and the others must end
-    resume      from the checkpoint to step 8
-    export      the weights for other programs
-    generate    a reply with the exported weights; on a GPU also its speed
+    restart     4 steps and a checkpoint; one rank is killed, and the others must end; the run goes
+                on from the checkpoint to step 8
+    export      the weights for other programs, and a reply with them; on a GPU also their speed
     fine-tune   2 steps of the first stage, rows as long as the model can read, at most 16,384
     muon        a step of Parallel Muon alone, beside the form in which each rank does every matrix
+    steps       in place of restart: 8 steps, and no checkpoint, which is eight bytes a parameter
 
-All options but these two are those of pretrain.py. A step has 4 passes of each rank unless
---batch_tokens says otherwise. --gpus is the number of ranks: without it all GPUs, or 2 on a CPU.
+All other options are those of pretrain.py. A step has 4 passes of each rank unless --batch_tokens
+says otherwise. --gpus is the number of ranks: without it all GPUs, or 2 on a CPU.
 """
 import shlex
 import signal
@@ -39,15 +40,18 @@ ROOT = Path(pretrain.__file__).parent
 CHECKPOINT_STEP = 4
 STEPS = 8
 MAX_ROW = 16_384                  # tokens of a row in fine-tuning, the report's
+PARTS = ("restart", "export", "fine-tune", "muon")
 
 
 class Rehearsal:
     """The commands of a rehearsal, and where their output goes."""
 
-    def __init__(self, config_file: str, gpus: int, out: Path, options: dict[str, str]):
+    def __init__(self, config_file: str, gpus: int, out: Path, parts: list[str],
+                 options: dict[str, str]):
         self.config_file = config_file
         self.gpus = gpus
         self.out = out
+        self.parts = parts
         self.options = options
         self.run = out / "run"
         self.settings = {
@@ -100,6 +104,14 @@ def report(part: str, seconds: float, text: str) -> None:
 
 # ---- the parts
 
+def lose_a_rank_and_restart(r: Rehearsal) -> None:
+    train_until_a_rank_is_lost(r)
+    r.do("resume", r.train_command())
+    text = (r.run / "log.txt").read_text(encoding="utf-8")
+    if "resumed" not in text or last_step(r.run) != STEPS:
+        raise UserError(f"the run did not go on from its checkpoint: see {r.run}/log.txt")
+
+
 def train_until_a_rank_is_lost(r: Rehearsal) -> None:
     """Kill one rank behind the checkpoint, and wait until torchrun has ended the others."""
     begin = time.monotonic()
@@ -123,11 +135,9 @@ def last_step(run: Path) -> int:
     return max([m["step"] for m in read_metrics(run)], default=-1)
 
 
-def resume(r: Rehearsal) -> None:
-    r.do("resume", r.train_command())
-    text = (r.run / "log.txt").read_text(encoding="utf-8")
-    if "resumed" not in text or last_step(r.run) != STEPS:
-        raise UserError(f"the run did not go on from its checkpoint: see {r.run}/log.txt")
+def train_without_a_checkpoint(r: Rehearsal) -> None:
+    r.settings["save_every"] = None
+    r.do("steps", r.train_command())
 
 
 def export_and_generate(r: Rehearsal) -> None:
@@ -169,6 +179,8 @@ def summary(r: Rehearsal) -> str:
     """Speed and memory of the steps in which nothing was compiled: the first two of a process may
     be slow."""
     steps = [m for m in read_metrics(r.run) if "tok_per_s" in m]
+    if not steps:
+        return (r.log("muon")).read_text(encoding="utf-8")
     settled = [m for m in steps if m["step"] not in (1, 2, CHECKPOINT_STEP + 1,
                                                      CHECKPOINT_STEP + 2)]
     speeds = [m["tok_per_s"] for m in settled]
@@ -199,7 +211,7 @@ def planned_gib(r: Rehearsal) -> float:
 # ---- the command
 
 def read_arguments(argv: list[str]) -> Rehearsal:
-    own = {"gpus": None, "out": "out/rehearsal"}
+    own = {"gpus": None, "out": "out/rehearsal", "parts": ",".join(PARTS)}
     options = {}
     files = []
     for word in argv:
@@ -215,10 +227,18 @@ def read_arguments(argv: list[str]) -> Rehearsal:
     gpus = own["gpus"] or str(torch.cuda.device_count() or 2)
     if not gpus.isdecimal() or int(gpus) == 0:
         raise UserError(f"gpus={gpus} must be how many ranks there are")
+    parts = own["parts"].split(",")
+    for part in parts:
+        if part not in (*PARTS, "steps"):
+            raise UserError(f"parts={own['parts']}: {part!r} is none of {', '.join(PARTS)}, steps")
+        if part in ("export", "fine-tune") and "restart" not in parts:
+            raise UserError(f"parts={own['parts']}: {part} needs the checkpoint of restart")
+    if {"restart", "steps"} <= {*parts}:
+        raise UserError(f"parts={own['parts']}: steps takes the place of restart; leave out one")
     out = Path(own["out"]).absolute()
     if out.exists():
         raise UserError(f"{out} exists; delete it, or give another --out")
-    return Rehearsal(str(Path(files[0]).absolute()), int(gpus), out, options)
+    return Rehearsal(str(Path(files[0]).absolute()), int(gpus), out, parts, options)
 
 
 def main() -> None:
@@ -228,11 +248,16 @@ def main() -> None:
     r = read_arguments(sys.argv[1:])
     r.out.mkdir(parents=True)
     print(f"{r.gpus} ranks, {r.config.batch_tokens:,d} tokens a step; in {r.out}", flush=True)
-    train_until_a_rank_is_lost(r)
-    resume(r)
-    export_and_generate(r)
-    fine_tune(r)
-    time_muon(r)
+    if "steps" in r.parts:
+        train_without_a_checkpoint(r)
+    if "restart" in r.parts:
+        lose_a_rank_and_restart(r)
+    if "export" in r.parts:
+        export_and_generate(r)
+    if "fine-tune" in r.parts:
+        fine_tune(r)
+    if "muon" in r.parts:
+        time_muon(r)
     print(f"\n{summary(r)}")
 
 
