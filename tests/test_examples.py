@@ -8,7 +8,7 @@ MODULES = ("configurator", "model", "muonclip", "kernels", "data", "pretrain", "
            "support.tokenizer", "support.ranks", "support.sources", "support.log", "support.tasks",
            "support.conversations", "support.selection", "support.weights", "support.generation",
            "support.scores", "synthetic.texts", "synthetic.conversations", "tools.ablate",
-           "tools.grow", "tools.plan", "tools.sandbox")
+           "tools.grow", "tools.plan", "tools.prepare", "tools.profile_step", "tools.sandbox")
 
 
 @pytest.mark.parametrize("name", MODULES)
