@@ -515,7 +515,7 @@ def generate_replies(model: Motif, encoder: PromptEncoder, prompts: list[Prompt]
     depend on the batch, up to rounding."""
     device = model.head_weight.device
     room = prompt_room(model, max_new_tokens)
-    max_new_tokens = model.config.max_position_embeddings - room
+    max_new_tokens = model.config.max_position_embeddings - room        # at most half the context
     waiting = sorted(prompts, key=lambda prompt: -min(len(prompt.ids), room))
 
     while waiting:

@@ -167,6 +167,15 @@ def test_what_a_cut_run_has_logged_says_nothing_of_the_process_that_follows(run)
     assert ablate.seconds_left(old._replace(metrics_before=None)) == 2.56    # 256 tokens are left
 
 
+def test_a_run_whose_loss_is_not_finite_has_a_line_too(run):
+    Path("grid.py").write_text('''base = "base.py"
+runs = {"wild": {"lr": 1e30}}
+''')
+    printed = run("grid.py", "out")
+    assert "held-out loss not finite" in printed
+    assert ablate.read_csv(Path("out/runs.csv"))[0]["loss"] == "nan"
+
+
 def test_two_runs_of_one_name_are_refused(run):
     Path("grid.py").write_text('''base = "base.py"
 axes = [{"a": {}, "a-b": {}}, {"b": {}, "": {}}]

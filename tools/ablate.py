@@ -226,6 +226,7 @@ class Preparation:
         if self.waiting:
             self.current = next(iter(self.waiting))
             run = self.waiting.pop(self.current)
+            print(f"preparing the data of {run}", flush=True)
             command = [sys.executable, "-m", "tools.prepare", *run.argv]
             self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL,
                                             stderr=subprocess.DEVNULL)
@@ -312,7 +313,8 @@ def free_cards(cards: list[str | None], running: list[Job],
 
 def seconds_left(job: Job) -> float:
     """How long the run will go on, by the median speed of its logged lines; infinite while it has
-    fewer than three. Lines that a process before this one has left do not count."""
+    fewer than three. What a process before this one has left there does not count until this one
+    has written to the file."""
     path = job.run.folder / "metrics.jsonl"
     if not path.exists() or path.stat().st_mtime_ns == job.metrics_before:
         return math.inf
@@ -343,7 +345,12 @@ def report_end(job: Job) -> None:
     seconds = time.monotonic() - job.begun
     write_note(job.run, {**read_note(job.run), "seconds": seconds})
     loss = [m["val_loss"] for m in read_metrics(job.run.folder) if "val_loss" in m][-1]
-    print(f"ended {job.run} after {seconds:.0f} s: held-out loss {loss:.4f}", flush=True)
+    print(f"ended {job.run} after {seconds:.0f} s: held-out loss {show_loss(loss)}", flush=True)
+
+
+def show_loss(loss: float | None) -> str:
+    """For a loss that was not finite metrics.jsonl has null."""
+    return "not finite" if loss is None else f"{loss:.4f}"
 
 
 def write_note(run: Run, note: dict) -> None:
@@ -369,7 +376,8 @@ def has_time(max_minutes: float | None, begun: float, runs: list[Run]) -> bool:
 
 def last_words(run: Run) -> str:
     """The last line that a run has printed."""
-    lines = (run.folder / "output.txt").read_text(encoding="utf-8").split("\n")
+    text = (run.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+    lines = text.split("\n")
     words = [line for line in lines if line.strip()]
     return f"{words[-1] if words else 'it printed nothing'} ({run.folder}/output.txt)"
 
@@ -381,7 +389,7 @@ def report_progress(running: list[Job]) -> None:
         if logged:
             m = logged[-1]
             steps = pretrain.make_curriculum(job.run.config).steps
-            print(f"  {job.run}: step {m['step']}/{steps}, loss {m['loss']:.4f}, "
+            print(f"  {job.run}: step {m['step']}/{steps}, loss {show_loss(m['loss'])}, "
                   f"{m['tok_per_s']:,.0f} tok/s", flush=True)
 
 
@@ -480,13 +488,15 @@ def measure(run: Run) -> dict:
     with torch.device("meta"):
         model = Motif(pretrain.model_config(run.config))
     flops = flops_per_token(model.config, pretrain.make_curriculum(run.config).context[-1])
-    by_domain = {name: round(x, 5) for name, x in last["val_loss_by_domain"].items()}
+    by_domain = {}
+    for name, loss in last["val_loss_by_domain"].items():
+        by_domain[name] = None if loss is None else round(loss, 5)
     note = read_note(run)
     return {"name": run.name, "seed": str(run.seed), "base": run.argv[0],
             "overrides": json.dumps(run.overrides),
             "parameters": sum(p.numel() for p in model.parameters()),
             "flops_per_token": sum(flops), "tokens": last["tokens"],
-            "tok_per_s": round(median_speed(metrics)), "loss": f"{last['val_loss']:.5f}",
+            "tok_per_s": round(median_speed(metrics)), "loss": loss_text(last["val_loss"]),
             "loss_by_domain": json.dumps(by_domain), "date": note["date"], "card": note["card"]}
 
 
@@ -497,8 +507,12 @@ def measure_curve(run: Run) -> list[dict]:
     for m in metrics:
         if "val_loss" in m:
             points.append({"name": run.name, "seed": str(run.seed), "tokens": m["tokens"],
-                           "loss": f"{m['val_loss']:.5f}"})
+                           "loss": loss_text(m["val_loss"])})
     return points
+
+
+def loss_text(loss: float | None) -> str:
+    return "nan" if loss is None else f"{loss:.5f}"
 
 
 def measure_poly_norm(run: Run) -> list[dict]:

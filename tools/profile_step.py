@@ -3,8 +3,10 @@
     python -m tools.profile_step config/motif_124m.py [--key=value ...]
     torchrun --nproc_per_node=2 -m tools.profile_step config/motif2_12b.py --num_hidden_layers=6
 
-Trains on random tokens, with batches and lengths of the config's first step: ten steps in a row,
-as in training, for their time, and three under torch.profiler. Prints for one step, of rank 0:
+Trains on random tokens, with rows as long as the config's first, and batches as large, but at most
+four passes of each rank: so the optimizer's share may be larger than in training. Ten steps in a
+row, as in training, give the time; three are recorded by torch.profiler. Prints for one step, of
+rank 0:
 
     step        milliseconds, without the profiler
     host        how long the host took to launch forward and backward pass, and the optimizer. Where
@@ -32,6 +34,7 @@ from support.ranks import RANK, WORLD, run_main
 WARM_UP = 4               # steps: torch.compile and Triton compile in the first two
 TIMED = 10
 RECORDED = 3
+MAX_PASSES = 4            # the trace of a large batch would be too long
 NUM_GAPS = 8
 
 # The first kind of which a part is in a kernel's name; all else is "other". torch.compile's kernels
@@ -122,6 +125,8 @@ def record(step) -> list[dict]:
         for _ in range(RECORDED):
             step()
         torch.cuda.synchronize()
+    if RANK != 0:
+        return []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
@@ -151,13 +156,16 @@ def report(trace: list[dict], seconds: float) -> str:
     busy = length(merge(kernels)) / RECORDED / 1000
     alone = busy - length(merge(others)) / RECORDED / 1000
     host = select(trace, "user_annotation")
-    on_gpu = select(trace, "gpu_user_annotation")
+    # The GPU has the label once for each stream.
+    optimizer = [event for event in select(trace, "gpu_user_annotation")
+                 if event.name == "optimizer"]
 
     lines = [
         f"step        {1000 * seconds:8.1f} ms",
         f"host        {milliseconds(host, 'forward_backward'):8.1f} forward and backward, "
         f"{milliseconds(host, 'optimizer'):.1f} optimizer",
-        f"GPU         {busy:8.1f} busy; optimizer {milliseconds(on_gpu, 'optimizer'):.1f}",
+        f"GPU         {busy:8.1f} busy; optimizer "
+        f"{length(merge(optimizer)) / RECORDED / 1000:.1f}",
         f"messages    {length(merge(messages)) / RECORDED / 1000:8.1f}, alone {alone:.1f}", ""]
 
     kinds = {}
@@ -178,17 +186,26 @@ def main() -> None:
     device = pretrain.pick_device(c)
     if device.type != "cuda":
         raise UserError("a step is profiled on a GPU, and there is none")
-    pretrain.meet_ranks(c, device)
+    with pretrain.friendly_errors(c, Path()):
+        profile_steps(c, device)
+
+
+def profile_steps(c: pretrain.Config, device: torch.device) -> None:
     curriculum = pretrain.make_curriculum(c)
+    pretrain.check_fp8(c, curriculum, device)
+    pretrain.meet_ranks(c, device)
     model, optimizer = pretrain.build_model_and_optimizer(c, device, None, None, Path())
     annotate(pretrain, "forward_backward", "forward_backward")
     annotate(optimizer, "step", "optimizer")
 
     T = curriculum.seq_len[0]
-    rows = curriculum.rows[0] // WORLD
+    micro_batch_rows = max(1, c.micro_batch_tokens // T)
+    rows = max(1, min(curriculum.rows[0] // WORLD, MAX_PASSES * micro_batch_rows))
     ids = torch.randint(c.vocab_size, (rows, T + 1))
     batch = (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
-    micro_batch_rows = max(1, c.micro_batch_tokens // T)
+    if RANK == 0:
+        print(f"{rows * WORLD * T:,d} tokens a step on {WORLD} x {torch.cuda.get_device_name()}; "
+              f"{WARM_UP + TIMED + RECORDED} steps", flush=True)
 
     def step() -> None:
         pretrain.train_step(model, optimizer, batch, micro_batch_rows, rows * WORLD * T, 1e-4, c)
@@ -203,7 +220,6 @@ def main() -> None:
     seconds = (time.perf_counter() - begin) / TIMED
     trace = record(step)
     if RANK == 0:
-        print(f"{rows * WORLD * T:,d} tokens a step on {WORLD} x {torch.cuda.get_device_name()}")
         print(report(trace, seconds), flush=True)
 
 

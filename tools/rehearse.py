@@ -12,18 +12,23 @@ beside what --dry_run plans. The parts are:
     export      the weights for other programs, and a reply with them; on a GPU also their speed
     fine-tune   2 steps of the first stage, rows as long as the model can read, at most 16,384
     muon        a step of Parallel Muon alone, beside the form in which each rank does every matrix
-    steps       in place of restart: 8 steps, and no checkpoint, which is eight bytes a parameter
+                (on one GPU the step of one layer)
+    steps       in place of restart: 8 steps, and no checkpoint
 
-All other options are those of pretrain.py. A step has 4 passes of each rank unless --batch_tokens
-says otherwise. --gpus is the number of ranks: without it all GPUs, or 2 on a CPU.
+All other options are those of pretrain.py. Rows have the first length of the schedule: rehearse
+later ones by --seq_len=16384. A step has 4 passes of each rank unless --batch_tokens says
+otherwise. --gpus is the number of ranks: without it as many as there are GPUs, or 2 without any.
+Two checkpoints and the exported weights take some 20 bytes of disk a parameter, 245 GB for 12.7B.
 """
+import os
+import re
 import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -34,6 +39,7 @@ from configurator import UserError
 from model import MotifConfig
 from support.log import read_metrics
 from support.ranks import run_main
+from tools.ablate import show_loss
 from tools.plan import memory_of_rank, tokens_in_a_pass
 
 ROOT = Path(pretrain.__file__).parent
@@ -41,6 +47,8 @@ CHECKPOINT_STEP = 4
 STEPS = 8
 MAX_ROW = 16_384                  # tokens of a row in fine-tuning, the report's
 PARTS = ("restart", "export", "fine-tune", "muon")
+REHEARSED = ("out_dir", "max_steps", "max_tokens", "save_every", "log_every", "resume", "export",
+             "dry_run")
 
 
 class Rehearsal:
@@ -52,13 +60,15 @@ class Rehearsal:
         self.gpus = gpus
         self.out = out
         self.parts = parts
+        self.process = None                 # the last one that was started
         self.options = options
         self.run = out / "run"
         self.settings = {
             "tokenizer": "byte", "domains": {"code": ["builtin:code", 1.0, 1.0]},
             "max_tokens": None, "max_steps": STEPS, "warmup_steps": 2, "log_every": 1,
             "eval_every": None, "save_every": CHECKPOINT_STEP, "keep_every": None, "prompts": [],
-            "data_dir": out / "data", **options, "out_dir": self.run}
+            "mixture": None, "init": None, "wandb": None, "data_dir": out / "data", **options,
+            "out_dir": self.run}
         c = configurator.load(pretrain.Config, self.train_arguments())
         if "batch_tokens" not in options:
             row = c.seq_len if isinstance(c.seq_len, int) else c.seq_len[0][1]
@@ -78,9 +88,17 @@ class Rehearsal:
         return self.torchrun("pretrain.py", *self.train_arguments())
 
     def start(self, part: str, command: list[str]) -> subprocess.Popen:
-        print(f"$ {shlex.join(command)}", flush=True)
+        print(f"$ {shlex.join(command)}\n  (to follow it: tail -f {self.log(part)})", flush=True)
         with open(self.log(part), "w", encoding="utf-8") as log:
-            return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log,
+                                            stderr=subprocess.STDOUT)
+        return self.process
+
+    def stop(self) -> None:
+        """End what is still running."""
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait()
 
     def log(self, part: str) -> Path:
         return self.out / f"{part}.txt"
@@ -93,9 +111,11 @@ class Rehearsal:
         report(part, time.monotonic() - begin, f"see {self.log(part)}")
 
     def fail(self, part: str) -> None:
-        lines = self.log(part).read_text(encoding="utf-8", errors="replace").splitlines()
-        words = [line for line in lines if line.strip()] or ["it printed nothing"]
-        raise UserError(f"{part} failed: {words[-1]} ({self.log(part)})")
+        text = self.log(part).read_text(encoding="utf-8", errors="replace")
+        # What torchrun says after a rank has failed does not say why it did.
+        said_by_ranks = re.split(r"(?m)^[EW]\d{4} .*torch/distributed/elastic", text)[0]
+        last_lines = "\n".join(said_by_ranks.splitlines()[-15:])
+        raise UserError(f"{last_lines}\n{part} failed; all that it printed is in {self.log(part)}")
 
 
 def report(part: str, seconds: float, text: str) -> None:
@@ -116,15 +136,19 @@ def train_until_a_rank_is_lost(r: Rehearsal) -> None:
     """Kill one rank behind the checkpoint, and wait until torchrun has ended the others."""
     begin = time.monotonic()
     process = r.start("train", r.train_command())
+    # The checkpoint is written before the step behind it is logged.
     while last_step(r.run) <= CHECKPOINT_STEP:
         if process.poll() is not None:
             r.fail("train")
         time.sleep(0.05)
     trained = time.monotonic()
 
+    # torchrun's children are the ranks.
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    rank = found.stdout.split()[-1]
-    subprocess.run(["kill", f"-{signal.SIGKILL}", rank])
+    ranks = found.stdout.split()
+    if not ranks:
+        raise UserError("the run ended before a rank could be killed; give a larger --batch_tokens")
+    os.kill(int(ranks[-1]), signal.SIGKILL)
     if process.wait() == 0:
         raise UserError("a rank was killed, and the run ended as if it had not been")
     report("train", trained - begin, f"{last_step(r.run)} steps; all had ended "
@@ -151,12 +175,13 @@ def export_and_generate(r: Rehearsal) -> None:
 
 def fine_tune(r: Rehearsal) -> None:
     row = min(MAX_ROW, r.config.max_position_embeddings)
+    shared = {field.name for field in fields(pretrain.TrainConfig)}
+    options = {key: value for key, value in r.options.items() if key in shared}
     settings = {
-        "stage": 1, "model": r.run, "out_dir": r.out / "sft", "data_dir": r.out / "data",
-        "data": {"help": ["builtin:help", 1.0]}, "seq_len": row, "micro_batch_tokens": row,
-        "batch_tokens": r.gpus * row, "max_steps": 2, "epochs": 100, "eval_every": None,
-        "save_every": None, "log_every": 1, "prompts": [], "device": r.config.device,
-        "precision": r.config.precision,
+        "data_dir": r.config.data_dir, **options, "stage": 1, "model": r.run,
+        "out_dir": r.out / "sft", "data": {"help": ["builtin:help", 1.0]}, "seq_len": row,
+        "micro_batch_tokens": row, "batch_tokens": r.gpus * row, "max_steps": 2, "epochs": 100,
+        "eval_every": None, "save_every": None, "log_every": 1, "prompts": [],
         "activation_checkpoint_layers": r.config.num_hidden_layers}
     r.do("fine-tune", r.torchrun("sft.py", *[f"--{key}={value}"
                                              for key, value in settings.items()]))
@@ -179,21 +204,23 @@ def summary(r: Rehearsal) -> str:
     """Speed and memory of the steps in which nothing was compiled: the first two of a process may
     be slow."""
     steps = [m for m in read_metrics(r.run) if "tok_per_s" in m]
-    if not steps:
-        return (r.log("muon")).read_text(encoding="utf-8")
-    settled = [m for m in steps if m["step"] not in (1, 2, CHECKPOINT_STEP + 1,
-                                                     CHECKPOINT_STEP + 2)]
+    if not steps:                                   # only muon was asked for
+        return r.log("muon").read_text(encoding="utf-8")
+    slow = (1, 2, CHECKPOINT_STEP + 1, CHECKPOINT_STEP + 2)
+    settled = [m for m in steps if m["step"] not in slow]
     speeds = [m["tok_per_s"] for m in settled]
     lines = [f"speed      {statistics.median(speeds):,.0f} tok/s ({min(speeds):,.0f} to "
              f"{max(speeds):,.0f})"]
     if on_gpu(r.config):
-        mfu = statistics.median(m["mfu"] for m in settled)
+        mfu = "MFU unknown"
+        if settled[0]["mfu"] is not None:
+            mfu = f"{statistics.median(m['mfu'] for m in settled):.1%} MFU"
         optimizer = statistics.median(m["optimizer_ms"] / m["ms"] for m in settled)
         used = max(m["gib"] for m in steps)
-        lines[0] += f", {mfu:.1%} MFU; the optimizer takes {optimizer:.1%} of a step"
+        lines[0] += f", {mfu}; the optimizer takes {optimizer:.1%} of a step"
         lines.append(f"memory     {used:.1f} GiB of a GPU; planned {planned_gib(r):.1f}")
     losses = [m["loss"] for m in steps]
-    lines.append(f"loss       {losses[0]:.4f} to {losses[-1]:.4f}")
+    lines.append(f"loss       {show_loss(losses[0])} to {show_loss(losses[-1])}")
     for part in ("decode", "muon"):
         if r.log(part).exists():
             lines += ["", *r.log(part).read_text(encoding="utf-8").splitlines()]
@@ -204,7 +231,8 @@ def planned_gib(r: Rehearsal) -> float:
     c = r.config
     c.plan_world_size = r.gpus
     row = max(pretrain.make_curriculum(c).seq_len)
-    always, phases = memory_of_rank(c, row, c.activation_checkpoint_layers)
+    checkpointed = min(c.activation_checkpoint_layers, c.num_hidden_layers)
+    always, phases = memory_of_rank(c, row, checkpointed)
     return (sum(always.values()) + max(phases.values())) / 2**30
 
 
@@ -218,8 +246,12 @@ def read_arguments(argv: list[str]) -> Rehearsal:
         key, equals, text = word.removeprefix("--").partition("=")
         if not word.startswith("-"):
             files.append(word)
+        elif key in own and not text:
+            raise UserError(f"--{key} needs a value: --{key}=...")
         elif key in own:
             own[key] = text
+        elif key in REHEARSED:
+            raise UserError(f"--{key} is what a rehearsal sets itself; leave it out")
         else:
             options[key] = text if equals else "True"
     if len(files) != 1:
@@ -245,9 +277,20 @@ def main() -> None:
     if "--help" in sys.argv or "-h" in sys.argv:
         print(__doc__)
         return
+    # A cluster's SIGTERM is answered as Ctrl-C is.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     r = read_arguments(sys.argv[1:])
     r.out.mkdir(parents=True)
     print(f"{r.gpus} ranks, {r.config.batch_tokens:,d} tokens a step; in {r.out}", flush=True)
+    try:
+        rehearse(r)
+    except KeyboardInterrupt:
+        raise UserError(f"interrupted; delete {r.out} to begin again") from None
+    finally:
+        r.stop()
+
+
+def rehearse(r: Rehearsal) -> None:
     if "steps" in r.parts:
         train_without_a_checkpoint(r)
     if "restart" in r.parts:
