@@ -433,7 +433,8 @@ def write_csv(path: Path, columns: list[str], rows: list[dict]) -> None:
     """Write a table, which appears under its name only when it is complete."""
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        # Older files have columns that are gone.
+        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     os.replace(temporary, path)
@@ -471,7 +472,7 @@ def recorded_row(run: Run, rows) -> dict | None:
     settings."""
     for row in rows:
         if row["name"] == run.name and row["seed"] == str(run.seed):
-            if row["base"] != run.argv[0]:
+            if row.get("base", run.argv[0]) != run.argv[0]:      # older files have no base
                 raise UserError(f"runs.csv has {run} of {row['base']}, not of {run.argv[0]}; give "
                                 "another OUT or name")
             if json.loads(row["overrides"]) != json.loads(json.dumps(run.overrides)):
