@@ -71,6 +71,19 @@ def one_line(e: Exception) -> str:
     return f"{type(e).__name__}: {text}"
 
 
+def split_options(words: list[str]) -> dict[str, str]:
+    """Options as a dict; for a tool that hands them on to another program. The last one counts.
+
+    >>> split_options(["--lr=0.1", "--compile"])
+    {'lr': '0.1', 'compile': 'True'}
+    """
+    options = {}
+    for word in words:
+        key, equals, text = word.removeprefix("--").partition("=")
+        options[key] = text if equals else "True"
+    return options
+
+
 def load(Config: type, argv: list[str], default_file: str | None = None) -> Any:
     """Build a Config: its defaults, overridden by a config file, overridden by the command line.
 

@@ -713,12 +713,11 @@ def read_arguments(argv: list[str]) -> tuple[str, Path, Grid, dict[str, str]]:
 
     own = []
     options = {}
-    for word in words:
-        key, equals, text = word[2:].partition("=")
+    for key, text in configurator.split_options(words).items():
         if key in Grid.__dataclass_fields__:
-            own.append(word)
+            own.append(f"--{key}={text}")
         else:
-            options[key] = text if equals else "True"
+            options[key] = text
     grid = configurator.load(Grid, [grid_file, *own])
     if grid.baseline not in (None, *cells(grid)):
         raise UserError(f"baseline={grid.baseline} is none of the grid's runs: "

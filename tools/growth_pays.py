@@ -143,12 +143,11 @@ def main() -> None:
     out = Path(sys.argv[1])
     own = {"size": "quickstart", "seeds": "1,2,3"}
     user_options = {}
-    for option in sys.argv[2:]:
-        key, equals, text = option.removeprefix("--").partition("=")
+    for key, text in configurator.split_options(sys.argv[2:]).items():
         if key in own:
             own[key] = text
         else:
-            user_options[key] = text if equals else "True"
+            user_options[key] = text
     if own["size"] not in SIZES:
         raise UserError(f"size={own['size']} must be one of {', '.join(SIZES)}")
     if not re.fullmatch(r"\d+(,\d+)*", own["seeds"]):

@@ -241,19 +241,17 @@ def planned_gib(r: Rehearsal) -> float:
 def read_arguments(argv: list[str]) -> Rehearsal:
     own = {"gpus": None, "out": "out/rehearsal", "parts": ",".join(PARTS)}
     options = {}
-    files = []
-    for word in argv:
-        key, equals, text = word.removeprefix("--").partition("=")
-        if not word.startswith("-"):
-            files.append(word)
-        elif key in own and not text:
+    files = [word for word in argv if not word.startswith("-")]
+    words = [word for word in argv if word.startswith("-")]
+    for key, text in configurator.split_options(words).items():
+        if key in own and f"--{key}" in words:
             raise UserError(f"--{key} needs a value: --{key}=...")
-        elif key in own:
-            own[key] = text
-        elif key in REHEARSED:
+        if key in REHEARSED:
             raise UserError(f"--{key} is what a rehearsal sets itself; leave it out")
+        if key in own:
+            own[key] = text
         else:
-            options[key] = text if equals else "True"
+            options[key] = text
     if len(files) != 1:
         raise UserError("give a config: python -m tools.rehearse config/motif2_12b.py")
     gpus = own["gpus"] or str(torch.cuda.device_count() or 2)
