@@ -1018,7 +1018,7 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #     dp = d_out v^T                                                           the gradient of p
 #     ds = p * (dp - delta),   delta = rowsum(p * dp) = rowsum(out * d_out)   one number per row
 #     dq = ds k / sqrt(D)
-#     dk = ds^T q / sqrt(D)
+#     dk = ds^T q / sqrt(D)                               1 / sqrt(D) is logit_scale in the code
 #
 # ds goes back through the softmax: in one row p_i = exp(s_i) / Z, where Z is the row's sum of
 # exp(s), so the derivative of p_i by s_j is p_i ((i == j) - p_j). That delta is also rowsum(out *
@@ -1055,17 +1055,18 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 # tile, not with its own first key, and stores 0 where the query comes before the key. Three kinds
 # of elements stay unwritten, and none of them reaches a result that is stored: those of blocks of
 # queries beyond T; of blocks of keys beyond T; and, with documents, of blocks of keys that no query
-# of the tile row sees, which attention_dq_kernel skips. BQ and BK, of either kernel, divide TILE.
+# of the tile row sees, which attention_dq_kernel skips. Every BQ and BK here divides TILE.
 #
-# ds of one pair of key heads at T = 16,384 is 1.3 GiB, so only as many pairs as fit DS_BYTES are
-# done at one time (at least one). first_pair is the first of them, counted in the whole batch.
+# ds of one pair of key heads at T = 16,384 is 1.3 GiB, so passes that write ds do only as many
+# pairs as fit DS_BYTES at one time (at least one). first_pair is the first of them, counted in the
+# whole batch. A pass for dv alone does all pairs, with first_pair = 0.
 #
 # Numbers of a head. In attention_dkdv_kernel a program knows its pair, and in each step
 # head_in_pair, which counts the heads of the pair; the other kernels start from head_in_batch or
 # head_in_ds. The tensors are laid out in four ways, so the same head has four numbers:
 #
 #     number          counts            is used in        and is made of
-#     head            the heads of a    q                 pair * heads_per_pair + head_in_pair
+#     head            the heads of a    q, dq             pair * heads_per_pair + head_in_pair
 #                     sequence
 #     head_in_batch   those of all      lse, delta        pair_in_batch * heads_per_pair +
 #                     sequences                           head_in_pair, where pair_in_batch = b * P
@@ -1073,9 +1074,9 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #     head_in_ds      those that are    ds                pair_in_ds * heads_per_pair +
 #                     done at one time                    head_in_pair, where pair_in_ds =
 #                                                         pair_in_batch - first_pair
-#     head_in_kind    signal or noise   d_signal or       pair * (heads of its kind in a pair) +
-#                     heads of a        d_noise, which    kind_in_pair, which counts these in the
-#                     sequence          are d_out         pair
+#     head_in_kind    signal or noise   signal or noise,  pair * (heads of its kind in a pair) +
+#                     heads of a        and d_signal or   kind_in_pair, which counts these in the
+#                     sequence          d_noise (d_out)   pair
 #
 # A head reads key_head = pair * (1 + HAS_NOISE) + is_noise of k, and value head `pair` of v.
 #
@@ -1129,8 +1130,9 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 @jit
 def head_and_query_of_step(step, num_blocks, lo, IS_NOISE: tl.constexpr, r: tl.constexpr,
                            HAS_NOISE: tl.constexpr, BQ: tl.constexpr):
-    """What a step works on, if the heads of one kind in a pair come one after the other, each with
-    num_blocks blocks of BQ queries from lo on -> kind_in_pair, head_in_pair, first_query."""
+    """The number of a step -> what it works on: kind_in_pair, head_in_pair, first_query. Steps go
+    through the heads of one kind in a pair, and for each through num_blocks blocks of BQ queries,
+    from lo on."""
     heads_per_group: tl.constexpr = 1 if IS_NOISE else r              # of this kind
     kind_in_pair = step // num_blocks
     first_query = lo + step % num_blocks * BQ
@@ -1147,9 +1149,9 @@ def attention_dkdv_sweep(k, v, dk, dv, q_desc, d_out_desc, lse_desc, delta_desc,
                          HAS_NOISE: tl.constexpr, GROUPS_PER_PAIR: tl.constexpr, D: tl.constexpr,
                          Dv: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,
                          NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
-    """What the queries lo to hi add to dk and dv of the keys k (BK, D), from all heads of the pair
-    that are signal heads, or noise heads if IS_NOISE. With NEED_DK it also stores ds. Here p and ds
-    are (BK, BQ), keys by queries.
+    """Add to dk and dv of the keys k (BK, D) what the queries lo to hi contribute, from all signal
+    heads of the pair, or all noise heads if IS_NOISE. With NEED_DK it also stores ds. Here
+    p, dp and ds are (BK, BQ), keys by queries: p^T, dp^T and ds^T of the formulas.
 
     One loop counts heads and blocks of queries together. Of two nested loops Triton would load
     ahead in the inner one only, and begin that anew with each head."""
@@ -1193,9 +1195,9 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
                           GROUPS_PER_PAIR: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
                           BQ: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,
                           NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
-    """One program: BK keys of one pair. NEED_DK: it makes p, dp, ds, which it writes, and dk of the
-    pair's signal and noise key heads. NEED_DV: it makes p and dv. The options of the three kinds of
-    launch, one pass for both or a pass for each, stand before attention_backward. The grid is
+    """One program: BK keys of one pair. NEED_DK: it makes p, dp and ds, writes ds, and makes dk of
+    the pair's signal and noise key heads. NEED_DV: it makes p and dv. The options of the three kinds
+    of launch, one pass for both or a pass for each, stand before attention_backward. The grid is
     (blocks of keys, pairs from first_pair on)."""
     pair_in_ds = tl.program_id(1)
     pair_in_batch = first_pair + pair_in_ds
@@ -1212,6 +1214,7 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
     # From the diagonal tile's first query on, to write ds of the whole tile.
     lo = first_key // TILE * TILE
     if doc_end_ptr is None:
+        # Only the diagonal tile needs a mask, and no document ends.
         masked_hi = tl.minimum(lo + TILE, T)
         doc_end = tl.full([BK], 2**31 - 1, tl.int32)
     else:
