@@ -72,7 +72,7 @@ def one_line(e: Exception) -> str:
 
 
 def split_options(words: list[str]) -> dict[str, str]:
-    """Options as a dict; for a tool that hands them on to another program. The last one counts.
+    """Options as a dict, with their texts.
 
     >>> split_options(["--lr=0.1", "--compile"])
     {'lr': '0.1', 'compile': 'True'}
@@ -80,6 +80,10 @@ def split_options(words: list[str]) -> dict[str, str]:
     options = {}
     for word in words:
         key, equals, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            raise UserError(f"{short(word)}: options have two dashes, as in --key=value")
+        if key in options:
+            raise UserError(f"{short(word)}: {short(f'--{key}')} is set twice; remove one")
         options[key] = text if equals else "True"
     return options
 
@@ -262,14 +266,7 @@ def split_argv(argv: list[str], default_file: str | None = None) -> tuple[str | 
         hint = f"did you mean {similar}?" if os.path.isfile(similar) else "options are --key=value"
         raise UserError(f"{short(file)} is not a file; {hint}")
 
-    seen = set()
-    for option in options:
-        key = option.split("=")[0]
-        if not key.startswith("--"):
-            raise UserError(f"{short(option)}: options have two dashes, as in --key=value")
-        if key in seen:
-            raise UserError(f"{short(option)}: {short(key)} is set twice; remove one")
-        seen.add(key)
+    split_options(options)                  # UserError if they are no options, or one comes twice
     return file, options
 
 

@@ -330,38 +330,44 @@ def local_slices(shape, mesh_sizes, dims, coords) -> tuple[slice, ...]:
 # and every head's logits get exactly gamma_h. Without sharing, these are Kimi K2's factors.
 
 @torch.no_grad()
-def qk_clip(q_weight: Tensor, k_weight: Tensor, max_logits: Tensor, kv_map, head_dim: int,
-            tau: float) -> Tensor:
-    """Scale the rows of q_weight (H D, hidden) and k_weight (K D, hidden) in place, to bring the
-    measured maxima of the logits down to tau -> gamma (H,).
+def qk_clip(qk: list, max_logits: Tensor, kv_map, head_dim: int, tau: float) -> Tensor:
+    """Scale the rows of each layer's q_weight (H D, hidden) and k_weight (K D, hidden) in place, to
+    bring the measured maxima of the logits down to tau -> gamma (layers, H).
 
-    max_logits (H,): S, the largest, not the largest in magnitude, measured before the update.
+    qk: [(q_weight, k_weight), ...], a pair for each layer.
+    max_logits (layers, H): S, the largest, not the largest in magnitude, measured before the
+        update.
     kv_map (H,): the key head that each query head reads.
 
     Two heads share a key. The first, at 200, must come down to 100. The second, at 50, must stay,
     so its q has to grow by what the key has lost:
 
     >>> q, k = torch.ones(2, 1), torch.ones(1, 1)
-    >>> qk_clip(q, k, torch.tensor([200.0, 50.0]), kv_map=[0, 0], head_dim=1, tau=100.0)
-    tensor([0.5000, 1.0000])
+    >>> S = torch.tensor([[200.0, 50.0]])
+    >>> qk_clip([(q, k)], S, kv_map=[0, 0], head_dim=1, tau=100.0)
+    tensor([[0.5000, 1.0000]])
     >>> q.flatten(), k.flatten()
     (tensor([0.7071, 1.4142]), tensor([0.7071]))
-    >>> torch.tensor([200.0, 50.0]) * (q * k).flatten()
-    tensor([100.0000,  50.0000])
+    >>> S * (q * k).flatten()
+    tensor([[100.0000,  50.0000]])
     """
     # NaN and inf are not. This raises RuntimeError, on a GPU when the host next synchronises.
     below_inf = (max_logits < torch.inf).all()
     torch._assert_async(below_inf, "QK-clip: an attention logit is not finite")
     kv_map = torch.as_tensor(kv_map, device=max_logits.device)
-    num_key_heads = len(k_weight) // head_dim
+    num_key_heads = len(qk[0][1]) // head_dim
 
-    gamma = torch.where(max_logits > tau, tau / max_logits, 1)                      # (H,)
-    strictest = gamma.new_ones(num_key_heads).scatter_reduce(0, kv_map, gamma, "amin")
-    key_factor = strictest.sqrt()                                                   # (K,)
-    query_factor = gamma / key_factor[kv_map]                                       # (H,)
+    gamma = torch.where(max_logits > tau, tau / max_logits, 1)                      # (layers, H)
+    strictest = gamma.new_ones(len(qk), num_key_heads)
+    strictest = strictest.scatter_reduce(1, kv_map.expand_as(gamma), gamma, "amin")
+    key_factors = strictest.sqrt()                                                  # (layers, K)
+    query_factors = gamma / key_factors[:, kv_map]                                  # (layers, H)
 
-    scale_rows(q_weight, query_factor.repeat_interleave(head_dim))
-    scale_rows(k_weight, key_factor.repeat_interleave(head_dim))
+    q_rows = query_factors.repeat_interleave(head_dim, dim=1)                       # (layers, H D)
+    k_rows = key_factors.repeat_interleave(head_dim, dim=1)                         # (layers, K D)
+    for (q_weight, k_weight), q_factors, k_factors in zip(qk, q_rows, k_rows, strict=True):
+        scale_rows(q_weight, q_factors)
+        scale_rows(k_weight, k_factors)
     return gamma
 
 
@@ -376,8 +382,8 @@ def scale_rows(weight: Tensor, factors: Tensor) -> None:
 
 # ---- The optimizer
 
-# Small matrices of the same shape are orthogonalised together, up to this many numbers (64 MB in
-# bf16). On a GPU most of the time would otherwise go into launching kernels.
+# Small matrices of the same shape are updated together, up to this many numbers (64 MB in bf16). On
+# a GPU most of the time would otherwise go into launching kernels.
 MAX_BATCHED_NUMEL = 2**25
 
 
@@ -482,13 +488,12 @@ class MuonClip(torch.optim.Optimizer):
         scalars = self._step_scalars(group, skip)
         whole = [p for p in group["params"] if p.grad is not None and not is_spread(p)]
         for params in batches_of_one_shape(whole):
-            updates = [self.add_gradient(p, scalars) for p in params]
-            stacked = updates[0][None]          # one matrix, which may be large, is not copied
-            if len(updates) > 1:
-                stacked = torch.stack(updates)
-            results = newton_schulz(stacked, **self.ns_options)
-            for p, O in zip(params, results):
-                self.apply_result(p, O, scalars)
+            if len(params) == 1:                # it may be large, and is not copied
+                O = newton_schulz(self.add_gradient(params[0], scalars), **self.ns_options)
+                self.apply_result(params[0], O, scalars)
+            else:
+                O = newton_schulz(self.add_gradients(params, scalars), **self.ns_options)
+                self.apply_results(params, O, scalars)
 
         # Second half: matrices that lie in shards on many ranks.
         for exchange in self.exchanges:
@@ -521,6 +526,27 @@ class MuonClip(torch.optim.Optimizer):
         partial_norms = apply_update(local_shard(p), O, scalars.decay, scalars.lr * scale)
         self.update_rms[p] = torch.linalg.vector_norm(partial_norms) * (scale / p.numel() ** 0.5)
 
+    def add_gradients(self, params: list[Tensor], scalars: SimpleNamespace) -> Tensor:
+        """add_gradient of E matrices of one shape at once -> u (E, ..., m, n). The copies take less
+        time than to call the kernel once for each matrix."""
+        momenta = [self.state[p]["momentum"] for p in params]
+        G = torch.stack([local_shard(p.grad) for p in params])
+        stacked = torch.stack(momenta)
+        u = add_to_momentum(stacked, G, scalars.mu, scalars.skip, self.ns_options["dtype"])
+        torch._foreach_copy_(momenta, list(stacked))
+        return u.view(G.shape)
+
+    def apply_results(self, params: list[Tensor], O: Tensor, scalars: SimpleNamespace) -> None:
+        """apply_result of E matrices of one shape at once, by O (E, ..., m, n)."""
+        weights = [local_shard(p) for p in params]
+        stacked = torch.stack(weights)
+        scale = update_scale(O.shape)
+        apply_update(stacked, O, scalars.decay, scalars.lr * scale)
+        torch._foreach_copy_(weights, list(stacked))
+
+        norms = torch.linalg.vector_norm(O.flatten(1), dim=1, dtype=stacked.dtype)
+        self.update_rms.update(zip(params, norms * (scale / params[0].numel() ** 0.5)))
+
     def _adamw_step(self, group: dict, skip: Tensor) -> None:
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
@@ -549,10 +575,8 @@ class MuonClip(torch.optim.Optimizer):
             for process_group in some_weight.device_mesh.get_all_groups():
                 dist.all_reduce(max_logits, dist.ReduceOp.MAX, process_group)
 
-        gammas = []
-        for (q_weight, k_weight), S in zip(self.qk, max_logits, strict=True):
-            gammas.append(qk_clip(q_weight, k_weight, S, self.kv_map, self.head_dim, self.tau))
-        self.heads_clipped = (torch.stack(gammas) < 1).sum()
+        gamma = qk_clip(self.qk, max_logits, self.kv_map, self.head_dim, self.tau)
+        self.heads_clipped = (gamma < 1).sum()
 
 
 def configure_optimizer(model, *, optimizer: str = "muonclip", embedding_lr_scale: float = 1.0,

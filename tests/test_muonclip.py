@@ -432,7 +432,8 @@ def test_no_logit_is_left_above_tau_and_heads_below_it_keep_theirs(heads, kv_hea
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_logit_that_is_not_finite_raises(bad):
     with pytest.raises(RuntimeError, match="an attention logit is not finite"):
-        qk_clip(torch.ones(4, 3), torch.ones(4, 3), torch.tensor([1.0, bad]), [0, 1], 2, 100.0)
+        layer = (torch.ones(4, 3), torch.ones(4, 3))
+        qk_clip([layer], torch.tensor([[1.0, bad]]), [0, 1], 2, 100.0)
 
 
 def test_main_prints_the_routing_and_times_a_step(monkeypatch, capsys):

@@ -198,7 +198,7 @@ def check_qk_clip(W, layouts):
     q, k = random_tensors(5, ((12, 6), (8, 6)))
     S = torch.tensor([[50.0, 400.0, 10.0]])
     expected = [q.clone(), k.clone()]
-    gamma = qk_clip(*expected, S[0], KV_MAP, HEAD_DIM, 100.0)
+    gamma = qk_clip([expected], S, KV_MAP, HEAD_DIM, 100.0)
     rank = dist.get_rank()
 
     def make(place, by_muon):

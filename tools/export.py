@@ -293,8 +293,8 @@ def chat_template(tokenizer: Tokenizer) -> str:
 
 
 def renders_as_trained(tokenizer: Tokenizer, folder: Path) -> bool:
-    """Whether the template and the tokenizer.json give a conversation the ids of sft.py. Some
-    tokenizers treat the beginning of a text in a way of their own: there they do not."""
+    """Whether the template and the tokenizer.json give a conversation the ids of sft.py. With some
+    tokenizers, which treat the beginning of a text in a way of their own, the ids differ."""
     from jinja2 import Template
     from tokenizers import Tokenizer as Library
     messages = [{"role": "system", "content": "Be brief."},

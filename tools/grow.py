@@ -17,7 +17,7 @@ What follows shows how a transformer is made wider and deeper without a change i
    and get equal gradients, and Newton-Schulz keeps them equal: they would stay equal for ever, and
    the large model would be a small one. The noise n breaks the tie. (The halves that are written
    are equal. But they are read with different weights, so their gradients differ.) The noise is
-   10 dB below the weights [ours: unpublished]. MEASUREMENTS.md, Growth, has what happens without.
+   10 dB below W/2 [ours: unpublished]. MEASUREMENTS.md, Growth, has what happens without.
 
    The MLP widens in the same way: gate and up have their rows twice, and down reads both copies.
    PolyNorm of a vector twice is PolyNorm of the vector, twice, for the same reason as RMSNorm.
@@ -66,11 +66,11 @@ from support.weights import read_json
 def grow(model: Motif, config: MotifConfig, noise_db: float = 10.0, seed: int = 0) -> Motif:
     """Grow the model to config's shape; its logits stay the same.
 
-    noise_db: how far the noise between copies lies below the weights, math.inf for no noise. It is
-    drawn on the model's device from the seed. The grown model shares no memory with the model, and
-    has its device and dtypes, except that lambda vectors and per-head norms are fp32. rope_theta
-    stays the model's, since another one would change the logits. UserError if the shape cannot be
-    reached."""
+    noise_db: how far the noise between copies lies below the divided weights, such as W/2; math.inf
+    for no noise. It is drawn on the model's device from the seed. The grown model shares no memory
+    with the model, and has its device and dtypes, except that lambda vectors and per-head norms are
+    fp32. rope_theta stays the model's, since another one would change the logits. UserError if the
+    shape cannot be reached."""
     config = replace(config, rope_theta=model.config.rope_theta)
     every = check_growth(model.config, config)
     return build_grown(model, config, every, noise_db, seed)
@@ -105,8 +105,8 @@ def copy_columns(weight: Tensor, copies: int, blocks: int = 1, noise: float = 0.
     """Let a matrix read `copies` copies of its input: (n, blocks b) -> (n, blocks copies b).
 
     Each copy of the columns is the matrix divided by `copies`, plus normal noise that sums to zero
-    over the copies. noise: its RMS as a fraction of the RMS of the weights. blocks: the columns may
-    be cut into blocks, each of which is followed by its own copies, as the heads of a group are.
+    over the copies. noise: its RMS as a fraction of that of the divided matrix. blocks: how many
+    blocks the columns are cut into, each followed by its own copies, as the heads of a group are.
 
     >>> W = torch.tensor([[1., 2.], [3., 4.]])
     >>> copy_columns(W, copies=2)
@@ -213,7 +213,7 @@ def refold_lambda_init(old: Attention, new: Attention) -> dict[str, Tensor]:
 
 @dataclass
 class Growth:
-    """How often what is copied."""
+    """How many copies are made of each part."""
     config: MotifConfig                 # of the model that grows
     width: int                          # copies of the stream's and of the MLP's features
     head_copies: int                    # copies of each signal head
@@ -321,9 +321,9 @@ def check_growth(old: MotifConfig, new: MotifConfig) -> int:
             problems[key] = why
 
     factor = new.hidden_size // old.hidden_size
-    if new.hidden_size != factor * old.hidden_size:
+    if factor < 1 or new.hidden_size != factor * old.hidden_size:
         problems["hidden_size"] = "it must be a multiple"
-    if new.intermediate_size != factor * old.intermediate_size:
+    elif new.intermediate_size != factor * old.intermediate_size:
         problems["intermediate_size"] = f"it must grow as hidden_size does, {factor} times"
     if num_signal_heads(new) % num_signal_heads(old):
         problems["num_attention_heads"] = (f"{num_signal_heads(new)} signal heads are not a "
@@ -404,7 +404,8 @@ def check_same_config(run: Path, folders: list[Path]) -> None:
 
 
 def check_same_shape(c, model: Motif) -> None:
-    """UserError unless the averaged model has the config's shape. rope_theta is checked apart."""
+    """UserError unless the averaged model has the config's shape. rope_theta is checked apart, and
+    poly_norm_scale concerns fresh weights alone."""
     for key, expected in asdict(model_config(c)).items():
         found = getattr(model.config, key)
         if found != expected and key not in ("rope_theta", "poly_norm_scale"):

@@ -1,6 +1,6 @@
 """Does it pay to grow a model?
 
-    python -m tools.growth_pays OUT --domains=...
+    python -m tools.growth_pays OUT [--domains=...]
     python -m tools.growth_pays OUT --size=evidence
 
 For each of three seeds this trains a small Motif, the large one that is grown from it, and the
@@ -11,10 +11,10 @@ OUT/growth.png. A run that has ended is not repeated, and one that was cut goes 
     --size=evidence      154M parameters, and the data of config/evidence.py; for a GPU
     --seeds=1,2,3        these seeds
 
-All other options are those of pretrain.py, and go to every run.
+All other options are those of pretrain.py, such as domains of your own, and go to every run.
 """
-import json
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,7 +25,9 @@ import configurator
 import pretrain
 from configurator import UserError
 from model import flops_per_token
+from support.log import read_metrics
 from support.ranks import run_main
+from tools.ablate import Run, check_folder, has_ended
 
 SMALL_SHARE = 0.25   # the small model's part of the FLOPs
 
@@ -63,58 +65,71 @@ SIZES = {
 }
 
 
-def arguments(size: Size, shape: dict, user_options: dict[str, str], **options) -> list[str]:
-    """The command line of pretrain.py for a model of this shape."""
-    for key in user_options:
-        if key in {**shape, **options}:
-            raise UserError(f"--{key} differs from run to run here; leave it out")
-    config_file = Path(pretrain.__file__).parent / size.config_file
-    settings = {**size.both, **user_options, **shape, **options}
-    return [str(config_file)] + [f"--{key}={value}" for key, value in settings.items()]
+# Options of pretrain.py that would make the three runs other than they have to be.
+REFUSED = ("init", "decay_fraction", "max_tokens", "eval_every", "save_every", "resume", "export",
+           "dry_run")
 
 
-def flops_per_step(size: Size, shape: dict, user_options: dict[str, str]) -> float:
-    c = configurator.load(pretrain.Config, arguments(size, shape, user_options))
-    forward, backward = flops_per_token(pretrain.model_config(c), c.seq_len)
-    return c.batch_tokens * (forward + backward)
+def plan_runs(out: Path, size: Size, seed: int, user_options: dict[str, str]) -> dict[str, Run]:
+    """The three runs of one seed, in their order."""
+    def plan(name: str, shape: dict, **options) -> Run:
+        own = {**shape, **options, "seed": seed, "out_dir": out / f"{name}-{seed}"}
+        for key in user_options:
+            if key in own or key in REFUSED:
+                raise UserError(f"--{key} is what this tool sets itself; leave it out")
+        settings = {**size.both, **user_options, **own}
+        config_file = Path(pretrain.__file__).parent / size.config_file
+        argv = [str(config_file)] + [f"--{key}={value}" for key, value in settings.items()]
+        config = configurator.load(pretrain.Config, argv)
+        if isinstance(config.seq_len, list) or isinstance(config.batch_tokens, list):
+            raise UserError("seq_len and batch_tokens must be numbers, or FLOPs would not compare")
+        return Run(name, seed, options, argv, config, own["out_dir"])
 
-
-def train(out: Path, size: Size, shape: dict, user_options: dict[str, str], **options):
-    """Train to the end -> training FLOPs and held-out loss (nats per token) at each evaluation."""
-    argv = arguments(size, shape, user_options, out_dir=out, **options)
-    subprocess.run([sys.executable, pretrain.__file__, *argv], check=True)
-    cost = flops_per_step(size, shape, user_options)
-
-    flops = []
-    losses = []
-    for line in (out / "metrics.jsonl").read_text().splitlines():
-        metrics = json.loads(line)
-        if "val_loss" in metrics:
-            flops.append(metrics["step"] * cost)
-            losses.append(metrics["val_loss"])
-    return flops, losses
-
-
-def train_three(out: Path, size: Size, seed: int, user_options: dict[str, str]) -> dict:
-    """The three runs of one seed -> name: (FLOPs, losses)."""
-    small_cost = flops_per_step(size, size.small, user_options)
-    large_cost = flops_per_step(size, size.large, user_options)
-    small_steps = round(SMALL_SHARE * size.steps * large_cost / small_cost)
-    grown_steps = round((1 - SMALL_SHARE) * size.steps)
-
-    fresh = train(out / f"fresh-{seed}", size, size.large, user_options, max_steps=size.steps,
-                  seed=seed)
+    fresh = plan("fresh", size.large, max_steps=size.steps)
+    cost_of_small = flops_per_step(plan("small", size.small))
+    small_steps = round(SMALL_SHARE * size.steps * flops_per_step(fresh) / cost_of_small)
     # The small model's learning rate does not decay: its training goes on in the large one.
-    small = train(out / f"small-{seed}", size, size.small, user_options, max_steps=small_steps,
-                  decay_fraction=0.0, seed=seed)
-    checkpoint = out / f"small-{seed}" / f"step_{small_steps}"
-    flops, losses = train(out / f"grown-{seed}", size, size.large, user_options,
-                          max_steps=grown_steps, init=f"grow:{checkpoint}", seed=seed)
+    small = plan("small", size.small, max_steps=small_steps, decay_fraction=0.0)
+    grown = plan("grown", size.large, max_steps=round((1 - SMALL_SHARE) * size.steps),
+                 init=f"grow:{small.folder}/step_{small_steps}")
+    return {"fresh": fresh, "small": small, "grown": grown}
 
+
+def flops_per_step(run: Run) -> float:
+    c = run.config
+    return c.batch_tokens * sum(flops_per_token(pretrain.model_config(c), c.seq_len))
+
+
+def train(run: Run) -> None:
+    """Train to the end. Ctrl-C reaches pretrain.py too, which saves what it has, and is waited for;
+    SIGTERM is handed on to it."""
+    if has_ended(run):
+        return
+    process = subprocess.Popen([sys.executable, pretrain.__file__, *run.argv])
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise UserError("interrupted; run the same command to go on") from None
+    if status or not has_ended(run):
+        raise UserError(f"{run} was not trained to its end; see above")
+
+
+def curve(run: Run) -> tuple[list[float], list[float]]:
+    """Its training FLOPs and its held-out loss (nats per token) at each evaluation."""
+    evaluations = [m for m in read_metrics(run.folder) if "val_loss" in m]
+    flops = [m["step"] * flops_per_step(run) for m in evaluations]
+    return flops, [m["val_loss"] for m in evaluations]
+
+
+def three_curves(runs: dict[str, Run]) -> dict:
+    """Label -> the curve of a run, of one seed."""
+    small = curve(runs["small"])
+    flops, losses = curve(runs["grown"])
     spent_before = small[0][-1]
-    grown = [spent_before + x for x in flops], losses
-    return {"large, from random weights": fresh, "small": small,
-            "large, grown from the small one": grown}
+    return {"large, from random weights": curve(runs["fresh"]), "small": small,
+            "large, grown from the small one": ([spent_before + x for x in flops], losses)}
 
 
 def draw(runs: list[dict], path: Path) -> None:
@@ -138,12 +153,16 @@ def draw(runs: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+    argv = sys.argv[1:]
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return
+    if not argv or argv[0].startswith("-"):
         raise UserError("the output folder is missing: python -m tools.growth_pays OUT [--key=...]")
-    out = Path(sys.argv[1])
+    out = Path(argv[0])
     own = {"size": "quickstart", "seeds": "1,2,3"}
     user_options = {}
-    for key, text in configurator.split_options(sys.argv[2:]).items():
+    for key, text in configurator.split_options(argv[1:]).items():
         if key in own:
             own[key] = text
         else:
@@ -153,11 +172,21 @@ def main() -> None:
     if not re.fullmatch(r"\d+(,\d+)*", own["seeds"]):
         raise UserError(f"seeds={own['seeds']} must be numbers, as in --seeds=1,2,3")
 
-    size = SIZES[own["size"]]
-    runs = [train_three(out, size, int(seed), user_options) for seed in own["seeds"].split(",")]
-    draw(runs, out / "growth.png")
+    # A cluster's SIGTERM is answered as Ctrl-C is.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    seeds = [int(seed) for seed in own["seeds"].split(",")]
+    planned = [plan_runs(out, SIZES[own["size"]], seed, user_options) for seed in seeds]
+    for runs in planned:
+        for run in runs.values():
+            check_folder(run)
+    for runs in planned:
+        for run in runs.values():
+            train(run)
+
+    found = [three_curves(runs) for runs in planned]
+    draw(found, out / "growth.png")
     for name in ("large, from random weights", "large, grown from the small one"):
-        losses = [curves[name][1][-1] for curves in runs]
+        losses = [one[name][1][-1] for one in found]
         each = ", ".join(f"{loss:.4f}" for loss in losses)
         print(f"{name}: {statistics.fmean(losses):.4f} ({each})")
 

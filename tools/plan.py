@@ -106,8 +106,8 @@ def part_of(name: str) -> str:
 #     last sum        the gradients of embedding and head, on their way to their shards
 #     Parallel Muon   momentum and results on their way
 #
-# It is a sum over the large tensors, of training in bf16. The allocator and NCCL take a few GB on
-# top.
+# The first two also hold what is gathered, the sums and the head's gradient. The plan adds up the
+# large tensors of training in bf16. The allocator and NCCL take a few GB on top.
 
 def activation_bytes(config: MotifConfig) -> tuple[int, int]:
     """Bytes per token, in bf16, that a block keeps for its backward pass, and those of its input.
@@ -203,6 +203,9 @@ def parallel_muon_bytes(c: Config, model: Motif) -> int:
     return BF16 * peak_elements(plan).max().item()
 
 
+AT_MOST = "at the most: always and the largest phase"
+
+
 def memory_table(c: Config, T: int) -> str:
     """A GPU's memory with activation checkpointing in as many blocks as the config has it in, in
     none, and in all."""
@@ -221,13 +224,13 @@ def memory_table(c: Config, T: int) -> str:
         column["always"] = total
         for key, size in phases.items():
             column[f"  + {key}"] = size
-        column["at the most: always and the largest phase"] = total + max(phases.values())
+        column[AT_MOST] = total + max(phases.values())
         for key, size in column.items():
             rows.setdefault(key, []).append(size)
     for key, sizes in rows.items():
         lines.append(f"{key:46s}" + "".join(f"{size / 2**30:8.1f}" for size in sizes))
 
-    if sizes[0] < USABLE:
+    if rows[AT_MOST][0] < USABLE:
         lines.append("fits a GPU of 80 GB")
     else:
         lines.append("does NOT fit a GPU of 80 GB; raise --activation_checkpoint_layers or "
@@ -242,12 +245,14 @@ def dry_run_report(c: Config, curriculum: data.Curriculum) -> str:
     if c.plan_world_size % c.dp_replicate:
         raise UserError(f"plan_world_size={c.plan_world_size} ranks cannot be dp_replicate="
                         f"{c.dp_replicate} copies of the same size; give a divisor")
+    if c.assumed_mfu == 0:
+        raise UserError("assumed_mfu=0 would take for ever; give a fraction above 0")
     config = model_config(c)
     flops_at = {T: sum(flops_per_token(config, T)) for T in set(curriculum.seq_len)}
     flops = 0
     for T, rows in zip(curriculum.seq_len, curriculum.rows):
         flops += flops_at[T] * T * rows
-    flops_per_second = c.plan_world_size * PEAK_FLOPS["H100"] * max(c.assumed_mfu, 1e-3)
+    flops_per_second = c.plan_world_size * PEAK_FLOPS["H100"] * c.assumed_mfu
     days = flops / flops_per_second / 86400
 
     # The length of which most tokens go into a pass takes the most memory.

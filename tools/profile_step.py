@@ -5,13 +5,13 @@
 
 Trains on random tokens, with rows as long as the config's first, and batches as large, but at most
 four passes of each rank: so the optimizer's share may be larger than in training. Ten steps in a
-row, as in training, give the time; three are recorded by torch.profiler. Prints for one step, of
-rank 0:
+row, as in training, give the time. Three more are taken apart, each part begun on an idle GPU, and
+three are recorded by torch.profiler. Prints for one step, of rank 0:
 
-    step        milliseconds, without the profiler
-    host        how long the host took to launch forward and backward pass, and the optimizer. Where
-                it cannot keep ahead of the GPU, the GPU waits
-    GPU         how long at least one kernel ran; and from the optimizer's first kernel to its last
+    step        milliseconds
+    host        how long the host takes to launch forward and backward pass, and the optimizer. If
+                the two take longer than the step, or nearly so, the GPU waits for the host
+    GPU         how long at least one kernel ran, in all and of those that the optimizer launched
     messages    how long ranks exchanged something, and how long nothing else ran meanwhile
     kernels     by kind, with the number of launches
     gaps        the longest times of all three steps when no kernel ran
@@ -33,7 +33,7 @@ from support.ranks import RANK, WORLD, run_main
 
 WARM_UP = 4               # steps: torch.compile and Triton compile in the first two
 TIMED = 10
-RECORDED = 3
+RECORDED = 3              # and taken apart
 MAX_PASSES = 4            # the trace of a large batch would be too long
 NUM_GAPS = 8
 
@@ -51,6 +51,10 @@ KINDS = {
     "copies": ("Memcpy", "Memset"),
     "torch.compile": ("triton_",),
 }
+
+
+# The trace's categories of what runs on a GPU.
+GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 class Event(NamedTuple):
@@ -109,14 +113,25 @@ def gaps(kernels: list[Event]) -> list[tuple[float, str, str]]:
 
 # ---- the step
 
-def annotate(owner, name: str, label: str) -> None:
-    """From now on calls of owner.name have this label in the trace."""
-    function = getattr(owner, name)
+class Part:
+    """A method that is timed: calls of owner.name are labelled in the trace from now on."""
 
-    def labelled(*args, **options):
-        with record_function(label):
-            return function(*args, **options)
-    setattr(owner, name, labelled)
+    def __init__(self, owner, name: str, label: str):
+        self.function = getattr(owner, name)
+        self.label = label
+        self.alone = False              # whether a call waits until the GPU has nothing to do
+        self.host_seconds = 0.0         # of all calls that did
+        setattr(owner, name, self)
+
+    def __call__(self, *args, **options):
+        if self.alone:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        with record_function(self.label):
+            result = self.function(*args, **options)
+        if self.alone:
+            self.host_seconds += time.perf_counter() - begin
+        return result
 
 
 def record(step) -> list[dict]:
@@ -142,30 +157,54 @@ def select(trace: list[dict], *categories: str) -> list[Event]:
     return events
 
 
-def milliseconds(events: list[Event], label: str | None = None) -> float:
-    """Of one step: the sum of the events' lengths, or of those with a label."""
-    times = [event.end - event.start for event in events if label in (None, event.name)]
-    return sum(times) / RECORDED / 1000
+def launched_within(trace: list[dict], label: str) -> list[Event]:
+    """The kernels that the host launched in the calls with this label. A kernel has the number, its
+    "correlation", of the call that launched it.
+
+    >>> trace = [
+    ...     {"ph": "X", "cat": "user_annotation", "name": "optimizer", "ts": 10, "dur": 5},
+    ...     {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 9, "dur": 1,
+    ...      "args": {"correlation": 1}},
+    ...     {"ph": "X", "cat": "cuda_driver", "name": "cuLaunchKernelEx", "ts": 12, "dur": 1,
+    ...      "args": {"correlation": 2}},
+    ...     {"ph": "X", "cat": "kernel", "name": "a", "ts": 20, "dur": 1,
+    ...      "args": {"correlation": 1}},
+    ...     {"ph": "X", "cat": "kernel", "name": "b", "ts": 30, "dur": 2,
+    ...      "args": {"correlation": 2}}]
+    >>> launched_within(trace, "optimizer")
+    [Event(name='b', start=30.0, end=32.0)]
+    """
+    calls = [event for event in select(trace, "user_annotation") if event.name == label]
+    launches = set()
+    for event in trace:
+        if event.get("cat") in ("cuda_runtime", "cuda_driver"):
+            if any(call.start <= event["ts"] <= call.end for call in calls):
+                launches.add(event["args"]["correlation"])
+    kernels = [event for event in trace if event.get("cat") in GPU_WORK
+               and event["args"].get("correlation") in launches]
+    return select(kernels, *GPU_WORK)
 
 
-def report(trace: list[dict], seconds: float) -> str:
-    """seconds: of a step, without the profiler."""
-    kernels = select(trace, "kernel", "gpu_memcpy", "gpu_memset")
+def milliseconds(events: list[Event]) -> float:
+    """The sum of the events' lengths, of one step."""
+    return sum(event.end - event.start for event in events) / RECORDED / 1000
+
+
+def report(trace: list[dict], seconds: float, parts: list[Part]) -> str:
+    """seconds: of a step, in a row."""
+    kernels = select(trace, *GPU_WORK)
     messages = [kernel for kernel in kernels if kind_of(kernel.name) == "messages"]
     others = [kernel for kernel in kernels if kind_of(kernel.name) != "messages"]
     busy = length(merge(kernels)) / RECORDED / 1000
     alone = busy - length(merge(others)) / RECORDED / 1000
-    host = select(trace, "user_annotation")
-    # The GPU has the label once for each stream.
-    optimizer = [event for event in select(trace, "gpu_user_annotation")
-                 if event.name == "optimizer"]
+    optimizer = launched_within(trace, "optimizer")
+    host = [f"{1000 * part.host_seconds / RECORDED:.1f} {part.label}" for part in parts]
 
     lines = [
         f"step        {1000 * seconds:8.1f} ms",
-        f"host        {milliseconds(host, 'forward_backward'):8.1f} forward and backward, "
-        f"{milliseconds(host, 'optimizer'):.1f} optimizer",
-        f"GPU         {busy:8.1f} busy; optimizer "
-        f"{length(merge(optimizer)) / RECORDED / 1000:.1f}",
+        f"host        {', '.join(host)}",
+        f"GPU         {busy:8.1f} busy, "
+        f"{length(merge(optimizer)) / RECORDED / 1000:.1f} of it with the optimizer",
         f"messages    {length(merge(messages)) / RECORDED / 1000:8.1f}, alone {alone:.1f}", ""]
 
     kinds = {}
@@ -195,8 +234,8 @@ def profile_steps(c: pretrain.Config, device: torch.device) -> None:
     pretrain.check_fp8(c, curriculum, device)
     pretrain.meet_ranks(c, device)
     model, optimizer = pretrain.build_model_and_optimizer(c, device, None, None, Path())
-    annotate(pretrain, "forward_backward", "forward_backward")
-    annotate(optimizer, "step", "optimizer")
+    parts = [Part(pretrain, "forward_backward", "forward and backward"),
+             Part(optimizer, "step", "optimizer")]
 
     T = curriculum.seq_len[0]
     micro_batch_rows = max(1, c.micro_batch_tokens // T)
@@ -205,7 +244,7 @@ def profile_steps(c: pretrain.Config, device: torch.device) -> None:
     batch = (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
     if RANK == 0:
         print(f"{rows * WORLD * T:,d} tokens a step on {WORLD} x {torch.cuda.get_device_name()}; "
-              f"{WARM_UP + TIMED + RECORDED} steps", flush=True)
+              f"{WARM_UP + TIMED + 2 * RECORDED} steps", flush=True)
 
     def step() -> None:
         pretrain.train_step(model, optimizer, batch, micro_batch_rows, rows * WORLD * T, 1e-4, c)
@@ -218,9 +257,16 @@ def profile_steps(c: pretrain.Config, device: torch.device) -> None:
         step()
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - begin) / TIMED
+
+    for part in parts:
+        part.alone = True
+    for _ in range(RECORDED):
+        step()
+    for part in parts:
+        part.alone = False
     trace = record(step)
     if RANK == 0:
-        print(report(trace, seconds), flush=True)
+        print(report(trace, seconds, parts), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,21 +4,22 @@
                                                   [--out=out/rehearsal] [--key=value ...]
 
 With built-in text and byte tokens, so that no network is needed, it does what the run will do, only
-shorter. It prints each command and how long it took, and at the end the speed, and the memory
-beside what --dry_run plans. The parts are:
+shorter. It prints each command and how long it took. At the end it prints the speed and, on GPUs,
+the memory beside what --dry_run plans. The parts are:
 
-    restart     4 steps and a checkpoint; one rank is killed, and the others must end; the run goes
-                on from the checkpoint to step 8
+    restart     4 steps and a checkpoint; one rank is killed after step 5, and the others must end;
+                the run goes on from the checkpoint to step 8
     export      the weights for other programs, and a reply with them; on a GPU also their speed
     fine-tune   2 steps of the first stage, rows as long as the model can read, at most 16,384
     muon        a step of Parallel Muon alone, beside the form in which each rank does every matrix
                 (on one GPU the step of one layer)
     steps       in place of restart: 8 steps, and no checkpoint
 
-All other options are those of pretrain.py. Rows have the first length of the schedule: rehearse
-later ones by --seq_len=16384. A step has 4 passes of each rank unless --batch_tokens says
-otherwise. --gpus is the number of ranks: without it as many as there are GPUs, or 2 without any.
-Two checkpoints and the exported weights take some 20 bytes of disk a parameter, 245 GB for 12.7B.
+All other options are those of pretrain.py. Those that sft.py shares go to it too, but no setting of
+the config file does. Rows have the first length of the schedule: rehearse later ones by
+--seq_len=16384. A step has 4 passes of each rank unless --batch_tokens says otherwise. --gpus is
+the number of ranks: without it as many as there are GPUs, or 2 without any. Two checkpoints and the
+exported weights take some 20 bytes of disk a parameter, 245 GB for 12.7B.
 """
 import os
 import re
@@ -45,7 +46,7 @@ from tools.plan import memory_of_rank, tokens_in_a_pass
 ROOT = Path(pretrain.__file__).parent
 CHECKPOINT_STEP = 4
 STEPS = 8
-MAX_ROW = 16_384                  # tokens of a row in fine-tuning, the report's
+MAX_ROW = 16_384                  # tokens: the longest row in fine-tuning, as in the report
 PARTS = ("restart", "export", "fine-tune", "muon")
 REHEARSED = ("out_dir", "max_steps", "max_tokens", "save_every", "log_every", "resume", "export",
              "dry_run")
@@ -133,10 +134,10 @@ def lose_a_rank_and_restart(r: Rehearsal) -> None:
 
 
 def train_until_a_rank_is_lost(r: Rehearsal) -> None:
-    """Kill one rank behind the checkpoint, and wait until torchrun has ended the others."""
+    """Kill one rank after the checkpoint, and wait until torchrun has ended the others."""
     begin = time.monotonic()
     process = r.start("train", r.train_command())
-    # The checkpoint is written before the step behind it is logged.
+    # The checkpoint is written before the step after it is logged.
     while last_step(r.run) <= CHECKPOINT_STEP:
         if process.poll() is not None:
             r.fail("train")
@@ -167,8 +168,9 @@ def train_without_a_checkpoint(r: Rehearsal) -> None:
 def export_and_generate(r: Rehearsal) -> None:
     weights = r.out / "export"
     r.do("export", [sys.executable, "pretrain.py", *r.train_arguments(f"--export={weights}")])
-    r.do("generate", [sys.executable, "eval.py", f"--model={weights}", "--tokenizer=byte",
-                      f"--device={r.config.device}", "--tasks=chat", "--prompt=Who are you?"])
+    r.do("generate", [sys.executable, "eval.py", f"--model={weights}",
+                      f"--tokenizer={r.config.tokenizer}", f"--device={r.config.device}",
+                      "--tasks=chat", "--prompt=Who are you?"])
     if on_gpu(r.config):
         r.do("decode", [sys.executable, "-m", "tools.bench_decode", str(weights)])
 
@@ -206,7 +208,9 @@ def summary(r: Rehearsal) -> str:
     steps = [m for m in read_metrics(r.run) if "tok_per_s" in m]
     if not steps:                                   # only muon was asked for
         return r.log("muon").read_text(encoding="utf-8")
-    slow = (1, 2, CHECKPOINT_STEP + 1, CHECKPOINT_STEP + 2)
+    slow = [1, 2]
+    if "restart" in r.parts:
+        slow += [CHECKPOINT_STEP + 1, CHECKPOINT_STEP + 2]
     settled = [m for m in steps if m["step"] not in slow]
     speeds = [m["tok_per_s"] for m in settled]
     lines = [f"speed      {statistics.median(speeds):,.0f} tok/s ({min(speeds):,.0f} to "
@@ -230,7 +234,8 @@ def summary(r: Rehearsal) -> str:
 def planned_gib(r: Rehearsal) -> float:
     c = r.config
     c.plan_world_size = r.gpus
-    row = max(pretrain.make_curriculum(c).seq_len)
+    # The length of which most tokens go into a pass takes the most memory.
+    row = max(pretrain.make_curriculum(c).seq_len, key=lambda T: tokens_in_a_pass(c, T))
     checkpointed = min(c.activation_checkpoint_layers, c.num_hidden_layers)
     always, phases = memory_of_rank(c, row, checkpointed)
     return (sum(always.values()) + max(phases.values())) / 2**30
@@ -256,7 +261,7 @@ def read_arguments(argv: list[str]) -> Rehearsal:
         raise UserError("give a config: python -m tools.rehearse config/motif2_12b.py")
     gpus = own["gpus"] or str(torch.cuda.device_count() or 2)
     if not gpus.isdecimal() or int(gpus) == 0:
-        raise UserError(f"gpus={gpus} must be how many ranks there are")
+        raise UserError(f"gpus={gpus} must be a whole number, 1 or more")
     parts = own["parts"].split(",")
     for part in parts:
         if part not in (*PARTS, "steps"):
@@ -265,9 +270,11 @@ def read_arguments(argv: list[str]) -> Rehearsal:
             raise UserError(f"parts={own['parts']}: {part} needs the checkpoint of restart")
     if {"restart", "steps"} <= {*parts}:
         raise UserError(f"parts={own['parts']}: steps takes the place of restart; leave out one")
+    if not own["out"]:
+        raise UserError("--out needs the folder to write to: --out=out/rehearsal")
     out = Path(own["out"]).absolute()
     if out.exists():
-        raise UserError(f"{out} exists; delete it, or give another --out")
+        raise UserError(f"{out} exists; give the name of a new folder, as in --out=out/rehearsal2")
     return Rehearsal(str(Path(files[0]).absolute()), int(gpus), out, parts, options)
 
 
@@ -278,7 +285,10 @@ def main() -> None:
     # A cluster's SIGTERM is answered as Ctrl-C is.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     r = read_arguments(sys.argv[1:])
-    r.out.mkdir(parents=True)
+    try:
+        r.out.mkdir(parents=True)
+    except OSError as e:
+        raise UserError(f"{r.out} cannot be made: {configurator.one_line(e)}") from None
     print(f"{r.gpus} ranks, {r.config.batch_tokens:,d} tokens a step; in {r.out}", flush=True)
     try:
         rehearse(r)
