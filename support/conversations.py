@@ -10,7 +10,9 @@ from urllib.parse import parse_qsl
 
 import synthetic.conversations
 from configurator import UserError
-from support.sources import check_options, hub_commit, lines_of, local_files, open_hub, read_each
+from support.sources import (
+    check_options, hub_commit, is_hub_name, lines_of, local_files, nonblank_lines, open_hub,
+    parquet_batches, read_each)
 from support.tokenizer import ROLES
 
 # The chains that eval.py asks for. No stage trains on their questions, whatever its data.
@@ -19,9 +21,9 @@ EVAL_DOMAINS = {
     "longer_chains": ["builtin:chains?n=100&steps=5-6", 0.0],  # training has 2 to 4 steps
 }
 
-COMPRESSIONS = ("", ".gz", ".bz2", ".xz", ".zst")
-FILES = (".parquet", *[".jsonl" + ending for ending in COMPRESSIONS],
-         *[".json" + ending for ending in COMPRESSIONS])
+COMPRESSED_ENDINGS = ("", ".gz", ".bz2", ".xz", ".zst")
+FILES = (".parquet", *[".jsonl" + ending for ending in COMPRESSED_ENDINGS],
+         *[".json" + ending for ending in COMPRESSED_ENDINGS])
 
 
 def load_conversations(source: str, drops: "Drops | None" = None):
@@ -47,7 +49,7 @@ def load_conversations(source: str, drops: "Drops | None" = None):
         rows = file_rows(source_files(source), column)
     elif is_hub_name(place):
         check_options(source, options, ["messages", "name", "split"])
-        rows = with_source(place, hub_rows(place, options))
+        rows = with_source(place, dataset_rows(place, options))
     else:
         raise UserError(f"source {source!r} must be builtin:..., a dataset owner/name of the Hub, "
                         f"or a folder or files that end in one of {' '.join(FILES)}")
@@ -145,8 +147,9 @@ def find_layout(columns, column: str | None) -> list[str]:
 
 
 def read_row(row, column: str | None, left_out: Counter) -> list[dict]:
-    """A row, or a line of JSON -> its conversation. UserError with the reason if it has none; Drops
-    counts reasons, so the text is the same for all rows with the same fault.
+    """A row, a line of JSON, or a pyarrow.RecordBatch of one row -> its conversation. UserError
+    with the reason if it has none; Drops counts reasons, so the text is the same for all rows with
+    the same fault.
 
     >>> read_row({"question": "2+2?", "answer": "4"}, None, Counter())
     [{'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'}]
@@ -154,8 +157,13 @@ def read_row(row, column: str | None, left_out: Counter) -> list[dict]:
     if isinstance(row, bytes):
         try:
             row = json.loads(row)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError("the line is not JSON") from None
+    elif hasattr(row, "to_pylist"):
+        try:
+            row = row.to_pylist()[0]
+        except UnicodeDecodeError:
+            raise UserError("a text is not UTF-8") from None
     if not isinstance(row, dict):
         raise UserError(f"the row is {type_name(row)}, not an object with columns")
 
@@ -219,11 +227,14 @@ def read_turn(turn, left_out: Counter) -> dict:
         raise UserError(f"a message is {type_name(turn)}, not an object")
     name = turn.get("role") or turn.get("from")
     if name in TOOL_ROLES or turn.get("tool_calls") or turn.get("function_call"):
-        raise UserError("it calls a tool")
+        raise UserError("it uses a tool")
     if not isinstance(name, str) or name not in ROLE_NAMES:
         raise UserError(f"a message has the role {name!r}, none of {', '.join(ROLE_NAMES)}")
 
-    content = turn.get("content", turn.get("value"))
+    # A .parquet file has a null for every key that some other message has.
+    content = turn.get("content")
+    if content is None:
+        content = turn.get("value")
     if content is None:
         content = ""
     if isinstance(content, list):
@@ -292,7 +303,8 @@ def source_files(source: str) -> list[Path]:
     """The local files that a source reads; none where it is a generator or a dataset of the Hub."""
     place = source.partition("?")[0]
     if os.path.isdir(place):
-        files = sorted(path for path in Path(place).rglob("*") if path.name.endswith(FILES))
+        files = sorted(path for path in Path(place).rglob("*")
+                       if path.name.endswith(FILES) and path.is_file())
         if not files:
             raise UserError(f"source {source!r}: the folder has no file that ends in one of "
                             f"{' '.join(FILES)}")
@@ -300,22 +312,15 @@ def source_files(source: str) -> list[Path]:
     return local_files(place) if place.endswith(FILES) else []
 
 
-def is_hub_name(place: str) -> bool:
-    """Whether this may be owner/name. A name with the ending of a text file is taken for a file."""
-    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", place) is not None
-    is_file = os.path.exists(place) or re.search(r"\.(txt|csv|tsv)(\.\w+)?$", place)
-    return is_name and not is_file
-
-
 def file_rows(files: list[Path], column: str | None):
-    """(place, row) of each row of the files; a row is a dict or a line of JSON."""
+    """(place, row) of each row of the files; a row is as read_row takes it."""
     for path in files:
         if path.suffix == ".parquet":
-            rows = parquet_rows(path, column)
+            rows = layout_batches(path, column)
         elif ".json" in path.suffixes[-2:]:
             rows = json_rows(path)
         else:
-            rows = nonblank_lines(path)
+            rows = file_lines(path)
         yield from with_source(path, rows)
 
 
@@ -326,38 +331,41 @@ def with_source(source, rows):
     yield from read_each(source, placed, tuple)  # tuple: an item stays as it is
 
 
-def parquet_rows(path: Path, column: str | None):
-    """(place, row) of each row. Only the columns of the layout are read."""
+def layout_batches(path: Path, column: str | None):
+    """(place, pyarrow.RecordBatch of one row) of each row, with the columns of the layout alone."""
     import pyarrow.parquet
-    file = pyarrow.parquet.ParquetFile(path)
-    names = file.schema_arrow.names
+    names = pyarrow.parquet.ParquetFile(path).schema_arrow.names
     layout = find_layout(names, column)
     wanted = [name for name in names if name in layout or name == SYSTEM]
-    number = 0
-    for batch in file.iter_batches(batch_size=1024, columns=wanted):
-        for row in batch.to_pylist():
-            yield f"row {number}", row
-            number += 1
+    yield from parquet_batches(path, wanted)
 
 
 def json_rows(path: Path):
     """(place, row) of a .json file, which is one list of rows; or has a row on each line, after
     all."""
-    text = b"".join(line for _, line in nonblank_lines(path))
-    if not text.lstrip().startswith(b"["):
-        yield from nonblank_lines(path)
+    lines = list(file_lines(path))
+    text = b"".join(line for _, line in lines)
+    if text.lstrip().startswith(b"["):
+        for number, row in enumerate(json.loads(text)):
+            yield f"row {number}", row
         return
-    for number, row in enumerate(json.loads(text)):
-        yield f"row {number}", row
+    if len(lines) > 1 and is_json(text):
+        raise UserError("the file is one object, not a list of rows, nor a row on each line")
+    yield from lines
 
 
-def nonblank_lines(path: Path):
+def is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def file_lines(path: Path):
     """(place, line) of each line of a file with something in it, without a byte-order mark."""
     lines = zstd_lines(path) if path.suffix == ".zst" else lines_of(path, 0, path.stat().st_size)
-    for place, line in lines:
-        line = line.removeprefix(b"\xef\xbb\xbf")
-        if line.strip():
-            yield place, line
+    return nonblank_lines(lines)
 
 
 def zstd_lines(path: Path):
@@ -374,7 +382,7 @@ def zstd_lines(path: Path):
             start += len(line)
 
 
-def hub_rows(name: str, options: dict):
+def dataset_rows(name: str, options: dict):
     """(place, row) of each row of a Hub dataset."""
     hub_commit(name, options)  # tells a wrong name or a missing network in seconds
     for i, row in enumerate(open_hub(name, options)):

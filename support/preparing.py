@@ -6,8 +6,8 @@
         00000-held-out.bin            token ids that are held out of the first piece of unit 0;
                                       there are such files of the first VAL_UNITS units
 
-A *unit* is what support/sources.py cuts a source into: some 16 MB of local text, or a file of a
-data set, of whatever size. A unit is made in *pieces* of at least PIECE_TOKENS, in whole
+A *unit* is what support/sources.py cuts a source into: some 16 MB of local text, or one file of
+whatever size. A unit is made in *pieces* of at least PIECE_TOKENS, in whole
 documents; the last one may be shorter. So a run can begin to read a large file long before it is
 prepared as a whole, and need not prepare all of it.
 
@@ -90,7 +90,7 @@ class Domain:
     # safely append to one file. Whoever reads takes all of them together.
 
     def refresh(self) -> None:
-        """Read what the manifests say more than before."""
+        """Read what was added to the manifests since the last call."""
         for manifest in sorted(self.folder.glob("manifest*.jsonl")):
             with open(manifest, "rb") as file:
                 file.seek(self._read.get(manifest.name, 0))
@@ -162,9 +162,9 @@ class Domain:
         return piece
 
     def expected_tokens(self, unit: int) -> float:
-        """What may be counted on from a unit, for request(). A whole unit: its tokens. Of another
-        only what is to come, as the rest is on the tape already: the mean of the whole units less
-        what is made, but not less than about a piece; a piece if no unit is whole yet."""
+        """How many tokens request() may expect from a unit. If the unit is whole, its own. If not,
+        what is still to be made: the mean of the whole units less what is made, but about a piece
+        at least; and one piece if no unit is whole."""
         made = self.unit_tokens[unit]
         if unit in self.whole_units:
             return made
@@ -282,7 +282,8 @@ def encode_pieces(texts: Iterable[str], tokenizer: Tokenizer, unit: int, piece: 
 
 def is_held_out(text: str) -> bool:
     """Whether a document of a unit's first piece is held out, by a hash of its text: copies of it
-    in these pieces are held out as well. (Copies elsewhere are not looked for.)"""
+    in these pieces are held out as well. (Copies elsewhere are not looked for, nor copies of the
+    source's first document.)"""
     digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
     return int.from_bytes(digest, "little") % VAL_EVERY == 0
 
@@ -327,8 +328,8 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Remove the temporary files and folders, for what has a name like this, of processes of this
-    machine that were killed."""
+    """Remove temporary files and folders that killed processes of this machine have left. name: a
+    glob for what they were to be called."""
     for path in folder.glob(f"{name}.{socket.gethostname()}.*.tmp"):
         pid = path.suffixes[-2][1:]
         if pid.isdecimal() and is_running(int(pid)):
@@ -383,8 +384,7 @@ def make_unit(job: dict) -> Iterator[dict]:
 
     job    source, identity, tokenizer, dtype, folder, unit, the sizes of pieces and units; the
            first piece to make, and how many documents come before it"""
-    if source_identity(job["source"]) != job["identity"]:
-        raise UserError(f"{job['source']} has changed since the run began; start the run again")
+    check_unchanged(job)
     tokenizer = load_tokenizer(job["tokenizer"])
     skipped = SkippedRows()
     texts = source_units(job["source"], job["unit_bytes"])[job["unit"]](skipped)
@@ -393,6 +393,7 @@ def make_unit(job: dict) -> Iterator[dict]:
                            job["piece_tokens"])
     wait_for_permit()
     for encoded in pieces:
+        check_unchanged(job)                # its documents may have been read while a file changed
         record = write_piece(job, piece, encoded)
         if encoded.is_last:
             record["skipped"] = skipped.report()
@@ -400,6 +401,11 @@ def make_unit(job: dict) -> Iterator[dict]:
         piece += 1
         if not encoded.is_last:
             wait_for_permit()
+
+
+def check_unchanged(job: dict) -> None:
+    if source_identity(job["source"]) != job["identity"]:
+        raise UserError(f"{job['source']} has changed since the run began; start the run again")
 
 
 def wait_for_permit() -> None:
@@ -544,7 +550,7 @@ class Preparer:
                             "choose another --data_dir") from None
 
     def collect(self, seconds: float = 0.0) -> None:
-        """Take note of what the processes have made. Wait so long for something to come."""
+        """Note what the processes have made. Wait up to `seconds` for the first answer."""
         try:
             self._take_answer(*self.answers.get(timeout=seconds))
             while True:

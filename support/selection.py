@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from configurator import UserError
-from support.conversations import EVAL_DOMAINS, Drops, load_conversations, nonblank_lines
+from support.conversations import EVAL_DOMAINS, Drops, file_lines, load_conversations
 from support.sources import local_files, read_each
 from support.tasks import TASKS
 
@@ -205,17 +205,19 @@ def coherence(messages: list[dict]) -> float:
 
 def dedup_and_filter(conversations: list, duplicate_share: float) -> tuple[list, str]:
     """Drop near-duplicates, repetitive and incoherent conversations of a domain -> the others, and
-    a line for the report. A conversation is a near-duplicate if more than duplicate_share of its
-    five-grams (five words in a row, system messages left out, as many may share one) are in those
-    kept before it, as they are in generated tasks that differ in a number only. All five-grams stay
-    in memory, some 60 bytes per word."""
+    a line for the report. System messages are left out, as many may share one. A conversation is a
+    near-duplicate if more than duplicate_share of its five-grams (five words in a row) are in those
+    kept before it, as they are in generated tasks that differ in a number only; or, as a short one
+    has no five-grams, if it is a copy. All five-grams stay in memory, some 60 bytes per word."""
     kept = []
-    seen = set()
+    seen = set()     # five-grams
+    texts = set()    # hashes
     dropped = {}  # reason -> conversations
     for messages in conversations:
         turns = [message for message in messages if message["role"] != "system"]
         grams = conversation_grams(turns, 5)
-        if grams and len(grams & seen) > duplicate_share * len(grams):
+        text = hash_text(repr([(turn["role"], turn["content"]) for turn in turns]))
+        if text in texts or grams and len(grams & seen) > duplicate_share * len(grams):
             dropped.setdefault("near-duplicate", []).append(messages)
         elif distinct_3(messages) < MIN_DISTINCT:
             dropped.setdefault("repetitive", []).append(messages)
@@ -224,6 +226,7 @@ def dedup_and_filter(conversations: list, duplicate_share: float) -> tuple[list,
         else:
             kept.append(messages)
             seen |= grams
+            texts.add(text)
 
     reports = []
     for reason, found in dropped.items():
@@ -233,8 +236,8 @@ def dedup_and_filter(conversations: list, duplicate_share: float) -> tuple[list,
 
 
 def decontaminate(conversations: list, benchmark: dict[int, str]) -> tuple[list, str]:
-    """Drop conversations with a message that shares 13 words in a row with a benchmark. Of a model
-    that has read them the benchmark would measure the memory. (GPT-3's report, arXiv 2005.14165,
+    """Drop conversations with a message that shares 13 words in a row with a benchmark. A benchmark
+    measures only memory in a model that has read its questions. (GPT-3's report, arXiv 2005.14165,
     has 13, too.) benchmark: what benchmark_grams gives."""
     kept = []
     dropped = Counter()  # file of the benchmark -> conversations
@@ -251,10 +254,10 @@ def decontaminate(conversations: list, benchmark: dict[int, str]) -> tuple[list,
 
 
 def benchmark_files(patterns: list[str], benchmark_dir: str | None) -> dict[Path, Callable | None]:
-    """{file: accept} of the .jsonl files that the globs name, and of those in benchmark_dir that
-    hold questions of eval.py's tasks. accept(row, is_fewshot=False) tells which of its rows are
-    questions, as mbpp's file holds a training split too; None: all are. What serves as a few-shot
-    example is not looked for: training may contain it."""
+    """{file: accept} of the .jsonl files that the globs name, with None, and of those in
+    benchmark_dir that hold questions of eval.py's tasks. accept(row, is_fewshot=False) tells which
+    rows are questions, as mbpp's file holds a training split too. What serves as a few-shot example
+    is not looked for: training may contain it."""
     files = {}
     for pattern in patterns:
         if not isinstance(pattern, str):
@@ -268,20 +271,31 @@ def benchmark_files(patterns: list[str], benchmark_dir: str | None) -> dict[Path
     for task in TASKS.values():
         if task.eval_file:
             for path in sorted(Path(benchmark_dir).glob(task.eval_file)):
-                of_tasks[path] = task.accept
+                of_tasks[path] = task.accept or accept_all
     if not of_tasks:
         raise UserError(f"benchmark_dir={benchmark_dir} holds no file of eval.py's tasks, such as "
                         "gsm8k_test.jsonl")
     return {**of_tasks, **files}
 
 
+def accept_all(row: dict, is_fewshot: bool) -> bool:
+    return True
+
+
 def benchmark_grams(files: dict[Path, Callable | None]) -> dict[int, str]:
-    """Every 13 words in a row of any text in a benchmark's questions -> the name of its file."""
+    """Every 13 words in a row of any text in a benchmark's questions -> the name of its file.
+    UserError for a file that was named and has none: nothing could be found by it."""
     grams = {}
     for path, accept in files.items():
-        for texts in read_each(path, nonblank_lines(path), partial(question_texts, accept)):
+        has_some = False
+        for texts in read_each(path, file_lines(path), partial(question_texts, accept)):
             for text in texts:
-                grams.update(dict.fromkeys(ngrams(text, 13), path.name))
+                found = ngrams(text, 13)
+                has_some = has_some or bool(found)
+                grams.update(dict.fromkeys(found, path.name))
+        if accept is None and not has_some:
+            raise UserError(f"decontaminate_against: {path} has no text of 13 words, by which its "
+                            "questions could be found; leave it out")
     return grams
 
 
@@ -314,9 +328,9 @@ def texts_in(value):
 #
 # Two kinds of questions are held out whatever their hash. A domain of weight 0 is for evaluation
 # only, and so are all its questions. And a domain so small that it has no first question below
-# 2^64 / 50 holds out the one with the smallest hash. The other domains of the stage leave these
-# out, too; other stages do not know of them (but all know EVAL_DOMAINS, whose questions none trains
-# on).
+# 2^64 / 50 holds out the one with the smallest hash. The other domains of the stage do not
+# train on these questions. Another stage may, as it does not know of them; only the questions of
+# EVAL_DOMAINS are left out of every stage.
 
 HELD_OUT_BELOW = 2**64 // 50
 

@@ -8,9 +8,10 @@ A domain's source is one of
     owner/name?name=CONFIG&split=train&text=column&revision=v1.0
                                    a dataset of the Hugging Face Hub
 
-A source is cut into *units*, in a fixed order: 16 MiB of local text, a file of a Hub dataset, 1,000
-problems. A unit is what one process prepares at a time. It yields *documents*: a row of a .jsonl or
-.parquet file is one, and so is a .txt file, unless it is long.
+A source is cut into *units*, in a fixed order: at least 16 MiB of local .jsonl or .txt, a whole
+local .parquet or compressed file, a file of a Hub dataset, or 1,000 problems. A unit is what one
+process prepares at a time. It yields *documents*: a row of a .jsonl or .parquet file is one, and so
+is a .txt file, unless it is long.
 
     for unit in source_units("books/*.txt"):
         skipped = SkippedRows()
@@ -18,8 +19,9 @@ problems. A unit is what one process prepares at a time. It yields *documents*: 
             ...
         print(skipped.report())
 
-A corpus of a billion rows has some that cannot be read. Such rows are left out and counted, and a
-unit ends in an error only if many of its rows are bad, as with the name of a wrong column.
+A corpus of a billion rows has some that cannot be read. Such rows (of a .txt file, lines) are left
+out and counted, and a unit ends in an error only if many of its rows are bad, as with the name of a
+wrong column.
 """
 import bz2
 import glob
@@ -43,7 +45,7 @@ from synthetic.texts import LIBRARY_UNITS, PROBLEMS, library, problems
 # [ours] marks a number that no paper states.
 
 UNIT_BYTES = 2**24   # [ours] local text per unit
-MAX_UNITS = 100_000  # of a generator of problems, which has no end of its own
+GENERATED_UNITS = 100_000  # of a generator of problems, which has no end of its own
 
 # A .txt file that is longer than LONG_TEXT is cut at blank lines into documents of at least
 # LONG_TEXT. No document is longer than LONGEST_TEXT, so that none takes a tokenizer minutes. [ours]
@@ -114,7 +116,7 @@ def parse_source(source: str) -> tuple[str, str, dict[str, str]]:
         kind = "builtin"
     elif place.endswith(READABLE):
         kind = "local"
-    elif place.count("/") == 1 and not os.path.exists(place):
+    elif is_hub_name(place):
         kind = "hub"
     else:
         raise UserError(f"source {source!r} must be builtin:..., files that end in .jsonl, .txt or "
@@ -123,9 +125,19 @@ def parse_source(source: str) -> tuple[str, str, dict[str, str]]:
     return kind, place, options
 
 
+def is_hub_name(place: str) -> bool:
+    """Whether this may be owner/name. A name with the ending of a text file is taken for a file."""
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", place) is not None
+    is_file = os.path.exists(place) or re.search(r"\.(txt|csv|tsv)(\.\w+)?$", place)
+    return is_name and not is_file
+
+
 def check_options(source: str, options: dict, known: list[str]) -> None:
     """UserError for options after a source's question mark that are empty or unknown."""
     for key, value in options.items():
+        if key not in known and not value:
+            raise UserError(f"source {source!r}: what follows a question mark is options, such as "
+                            "?text=COLUMN; in a glob write * or [0-9] in its place")
         if key not in known or not value:
             has = ", ".join(f"{name}=..." for name in known) or "none"
             raise UserError(f"source {source!r}: {key}={value} is not one of its options ({has})")
@@ -133,7 +145,7 @@ def check_options(source: str, options: dict, known: list[str]) -> None:
 
 def builtin_units(source: str, kind: str) -> list[partial]:
     if kind in PROBLEMS:
-        return [partial(read_builtin, problems, kind, i) for i in range(MAX_UNITS)]
+        return [partial(read_builtin, problems, kind, i) for i in range(GENERATED_UNITS)]
     if kind in ("code", "language"):
         return [partial(read_builtin, library, kind, i) for i in range(LIBRARY_UNITS)]
     known = ", ".join(["code", "language", *PROBLEMS])
@@ -158,7 +170,6 @@ class SkippedRows:
     """
 
     def __init__(self):
-        self.place = ""           # of the last row that was read, for whoever finds it bad later
         self.rows = 0             # that were read, the bad ones among them
         self.reasons = Counter()  # reason -> bad rows
         self.first_place = {}     # reason -> where the first of these rows is
@@ -210,11 +221,10 @@ def read_each(source, items, read, skipped: SkippedRows | None = None):
                 continue
 
             skipped.rows += 1
-            skipped.place = f"{source}: {place}"
             try:
                 text = read(item)
             except Exception as e:
-                skipped.add(skipped.place, e)
+                skipped.add(f"{source}: {place}", e)
             else:
                 yield text
     except Exception as e:
@@ -222,7 +232,7 @@ def read_each(source, items, read, skipped: SkippedRows | None = None):
 
 
 def json_text(columns: list[str], line: bytes) -> str:
-    return get_text(columns, json.loads(line)) if line.strip() else ""
+    return get_text(columns, json.loads(line))
 
 
 def parquet_text(columns: list[str], batch) -> str:
@@ -263,8 +273,8 @@ def local_files(pattern: str) -> list[Path]:
 
 
 def local_units(pattern: str, columns: list[str], unit_bytes: int) -> list[partial]:
-    """Units of at least unit_bytes: large files are cut, small ones gathered, and what is too
-    little for a unit of its own joins the last one. In units of 16 MiB,
+    """Units of at least unit_bytes: large .jsonl and .txt files are cut, small files gathered, and
+    what is too little for a unit of its own joins the last one. In units of 16 MiB,
 
         a.jsonl  40 MiB            becomes   unit 0  a.jsonl, bytes 0 to 20 Mi
         b.jsonl   6 MiB                      unit 1  a.jsonl, bytes 20 Mi to 40 Mi
@@ -302,7 +312,7 @@ def read_pieces(pieces: list[tuple[Path, int, int]], columns: list[str],
             rows = parquet_batches(path, columns)
             yield from read_each(path, rows, partial(parquet_text, columns), skipped)
         elif kind == ".jsonl":
-            lines = lines_of(path, start, end)
+            lines = nonblank_lines(lines_of(path, start, end))
             yield from read_each(path, lines, partial(json_text, columns), skipped)
         else:
             decode = partial(str, encoding="utf-8")
@@ -338,7 +348,7 @@ def lines_of(path: Path, start: int, end: int):
         one|two|three|        where | ends a line,
 
     bytes 0 to 6 have "one" and "two", and bytes 6 to 14 have "three". A compressed file cannot be
-    cut: it gives all its lines."""
+    cut: it gives all its lines. UserError for UTF-16, in which a line does not end with a byte."""
     if path.suffix in COMPRESSED:
         start = 0
         end = math.inf
@@ -351,14 +361,18 @@ def lines_of(path: Path, start: int, end: int):
         for line in file:
             if start >= end:
                 return
+            if start == 0 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise UserError("the file is UTF-16; save it as UTF-8")
             yield f"byte {start}", line
             start += len(line)
 
 
-def parquet_rows(path: Path):
-    """(place, row) of each row, a dict of all columns."""
-    for place, batch in parquet_batches(path):
-        yield place, batch.to_pylist()[0]
+def nonblank_lines(lines):
+    """Those (place, line) of which the line has something in it, without a byte-order mark."""
+    for place, line in lines:
+        line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield place, line
 
 
 def parquet_batches(path: Path, columns: list[str] | None = None):

@@ -656,6 +656,21 @@ def test_a_source_that_changes_under_way_is_one_line(small):
         refused(lambda: dataset.batch(0), "a.jsonl", "changed")
 
 
+def test_a_source_that_changes_while_a_unit_is_made_is_one_line(monkeypatch):
+    """The second piece would have begun with text of the old file."""
+    write_jsonl("a.jsonl", texts(20))
+    monkeypatch.setattr(preparing, "wait_for_permit", lambda: None)
+    Path("d").mkdir()
+    job = {"source": "a.jsonl", "identity": sources.source_identity("a.jsonl"),
+           "tokenizer": "byte", "dtype": "<u2", "folder": "d", "unit": 0, "piece": 0,
+           "documents": 0, "piece_tokens": 50, "unit_bytes": 2**20}
+    pieces = preparing.make_unit(job)
+    assert not next(pieces)["last"]
+    write_jsonl("a.jsonl", texts(20, 1))
+    refused(lambda: next(pieces), "a.jsonl", "changed")
+    assert len(list(Path("d").glob("*-*.bin"))) == 2        # the first piece, and what it holds out
+
+
 # ---- the text that the quick start reads
 
 def evaluate(text, **known):

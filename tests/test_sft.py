@@ -24,7 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import conversations, encoding, selection
-from support.conversations import EVAL_DOMAINS, load_conversations
+from support.conversations import EVAL_DOMAINS, Drops, load_conversations
 from support.preparing import remove_leftovers
 from support.tokenizer import BEGIN, END, ROLES, TURN, TURN_END, load_tokenizer
 from worlds import world
@@ -159,6 +159,8 @@ def messages_of(row) -> tuple[list[dict] | None, str | None, Counter]:
 @pytest.mark.parametrize("row", [
     {"messages": PAIR},
     {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
+    {"conversations": [{"from": "human", "value": "2+2?", "role": None, "content": None},
+                       {"from": "gpt", "value": "4", "role": None, "content": None}]},
     {"prompt": "2+2?", "completion": "4"}, {"prompt": PAIR[:1], "completion": PAIR[1:]},
     {"prompt": "2+2?", "response": "4", "score": 1}, {"id": 7, "question": "2+2?", "answer": "4"},
     {"instruction": "2+2?", "input": "", "output": "4"}, {"instruction": "2+2?", "output": "4"},
@@ -289,12 +291,33 @@ def test_of_a_parquet_file_only_the_columns_of_its_layout_are_read(tmp_path):
     import pyarrow
     rows = [{"page": "x" * 50, "question": "2+2?", "answer": "4"}] * 2
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "talks.parquet")
-    read = conversations.parquet_rows(tmp_path / "talks.parquet", None)
-    assert [row for _, row in read] == [{"question": "2+2?", "answer": "4"}] * 2
+    read = conversations.layout_batches(tmp_path / "talks.parquet", None)
+    assert [row.to_pylist() for _, row in read] == [[{"question": "2+2?", "answer": "4"}]] * 2
 
     with pytest.raises(UserError) as e:
         list(load_conversations(f"{tmp_path}/talks.parquet?messages=turns"))
     assert "page, question, answer" in str(e.value) and "talks.parquet" in str(e.value)
+
+
+def test_a_bad_row_of_a_file_is_dropped_and_the_others_are_read(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    texts = pyarrow.array([b"2+2?", b"\xff\xfe", b"2+3?"]).view(pyarrow.string())
+    table = pyarrow.table({"question": texts, "answer": ["4", "x", "5"]})
+    parquet.write_table(table, tmp_path / "talks.parquet")
+    drops = Drops()
+    found = list(load_conversations(str(tmp_path / "talks.parquet"), drops))
+    assert [messages[1]["content"] for messages in found] == ["4", "5"]
+    assert list(drops.rows.values()) == [1] and "row 1" in drops.report()[0]
+
+    lines = [b"[" * 100_000] + 2 * [json.dumps({"messages": PAIR}).encode()]
+    (tmp_path / "deep.jsonl").write_bytes(b"\n".join(lines))
+    assert list(load_conversations(str(tmp_path / "deep.jsonl"))) == [PAIR] * 2
+
+    # One object on several lines is no list of rows.
+    (tmp_path / "one.json").write_text(json.dumps({"data": [{"messages": PAIR}]}, indent=1))
+    with pytest.raises(UserError, match="one object"):
+        list(load_conversations(str(tmp_path / "one.json")))
 
 
 def test_a_file_may_name_its_column_and_hold_more_than_messages(tmp_path):
@@ -467,6 +490,10 @@ def test_near_duplicates_and_what_is_repetitive_or_incoherent_are_dropped():
     assert [line.partition(",")[0] for line in report.split("; ")] == [
         "2 dropped as near-duplicate", "1 dropped as repetitive", "1 dropped as incoherent"]
 
+    # Two that have no five words in a row.
+    short = [chat("2+2?", "Four."), chat("2+3?", "Five."), chat("2+2?", "Four.")]
+    assert selection.dedup_and_filter(short, 0.7)[0] == short[:2]
+
     # A system message that they share makes no duplicates of them.
     rules = " ".join(f"Rule {i} is to say word {i}." for i in range(20))
     ruled = [chat(*(m["content"] for m in messages), system=rules) for messages in (GOOD, other)]
@@ -484,6 +511,10 @@ def test_thirteen_words_of_a_benchmark_are_one_too_many(tmp_path):
     assert len(selection.words(twelve[1]["content"])) == 13   # "No" and the last twelve
     kept, report = selection.decontaminate([twelve, thirteen], benchmark)
     assert kept == [twelve] and report.startswith("1 dropped") and "1 with b.jsonl" in report
+
+    write_rows(tmp_path / "short.jsonl", [{"question": "2+2?"}])
+    with pytest.raises(UserError, match="short.jsonl"):
+        selection.benchmark_grams(selection.benchmark_files([f"{tmp_path}/*.jsonl"], None))
 
 
 def test_conversations_that_repeat_a_benchmark_s_questions_are_counted_by_its_file(tmp_path):

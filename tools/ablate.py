@@ -657,8 +657,8 @@ def baseline_curve(summaries: list[Summary]) -> dict[str, float]:
 
 
 def draw_poly_norm(out: Path) -> None:
-    """Draw out/poly_norm.png, a row for each name in poly_norm.csv (its first seed), and a column for
-    each of PolyNorm's four parameters: its value in each layer over tokens."""
+    """Draw out/poly_norm.png, a row for each name in poly_norm.csv (its first seed), and a column
+    for each of PolyNorm's four parameters: its value in each layer over tokens."""
     runs = {}
     for (name, _), lines in read_by_run(out / "poly_norm.csv").items():
         runs.setdefault(name, lines)
@@ -667,7 +667,7 @@ def draw_poly_norm(out: Path) -> None:
     plt = import_pyplot()
     columns = {"w3": "w3, of n(x³)", "w2": "w2, of n(x²)", "w1": "w1, of n(x)", "b": "b"}
     figure, axes = plt.subplots(len(runs), 4, figsize=(11, 0.6 + 1.5 * len(runs)), squeeze=False,
-                                sharex=True, layout="constrained")
+                                sharex="row", layout="constrained")
     for row, (name, lines) in zip(axes, runs.items()):
         layers = defaultdict(list)
         for line in lines:

@@ -136,7 +136,8 @@ class Part:
 
 def record(step) -> list[dict]:
     """The events of a trace of some calls of step()."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA],
+                 acc_events=True) as profiler:
         for _ in range(RECORDED):
             step()
         torch.cuda.synchronize()

@@ -22,6 +22,9 @@ axes = [
         "adamw-lr1e-3-embed8e-3": {"optimizer": "adamw", "lr": 1e-3, "embedding_lr_scale": 8.0},
         "muonclip-embed1e-3": {"embedding_lr_scale": 0.25},
         "adamw-lr1e-3-warmup100": {"optimizer": "adamw", "lr": 1e-3, "warmup_steps": 100},
+        "adamw-lr1e-3-embed4e-3-warmup100": {"optimizer": "adamw", "lr": 1e-3,
+                                             "embedding_lr_scale": 4.0, "warmup_steps": 100},
+        "warmup100": {"warmup_steps": 100},                    # MuonClip
         "adamw-lr2e-3-warmup100": {"optimizer": "adamw", "lr": 2e-3, "warmup_steps": 100},
         "adamw-lr4e-3-warmup100": {"optimizer": "adamw", "lr": 4e-3, "warmup_steps": 100},
     },
