@@ -20,7 +20,8 @@ from support.log import PEAK_FLOPS
 from support.ranks import run_main
 from tools.bench_muon import peak_elements
 
-USABLE = 76 * 2**30              # bytes of an 80 GB GPU that a run can use
+# GPU -> bytes that a run can use of it
+USABLE = {"80 GB, as an H100 has": 76 * 2**30, "141 GB, as an H200 has": 134 * 2**30}
 FP32 = 4                         # bytes of a number
 BF16 = 2
 
@@ -230,10 +231,11 @@ def memory_table(c: Config, T: int) -> str:
     for key, sizes in rows.items():
         lines.append(f"{key:46s}" + "".join(f"{size / 2**30:8.1f}" for size in sizes))
 
-    if rows[AT_MOST][0] < USABLE:
-        lines.append("fits a GPU of 80 GB")
+    fitting = [gpu for gpu, usable in USABLE.items() if rows[AT_MOST][0] < usable]
+    if fitting:
+        lines.append(f"fits a GPU of {fitting[0]}")
     else:
-        lines.append("does NOT fit a GPU of 80 GB; raise --activation_checkpoint_layers or "
+        lines.append("does NOT fit a GPU of 141 GB; raise --activation_checkpoint_layers or "
                      "--plan_world_size, or lower --micro_batch_tokens")
     return "\n".join(lines)
 

@@ -17,6 +17,11 @@ runs = {
     "adamw-lr4e-3": {"optimizer": "adamw", "lr": 4e-3},
     "adamw-lr1e-3-embed8e-3": {"optimizer": "adamw", "lr": 1e-3, "embedding_lr_scale": 8.0},
     "adamw-lr2e-3-embed8e-3": {"optimizer": "adamw", "lr": 2e-3, "embedding_lr_scale": 4.0},
+    "warmup70": {"warmup_steps": 70},                          # of 280; 20 are the default
+    "adamw-lr1e-3-embed8e-3-warmup70": {"optimizer": "adamw", "lr": 1e-3,
+                                        "embedding_lr_scale": 8.0, "warmup_steps": 70},
+    "adamw-lr2e-3-embed8e-3-warmup70": {"optimizer": "adamw", "lr": 2e-3,
+                                        "embedding_lr_scale": 4.0, "warmup_steps": 70},
     "mean": {"mixture": [
         [0, {"language": 0.35, "code": 0.30, "math": 0.20, "science": 0.15}]]},
 }
