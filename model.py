@@ -118,11 +118,12 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # Does it pay? In runs of 52M tokens with 115M parameters PolyNorm is worse than SwiGLU by 0.049
 # nats per token, +- 0.002, if w3, w2 and w1 begin at 1/3, as in its paper. If they begin at 1/48,
 # which is the default here [ours], it is as good: 0.001 better, +- 0.003. Begun at 1/3 its output
-# is too large: it has a root mean square of 0.71 for normally distributed inputs, however large,
-# where a fresh SiLU's has 0.30. Training wants still less, and hardly any of the cube: begun at
-# 1/96, w3 ends between -0.02 and 0.01 in every layer, w2 between 0.01 and 0.05, w1 between 0.03 and
-# 0.18, larger in later layers. But it gains nothing over SwiGLU here, and is 0.008 worse in a model
-# twice as deep and after four times the tokens (one seed each). (MEASUREMENTS.md has these runs.)
+# is too large: it has a root mean square of 0.71 for normally distributed inputs, whatever their
+# scale, where SiLU of a fresh gate_proj has 0.30. Training wants still less, and hardly any of the
+# cube: begun at 1/96, w3 ends between -0.02 and 0.01 in every layer, w2 between 0.01 and 0.05, w1
+# between 0.03 and 0.18, larger in later layers. But it gains nothing over SwiGLU here, and is 0.008
+# worse with 24 narrower layers and after four times the tokens (one seed each). (MEASUREMENTS.md
+# has these runs.)
 #
 # The gradient. With r_p = 1 / rms(x^p) for the powers p = 1, 2, 3, the derivative d r_p / d x_j is
 # -r_p^3 p x_j^(2p-1) / F. So, with g = dL/dy,
@@ -273,10 +274,10 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None 
 #
 # Does it pay? In runs of 52M tokens with 115M parameters it is better than grouped-query attention
 # of as many parameters by 0.107 nats per token, +- 0.002, with its wide values and the norm of its
-# heads, which were not tried alone. It takes 1.05 times as long; after 0.93 of the steps it is still
-# better by 0.070. How many signal heads share a noise head matters little: with 6 and 6 heads the
-# loss is 0.006 lower than with 8 and 2, +- 0.003, and with 8 and 4 it is the same. (MEASUREMENTS.md
-# has these runs.)
+# heads, which were not tried alone. A step takes 1.05 times as long; after 0.93 of the steps it is
+# still better by 0.067 (one seed). How many signal heads share a noise head matters little: with 6
+# and 6 heads the loss is 0.006 lower than with 8 and 2, +- 0.003, and with 8 and 4 it is the same.
+# (MEASUREMENTS.md has these runs.)
 #
 # Beside grouped-query attention with the same 32 signal heads it costs 8 more query heads and, for
 # values of 256 numbers, an o_proj twice as wide: 71.3M parameters in a layer's attention and not

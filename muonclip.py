@@ -39,12 +39,13 @@ import kernels
 # then among all steps dW with |dW x| <= |x| for every x, -O lowers the loss most, to first order.
 #
 # Does it pay? In runs of 52M tokens with 115M parameters the loss is lower than AdamW's by 0.350
-# nats per token, +- 0.010, and a step takes 1.02 times as long. (AdamW trains the embedding in both,
-# and learns it at 4e-3 in both. All else it learns at 1e-3, the best of three rates. At 1e-3 for
-# the embedding too, the usual way, it loses by 0.592.) But both had 40 steps of warm-up, which is
-# too short for AdamW: with 100 its 0.592 becomes 0.481. In a model of 3.6M parameters, where
-# MuonClip is ahead by 0.300, a longer warm-up makes it 0.225. No logit reached QK-clip's threshold,
-# but at twice the learning rate some did. MEASUREMENTS.md has these runs.
+# nats per token, +- 0.010, and a step takes 1.02 times as long. (In both runs AdamW trains the
+# embedding at 4e-3. The AdamW run has 1e-3 for the rest, the best of three rates. With 1e-3 for the
+# embedding too, the usual way, it is 0.592 worse than MuonClip.) But both had 40 steps of warm-up,
+# which is too short for AdamW: with 100 the 0.592 shrinks by 0.10 (one seed). In a model of 3.6M
+# parameters a longer warm-up shrinks MuonClip's lead from 0.300 to 0.225 nats per byte. No logit
+# reached QK-clip's threshold, but at twice the learning rate some did. MEASUREMENTS.md has these
+# runs.
 #
 # Newton-Schulz. An SVD is slow on a GPU; matrix products are fast. Start with X = u / |u|_F, whose
 # singular values are at most 1. With A = X X^T, one step is
@@ -254,11 +255,9 @@ def add_to_momentum(momentum: Tensor, G: Tensor, mu: Tensor, skip: Tensor,
 
 
 @compile_rowwise
-def apply_update(weight: Tensor, O: Tensor, decay: Tensor, rate: Tensor) -> Tensor:
-    """weight = decay * weight - rate * O, in place -> partial norms of O, for update_rms: one for
-    each row of up to 1024 numbers in which O is viewed."""
+def apply_update(weight: Tensor, O: Tensor, decay: Tensor, rate: Tensor) -> None:
+    """weight = decay * weight - rate * O, in place."""
     weight.mul_(decay).addcmul_(O, rate, value=-1)
-    return torch.linalg.vector_norm(O, dim=1, dtype=weight.dtype)
 
 
 def update_scale(shape) -> float:
@@ -353,10 +352,11 @@ def qk_clip(qk: list, max_logits: Tensor, kv_map, head_dim: int, tau: float) -> 
     >>> S * (q * k).flatten()
     tensor([[100.0000,  50.0000]])
     """
-    # NaN and inf are not. This raises RuntimeError, on a GPU when the host next synchronises.
+    # NaN and inf fail this. The assert raises RuntimeError, on a GPU at the host's next sync.
     below_inf = (max_logits < torch.inf).all()
     torch._assert_async(below_inf, "QK-clip: an attention logit is not finite")
     kv_map = torch.as_tensor(kv_map, device=max_logits.device)
+    assert max_logits.shape == (len(qk), len(kv_map))
     num_key_heads = len(qk[0][1]) // head_dim
 
     gamma = torch.where(max_logits > tau, tau / max_logits, 1)                      # (layers, H)
@@ -384,20 +384,21 @@ def scale_rows(weight: Tensor, factors: Tensor) -> None:
 
 # ---- The optimizer
 
-# Small matrices of the same shape are updated together, up to this many numbers (64 MB in bf16). On
-# a GPU most of the time would otherwise go into launching kernels.
+# Small matrices of the same shape are updated together, up to this many numbers (64 MiB for u, 128
+# each for the fp32 copies of G and momentum). On a GPU most of the time would otherwise go into
+# launching kernels.
 MAX_BATCHED_NUMEL = 2**25
 
 
 def batches_of_one_shape(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield params in lists of one shape each."""
+    """Yield params in lists of one shape and dtype each."""
     by_shape = {}
     for p in params:
-        by_shape.setdefault(p.shape, []).append(p)
-    for shape, same in by_shape.items():
-        size = max(1, MAX_BATCHED_NUMEL // shape.numel())
-        for first in range(0, len(same), size):
-            yield same[first:first + size]
+        by_shape.setdefault((p.shape, p.dtype), []).append(p)
+    for (shape, _), same in by_shape.items():
+        count = max(1, MAX_BATCHED_NUMEL // shape.numel())
+        for first in range(0, len(same), count):
+            yield same[first:first + count]
 
 
 class MuonClip(torch.optim.Optimizer):
@@ -425,6 +426,10 @@ class MuonClip(torch.optim.Optimizer):
             if p.dtype not in (torch.float32, torch.float64):
                 # bf16 rounds away any update below 1/512 of the weight.
                 raise ValueError("MuonClip trains fp32 weights; call model.float() first")
+        for p in matrices:
+            if p.ndim < 2 or not local_shard(p).is_contiguous():
+                raise ValueError(f"muon_params has a tensor of shape {tuple(p.shape)}; Muon takes "
+                                 "contiguous matrices, or stacks of them")
         if coefficients not in COEFFICIENTS:
             raise ValueError(f"coefficients={coefficients!r} is none of {', '.join(COEFFICIENTS)}")
 
@@ -490,7 +495,7 @@ class MuonClip(torch.optim.Optimizer):
         scalars = self._step_scalars(group, skip)
         whole = [p for p in group["params"] if p.grad is not None and not is_spread(p)]
         for params in batches_of_one_shape(whole):
-            if len(params) == 1:                # it may be large, and is not copied
+            if len(params) == 1:                # a large matrix is not copied
                 O = newton_schulz(self.add_gradient(params[0], scalars), **self.ns_options)
                 self.apply_result(params[0], O, scalars)
             else:
@@ -525,29 +530,30 @@ class MuonClip(torch.optim.Optimizer):
         update_rms[p] to the RMS of scaled O; for a shard to its part of that: the squares of all
         parts add up to the square of the RMS (ShardExchange.finish_update_rms)."""
         scale = update_scale(p.shape)
-        partial_norms = apply_update(local_shard(p), O, scalars.decay, scalars.lr * scale)
-        self.update_rms[p] = torch.linalg.vector_norm(partial_norms) * (scale / p.numel() ** 0.5)
+        apply_update(local_shard(p), O, scalars.decay, scalars.lr * scale)
+        norm = torch.linalg.vector_norm(O, dtype=p.dtype)
+        self.update_rms[p] = norm * (scale / p.numel() ** 0.5)
 
     def add_stacked_gradients(self, params: list[Tensor], scalars: SimpleNamespace) -> Tensor:
-        """add_gradient of E matrices of one shape at once -> u (E, ..., m, n). The copies take less
-        time than to call the kernel once for each matrix."""
+        """add_gradient of E matrices of one shape at once -> u (E, ..., m, n). On a GPU the copies
+        take less time than calling the kernel for each matrix."""
         momenta = [self.state[p]["momentum"] for p in params]
+        stacked_momenta = torch.stack(momenta)
         G = torch.stack([local_shard(p.grad) for p in params])
-        stacked = torch.stack(momenta)
-        u = add_to_momentum(stacked, G, scalars.mu, scalars.skip, self.ns_options["dtype"])
-        torch._foreach_copy_(momenta, list(stacked))
+        u = add_to_momentum(stacked_momenta, G, scalars.mu, scalars.skip, self.ns_options["dtype"])
+        torch._foreach_copy_(momenta, list(stacked_momenta))
         return u.view(G.shape)
 
     def apply_stacked_results(self, params: list[Tensor], O: Tensor,
                               scalars: SimpleNamespace) -> None:
         """apply_result of E matrices of one shape at once, by O (E, ..., m, n)."""
         weights = [local_shard(p) for p in params]
-        stacked = torch.stack(weights)
+        stacked_weights = torch.stack(weights)
         scale = update_scale(O.shape)
-        apply_update(stacked, O, scalars.decay, scalars.lr * scale)
-        torch._foreach_copy_(weights, list(stacked))
+        apply_update(stacked_weights, O, scalars.decay, scalars.lr * scale)
+        torch._foreach_copy_(weights, list(stacked_weights))
 
-        norms = torch.linalg.vector_norm(O.flatten(1), dim=1, dtype=stacked.dtype)
+        norms = torch.linalg.vector_norm(O.flatten(1), dim=1, dtype=stacked_weights.dtype)
         self.update_rms.update(zip(params, norms * (scale / params[0].numel() ** 0.5)))
 
     def _adamw_step(self, group: dict, skip: Tensor) -> None:

@@ -195,7 +195,7 @@ def test_the_cells_of_the_kept_grids_have_equal_tokens_and_parameters(path, monk
         with torch.device("meta"):
             model = Motif(pretrain.model_config(run.config))
         counts.add(sum(p.numel() for p in model.parameters()))
-    lengths = 3 if path.stem == "equal_time" else 1
+    lengths = 2 if path.stem == "equal_time" else 1
     assert len(tokens) == lengths and max(counts) < 1.002 * min(counts)
 
 

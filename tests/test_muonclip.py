@@ -234,21 +234,30 @@ def test_twenty_steps_equal_torchs_muon(monkeypatch):
 
 
 def test_small_matrices_of_a_shape_give_the_same_together_as_alone(monkeypatch):
-    """Batches of two, the last of one, against one matrix at a time."""
+    """Batches of two, the last of one, against one matrix at a time; a step in which a matrix has
+    no gradient, and one that is skipped."""
     together = normal((4, 6), (6, 4), (4, 6), (4, 6))
     alone = copies(together)
     batched = MuonClip(together, [], lr=0.02)
     single = MuonClip(alone, [], lr=0.02)
-    for step in range(3):
+    for step in range(4):
         grads = normal((4, 6), (6, 4), (4, 6), (4, 6))
         for p, q, grad in zip(together, alone, grads):
             p.grad = grad.detach().clone()
             q.grad = grad.detach().clone()
+        if step == 1:
+            together[0].grad = alone[0].grad = None
+        if step == 2:
+            together[2].grad[0] = alone[2].grad[0] = torch.nan
         monkeypatch.setattr(muonclip, "MAX_BATCHED_NUMEL", 2 * 24)
-        batched.step()
+        batched.step(skip=torch.tensor(step == 2))
         monkeypatch.setattr(muonclip, "MAX_BATCHED_NUMEL", 1)
-        single.step()
-        assert all(map(torch.equal, together, alone))
+        single.step(skip=torch.tensor(step == 2))
+        for p, q in zip(together, alone):
+            assert torch.equal(p, q)
+            assert torch.equal(batched.state[p]["momentum"], single.state[q]["momentum"])
+            if step != 2:
+                torch.testing.assert_close(batched.update_rms[p], single.update_rms[q])
 
 
 def test_the_rest_gets_torchs_adamw_exactly_and_vectors_no_decay():

@@ -9,8 +9,9 @@ row, as in training, give the time. Three more are taken apart, each part begun 
 three are recorded by torch.profiler. Prints for one step, of rank 0:
 
     step        milliseconds
-    host        how long the host takes to launch forward and backward pass, and the optimizer. If
-                the two take longer than the step, or nearly so, the GPU waits for the host
+    host        how long the host takes to launch forward and backward pass, and the optimizer. It
+                can be about a thousand launches ahead, and then waits for the GPU, which counts as
+                launching too. If the two take nearly as long as the step, the GPU may wait instead
     GPU         how long at least one kernel ran, in all and of those that the optimizer launched
     messages    how long ranks exchanged something, and how long nothing else ran meanwhile
     kernels     by kind, with the number of launches
@@ -52,6 +53,8 @@ KINDS = {
     "torch.compile": ("triton_",),
 }
 
+
+OPTIMIZER = "optimizer"   # the label of its step
 
 # The trace's categories of what runs on a GPU.
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -114,22 +117,22 @@ def gaps(kernels: list[Event]) -> list[tuple[float, str, str]]:
 # ---- the step
 
 class Part:
-    """A method that is timed: calls of owner.name are labelled in the trace from now on."""
+    """Wraps the function owner.name: labels its calls in the trace, and can time them."""
 
     def __init__(self, owner, name: str, label: str):
         self.function = getattr(owner, name)
         self.label = label
-        self.alone = False              # whether a call waits until the GPU has nothing to do
+        self.from_idle = False          # whether a call first waits until the GPU has nothing to do
         self.host_seconds = 0.0         # of all calls that did
         setattr(owner, name, self)
 
     def __call__(self, *args, **options):
-        if self.alone:
+        if self.from_idle:
             torch.cuda.synchronize()
         begin = time.perf_counter()
         with record_function(self.label):
             result = self.function(*args, **options)
-        if self.alone:
+        if self.from_idle:
             self.host_seconds += time.perf_counter() - begin
         return result
 
@@ -180,7 +183,8 @@ def launched_within(trace: list[dict], label: str) -> list[Event]:
     for event in trace:
         if event.get("cat") in ("cuda_runtime", "cuda_driver"):
             if any(call.start <= event["ts"] <= call.end for call in calls):
-                launches.add(event["args"]["correlation"])
+                launches.add(event["args"].get("correlation"))
+    launches.discard(None)
     kernels = [event for event in trace if event.get("cat") in GPU_WORK
                and event["args"].get("correlation") in launches]
     return select(kernels, *GPU_WORK)
@@ -192,18 +196,18 @@ def milliseconds(events: list[Event]) -> float:
 
 
 def report(trace: list[dict], seconds: float, parts: list[Part]) -> str:
-    """seconds: of a step, in a row."""
+    """seconds: of a step in the row of TIMED ones."""
     kernels = select(trace, *GPU_WORK)
     messages = [kernel for kernel in kernels if kind_of(kernel.name) == "messages"]
     others = [kernel for kernel in kernels if kind_of(kernel.name) != "messages"]
     busy = length(merge(kernels)) / RECORDED / 1000
     alone = busy - length(merge(others)) / RECORDED / 1000
-    optimizer = launched_within(trace, "optimizer")
+    optimizer = launched_within(trace, OPTIMIZER)
     host = [f"{1000 * part.host_seconds / RECORDED:.1f} {part.label}" for part in parts]
 
     lines = [
         f"step        {1000 * seconds:8.1f} ms",
-        f"host        {', '.join(host)}",
+        f"host        {', '.join(host)}, ms",
         f"GPU         {busy:8.1f} busy, "
         f"{length(merge(optimizer)) / RECORDED / 1000:.1f} of it with the optimizer",
         f"messages    {length(merge(messages)) / RECORDED / 1000:8.1f}, alone {alone:.1f}", ""]
@@ -236,7 +240,7 @@ def profile_steps(c: pretrain.Config, device: torch.device) -> None:
     pretrain.meet_ranks(c, device)
     model, optimizer = pretrain.build_model_and_optimizer(c, device, None, None, Path())
     parts = [Part(pretrain, "forward_backward", "forward and backward"),
-             Part(optimizer, "step", "optimizer")]
+             Part(optimizer, "step", OPTIMIZER)]
 
     T = curriculum.seq_len[0]
     micro_batch_rows = max(1, c.micro_batch_tokens // T)
@@ -260,11 +264,11 @@ def profile_steps(c: pretrain.Config, device: torch.device) -> None:
     seconds = (time.perf_counter() - begin) / TIMED
 
     for part in parts:
-        part.alone = True
+        part.from_idle = True
     for _ in range(RECORDED):
         step()
     for part in parts:
-        part.alone = False
+        part.from_idle = False
     trace = record(step)
     if RANK == 0:
         print(report(trace, seconds, parts), flush=True)
