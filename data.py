@@ -15,7 +15,7 @@ import re
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import count
 
@@ -56,7 +56,7 @@ from support.preparing import PIECE_TOKENS, VAL_UNITS, Domain, Preparer
 #
 # All of this is arithmetic on the config and opens no data. The dry run prints it, and a run that
 # resumes needs no state of it but the number of the step, and the plans that it followed before if
-# it was prolonged (`before`, below).
+# it was prolonged (ContinuedCurriculum, below).
 
 
 def value_at(schedule: list[tuple[int, int]], tokens: int) -> int:
@@ -75,46 +75,9 @@ def value_at(schedule: list[tuple[int, int]], tokens: int) -> int:
 MAX_STEPS = 5_000_000  # of a plan: beyond it planning takes minutes and gigabytes
 
 
-@dataclass
-class Phase:
-    """Consecutive steps with the same seq_len. In them each domain reads one stretch of its tape
-    (see "the tape", below)."""
-    first_step: int
-    T: int
-    start: np.ndarray         # (domains,) where the stretch begins, in tokens
-    count: np.ndarray | None  # (domains,) sequences that are read of it; None in the last phase,
-                              # whose end is left open
-    # Of a phase in which the plan changes:
-    earlier: "Phase | None" = None     # what it was under the plan before
-    reached: np.ndarray | None = None  # (domains,) how many sequences were read under that
-
-    @property
-    def stretch(self) -> np.ndarray:
-        """(domains,) how many sequences long it is: count, and what is passed over behind them. If
-        the phase now ends within a window that had begun, the next one could begin at count: then
-        those of the window that lie behind count and were read already are read again, and as many
-        before it never. Or behind the window: then its other sequences are not read. The latter,
-        unless that would be more than the phase has read."""
-        cut = self.cut_from_window
-        return self.count + np.where(cut <= self.count, cut, 0)
-
-    @property
-    def cut_from_window(self) -> np.ndarray:
-        """(domains,) how many sequences of a window that had begun lie behind count, at the most.
-        The window of the last place that was read ends a window's size later at the latest; where,
-        depends on the ends of epochs, which a curriculum does not know."""
-        if self.earlier is None:
-            return np.zeros_like(self.count)
-        window_end = self.reached - 1 + window_size(self.T)
-        if self.earlier.count is not None:
-            earlier_end = self.earlier.count + self.earlier.cut_from_window
-            window_end = np.minimum(window_end, earlier_end)
-        window_end = np.where(self.reached > 0, window_end, 0)
-        return np.maximum(window_end - self.count, 0)
-
-
 class Curriculum:
-    """What every step reads, from the config alone.
+    """What every step reads, from the config alone. (A run that goes on under another plan has a
+    ContinuedCurriculum.)
 
     domains       name -> [source, first share, last share]; shares are fractions of the tokens,
                   and go linearly from the first to the last over the run
@@ -122,12 +85,10 @@ class Curriculum:
     seq_len       tokens per sequence, and
     batch_tokens  tokens per step over all ranks: numbers or schedules by tokens seen
     max_steps, max_tokens    the run ends once it reaches either
-    before        (curriculum, step): an older plan, which was followed for steps 0 to step - 1.
-                  This plan sets the steps from `step` on
 
-    Step t reads rows[t] sequences of seq_len[t] tokens after tokens[t] tokens (tokens[steps] is the
-    run's total); shares[t, d] is domain d's share of them. context[t] is the length that FLOPs are
-    counted with: here seq_len[t]; packed conversations (sft.py) have less.
+    Before step t the run has read tokens[t] tokens; tokens[steps] is its total. Step t reads
+    rows[t] sequences of seq_len[t] tokens, of which shares[t, d] are domain d's. context[t] is the
+    length that FLOPs are counted with: here seq_len[t]; packed conversations (sft.py) have less.
 
     Of domain d the step takes places first[t, d] to end[t, d] - 1. A *place* is the number of a
     sequence in the order in which the run reads the domain, from 0 at each change of seq_len.
@@ -142,31 +103,18 @@ class Curriculum:
     [[0.9, 0.1], [0.79, 0.21], [0.57, 0.43]]
     """
 
+    before = None             # of a ContinuedCurriculum: the plan before, and when it ended
+
     def __init__(self, domains: dict, *, batch_tokens, seq_len, max_steps: int | None = None,
-                 max_tokens: int | None = None, mixture: list | None = None,
-                 before: tuple["Curriculum", int] | None = None):
+                 max_tokens: int | None = None, mixture: list | None = None):
         if not (max_steps or max_tokens):
             raise UserError("nothing ends the run: set max_steps or max_tokens")
         check_domains(domains)
         self.names = list(domains)
-        self.before = before
-        # [[step, config keys], ...]: the older plans, from which the chain of `before` can be made
-        # again. Not used here: pretrain.make_curriculum sets it, for checkpoints.
+        # [[step, config keys], ...]: the older plans of a ContinuedCurriculum, from which it can be
+        # made again. Not used here: pretrain.make_curriculum sets it, for checkpoints.
         self.earlier_plans = []
-        self.seq_len = []
-        self.rows = []
-        self.tokens = [0]
-        if before:
-            old, step = before
-            self.seq_len = old.seq_len[:step]
-            self.rows = old.rows[:step]
-            self.tokens = old.tokens[:step + 1]
-            # The run may end at this very step. By max_tokens it does if step - 1, the last one,
-            # began below that.
-            tokens_before = old.tokens[max(0, step - 1)]
-            if step > (max_steps or step) or tokens_before >= (max_tokens or math.inf):
-                raise UserError(f"max_steps={max_steps}, max_tokens={max_tokens}: the run is at "
-                                f"step {step} already; make it longer, or give another --out_dir")
+        self.seq_len, self.rows, self.tokens = self._steps_followed(max_steps, max_tokens)
         self._plan_steps(batch_tokens, seq_len, max_steps or math.inf, max_tokens or math.inf)
         self.steps = len(self.rows)
         self.context = self.seq_len
@@ -177,23 +125,10 @@ class Curriculum:
             mixture = [(0, first), (1, last)]
         check_mixture(mixture, domains)
         self.shares = self._interpolate(mixture)
-        if before:
-            self.shares[:step] = self._past(old.shares)
 
-    def _past(self, array: np.ndarray) -> np.ndarray:
-        """(steps, domains) of the plan before -> its part that was followed, with a column for each
-        of our domains. A domain that is new has read nothing."""
-        _, step = self.before
-        return self._our_columns(array[:step])
-
-    def _our_columns(self, array: np.ndarray) -> np.ndarray:
-        """(..., domains of the plan before) -> (..., our domains), with 0 for what is new."""
-        old, _ = self.before
-        ours = np.zeros((*array.shape[:-1], len(self.names)), dtype=array.dtype)
-        for d, name in enumerate(self.names):
-            if name in old.names:
-                ours[..., d] = array[..., old.names.index(name)]
-        return ours
+    def _steps_followed(self, max_steps, max_tokens) -> tuple[list, list, list]:
+        """seq_len, rows and tokens of the steps that are planned already: none."""
+        return [], [], [0]
 
     def _plan_steps(self, batch_tokens, seq_len, max_steps: float, max_tokens: float) -> None:
         """Add the steps up to the end of the run to rows, seq_len and tokens."""
@@ -238,33 +173,12 @@ class Curriculum:
     @cached_property
     def quotas(self) -> np.ndarray:
         """(steps, domains): how many tokens each domain should have given by the end of a step."""
-        if not self.before:
-            return self.step_tokens.cumsum(axis=0)
-        old, step = self.before
-        past = self._past(old.quotas)
-        reached = past[-1] if step > 0 else 0
-        # The domains' lags behind their quotas sum to 0, and assign_rows relies on it. Without the
-        # lag of a domain that is gone they would not. So all begin anew, with lags of 0.
-        if set(old.names) != set(self.names):
-            reached = self._tokens_before()
-        to_come = reached + self.step_tokens[step:].cumsum(axis=0)
-        return np.concatenate([past, to_come])
-
-    def _tokens_before(self) -> np.ndarray:
-        """(domains,): the tokens that each domain has given under the plan before."""
-        old, step = self.before
-        past = self._past(old.taken)
-        return (past * np.array(self.seq_len[:step], dtype=np.int64)[:, None]).sum(axis=0)
+        return self.step_tokens.cumsum(axis=0)
 
     @cached_property
     def taken(self) -> np.ndarray:
         """(steps, domains) int64: how many sequences of each domain each step reads."""
-        if not self.before:
-            return assign_rows(self.quotas, self.seq_len, self.rows)
-        old, step = self.before
-        to_come = assign_rows(self.quotas[step:], self.seq_len[step:], self.rows[step:],
-                              self._tokens_before().tolist())
-        return np.concatenate([self._past(old.taken), to_come])
+        return assign_rows(self.quotas, self.seq_len, self.rows)
 
     @cached_property
     def first(self) -> np.ndarray:
@@ -281,47 +195,25 @@ class Curriculum:
         return self.first + self.taken
 
     @cached_property
-    def phases(self) -> list[Phase]:
+    def phases(self) -> "list[Phase]":
+        """The stretches of steps with the same seq_len (see "the tape", below)."""
         changes = [t for t in range(1, self.steps) if self.seq_len[t] != self.seq_len[t - 1]]
         phases = []
         start = np.zeros(len(self.names), dtype=np.int64)
         for first_step, next_step in zip([0, *changes], [*changes, None]):
             count = None if next_step is None else self.end[next_step - 1]
             phase = Phase(first_step, self.seq_len[first_step], start, count)
-            if self.before and first_step < self.before[1]:
-                phase = self._begun_before(phase, len(phases), next_step)
+            phase = self._adapt_phase(phase, len(phases), next_step)
             phases.append(phase)
             if next_step is not None:
                 start = start + phase.stretch * phase.T
         return phases
 
-    def _begun_before(self, phase: Phase, i: int, next_step: int | None) -> Phase:
-        """Our phase number i, which the plan before began: as it was, if it was read to its end
-        under that plan; else with a note of how it was."""
-        old, step = self.before
-        earlier = self._with_our_domains(old.phases[i])
-        if next_step is not None and next_step < step:
-            return earlier
-        return replace(phase, earlier=earlier, reached=self.end[step - 1])
+    def _adapt_phase(self, phase: "Phase", i: int, next_step: int | None) -> "Phase":
+        """Our phase number i as the run reads it, which is as it is planned."""
+        return phase
 
-    def _with_our_domains(self, phase: Phase | None) -> Phase | None:
-        """A phase of the plan before, with a column for each of our domains."""
-        if phase is None:
-            return None
-        count = None if phase.count is None else self._our_columns(phase.count)
-        reached = None if phase.reached is None else self._our_columns(phase.reached)
-        return Phase(phase.first_step, phase.T, self._our_columns(phase.start), count,
-                     self._with_our_domains(phase.earlier), reached)
-
-    def lost_in_changes(self) -> dict[str, int]:
-        """Domain -> the most tokens of it that are not read in this epoch because the plan has
-        changed within a window. (Where Phase.stretch is count, as many may be read twice.)"""
-        tokens = np.zeros(len(self.names), dtype=np.int64)
-        for phase in self.phases[:-1]:
-            tokens += np.minimum(phase.cut_from_window, phase.count) * phase.T
-        return {name: int(n) for name, n in zip(self.names, tokens) if n > 0}
-
-    def phase_of(self, step: int) -> Phase:
+    def phase_of(self, step: int) -> "Phase":
         begun = [phase for phase in self.phases if phase.first_step <= step]
         return begun[-1]
 
@@ -443,12 +335,7 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
 #     sequences   2 0 1   4 3   1 2 0 ...
 #
 # The order follows from the seed, the domain, the window and its length. So a batch is a pure
-# function of (seed, step), on any number of ranks. Where a run is prolonged, or its plan changes
-# otherwise, the window that has begun keeps its length, and the new plan cuts the tape behind it.
-# But seq_len may now change before that window ends. Say it has sequences 0 to 3 in the order 2, 0,
-# 3, 1, and three of them are read. If the next phase began with sequence 3, it would read that
-# again, and 1 would never be read. If it begins with sequence 4, only 1 is not read. (Phase.stretch
-# chooses.)
+# function of (seed, step), on any number of ranks.
 #
 # A window ends with the sequence in which an epoch ends, so that a text shorter than a window is
 # read once before any of it is read twice.
@@ -465,6 +352,52 @@ VAL_DOCUMENTS = 8
 def window_size(T: int) -> int:
     """Sequences of T tokens in a window that nothing cuts short."""
     return max(1, WINDOW_TOKENS // T)
+
+
+@dataclass
+class Phase:
+    """Consecutive steps with the same seq_len. In them each domain reads one stretch of its
+    tape."""
+    first_step: int
+    T: int
+    start: np.ndarray         # (domains,) where the stretch begins, in tokens
+    count: np.ndarray | None  # (domains,) sequences that are read of it; None in the last phase,
+                              # whose end is left open
+
+    @property
+    def stretch(self) -> np.ndarray:
+        """(domains,) how many sequences long it is."""
+        return self.count
+
+    @property
+    def cut_from_window(self) -> np.ndarray:
+        """(domains,) how many sequences of the last window lie behind count: none."""
+        return np.zeros_like(self.count)
+
+    def window_of_place(self, d: int, place: int, epoch_tokens: float,
+                        begun_end: int = 0) -> tuple[int, int]:
+        """-> (first, end): the window of domain d that contains a place. Its places are first to
+        end - 1, and so are, in shuffled order, its sequences.
+
+        Windows begin anew with the first sequence that begins in an epoch of epoch_tokens. Say
+        windows have 3 sequences, the phase has 8, and an epoch ends within sequence 4, counted from
+        0. The windows are then 0 to 2, 3 to 4, 5 to 7.
+
+        begun_end: the first window begins here; what comes before was planned otherwise."""
+        T = self.T
+        start = int(self.start[d])
+        size = window_size(T)
+        begin, end = 0, math.inf
+        if epoch_tokens < math.inf:
+            # The sequences that begin in this epoch of the tape.
+            epoch = (start + place * T) // epoch_tokens
+            begin = max(0, ceil_div(epoch * epoch_tokens - start, T))
+            end = ceil_div((epoch + 1) * epoch_tokens - start, T)
+        begin = max(begin, begun_end)
+        if self.count is not None:
+            end = min(end, int(self.count[d]))
+        window_first = begin + (place - begin) // size * size
+        return window_first, min(window_first + size, end)
 
 
 def random_order(n: int, *key) -> np.ndarray:
@@ -594,48 +527,15 @@ class TokenDataset:
         phase = c.phase_of(step)
         rows = []
         for d, name in enumerate(c.names):
+            epoch_tokens = self.tapes[name].epoch_tokens
             for place in range(c.first[step, d], c.end[step, d]):
                 # Place p of a window reads its sequence number order[p - window_first].
-                window_first, window_end = self.window_of_place(phase, d, place)
+                window_first, window_end = phase.window_of_place(d, place, epoch_tokens)
                 order = cached_random_order(window_end - window_first, self.seed, name,
                                             int(phase.start[d]), window_first)
                 sequence = window_first + int(order[place - window_first])
                 rows.append((name, int(phase.start[d]) + sequence * phase.T))
         return [rows[i] for i in random_order(len(rows), self.seed, "rows", step)]
-
-    def window_of_place(self, phase: Phase, d: int, place: int) -> tuple[int, int]:
-        """-> (first, end): the window that contains a place of a phase. Its places are first to
-        end - 1, and so are, in shuffled order, its sequences.
-
-        Windows begin anew with the first sequence that begins in an epoch. Say windows have 3
-        sequences, the phase has 8, and an epoch ends within sequence 4, counted from 0. The windows
-        are then 0 to 2, 3 to 4, 5 to 7.
-
-        A window that had begun when the plan changed stays as it was."""
-        begun_end = 0
-        if phase.earlier is not None and phase.reached[d] > 0:
-            last_read = int(phase.reached[d]) - 1
-            begun_first, begun_end = self.window_of_place(phase.earlier, d, last_read)
-            if begun_first <= place < begun_end:
-                return begun_first, begun_end
-            if place < begun_first:
-                return self.window_of_place(phase.earlier, d, place)
-
-        T = phase.T
-        start = int(phase.start[d])
-        size = window_size(T)
-        epoch_tokens = self.tapes[self.curriculum.names[d]].epoch_tokens
-        begin, end = 0, math.inf
-        if epoch_tokens < math.inf:
-            # The sequences that begin in this epoch of the tape.
-            epoch = (start + place * T) // epoch_tokens
-            begin = max(0, ceil_div(epoch * epoch_tokens - start, T))
-            end = ceil_div((epoch + 1) * epoch_tokens - start, T)
-        begin = max(begin, begun_end)
-        if phase.count is not None:
-            end = min(end, int(phase.count[d]))
-        window_first = begin + (place - begin) // size * size
-        return window_first, min(window_first + size, end)
 
     def batch(self, step: int, first: int = 0, world: int = 1) -> np.ndarray:
         """Rows first, first + world, first + 2 world, ... of the step's global batch -> (rows,
@@ -682,8 +582,9 @@ class TokenDataset:
             return start, start
         # A step that takes no place has first = end: then the window of the place before.
         first_place = min(int(self.curriculum.first[step, d]), end_place - 1)
-        first, _ = self.window_of_place(phase, d, first_place)
-        _, end = self.window_of_place(phase, d, end_place - 1)
+        epoch_tokens = self.tapes[self.curriculum.names[d]].epoch_tokens
+        first, _ = phase.window_of_place(d, first_place, epoch_tokens)
+        _, end = phase.window_of_place(d, end_place - 1, epoch_tokens)
         return start + first * phase.T, start + end * phase.T + 1
 
 
@@ -801,6 +702,153 @@ class Prefetcher:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+# ---- a run that goes on under another plan
+
+# A run that is prolonged, or whose plan changes otherwise, keeps what it has read: the old plan
+# holds for the steps before the change, the new one from it on. The window that has begun keeps its
+# length, and the new plan cuts the tape behind it.
+#
+# But seq_len may now change before that window ends. Say it has sequences 0 to 3 in the order 2, 0,
+# 3, 1, and three of them are read. If the next phase began with sequence 3, it would read that
+# again, and 1 would never be read. If it begins with sequence 4, only 1 is not read.
+
+
+@dataclass
+class PhaseOfTwoPlans(Phase):
+    """A phase in which the plan changes."""
+    earlier: Phase            # what it was under the plan before
+    reached: np.ndarray       # (domains,) how many sequences were read under that
+
+    @property
+    def stretch(self) -> np.ndarray:
+        """(domains,) how many sequences long it is: count, and the rest of a window that the change
+        cuts short. That rest is passed over, unless it is more than count: then as many sequences
+        are read twice, and others never."""
+        cut = self.cut_from_window
+        return self.count + np.where(cut <= self.count, cut, 0)
+
+    @property
+    def cut_from_window(self) -> np.ndarray:
+        """(domains,) how many sequences of a window that had begun lie behind count, at the most.
+        The window of the last place that was read ends a window's size later at the latest; where,
+        depends on the ends of epochs, which a curriculum does not know."""
+        window_end = self.reached - 1 + window_size(self.T)
+        if self.earlier.count is not None:
+            earlier_end = self.earlier.count + self.earlier.cut_from_window
+            window_end = np.minimum(window_end, earlier_end)
+        window_end = np.where(self.reached > 0, window_end, 0)
+        return np.maximum(window_end - self.count, 0)
+
+    def window_of_place(self, d: int, place: int, epoch_tokens: float,
+                        begun_end: int = 0) -> tuple[int, int]:
+        """As Phase's. A window that had begun when the plan changed stays as it was."""
+        if self.reached[d] > 0:
+            last_read = int(self.reached[d]) - 1
+            begun_first, begun_end = self.earlier.window_of_place(d, last_read, epoch_tokens)
+            if begun_first <= place < begun_end:
+                return begun_first, begun_end
+            if place < begun_first:
+                return self.earlier.window_of_place(d, place, epoch_tokens)
+        return super().window_of_place(d, place, epoch_tokens, begun_end)
+
+
+class ContinuedCurriculum(Curriculum):
+    """before: (curriculum, step), the plan before, which was followed for steps 0 to step - 1, and
+    may be continued itself. This plan sets the steps from `step` on. All else as Curriculum's."""
+
+    def __init__(self, domains: dict, *, before: tuple[Curriculum, int], **plan):
+        self.before = before
+        super().__init__(domains, **plan)
+
+    def _steps_followed(self, max_steps, max_tokens) -> tuple[list, list, list]:
+        """seq_len, rows and tokens of the steps that the plan before has set."""
+        old, step = self.before
+        # The run may end at this very step. By max_tokens it does if step - 1, the last one, began
+        # below that.
+        tokens_before = old.tokens[max(0, step - 1)]
+        if step > (max_steps or step) or tokens_before >= (max_tokens or math.inf):
+            raise UserError(f"max_steps={max_steps}, max_tokens={max_tokens}: the run is at "
+                            f"step {step} already; make it longer, or give another --out_dir")
+        return old.seq_len[:step], old.rows[:step], old.tokens[:step + 1]
+
+    def _past(self, array: np.ndarray) -> np.ndarray:
+        """(steps, domains) of the plan before -> its part that was followed, with a column for each
+        of our domains. A domain that is new has read nothing."""
+        _, step = self.before
+        return self._our_columns(array[:step])
+
+    def _our_columns(self, array: np.ndarray) -> np.ndarray:
+        """(..., domains of the plan before) -> (..., our domains), with 0 for what is new."""
+        old, _ = self.before
+        ours = np.zeros((*array.shape[:-1], len(self.names)), dtype=array.dtype)
+        for d, name in enumerate(self.names):
+            if name in old.names:
+                ours[..., d] = array[..., old.names.index(name)]
+        return ours
+
+    def _interpolate(self, mixture: list) -> np.ndarray:
+        old, step = self.before
+        shares = super()._interpolate(mixture)
+        shares[:step] = self._past(old.shares)
+        return shares
+
+    @cached_property
+    def quotas(self) -> np.ndarray:
+        old, step = self.before
+        past = self._past(old.quotas)
+        reached = past[-1] if step > 0 else 0
+        # The domains' lags behind their quotas sum to 0, and assign_rows relies on it. Without the
+        # lag of a domain that is gone they would not. So all begin anew, with lags of 0.
+        if set(old.names) != set(self.names):
+            reached = self._tokens_before()
+        to_come = reached + self.step_tokens[step:].cumsum(axis=0)
+        return np.concatenate([past, to_come])
+
+    def _tokens_before(self) -> np.ndarray:
+        """(domains,): the tokens that each domain has given under the plan before."""
+        old, step = self.before
+        past = self._past(old.taken)
+        return (past * np.array(self.seq_len[:step], dtype=np.int64)[:, None]).sum(axis=0)
+
+    @cached_property
+    def taken(self) -> np.ndarray:
+        old, step = self.before
+        to_come = assign_rows(self.quotas[step:], self.seq_len[step:], self.rows[step:],
+                              self._tokens_before().tolist())
+        return np.concatenate([self._past(old.taken), to_come])
+
+    def _adapt_phase(self, phase: Phase, i: int, next_step: int | None) -> Phase:
+        """Our phase number i. One that the plan before began is as it was, if it was read to its
+        end under that plan; else it is one of two plans."""
+        old, step = self.before
+        if phase.first_step >= step:
+            return phase
+        earlier = self._with_our_domains(old.phases[i])
+        if next_step is not None and next_step < step:
+            return earlier
+        return PhaseOfTwoPlans(phase.first_step, phase.T, phase.start, phase.count, earlier,
+                               reached=self.end[step - 1])
+
+    def _with_our_domains(self, phase: Phase) -> Phase:
+        """A phase of the plan before, with a column for each of our domains."""
+        start = self._our_columns(phase.start)
+        count = None if phase.count is None else self._our_columns(phase.count)
+        if not isinstance(phase, PhaseOfTwoPlans):
+            return Phase(phase.first_step, phase.T, start, count)
+        return PhaseOfTwoPlans(phase.first_step, phase.T, start, count,
+                               self._with_our_domains(phase.earlier),
+                               self._our_columns(phase.reached))
+
+    def lost_in_changes(self) -> dict[str, int]:
+        """Domain -> the most tokens of it that are not read in this epoch because the plan has
+        changed within a window. (Where a phase's stretch is its count, as many may be read
+        twice.)"""
+        tokens = np.zeros(len(self.names), dtype=np.int64)
+        for phase in self.phases[:-1]:
+            tokens += np.minimum(phase.cut_from_window, phase.count) * phase.T
+        return {name: int(n) for name, n in zip(self.names, tokens) if n > 0}
 
 
 # ---- what a config may say

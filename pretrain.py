@@ -196,10 +196,10 @@ def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
             earlier_plans.append([state["step"], old])
 
     # Each curriculum has before = (the one before it, the step at which that one ended).
-    before = None
-    for step, old in earlier_plans:
-        before = (data.Curriculum(**plan_of(old), before=before), step)
-    curriculum = data.Curriculum(**plan, before=before)
+    plans = [plan_of(old) for _, old in earlier_plans] + [plan]
+    curriculum = data.Curriculum(**plans[0])
+    for (step, _), next_plan in zip(earlier_plans, plans[1:]):
+        curriculum = data.ContinuedCurriculum(**next_plan, before=(curriculum, step))
     curriculum.earlier_plans = earlier_plans
     if RANK == 0 and earlier_plans:
         for name, tokens in curriculum.lost_in_changes().items():

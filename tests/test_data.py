@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import data
-from data import Curriculum, Tape, TokenDataset, parse_schedule, random_order
+from data import ContinuedCurriculum, Curriculum, Tape, TokenDataset, parse_schedule, random_order
 from documents import refused, texts, write_jsonl
 from support import preparing, sources
 from support.preparing import Domain, Preparer
@@ -255,8 +255,8 @@ def test_a_plan_that_is_prolonged_keeps_what_was_read(change, rises):
     options = {"batch_tokens": 64, "seq_len": [[0, 8], [4000, 16]]}
     short = Curriculum(domains, max_steps=100, **options)
     options["seq_len"] = [[0, 8], [rises, 16]]
-    longer = Curriculum(domains, max_steps=300, before=(short, change), **options)
-    again = Curriculum(domains, max_steps=400, before=(longer, 200), **options)
+    longer = ContinuedCurriculum(domains, max_steps=300, before=(short, change), **options)
+    again = ContinuedCurriculum(domains, max_steps=400, before=(longer, 200), **options)
     texts = {name: MemoryDomain(name, 1, [999] * 40) for name in domains}
     datasets = [TokenDataset(c, texts, 1) for c in (short, longer, again)]
     for step in range(200):
@@ -289,10 +289,14 @@ def test_changes_of_plan_in_a_row_lose_no_more_than_is_told(monkeypatch, seed):
     curriculum = None
     followed = []                   # the rows of each step, under the plan of its time
     for end in [*changes, None]:
-        before = (curriculum, len(followed)) if curriculum else None
         lengths = [[0, 8], [int(rng.choice([400, 800, 1200, 1600, 3000, 6000])), 16]]
-        curriculum = Curriculum(domains, batch_tokens=64, seq_len=lengths, before=before,
-                                max_steps=(end or len(followed)) + 1 + int(rng.integers(100)))
+        plan = {"batch_tokens": 64, "seq_len": lengths,
+                "max_steps": (end or len(followed)) + 1 + int(rng.integers(100))}
+        if curriculum is None:
+            curriculum = Curriculum(domains, **plan)
+        else:
+            before = (curriculum, len(followed))
+            curriculum = ContinuedCurriculum(domains, before=before, **plan)
         dataset = TokenDataset(curriculum, texts, 1)
         for step in range(len(followed), end or curriculum.steps):
             dataset.prefetcher.wait_for(step)
@@ -314,7 +318,8 @@ def test_domains_in_another_order_keep_what_was_read_and_their_quotas():
     domains = {name: (f"{name}.txt", 1 / 3, 1 / 3) for name in "abc"}
     turned = dict(reversed(domains.items()))
     old = Curriculum(domains, batch_tokens=17 * 8, seq_len=8, max_steps=40)
-    new = Curriculum(turned, batch_tokens=17 * 8, seq_len=8, max_steps=40, before=(old, 10))
+    new = ContinuedCurriculum(turned, batch_tokens=17 * 8, seq_len=8, max_steps=40,
+                              before=(old, 10))
     assert (new.taken[:10] == old.taken[:10, ::-1]).all()
     assert (abs((new.taken * 8).cumsum(0) - new.step_tokens.cumsum(0)) < 8).all()
 
@@ -324,16 +329,17 @@ def test_a_prolonged_run_may_drop_and_add_domains():
     for step in range(1, 30):
         old = Curriculum(three, batch_tokens=17 * 8, seq_len=8, max_steps=40)
         two = {"a": ("a.txt", 0.48, 0.48), "d": ("d.txt", 0.52, 0.52)}
-        new = Curriculum(two, batch_tokens=17 * 8, seq_len=8, max_steps=80, before=(old, step))
+        new = ContinuedCurriculum(two, batch_tokens=17 * 8, seq_len=8, max_steps=80,
+                                  before=(old, step))
         assert (new.taken[step:].sum(1) == 17).all()
         assert (new.taken[:step, 0] == old.taken[:step, 0]).all() and not new.taken[:step, 1].any()
         # Prolonged again, it goes on from the quotas that it had.
-        third = Curriculum(two, batch_tokens=17 * 8, seq_len=8, max_steps=99,
-                           before=(new, step + 3))
+        third = ContinuedCurriculum(two, batch_tokens=17 * 8, seq_len=8, max_steps=99,
+                                    before=(new, step + 3))
         assert (third.taken[:step + 3] == new.taken[:step + 3]).all()
         lag = third.quotas - (third.taken * 8).cumsum(0)
         assert (abs(lag[step:]) < 8).all() and (third.taken[step:].sum(1) == 17).all()
-    Curriculum(two, batch_tokens=8, seq_len=8, max_steps=9, before=(old, 0))
+    ContinuedCurriculum(two, batch_tokens=8, seq_len=8, max_steps=9, before=(old, 0))
 
 
 def test_a_run_that_has_dropped_domains_can_be_prolonged_twice():
@@ -341,8 +347,8 @@ def test_a_run_that_has_dropped_domains_can_be_prolonged_twice():
     options = {"batch_tokens": 30, "seq_len": 10, "max_steps": 40}
     seven = Curriculum({name: ("x.txt", share, share) for name, share in shares.items()}, **options)
     kept = {"a": ("x.txt", 0.37, 0.37), "b": ("x.txt", 0.63, 0.63)}
-    two = Curriculum(kept, before=(seven, 1), **options)
-    again = Curriculum(kept, before=(two, 4), **options)
+    two = ContinuedCurriculum(kept, before=(seven, 1), **options)
+    again = ContinuedCurriculum(kept, before=(two, 4), **options)
     assert (again.taken == two.taken).all()
 
 
