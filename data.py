@@ -120,9 +120,9 @@ class Curriculum:
         self.context = self.seq_len
 
         if mixture is None:
-            first = {name: domain[1] for name, domain in domains.items()}
-            last = {name: domain[2] for name, domain in domains.items()}
-            mixture = [(0, first), (1, last)]
+            first_shares = {name: domain[1] for name, domain in domains.items()}
+            last_shares = {name: domain[2] for name, domain in domains.items()}
+            mixture = [(0, first_shares), (1, last_shares)]
         check_mixture(mixture, domains)
         self.shares = self._interpolate(mixture)
 

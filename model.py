@@ -8,8 +8,8 @@ block is
 
 It differs in two places. Its attention subtracts a second attention map, the noise, from the first
 (grouped differential attention, below), and its MLP has a learnt polynomial, PolyNorm, where Llama
-has SiLU. Both are defined here in plain PyTorch. What runs is kernels.py, wherever it has a faster
-form of the same: on a GPU for nearly all, on a CPU for a part. With kernels.ENABLED = False the
+has SiLU. Both are defined here in plain PyTorch. kernels.py has faster forms of the same, which
+replace most of the definitions on a GPU, and some on a CPU. With kernels.ENABLED = False the
 definitions here run; but the loss stays kernels.linear_cross_entropy, in plain PyTorch.
 
 The letters that this project uses for sizes, with their values in Motif-2-12.7B:
@@ -75,12 +75,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angles position * theta^(-2i/D), i = 0 .. D/2 - 1.
+    """Cosine and sine of the angles position * theta^(-2i/D) of the points i = 0 .. D/2 - 1.
 
     positions (B, T) -> two tensors (B, T, 1, D/2) in fp32, which fit any number of heads.
     """
-    i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    frequency = theta ** (-i / head_dim)                                 # (D/2,)
+    two_i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequency = theta ** (-two_i / head_dim)                             # (D/2,)
     angle = positions[:, :, None, None].float() * frequency              # (B, T, 1, D/2)
     return angle.cos(), angle.sin()
 
@@ -116,19 +116,16 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # the features. Fused, as in kernels.py, it moves no more memory than SiLU.
 #
 # Does it pay? In runs of 52M tokens with 115M parameters PolyNorm is worse than SwiGLU by 0.049
-# nats per token, +- 0.002, if w3, w2 and w1 begin at 1/3, as in its paper. If they begin at 1/48,
-# which is the default here [ours], it is as good: 0.001 better, +- 0.003. Begun at 1/3 its output
-# is too large: it has a root mean square of 0.71 for normally distributed inputs, whatever their
-# scale, where SiLU of a fresh gate_proj has 0.30. Training wants still less, and hardly any of the
-# cube: begun at 1/96, w3 ends between -0.02 and 0.01 in every layer, w2 between 0.01 and 0.05, w1
-# between 0.03 and 0.18, larger in later layers. But it gains nothing over SwiGLU here, and is 0.008
-# worse with 24 narrower layers and after four times the tokens (one seed each). (MEASUREMENTS.md
-# has these runs.)
+# nats per token, +- 0.002, if w3, w2 and w1 begin at 1/3, as in its paper: its output is then more
+# than twice as large as that of a fresh SiLU. If they begin at 1/48, the default here ([ours]: no
+# paper says so), it is as good as SwiGLU, 0.001 better, +- 0.003; but with 24 narrower layers, or
+# after four times the tokens, it is 0.008 worse (one seed each). Training makes w1 the largest of
+# the three, and hardly uses the cube. MEASUREMENTS.md has these runs.
 #
-# The gradient. With r_p = 1 / rms(x^p) for the powers p = 1, 2, 3, the derivative d r_p / d x_j is
-# -r_p^3 p x_j^(2p-1) / F. So, with g = dL/dy,
+# The gradient. With s_p = 1 / rms(x^p) for the powers p = 1, 2, 3, the derivative d s_p / d x_j is
+# -s_p^3 p x_j^(2p-1) / F. So, with g = dL/dy,
 #
-#     dL/dx_j = sum over p of  w_p p r_p x_j^(p-1) (g_j - r_p^2 x_j^p mean(g x^p))
+#     dL/dx_j = sum over p of  w_p p s_p x_j^(p-1) (g_j - s_p^2 x_j^p mean(g x^p))
 #
 # kernels.py computes it in this closed form.
 
@@ -183,7 +180,7 @@ def document_starts(doc_ids: Tensor) -> Tensor:
 def visibility_mask(T: int, S: int, doc_start: Tensor | None, query_slots: Tensor | None,
                     like: Tensor) -> Tensor:
     """-> (T, S), or (B, 1, 1, T, S) if doc_start or query_slots is given: what is added to the
-    logits (B, K, h, T, S). It is 0 where a query may see a key, else -inf.
+    logits (B, N, h, T, S). It is 0 where a query may see a key, else -inf.
 
     A *slot* is a key's place among the S, in a KV cache its position. Query (b, t) sees the keys in
     the slots doc_start[b, t], ..., query_slots[b, t]; the last one is its own. Without doc_start it
@@ -201,37 +198,39 @@ def visibility_mask(T: int, S: int, doc_start: Tensor | None, query_slots: Tenso
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None,
                       query_slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt D, causal) v, where h query heads read each of K key heads. (Grouped
-    differential attention, below, calls this twice: with its P signal keys, and with its P noise
-    keys. So K is P there.)
+    """softmax(q k^T / sqrt D, causal) v, where h query heads read each of N key heads. In plain
+    attention N = K. Grouped differential attention, below, calls this twice: with its P signal
+    keys, and with its P noise keys.
 
-    q (B, T, K, h, D)
-    k (B, S, K, D)
-    v (B, S, K, Dv)
+    q (B, T, N, h, D)
+    k (B, S, N, D)
+    v (B, S, N, Dv)
     doc_start (B, T)        int32, see document_starts; for S = T only
     query_slots (B, T)      the slot of the query's own key, where a KV cache holds the keys
 
-    -> out (B, T, K, h, Dv), and the largest visible logit of each query head (K, h) for QK-clip.
+    -> out (B, T, N, h, Dv), and the largest visible logit of each query head (N, h). QK-clip needs
+    it (muonclip.py): it shrinks the queries and keys of a head whose logits grow too large.
     The softmax is in fp32. Both products, and so the logits, are in the dtype of q; kernels.py
     keeps logits in fp32."""
-    # The callers below have asked for the fused kernel already: what is left is this or plain.
+    # There are three implementations: "fused", our GPU kernel, for which the callers below ask
+    # before they call this; "flex", PyTorch's FlexAttention; and "plain", which follows.
     if kernels.attention_form(q, k, v, query_slots) == "flex":
         return kernels.flex_softmax_attention(q, k, v, doc_start, query_slots)
-    B, T, K, h, D = q.shape
+    B, T, N, h, D = q.shape
     S = k.shape[1]
 
     # The h query heads of a key head become rows of one matrix product.
-    q = (q * D**-0.5).permute(0, 2, 3, 1, 4)                            # (B, K, h, T, D)
-    q = q.flatten(2, 3)                                                 # (B, K, hT, D)
-    logits = upcast(q @ k.permute(0, 2, 3, 1))                          # (B, K, hT, S)
-    logits = logits.unflatten(2, (h, T))                                # (B, K, h, T, S)
+    q = (q * D**-0.5).permute(0, 2, 3, 1, 4)                            # (B, N, h, T, D)
+    q = q.flatten(2, 3)                                                 # (B, N, hT, D)
+    logits = upcast(q @ k.permute(0, 2, 3, 1))                          # (B, N, hT, S)
+    logits = logits.unflatten(2, (h, T))                                # (B, N, h, T, S)
     mask = visibility_mask(T, S, doc_start, query_slots, like=logits)
     logits = logits.add_(mask)
-    max_logits = logits.detach().amax(dim=(0, 3, 4))                    # (K, h)
+    max_logits = logits.detach().amax(dim=(0, 3, 4))                    # (N, h)
 
-    weights = logits.softmax(-1).to(v.dtype).flatten(2, 3)              # (B, K, hT, S)
-    out = weights @ v.transpose(1, 2)                                   # (B, K, hT, Dv)
-    out = out.unflatten(2, (h, T)).permute(0, 3, 1, 2, 4)               # (B, T, K, h, Dv)
+    weights = logits.softmax(-1).to(v.dtype).flatten(2, 3)              # (B, N, hT, S)
+    out = weights @ v.transpose(1, 2)                                   # (B, N, hT, Dv)
+    out = out.unflatten(2, (h, T)).permute(0, 3, 1, 2, 4)               # (B, T, N, h, Dv)
     return out, max_logits
 
 
@@ -253,9 +252,9 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None 
 #     out_c = (softmax(q_c k1^T / sqrt D) - lambda softmax(q_noise k2^T / sqrt D)) v
 #     y_c   = (1 - lambda_init) RMSNorm(out_c)                          each head by itself
 #
-# where lambda_init is the value at which the layer's lambda starts. Keys come in pairs, k1 for
-# signal and k2 for noise. A pair's two value heads of D lie side by side, and both maps read them
-# as one value, Dv = 2D wide. One group, g = 0 .. 7 in 12.7B, where P = G:
+# where lambda_init is the fixed value around which the layer's lambda starts. Keys come in pairs,
+# k1 for signal and k2 for noise. A pair's two value heads of D lie side by side, and both maps read
+# them as one value, Dv = 2D wide. One group, g = 0 .. 7 in 12.7B, where P = G:
 #
 #     query heads     5g      5g+1    5g+2    5g+3         5g+4
 #                     signal  signal  signal  signal       noise
@@ -350,8 +349,8 @@ def lambda_init(layer: Tensor) -> Tensor:
     """The value around which a layer's lambda starts, in float64: 0.8 - 0.6 exp(-0.3 (layer - 1)).
 
     The paper counts layers from 1, and its first value is 0.2. The released code passes a layer
-    number that counts from 0 into the same formula. So the first layer's is -0.0099: there a
-    hundredth of the noise is added. We keep that, because the checkpoints were trained with it.
+    number that counts from 0 into the same formula. So the first layer's is -0.0099: on average it
+    starts with almost no subtraction. We keep that, because the checkpoints were trained with it.
 
     >>> [round(lambda_init(torch.tensor(layer)).item(), 4) for layer in (0, 1, 2, 39)]
     [-0.0099, 0.2, 0.3555, 0.8]
@@ -393,7 +392,7 @@ class MotifConfig:
     rope_theta: Annotated[float, 1] = 10_000.0    # base of the rotary wavelengths
     max_position_embeddings: Dim = 4096       # longest sequence
     tie_word_embeddings: bool = False         # the head is the embedding
-    poly_norm_scale: NonNegative = 1 / 16     # [ours] PolyNorm's first weights: 1/3 times it
+    poly_norm_scale: NonNegative = 1 / 16     # [ours] PolyNorm's first weights are a third of it
 
     @property
     def value_shape(self) -> tuple[int, int]:
@@ -628,8 +627,8 @@ def generation_step(block: Block, x: Tensor, angles: tuple[Tensor, Tensor],
 
 @functools.cache
 def compiled_generation_step() -> Callable:
-    """The block is an argument of the graph, so that all layers share it. It fits any number of
-    rows but one: PyTorch treats a size of 1 as a constant."""
+    """The block is an argument of the graph, so that all layers share it. One graph fits any number
+    of rows from two on; a batch of one row gets its own."""
     return torch.compile(generation_step, dynamic=True)
 
 
@@ -703,12 +702,13 @@ class Motif(nn.Module):
         reduction, scale     the loss is scale times the "mean" or "sum" over the targets, in nats
         cache                continue the rows of this KVCache, and add ids to them
         row_lengths (B,)     right-padded rows: only the first row_lengths[b] ids of row b are there
-        last_only            logits of each row's last token alone, (B, 1, V); those of a row of no
-                             tokens mean nothing
+        last_only            without targets: logits of each row's last token alone, (B, 1, V);
+                             those of a row of no tokens mean nothing
         """
         x = self.hidden_states(ids, doc_ids, cache, row_lengths)
         if targets is not None:
-            # F.cross_entropy(F.linear(x, head), targets), without all logits at one time.
+            # Like F.cross_entropy(F.linear(x, head), targets), without all logits at one time; but
+            # every negative target is ignored, and no targets give 0.
             x = x.flatten(0, 1)                                          # (B T, hidden)
             return kernels.linear_cross_entropy(x, self.head_weight, targets.flatten(),
                                                 reduction, scale)

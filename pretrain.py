@@ -4,7 +4,7 @@ the quick start, config/quickstart.py, in a few minutes on a CPU.
 
 A run reads
 
-    data_dir/              shards of tokens; the first run that needs them prepares them (data.py)
+    data_dir/              tokens, in pieces; the first run that needs them prepares them (data.py)
 
 and writes
 
@@ -26,10 +26,9 @@ to rounding on another. Ctrl-C, or the SIGTERM that a cluster sends, lets the cu
 saves a checkpoint (unless save_every is None) and exits with status 0; until the first step is done
 there is nothing to save, and they end the run at once.
 
-One may begin to read at the end: main, setup, train, train_step. The file has, in this order: the
-knobs, the schedules, one training step, what a step reads, FSDP2, checkpoints, validation, the
-loop, the set-up. What any training run needs is in support/: how ranks talk (ranks.py), the log
-(log.py), and the folder of a run (run_folder.py).
+The file has, in this order: the knobs, the schedules, one training step, what a step reads, the
+loop; then FSDP2, checkpoints, validation, the set-up and main. What any training run needs is in
+support/: how ranks talk (ranks.py), the log (log.py), and the folder of a run (run_folder.py).
 """
 import functools
 import json
@@ -68,6 +67,10 @@ from support.weights import check_finite, iter_checkpoint, save_tensors
 QUICKSTART = str(Path(__file__).parent / "config" / "quickstart.py")
 
 # ---- the knobs
+#
+# To be looked up rather than read: the next part is the schedules. [ours] marks a value that is our
+# choice, as no paper states it. HSDP means several copies of the model, each in shards (FSDP2,
+# below).
 
 @dataclass
 class TrainConfig:
@@ -92,9 +95,9 @@ class TrainConfig:
     activation_checkpoint_layers: Size = 0  # how many blocks, the first ones, recompute activations
                                     # in the backward pass: less memory, more FLOPs
     dp_replicate: Count = 1         # copies of the model among the ranks (HSDP); each is sharded
-    sum_embeddings_once: bool = True  # several ranks gather embedding and head, and sum their
-                                    # gradients, once a step; False: in each micro-batch, which
-                                    # takes less memory and more time
+    sum_embeddings_once: bool = True  # ranks gather embedding and head, and sum their gradients,
+                                    # once a step; False: in every micro-batch, which takes less
+                                    # memory and more time
     sum_precision: Literal["auto", "fp32", "bf16"] = "auto"  # dtype in which ranks sum the
                                     # gradients of blocks; auto: fp32, but bf16 with precision=fp8
                                     # and one copy of the model
@@ -173,44 +176,6 @@ def model_config(c: Config) -> MotifConfig:
     return MotifConfig(**{f.name: getattr(c, f.name) for f in fields(MotifConfig)})
 
 
-PLAN_KEYS = ("domains", "batch_tokens", "seq_len", "mixture", "max_steps", "max_tokens")
-
-
-def plan_of(config: dict) -> dict:
-    """The part of a config that says what each step reads, as state.json has it (tuples become
-    lists)."""
-    return json.loads(json.dumps({key: config.get(key) for key in PLAN_KEYS}))
-
-
-def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
-    """What each step reads. state: of the checkpoint to go on from. If its config had another plan,
-    say a shorter run, the steps up to the checkpoint keep that plan, and c's begins there."""
-    plan = plan_of(asdict(c))
-    earlier_plans = []  # [[step, the plan that was followed up to it], ...], oldest first: a run
-                        # can be prolonged more than once
-    if state:
-        earlier_plans = list(state.get("plans", []))
-        old = plan_of(state["config"])
-        # Domains in another order are another plan too: they break ties between quotas.
-        if old != plan or list(old["domains"]) != list(plan["domains"]):
-            earlier_plans.append([state["step"], old])
-
-    # Each curriculum has before = (the one before it, the step at which that one ended).
-    plans = [plan_of(old) for _, old in earlier_plans] + [plan]
-    curriculum = data.Curriculum(**plans[0])
-    for (step, _), next_plan in zip(earlier_plans, plans[1:]):
-        curriculum = data.ContinuedCurriculum(**next_plan, before=(curriculum, step))
-    curriculum.earlier_plans = earlier_plans
-    if RANK == 0 and earlier_plans:
-        for name, tokens in curriculum.lost_in_changes().items():
-            print(f"the plan has changed within a window of {name}: up to {tokens:,d} tokens of it "
-                  "may not be read in this epoch, or some twice")
-    if max(curriculum.seq_len) > c.max_position_embeddings:
-        raise UserError(f"seq_len={c.seq_len} is longer than max_position_embeddings="
-                        f"{c.max_position_embeddings}; raise that or shorten the sequence")
-    return curriculum
-
-
 # ---- schedules: learning rate and RoPE's base
 #
 # The learning rate follows WSD: warm-up, stable, decay (Motif-2, arXiv 2511.07464). A cosine over
@@ -257,25 +222,6 @@ def lr_at(c: Config, curriculum: data.Curriculum, step: int) -> float:
     return c.lr * factor
 
 
-def check_lr_goes_on(c: Config, curriculum: data.Curriculum, state: dict) -> None:
-    """UserError if the new plan of a run that goes on would raise the learning rate again after it
-    has begun to fall. During the stable part it stays as it is. (Another --lr or --decay_fraction
-    for the same steps is taken as meant.)"""
-    if not curriculum.before or c.lr_may_rise:
-        return
-    old_curriculum, step = curriculum.before
-    if step != state["step"]:
-        return  # the plan has changed, but not at this checkpoint
-    old = {f.name: state["config"][f.name] for f in fields(Config) if f.name in state["config"]}
-    lr_before = lr_at(Config(**old), old_curriculum, step)
-    lr_after = lr_at(c, curriculum, step)
-    if step >= c.warmup_steps and lr_after > 1.001 * lr_before:
-        raise UserError(f"at step {step} the learning rate has already fallen to {lr_before:.2e}, "
-                        f"and the longer run has {lr_after:.2e} there: go on from a checkpoint "
-                        "before it began to fall, with --resume=PATH and another --out_dir, or "
-                        "accept the rise with --lr_may_rise=true")
-
-
 def theta_at(c: Config, tokens: int) -> float:
     """RoPE's base once so many tokens have been read. One raises the base as the sequences get
     longer. An evaluation between two steps uses the base and the row length of the next step
@@ -304,19 +250,19 @@ def theta_at(c: Config, tokens: int) -> float:
 # fine-tuning only replies are targets, and some ranks have more of them than others.
 #
 # The gradient. FSDP2 (below) shards the matrices: it sums their gradients over the ranks, and each
-# rank keeps its own shard of the sum. When it does so depends on the matrix (set_gradient_sync):
+# rank keeps its own shard of the sum (set_gradient_sync):
 #
-#     blocks                 after each micro-batch: no rank has room for all their gradients
-#     embedding and head     once a step: until then ranks add up theirs, whole and in fp32
-#     copies of the model    once a step, each shard among the ranks that hold the same (HSDP)
-#     a single rank          has nothing to sum, and keeps all matrices gathered for the whole step
+#     of blocks                 after each micro-batch: no rank has room for all their gradients
+#     of embedding and head     once a step: until then ranks add up theirs, whole and in fp32
+#     with copies of the model  once a step besides, among ranks with the same shard (HSDP)
+#     on a single rank          there is nothing to sum: all matrices stay gathered for the step
 #
 # Vectors are whole on every rank; reduce_and_clip sums their gradients.
 #
 # NaN. A loss or gradient that is not finite must not reach the weights. But if the host read the
-# loss to find out, it would wait for the GPU, and then the GPU for the host, at every step. So the
-# decision, `skipped`, is a tensor on the GPU, which the optimizer takes. The host reads it later,
-# when it logs a line and has to wait anyway. Too many skipped steps in a row end the run.
+# loss at every step to find out, the GPU would be idle meanwhile. So the decision, `skipped`, is a
+# tensor on the GPU, where the optimizer reads it. The host reads it later, when it logs a line and
+# has to wait anyway. Too many skipped steps in a row end the run.
 
 class StepResult(NamedTuple):
     """Tensors on the device; to read one is to wait for the step."""
@@ -344,7 +290,7 @@ def train_step(model: Motif, optimizer, batch: tuple, micro_batch_rows: int, num
     skipped = ~torch.isfinite(loss + grad_norm)
 
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr                    # MuonClip multiplies it by the group's lr_scale
     optimizer.step(max_logits=max_logits, skip=skipped)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(loss, grad_norm, max_logits, skipped)
@@ -372,11 +318,13 @@ def forward_backward(model: Motif, batch: tuple, micro_batch_rows: int, num_targ
     """
     loss = torch.zeros((), device=batch[0].device)
     max_logits = None
-    is_fsdp = hasattr(model, "reshard")
+    is_fsdp = hasattr(model, "reshard")     # what fully_shard has made of the model has that method
     micro_batches = split_micro_batches(batch, micro_batch_rows)
     for i, micro_batch in enumerate(micro_batches):
         if is_fsdp:
             set_gradient_sync(model, i == len(micro_batches) - 1, sum_embeddings_once)
+        # micro_batch: ids, targets and perhaps doc_ids. The forward pass also leaves the largest
+        # attention logits in model.max_logits, for QK-clip.
         part = model(*micro_batch, reduction="sum", scale=1 / num_targets)
         part.backward()
         loss += part.detach()
@@ -486,6 +434,118 @@ def read_batch(dataset: Dataset, step: int) -> tuple[Tensor, ...]:
     return pad_rows(batch, own, padded)
 
 
+# ---- the training loop
+
+def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimizer,
+          tokenizer: Tokenizer, start: tuple | None, encode_prompt, task_scores=None) -> None:
+    """Train to the end of the dataset's curriculum, or until a signal comes.
+
+    start           the checkpoint to go on from, its folder and state; None: begin at step 0
+    held_out        domain -> rows to evaluate on, like Dataset.batch's; or a function of the
+                    row length T that returns such a dict
+    encode_prompt   (tokenizer, text of a prompt) -> ids
+    task_scores     model -> {task: {metric: score}}, to log at each evaluation; or None"""
+    curriculum = dataset.curriculum
+    device = model.head_weight.device
+    state = start[1] if start else {"step": 0, "skipped": 0}
+    start_step = state["step"]
+    nonfinite = NonFiniteSteps(in_a_row=state["skipped"])
+    log = begin_log(c, out, dataset, model, optimizer, start)
+    validation = Validation(c, held_out, curriculum, tokenizer, encode_prompt, task_scores, device)
+    timer = StepTimer(start_step, optimizer, device)
+    signals = []
+    step = start_step
+    while True:
+        finished = step == curriculum.steps
+        stop = any_rank(finished or bool(signals))
+        # The end of the run forces an evaluation, and a stop forces a save. A run that goes on does
+        # not repeat its last evaluation.
+        evaluate_now = step > log.last_evaluation and is_due(step, c.eval_every, finished)
+        save_now = step > start_step and is_due(step, c.save_every, stop)
+        model.config.rope_theta = theta_at(c, curriculum.tokens[step])  # as the next step has it
+
+        # What is not training: evaluate and save, where that is due; stop.
+        if evaluate_now or save_now or stop:
+            nonfinite.check(step, c, log)
+        timer.pause()
+        if evaluate_now:
+            evaluate_and_log(validation, model, optimizer, curriculum, step, log)
+        if save_now:
+            save_checkpoint(out, step, model, optimizer,
+                            state_to_save(nonfinite, dataset, tokenizer), c)
+        if save_now or stop:
+            log.draw()
+        if stop:
+            break
+        timer.resume()
+
+        # Training: one step.
+        tell_of_compiling(log, c, device, curriculum.seq_len, step, start_step)
+        batch = read_batch(dataset, step)
+        lr = lr_at(c, curriculum, step)
+        micro_batch_rows = max(1, c.micro_batch_tokens // curriculum.seq_len[step])
+        result = train_step(model, optimizer, batch, micro_batch_rows, dataset.num_targets(step),
+                            lr, c)
+        nonfinite.add(result.skipped)
+        if step == start_step:
+            signals = install_signal_handlers()  # not earlier: see there
+        step += 1
+
+        if is_due(step, c.log_every, step in (1, curriculum.steps)):
+            nonfinite.check(step, c, log)
+            forward, backward = flops_per_token(model.config, curriculum.context[step - 1])
+            log_step(log, timer, optimizer, curriculum, step, lr, result, forward + backward)
+
+    log_end(log, c, step, finished)
+
+
+def tell_of_compiling(log: Log, c: Config, device: torch.device, seq_len: list[int], step: int,
+                      start_step: int) -> None:
+    """Say why a step takes longer: torch.compile makes a graph for each length of rows."""
+    is_new = step == start_step or seq_len[step] != seq_len[step - 1]
+    if compiles(c, device) and is_new:
+        log.print(f"compiling for rows of {seq_len[step]:,d} tokens: step {step + 1} takes half a "
+                  "minute longer, or more")
+
+
+def state_to_save(nonfinite: NonFiniteSteps, dataset: Dataset, tokenizer: Tokenizer) -> dict:
+    """What a checkpoint's state.json holds of the run itself."""
+    return {"skipped": nonfinite.in_a_row, "plans": dataset.curriculum.earlier_plans,
+            "data": dataset.fingerprint(), "tokenizer": tokenizer.fingerprint().hex()}
+
+
+def begin_log(c: Config, out: Path, dataset: Dataset, model: Motif, optimizer,
+              start: tuple | None) -> Log:
+    """Open the log, and say what is trained."""
+    # What metrics.jsonl has beyond that step is dropped (-1: all). log.last_evaluation is the last
+    # one in what stays, which is not repeated.
+    log = Log(out, start[1]["step"] if start else -1, c)
+    curriculum = dataset.curriculum
+    device = model.head_weight.device
+    where = f"{device} and {WORLD - 1} more" if WORLD > 1 else device
+    parameters = sum(p.numel() for p in model.parameters())
+    log.print(f"{parameters:,d} parameters on {where} in {compute_precision(c, device)}; "
+              f"{curriculum.steps:,d} steps, {curriculum.tokens[-1]:,d} tokens")
+    log.print(muonclip.describe_routing(model, optimizer))
+    if start:
+        log_resumed(log, start, c, dataset.fingerprint())
+    if c.eval_every and not can_be_gathered(model):
+        log.print(NO_SAMPLES)
+    return log
+
+
+def evaluate_and_log(validation: "Validation", model: Motif, optimizer, curriculum, step: int,
+                     log: Log) -> None:
+    losses, samples = validation.evaluate_and_sample(model, step)
+    layers = layer_stats(model.model.layers, optimizer)
+    log_evaluation(log, curriculum, step, losses, layers, samples)
+
+
+def is_due(step: int, every: int | None, or_if: bool) -> bool:
+    """Whether step is a multiple of `every`, or or_if is true. If `every` is None: never."""
+    return every is not None and (step % every == 0 or or_if)
+
+
 # ---- the model over many GPUs: FSDP2
 #
 # The problem. The 12.7B model takes 4 bytes a parameter for weights, 4 for gradients and 4 for
@@ -509,7 +569,7 @@ def read_batch(dataset: Dataset, step: int) -> tuple[Tensor, ...]:
 # fp32, while all parameters of an FSDP2 group are cast to one dtype.
 #
 # A single GPU uses FSDP2 too, because it makes the bf16 copies of fp32 weights. Only a single
-# process that trains in fp32 on a CPU does without.
+# process that trains in fp32 without CUDA does without.
 
 COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
@@ -635,7 +695,7 @@ def reshard_after_forward(model: Motif, free: bool) -> None:
             block.set_reshard_after_forward(free, recurse=False)
 
 
-def reshard(model: Motif) -> None:
+def free_gathered(model: Motif) -> None:
     """Free the gathered matrices. After a backward pass FSDP2 does so by itself."""
     for module in model.modules():
         if hasattr(module, "reshard"):
@@ -655,7 +715,7 @@ def reshard(model: Motif) -> None:
 #
 # To resume a run needs no more: the data follow from the seed, the step and the plan, and no step
 # draws random numbers.
-# (Where a file would be larger than SHARD_BYTES, there are several files and an index.)
+# (Where a file would be larger than FILE_BYTES, there are several files and an index.)
 #
 # Atomic. The files are written into step_120.tmp, which becomes step_120 when all are on the disk.
 # So a crash, at whatever moment, leaves the checkpoint before as it was (run_folder.py).
@@ -664,7 +724,7 @@ def reshard(model: Motif) -> None:
 # and where there are several files, each rank writes some. A rank that loads a checkpoint reads the
 # rows of its own shards.
 
-SHARD_BYTES = 5 * 10**9
+FILE_BYTES = 5 * 10**9
 
 
 def save_checkpoint(out: Path, step: int, model: Motif, optimizer, state: dict, c: Config) -> None:
@@ -676,9 +736,10 @@ def save_checkpoint(out: Path, step: int, model: Motif, optimizer, state: dict, 
         rank0_only(remove_temporaries, out)
         rank0_only(os.makedirs, temporary / "optimizer")
         # In two calls: a rank that cannot write leaves at the end of one, with all the others.
-        sync_errors(model.save_pretrained, temporary, SHARD_BYTES)
+        # Two calls: if a rank cannot write the model, all stop before the optimizer.
+        sync_errors(model.save_pretrained, temporary, FILE_BYTES)
         sync_errors(save_tensors, temporary / "optimizer", "state",
-                    optimizer_tensors(model, optimizer), SHARD_BYTES)
+                    optimizer_tensors(model, optimizer), FILE_BYTES)
         state = {"step": step, **state, "checksums": checksums(temporary)}
         rank0_only(finish_checkpoint, temporary, folder, state, c)
     except (OSError, UserError) as e:
@@ -873,119 +934,8 @@ class Validation:
                 if self.task_scores:
                     result["task_scores"] = self.task_scores(model)
                 reshard_after_forward(model, WORLD > 1)
-        reshard(model)
+        free_gathered(model)
         return result, samples
-
-
-# ---- the training loop
-
-def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimizer,
-          tokenizer: Tokenizer, start: tuple | None, encode_prompt=encode_text_prompt,
-          task_scores=None) -> None:
-    """Train to the end of the dataset's curriculum, or until a signal comes.
-
-    start           the checkpoint to go on from, its folder and state; None: begin at step 0
-    held_out        domain -> rows to evaluate on, like Dataset.batch's; or a function of the
-                    row length T that returns such a dict
-    encode_prompt   (tokenizer, text of a prompt) -> ids
-    task_scores     model -> {task: {metric: score}}, to log at each evaluation; or None"""
-    curriculum = dataset.curriculum
-    device = model.head_weight.device
-    start_step = start[1]["step"] if start else 0
-    nonfinite = NonFiniteSteps(start[1]["skipped"] if start else 0)
-    log = begin_log(c, out, dataset, model, optimizer, start)
-    validation = Validation(c, held_out, curriculum, tokenizer, encode_prompt, task_scores, device)
-    timer = StepTimer(start_step, optimizer, device)
-    signals = []
-    step = start_step
-    while True:
-        finished = step == curriculum.steps
-        stop = any_rank(finished or bool(signals))
-        # A run that a signal stops is saved, and evaluated only where that is due.
-        evaluate_now = step > log.last_evaluation and is_due(step, c.eval_every, finished)
-        save_now = step > start_step and is_due(step, c.save_every, stop)
-        model.config.rope_theta = theta_at(c, curriculum.tokens[step])  # as the next step has it
-
-        # What is not training: evaluate and save, where that is due; stop.
-        if evaluate_now or save_now or stop:
-            nonfinite.read(step, c, log)
-        timer.pause()
-        if evaluate_now:
-            evaluate_and_log(validation, model, optimizer, curriculum, step, log)
-        if save_now:
-            save_checkpoint(out, step, model, optimizer,
-                            state_to_save(nonfinite, dataset, tokenizer), c)
-        if save_now or stop:
-            log.draw()
-        if stop:
-            break
-        timer.resume()
-
-        # Training: one step.
-        tell_of_compiling(log, c, device, curriculum.seq_len, step, start_step)
-        batch = read_batch(dataset, step)
-        lr = lr_at(c, curriculum, step)
-        micro_batch_rows = max(1, c.micro_batch_tokens // curriculum.seq_len[step])
-        result = train_step(model, optimizer, batch, micro_batch_rows, dataset.num_targets(step),
-                            lr, c)
-        nonfinite.unread.append(result.skipped)  # on the device; read() waits for it, when it logs
-        if step == start_step:
-            signals = install_signal_handlers()  # not earlier: see there
-        step += 1
-
-        if is_due(step, c.log_every, step in (1, curriculum.steps)):
-            nonfinite.read(step, c, log)
-            flops = sum(flops_per_token(model.config, curriculum.context[step - 1]))
-            log_step(log, timer, optimizer, curriculum, step, lr, result, flops)
-
-    log_end(log, c, step, finished)
-
-
-def tell_of_compiling(log: Log, c: Config, device: torch.device, seq_len: list[int], step: int,
-                      start_step: int) -> None:
-    """Say why a step takes longer: torch.compile makes a graph for each length of rows."""
-    is_new = step == start_step or seq_len[step] != seq_len[step - 1]
-    if compiles(c, device) and is_new:
-        log.print(f"compiling for rows of {seq_len[step]:,d} tokens: step {step + 1} takes half a "
-                  "minute longer, or more")
-
-
-def state_to_save(nonfinite: NonFiniteSteps, dataset: Dataset, tokenizer: Tokenizer) -> dict:
-    """What a checkpoint's state.json holds of the run itself."""
-    return {"skipped": nonfinite.in_a_row, "plans": dataset.curriculum.earlier_plans,
-            "data": dataset.fingerprint(), "tokenizer": tokenizer.fingerprint().hex()}
-
-
-def begin_log(c: Config, out: Path, dataset: Dataset, model: Motif, optimizer,
-              start: tuple | None) -> Log:
-    """Open the log, and say what is trained."""
-    # What metrics.jsonl has beyond that step is dropped (-1: all). log.last_evaluation is the last
-    # one in what stays, which is not repeated.
-    log = Log(out, start[1]["step"] if start else -1, c)
-    curriculum = dataset.curriculum
-    device = model.head_weight.device
-    where = f"{device} and {WORLD - 1} more" if WORLD > 1 else device
-    parameters = sum(p.numel() for p in model.parameters())
-    log.print(f"{parameters:,d} parameters on {where} in {compute_precision(c, device)}; "
-              f"{curriculum.steps:,d} steps, {curriculum.tokens[-1]:,d} tokens")
-    log.print(muonclip.describe_routing(model, optimizer))
-    if start:
-        log_resumed(log, start, c, dataset.fingerprint())
-    if c.eval_every and not can_be_gathered(model):
-        log.print(NO_SAMPLES)
-    return log
-
-
-def evaluate_and_log(validation: Validation, model: Motif, optimizer, curriculum, step: int,
-                     log: Log) -> None:
-    losses, samples = validation.evaluate_and_sample(model, step)
-    layers = layer_stats(model.model.layers, optimizer)
-    log_evaluation(log, curriculum, step, losses, layers, samples)
-
-
-def is_due(step: int, every: int | None, or_if: bool) -> bool:
-    """Whether step is a multiple of `every`, or or_if is true. If `every` is None: never."""
-    return every is not None and (step % every == 0 or or_if)
 
 
 # ---- setting up a run
@@ -1023,6 +973,63 @@ def setup(c: Config, out: Path) -> tuple:
         from tools.grow import init_from
     model, optimizer = build_model_and_optimizer(c, device, start, init_from, out)
     return dataset, held_out, model, optimizer, tokenizer, start
+
+
+PLAN_KEYS = ("domains", "batch_tokens", "seq_len", "mixture", "max_steps", "max_tokens")
+
+
+def plan_of(config: dict) -> dict:
+    """The part of a config that says what each step reads, as state.json has it (tuples become
+    lists)."""
+    return json.loads(json.dumps({key: config.get(key) for key in PLAN_KEYS}))
+
+
+def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
+    """What each step reads. state: of the checkpoint to go on from. If its config had another plan,
+    say a shorter run, the steps up to the checkpoint keep that plan, and c's begins there."""
+    plan = plan_of(asdict(c))
+    earlier_plans = []  # [[step, the plan that was followed up to it], ...], oldest first: a run
+                        # can be prolonged more than once
+    if state:
+        earlier_plans = list(state.get("plans", []))
+        old = plan_of(state["config"])
+        # Domains in another order are another plan too: they break ties between quotas.
+        if old != plan or list(old["domains"]) != list(plan["domains"]):
+            earlier_plans.append([state["step"], old])
+
+    # Each curriculum has before = (the one before it, the step at which that one ended).
+    plans = [plan_of(old) for _, old in earlier_plans] + [plan]
+    curriculum = data.Curriculum(**plans[0])
+    for (step, _), next_plan in zip(earlier_plans, plans[1:]):
+        curriculum = data.ContinuedCurriculum(**next_plan, before=(curriculum, step))
+    curriculum.earlier_plans = earlier_plans
+    if RANK == 0 and earlier_plans:
+        for name, tokens in curriculum.lost_in_changes().items():
+            print(f"the plan has changed within a window of {name}: up to {tokens:,d} tokens of it "
+                  "may not be read in this epoch, or some twice")
+    if max(curriculum.seq_len) > c.max_position_embeddings:
+        raise UserError(f"seq_len={c.seq_len} is longer than max_position_embeddings="
+                        f"{c.max_position_embeddings}; raise that or shorten the sequence")
+    return curriculum
+
+
+def check_lr_goes_on(c: Config, curriculum: data.Curriculum, state: dict) -> None:
+    """UserError if the new plan of a run that goes on would raise the learning rate again after it
+    has begun to fall. During the stable part it stays as it is. (Another --lr or --decay_fraction
+    for the same steps is taken as meant.)"""
+    if not curriculum.before or c.lr_may_rise:
+        return
+    old_curriculum, step = curriculum.before
+    if step != state["step"]:
+        return  # the plan has changed, but not at this checkpoint
+    old = {f.name: state["config"][f.name] for f in fields(Config) if f.name in state["config"]}
+    lr_before = lr_at(Config(**old), old_curriculum, step)
+    lr_after = lr_at(c, curriculum, step)
+    if step >= c.warmup_steps and lr_after > 1.001 * lr_before:
+        raise UserError(f"at step {step} the learning rate has already fallen to {lr_before:.2e}, "
+                        f"and the longer run has {lr_after:.2e} there: go on from a checkpoint "
+                        "before it began to fall, with --resume=PATH and another --out_dir, or "
+                        "accept the rise with --lr_may_rise=true")
 
 
 def load_data(c: Config, curriculum: data.Curriculum, tokenizer: Tokenizer,
@@ -1141,7 +1148,7 @@ def main() -> None:
             parts = setup(c, out)
             if RANK == 0:
                 configurator.save(c, out / "config.json")
-            train(c, out, *parts)
+            train(c, out, *parts, encode_text_prompt)
 
 
 if __name__ == "__main__":

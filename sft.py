@@ -88,8 +88,10 @@ class Stage:
     """What differs between the stages."""
     data: dict          # as Config.data; without the domains that only evaluate
     lr: float           # at its peak
-    best_share: float | None = None       # how much of a domain filter_by_quality keeps; None: all
-    duplicate_share: float | None = None  # dedup_and_filter's limit; None: it drops nothing
+    # For support/selection.py:
+    best_share: float | None = None       # how much of a domain is kept, by quality; None: all
+    duplicate_share: float | None = None  # how much a conversation may share with those before it;
+                                          # None: it may be a copy
 
 
 STAGES = {
@@ -140,11 +142,11 @@ class Config(TrainConfig):
     decontaminate_against: list = field(default_factory=list)  # .jsonl files of benchmarks, globs:
                                     # drop what shares 13 words in a row with one of their texts;
                                     # always done against the questions in benchmark_dir
-    epochs: Count = 1               # [ours] an epoch reads as many tokens as the domains have, of
-                                    # each its share, but none of them more than 4 times
+    epochs: Count = 1               # [ours] an epoch reads as many tokens as all domains hold
+                                    # together, divided by weight; none is read more than 4 times
     max_steps: Count | None = None  # the run ends after so many steps if epochs has more
     batch_tokens: Count | None = None  # tokens per step over all ranks; None: the report's
-                                    # 32,000,000, or less where data are few, for MIN_STEPS steps
+                                    # 32,000,000, or as few as give about MIN_STEPS steps
     seq_len: Count | None = None    # tokens of a row, into which conversations are packed; None:
                                     # the report's 16,384, or all that the model can read
 
@@ -168,8 +170,8 @@ class Config(TrainConfig):
 
 BATCH_TOKENS = 32_000_000  # the report's
 SEQ_LEN = 16_384           # the report's
-MIN_STEPS = 100            # if batch_tokens is not set, it is small enough for about as many steps,
-                           # but never less than a row [ours]
+MIN_STEPS = 100            # without batch_tokens the batch is small enough for about so many steps;
+                           # but it holds at least one row [ours]
 
 
 def fill_in_stage(c: Config) -> None:
@@ -252,7 +254,8 @@ def encode_chat(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], 
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
-    """The ids after which the assistant's reply to these messages begins."""
+    """The ids after which the assistant's reply to these messages begins. The messages are not
+    checked."""
     ids, _ = render_conversation(tokenizer, messages)
     return ids + begin_turn(tokenizer, "assistant")
 
@@ -286,7 +289,7 @@ def truncate_to_turn(tokenizer: Tokenizer, messages: list[dict],
     cut the prompt would hide what the reply is about, and half a reply would teach the model to
     stop in mid-sentence. Such a conversation is dropped, and counted."""
     chat = np.array(encode_chat(tokenizer, messages), np.int32)
-    # Where ids[i] has the target <|endofturn|>, ids[i + 1] is the end of a reply.
+    # Where ids[i] has the target <|endofturn|>, ids[: i + 2] ends with that reply.
     ends = np.flatnonzero(chat[1] == tokenizer.special[TURN_END]) + 2
     fitting = ends[ends <= T]
     if len(fitting) == 0:
@@ -334,9 +337,10 @@ def pack(lengths: np.ndarray, T: int) -> list[list[int]]:
     >>> pack(np.array([4, 3, 6, 5]), T=10)
     [[2, 0], [3, 1]]
     """
+    assert lengths.max(initial=0) <= T
     rows = []
     open_rows = defaultdict(list)  # tokens of room -> the rows that have just so much left
-    rooms = []                     # the rooms of open rows, sorted; at most T different ones
+    rooms = []                     # the keys of open_rows that have a row, sorted
     for i in np.argsort(-lengths, kind="stable").tolist():
         n = int(lengths[i])
         smallest_fit = bisect_left(rooms, n)
@@ -411,7 +415,7 @@ def collate(rows: list[list[np.ndarray]], T: int) -> tuple[np.ndarray, np.ndarra
 # (2, n), ids and targets of conversation i; lengths[i] is n; ends[i] is the sum of the lengths of
 # conversations 0 to i; and num_targets[i] counts the targets that are not -1.
 
-REPEATS = 4  # readings of a conversation per epoch, at most, on average over a domain [ours]
+REPEATS = 4  # how often an epoch reads a domain at most [ours]
 
 
 def epoch_budgets(sizes: dict[str, int], weights: dict[str, float]) -> dict[str, float]:
@@ -483,7 +487,8 @@ class PackedChatDataset:
         how many tokens come before the middle of each."""
         lengths = self.train[name].lengths
         n = len(lengths)
-        readings = math.ceil(tokens / lengths.sum() + 1e-9)  # rather one too many, by rounding
+        # One reading too many is harmless; rounding must not give one too few.
+        readings = math.ceil(tokens / lengths.sum() + 1e-9)
         orders = []
         for reading in range(readings):
             orders.append(random_order(n, self.seed, name, reading))
@@ -831,6 +836,7 @@ def to_pretrain_config(c: Config, shape: MotifConfig, tokenizer: Tokenizer, init
     """The stage as pretrain.train() reads it, which is what its checkpoints hold."""
     steps = dataset.curriculum.steps
     common = {f.name: getattr(c, f.name) for f in fields(TrainConfig)}
+    # A domain's first and last share are equal.
     domains = {name: [source, weight, weight] for name, (source, weight) in c.data.items()}
     return pretrain.Config(
         **asdict(shape), **common, tokenizer=tokenizer.name, init=init, domains=domains,
@@ -858,7 +864,7 @@ def check_same_batches(folder: Path, state: dict, run: pretrain.Config,
     theirs, ours = settings
     same_conversations = state["data"] == dataset.fingerprint()
     for key in ours:
-        # Of other conversations there may be more or fewer, from which these two follow.
+        # Other conversations change these two as well; the error below names the cause.
         if key in ("batch_tokens", "epochs or --max_steps") and not same_conversations:
             continue
         if theirs[key] != ours[key]:
@@ -908,7 +914,7 @@ def describe_data(c: Config, dataset: PackedChatDataset) -> str:
 
 
 def load_config(argv: list[str]) -> Config:
-    """The config, with all that it can have without the model."""
+    """The config, filled in as far as possible before the model is read."""
     # config/sft_quickstart.py is for the quick start's model. It would ruin one of another size.
     own_model = any(word.startswith("--model=") and word != "--model=None" for word in argv)
     quickstart = str(Path(__file__).parent / "config" / "sft_quickstart.py")

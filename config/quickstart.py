@@ -4,13 +4,14 @@
 # code of the Python installation itself, and generated problems in mathematics and science. The
 # curriculum moves from general text to worked problems.
 
-vocab_size = 272          # 256 bytes and 7 tokens of the turn format, rounded up to 16
+vocab_size = 272          # 256 bytes and 7 special tokens, rounded up to a multiple of 16
 hidden_size = 256
 intermediate_size = 768
 num_hidden_layers = 4
-num_attention_heads = 10  # 8 signal and 2 noise heads: 4:1, as in the 12.7B model
+num_attention_heads = 10  # 8 signal and 2 noise heads: 4:1, as in the 12.7B model. Their
+                          # 10 x 32 numbers need not be hidden_size
 num_noise_heads = 2
-num_key_value_heads = 4   # 2 pairs
+num_key_value_heads = 4   # 2 groups, each with a signal and a noise key
 head_dim = 32
 max_position_embeddings = 1024
 
@@ -28,7 +29,7 @@ batch_tokens = 2048
 micro_batch_tokens = 2048
 lr = 8e-3                 # the best of 2e-3, 4e-3, 8e-3 and 16e-3 over 100 steps
 warmup_steps = 20
-decay_fraction = 0.5
+decay_fraction = 0.5      # lr falls over the second half of the tokens
 eval_every = 70
 eval_tokens = 4096
 save_every = 70

@@ -269,9 +269,12 @@ class NonFiniteSteps:
         self.in_a_row = in_a_row
         self.unread = []
 
-    def read(self, step: int, c, log: Log) -> None:
+    def add(self, skipped: Tensor) -> None:
+        self.unread.append(skipped)
+
+    def check(self, step: int, c, log: Log) -> None:
         """Report the unread steps, of which the step-th is the last, and end the run if too many in
-        a row were skipped."""
+        a row were skipped. Waits for the device."""
         flags = torch.stack(self.unread).tolist() if self.unread else []
         self.unread.clear()
         first = step - len(flags) + 1

@@ -58,7 +58,7 @@ from torch import Tensor
 from configurator import UserError
 from kernels import upcast
 from model import LAMBDAS, Attention, Motif, MotifConfig
-from pretrain import SHARD_BYTES, model_config, theta_at
+from pretrain import FILE_BYTES, model_config, theta_at
 from support.run_folder import checkpoint_steps
 from support.weights import read_json
 
@@ -367,7 +367,7 @@ def init_from(c, out: Path) -> Path:
     check_same_theta(c, model)
 
     shutil.rmtree(out / "init", ignore_errors=True)
-    model.save_pretrained(out / "init", SHARD_BYTES)
+    model.save_pretrained(out / "init", FILE_BYTES)
     print(f"first weights by {c.init}, in {out}/init", flush=True)
     return out / "init"
 
