@@ -76,8 +76,7 @@ MAX_STEPS = 5_000_000  # of a plan: beyond it planning takes minutes and gigabyt
 
 
 class Curriculum:
-    """What every step reads, from the config alone. (A run that goes on under another plan has a
-    ContinuedCurriculum.)
+    """What every step reads, from the config alone.
 
     domains       name -> [source, first share, last share]; shares are fractions of the tokens,
                   and go linearly from the first to the last over the run
@@ -114,7 +113,7 @@ class Curriculum:
         # [[step, config keys], ...]: the older plans of a ContinuedCurriculum, from which it can be
         # made again. Not used here: pretrain.make_curriculum sets it, for checkpoints.
         self.earlier_plans = []
-        self.seq_len, self.rows, self.tokens = self._steps_followed(max_steps, max_tokens)
+        self.seq_len, self.rows, self.tokens = self._steps_before(max_steps, max_tokens)
         self._plan_steps(batch_tokens, seq_len, max_steps or math.inf, max_tokens or math.inf)
         self.steps = len(self.rows)
         self.context = self.seq_len
@@ -126,8 +125,9 @@ class Curriculum:
         check_mixture(mixture, domains)
         self.shares = self._interpolate(mixture)
 
-    def _steps_followed(self, max_steps, max_tokens) -> tuple[list, list, list]:
-        """seq_len, rows and tokens of the steps that are planned already: none."""
+    def _steps_before(self, max_steps, max_tokens) -> tuple[list, list, list]:
+        """seq_len, rows and tokens of the steps that are planned already: none. (This and
+        _adapt_phase are ContinuedCurriculum's to override.)"""
         return [], [], [0]
 
     def _plan_steps(self, batch_tokens, seq_len, max_steps: float, max_tokens: float) -> None:
@@ -196,7 +196,7 @@ class Curriculum:
 
     @cached_property
     def phases(self) -> "list[Phase]":
-        """The stretches of steps with the same seq_len (see "the tape", below)."""
+        """Consecutive steps with the same seq_len are a phase (see "the tape", below)."""
         changes = [t for t in range(1, self.steps) if self.seq_len[t] != self.seq_len[t - 1]]
         phases = []
         start = np.zeros(len(self.names), dtype=np.int64)
@@ -206,7 +206,7 @@ class Curriculum:
             phase = self._adapt_phase(phase, len(phases), next_step)
             phases.append(phase)
             if next_step is not None:
-                start = start + phase.stretch * phase.T
+                start = start + phase.stretch_length * phase.T
         return phases
 
     def _adapt_phase(self, phase: "Phase", i: int, next_step: int | None) -> "Phase":
@@ -256,7 +256,8 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
                 read_before: list[int] | None = None) -> np.ndarray:
     """How many sequences each step reads of each domain -> (steps, domains) int64.
 
-    quotas: (steps, domains), the tokens that each domain should have given by the end of a step.
+    quotas: (steps, domains), the tokens that each domain should have given by the end of a step;
+    over the domains they sum to what is read by then.
     seq_len, rows: (steps,), a step's sequence length and number of sequences.
     read_before: (domains,), the tokens that it had given before the first of these steps.
 
@@ -365,25 +366,29 @@ class Phase:
                               # whose end is left open
 
     @property
-    def stretch(self) -> np.ndarray:
-        """(domains,) how many sequences long it is."""
+    def stretch_length(self) -> np.ndarray:
+        """(domains,) how many sequences long the stretch is: count. PhaseWithChange may pass over
+        some more."""
         return self.count
 
     @property
-    def cut_from_window(self) -> np.ndarray:
-        """(domains,) how many sequences of the last window lie behind count: none."""
+    def rest_of_window(self) -> np.ndarray:
+        """(domains,) how many sequences of a window that was begun lie after count: none, as it was
+        planned to end there."""
         return np.zeros_like(self.count)
 
-    def window_of_place(self, d: int, place: int, epoch_tokens: float,
-                        begun_end: int = 0) -> tuple[int, int]:
+    def window_of_place(self, d: int, place: int, epoch_tokens: float) -> tuple[int, int]:
         """-> (first, end): the window of domain d that contains a place. Its places are first to
         end - 1, and so are, in shuffled order, its sequences.
 
         Windows begin anew with the first sequence that begins in an epoch of epoch_tokens. Say
         windows have 3 sequences, the phase has 8, and an epoch ends within sequence 4, counted from
-        0. The windows are then 0 to 2, 3 to 4, 5 to 7.
+        0. The windows are then 0 to 2, 3 to 4, 5 to 7."""
+        return self._window_from(0, d, place, epoch_tokens)
 
-        begun_end: the first window begins here; what comes before was planned otherwise."""
+    def _window_from(self, first_place: int, d: int, place: int,
+                     epoch_tokens: float) -> tuple[int, int]:
+        """window_of_place, if the first window begins with first_place."""
         T = self.T
         start = int(self.start[d])
         size = window_size(T)
@@ -393,7 +398,7 @@ class Phase:
             epoch = (start + place * T) // epoch_tokens
             begin = max(0, ceil_div(epoch * epoch_tokens - start, T))
             end = ceil_div((epoch + 1) * epoch_tokens - start, T)
-        begin = max(begin, begun_end)
+        begin = max(begin, first_place)
         if self.count is not None:
             end = min(end, int(self.count[d]))
         window_first = begin + (place - begin) // size * size
@@ -708,42 +713,42 @@ def ceil_div(a: int, b: int) -> int:
 
 # A run that is prolonged, or whose plan changes otherwise, keeps what it has read: the old plan
 # holds for the steps before the change, the new one from it on. The window that has begun keeps its
-# length, and the new plan cuts the tape behind it.
+# length, as part of its shuffled order is already read, and the new plan cuts the tape after it.
 #
 # But seq_len may now change before that window ends. Say it has sequences 0 to 3 in the order 2, 0,
 # 3, 1, and three of them are read. If the next phase began with sequence 3, it would read that
-# again, and 1 would never be read. If it begins with sequence 4, only 1 is not read.
+# again, and 1 would never be read. So it begins after the window. A curriculum does not know where
+# that ends, which depends on the ends of epochs. It ends a window's size after the last place that
+# was read at the latest, here at 3 - 1 + 4 = 6: then 1, 4 and 5 are not read.
 
 
 @dataclass
-class PhaseOfTwoPlans(Phase):
+class PhaseWithChange(Phase):
     """A phase in which the plan changes."""
     earlier: Phase            # what it was under the plan before
     reached: np.ndarray       # (domains,) how many sequences were read under that
 
     @property
-    def stretch(self) -> np.ndarray:
-        """(domains,) how many sequences long it is: count, and the rest of a window that the change
-        cuts short. That rest is passed over, unless it is more than count: then as many sequences
-        are read twice, and others never."""
-        cut = self.cut_from_window
-        return self.count + np.where(cut <= self.count, cut, 0)
+    def stretch_length(self) -> np.ndarray:
+        """(domains,) count, and rest_of_window. That is passed over, unless it is more than count:
+        then up to count sequences are read twice, and as many never."""
+        rest = self.rest_of_window
+        return self.count + np.where(rest <= self.count, rest, 0)
 
     @property
-    def cut_from_window(self) -> np.ndarray:
-        """(domains,) how many sequences of a window that had begun lie behind count, at the most.
-        The window of the last place that was read ends a window's size later at the latest; where,
-        depends on the ends of epochs, which a curriculum does not know."""
+    def rest_of_window(self) -> np.ndarray:
+        """(domains,) how many sequences of a window that had begun lie after count, at the
+        most."""
         window_end = self.reached - 1 + window_size(self.T)
         if self.earlier.count is not None:
-            earlier_end = self.earlier.count + self.earlier.cut_from_window
+            earlier_end = self.earlier.count + self.earlier.rest_of_window
             window_end = np.minimum(window_end, earlier_end)
         window_end = np.where(self.reached > 0, window_end, 0)
         return np.maximum(window_end - self.count, 0)
 
-    def window_of_place(self, d: int, place: int, epoch_tokens: float,
-                        begun_end: int = 0) -> tuple[int, int]:
+    def window_of_place(self, d: int, place: int, epoch_tokens: float) -> tuple[int, int]:
         """As Phase's. A window that had begun when the plan changed stays as it was."""
+        begun_end = 0
         if self.reached[d] > 0:
             last_read = int(self.reached[d]) - 1
             begun_first, begun_end = self.earlier.window_of_place(d, last_read, epoch_tokens)
@@ -751,22 +756,26 @@ class PhaseOfTwoPlans(Phase):
                 return begun_first, begun_end
             if place < begun_first:
                 return self.earlier.window_of_place(d, place, epoch_tokens)
-        return super().window_of_place(d, place, epoch_tokens, begun_end)
+        return self._window_from(begun_end, d, place, epoch_tokens)
 
 
 class ContinuedCurriculum(Curriculum):
-    """before: (curriculum, step), the plan before, which was followed for steps 0 to step - 1, and
-    may be continued itself. This plan sets the steps from `step` on. All else as Curriculum's."""
+    """What the steps read if the plan changed at a step.
+
+    before        (curriculum, step): the plan before, which was followed for steps 0 to step - 1,
+                  and may be a ContinuedCurriculum itself. This plan sets the steps from `step` on
+    **plan        as Curriculum has it; also max_steps, max_tokens and the mixture's fractions count
+                  from step 0"""
 
     def __init__(self, domains: dict, *, before: tuple[Curriculum, int], **plan):
         self.before = before
         super().__init__(domains, **plan)
 
-    def _steps_followed(self, max_steps, max_tokens) -> tuple[list, list, list]:
-        """seq_len, rows and tokens of the steps that the plan before has set."""
+    def _steps_before(self, max_steps, max_tokens) -> tuple[list, list, list]:
+        """seq_len, rows and tokens of the steps that the plan before has set. UserError if the run
+        has passed the new plan's end."""
         old, step = self.before
-        # The run may end at this very step. By max_tokens it does if step - 1, the last one, began
-        # below that.
+        # The run may end at this very step. With max_tokens it does if step - 1 began below that.
         tokens_before = old.tokens[max(0, step - 1)]
         if step > (max_steps or step) or tokens_before >= (max_tokens or math.inf):
             raise UserError(f"max_steps={max_steps}, max_tokens={max_tokens}: the run is at "
@@ -798,12 +807,12 @@ class ContinuedCurriculum(Curriculum):
     def quotas(self) -> np.ndarray:
         old, step = self.before
         past = self._past(old.quotas)
-        reached = past[-1] if step > 0 else 0
+        quota_then = past[-1] if step > 0 else 0
         # The domains' lags behind their quotas sum to 0, and assign_rows relies on it. Without the
         # lag of a domain that is gone they would not. So all begin anew, with lags of 0.
         if set(old.names) != set(self.names):
-            reached = self._tokens_before()
-        to_come = reached + self.step_tokens[step:].cumsum(axis=0)
+            quota_then = self._tokens_before()
+        to_come = quota_then + self.step_tokens[step:].cumsum(axis=0)
         return np.concatenate([past, to_come])
 
     def _tokens_before(self) -> np.ndarray:
@@ -828,26 +837,26 @@ class ContinuedCurriculum(Curriculum):
         earlier = self._with_our_domains(old.phases[i])
         if next_step is not None and next_step < step:
             return earlier
-        return PhaseOfTwoPlans(phase.first_step, phase.T, phase.start, phase.count, earlier,
+        return PhaseWithChange(phase.first_step, phase.T, phase.start, phase.count, earlier,
                                reached=self.end[step - 1])
 
     def _with_our_domains(self, phase: Phase) -> Phase:
         """A phase of the plan before, with a column for each of our domains."""
         start = self._our_columns(phase.start)
         count = None if phase.count is None else self._our_columns(phase.count)
-        if not isinstance(phase, PhaseOfTwoPlans):
+        if not isinstance(phase, PhaseWithChange):
             return Phase(phase.first_step, phase.T, start, count)
-        return PhaseOfTwoPlans(phase.first_step, phase.T, start, count,
+        return PhaseWithChange(phase.first_step, phase.T, start, count,
                                self._with_our_domains(phase.earlier),
                                self._our_columns(phase.reached))
 
     def lost_in_changes(self) -> dict[str, int]:
         """Domain -> the most tokens of it that are not read in this epoch because the plan has
-        changed within a window. (Where a phase's stretch is its count, as many may be read
-        twice.)"""
+        changed within a window. (Where such a rest of a window is more than the phase has read, as
+        many may be read twice.)"""
         tokens = np.zeros(len(self.names), dtype=np.int64)
         for phase in self.phases[:-1]:
-            tokens += np.minimum(phase.cut_from_window, phase.count) * phase.T
+            tokens += np.minimum(phase.rest_of_window, phase.count) * phase.T
         return {name: int(n) for name, n in zip(self.names, tokens) if n > 0}
 
 

@@ -402,8 +402,9 @@ class Dataset(Protocol):
     that resumes reads what it would have read, and the number of ranks does not matter."""
 
     curriculum: data.Curriculum      # or an object with its steps, seq_len, rows, shares, names,
-                                     # earlier_plans; tokens, of which there are steps + 1; and
-                                     # context: the length that FLOPs are counted with
+                                     # earlier_plans (see make_curriculum); tokens, of which there
+                                     # are steps + 1; and context: the length that FLOPs are counted
+                                     # with
 
     def batch(self, step: int, first: int, world: int) -> np.ndarray | tuple:
         """Rows first, first + world, ... of the step's global batch, R of them, in int64. For a
@@ -453,7 +454,7 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
     log = begin_log(c, out, dataset, model, optimizer, start)
     validation = Validation(c, held_out, curriculum, tokenizer, encode_prompt, task_scores, device)
     timer = StepTimer(start_step, optimizer, device)
-    signals = []
+    signals = []                            # a signal handler appends to it
     step = start_step
     while True:
         finished = step == curriculum.steps
@@ -945,7 +946,7 @@ def setup(c: Config, out: Path) -> tuple:
     the other ranks are found first, at once."""
     curriculum = make_curriculum(c)
     model_config(c).check()
-    theta_at(c, 0)
+    theta_at(c, 0)                          # checks the schedule
     device = pick_device(c)
     check_fp8(c, curriculum, device)
     tokenizer = load_tokenizer(c.tokenizer)
@@ -961,7 +962,8 @@ def setup(c: Config, out: Path) -> tuple:
         check_compatible(*start, c, curriculum, tokenizer)
         check_lr_goes_on(c, curriculum, start[1])
     step = start[1]["step"] if start else 0
-    dataset = load_data(c, curriculum, tokenizer, min(step, curriculum.steps - 1))
+    first_step = min(step, curriculum.steps - 1)        # a run that has ended reads its last step
+    dataset = load_data(c, curriculum, tokenizer, first_step)
 
     def held_out(T: int) -> dict[str, np.ndarray]:
         def read():
