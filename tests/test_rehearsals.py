@@ -1,0 +1,90 @@
+"""tools/growth_pays.py and tools/rehearse.py from beginning to end, each with a tiny model."""
+import re
+
+import pytest
+
+from configurator import UserError
+from support.log import read_metrics
+from tools import growth_pays, rehearse
+
+TINY = {"num_noise_heads": 2, "num_key_value_heads": 4, "head_dim": 8, "seq_len": 32,
+        "batch_tokens": 128, "micro_batch_tokens": 128, "warmup_steps": 2, "eval_every": 4,
+        "eval_tokens": 64, "save_every": 10_000, "log_every": 4, "sample_tokens": 1, "workers": 1,
+        "domains": {"math": ["builtin:math", 1.0, 1.0]}}
+SIZE = growth_pays.Size(
+    config_file="config/quickstart.py",
+    small={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+           "num_attention_heads": 4},
+    large={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+           "num_attention_heads": 10},
+    both=TINY, steps=8)
+
+
+@pytest.fixture
+def pays(tmp_path, monkeypatch, capsys):
+    """pays("--key=value", ...): growth_pays with this size and one seed -> what it prints."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(growth_pays.SIZES, "tiny", SIZE)
+
+    def call(*options) -> str:
+        monkeypatch.setattr("sys.argv", ["growth_pays", "out", "--size=tiny", "--seeds=1",
+                                         "--data_dir=data", *options])
+        growth_pays.main()
+        return capsys.readouterr().out
+    return call
+
+
+def test_growth_is_compared_at_equal_flops_and_no_run_is_repeated(pays, tmp_path):
+    printed = pays()
+    losses = {}
+    for name in ("fresh", "small", "grown"):
+        metrics = read_metrics(tmp_path / f"out/{name}-1")
+        losses[name] = [m["val_loss"] for m in metrics if "val_loss" in m]
+    assert losses["grown"][0] == pytest.approx(losses["small"][-1], rel=1e-5)
+    assert re.findall(r"\((.*)\)", printed) == [f"{losses[name][-1]:.4f}"
+                                                for name in ("fresh", "grown")]
+
+    # In all, the small and the grown model take the FLOPs of the fresh one, but for a step.
+    runs = growth_pays.plan_runs(tmp_path / "out", SIZE, 1, {})
+    flops = {name: growth_pays.curve(run)[0][-1] for name, run in runs.items()}
+    step = growth_pays.flops_per_step(runs["small"])
+    assert abs(flops["small"] + flops["grown"] - flops["fresh"]) <= step
+
+    logs = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("log.txt"))]
+    assert pays() == printed
+    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("log.txt"))] == logs
+    with pytest.raises(UserError, match="lr"):              # these would be other runs
+        pays("--lr=1e-3")
+
+
+@pytest.mark.parametrize("option", ["--init=x", "--seed=2", "--eval_every=None", "--dry_run",
+                                    "--seq_len=[[0, 32], [99, 64]]"])
+def test_what_would_make_the_runs_unequal_is_refused_before_any_is_trained(pays, option, tmp_path,
+                                                                         monkeypatch):
+    both = {key: value for key, value in TINY.items() if key != "seq_len"}
+    monkeypatch.setitem(growth_pays.SIZES, "tiny", SIZE._replace(both=both))
+    with pytest.raises(UserError, match=option[2:].split("=")[0]):
+        pays(option)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rehearsal_loses_a_rank_exports_and_fine_tunes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [
+        "rehearse", "config/quickstart.py", "--gpus=2", f"--out={tmp_path}/rehearsal",
+        "--parts=restart,export,fine-tune", "--device=cpu", "--num_hidden_layers=1",
+        "--hidden_size=32", "--intermediate_size=32", "--seq_len=64", "--batch_tokens=16384",
+        "--micro_batch_tokens=2048", "--max_position_embeddings=512"])
+    monkeypatch.chdir(rehearse.ROOT)
+    rehearse.main()
+    printed = capsys.readouterr().out
+
+    # The step after the checkpoint is made twice, with the same loss and gradient norm.
+    before, after = re.findall(r"(?:before|after)   (step 5/8  loss .*)", printed)
+    assert before == after
+    steps = [m["step"] for m in read_metrics(tmp_path / "rehearsal/run")]
+    assert steps == list(range(1, 9))
+    assert (tmp_path / "rehearsal/export/model.safetensors").exists()
+    tuned = read_metrics(tmp_path / "rehearsal/sft")
+    assert [m["step"] for m in tuned] == [1, 2]
+    with pytest.raises(UserError, match="exists"):          # nothing is overwritten
+        rehearse.main()
