@@ -234,7 +234,9 @@ def summary(r: Rehearsal) -> str:
     lines.append(f"loss       {show_loss(losses[0])} to {show_loss(losses[-1])}")
     for part in ("decode", "muon"):
         if r.log(part).exists():
-            lines += ["", *r.log(part).read_text(encoding="utf-8").splitlines()]
+            text = r.log(part).read_text(encoding="utf-8")
+            # Without torchrun's advice, which it puts between lines of stars.
+            lines += ["", *text.rpartition("*\n")[2].splitlines()]
     return "\n".join(lines)
 
 
