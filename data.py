@@ -126,8 +126,8 @@ class Curriculum:
         self.shares = self._interpolate(mixture)
 
     def _steps_before(self, max_steps, max_tokens) -> tuple[list, list, list]:
-        """seq_len, rows and tokens of the steps that are planned already: none. (This and
-        _adapt_phase are ContinuedCurriculum's to override.)"""
+        """seq_len, rows and tokens of the steps that are planned already: none.
+        (ContinuedCurriculum overrides this, _interpolate, quotas, taken and _adapt_phase.)"""
         return [], [], [0]
 
     def _plan_steps(self, batch_tokens, seq_len, max_steps: float, max_tokens: float) -> None:

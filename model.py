@@ -274,7 +274,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None 
 # Does it pay? In runs of 52M tokens with 115M parameters it is better than grouped-query attention
 # of as many parameters by 0.107 nats per token, +- 0.002, with its wide values and the norm of its
 # heads, which were not tried alone. A step takes 1.05 times as long; after 0.93 of the steps it is
-# still better by 0.067 (one seed). How many signal heads share a noise head matters little: with 6
+# still better by 0.068 (one seed). How many signal heads share a noise head matters little: with 6
 # and 6 heads the loss is 0.006 lower than with 8 and 2, +- 0.003, and with 8 and 4 it is the same.
 # (MEASUREMENTS.md has these runs.)
 #

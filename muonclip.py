@@ -385,8 +385,8 @@ def scale_rows(weight: Tensor, factors: Tensor) -> None:
 # ---- The optimizer
 
 # Small matrices of the same shape are updated together, up to this many numbers (64 MiB for u, 128
-# each for the fp32 copies of G and momentum). On a GPU most of the time would otherwise go into
-# launching kernels.
+# each for the fp32 copies of G and momentum, and later of the weights). On a GPU most of the time
+# would otherwise go into launching kernels.
 MAX_BATCHED_NUMEL = 2**25
 
 

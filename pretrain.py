@@ -68,7 +68,7 @@ QUICKSTART = str(Path(__file__).parent / "config" / "quickstart.py")
 
 # ---- the knobs
 #
-# To be looked up rather than read: the next part is the schedules. [ours] marks a value that is our
+# Look these up when needed, and start reading at the schedules. [ours] marks a value that is our
 # choice, as no paper states it. HSDP means several copies of the model, each in shards (FSDP2,
 # below).
 
@@ -454,7 +454,7 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
     log = begin_log(c, out, dataset, model, optimizer, start)
     validation = Validation(c, held_out, curriculum, tokenizer, encode_prompt, task_scores, device)
     timer = StepTimer(start_step, optimizer, device)
-    signals = []                            # a signal handler appends to it
+    signals = []                            # until the handlers are installed
     step = start_step
     while True:
         finished = step == curriculum.steps
@@ -736,8 +736,7 @@ def save_checkpoint(out: Path, step: int, model: Motif, optimizer, state: dict, 
     try:
         rank0_only(remove_temporaries, out)
         rank0_only(os.makedirs, temporary / "optimizer")
-        # In two calls: a rank that cannot write leaves at the end of one, with all the others.
-        # Two calls: if a rank cannot write the model, all stop before the optimizer.
+        # In two calls: if a rank cannot write the model, all stop before the optimizer.
         sync_errors(model.save_pretrained, temporary, FILE_BYTES)
         sync_errors(save_tensors, temporary / "optimizer", "state",
                     optimizer_tensors(model, optimizer), FILE_BYTES)

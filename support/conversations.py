@@ -11,8 +11,8 @@ from urllib.parse import parse_qsl
 import synthetic.conversations
 from configurator import UserError
 from support.sources import (
-    check_options, hub_commit, is_hub_name, lines_of, local_files, nonblank_lines, open_hub,
-    parquet_batches, read_each)
+    check_options, hub_commit, is_hub_name, lines_of, local_files, open_hub, parquet_batches,
+    read_each)
 from support.tokenizer import ROLES
 
 # The chains that eval.py asks for. No stage trains on their questions, whatever its data.
@@ -365,7 +365,10 @@ def is_json(text: bytes) -> bool:
 def file_lines(path: Path):
     """(place, line) of each line of a file with something in it, without a byte-order mark."""
     lines = zstd_lines(path) if path.suffix == ".zst" else lines_of(path, 0, path.stat().st_size)
-    return nonblank_lines(lines)
+    for place, line in lines:
+        line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield place, line
 
 
 def zstd_lines(path: Path):

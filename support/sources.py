@@ -21,7 +21,7 @@ is a .txt file, unless it is long.
 
 A corpus of a billion rows has some that cannot be read. Such rows (of a .txt file, lines) are left
 out and counted, and a unit ends in an error only if many of its rows are bad, as with the name of a
-wrong column.
+wrong column. A UTF-16 file always ends it.
 """
 import bz2
 import glob
@@ -171,6 +171,7 @@ class SkippedRows:
 
     def __init__(self):
         self.rows = 0             # that were read, the bad ones among them
+        self.with_text = 0        # of these, good ones that are not empty
         self.reasons = Counter()  # reason -> bad rows
         self.first_place = {}     # reason -> where the first of these rows is
 
@@ -183,8 +184,9 @@ class SkippedRows:
             raise UserError(f"too many bad rows: {self.report()}")
 
     def check_some_left(self) -> None:
-        """UserError if a unit has ended and every row was bad, however few they are."""
-        if self.rows and self.reasons.total() == self.rows:
+        """UserError if a unit has ended, and of its rows with something in them all were bad,
+        however few they are."""
+        if self.reasons and not self.with_text:
             raise UserError(f"no good row: {self.report()}")
 
     def report(self) -> str:
@@ -226,13 +228,14 @@ def read_each(source, items, read, skipped: SkippedRows | None = None):
             except Exception as e:
                 skipped.add(f"{source}: {place}", e)
             else:
+                skipped.with_text += bool(text)
                 yield text
     except Exception as e:
         raise UserError(f"{source}: {place}: {one_line(e)}") from None
 
 
 def json_text(columns: list[str], line: bytes) -> str:
-    return get_text(columns, json.loads(line))
+    return get_text(columns, json.loads(line)) if line.strip() else ""
 
 
 def parquet_text(columns: list[str], batch) -> str:
@@ -312,7 +315,7 @@ def read_pieces(pieces: list[tuple[Path, int, int]], columns: list[str],
             rows = parquet_batches(path, columns)
             yield from read_each(path, rows, partial(parquet_text, columns), skipped)
         elif kind == ".jsonl":
-            lines = nonblank_lines(lines_of(path, start, end))
+            lines = lines_of(path, start, end)
             yield from read_each(path, lines, partial(json_text, columns), skipped)
         else:
             decode = partial(str, encoding="utf-8")
@@ -348,7 +351,8 @@ def lines_of(path: Path, start: int, end: int):
         one|two|three|        where | ends a line,
 
     bytes 0 to 6 have "one" and "two", and bytes 6 to 14 have "three". A compressed file cannot be
-    cut: it gives all its lines. UserError for UTF-16, in which a line does not end with a byte."""
+    cut: it gives all its lines. UserError for the byte-order mark of UTF-16, where a newline is two
+    bytes."""
     if path.suffix in COMPRESSED:
         start = 0
         end = math.inf
@@ -365,14 +369,6 @@ def lines_of(path: Path, start: int, end: int):
                 raise UserError("the file is UTF-16; save it as UTF-8")
             yield f"byte {start}", line
             start += len(line)
-
-
-def nonblank_lines(lines):
-    """Those (place, line) of which the line has something in it, without a byte-order mark."""
-    for place, line in lines:
-        line = line.removeprefix(b"\xef\xbb\xbf")
-        if line.strip():
-            yield place, line
 
 
 def parquet_batches(path: Path, columns: list[str] | None = None):

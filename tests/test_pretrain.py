@@ -763,6 +763,14 @@ def test_dry_run_opens_nothing(run, monkeypatch, capsys, name, parameters, steps
     assert not list(Path().iterdir())
 
 
+@pytest.mark.parametrize("gpus, verdict", [
+    (8, "fits a GPU of 80 GB"), (2, "fits a GPU of 141 GB"), (1, "does NOT fit")])
+def test_a_plan_tells_the_smallest_gpu_that_it_fits(run, capsys, gpus, verdict):
+    options = dict.fromkeys((*TINY, "data_dir"), ...)
+    run(str(ROOT / "config/motif2_12b.py"), **options, dry_run=True, plan_world_size=gpus)
+    assert verdict in capsys.readouterr().out
+
+
 def test_a_plan_counts_whole_rows_in_a_pass(run, capsys):
     """Of a schedule, the length with most tokens in a pass: its row, if that is longer."""
     plans = []
@@ -779,6 +787,7 @@ def test_a_plan_counts_whole_rows_in_a_pass(run, capsys):
     (dict(domains={"math": ["builtin:math", 0.5, 0.5]}), "math"),
     (dict(domains={"x": ["none/*.jsonl", 1, 1]}), "none/*.jsonl"),
     (dict(seq_len=2048, batch_tokens=2048), "max_position_embeddings"),
+    (dict(dry_run=True, assumed_mfu=0), "assumed_mfu"),
     (dict(batch_tokens=16), "batch_tokens"),
     (dict(vocab_size=200), "vocab_size"),
     (dict(num_attention_heads=7, num_noise_heads=2), "num_noise_heads"),

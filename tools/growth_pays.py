@@ -103,7 +103,7 @@ def flops_per_step(run: Run) -> float:
 def train(run: Run) -> None:
     """Train to the end. Ctrl-C reaches pretrain.py too, which saves what it has, and is waited for;
     SIGTERM is handed on to it."""
-    if has_ended(run):
+    if is_whole(run):
         return
     process = subprocess.Popen([sys.executable, pretrain.__file__, *run.argv])
     try:
@@ -112,8 +112,14 @@ def train(run: Run) -> None:
         process.terminate()
         process.wait()
         raise UserError("interrupted; run the same command to go on") from None
-    if status or not has_ended(run):
+    if status or not is_whole(run):
         raise UserError(f"{run} was not trained to its end; see above")
+
+
+def is_whole(run: Run) -> bool:
+    """Whether it has made its last evaluation, and then its last checkpoint."""
+    steps = pretrain.make_curriculum(run.config).steps
+    return has_ended(run) and (run.folder / f"step_{steps}").exists()
 
 
 def curve(run: Run) -> tuple[list[float], list[float]]:
@@ -159,7 +165,7 @@ def main() -> None:
         return
     if not argv or argv[0].startswith("-"):
         raise UserError("the output folder is missing: python -m tools.growth_pays OUT [--key=...]")
-    out = Path(argv[0])
+    out = Path(argv[0]).absolute()
     own = {"size": "quickstart", "seeds": "1,2,3"}
     user_options = {}
     for key, text in configurator.split_options(argv[1:]).items():

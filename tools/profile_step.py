@@ -34,7 +34,7 @@ from support.ranks import RANK, WORLD, run_main
 
 WARM_UP = 4               # steps: torch.compile and Triton compile in the first two
 TIMED = 10
-RECORDED = 3              # and taken apart
+RECORDED = 3              # as many are taken apart
 MAX_PASSES = 4            # the trace of a large batch would be too long
 NUM_GAPS = 8
 
@@ -203,11 +203,11 @@ def report(trace: list[dict], seconds: float, parts: list[Part]) -> str:
     busy = length(merge(kernels)) / RECORDED / 1000
     alone = busy - length(merge(others)) / RECORDED / 1000
     optimizer = launched_within(trace, OPTIMIZER)
-    host = [f"{1000 * part.host_seconds / RECORDED:.1f} {part.label}" for part in parts]
+    host = [f"{1000 * part.host_seconds / RECORDED:8.1f} ms {part.label}" for part in parts]
 
     lines = [
         f"step        {1000 * seconds:8.1f} ms",
-        f"host        {', '.join(host)}, ms",
+        f"host        {', '.join(host)}",
         f"GPU         {busy:8.1f} busy, "
         f"{length(merge(optimizer)) / RECORDED / 1000:.1f} of it with the optimizer",
         f"messages    {length(merge(messages)) / RECORDED / 1000:8.1f}, alone {alone:.1f}", ""]

@@ -136,7 +136,9 @@ def lose_a_rank_and_restart(r: Rehearsal) -> None:
     # This step was made twice, and its line has loss and gradient norm at the beginning.
     begin = f"step {CHECKPOINT_STEP + 1}/"
     lines = [line for line in text.splitlines() if line.startswith(begin)]
-    for when, line in zip(("before", "after"), lines, strict=True):
+    if len(lines) != 2:
+        raise UserError(f"step {CHECKPOINT_STEP + 1} was to be made twice: see {r.run}/log.txt")
+    for when, line in zip(("before", "after"), lines):
         print(f"{when:>21s}   {line.split('  lr ')[0]}", flush=True)
 
 
@@ -214,7 +216,7 @@ def summary(r: Rehearsal) -> str:
     be slow."""
     steps = [m for m in read_metrics(r.run) if "tok_per_s" in m]
     if not steps:                                   # only muon was asked for
-        return r.log("muon").read_text(encoding="utf-8")
+        return results(r, "muon")
     slow = [1, 2]
     if "restart" in r.parts:
         slow += [CHECKPOINT_STEP + 1, CHECKPOINT_STEP + 2]
@@ -234,10 +236,14 @@ def summary(r: Rehearsal) -> str:
     lines.append(f"loss       {show_loss(losses[0])} to {show_loss(losses[-1])}")
     for part in ("decode", "muon"):
         if r.log(part).exists():
-            text = r.log(part).read_text(encoding="utf-8")
-            # Without torchrun's advice, which it puts between lines of stars.
-            lines += ["", *text.rpartition("*\n")[2].splitlines()]
+            lines += ["", results(r, part)]
     return "\n".join(lines)
+
+
+def results(r: Rehearsal, part: str) -> str:
+    """What a part has printed, without torchrun's advice, which stands between lines of stars."""
+    text = r.log(part).read_text(encoding="utf-8")
+    return text.rpartition("*\n")[2].rstrip()
 
 
 def planned_gib(r: Rehearsal) -> float:
