@@ -22,6 +22,10 @@ runs = {
                                         "embedding_lr_scale": 8.0, "warmup_steps": 70},
     "adamw-lr2e-3-embed8e-3-warmup70": {"optimizer": "adamw", "lr": 2e-3,
                                         "embedding_lr_scale": 4.0, "warmup_steps": 70},
+    "adamw-lr1e-3-embed8e-3-warmup140": {"optimizer": "adamw", "lr": 1e-3,
+                                         "embedding_lr_scale": 8.0, "warmup_steps": 140},
+    "adamw-lr2e-3-embed8e-3-warmup140": {"optimizer": "adamw", "lr": 2e-3,
+                                         "embedding_lr_scale": 4.0, "warmup_steps": 140},
     "mean": {"mixture": [
         [0, {"language": 0.35, "code": 0.30, "math": 0.20, "science": 0.15}]]},
 }
