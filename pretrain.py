@@ -459,8 +459,7 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
     while True:
         finished = step == curriculum.steps
         stop = any_rank(finished or bool(signals))
-        # The end of the run forces an evaluation, and a stop forces a save. A run that goes on does
-        # not repeat its last evaluation.
+        # The end forces an evaluation, a stop forces a save. A run that goes on repeats neither.
         evaluate_now = step > log.last_evaluation and is_due(step, c.eval_every, finished)
         save_now = step > start_step and is_due(step, c.save_every, stop)
         model.config.rope_theta = theta_at(c, curriculum.tokens[step])  # as the next step has it

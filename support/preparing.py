@@ -7,9 +7,9 @@
                                       there are such files of the first VAL_UNITS units
 
 A *unit* is what support/sources.py cuts a source into: some 16 MB of local text, or one file of
-whatever size. A unit is made in *pieces* of at least PIECE_TOKENS, in whole
-documents; the last one may be shorter. So a run can begin to read a large file long before it is
-prepared as a whole, and need not prepare all of it.
+whatever size. A unit is made in *pieces* of at least PIECE_TOKENS, in whole documents; the last one
+may be shorter. So a run can begin to read a large file long before it is prepared as a whole, and
+need not prepare all of it.
 
 What is in a piece follows from source and tokenizer alone: it is the same whoever makes it, however
 often, and in whatever order. So two processes may make the same piece, and where one was killed,

@@ -328,8 +328,8 @@ def texts_in(value):
 #
 # Two kinds of questions are held out whatever their hash. A domain of weight 0 is for evaluation
 # only, and so are all its questions. And a domain so small that it has no first question below
-# 2^64 / 50 holds out the one with the smallest hash. The other domains of the stage do not
-# train on these questions. Another stage may, as it does not know of them; only the questions of
+# 2^64 / 50 holds out the one with the smallest hash. The other domains of the stage do not train on
+# these questions. Another stage may, as it does not know of them; only the questions of
 # EVAL_DOMAINS are left out of every stage.
 
 HELD_OUT_BELOW = 2**64 // 50
