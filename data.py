@@ -10,6 +10,7 @@ Tokenizers, sources of text, and the processes that turn text into tokens while 
 are in support/. `python -m tools.prepare config/X.py` prepares all of a run's data ahead of it.
 """
 import hashlib
+import itertools
 import math
 import re
 import time
@@ -17,7 +18,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import count
 
 import numpy as np
 
@@ -210,7 +210,7 @@ class Curriculum:
         return phases
 
     def _adapt_phase(self, phase: "Phase", i: int, next_step: int | None) -> "Phase":
-        """Our phase number i as the run reads it, which is as it is planned."""
+        """Phase i as the run reads it: as it is planned. ContinuedCurriculum changes it."""
         return phase
 
     def phase_of(self, step: int) -> "Phase":
@@ -281,6 +281,7 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
         take = [max(0, math.floor(lag[d] + ROUNDING)) for d in domains]
 
         # The rows that are left, earliest deadline first. A domain that is not behind comes last.
+        # The lags sum to rows[t], so fewer rows are left than there are domains.
         left = rows[t] - sum(take)
         if left > 0:
             claims = []
@@ -320,9 +321,9 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
 #     seq_len 4   |0--|1--|2--|3--|4--|
 #     seq_len 8                       |0------|1------|2------|
 #
-# A *unit* is a file, a part of one or several small ones. support/preparing.py makes it piece by
-# piece, some millions of tokens each, a little ahead of the run. Of each piece that it has made it
-# keeps a *record*: its number of tokens, whether it is its unit's last, and checksums.
+# A *unit* is one file, a part of a file, or several small files. support/preparing.py makes it
+# piece by piece, some millions of tokens each, a little ahead of the run. Of each piece that it has
+# made it keeps a *record*: its number of tokens, whether it is its unit's last, and checksums.
 #
 # A sequence of T tokens takes one more from the tape, the target of its last token, which is also
 # the first token of the next sequence. It begins wherever it falls, as in GPT-2's training: in the
@@ -378,8 +379,8 @@ class Phase:
         return np.zeros_like(self.count)
 
     def window_of_place(self, d: int, place: int, epoch_tokens: float) -> tuple[int, int]:
-        """-> (first, end): the window of domain d that contains a place. Its places are first to
-        end - 1, and so are, in shuffled order, its sequences.
+        """-> (first, end): the window of domain d that contains a place. It reads
+        sequences first to end - 1, in shuffled order.
 
         Windows begin anew with the first sequence that begins in an epoch of epoch_tokens. Say
         windows have 3 sequences, the phase has 8, and an epoch ends within sequence 4, counted from
@@ -475,7 +476,7 @@ class Tape:
     def units_to_come(self) -> Iterator[tuple[int, int]]:
         """What comes after what is there: (unit, its first piece that is wanted), for ever."""
         yield self.unit_at(self.next_unit), self.next_piece
-        for k in count(self.next_unit + 1):
+        for k in itertools.count(self.next_unit + 1):
             yield self.unit_at(k), 0
 
     def read(self, start: int, length: int) -> np.ndarray:
@@ -643,8 +644,8 @@ class Prefetcher:
             self.preparer.release(domain)     # nobody wants the rest of the unit yet
 
     def request(self, step: int) -> None:
-        """Have prepared what a step needs; then, as far as processes are free, a piece more for
-        each process, but nothing beyond the window in which the run ends."""
+        """Ask for what a step needs; then, as far as processes are free, for a piece more for each
+        process, but for nothing beyond the window in which the run ends."""
         if not self.preparer:
             return
         dataset = self.dataset
@@ -717,9 +718,10 @@ def ceil_div(a: int, b: int) -> int:
 #
 # But seq_len may now change before that window ends. Say it has sequences 0 to 3 in the order 2, 0,
 # 3, 1, and three of them are read. If the next phase began with sequence 3, it would read that
-# again, and 1 would never be read. So it begins after the window. A curriculum does not know where
-# that ends, which depends on the ends of epochs. It ends a window's size after the last place that
-# was read at the latest, here at 3 - 1 + 4 = 6: then 1, 4 and 5 are not read.
+# again, and 1 would never be read. So it begins after the window. A curriculum cannot know where
+# the window ends, as that depends on the ends of epochs. But the window contains place 2, the last
+# one read, so it ends at 2 + 4 = 6 at the latest. The next phase begins there, and 1, 4 and 5 are
+# not read.
 
 
 @dataclass
@@ -730,8 +732,9 @@ class PhaseWithChange(Phase):
 
     @property
     def stretch_length(self) -> np.ndarray:
-        """(domains,) count, and rest_of_window. That is passed over, unless it is more than count:
-        then up to count sequences are read twice, and as many never."""
+        """(domains,) count, plus rest_of_window if that is at most count. To pass over a longer
+        rest would lose more than it saves: then up to count sequences are read twice, and as many
+        never."""
         rest = self.rest_of_window
         return self.count + np.where(rest <= self.count, rest, 0)
 
@@ -751,11 +754,9 @@ class PhaseWithChange(Phase):
         begun_end = 0
         if self.reached[d] > 0:
             last_read = int(self.reached[d]) - 1
-            begun_first, begun_end = self.earlier.window_of_place(d, last_read, epoch_tokens)
-            if begun_first <= place < begun_end:
-                return begun_first, begun_end
-            if place < begun_first:
-                return self.earlier.window_of_place(d, place, epoch_tokens)
+            _, begun_end = self.earlier.window_of_place(d, last_read, epoch_tokens)
+        if place < begun_end:
+            return self.earlier.window_of_place(d, place, epoch_tokens)
         return self._window_from(begun_end, d, place, epoch_tokens)
 
 
@@ -921,11 +922,11 @@ def check_mixture(mixture: list, domains: dict) -> None:
             raise problem
         if not before <= fraction <= 1:
             raise UserError(f"mixture: {fraction} must not be less than {before} nor more than 1: "
-                            "the fractions of the run rise")
+                            "the fractions of the run must not fall")
         before = fraction
 
         known = shares.keys() <= domains.keys() and all(map(is_share, shares.values()))
         if not known or abs(sum(shares.values()) - 1) > 1e-6:
-            raise UserError(f"domains or mixture: at {fraction} of the run the shares of "
-                            f"{', '.join(domains)} must not be negative and must sum to 1, "
+            raise UserError(f"domains or mixture: at {fraction} of the run the shares may name "
+                            f"only {', '.join(domains)}, must not be negative and must sum to 1, "
                             f"not {shares}")

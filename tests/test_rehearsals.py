@@ -4,6 +4,7 @@ import re
 import pytest
 
 from configurator import UserError
+from model import Motif, flops_per_token
 from support.log import read_metrics
 from tools import growth_pays, rehearse
 
@@ -45,9 +46,13 @@ def test_growth_is_compared_at_equal_flops_and_no_run_is_repeated(pays, tmp_path
                                                 for name in ("fresh", "grown")]
 
     # In all, the small and the grown model take the FLOPs of the fresh one, but for a step.
-    runs = growth_pays.plan_runs(tmp_path / "out", SIZE, 1, {})
-    flops = {name: growth_pays.curve(run)[0][-1] for name, run in runs.items()}
-    step = growth_pays.flops_per_step(runs["small"])
+    flops = {}
+    for name in ("fresh", "small", "grown"):
+        folder = tmp_path / f"out/{name}-1"
+        config = Motif.from_pretrained(sorted(folder.glob("step_*"))[-1]).config
+        last = read_metrics(folder)[-1]
+        flops[name] = last["tokens"] * sum(flops_per_token(config, TINY["seq_len"]))
+    step = flops["fresh"] / SIZE.steps
     assert abs(flops["small"] + flops["grown"] - flops["fresh"]) <= step
 
     logs = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("log.txt"))]
@@ -59,10 +64,7 @@ def test_growth_is_compared_at_equal_flops_and_no_run_is_repeated(pays, tmp_path
 
 @pytest.mark.parametrize("option", ["--init=x", "--seed=2", "--eval_every=None", "--dry_run",
                                     "--seq_len=[[0, 32], [99, 64]]"])
-def test_what_would_make_the_runs_unequal_is_refused_before_any_is_trained(pays, option, tmp_path,
-                                                                         monkeypatch):
-    both = {key: value for key, value in TINY.items() if key != "seq_len"}
-    monkeypatch.setitem(growth_pays.SIZES, "tiny", SIZE._replace(both=both))
+def test_what_would_make_the_runs_unequal_is_refused_before_any_is_trained(pays, option, tmp_path):
     with pytest.raises(UserError, match=option[2:].split("=")[0]):
         pays(option)
     assert not (tmp_path / "out").exists()

@@ -5,7 +5,8 @@
 
 For each of three seeds this trains a small Motif, the large one that is grown from it, and the
 large one from random weights, at equal FLOPs in all. It draws the held-out losses over the FLOPs in
-OUT/growth.png. A run that has ended is not repeated, and one that was cut goes on.
+OUT/growth.png. A run that has ended is not repeated. One that Ctrl-C or SIGTERM ended goes on, and
+one that was killed begins anew.
 
     --size=quickstart    1.2M parameters; about half an hour on two cores
     --size=evidence      154M parameters, and the data of config/evidence.py; for a GPU
@@ -13,6 +14,7 @@ OUT/growth.png. A run that has ended is not repeated, and one that was cut goes 
 
 All other options are those of pretrain.py, such as domains of your own, and go to every run.
 """
+import math
 import re
 import signal
 import statistics
@@ -27,7 +29,8 @@ from configurator import UserError
 from model import flops_per_token
 from support.log import read_metrics
 from support.ranks import run_main
-from tools.ablate import Run, check_folder, has_ended
+from tools.ablate import Run, check_folder
+from tools.plots import import_pyplot
 
 SMALL_SHARE = 0.25   # the small model's part of the FLOPs
 
@@ -66,7 +69,7 @@ SIZES = {
 
 
 # Options of pretrain.py that would make the three runs other than they have to be.
-REFUSED = ("init", "decay_fraction", "max_tokens", "eval_every", "save_every", "resume", "export",
+REFUSED = ("max_tokens", "eval_every", "save_every", "resume", "export",
            "dry_run")
 
 
@@ -117,16 +120,18 @@ def train(run: Run) -> None:
 
 
 def is_whole(run: Run) -> bool:
-    """Whether it has made its last evaluation, and then its last checkpoint."""
+    """Whether it has its last checkpoint, which comes after its last evaluation."""
     steps = pretrain.make_curriculum(run.config).steps
-    return has_ended(run) and (run.folder / f"step_{steps}").exists()
+    return (run.folder / f"step_{steps}").exists()
 
 
 def curve(run: Run) -> tuple[list[float], list[float]]:
     """Its training FLOPs and its held-out loss (nats per token) at each evaluation."""
     evaluations = [m for m in read_metrics(run.folder) if "val_loss" in m]
     flops = [m["step"] * flops_per_step(run) for m in evaluations]
-    return flops, [m["val_loss"] for m in evaluations]
+    # metrics.jsonl has null for a loss that was not finite.
+    losses = [math.nan if m["val_loss"] is None else m["val_loss"] for m in evaluations]
+    return flops, losses
 
 
 def three_curves(runs: dict[str, Run]) -> dict:
@@ -138,15 +143,16 @@ def three_curves(runs: dict[str, Run]) -> dict:
             "large, grown from the small one": ([spent_before + x for x in flops], losses)}
 
 
-def draw(runs: list[dict], path: Path) -> None:
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
+def draw(found: list[dict], path: Path) -> None:
+    """Draw the curves of each seed, as three_curves gives them."""
+    plt = import_pyplot()
+    if plt is None:
+        print("no picture, as there is no matplotlib")
+        return
     colors = {"large, from random weights": "C0", "small": "0.6",
               "large, grown from the small one": "C1"}
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for i, curves in enumerate(runs):
+    for i, curves in enumerate(found):
         for name, (flops, losses) in curves.items():
             label = name if i == 0 else None
             axes.plot(flops, losses, color=colors[name], lw=1.2, label=label)
@@ -190,11 +196,11 @@ def main() -> None:
             train(run)
 
     found = [three_curves(runs) for runs in planned]
-    draw(found, out / "growth.png")
     for name in ("large, from random weights", "large, grown from the small one"):
         losses = [one[name][1][-1] for one in found]
         each = ", ".join(f"{loss:.4f}" for loss in losses)
         print(f"{name}: {statistics.fmean(losses):.4f} ({each})")
+    draw(found, out / "growth.png")
 
 
 if __name__ == "__main__":

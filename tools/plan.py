@@ -204,6 +204,11 @@ def parallel_muon_bytes(c: Config, model: Motif) -> int:
     return BF16 * peak_elements(plan).max().item()
 
 
+def fullest_row(c: Config, curriculum: data.Curriculum) -> int:
+    """The row length of which most tokens go into a pass: it takes the most memory."""
+    return max(curriculum.seq_len, key=lambda T: tokens_in_a_pass(c, T))
+
+
 AT_MOST = "at the most: always and the largest phase"
 
 
@@ -257,8 +262,7 @@ def dry_run_report(c: Config, curriculum: data.Curriculum) -> str:
     flops_per_second = c.plan_world_size * PEAK_FLOPS["H100"] * c.assumed_mfu
     days = flops / flops_per_second / 86400
 
-    # The length of which most tokens go into a pass takes the most memory.
-    T = max(curriculum.seq_len, key=lambda T: tokens_in_a_pass(c, T))
+    T = fullest_row(c, curriculum)
     return "\n".join([
         cost_table(config, sorted(flops_at)),
         "",

@@ -190,6 +190,11 @@ def launched_within(trace: list[dict], label: str) -> list[Event]:
     return select(kernels, *GPU_WORK)
 
 
+def busy_ms(events: list[Event]) -> float:
+    """How long at least one of the events went on, of one step."""
+    return length(merge(events)) / RECORDED / 1000
+
+
 def milliseconds(events: list[Event]) -> float:
     """The sum of the events' lengths, of one step."""
     return sum(event.end - event.start for event in events) / RECORDED / 1000
@@ -200,17 +205,16 @@ def report(trace: list[dict], seconds: float, parts: list[Part]) -> str:
     kernels = select(trace, *GPU_WORK)
     messages = [kernel for kernel in kernels if kind_of(kernel.name) == "messages"]
     others = [kernel for kernel in kernels if kind_of(kernel.name) != "messages"]
-    busy = length(merge(kernels)) / RECORDED / 1000
-    alone = busy - length(merge(others)) / RECORDED / 1000
+    alone = busy_ms(kernels) - busy_ms(others)
     optimizer = launched_within(trace, OPTIMIZER)
     host = [f"{1000 * part.host_seconds / RECORDED:8.1f} ms {part.label}" for part in parts]
 
     lines = [
         f"step        {1000 * seconds:8.1f} ms",
         f"host        {', '.join(host)}",
-        f"GPU         {busy:8.1f} busy, "
-        f"{length(merge(optimizer)) / RECORDED / 1000:.1f} of it with the optimizer",
-        f"messages    {length(merge(messages)) / RECORDED / 1000:8.1f}, alone {alone:.1f}", ""]
+        f"GPU         {busy_ms(kernels):8.1f} busy, "
+        f"{busy_ms(optimizer):.1f} of it with the optimizer",
+        f"messages    {busy_ms(messages):8.1f}, alone {alone:.1f}", ""]
 
     kinds = {}
     for kernel in kernels:
@@ -226,6 +230,9 @@ def report(trace: list[dict], seconds: float, parts: list[Part]) -> str:
 
 
 def main() -> None:
+    if "--help" in sys.argv or "-h" in sys.argv:
+        print(__doc__)
+        return
     c = configurator.load(pretrain.Config, sys.argv[1:], default_file=pretrain.QUICKSTART)
     device = pretrain.pick_device(c)
     if device.type != "cuda":

@@ -8,19 +8,20 @@ shorter. It prints each command and how long it took. At the end it prints the s
 the memory beside what --dry_run plans. The parts are:
 
     restart     4 steps and a checkpoint; one rank is killed after step 5, and the others must end;
-                the run goes on from the checkpoint to step 8, and saves no other
+                the run goes on from the checkpoint to step 8, and saves no other. Step 5, made
+                twice, is printed as it was before and after: it should be the same
     export      the weights for other programs, and a reply with them; on a GPU also their speed
     fine-tune   2 steps of the first stage, rows as long as the model can read, at most 16,384
     muon        a step of Parallel Muon alone, beside the form in which each rank does every matrix
                 (on one GPU the step of one layer)
     steps       in place of restart: 8 steps, and no checkpoint
 
-All other options are those of pretrain.py. Those that sft.py shares go to it too, but no setting of
-the config file does. Rows have the first length of the schedule: rehearse later ones by
---seq_len=16384. A step has 4 passes of each rank unless --batch_tokens says otherwise. --gpus is
-the number of ranks: without it as many as there are GPUs, or 2 without any. The checkpoint takes 8
-bytes of disk a parameter, and 12 in embedding and head: 109 GB for 12.7B. The exported weights take
-2.
+All other options are those of pretrain.py. Those that sft.py shares go to it too, but not those of
+batch, recomputation and evaluation, and no setting of the config file. Rows have the first length
+of the schedule: rehearse later ones by --seq_len=16384. A step has 4 passes of each rank unless
+--batch_tokens says otherwise. --gpus is the number of ranks: without it as many as there are GPUs,
+or 2 without any. The checkpoint takes 8 bytes of disk a parameter, and 12 in embedding and head:
+109 GB for 12.7B. The exported weights take 2.
 """
 import os
 import re
@@ -30,7 +31,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -38,11 +39,12 @@ import torch
 import configurator
 import pretrain
 from configurator import UserError
+from data import parse_schedule
 from model import MotifConfig
 from support.log import read_metrics
 from support.ranks import run_main
 from tools.ablate import show_loss
-from tools.plan import memory_of_rank, tokens_in_a_pass
+from tools.plan import fullest_row, memory_of_rank, tokens_in_a_pass
 
 ROOT = Path(pretrain.__file__).parent
 CHECKPOINT_STEP = 4
@@ -73,7 +75,7 @@ class Rehearsal:
             "out_dir": self.run}
         c = configurator.load(pretrain.Config, self.train_arguments())
         if "batch_tokens" not in options:
-            row = c.seq_len if isinstance(c.seq_len, int) else c.seq_len[0][1]
+            row = parse_schedule("seq_len", c.seq_len)[0][1]
             self.settings["batch_tokens"] = 4 * gpus * tokens_in_a_pass(c, row)
             c = configurator.load(pretrain.Config, self.train_arguments())
         self.config = c
@@ -199,7 +201,7 @@ def fine_tune(r: Rehearsal) -> None:
 
 
 def time_muon(r: Rehearsal) -> None:
-    shape = asdict(MotifConfig()).keys()
+    shape = {field.name for field in fields(MotifConfig)}
     options = [f"--{key}={value}" for key, value in r.options.items()
                if key in shape or key == "dp_replicate"]
     r.do("muon", r.torchrun("-m", "tools.bench_muon", r.config_file, *options))
@@ -212,8 +214,8 @@ def on_gpu(c: pretrain.Config) -> bool:
 # ---- what came of it
 
 def summary(r: Rehearsal) -> str:
-    """Speed and memory of the steps in which nothing was compiled: the first two of a process may
-    be slow."""
+    """Speed of the steps in which nothing was compiled, as the first two of a process may be slow;
+    memory and losses of all."""
     steps = [m for m in read_metrics(r.run) if "tok_per_s" in m]
     if not steps:                                   # only muon was asked for
         return results(r, "muon")
@@ -249,8 +251,7 @@ def results(r: Rehearsal, part: str) -> str:
 def planned_gib(r: Rehearsal) -> float:
     c = r.config
     c.plan_world_size = r.gpus
-    # The length of which most tokens go into a pass takes the most memory.
-    row = max(pretrain.make_curriculum(c).seq_len, key=lambda T: tokens_in_a_pass(c, T))
+    row = fullest_row(c, pretrain.make_curriculum(c))
     checkpointed = min(c.activation_checkpoint_layers, c.num_hidden_layers)
     always, phases = memory_of_rank(c, row, checkpointed)
     return (sum(always.values()) + max(phases.values())) / 2**30
@@ -304,7 +305,7 @@ def main() -> None:
         r.out.mkdir(parents=True)
     except OSError as e:
         raise UserError(f"{r.out} cannot be made: {configurator.one_line(e)}") from None
-    print(f"{r.gpus} ranks, {r.config.batch_tokens:,d} tokens a step; in {r.out}", flush=True)
+    print(f"{r.gpus} ranks, {r.config.batch_tokens} tokens a step; in {r.out}", flush=True)
     try:
         rehearse(r)
     except KeyboardInterrupt:
