@@ -5,11 +5,13 @@
     newton_schulz.png   singular values before and after each Newton-Schulz step
     poly_norm.png       PolyNorm beside other activations; of a checkpoint, as each layer learnt it
     heads.png           the heads of one group, and their attention maps on a toy sequence
+    evidence/what_pays.png   what each idea does to the loss, from the runs in evidence/runs.csv
 
-Everything is computed by the code of the project or, for the attention maps, from numbers made up
-here. It needs no data and takes a few seconds.
+Everything else is computed by the code of the project or, for the attention maps, from numbers made
+up here. It needs no data and takes a few seconds.
 """
 import argparse
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from model import Motif, poly_norm
 from muonclip import newton_schulz
+from tools.ablate import Summary, summarize
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DPI = 110
@@ -214,6 +217,65 @@ def draw_heads() -> None:
     save(figure, "heads.png")
 
 
+# ---- does each idea pay?
+
+COMMON = "4to1-swiglu"      # with MuonClip and the curriculum; each of WHAT_PAYS differs in one idea
+WHAT_PAYS = {
+    "AdamW, tuned, for MuonClip": "4to1-swiglu-adamw-lr1e-3-embed4e-3-warmup100",
+    "grouped-query attention": "gqa-swiglu",
+    "1 signal head to a noise head": "1to1-swiglu",
+    "2 signal heads to a noise head": "2to1-swiglu",
+    "PolyNorm, begun at 1/3": "4to1-polynorm",
+    "PolyNorm, begun at 1/48": "polynorm-scale0.0625",
+    "the curriculum's mean mixture": "mean",
+    "the curriculum backwards": "reversed",
+}
+
+
+def mean_curve(runs: Summary) -> dict[float, float]:
+    """Million tokens -> the mean held-out loss over the seeds; without that of random weights."""
+    losses = {}
+    for curve in runs.curves:
+        for point in curve[1:]:
+            losses.setdefault(int(point["tokens"]) / 1e6, []).append(float(point["loss"]))
+    return {tokens: statistics.fmean(values) for tokens, values in losses.items()}
+
+
+def draw_what_pays() -> None:
+    """On the left the differences while the runs were trained, on the right at their end, a dot for
+    each seed. Above 0, the common configuration is better."""
+    by_name = {}
+    for summaries in summarize(ASSETS / "evidence").values():
+        by_name.update({summary.name: summary for summary in summaries})
+    common = mean_curve(by_name[COMMON])
+    common_loss = statistics.fmean(by_name[COMMON].losses())
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=[2, 3],
+                                         layout="constrained")
+    for i, (label, name) in enumerate(WHAT_PAYS.items()):
+        color = f"C{i}"
+        curve = mean_curve(by_name[name])
+        above = [loss - common[tokens] for tokens, loss in curve.items()]
+        left.plot(list(curve), above, "o-", ms=3, lw=1.2, color=color)
+        differences = [loss - common_loss for loss in by_name[name].losses()]
+        right.plot(differences, [i] * len(differences), "o", ms=5, alpha=0.6, color=color)
+        mean = statistics.fmean(differences)
+        right.text(max(differences) + 0.006, i, f"{mean:+.3f}", va="center", fontsize="small", color=color)
+    left.set(xlabel="million tokens seen", ylabel="nats per token")
+    left.set_title("difference of the held-out loss", fontsize="medium")
+    right.set_yticks(range(len(WHAT_PAYS)), list(WHAT_PAYS))
+    right.set_ylim(len(WHAT_PAYS) - 0.5, -0.5)
+    right.set_xlim(-0.02, 0.31)
+    right.set_xlabel("nats per token")
+    right.set_title("after the last step", fontsize="medium")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    left.axhline(0, color="0.5", lw=0.8)
+    right.axvline(0, color="0.5", lw=0.8)
+    figure.suptitle("Held-out loss less that of 4:1 differential attention, SwiGLU, MuonClip and "
+                    "the curriculum", fontsize="medium")
+    save(figure, "evidence/what_pays.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="draw the figures of the ideas into assets/")
     parser.add_argument("--checkpoint", help="a model folder, whose PolyNorm is drawn too")
@@ -222,6 +284,7 @@ def main() -> None:
     draw_newton_schulz()
     draw_poly_norm(options.checkpoint)
     draw_heads()
+    draw_what_pays()
 
 
 if __name__ == "__main__":

@@ -157,7 +157,9 @@ def draw(found: list[dict], path: Path) -> None:
             label = name if i == 0 else None
             axes.plot(flops, losses, color=colors[name], lw=1.2, label=label)
     axes.set(xlabel="training FLOPs", ylabel="held-out loss (nats per token)", yscale="log")
-    axes.set_yticks([2, 2.5, 3, 4, 5, 7, 10], ["2", "2.5", "3", "4", "5", "7", "10"])
+    lowest, highest = axes.get_ylim()
+    ticks = [loss for loss in (1, 1.5, 2, 2.5, 3, 4, 5, 7, 10) if lowest <= loss <= highest]
+    axes.set_yticks(ticks, [f"{loss:g}" for loss in ticks])
     axes.minorticks_off()
     axes.legend()
     axes.grid(alpha=0.3)

@@ -101,13 +101,16 @@ def part_of(name: str) -> str:
 #
 # A step goes through phases, of which the one that takes most decides:
 #
-#     loss            all activations, the logits of a chunk of tokens, the head's gradient
-#     backward pass   all activations, those of the block that is recomputed with as many
-#                     gradients of them, the gradients of two blocks on their way to their shards
+#     loss            all activations, the logits of a chunk of tokens
+#     backward pass   all activations, the gradients of two blocks on their way to their shards
+#     recomputation   the inputs of the recomputed blocks, one block's activations and as many
+#                     gradients of them. It comes last: the recomputed blocks are the first ones, so
+#                     that the others' activations are gone by then. And it takes so long that the
+#                     gradients of the block before have arrived
 #     last sum        the gradients of embedding and head, on their way to their shards
 #     Parallel Muon   momentum and results on their way
 #
-# The first two also hold what is gathered, the sums and the head's gradient. The plan adds up the
+# The first three also hold what is gathered, the sums and the head's gradient. The plan adds up the
 # large tensors of training in bf16. The allocator and NCCL take a few GB on top.
 
 def activation_bytes(config: MotifConfig) -> tuple[int, int]:
@@ -157,8 +160,8 @@ def memory_of_rank(c: Config, T: int, checkpointed: int) -> tuple[dict, dict]:
     tokens = tokens_in_a_pass(c, T)
     block_bytes, input_bytes = activation_bytes(config)
     plain = c.num_hidden_layers - checkpointed
-    activations = tokens * (checkpointed * input_bytes + plain * block_bytes)
-    recomputed = 2 * tokens * block_bytes if checkpointed else 0
+    inputs = tokens * checkpointed * input_bytes
+    activations = inputs + tokens * plain * block_bytes
 
     head = model.head_weight.numel()
     embeddings = head                                # embedding and head
@@ -170,18 +173,21 @@ def memory_of_rank(c: Config, T: int, checkpointed: int) -> tuple[dict, dict]:
     # Over several ranks a gradient is there twice on its way: in bf16, and in fp32 to be summed.
     block_gradients = 0 if alone else 2 * (BF16 + FP32) * block
     last_sum = BF16 * embeddings
-    if not alone:
-        last_sum += (BF16 + FP32) * embeddings
     sums = 0
-    if not alone and c.sum_embeddings_once:
-        shard = FP32 * embeddings / shards           # there only from the last sum on
-        always["gradients of blocks"] = always.pop("gradients") - shard
-        sums = FP32 * embeddings
-        last_sum += sums + shard
+    if not alone:
+        shard = FP32 * embeddings / shards           # what a rank receives
+        last_sum += FP32 * embeddings + shard
+        if c.sum_embeddings_once:
+            # They are there only from the last sum on, and it sends the sums.
+            always["gradients of blocks"] = always.pop("gradients") - shard
+            sums = FP32 * embeddings
+            last_sum += sums - BF16 * embeddings
 
-    phases = {"loss": gathered + activations + sums + logits + BF16 * head,
-              "backward pass": (gathered + activations + sums + recomputed + BF16 * head
-                                + block_gradients),
+    in_passes = gathered + sums + BF16 * head
+    recomputation = in_passes + inputs + 2 * tokens * block_bytes
+    phases = {"loss": in_passes + activations + logits,
+              "backward pass": in_passes + activations + block_gradients,
+              "recomputation": recomputation if checkpointed else 0,
               "last sum": last_sum,
               "Parallel Muon": parallel_muon_bytes(c, model)}
     return always, phases

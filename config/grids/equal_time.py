@@ -8,8 +8,9 @@
 runs = {
     "gqa-swiglu": {"num_attention_heads": 12, "num_noise_heads": 0, "intermediate_size": 2096,
                    "activation": "swiglu"},
-    "4to1-swiglu-adamw-lr1e-3-embed4e-3": {"activation": "swiglu", "optimizer": "adamw",
-                                           "lr": 1e-3, "embedding_lr_scale": 4.0},
+    "4to1-swiglu-adamw-lr1e-3-embed4e-3-warmup100": {
+        "activation": "swiglu", "optimizer": "adamw", "lr": 1e-3, "embedding_lr_scale": 4.0,
+        "warmup_steps": 100},
     "4to1-swiglu-steps372": {"activation": "swiglu", "max_steps": 372},
 }
 baseline = "4to1-swiglu-steps372"

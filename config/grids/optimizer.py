@@ -1,6 +1,6 @@
 # ablate.py: MuonClip, its parts, and AdamW at learning rates by factors of two
 #
-# All with 4:1 attention and SwiGLU. AdamW is run with two lengths of warm-up. With both optimizers
+# All with 4:1 attention and SwiGLU. AdamW is run with three lengths of warm-up. With both optimizers
 # AdamW trains the embedding, which is the head, too: at 4e-3 in the runs with MuonClip. embed4e-3,
 # say, tells that it learns at that rate, whatever all else learns at.
 
@@ -24,6 +24,10 @@ axes = [
         "adamw-lr1e-3-warmup100": {"optimizer": "adamw", "lr": 1e-3, "warmup_steps": 100},
         "adamw-lr1e-3-embed4e-3-warmup100": {"optimizer": "adamw", "lr": 1e-3,
                                              "embedding_lr_scale": 4.0, "warmup_steps": 100},
+        "adamw-lr2e-3-embed4e-3-warmup100": {"optimizer": "adamw", "lr": 2e-3,
+                                             "embedding_lr_scale": 2.0, "warmup_steps": 100},
+        "adamw-lr1e-3-embed4e-3-warmup200": {"optimizer": "adamw", "lr": 1e-3,
+                                             "embedding_lr_scale": 4.0, "warmup_steps": 200},
         "warmup100": {"warmup_steps": 100},                    # MuonClip
         "adamw-lr2e-3-warmup100": {"optimizer": "adamw", "lr": 2e-3, "warmup_steps": 100},
         "adamw-lr4e-3-warmup100": {"optimizer": "adamw", "lr": 4e-3, "warmup_steps": 100},
