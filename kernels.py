@@ -168,7 +168,7 @@ def custom_op(fake: Callable, mutates_args: tuple[str, ...] = ()) -> Callable:
 #
 # Arguments marked tl.constexpr are known when the kernel is compiled: an `if` on one of them costs
 # nothing, and each combination of them is a kernel of its own. Their names are in capitals, except
-# r and Dv. (The sizes B, T, H, P and V are in capitals too, and are ordinary arguments. In
+# r and Dv. (The sizes T, H, P and V are in capitals too, and are ordinary arguments. In
 # differential norm r is one.) An argument that is None is known as well. num_warps says how many
 # warps (of 32 threads) share a program, and num_stages the blocks of how many steps a loop holds,
 # those of the current one included. A @jit function that a kernel calls is inlined into it.
@@ -212,6 +212,8 @@ def scale_(x: Tensor, factor: Tensor) -> None:
 #     s_p  = r_p sum(g x^p)                      dw_p sums s_p over all rows, and d_bias sums g
 #     k_p  = p w_p r_p^2 s_p / n
 #     dx   = g (w1 r1 + x (2 w2 r2 + x 3 w3 r3)) - x (k1 + x^2 (k2 + x^2 k3))
+#
+# (Attention, below, has an r, a p and a k of its own.)
 #
 # k_p has the r_p^3 of the derivative of r_p: one r_p is in s_p, two come on top. The code never
 # multiplies the three: x, the output of gate_proj, reaches 3e5 in large models, and there r3^3 =
@@ -839,8 +841,9 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 #
 # Who reads what. As in model.py there are H query heads, and P pairs of key heads, each pair with a
 # value head. Query heads stand group after group, each group's noise head last. `group` counts all
-# G groups of a sequence, and GROUPS_PER_PAIR = G / P of them share one pair of key heads. In 12.7B
-# P = G = 8, so GROUPS_PER_PAIR = 1, and r = 4, HAS_NOISE = 1:
+# G groups of a sequence, and GROUPS_PER_PAIR = G / P of them share one pair of key heads. (`head`
+# counts the heads of a sequence.) In 12.7B P = G = 8, so GROUPS_PER_PAIR = 1, and r = 4,
+# HAS_NOISE = 1:
 #
 #     head  = group * (r + HAS_NOISE) + place
 #     pair  = group // GROUPS_PER_PAIR                             12.7B:
@@ -850,12 +853,14 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 #     both read value head `pair`, which is Dv = 2D wide
 #
 # So is_noise = place // r. For plain grouped-query attention HAS_NOISE is 0: then a "pair" is one
-# key head, and a group is the r query heads that read it. The heads of one pair are neighbours, and
+# key head, and a group is the r query heads that read it, so that G = P, where model.py has G = 0.
+# The heads of one pair are neighbours, and
 # head_in_pair counts them: head = pair * heads_per_pair + head_in_pair, where heads_per_pair =
 # GROUPS_PER_PAIR * (r + HAS_NOISE). head_in_batch = b * H + head counts those of all sequences.
 #
 # How blocks are loaded. q, k and v are seen as matrices of B * T rows, one for each token; q has
-# H * D columns and so on. So sequence b begins at row b * T, and a head at column head * D.
+# H * D columns and so on. So sequence b begins at row b * T, which is seq_begin, and a head at
+# column head * D.
 # desc.load([row, column]) copies a block by TMA. Its shape was fixed when the descriptor was made:
 # (BQ, D) of q, (BK, D) of k, (BK, Dv) of v. The last block of a sequence may reach beyond its T
 # rows. What do loads without a mask read there?
@@ -868,11 +873,11 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 #
 # KNOWN LIMITATION: p = 0 does not take out a NaN or an infinity, as 0 times either is NaN. If T is
 # no multiple of TILE, one at the beginning of sequence b + 1 can reach the outputs and dq of the
-# last TILE queries of sequence b, and dk and dv of all of its keys (with documents, of the blocks
+# queries in the last, partial tile of sequence b, and dk and dv of all of its keys (with documents, of the blocks
 # of keys whose last document reaches into the last tile).
 #
 # The algorithm. One program computes BQ queries of one head. It walks over the keys, BK at a time.
-# A row of the block of logits belongs to a query. (Logits are here already scaled; see Units.)
+# A row of the block of logits belongs to a query. (Here a logit is q.k * qk_scale; see Units.)
 # While its largest logit is still unknown the program keeps, as in FlashAttention, for each row
 #
 #     row_max    the largest logit so far
@@ -886,8 +891,8 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # After the first row_max = 3, row_sum = 2^-2 + 2^0 = 1.25. The second raises row_max to 4, so alpha
 # = 2^-1 and row_sum = 1.25 * 0.5 + 2^0 = 1.625, which is 2^(1-4) + 2^(3-4) + 2^(4-4).
 #
-# Units. A softmax over 2^x needs logits that are larger by log2(e): e^s = 2^(s log2(e)). So row_max
-# and lse, and the block_max that the kernel stores, are q.k times qk_scale = log2(e) / sqrt(D).
+# Units. A softmax over 2^x needs logits that are larger by log2(e): e^s = 2^(s log2(e)). So row_max,
+# and the block_max that the kernel stores, are maxima of q.k times qk_scale = log2(e) / sqrt(D).
 # Only the max_logits that attention_forward returns are natural logits, as in model.py. In the code
 # `logits` are the bare q.k: the scale is applied where the maximum is taken, and inside exp2
 # together with the subtraction of row_max, one fused multiply-add.
@@ -923,8 +928,8 @@ def attention_forward_sweep(q, acc, row_max, row_sum, k_desc, v_desc, seq_begin,
 
 @jit
 def key_head_of(pair, head_in_pair, r: tl.constexpr, HAS_NOISE: tl.constexpr):
-    """The key head that a query head reads: the first of its pair, or the second for noise. As a
-    pair holds whole groups, `head` gives the same as head_in_pair."""
+    """The key head that a query head reads: the first of its pair, or the second for noise. A
+    caller may pass `head` as head_in_pair: as a pair holds whole groups, is_noise is the same."""
     is_noise = head_in_pair % (r + HAS_NOISE) // r
     return pair * (1 + HAS_NOISE) + is_noise
 
@@ -932,7 +937,8 @@ def key_head_of(pair, head_in_pair, r: tl.constexpr, HAS_NOISE: tl.constexpr):
 @jit
 def output_of_head(signal_ptr, noise_ptr, head, H, r: tl.constexpr, HAS_NOISE: tl.constexpr):
     """Where the output of a query head is, and its gradient likewise: the tensor of its kind,
-    signal or noise; how many heads that has; and head_in_kind, which of them this is."""
+    signal or noise; how many heads that has; and head_in_kind, which of them this is: group * r +
+    place of the signal heads, group of the noise heads."""
     num_groups = H // (r + HAS_NOISE)
     group = head // (r + HAS_NOISE)
     place = head % (r + HAS_NOISE)
@@ -1021,19 +1027,61 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #     dk = ds^T q / sqrt(D)                               1 / sqrt(D) is logit_scale in the code
 #
 # ds goes back through the softmax: in one row p_i = exp(s_i) / Z, where Z is the row's sum of
-# exp(s), so the derivative of p_i by s_j is p_i ((i == j) - p_j). That delta is also rowsum(out *
-# d_out) follows from out = p v, and needs no T x T matrix. A key head sums dk over the query heads
-# that read it, a value head dv over all query heads of its pair, signal and noise.
+# exp(s), so the derivative of p_i by s_j is p_i ((i == j) - p_j). In one row dp_j = d_out . v_j, so
+# delta = sum_j p_j (d_out . v_j) = d_out . out, which needs no T x T matrix. A key head sums dk over
+# the query heads that read it, a value head dv over all query heads of its pair, signal and noise.
 #
-# The order of things. Read attention_backward, further down, for the launches, then the kernels:
-# attention_delta_kernel makes delta, attention_dkdv_kernel dk, dv and ds, attention_dq_kernel dq
-# from ds. Why so? dk and dv want a program per block of keys, which goes over the queries; dq wants
-# the opposite. Either a kernel for each recomputes s and dp (seven products of matrices), as in
+# By hand, with D = 1, two keys and one query: q = 1, d_out = 1, k = (ln 3, 0), v = (4, 0). Then
+# p = (3/4, 1/4), out = 3, dp = (4, 0), delta = 3 and ds = (3/4, -3/4), so dq = 3/4 ln 3,
+# dk = (3/4, -3/4) and dv = (3/4, 1/4).
+#
+# In plain PyTorch, for a pair with one group, and with mask -inf where a key is not visible:
+#
+#     for place in range(r + HAS_NOISE):
+#         key_head = place // r                                     # 0 signal, 1 noise
+#         p = softmax(q[place] @ k[key_head].T / sqrt(D) + mask)    # (T, T)
+#         dp = d_out[place] @ v.T                                   # (T, T)
+#         ds = p * (dp - (p * dp).sum(1, keepdim=True))             # (T, T)
+#         dq[place] = ds @ k[key_head] / sqrt(D)                    # (T, D)
+#         dk[key_head] += ds.T @ q[place] / sqrt(D)                 # (T, D)
+#         dv += p.T @ d_out[place]                                  # (T, Dv)
+#
+# Lambda is not here: differential_norm's backward pass has put -lambda into d_out of noise heads.
+#
+# The launches, in their order, as attention_backward makes them:
+#
+#     attention_delta_kernel    out, d_out -> delta
+#     attention_dkdv_kernel     q, k, v, d_out, lse, delta -> dk, dv, ds
+#     attention_dq_kernel       ds, k -> dq
+#
+# Why so? dk and dv want a program per block of keys, which goes over the queries; dq wants the
+# opposite. Either a kernel for each recomputes s and dp (seven products of matrices), as in
 # Triton's tutorial; or one for dk and dv adds to dq with atomics, as in FlashAttention-2 (five, but
 # in random order, so no two runs agree to the bit). Here attention_dkdv_kernel writes ds to memory,
 # in q's dtype, and attention_dq_kernel reads it: five products (six where dv has a pass of its
 # own), and no atomics.
-#
+
+@jit
+def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, delta_ptr, T, H,
+                           r: tl.constexpr, HAS_NOISE: tl.constexpr, Dv: tl.constexpr,
+                           BQ: tl.constexpr):
+    """delta = rowsum(out * d_out), for BQ queries of one head."""
+    head_in_batch = tl.program_id(1)
+    queries = tl.program_id(0) * BQ + tl.arange(0, BQ)
+    b = tl.cast(head_in_batch // H, tl.int64)
+    head = head_in_batch % H
+    out_ptr, num_heads, head_in_kind = output_of_head(signal_ptr, noise_ptr, head, H, r, HAS_NOISE)
+    d_out_ptr, num_heads, head_in_kind = output_of_head(d_signal_ptr, d_noise_ptr, head, H, r,
+                                                        HAS_NOISE)
+
+    offsets = ((b * T + queries)[:, None] * num_heads + head_in_kind) * Dv
+    offsets += tl.arange(0, Dv)[None, :]
+    out = tl.load(out_ptr + offsets, (queries < T)[:, None], 0.).to(tl.float32)
+    d_out = tl.load(d_out_ptr + offsets, (queries < T)[:, None], 0.).to(tl.float32)
+    tl.store(delta_ptr + tl.cast(head_in_batch, tl.int64) * (tl.num_programs(0) * BQ) + queries,
+             tl.sum(out * d_out, 1))
+
+
 # Where ds is stored. Its lower triangle is cut into tiles of TILE x TILE. Tile (i, j) has the
 # queries of tile row i and the keys of tile column j <= i, and is number i (i + 1) / 2 + j of its
 # head:
@@ -1107,27 +1155,6 @@ def tiles_before(i):
 
 
 @jit
-def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, delta_ptr, T, H,
-                           r: tl.constexpr, HAS_NOISE: tl.constexpr, Dv: tl.constexpr,
-                           BQ: tl.constexpr):
-    """delta = rowsum(out * d_out), for BQ queries of one head."""
-    head_in_batch = tl.program_id(1)
-    queries = tl.program_id(0) * BQ + tl.arange(0, BQ)
-    b = tl.cast(head_in_batch // H, tl.int64)
-    head = head_in_batch % H
-    out_ptr, num_heads, head_in_kind = output_of_head(signal_ptr, noise_ptr, head, H, r, HAS_NOISE)
-    d_out_ptr, num_heads, head_in_kind = output_of_head(d_signal_ptr, d_noise_ptr, head, H, r,
-                                                        HAS_NOISE)
-
-    offsets = ((b * T + queries)[:, None] * num_heads + head_in_kind) * Dv
-    offsets += tl.arange(0, Dv)[None, :]
-    out = tl.load(out_ptr + offsets, (queries < T)[:, None], 0.).to(tl.float32)
-    d_out = tl.load(d_out_ptr + offsets, (queries < T)[:, None], 0.).to(tl.float32)
-    tl.store(delta_ptr + tl.cast(head_in_batch, tl.int64) * (tl.num_programs(0) * BQ) + queries,
-             tl.sum(out * d_out, 1))
-
-
-@jit
 def head_and_query_of_step(step, num_blocks, lo, IS_NOISE: tl.constexpr, r: tl.constexpr,
                            HAS_NOISE: tl.constexpr, BQ: tl.constexpr):
     """The number of a step -> what it works on: kind_in_pair, head_in_pair, first_query. Steps go
@@ -1151,7 +1178,8 @@ def attention_dkdv_sweep(k, v, dk, dv, q_desc, d_out_desc, lse_desc, delta_desc,
                          NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
     """Add to dk and dv of the keys k (BK, D) what the queries lo to hi contribute, from all signal
     heads of the pair, or all noise heads if IS_NOISE. With NEED_DK it also stores ds. Here
-    p, dp and ds are (BK, BQ), keys by queries: p^T, dp^T and ds^T of the formulas.
+    p, dp and ds are (BK, BQ), keys by queries: p^T, dp^T and ds^T of the formulas. q is (BQ, D),
+    d_out (BQ, Dv), lse (BQ,), delta (1, BQ), dk (BK, D) and dv (BK, Dv).
 
     One loop counts heads and blocks of queries together. Of two nested loops Triton would load
     ahead in the inner one only, and begin that anew with each head."""
@@ -1195,10 +1223,10 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
                           GROUPS_PER_PAIR: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
                           BQ: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,
                           NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
-    """One program: BK keys of one pair. NEED_DK: it makes p, dp and ds, writes ds, and makes dk of
-    the pair's signal and noise key heads. NEED_DV: it makes p and dv. The options of the three kinds
-    of launch, one pass for both or a pass for each, stand before attention_backward. The grid is
-    (blocks of keys, pairs from first_pair on)."""
+    """One program: BK keys of one pair. NEED_DK: it makes p, dp, ds and the dk of both key heads,
+    and writes ds. NEED_DV: it makes p and dv. The options of the three kinds of launch, one pass for
+    both or a pass for each, stand before attention_backward. The grid is (blocks of keys, pairs
+    from first_pair on)."""
     pair_in_ds = tl.program_id(1)
     pair_in_batch = first_pair + pair_in_ds
     b = pair_in_batch // P
@@ -1211,10 +1239,11 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
     tiles_per_head = tiles_before((T + TILE - 1) // TILE)
     ds_begin = pair_in_ds * heads_per_pair * tiles_per_head * TILE
 
-    # From the diagonal tile's first query on, to write ds of the whole tile.
+    # Begin with the diagonal tile's first query, so that ds of the whole tile is written.
     lo = first_key // TILE * TILE
     if doc_end_ptr is None:
-        # Only the diagonal tile needs a mask, and no document ends.
+        # Only the diagonal tile needs a mask. There are no documents: doc_end is as good as
+        # infinite.
         masked_hi = tl.minimum(lo + TILE, T)
         doc_end = tl.full([BK], 2**31 - 1, tl.int32)
     else:
@@ -1286,7 +1315,8 @@ def attention_dq_kernel(ds_desc, k_desc, doc_start_ptr, dq_ptr, first_pair, T, P
 
     query_in_tile = tl.arange(0, TILE)
     first_token = tl.cast(b * T + first_query, tl.int64)
-    first_vector = first_token * (P * heads_per_pair) + pair * heads_per_pair + head_in_pair
+    head = pair * heads_per_pair + head_in_pair
+    first_vector = first_token * (P * heads_per_pair) + head
     dq_ptrs = block_pointers(dq_ptr, first_vector, P * heads_per_pair, TILE, D)
     dq = (dq * logit_scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptrs, dq, (first_query + query_in_tile < T)[:, None])

@@ -119,13 +119,13 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # nats per token, +- 0.002, if w3, w2 and w1 begin at 1/3, as in its paper: its output is then more
 # than twice as large as that of a fresh SiLU. If they begin at 1/48, the default here ([ours]: no
 # paper says so), it is as good as SwiGLU, 0.001 better, +- 0.003; but with 24 narrower layers, or
-# after four times the tokens, it is 0.008 worse (one seed each). Training makes w1 the largest of
-# the three, and hardly uses the cube. MEASUREMENTS.md has these runs.
+# after four times the tokens, it is 0.008 worse (one seed each). From there training makes w1 the
+# largest in nearly every layer, and hardly uses the cube. MEASUREMENTS.md has these runs.
 #
-# The gradient. With s_p = 1 / rms(x^p) for the powers p = 1, 2, 3, the derivative d s_p / d x_j is
-# -s_p^3 p x_j^(2p-1) / F. So, with g = dL/dy,
+# The gradient. With r_p = 1 / rms(x^p) for the powers p = 1, 2, 3, the derivative d r_p / d x_j is
+# -r_p^3 p x_j^(2p-1) / F. So, with g = dL/dy,
 #
-#     dL/dx_j = sum over p of  w_p p s_p x_j^(p-1) (g_j - s_p^2 x_j^p mean(g x^p))
+#     dL/dx_j = sum over p of  w_p p r_p x_j^(p-1) (g_j - r_p^2 x_j^p mean(g x^p))
 #
 # kernels.py computes it in this closed form.
 
@@ -234,7 +234,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None 
     return out, max_logits
 
 
-# ---- grouped differential attention (arXiv 2510.06949), the idea of Motif-2's attention
+# ---- Grouped differential attention (arXiv 2510.06949), the idea of Motif-2's attention
 #
 # Softmax cannot say "nowhere": every visible token gets some weight, and in a long context the
 # many small weights on irrelevant tokens add up to noise. The Differential Transformer (2410.05258)

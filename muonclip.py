@@ -39,12 +39,12 @@ import kernels
 # then among all steps dW with |dW x| <= |x| for every x, -O lowers the loss most, to first order.
 #
 # Does it pay? In runs of 52M tokens with 115M parameters the loss is lower than AdamW's by 0.260
-# nats per token, +- 0.006, and a step takes 1.02 times as long. That is AdamW as well tuned as we
-# could: it warms up for 100 of 400 steps, and trains the embedding at 4e-3 and all else at 1e-3.
+# nats per token, +- 0.006, and a step takes 1.02 times as long. That AdamW is the best of eleven
+# settings: it warms up for 100 of 400 steps, and trains the embedding at 4e-3 and all else at 1e-3.
 # With MuonClip's warm-up of 40 steps it is worse by 0.350, and with 1e-3 for the embedding too, the
-# usual way, by 0.592. In a model of 3.6M parameters MuonClip leads by 0.225 nats per byte. No logit
-# reached QK-clip's threshold, but at twice the learning rate some did. MEASUREMENTS.md has these
-# runs.
+# usual way, by 0.592. In a model of 3.6M parameters MuonClip leads by 0.225 nats per byte, +- 0.013.
+# No logit reached QK-clip's threshold, but at twice the learning rate some did. MEASUREMENTS.md has
+# these runs.
 #
 # Newton-Schulz. An SVD is slow on a GPU; matrix products are fast. Start with X = u / |u|_F, whose
 # singular values are at most 1. With A = X X^T, one step is

@@ -1,13 +1,19 @@
-"""tools/growth_pays.py and tools/rehearse.py from beginning to end, each with a tiny model."""
+"""tools/growth_pays.py and tools/rehearse.py from beginning to end, each with a tiny model; the
+memory that tools/plan.py plans, beside what was measured."""
 import re
+from pathlib import Path
 
 import pytest
 
+import configurator
+import pretrain
 from configurator import UserError
 from model import Motif, flops_per_token
 from support.log import read_metrics
 from tools import growth_pays, rehearse
+from tools.plan import largest_pass, memory_of_rank
 
+ROOT = Path(pretrain.__file__).parent
 TINY = {"num_noise_heads": 2, "num_key_value_heads": 4, "head_dim": 8, "seq_len": 32,
         "batch_tokens": 128, "micro_batch_tokens": 128, "warmup_steps": 2, "eval_every": 4,
         "eval_tokens": 64, "save_every": 10_000, "log_every": 4, "sample_tokens": 1, "workers": 1,
@@ -90,3 +96,32 @@ def test_a_rehearsal_loses_a_rank_exports_and_fine_tunes(tmp_path, monkeypatch, 
     assert [m["step"] for m in tuned] == [1, 2]
     with pytest.raises(UserError, match="exists"):          # nothing is overwritten
         rehearse.main()
+
+
+# ---- memory
+
+@pytest.mark.parametrize("gpus, layers, recomputed, options, gib", [
+    (1, 6, 0, {}, 72.7),
+    (1, 12, 12, {}, 81.6),
+    (2, 6, 0, {}, 51.5),
+    (2, 6, 0, {"sum_embeddings_once": False}, 48.2),
+    (2, 10, 0, {}, 69.0),
+    (2, 6, 6, {}, 38.8),
+    (2, 40, 30, {}, 118.4)])
+def test_planned_memory_is_what_was_measured(gpus, layers, recomputed, options, gib):
+    """On H100s and H200s: MEASUREMENTS.md, "Many GPUs"."""
+    options = {"seq_len": 4096, "batch_tokens": 2**18, "max_tokens": None, "max_steps": 10,
+               "num_hidden_layers": layers, "plan_world_size": gpus, **options}
+    argv = [f"--{key}={value}" for key, value in options.items()]
+    c = configurator.load(pretrain.Config, [str(ROOT / "config/motif2_12b.py"), *argv])
+    always, phases = memory_of_rank(c, 16_384, recomputed)
+    planned = (sum(always.values()) + max(phases.values())) / 2**30
+    assert abs(planned - gib) < 0.7
+
+
+def test_a_pass_holds_no_more_than_the_ranks_rows_of_a_step():
+    argv = [str(ROOT / "config/quickstart.py"), "--seq_len=[[0, 64], [4096, 128]]", "--batch_tokens=1024",
+            "--micro_batch_tokens=512"]
+    for gpus, tokens in ((1, 512), (2, 512), (4, 256), (5, 256), (8, 128), (16, 128)):
+        c = configurator.load(pretrain.Config, [*argv, f"--plan_world_size={gpus}"])
+        assert largest_pass(c, pretrain.make_curriculum(c)) == tokens

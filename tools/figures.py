@@ -5,7 +5,7 @@
     newton_schulz.png   singular values before and after each Newton-Schulz step
     poly_norm.png       PolyNorm beside other activations; of a checkpoint, as each layer learnt it
     heads.png           the heads of one group, and their attention maps on a toy sequence
-    evidence/what_pays.png   what each idea does to the loss, from the runs in evidence/runs.csv
+    evidence/what_pays.png   what each idea does to the loss, from assets/evidence/runs.csv
 
 Everything else is computed by the code of the project or, for the attention maps, from numbers made
 up here. It needs no data and takes a few seconds.
@@ -219,14 +219,15 @@ def draw_heads() -> None:
 
 # ---- does each idea pay?
 
-COMMON = "4to1-swiglu"      # with MuonClip and the curriculum; each of WHAT_PAYS differs in one idea
+COMMON = "4to1-swiglu"      # with MuonClip and the curriculum
+# What is changed in it -> the runs.
 WHAT_PAYS = {
-    "AdamW, tuned, for MuonClip": "4to1-swiglu-adamw-lr1e-3-embed4e-3-warmup100",
+    "AdamW instead of MuonClip": "4to1-swiglu-adamw-lr1e-3-embed4e-3-warmup100",
     "grouped-query attention": "gqa-swiglu",
     "1 signal head to a noise head": "1to1-swiglu",
     "2 signal heads to a noise head": "2to1-swiglu",
-    "PolyNorm, begun at 1/3": "4to1-polynorm",
-    "PolyNorm, begun at 1/48": "polynorm-scale0.0625",
+    "PolyNorm, begun as in its paper": "4to1-polynorm",
+    "PolyNorm, begun at 1/16 of that": "polynorm-scale0.0625",
     "the curriculum's mean mixture": "mean",
     "the curriculum backwards": "reversed",
 }
@@ -243,8 +244,8 @@ def mean_curve(runs: Summary) -> dict[float, float]:
 
 def draw_what_pays() -> None:
     """On the left the differences while the runs were trained, on the right at their end, a dot for
-    each seed. Above 0, the common configuration is better."""
-    by_name = {}
+    each seed. Above 0, or right of it, the common configuration is better."""
+    by_name = {}            # a name in several grids stands for the same runs
     for summaries in summarize(ASSETS / "evidence").values():
         by_name.update({summary.name: summary for summary in summaries})
     common = mean_curve(by_name[COMMON])
@@ -259,9 +260,10 @@ def draw_what_pays() -> None:
         differences = [loss - common_loss for loss in by_name[name].losses()]
         right.plot(differences, [i] * len(differences), "o", ms=5, alpha=0.6, color=color)
         mean = statistics.fmean(differences)
-        right.text(max(differences) + 0.006, i, f"{mean:+.3f}", va="center", fontsize="small", color=color)
+        right.text(max(differences) + 0.006, i, f"{mean:+.3f}", va="center", fontsize="small",
+                   color=color)
     left.set(xlabel="million tokens seen", ylabel="nats per token")
-    left.set_title("difference of the held-out loss", fontsize="medium")
+    left.set_title("while trained (colours as on the right)", fontsize="medium")
     right.set_yticks(range(len(WHAT_PAYS)), list(WHAT_PAYS))
     right.set_ylim(len(WHAT_PAYS) - 0.5, -0.5)
     right.set_xlim(-0.02, 0.31)

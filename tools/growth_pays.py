@@ -20,6 +20,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,25 +70,12 @@ SIZES = {
 
 
 # Options of pretrain.py that would make the three runs other than they have to be.
-REFUSED = ("max_tokens", "eval_every", "save_every", "resume", "export",
-           "dry_run")
+REFUSED = ("max_tokens", "eval_every", "save_every", "resume", "export", "dry_run")
 
 
 def plan_runs(out: Path, size: Size, seed: int, user_options: dict[str, str]) -> dict[str, Run]:
     """The three runs of one seed, in their order."""
-    def plan(name: str, shape: dict, **options) -> Run:
-        own = {**shape, **options, "seed": seed, "out_dir": out / f"{name}-{seed}"}
-        for key in user_options:
-            if key in own or key in REFUSED:
-                raise UserError(f"--{key} is what this tool sets itself; leave it out")
-        settings = {**size.both, **user_options, **own}
-        config_file = Path(pretrain.__file__).parent / size.config_file
-        argv = [str(config_file)] + [f"--{key}={value}" for key, value in settings.items()]
-        config = configurator.load(pretrain.Config, argv)
-        if isinstance(config.seq_len, list) or isinstance(config.batch_tokens, list):
-            raise UserError("seq_len and batch_tokens must be numbers, or FLOPs would not compare")
-        return Run(name, seed, options, argv, config, own["out_dir"])
-
+    plan = partial(plan_run, out, size, seed, user_options)
     fresh = plan("fresh", size.large, max_steps=size.steps)
     cost_of_small = flops_per_step(plan("small", size.small))
     small_steps = round(SMALL_SHARE * size.steps * flops_per_step(fresh) / cost_of_small)
@@ -98,7 +86,25 @@ def plan_runs(out: Path, size: Size, seed: int, user_options: dict[str, str]) ->
     return {"fresh": fresh, "small": small, "grown": grown}
 
 
+def plan_run(out: Path, size: Size, seed: int, user_options: dict[str, str], name: str,
+             shape: dict, **options) -> Run:
+    """One run: the config file, what both sizes share, the user's options, and these."""
+    folder = out / f"{name}-{seed}"
+    own = {**shape, **options, "seed": seed, "out_dir": folder}
+    for key in user_options:
+        if key in own or key in REFUSED:
+            raise UserError(f"--{key} is what this tool sets itself; leave it out")
+    settings = {**size.both, **user_options, **own}
+    config_file = Path(pretrain.__file__).parent / size.config_file
+    argv = [str(config_file)] + [f"--{key}={value}" for key, value in settings.items()]
+    config = configurator.load(pretrain.Config, argv)
+    if isinstance(config.seq_len, list) or isinstance(config.batch_tokens, list):
+        raise UserError("seq_len and batch_tokens must be numbers, or FLOPs would not compare")
+    return Run(name, seed, options, argv, config, folder)
+
+
 def flops_per_step(run: Run) -> float:
+    """FLOPs of a training step, forward and backward."""
     c = run.config
     return c.batch_tokens * sum(flops_per_token(pretrain.model_config(c), c.seq_len))
 

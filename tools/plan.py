@@ -6,6 +6,7 @@
 All of it is arithmetic on the config. Models are built on the meta device, where tensors have
 shapes and no memory, so that any size can be planned anywhere.
 """
+import math
 import sys
 
 import torch
@@ -15,7 +16,7 @@ from configurator import UserError, load
 from kernels import LOSS_CHUNK
 from model import Motif, MotifConfig, flops_per_token
 from muonclip import MuonPlan, replicas_per_muon_group
-from pretrain import QUICKSTART, Config, make_curriculum, model_config
+from pretrain import QUICKSTART, SAMPLE_BYTES, Config, make_curriculum, model_config
 from support.log import PEAK_FLOPS
 from support.ranks import run_main
 from tools.bench_muon import peak_elements
@@ -28,8 +29,9 @@ BF16 = 2
 
 # ---- the model
 
-def cost_table(config: MotifConfig, lengths: list[int]) -> str:
+def cost_table(c: Config, lengths: list[int]) -> str:
     """Parameters by part; FLOPs per token at some sequence lengths; memory on 1, 8 and 64 ranks."""
+    config = model_config(c)
     with torch.device("meta"):
         model = Motif(config)
     parts = parameters_by_part(model)
@@ -45,7 +47,7 @@ def cost_table(config: MotifConfig, lengths: list[int]) -> str:
 
     ranks = (1, 8, 64)
     lines += ["", f"{'GiB per GPU':20s}" + "".join(f"{f'ranks: {n}':>12s}" for n in ranks)]
-    columns = [memory_per_gpu(model, n, alone=n == 1) for n in ranks]
+    columns = [memory_per_gpu(model, c.optimizer, n, alone=n == 1) for n in ranks]
     for column in columns:
         column["without activations"] = sum(column.values())
     for key in columns[0]:
@@ -91,7 +93,8 @@ def part_of(name: str) -> str:
 #
 # What one GPU holds, while FSDP2 shards the model over `shards` ranks:
 #
-#     always         its shards: weights and gradients in fp32, Muon's momentum or AdamW's moments
+#     always         its shards: weights and gradients in fp32, Muon's momentum of matrices and
+#                    AdamW's two moments of the rest
 #     in passes      bf16 copies of what is gathered: two blocks (one computes, the next one
 #                    arrives), embedding and head
 #     activations    of a block that keeps them, what its backward pass reads: activation_bytes per
@@ -102,16 +105,18 @@ def part_of(name: str) -> str:
 # A step goes through phases, of which the one that takes most decides:
 #
 #     loss            all activations, the logits of a chunk of tokens
-#     backward pass   all activations, the gradients of two blocks on their way to their shards
-#     recomputation   the inputs of the recomputed blocks, one block's activations and as many
-#                     gradients of them. It comes last: the recomputed blocks are the first ones, so
-#                     that the others' activations are gone by then. And it takes so long that the
-#                     gradients of the block before have arrived
+#     backward pass   all activations, and the gradients of one block: of its activations, of its
+#                     matrices in bf16, and once more in fp32, as they are sent
+#     recomputation   the inputs of the recomputed blocks, all activations of one of them, and the
+#                     gradients of one block as before. It comes last, as the recomputed blocks are
+#                     the first ones: the other blocks' activations are gone by then
 #     last sum        the gradients of embedding and head, on their way to their shards
 #     Parallel Muon   momentum and results on their way
+#     samples         at an evaluation, the whole model in bf16 on every rank, and no gradients
 #
 # The first three also hold what is gathered, the sums and the head's gradient. The plan adds up the
-# large tensors of training in bf16. The allocator and NCCL take a few GB on top.
+# large tensors of training in bf16; what was measured is 0.2 GiB less to 0.6 GiB more
+# (MEASUREMENTS.md, "Many GPUs"). The allocator's cache and NCCL take a few GB on top.
 
 def activation_bytes(config: MotifConfig) -> tuple[int, int]:
     """Bytes per token, in bf16, that a block keeps for its backward pass, and those of its input.
@@ -130,10 +135,13 @@ def activation_bytes(config: MotifConfig) -> tuple[int, int]:
     return BF16 * (residual + heads * c.head_dim + mlp), BF16 * c.hidden_size
 
 
-def memory_per_gpu(model: Motif, shards: int, alone: bool) -> dict[str, float]:
-    """Bytes that a rank holds, without activations and logits. alone: it is the only one."""
+def memory_per_gpu(model: Motif, optimizer: str, shards: int, alone: bool) -> dict[str, float]:
+    """Bytes of weights, gradients, optimizer and gathered copies on a rank. alone: it is the only
+    one."""
     total = sum(p.numel() for p in model.parameters())
-    muon = sum(p.numel() for p in model.matrices().values())
+    muon = 0
+    if optimizer == "muonclip":
+        muon = sum(p.numel() for p in model.matrices().values())
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     layers = len(model.model.layers)
     rest = total - layers * block                    # embedding, final norm, head
@@ -146,56 +154,73 @@ def memory_per_gpu(model: Motif, shards: int, alone: bool) -> dict[str, float]:
             "gathered": BF16 * (gathered_blocks * block + rest)}
 
 
-def memory_of_rank(c: Config, T: int, checkpointed: int) -> tuple[dict, dict]:
+def memory_of_rank(c: Config, tokens: int, checkpointed: int) -> tuple[dict, dict]:
     """Bytes that one of c.plan_world_size GPUs holds at the most -> (always, in each phase of a
-    step). T: sequence length; checkpointed: blocks with activation checkpointing."""
+    step). tokens: in its largest pass; checkpointed: blocks with activation checkpointing."""
     shards = c.plan_world_size // c.dp_replicate
     alone = c.plan_world_size == 1
     config = model_config(c)
     with torch.device("meta"):
         model = Motif(config)
-    always = memory_per_gpu(model, shards, alone)
+    always = memory_per_gpu(model, c.optimizer, shards, alone)
     gathered = always.pop("gathered")
-
-    tokens = tokens_in_a_pass(c, T)
-    block_bytes, input_bytes = activation_bytes(config)
-    plain = c.num_hidden_layers - checkpointed
-    inputs = tokens * checkpointed * input_bytes
-    activations = inputs + tokens * plain * block_bytes
-
+    total = sum(p.numel() for p in model.parameters())
+    block_matrices = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim > 1)
     head = model.head_weight.numel()
     embeddings = head                                # embedding and head
     if not c.tie_word_embeddings:
         embeddings += model.model.embed_tokens.weight.numel()
-    block = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim > 1)
-    logits = BF16 * min(tokens, LOSS_CHUNK) * c.vocab_size
 
-    # Over several ranks a gradient is there twice on its way: in bf16, and in fp32 to be summed.
-    block_gradients = 0 if alone else 2 * (BF16 + FP32) * block
-    last_sum = BF16 * embeddings
+    block_bytes, input_bytes = activation_bytes(config)
+    plain = c.num_hidden_layers - checkpointed
+    inputs = tokens * checkpointed * input_bytes
+    activations = inputs + tokens * plain * block_bytes
+    logits = BF16 * min(tokens, LOSS_CHUNK) * c.vocab_size
+    # In the backward pass of a block most gradients are there between down and gate: those of gate,
+    # of up, and of the block's output.
+    of_activations = BF16 * tokens * (2 * c.intermediate_size + c.hidden_size)
+    block_gradients = of_activations + (BF16 + FP32) * block_matrices
+
+    shard_of_embeddings = 0     # gradients that are there only from the last sum on
     sums = 0
-    if not alone:
-        shard = FP32 * embeddings / shards           # what a rank receives
-        last_sum += FP32 * embeddings + shard
-        if c.sum_embeddings_once:
-            # They are there only from the last sum on, and it sends the sums.
-            always["gradients of blocks"] = always.pop("gradients") - shard
-            sums = FP32 * embeddings
-            last_sum += sums - BF16 * embeddings
+    if alone:
+        last_sum = FP32 * embeddings
+    elif c.sum_embeddings_once:
+        shard_of_embeddings = FP32 * embeddings / shards
+        always["gradients of blocks"] = always.pop("gradients") - shard_of_embeddings
+        sums = FP32 * embeddings
+        last_sum = sums + FP32 * embeddings + shard_of_embeddings
+    else:
+        last_sum = (BF16 + FP32) * embeddings
 
     in_passes = gathered + sums + BF16 * head
-    recomputation = in_passes + inputs + 2 * tokens * block_bytes
     phases = {"loss": in_passes + activations + logits,
               "backward pass": in_passes + activations + block_gradients,
-              "recomputation": recomputation if checkpointed else 0,
-              "last sum": last_sum,
-              "Parallel Muon": parallel_muon_bytes(c, model)}
+              "recomputation": in_passes + inputs + tokens * block_bytes + block_gradients,
+              "last sum": last_sum}
+    if not checkpointed:
+        phases["recomputation"] = 0
+    if c.optimizer == "muonclip":
+        phases["Parallel Muon"] = shard_of_embeddings + parallel_muon_bytes(c, model)
+    if c.eval_every and not alone and BF16 * total <= SAMPLE_BYTES:
+        gradients = always.get("gradients", always.get("gradients of blocks"))
+        phases["samples"] = BF16 * total - gradients
     return always, phases
 
 
 def tokens_in_a_pass(c: Config, T: int) -> int:
     """A pass takes whole rows, and at least one."""
     return max(1, c.micro_batch_tokens // T) * T
+
+
+def largest_pass(c: Config, curriculum: data.Curriculum) -> int:
+    """The most tokens that a rank takes in a pass, over all steps. A pass has no more than the
+    rank's rows of the step."""
+    largest = 0
+    for T, rows in set(zip(curriculum.seq_len, curriculum.rows)):
+        rows_of_rank = math.ceil(rows / c.plan_world_size)
+        largest = max(largest, min(rows_of_rank * T, tokens_in_a_pass(c, T)))
+    return largest
 
 
 def parallel_muon_bytes(c: Config, model: Motif) -> int:
@@ -210,22 +235,17 @@ def parallel_muon_bytes(c: Config, model: Motif) -> int:
     return BF16 * peak_elements(plan).max().item()
 
 
-def fullest_row(c: Config, curriculum: data.Curriculum) -> int:
-    """The row length of which most tokens go into a pass: it takes the most memory."""
-    return max(curriculum.seq_len, key=lambda T: tokens_in_a_pass(c, T))
-
-
 AT_MOST = "at the most: always and the largest phase"
 
 
-def memory_table(c: Config, T: int) -> str:
-    """A GPU's memory with activation checkpointing in as many blocks as the config has it in, in
-    none, and in all."""
+def memory_table(c: Config, tokens: int) -> str:
+    """A GPU's memory, for passes of so many tokens, with activation checkpointing in as many blocks
+    as the config has it in, in none, and in all."""
     layers = c.num_hidden_layers
     wanted = min(c.activation_checkpoint_layers, layers)
     columns = {}
     for checkpointed in (wanted, 0, layers):
-        columns[checkpointed] = memory_of_rank(c, T, checkpointed)
+        columns[checkpointed] = memory_of_rank(c, tokens, checkpointed)
 
     lines = [f"{'GiB per GPU, if so many blocks are recomputed:':46s}"
              + "".join(f"{n:8d}" for n in columns)]
@@ -268,23 +288,24 @@ def dry_run_report(c: Config, curriculum: data.Curriculum) -> str:
     flops_per_second = c.plan_world_size * PEAK_FLOPS["H100"] * c.assumed_mfu
     days = flops / flops_per_second / 86400
 
-    T = fullest_row(c, curriculum)
+    tokens = largest_pass(c, curriculum)
     return "\n".join([
-        cost_table(config, sorted(flops_at)),
+        cost_table(c, sorted(flops_at)),
         "",
         f"{curriculum.steps:,d} steps, {curriculum.tokens[-1]:,d} tokens, {flops:.3e} FLOPs: "
         f"{days:,.1f} days on {c.plan_world_size} H100 at {c.assumed_mfu:.0%} MFU",
         "",
         f"{c.dp_replicate} x {c.plan_world_size // c.dp_replicate} ranks, "
-        f"{tokens_in_a_pass(c, T):,d} tokens in a pass, in bf16",
-        memory_table(c, T),
+        f"{tokens:,d} tokens in a pass, in bf16",
+        memory_table(c, tokens),
         "",
         curriculum.table()])
 
 
 def main() -> None:
+    """Print the plan of the model alone."""
     c = load(Config, sys.argv[1:], default_file=QUICKSTART)
-    print(cost_table(model_config(c), sorted(set(make_curriculum(c).seq_len))))
+    print(cost_table(c, sorted(set(make_curriculum(c).seq_len))))
 
 
 if __name__ == "__main__":

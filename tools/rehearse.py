@@ -31,7 +31,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -44,7 +44,7 @@ from model import MotifConfig
 from support.log import read_metrics
 from support.ranks import run_main
 from tools.ablate import show_loss
-from tools.plan import fullest_row, memory_of_rank, tokens_in_a_pass
+from tools.plan import largest_pass, memory_of_rank, tokens_in_a_pass
 
 ROOT = Path(pretrain.__file__).parent
 CHECKPOINT_STEP = 4
@@ -249,11 +249,10 @@ def results(r: Rehearsal, part: str) -> str:
 
 
 def planned_gib(r: Rehearsal) -> float:
-    c = r.config
-    c.plan_world_size = r.gpus
-    row = fullest_row(c, pretrain.make_curriculum(c))
+    c = replace(r.config, plan_world_size=r.gpus)
+    tokens = largest_pass(c, pretrain.make_curriculum(c))
     checkpointed = min(c.activation_checkpoint_layers, c.num_hidden_layers)
-    always, phases = memory_of_rank(c, row, checkpointed)
+    always, phases = memory_of_rank(c, tokens, checkpointed)
     return (sum(always.values()) + max(phases.values())) / 2**30
 
 
