@@ -13,7 +13,8 @@ GPUs, where FSDP2 has cut the matrices into shards.
 Sources: Muon (kellerjordan.github.io/posts/muon), Moonlight (arXiv 2502.16982) for the factor
 0.2 sqrt(max(m, n)), Kimi K2 (2507.20534) for QK-clip, Motif-2 (2511.07464) for Parallel Muon.
 Letters: G is a gradient, u the matrix to be made orthogonal, O the result, all m x n; E is how many
-matrices are stacked; H query heads, K key heads, D head_dim.
+matrices are stacked; mu is the momentum factor, lr the learning rate; H query heads, K key heads, D
+head_dim.
 """
 import functools
 import math
@@ -42,9 +43,9 @@ import kernels
 # nats per token, +- 0.006, and a step takes 1.02 times as long. That AdamW is the best of eleven
 # settings: it warms up for 100 of 400 steps, and trains the embedding at 4e-3 and all else at 1e-3.
 # With MuonClip's warm-up of 40 steps it is worse by 0.350, and with 1e-3 for the embedding too, the
-# usual way, by 0.592. In a model of 3.6M parameters MuonClip leads by 0.225 nats per byte, +- 0.013.
-# No logit reached QK-clip's threshold, but at twice the learning rate some did. MEASUREMENTS.md has
-# these runs.
+# usual way, by 0.592. In a model of 3.6M parameters MuonClip leads by 0.225 nats per byte, +-
+# 0.013. No logit reached QK-clip's threshold, but at twice the learning rate some did.
+# MEASUREMENTS.md has these runs.
 #
 # Newton-Schulz. An SVD is slow on a GPU; matrix products are fast. Start with X = u / |u|_F, whose
 # singular values are at most 1. With A = X X^T, one step is
@@ -84,8 +85,8 @@ START_MARGIN = {"quintic": 1.0, "motif": 1.0, "polar_express": 1.02}
 
 
 def plain_newton_schulz(u: Tensor, steps: int = 5, coefficients: str = "motif") -> Tensor:
-    """The definition: u (m, n) -> O (m, n), near U V^T. newton_schulz below computes the same, and
-    is faster. steps: how many of the five polynomials are applied.
+    """The definition: u (m, n) -> O (m, n), near U V^T. newton_schulz below computes the same up to
+    rounding, gives 0 for 0, and is faster. steps: how many of the five polynomials are applied.
 
     Four singular values (columns) after each of the five polynomials (rows):
 
@@ -211,7 +212,7 @@ def gram_steps(sX: Tensor, table: list, span: int) -> Tensor:
                 sZA = symmetric(sB, sA, 1 / SCALE, sA, a)
                 sA = symmetric(sZA, sB, 1 / SCALE, sZA, a)
 
-            # Q = Z Q, and at first Q = Z = a I + B, which may overwrite B: sA is there already.
+            # Q = Z Q, and at first Q = Z = a I + B. It may overwrite B: the next A is computed.
             if i == 0:
                 sQ = sB
                 sQ.diagonal(dim1=1, dim2=2).add_(a * SCALE)
@@ -663,13 +664,23 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 # The idea (Motif-2, arXiv 2511.07464). Every matrix has one owner. All ranks send the owner their
 # shards of u. The owner puts the matrix together, orthogonalises it, and sends every rank its shard
 # of O. So each matrix is orthogonalised once, and different ranks do different ones at the same
-# time. The result is that of one process, which stacks small matrices: on a CPU in bf16 to the bit;
-# on a GPU, or in fp32, a stack may be rounded otherwise than each matrix alone.
+# time. The result is that of one process: on a CPU in bf16 to the bit. On a GPU, or in fp32, it may
+# be rounded otherwise, because one process stacks small matrices.
 #
-# The timeline. A step goes in chunks, in each of which a rank has about as much to do as one large
-# matrix takes. So it holds few whole matrices at a time, and one chunk can travel while another is
-# computed. For each chunk k one all-to-all carries u(k) to the owners and one carries O(k) back. 12
-# equal matrices on 4 ranks:
+# Without chunks and overlap, for matrices whose rows C ranks share evenly, it would be
+#
+#     for i, p in enumerate(params):
+#         u = add_gradient(p)                       # (m / C, n): this rank's rows
+#         whole_u = gather(u, to=owner[i])          # (m, n), on the owner alone
+#         if me == owner[i]:
+#             whole_O = newton_schulz(whole_u)      # (m, n)
+#         O = scatter(whole_O, source=owner[i])     # (m / C, n): this rank's rows
+#         apply_result(p, O)
+#
+# The timeline. A step goes in chunks. In one chunk each rank computes for about as long as the
+# largest matrix takes. So it holds few whole matrices at a time, and one chunk can travel while
+# another is computed. For each chunk k one all-to-all carries u(k) to the owners and one carries
+# O(k) back. 12 equal matrices on 4 ranks:
 #
 #     rank 0         | NS of matrix 0 | NS of matrix 4 | NS of matrix 8  |
 #     rank 1         | NS of matrix 1 | NS of matrix 5 | NS of matrix 9  |
@@ -677,11 +688,10 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 #     rank 3         | NS of matrix 3 | NS of matrix 7 | NS of matrix 11 |
 #     network   u(0) | u(1)           | O(0), u(2)     | O(1)            | O(2)
 #
-# What it costs. The matrices have N numbers, on C ranks. A rank receives u of what it owns, N / C
-# numbers, and its shard of every O, another N / C. A C-th of each is its own already. So it
-# receives 2 N / C (1 - 1 / C). If it gathered every matrix, it would receive N (1 - 1 / C). For the
-# 12.7B model on 8 GPUs in bf16 (N = 10.9e9) that is 4.77 GB instead of 19.08, and an eighth of the
-# FLOPs.
+# What it costs. The matrices have N numbers, on C ranks. A rank needs u of what it owns, N / C
+# numbers, and its shard of every O, another N / C. It holds a C-th of each already. So it receives
+# 2 N / C (1 - 1 / C). If it gathered every matrix, it would receive N (1 - 1 / C). For the 12.7B
+# model on 8 GPUs in bf16 (N = 10.9e9) that is 4.77 GB instead of 19.08, and an eighth of the FLOPs.
 #
 # Below come the plan (who owns what, and when), its execution (what a rank sends and receives), and
 # the step. Several replicas of a sharded model (HSDP) are a variation: replicas_per_muon_group.
@@ -732,8 +742,8 @@ def assign_owners(shapes, ranks: int) -> tuple[list, list]:
 
 
 class MuonPlan:
-    """Who orthogonalises which matrix, and how many numbers each rank sends to each. It follows
-    from shapes alone, so there are also plans for GPUs that are not there.
+    """Who orthogonalises which matrix, and how many numbers each rank sends to each. It needs no
+    GPU and no process group, so there are also plans for GPUs that are not there.
 
     The arguments, where i is a matrix:
 
@@ -792,18 +802,16 @@ class MuonPlan:
         self.counts = {"u": u_counts, "O": O_counts}
 
         # Where in the mesh each rank is.
-        places = [(mesh == rank).nonzero()[0] for rank in sorted(mesh.flatten().tolist())]
-        coords = torch.stack(places)                                                # [r, d]
+        places = [(mesh == rank).nonzero() for rank in sorted(mesh.flatten().tolist())]
+        coords = torch.cat(places)                          # (ranks, dimensions of the mesh)
         for k, chunk in enumerate(self.chunks):
             for i in chunk:
                 owner = self.owner[i]
                 dims = shard_dims[i]
-                self.slices[i] = []
-                sizes = torch.zeros(ranks, dtype=torch.int64)
-                for r, coord in enumerate(coords.tolist()):
-                    part = local_slices(shapes[i], mesh.shape, dims, coord)
-                    self.slices[i].append(part)
-                    sizes[r] = math.prod(cut.stop - cut.start for cut in part)
+                self.slices[i] = [local_slices(shapes[i], mesh.shape, dims, coord)
+                                  for coord in coords.tolist()]
+                sizes = torch.tensor([math.prod(cut.stop - cut.start for cut in shard)
+                                      for shard in self.slices[i]])
 
                 # The owner's replica sends u: it has the owner's coordinates in all dimensions of
                 # the mesh that replicate the matrix. With one replica there is no such dimension,
@@ -816,19 +824,18 @@ class MuonPlan:
                 u_counts[k, :, owner] += sizes * is_sender
                 O_counts[k, owner, :] += sizes
 
-    def pieces(self, matrices: dict[int, Tensor]) -> Iterator:
-        """Yield (i, r, a view of what rank r holds of matrix i) by (r, i): the order in which the
-        owner of these matrices sends their pieces and, without those of ranks that do not send u,
-        gets them."""
+    def shards(self, matrices: dict[int, Tensor]) -> Iterator:
+        """Yield (r, i, a view of rank r's shard of matrix i), sorted by r, then by i. In this order
+        an owner sends O. In this order it also receives u, but from senders alone."""
         for r in range(self.mesh.numel()):
             for i, matrix in matrices.items():
-                yield i, r, matrix[self.slices[i][r]]
+                yield r, i, matrix[self.slices[i][r]]
 
 
 def replicas_per_muon_group(shapes, ranks: int, replicas: int) -> int:
-    """Choose how many replicas of the model share the owners, R of `replicas`, on `ranks` ranks in
-    all: the fewest with which the average rank has no more to do than the largest matrix takes, or
-    all of them. With more, O goes to more ranks, and hardly sooner.
+    """Choose R, how many of the `replicas` share owners: the fewest with which the average rank has
+    no more to do than the largest matrix takes, or all of them. With more, O goes to more ranks,
+    and hardly sooner. `ranks` counts the ranks of all replicas.
 
     HSDP keeps several replicas, each on C ranks. Each could do Parallel Muon by itself, but then
     all would do the same work. So R of them form a group, and a matrix has one owner in the group.
@@ -884,8 +891,9 @@ class ShardExchange:
         work.wait()
         return received
 
-    def send_updates(self, k: int, optimizer: MuonClip, scalars: SimpleNamespace) -> None:
-        """Add the gradients of chunk k to the momentum, and start to send u(k) to the owners."""
+    def send_u(self, k: int, optimizer: MuonClip, scalars: SimpleNamespace) -> None:
+        """Add the gradients of chunk k to the momentum, and start to send u(k) to the owners. Every
+        replica keeps the momentum, but only the owner's replica sends u."""
         pieces = []
         for i in self.plan.chunks[k]:
             u = optimizer.add_gradient(self.params[i], scalars)
@@ -893,30 +901,25 @@ class ShardExchange:
                 pieces.append(u.flatten())
         self.send("u", k, pieces)
 
-    def gather_updates(self, k: int) -> dict[int, Tensor]:
+    def gather_u(self, k: int) -> dict[int, Tensor]:
         """Wait for u(k) -> {i: the whole u} for the matrices of chunk k that this rank owns."""
         received = self.receive("u", k)
-        updates = {}
+        whole_u = {}
         for i in self.plan.chunks[k]:
             if self.plan.owner[i] == self.me:
-                updates[i] = received.new_empty(self.plan.shapes[i])
+                whole_u[i] = received.new_empty(self.plan.shapes[i])
 
-        position = 0
-        for i, r, shard in self.plan.pieces(updates):
-            if self.plan.is_sender[i][r]:
-                piece = received[position:position + shard.numel()]
-                shard.copy_(piece.view_as(shard))
-                position += shard.numel()
-        return updates
+        shards = [shard for r, i, shard in self.plan.shards(whole_u) if self.plan.is_sender[i][r]]
+        pieces = received.split([shard.numel() for shard in shards])
+        for shard, piece in zip(shards, pieces):
+            shard.copy_(piece.view_as(shard))
+        return whole_u
 
-    def send_results(self, k: int, results: dict[int, Tensor]) -> None:
+    def send_O(self, k: int, whole_O: dict[int, Tensor]) -> None:
         """Start to send every rank its shards of the O that this rank has computed."""
-        pieces = []
-        for _, _, O_shard in self.plan.pieces(results):
-            pieces.append(O_shard.flatten())
-        self.send("O", k, pieces)
+        self.send("O", k, [shard.flatten() for _, _, shard in self.plan.shards(whole_O)])
 
-    def apply_results(self, k: int, optimizer: MuonClip, scalars: SimpleNamespace) -> None:
+    def apply_O(self, k: int, optimizer: MuonClip, scalars: SimpleNamespace) -> None:
         """Wait for O(k), which comes in the order of chunks[k], and update this rank's shards of
         those weights."""
         params = [self.params[i] for i in self.plan.chunks[k]]
@@ -967,29 +970,29 @@ def parallel_muon_step(optimizer: MuonClip, exchange: ShardExchange,
                        scalars: SimpleNamespace) -> None:
     """Take one step of Muon on the matrices of a plan, in the order of the timeline above."""
     last = len(exchange.plan.chunks) - 1
-    exchange.send_updates(0, optimizer, scalars)
+    exchange.send_u(0, optimizer, scalars)
     for k in range(last + 1):
         # Phase 1: wait for u(k), and put together the matrices that this rank owns.
-        updates = exchange.gather_updates(k)
+        whole_u = exchange.gather_u(k)
 
         # Phase 2: start to send u(k+1). It travels during phase 3.
         if k < last:
-            exchange.send_updates(k + 1, optimizer, scalars)
+            exchange.send_u(k + 1, optimizer, scalars)
 
         # Phase 3: orthogonalise whole matrices, one at a time. pop: each u is freed on the way.
-        results = {}
-        for i in list(updates):
-            results[i] = newton_schulz(updates.pop(i), **optimizer.ns_options)
+        whole_O = {}
+        for i in list(whole_u):
+            whole_O[i] = newton_schulz(whole_u.pop(i), **optimizer.ns_options)
 
-        # Phase 4: wait for O(k-1), which travelled during phase 3, and update this rank's shards.
-        # All ranks sent O(k-1) and u(k+1) before they began phase 3. So a rank that is done first
-        # does not wait here: ranks may be one chunk apart.
+        # Phase 4: wait for O(k-1), which travelled during phase 3, and update this rank's shards. A
+        # rank that is done first waits only for those that are still in phase 3 of chunk k-1: ranks
+        # may be one chunk apart.
         if k > 0:
-            exchange.apply_results(k - 1, optimizer, scalars)
+            exchange.apply_O(k - 1, optimizer, scalars)
 
         # Phase 5: start to send O(k). The buffer that is sent is a copy, so free O itself.
-        exchange.send_results(k, results)
-        del results
+        exchange.send_O(k, whole_O)
+        del whole_O
 
-    exchange.apply_results(last, optimizer, scalars)
+    exchange.apply_O(last, optimizer, scalars)
     exchange.finish_update_rms(optimizer)

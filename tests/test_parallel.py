@@ -303,7 +303,7 @@ def check_order_of_phases(layouts):
     """The messages travel beside the arithmetic: u(k+1) leaves before Newton-Schulz(k), and O(k-1)
     is waited for after it."""
     events = []
-    names = ("send_updates", "gather_updates", "apply_results", "send_results")
+    names = ("send_u", "gather_u", "apply_O", "send_O")
     originals = {name: getattr(ShardExchange, name) for name in names}
 
     def recording(name):
@@ -319,15 +319,15 @@ def check_order_of_phases(layouts):
         setattr(ShardExchange, name, originals[name])
 
     last = max(k for _, k in events)
-    expected = [("send_updates", 0)]
+    expected = [("send_u", 0)]
     for k in range(last + 1):
-        expected.append(("gather_updates", k))
+        expected.append(("gather_u", k))
         if k < last:
-            expected.append(("send_updates", k + 1))
+            expected.append(("send_u", k + 1))
         if k > 0:
-            expected.append(("apply_results", k - 1))
-        expected.append(("send_results", k))
-    assert events == expected + [("apply_results", last)]
+            expected.append(("apply_O", k - 1))
+        expected.append(("send_O", k))
+    assert events == expected + [("apply_O", last)]
 
 
 def check_unreduced_gradient(W):
