@@ -15,9 +15,10 @@ The file goes from the idea to the machinery: how a choice is scored, then a sec
 three questions, then the run. support/tasks.py has the benchmarks: where the questions of each come
 from, how they are worded and how replies are judged. A run writes
 
-    out_dir/samples.jsonl   a line per question: the prompt, the scores and, except for bits per
-                            byte, the output, which is a sum for each choice or the replies. A run
-                            that was interrupted goes on from there
+    out_dir/samples.jsonl   a line per question: the prompt (of bits per byte its beginning), the
+                            scores and, except for bits per byte, the output, which is a sum for
+                            each choice or the replies. A run that was interrupted goes on from
+                            there
     out_dir/results.json    score, standard error and number of questions of every task
 """
 import difflib
@@ -63,6 +64,7 @@ from support.weights import model_folder
 # support/tasks.py gives a Task, and its questions as Examples. This file uses these fields of them:
 #
 #     task.kind                     multiple_choice, generation or bits_per_byte
+#     task.read                     makes an Example of a row or, for bits per byte, of a text
 #     task.fewshot                  "first" if all questions of a subject have the same examples
 #     task.acc_norm                 whether acc_norm is reported beside acc
 #     task.until, max_new_tokens    where a reply ends at the latest
@@ -77,6 +79,17 @@ from support.weights import model_folder
 #     example.choices, answer       the possible continuations, and the index of the right one
 #     example.contexts              winogrande: for each choice, what it continues instead of text
 #     example.target                bpb:replies: the reply to text, which is measured
+#
+# To add a task, write in support/tasks.py a function that makes an Example of a row, and an entry
+# of TASKS:
+#
+#     def read_riddles(row: dict) -> Example:
+#         return choose(f"Q: {row['question']}\nA:", row["choices"], row["answer"])
+#
+#     "riddles": Task(read_riddles, hf_name="me/riddles", eval_split="test",
+#                     eval_file="riddles.jsonl"),
+#
+# A task that generates also has a `metric`, whose scores must be floats, or a `program`.
 
 # ---- how a multiple-choice question is scored
 #
@@ -156,14 +169,26 @@ class PromptEncoder:
 
 # ---- log-likelihoods
 #
-# One forward pass for each choice would compute most tokens many times: all 5-shot questions of a
-# subject begin with the same examples, and all choices of a question with the same prompt.
-# Attention is causal, so no later token changes a token's keys and values. Those of a common
-# beginning are therefore computed once, and copied for each text that continues it.
-# This takes three stages. Below, a letter is a token that is read, "=" a token whose keys and
-# values are copied from the stage above, "." padding. A prompt is what all choices of a question
-# begin with, shared_ids in the code: the examples, which other prompts have too, and a part of its
-# own, p or q. The last token of a choice is not read, as nothing comes after it:
+# By one forward pass for each choice:
+#
+#     def log_likelihood(context, choice):                  # lists of ids
+#         row = torch.tensor(context + choice)
+#         log_p = model(row[None, :-1])[0].log_softmax(-1)  # (len(row) - 1, V)
+#         log_p = log_p.gather(1, row[1:, None])            # of the id that comes next
+#         return log_p[-len(choice):].sum()
+#
+# That computes most tokens many times: all questions of one subject of MMLU begin with the same
+# examples, and all choices of a question with the same prompt. Attention is causal, so no later
+# token changes a token's keys and values. Those of a common beginning are therefore computed once,
+# and copied for each text that continues it:
+#
+#     log p(choice | context) = log p(c_1 | context)                             stage 2
+#                             + sum_{t>1} log p(c_t | context, c_1 ... c_{t-1})  stage 3
+#
+# Below, a letter is a token that is read, "=" a token whose keys and values are copied from the
+# stage above, "." padding. A prompt is what all rows of a question begin with, before the first id
+# that is scored, shared_ids in the code: the examples, which other prompts have too, and a part of
+# its own, p or q. The last token of a choice is not read, as nothing comes after it:
 #
 #                                             examples    own part  choices
 #     stage 1: one row                        eeeeeeeeeeee
@@ -179,12 +204,13 @@ class PromptEncoder:
 # The last token of a prompt predicts the first token of every choice. So stage 2 gives the
 # log-probabilities of all first tokens, and stage 3 only those of the others. The choices of MMLU,
 # " A" to " D", need no stage 3 where each is a single token, as in most tokenizers. (In bytes it is
-# two.)
+# two.) In Winogrande the contexts differ, and the choice is what comes after them: there stages 2
+# and 3 also score the last words of a context, which join_scores drops.
 #
 # Cost: 5-shot MMLU has about 600 tokens of examples and 100 of question. Row by row, a question
 # would take 4 x 700 tokens. In stages it takes 100, and each subject 600 more.
 #
-# Memory: `kv_cache_tokens` bounds how many tokens have their keys and values in memory at once.
+# Memory: `kv_cache_tokens` is how many tokens may have their keys and values in memory at once.
 # Half of it is for the rows of stage 2, half for those of stage 3, and at least one row each. The
 # single row of stage 1, at most max_position_embeddings tokens, comes on top of it.
 
@@ -204,7 +230,8 @@ class LoglikelihoodRequest:
     num_scored[j]       how many ids at the end of row j are scored: those of the choice
     was_cut             whether a row lost its beginning
     shared_ids          the ids that all rows begin with, up to the first scored one
-    group               requests of one group go through stage 1 together
+    group               the few-shot text that it shares: requests of one group go through stage 1
+                        together
     """
 
     def __init__(self, number: int, pairs: list[tuple[list, list]], max_length: int,
@@ -293,7 +320,7 @@ def score_rows(model: Motif, rows: list[list[int]], num_scored: list[int],
     targets = []
     for row, n in zip(rows, num_scored):
         unscored = len(row) - 1 - n
-        targets.append([-1] * unscored + row[len(row) - n:])
+        targets.append([-1] * unscored + row[-n:])
 
     row_lengths = None
     if cache is not None:
@@ -316,6 +343,7 @@ def loglikelihoods(model: Motif, requests: list[LoglikelihoodRequest],
     without_cache = []
     groups = defaultdict(list)
     for request in requests:
+        # A single row gains nothing by stages 2 and 3.
         if len(request.rows) == 1 or not request.shared_ids:
             without_cache.append(request)
         else:
@@ -330,17 +358,18 @@ def score_without_cache(model: Motif, requests: list[LoglikelihoodRequest],
                         batch_tokens: int) -> Iterator[tuple[LoglikelihoodRequest, list[Tensor]]]:
     """loglikelihoods() of requests of one row, or without a common beginning: whole rows are
     read."""
-    all_rows = []           # (request, choice)
+    all_rows = []           # (request, choice, ids), the longest first
     for request in requests:
-        all_rows += [(request, j) for j in range(len(request.rows))]
-    all_rows.sort(key=lambda item: -len(item[0].rows[item[1]]))
+        for j, row in enumerate(request.rows):
+            all_rows.append((request, j, row))
+    all_rows.sort(key=lambda item: -len(item[2]))
 
-    lengths = [len(request.rows[j]) - 1 for request, j in all_rows]
+    lengths = [len(row) - 1 for _, _, row in all_rows]
     scores = {request: {} for request in requests}
     for part in micro_batches(lengths, batch_tokens):
-        rows = [request.rows[j] for request, j in all_rows[part]]
-        num_scored = [request.num_scored[j] for request, j in all_rows[part]]
-        for (request, j), log_p in zip(all_rows[part], score_rows(model, rows, num_scored)):
+        rows = [row for _, _, row in all_rows[part]]
+        num_scored = [request.num_scored[j] for request, j, _ in all_rows[part]]
+        for (request, j, _), log_p in zip(all_rows[part], score_rows(model, rows, num_scored)):
             scores[request][j] = log_p
             if len(scores[request]) == len(request.rows):
                 done = scores.pop(request)
@@ -388,6 +417,7 @@ def read_prompts(model: Motif, batch: list[LoglikelihoodRequest], prefix_cache: 
     logits = model(stack_rows(own_ids, device), cache=cache, row_lengths=own_lengths,
                    last_only=True)
 
+    # Questions may have different numbers of choices: the padding, id 0, is not read later.
     first_ids = [[row[len(r.shared_ids)] for row in r.rows] for r in batch]
     log_p = logits[:, 0].float().log_softmax(-1)                            # (requests, V)
     return cache, log_p.gather(1, stack_rows(first_ids, device)).cpu()
@@ -395,8 +425,9 @@ def read_prompts(model: Motif, batch: list[LoglikelihoodRequest], prefix_cache: 
 
 def score_rests(model: Motif, batch: list[LoglikelihoodRequest], cache: KVCache,
                 batch_tokens: int, kv_tokens: int) -> dict[tuple[int, int], Tensor]:
-    """Stage 3: read what each row has behind its prompt, behind a copy of that. Returns {(request,
-    choice): log-probabilities of these ids but the first one}, of rows that have more than one.
+    """Stage 3: read the rest of each row. It continues a copy of its prompt's keys and values.
+    Returns {(request, choice): log-probabilities of these ids but the first one}, of rows that have
+    more than one.
 
     The ids behind the prompt are those of the choice. In Winogrande, whose contexts differ, they
     are also the last words of the context."""
@@ -417,8 +448,7 @@ def score_rests(model: Motif, batch: list[LoglikelihoodRequest], cache: KVCache,
         rows = [ids for _, _, ids in behind_prompts[part]]
         # The longest prompt and the longest rest may be of two rows, and their sum longer than any
         # row is.
-        longest_here = max(len(batch[i].shared_ids) for i in of_requests)
-        room = min(longest_here + num_rest[part.start], model.config.max_position_embeddings)
+        room = min(longest_prompt + num_rest[part.start], model.config.max_position_embeddings)
         copies = cache.select_rows(of_requests, max_length=room)
 
         log_p = score_rows(model, rows, num_rest[part], cache=copies)
@@ -458,6 +488,8 @@ def check_finite(total: float) -> None:
         raise UserError("the model's logits are not finite; check its weights, or give "
                         "--precision=fp32")
 
+
+# ---- multiple choice
 
 def multiple_choice(task: Task, examples: dict[int, Example], model: Motif, encoder: PromptEncoder,
                     c: "Config") -> Iterator[tuple[int, dict]]:
@@ -510,9 +542,9 @@ def generate_replies(model: Motif, encoder: PromptEncoder, prompts: list[Prompt]
                      temperature: float = 0.0) -> Iterator[tuple[Prompt, str]]:
     """Continue prompts, in batches of similar length: yields (prompt, reply) as replies end. A
     reply ends before the first of the strings `until`, at a token that ends a text, or after
-    min(max_new_tokens, context / 2) tokens. A prompt loses its beginning if it is longer than
-    prompt_room(). At a temperature each prompt draws with its own seed, so that the reply does not
-    depend on the batch, up to rounding."""
+    min(max_new_tokens, max_position_embeddings / 2) tokens. A prompt loses its beginning if it is
+    longer than prompt_room(). At a temperature each prompt draws with its own seed, so that the
+    reply does not depend on the batch, up to rounding."""
     device = model.head_weight.device
     room = prompt_room(model, max_new_tokens)
     max_new_tokens = model.config.max_position_embeddings - room        # at most half the context
@@ -563,14 +595,14 @@ def decode_until_stop(decoder: Decoder, prompts: list[Prompt], encoder: PromptEn
         # Once half of the rows have ended, drop these. At least two rows stay, because for a single
         # one torch.compile would compile the step anew.
         if len(rows) > 2 and len(unfinished) <= len(rows) / 2:
+            # The unfinished ones first.
             keep = sorted(range(len(rows)), key=lambda k: rows[k] not in unfinished)
             keep = keep[:max(2, len(unfinished))]
             decoder.keep_rows(keep)
             rows = [rows[k] for k in keep]
 
-    for i in rows:
-        if i in unfinished:
-            yield prompts[i], replies[i].decode("utf-8", "replace")
+    for i in sorted(unfinished):
+        yield prompts[i], replies[i].decode("utf-8", "replace")
 
 
 def find_first(reply: bytes, strings: tuple) -> int | None:
@@ -650,8 +682,8 @@ def judge_in_threads(judge: Callable, questions: Iterator[tuple]) -> Iterator:
 def generation_prompt(task: Task, example: Example, encoder: PromptEncoder,
                       use_chat: bool) -> tuple[str, list[int]]:
     """The prompt of a task that generates, as text and as ids. A chat_prompt replaces the question
-    and its few-shot examples, without the turn format too. (The one task with a chat_prompt has no
-    examples.)"""
+    and its few-shot examples even where the turn format is not used. (The one task with a
+    chat_prompt has no examples.)"""
     question = example.fewshot_context + example.text
     reply_start = ""
     if task.chat_prompt:
@@ -664,9 +696,11 @@ def generation_prompt(task: Task, example: Example, encoder: PromptEncoder,
 
 # ---- bits per byte
 #
-# The sum of -log2 p over all tokens of a text, divided by the bytes of its UTF-8. pretrain.py says
-# in its section on validation why one measures this and not the loss per token. Random bytes have
-# 8; good models reach 1 on English.
+#     bits per byte = - sum_t log2 p(x_t | x_1 ... x_{t-1}) / bytes of the text in UTF-8
+#
+# "2 + 2" has 5 bytes. In two tokens with losses of 1 and 2.47 nats it has 3.47 / 0.693 / 5 = 1 bit
+# per byte, and in other tokens, of another model, the figure still compares: a loss per token would
+# not. Random bytes have 8.
 
 def bits_per_byte(task: Task, examples: dict[int, Example], model: Motif, encoder: PromptEncoder,
                   c: "Config") -> Iterator[tuple[int, dict]]:
@@ -704,7 +738,7 @@ def cut_into_windows(ids: list[int], max_length: int) -> Iterator[list[int]]:
     """Windows of at most max_length + 1 ids. The model reads all of a window but the last id, and
     predicts all but the first. So each window begins with the last id of the one before, and every
     id of a text but its first is predicted once. Of what comes before a window the model reads that
-    one id alone. With letters for ids, and ? for the begin of a text:
+    one id alone. With letters for ids, and ? for the token that begins a text:
 
     >>> list(cut_into_windows("?abcdefghij", max_length=4))
     ['?abcd', 'defgh', 'hij']
@@ -821,8 +855,8 @@ def source_of(task_name: str) -> str:
 #
 #     the model, chat, precision    results.json notes them for all records. If one has changed, all
 #                                   records and results are dropped, also those that chat does not
-#                                   decide. A model in another folder is
-#                                   an error, which asks for another out_dir
+#                                   decide. A model in another folder is an error, which asks for
+#                                   another out_dir
 #     the question                  The record has a hash of it, few-shot examples included
 #     temperature, seed,            They decide replies alone. So they are in the hash of a question
 #     num_samples                   that asks for a reply, and in results.json beside its scores
@@ -903,11 +937,10 @@ def measure_task(name: str, selected: SelectedTask, records: dict, out: Path, mo
         if sampling:
             decisive += repr(sampling)
         hashes[i] = hashlib.sha256(decisive.encode()).hexdigest()[:16]
-        record = records.get((name, i))
-        if record is None or record.get("hash") != hashes[i]:
+        record = records.get((name, i), {})
+        if record.get("hash") != hashes[i]:
             missing.append(i)
-            if record is not None:
-                num_outdated += 1
+            num_outdated += bool(record)
     if num_outdated and RANK == 0:
         print(f"{name}: {num_outdated:,d} records had other settings or questions, and are "
               "measured anew", flush=True)
