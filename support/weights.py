@@ -80,6 +80,29 @@ def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes:
             write_json(path / file, content)
 
 
+def save_one_by_one(path: Path, stem: str, shapes: dict[str, Tensor],
+                    tensors: Iterator[tuple[str, Tensor]], shard_bytes: int,
+                    json_files: dict[str, dict]) -> None:
+    """The files that save_tensors would write into a new folder, of (name, tensor) that come one
+    after the other: no more than the tensors of one file are in memory. shapes: all names in the
+    same order, with tensors of these shapes and dtypes, such as those on the meta device."""
+    from safetensors.torch import save_file
+    path.mkdir(parents=True)
+    names_of_file = divide_into_files(shapes, stem, shard_bytes)
+    with safetensors_errors():
+        for file, names in names_of_file.items():
+            shard = {}
+            for expected in names:
+                name, tensor = next(tensors)
+                assert name == expected, (name, expected)
+                shard[name] = tensor.contiguous()
+            save_file(shard, path / file, metadata={"format": "pt"})
+    if len(names_of_file) > 1:
+        write_json(path / f"{stem}{INDEX}", make_index(shapes, names_of_file))
+    for file, content in json_files.items():
+        write_json(path / file, content)
+
+
 def make_index(tensors: dict[str, Tensor], names_of_file: dict[str, list[str]]) -> dict:
     """The content of <stem>.safetensors.index.json."""
     weight_map = {name: file for file, names in names_of_file.items() for name in names}

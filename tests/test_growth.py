@@ -9,7 +9,8 @@ import reference
 from configurator import UserError
 from model import Motif, MotifConfig
 from muonclip import configure_optimizer
-from tools.grow import average, check_growth, grow, grow_depth, grow_width
+from tools import grow as grow_file
+from tools.grow import average, check_growth, grow, grow_depth, grow_into, grow_width
 
 # 1:1, as Motif-2.6B is
 SMALL = MotifConfig(vocab_size=29, hidden_size=20, intermediate_size=28, num_hidden_layers=3,
@@ -73,6 +74,22 @@ def test_a_grown_model_has_the_logits_of_the_small_one(shape, growth, dtype, tol
             assert p.dtype == dtype and p.requires_grad
             p.zero_()
     assert torch.equal(model(ids), logits)          # no memory is shared
+
+
+@pytest.mark.parametrize("file_bytes", [4000, 10**9])
+def test_growth_into_files_is_growth(tmp_path, monkeypatch, file_bytes):
+    """Into several files or one, it writes what the model that is grown in memory would."""
+    monkeypatch.setattr(grow_file, "FILE_BYTES", file_bytes)
+    model = make(tie_word_embeddings=True)
+    config = grow_both(model, 10.0).config
+    grow(model, config, seed=3).save_pretrained(tmp_path / "memory", file_bytes)
+    grow_into(tmp_path / "files", model, config, seed=3)
+    names = sorted(path.name for path in (tmp_path / "memory").iterdir())
+    assert (len(names) > 4) == (file_bytes == 4000)
+    assert sorted(path.name for path in (tmp_path / "files").iterdir()) == names
+    for name in names:
+        written = (tmp_path / "files" / name).read_bytes()
+        assert written == (tmp_path / "memory" / name).read_bytes()
 
 
 def test_the_reference_gives_the_saved_model_the_same_logits(tmp_path):

@@ -60,10 +60,13 @@ from kernels import upcast
 from model import LAMBDAS, Attention, Motif, MotifConfig
 from pretrain import FILE_BYTES, model_config, theta_at
 from support.run_folder import checkpoint_steps
-from support.weights import read_json
+from support.weights import read_json, save_one_by_one
 
 
-def grow(model: Motif, config: MotifConfig, noise_db: float = 10.0, seed: int = 0) -> Motif:
+NOISE_DB = 10.0     # how far the noise between copies lies below the divided weights [ours]
+
+
+def grow(model: Motif, config: MotifConfig, noise_db: float = NOISE_DB, seed: int = 0) -> Motif:
     """Grow the model to config's shape; its logits stay the same.
 
     noise_db: how far the noise between copies lies below the divided weights, such as W/2; math.inf
@@ -76,7 +79,7 @@ def grow(model: Motif, config: MotifConfig, noise_db: float = 10.0, seed: int = 
     return build_grown(model, config, every, noise_db, seed)
 
 
-def grow_width(model: Motif, factor: int, signal_ratio: int, noise_db: float = 10.0,
+def grow_width(model: Motif, factor: int, signal_ratio: int, noise_db: float = NOISE_DB,
                seed: int = 0) -> Motif:
     """Grow stream and MLP to `factor` times their width, and to signal_ratio signal heads for each
     noise head (without noise heads: query heads for each key head)."""
@@ -243,7 +246,7 @@ class Growth:
         return weight.clone()           # PolyNorm's scalars
 
 
-def build_grown(model: Motif, config: MotifConfig, every: int, noise_db: float = 10.0,
+def build_grown(model: Motif, config: MotifConfig, every: int, noise_db: float = NOISE_DB,
                 seed: int = 0) -> Motif:
     """The model grown to a shape that check_growth has passed, with a layer copied after every
     `every`. Beside the two models about one matrix is in memory."""
@@ -353,23 +356,44 @@ def init_from(c, out: Path) -> Path:
 
     grow:PATH grows the model at PATH to the config's shape; average:DIR,k takes the mean of the
     last k checkpoints of the run in DIR. The folder has the released layout: each rank can read its
-    own shards from it, so that only the process that calls this holds whole models."""
+    own shards from it, so that only the process that calls this holds a whole model."""
     kind, _, what = c.init.partition(":")
-    if kind == "grow":
-        small = Motif.from_pretrained(what, dtype=torch.float32)
-        model = grow(small, model_config(c), seed=c.seed)
-    elif kind == "average" and re.fullmatch(r".+,[1-9]\d*", what):
-        folder, _, k = what.rpartition(",")
-        model = average(Path(folder), int(k))
-        check_same_shape(c, model)
-    else:
+    is_average = kind == "average" and re.fullmatch(r".+,[1-9]\d*", what)
+    if kind != "grow" and not is_average:
         raise UserError(f"init={c.init} must be grow:PATH or average:DIR,k")
+    if kind == "grow":
+        model = Motif.from_pretrained(what, dtype=torch.float32)
+    else:
+        run, _, k = what.rpartition(",")
+        model = average(Path(run), int(k))
+        check_same_shape(c, model)
     check_same_theta(c, model)
 
-    shutil.rmtree(out / "init", ignore_errors=True)
-    model.save_pretrained(out / "init", FILE_BYTES)
-    print(f"first weights by {c.init}, in {out}/init", flush=True)
-    return out / "init"
+    folder = out / "init"
+    if kind == "grow":
+        grow_into(folder, model, model_config(c), c.seed)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        model.save_pretrained(folder, FILE_BYTES)
+    print(f"first weights by {c.init}, in {folder}", flush=True)
+    return folder
+
+
+@torch.no_grad()
+def grow_into(folder: Path, model: Motif, config: MotifConfig, seed: int) -> None:
+    """Write what grow(model, config, seed=seed) returns into the folder, for a model in fp32.
+    Beside that model only the tensors of one file are in memory: some 5 GB."""
+    config = replace(config, rope_theta=model.config.rope_theta)
+    every = check_growth(model.config, config)
+    with torch.device("meta"):
+        larger = Motif(config)
+    config_file = larger.config.to_dict() | {"torch_dtype": "float32"}
+    print(f"growing to {sum(p.numel() for p in larger.parameters()):,d} parameters, in {folder}",
+          flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    save_one_by_one(folder, "model", larger.state_dict(),
+                    grown_tensors(model, larger, every, NOISE_DB, seed), FILE_BYTES,
+                    {"config.json": config_file})
 
 
 def average(run: Path, k: int) -> Motif:
