@@ -854,9 +854,9 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 #
 # So is_noise = place // r. For plain grouped-query attention HAS_NOISE is 0: then a "pair" is one
 # key head, and a group is the r query heads that read it, so that G = P, where model.py has G = 0.
-# The heads of one pair are neighbours, and
-# head_in_pair counts them: head = pair * heads_per_pair + head_in_pair, where heads_per_pair =
-# GROUPS_PER_PAIR * (r + HAS_NOISE). head_in_batch = b * H + head counts those of all sequences.
+# The heads of one pair are neighbours, and head_in_pair counts them: head = pair * heads_per_pair +
+# head_in_pair, where heads_per_pair = GROUPS_PER_PAIR * (r + HAS_NOISE). head_in_batch = b * H +
+# head counts those of all sequences.
 #
 # How blocks are loaded. q, k and v are seen as matrices of B * T rows, one for each token; q has
 # H * D columns and so on. So sequence b begins at row b * T, which is seq_begin, and a head at
@@ -873,8 +873,8 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 #
 # KNOWN LIMITATION: p = 0 does not take out a NaN or an infinity, as 0 times either is NaN. If T is
 # no multiple of TILE, one at the beginning of sequence b + 1 can reach the outputs and dq of the
-# queries in the last, partial tile of sequence b, and dk and dv of all of its keys (with documents, of the blocks
-# of keys whose last document reaches into the last tile).
+# queries in the last, partial tile of sequence b, and dk and dv of all of its keys (with documents,
+# of the blocks of keys whose last document reaches into the last tile).
 #
 # The algorithm. One program computes BQ queries of one head. It walks over the keys, BK at a time.
 # A row of the block of logits belongs to a query. (Here a logit is q.k * qk_scale; see Units.)
@@ -891,8 +891,9 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # After the first row_max = 3, row_sum = 2^-2 + 2^0 = 1.25. The second raises row_max to 4, so alpha
 # = 2^-1 and row_sum = 1.25 * 0.5 + 2^0 = 1.625, which is 2^(1-4) + 2^(3-4) + 2^(4-4).
 #
-# Units. A softmax over 2^x needs logits that are larger by log2(e): e^s = 2^(s log2(e)). So row_max,
-# and the block_max that the kernel stores, are maxima of q.k times qk_scale = log2(e) / sqrt(D).
+# Units. A softmax over 2^x needs logits that are larger by log2(e): e^s = 2^(s log2(e)). So
+# row_max, and the block_max that the kernel stores, are maxima of q.k times qk_scale =
+# log2(e) / sqrt(D).
 # Only the max_logits that attention_forward returns are natural logits, as in model.py. In the code
 # `logits` are the bare q.k: the scale is applied where the maximum is taken, and inside exp2
 # together with the subtraction of row_max, one fused multiply-add.
@@ -1026,10 +1027,13 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #     dq = ds k / sqrt(D)
 #     dk = ds^T q / sqrt(D)                               1 / sqrt(D) is logit_scale in the code
 #
-# ds goes back through the softmax: in one row p_i = exp(s_i) / Z, where Z is the row's sum of
-# exp(s), so the derivative of p_i by s_j is p_i ((i == j) - p_j). In one row dp_j = d_out . v_j, so
-# delta = sum_j p_j (d_out . v_j) = d_out . out, which needs no T x T matrix. A key head sums dk over
-# the query heads that read it, a value head dv over all query heads of its pair, signal and noise.
+# dp goes back through the softmax and becomes ds. In one row p_i = exp(s_i) / Z, where Z is the
+# row's sum of exp(s), so the derivative of p_i by s_j is p_i ((i == j) - p_j), and ds_j = sum_i
+# dp_i p_i ((i == j) - p_j) = p_j (dp_j - delta). In one row dp_j = d_out . v_j, so delta = sum_j
+# p_j (d_out . v_j) = d_out . out, which needs no T x T matrix. A key head sums dk over the query
+# heads that read it, a value head dv over all query heads of its pair, signal and noise. (The
+# kernels make p by exp2, but p is the same, and ds is the gradient of the natural logits s: no ln 2
+# appears.)
 #
 # By hand, with D = 1, two keys and one query: q = 1, d_out = 1, k = (ln 3, 0), v = (4, 0). Then
 # p = (3/4, 1/4), out = 3, dp = (4, 0), delta = 3 and ds = (3/4, -3/4), so dq = 3/4 ln 3,
@@ -1046,26 +1050,30 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #         dk[key_head] += ds.T @ q[place] / sqrt(D)                 # (T, D)
 #         dv += p.T @ d_out[place]                                  # (T, Dv)
 #
-# Lambda is not here: differential_norm's backward pass has put -lambda into d_out of noise heads.
+# With documents, query t sees key j if j <= t < doc_end[j], the end of the key's document. Lambda
+# is not here: differential_norm's backward pass has put -lambda into d_out of noise heads.
 #
 # The launches, in their order, as attention_backward makes them:
 #
-#     attention_delta_kernel    out, d_out -> delta
-#     attention_dkdv_kernel     q, k, v, d_out, lse, delta -> dk, dv, ds
-#     attention_dq_kernel       ds, k -> dq
+#     attention_delta_kernel        out, d_out -> delta
+#     attention_dkdv_kernel         q, k, d_out, lse -> dv   (if dv has its own pass: D = 128)
+#     for as many pairs at a time as ds has room for:
+#         attention_dkdv_kernel     q, k, v, d_out, lse, delta -> dk, ds (and dv, if D = 64)
+#         attention_dq_kernel       ds, k -> dq
 #
 # Why so? dk and dv want a program per block of keys, which goes over the queries; dq wants the
 # opposite. Either a kernel for each recomputes s and dp (seven products of matrices), as in
 # Triton's tutorial; or one for dk and dv adds to dq with atomics, as in FlashAttention-2 (five, but
-# in random order, so no two runs agree to the bit). Here attention_dkdv_kernel writes ds to memory,
-# in q's dtype, and attention_dq_kernel reads it: five products (six where dv has a pass of its
-# own), and no atomics.
+# they are added in random order, so that no two runs need agree to the bit). Here
+# attention_dkdv_kernel writes ds to memory, in q's dtype, and attention_dq_kernel reads it: five
+# products (six where dv has a pass of its own), and no atomics.
 
 @jit
 def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, delta_ptr, T, H,
                            r: tl.constexpr, HAS_NOISE: tl.constexpr, Dv: tl.constexpr,
                            BQ: tl.constexpr):
-    """delta = rowsum(out * d_out), for BQ queries of one head."""
+    """delta = rowsum(out * d_out), for BQ queries of one head. The grid is (blocks of queries,
+    B * H)."""
     head_in_batch = tl.program_id(1)
     queries = tl.program_id(0) * BQ + tl.arange(0, BQ)
     b = tl.cast(head_in_batch // H, tl.int64)
@@ -1095,19 +1103,22 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 # A tile is stored transposed, a row for each key and a column for each query. The tiles of a head
 # lie one below the other in memory, a matrix of TILE columns: row (tile number) * TILE + key % TILE
 # and column query % TILE hold ds[query, key]. Thus tile row i is a matrix (keys, TILE queries),
-# which begins, with key 0, at row i (i + 1) / 2 * TILE of the head. Heads follow each other: the
-# head with the number head_in_ds, below, begins at row head_in_ds * tiles_per_head * TILE.
+# which begins, with key 0, at row i (i + 1) / 2 * TILE of the head. For example query 300 and key
+# 140, with TILE = 128: i = 2, j = 1, tile 4, so row 4 * 128 + 12 = 524, which is 3 * 128 + 140, and
+# column 44. Heads follow each other: the head with the number head_in_ds, below, begins at row
+# head_in_ds * tiles_per_head * TILE. For n tile rows tiles_per_head is n (n + 1) / 2.
 #
 # Which of it is written. attention_dq_kernel multiplies blocks of 64 keys by all TILE queries of a
 # tile row, without a mask. So attention_dkdv_kernel begins with the first query of the diagonal
-# tile, not with its own first key, and stores 0 where the query comes before the key. Three kinds
-# of elements stay unwritten, and none of them reaches a result that is stored: those of blocks of
-# queries beyond T; of blocks of keys beyond T; and, with documents, of blocks of keys that no query
-# of the tile row sees, which attention_dq_kernel skips. Every BQ and BK here divides TILE.
+# tile, not with its block's first key, and stores 0 where the query does not see the key. Three
+# kinds of elements stay unwritten, and none of them reaches a result that is stored: those of
+# blocks of queries beyond T; of blocks of keys beyond T; and, with documents, of blocks of keys
+# that no query of the tile row sees, which attention_dq_kernel skips. Every BQ and BK here divides
+# TILE.
 #
-# ds of one pair of key heads at T = 16,384 is 1.3 GiB, so passes that write ds do only as many
-# pairs as fit DS_BYTES at one time (at least one). first_pair is the first of them, counted in the
-# whole batch. A pass for dv alone does all pairs, with first_pair = 0.
+# ds of one pair of key heads of 12.7B at T = 16,384 is 1.3 GiB in bf16, so passes that write ds do
+# only as many pairs as fit DS_BYTES at one time (at least one). first_pair is the first of them,
+# counted in the whole batch. A pass for dv alone does all pairs, with first_pair = 0.
 #
 # Numbers of a head. In attention_dkdv_kernel a program knows its pair, and in each step
 # head_in_pair, which counts the heads of the pair; the other kernels start from head_in_batch or
@@ -1126,7 +1137,9 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 #                     heads of a        and d_signal or   kind_in_pair, which counts these in the
 #                     sequence          d_noise (d_out)   pair
 #
-# A head reads key_head = pair * (1 + HAS_NOISE) + is_noise of k, and value head `pair` of v.
+# A head reads key_head = pair * (1 + HAS_NOISE) + is_noise of k, and value head `pair` of v. In
+# attention_dkdv_kernel the middle two have no names: lse_begin + head_in_pair is head_in_batch, and
+# ds_row contains head_in_ds.
 #
 # For example two heads of 12.7B (P = 8, r = 4, heads_per_pair = 5), of sequence b = 1. At T =
 # 16,384 two pairs are done at one time, and these two heads' turn comes with first_pair = 10:
@@ -1144,9 +1157,10 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 #
 # (With two groups to a pair, the second group's noise head would have kind_in_pair 1.)
 #
-# Rows of matrices at which something begins have names with `begin`: seq_begin the sequence in q,
-# k, v and d_out; lse_begin the pair in lse and delta; ds_begin the pair in ds; tile_row_begin a
-# tile row of a head in ds.
+# Rows of matrices at which something begins have names with `begin`: seq_begin is where the
+# sequence begins in q, k, v and d_out; lse_begin where the pair does in lse and delta, which have a
+# row for each head of all sequences; ds_begin where the pair does in ds; tile_row_begin where a
+# tile row of a head does in ds.
 
 @jit
 def tiles_before(i):
@@ -1224,9 +1238,8 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
                           BQ: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,
                           NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
     """One program: BK keys of one pair. NEED_DK: it makes p, dp, ds and the dk of both key heads,
-    and writes ds. NEED_DV: it makes p and dv. The options of the three kinds of launch, one pass for
-    both or a pass for each, stand before attention_backward. The grid is (blocks of keys, pairs
-    from first_pair on)."""
+    and writes ds. NEED_DV: it makes p and dv. The options, one pass for dk and dv or one for each,
+    stand before attention_backward. The grid is (blocks of keys, pairs from first_pair on)."""
     pair_in_ds = tl.program_id(1)
     pair_in_batch = first_pair + pair_in_ds
     b = pair_in_batch // P
@@ -1292,7 +1305,7 @@ def attention_dq_kernel(ds_desc, k_desc, doc_start_ptr, dq_ptr, first_pair, T, P
     """One program: dq = ds k / sqrt(D) for one tile row of one head. The grid is (tile rows,
     heads of the pairs in ds)."""
     heads_per_pair: tl.constexpr = GROUPS_PER_PAIR * (r + HAS_NOISE)
-    tile_i = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile_i = tl.num_programs(0) - 1 - tl.program_id(0)      # the longest programs come first
     head_in_ds = tl.program_id(1)
     pair_in_batch = first_pair + head_in_ds // heads_per_pair
     b = pair_in_batch // P
@@ -1302,7 +1315,7 @@ def attention_dq_kernel(ds_desc, k_desc, doc_start_ptr, dq_ptr, first_pair, T, P
     tiles_per_head = tiles_before((T + TILE - 1) // TILE)
     tile_row_begin = (head_in_ds * tiles_per_head + tiles_before(tile_i)) * TILE
 
-    # With documents, start at the key block in which the document of this tile's first query
+    # With documents, start at the key block in which the document of this tile row's first query
     # begins; attention_dkdv_kernel has written ds for it and for every later block.
     first_query = tile_i * TILE
     lo = 0
@@ -1377,7 +1390,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
     signal, noise, lse, _ = empty_attention_outputs(q, k, v, doc_start, num_noise_heads)
     block_max = q.new_empty(shape.B, shape.H, shape.num_tile_rows, dtype=torch.float32)
     # Keys at a time, and stages: the fastest, measured on an H200, of those that fit its shared
-    # memory. (At D = 128 and Dv = 256, two stages of 128 keys take 225 of its 227 KiB.)
+    # memory. (At D = 128 and Dv = 256, two stages of 128 keys and values, with q, take 225 of its
+    # 227 KiB.)
     BK, num_stages = (128, 2) if shape.Dv > shape.D else (64, 3)
     attention_forward_kernel[shape.num_tile_rows, shape.B * shape.H](
         tma(flatten_batch_for_tma(q), TILE, shape.D), tma(flatten_batch_for_tma(k), BK, shape.D),

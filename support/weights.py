@@ -6,6 +6,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -112,16 +113,32 @@ def make_index(tensors: dict[str, Tensor], names_of_file: dict[str, list[str]]) 
 
 def assemble_files(tensors: dict[str, Tensor], names_of_file: dict[str, list[str]], rank: int,
                    world: int) -> dict[str, dict[str, Tensor]]:
-    """{file: {name: whole tensor}} of the files that this rank writes, every world-th one."""
-    mine = {}
-    for i, (file, names) in enumerate(names_of_file.items()):
-        for name in names:
-            t = tensors[name]
-            t = t.full_tensor() if hasattr(t, "full_tensor") else t
-            if i % world == rank:
-                t = t.contiguous()
-                mine.setdefault(file, {})[name] = t.cpu() if world > 1 else t
+    """{file: {name: whole tensor}} of the files that this rank writes, every world-th one.
+
+    All ranks assemble a tensor together, and one of them copies it to the host. So that all copy at
+    the same time, they go through `world` files side by side: a tensor of each, then the next."""
+    files = list(names_of_file)
+    mine = {file: {} for file in files[rank::world]}
+    for first in range(0, len(files), world):
+        side_by_side = files[first:first + world]
+        for names in zip_longest(*[names_of_file[file] for file in side_by_side]):
+            own = None
+            for r, name in enumerate(names):
+                if name is not None:
+                    whole = assemble(tensors[name])
+                    if r == rank:
+                        own = (name, whole)
+            if own:
+                name, whole = own
+                mine[files[first + rank]][name] = whole.cpu() if world > 1 else whole
     return mine
+
+
+def assemble(t: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP2 may shard."""
+    if hasattr(t, "full_tensor"):
+        t = t.full_tensor()
+    return t.contiguous()
 
 
 def remove_earlier(path: Path, stem: str, files, json_files) -> None:

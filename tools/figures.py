@@ -222,12 +222,12 @@ def draw_heads() -> None:
 COMMON = "4to1-swiglu"      # with MuonClip and the curriculum
 # What is changed in it -> the runs.
 WHAT_PAYS = {
-    "AdamW instead of MuonClip": "4to1-swiglu-adamw-lr1e-3-embed4e-3-warmup100",
     "grouped-query attention": "gqa-swiglu",
-    "1 signal head to a noise head": "1to1-swiglu",
     "2 signal heads to a noise head": "2to1-swiglu",
+    "1 signal head to a noise head": "1to1-swiglu",
     "PolyNorm, begun as in its paper": "4to1-polynorm",
     "PolyNorm, begun at 1/16 of that": "polynorm-scale0.0625",
+    "AdamW instead of MuonClip": "4to1-swiglu-adamw-lr1e-3-embed4e-3-warmup100",
     "the curriculum's mean mixture": "mean",
     "the curriculum backwards": "reversed",
 }
@@ -263,6 +263,7 @@ def draw_what_pays() -> None:
         right.text(max(differences) + 0.006, i, f"{mean:+.3f}", va="center", fontsize="small",
                    color=color)
     left.set(xlabel="million tokens seen", ylabel="nats per token")
+    left.set_ylim(-0.1, 0.45)       # AdamW begins at 1
     left.set_title("while trained (colours as on the right)", fontsize="medium")
     right.set_yticks(range(len(WHAT_PAYS)), list(WHAT_PAYS))
     right.set_ylim(len(WHAT_PAYS) - 0.5, -0.5)
@@ -273,7 +274,7 @@ def draw_what_pays() -> None:
         axes.grid(alpha=0.3)
     left.axhline(0, color="0.5", lw=0.8)
     right.axvline(0, color="0.5", lw=0.8)
-    figure.suptitle("Held-out loss less that of 4:1 differential attention, SwiGLU, MuonClip and "
+    figure.suptitle("Held-out loss minus that of 4:1 differential attention, SwiGLU, MuonClip and "
                     "the curriculum", fontsize="medium")
     save(figure, "evidence/what_pays.png")
 
