@@ -1043,7 +1043,7 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #
 #     for place in range(r + HAS_NOISE):
 #         key_head = place // r                                     # 0 signal, 1 noise
-#         p = softmax(q[place] @ k[key_head].T / sqrt(D) + mask)    # (T, T)
+#         p = softmax(q[place] @ k[key_head].T / sqrt(D) + mask, 1) # (T, T)
 #         dp = d_out[place] @ v.T                                   # (T, T)
 #         ds = p * (dp - (p * dp).sum(1, keepdim=True))             # (T, T)
 #         dq[place] = ds @ k[key_head] / sqrt(D)                    # (T, D)

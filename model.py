@@ -234,7 +234,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None 
     return out, max_logits
 
 
-# ---- Grouped differential attention (arXiv 2510.06949), the idea of Motif-2's attention
+# ---- grouped differential attention (arXiv 2510.06949), the idea of Motif-2's attention
 #
 # Softmax cannot say "nowhere": every visible token gets some weight, and in a long context the
 # many small weights on irrelevant tokens add up to noise. The Differential Transformer (2410.05258)

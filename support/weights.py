@@ -84,22 +84,33 @@ def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes:
 def save_one_by_one(path: Path, stem: str, shapes: dict[str, Tensor],
                     tensors: Iterator[tuple[str, Tensor]], shard_bytes: int,
                     json_files: dict[str, dict]) -> None:
-    """The files that save_tensors would write into a new folder, of (name, tensor) that come one
-    after the other: no more than the tensors of one file are in memory. shapes: all names in the
-    same order, with tensors of these shapes and dtypes, such as those on the meta device."""
+    """Write what save_tensors would, of (name, tensor) that come one after the other: no more than
+    the tensors of one file are in memory. shapes: all names in the same order, with tensors of
+    these shapes and dtypes, such as those on the meta device. An earlier model in the folder is
+    overwritten from the beginning, and a failure leaves none."""
     from safetensors.torch import save_file
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     names_of_file = divide_into_files(shapes, stem, shard_bytes)
-    with safetensors_errors():
-        for file, names in names_of_file.items():
-            shard = {}
-            for expected in names:
-                name, tensor = next(tensors)
-                assert name == expected, (name, expected)
-                shard[name] = tensor.contiguous()
-            save_file(shard, path / file, metadata={"format": "pt"})
+    json_files = dict(json_files)
     if len(names_of_file) > 1:
-        write_json(path / f"{stem}{INDEX}", make_index(shapes, names_of_file))
+        json_files[stem + INDEX] = make_index(shapes, names_of_file)
+    remove_earlier(path, stem, names_of_file, json_files)
+    try:
+        with safetensors_errors():
+            for file, names in names_of_file.items():
+                shard = {}
+                for name in names:
+                    made, tensor = next(tensors)
+                    assert made == name and tensor.shape == shapes[name].shape, (made, name)
+                    assert tensor.dtype == shapes[name].dtype, name
+                    shard[name] = tensor.contiguous()
+                save_file(shard, path / file, metadata={"format": "pt"})
+    except BaseException:
+        for file in names_of_file:
+            (path / file).unlink(missing_ok=True)
+        raise
+
+    # Last, so that nobody takes a half for a whole.
     for file, content in json_files.items():
         write_json(path / file, content)
 

@@ -3,6 +3,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import safetensors.torch
 import torch
 
 import reference
@@ -76,12 +77,13 @@ def test_a_grown_model_has_the_logits_of_the_small_one(shape, growth, dtype, tol
     assert torch.equal(model(ids), logits)          # no memory is shared
 
 
+@pytest.mark.parametrize("growth", ["depth", "both"])
 @pytest.mark.parametrize("file_bytes", [4000, 10**9])
-def test_growth_into_files_is_growth(tmp_path, monkeypatch, file_bytes):
+def test_growth_into_files_is_growth(tmp_path, monkeypatch, file_bytes, growth):
     """Into several files or one, it writes what the model that is grown in memory would."""
     monkeypatch.setattr(grow_file, "FILE_BYTES", file_bytes)
     model = make(tie_word_embeddings=True)
-    config = grow_both(model, 10.0).config
+    config = GROWTHS[growth](model, 10.0).config
     grow(model, config, seed=3).save_pretrained(tmp_path / "memory", file_bytes)
     grow_into(tmp_path / "files", model, config, seed=3)
     names = sorted(path.name for path in (tmp_path / "memory").iterdir())
@@ -90,6 +92,26 @@ def test_growth_into_files_is_growth(tmp_path, monkeypatch, file_bytes):
     for name in names:
         written = (tmp_path / "files" / name).read_bytes()
         assert written == (tmp_path / "memory" / name).read_bytes()
+
+
+def test_growth_that_fails_leaves_no_model(tmp_path, monkeypatch):
+    """Neither a half of the new one nor an earlier one."""
+    monkeypatch.setattr(grow_file, "FILE_BYTES", 4000)
+    model = make()
+    config = grow_both(model, 10.0).config
+    folder = tmp_path / "init"
+    grow_into(folder, model, config, seed=1)
+
+    def disk_is_full(tensors, path, metadata):
+        if "00003" in path.name:
+            raise OSError("no space left on device")
+        real(tensors, path, metadata)
+
+    real = safetensors.torch.save_file
+    monkeypatch.setattr(safetensors.torch, "save_file", disk_is_full)
+    with pytest.raises(OSError):
+        grow_into(folder, model, config, seed=2)
+    assert not list(folder.iterdir())
 
 
 def test_the_reference_gives_the_saved_model_the_same_logits(tmp_path):

@@ -119,9 +119,23 @@ def test_planned_memory_is_what_was_measured(gpus, layers, recomputed, options, 
     assert abs(planned - gib) < 0.7
 
 
+@pytest.mark.parametrize("options, gib", [
+    ({"activation": "swiglu"}, 21.2),
+    ({"activation": "swiglu", "optimizer": "adamw"}, 21.5),
+    ({"tie_word_embeddings": False}, 21.8),
+    ({"tie_word_embeddings": False, **growth_pays.SIZES["evidence"].small}, 9.1)])
+def test_planned_memory_of_small_models_is_what_was_measured(options, gib):
+    argv = [f"--{key}={value}" for key, value in options.items()]
+    c = configurator.load(pretrain.Config, [str(ROOT / "config/evidence.py"), *argv])
+    c.plan_world_size = 1
+    always, phases = memory_of_rank(c, 2**16, 0)
+    planned = (sum(always.values()) + max(phases.values())) / 2**30
+    assert abs(planned - gib) < 0.4
+
+
 def test_a_pass_holds_no_more_than_the_ranks_rows_of_a_step():
-    argv = [str(ROOT / "config/quickstart.py"), "--seq_len=[[0, 64], [4096, 128]]", "--batch_tokens=1024",
-            "--micro_batch_tokens=512"]
+    argv = [str(ROOT / "config/quickstart.py"), "--seq_len=[[0, 64], [4096, 128]]",
+            "--batch_tokens=1024", "--micro_batch_tokens=512"]
     for gpus, tokens in ((1, 512), (2, 512), (4, 256), (5, 256), (8, 128), (16, 128)):
         c = configurator.load(pretrain.Config, [*argv, f"--plan_world_size={gpus}"])
         assert largest_pass(c, pretrain.make_curriculum(c)) == tokens

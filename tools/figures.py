@@ -12,6 +12,7 @@ up here. It needs no data and takes a few seconds.
 """
 import argparse
 import statistics
+from itertools import chain
 from pathlib import Path
 
 import matplotlib
@@ -234,10 +235,11 @@ WHAT_PAYS = {
 
 
 def mean_curve(runs: Summary) -> dict[float, float]:
-    """Million tokens -> the mean held-out loss over the seeds; without that of random weights."""
+    """Million tokens -> the mean held-out loss of the seeds that have one there; without that of
+    random weights. (Of one seed only the last loss is known.)"""
     losses = {}
-    for curve in runs.curves:
-        for point in curve[1:]:
+    for point in chain(*runs.curves):
+        if int(point["tokens"]) > 0:
             losses.setdefault(int(point["tokens"]) / 1e6, []).append(float(point["loss"]))
     return {tokens: statistics.fmean(values) for tokens, values in losses.items()}
 

@@ -47,7 +47,6 @@ From Motif-2.6B to Motif-2-12.7B, rows x columns:
     layers                    32 -> 40              a copy after every 4
 """
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -361,19 +360,20 @@ def init_from(c, out: Path) -> Path:
     is_average = kind == "average" and re.fullmatch(r".+,[1-9]\d*", what)
     if kind != "grow" and not is_average:
         raise UserError(f"init={c.init} must be grow:PATH or average:DIR,k")
+    folder = out / "init"
     if kind == "grow":
-        model = Motif.from_pretrained(what, dtype=torch.float32)
+        if Path(what).resolve() == folder.resolve():
+            raise UserError(f"init={c.init} would overwrite the model that it reads; move it")
+        model = Motif.from_pretrained(what)
     else:
         run, _, k = what.rpartition(",")
         model = average(Path(run), int(k))
         check_same_shape(c, model)
     check_same_theta(c, model)
 
-    folder = out / "init"
     if kind == "grow":
         grow_into(folder, model, model_config(c), c.seed)
     else:
-        shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder, FILE_BYTES)
     print(f"first weights by {c.init}, in {folder}", flush=True)
     return folder
@@ -381,8 +381,8 @@ def init_from(c, out: Path) -> Path:
 
 @torch.no_grad()
 def grow_into(folder: Path, model: Motif, config: MotifConfig, seed: int) -> None:
-    """Write what grow(model, config, seed=seed) returns into the folder, for a model in fp32.
-    Beside that model only the tensors of one file are in memory: some 5 GB."""
+    """Write what grow(model, config, seed=seed) returns into the folder, in fp32. Beside the model,
+    which becomes fp32 too, only the tensors of one file are in memory: some 5 GB."""
     config = replace(config, rope_theta=model.config.rope_theta)
     every = check_growth(model.config, config)
     with torch.device("meta"):
@@ -390,9 +390,8 @@ def grow_into(folder: Path, model: Motif, config: MotifConfig, seed: int) -> Non
     config_file = larger.config.to_dict() | {"torch_dtype": "float32"}
     print(f"growing to {sum(p.numel() for p in larger.parameters()):,d} parameters, in {folder}",
           flush=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    save_one_by_one(folder, "model", larger.state_dict(),
-                    grown_tensors(model, larger, every, NOISE_DB, seed), FILE_BYTES,
+    tensors = grown_tensors(model.float(), larger, every, NOISE_DB, seed)
+    save_one_by_one(folder, "model", larger.state_dict(), tensors, FILE_BYTES,
                     {"config.json": config_file})
 
 

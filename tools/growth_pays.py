@@ -165,8 +165,9 @@ def draw(found: list[dict], path: Path) -> None:
     axes.set(xlabel="training FLOPs", ylabel="held-out loss (nats per token)", yscale="log")
     lowest, highest = axes.get_ylim()
     ticks = [loss for loss in (1, 1.5, 2, 2.5, 3, 4, 5, 7, 10) if lowest <= loss <= highest]
-    axes.set_yticks(ticks, [f"{loss:g}" for loss in ticks])
-    axes.minorticks_off()
+    if len(ticks) > 1:
+        axes.set_yticks(ticks, [f"{loss:g}" for loss in ticks])
+        axes.minorticks_off()
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

@@ -204,7 +204,7 @@ def memory_of_rank(c: Config, tokens: int, checkpointed: int) -> tuple[dict, dic
         phases["Parallel Muon"] = shard_of_embeddings + parallel_muon_bytes(c, model)
     if c.eval_every and not alone and BF16 * total <= SAMPLE_BYTES:
         gradients = always.get("gradients", always.get("gradients of blocks"))
-        phases["samples"] = BF16 * total - gradients
+        phases["samples"] = max(0, BF16 * total - gradients)
     return always, phases
 
 

@@ -1,7 +1,7 @@
 # ablate.py: does what pays in 52M tokens still pay in four times as many?
 #
-# Most of the text is then read four times, the built-in code ten times, which is too often: the loss
-# of held-out code is lowest after half of the steps.
+# Most of the text is then read four times, the built-in code ten times, which is too often: the
+# loss of held-out code is lowest after half of the steps.
 
 axes = [
     {"4x": {"max_steps": 1600, "eval_every": 200}},

@@ -1,8 +1,8 @@
 # ablate.py: MuonClip, its parts, and AdamW at learning rates by factors of two
 #
-# All with 4:1 attention and SwiGLU. AdamW is run with three lengths of warm-up. With both optimizers
-# AdamW trains the embedding, which is the head, too: at 4e-3 in the runs with MuonClip. embed4e-3,
-# say, tells that it learns at that rate, whatever all else learns at.
+# All with 4:1 attention and SwiGLU. AdamW is run with three lengths of warm-up. With both
+# optimizers AdamW trains the embedding, which is the head, too: at 4e-3 in the runs with MuonClip.
+# embed4e-3, say, tells that it learns at that rate, whatever all else learns at.
 
 axes = [
     {"4to1-swiglu": {"activation": "swiglu"}},
