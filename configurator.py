@@ -88,12 +88,14 @@ def split_options(words: list[str]) -> dict[str, str]:
     return options
 
 
-def load(Config: type, argv: list[str], default_file: str | None = None) -> Any:
+def load(Config: type, argv: list[str], default_file: str | None = None,
+         about: str | None = None) -> Any:
     """Build a Config: its defaults, overridden by a config file, overridden by the command line.
 
     argv: at most one config file (else default_file, if that is given) and any --key=value.
     The result's attribute where_set, which is no field, maps each key to where its value was set.
-    With --help in argv the config is printed instead, and the program ends.
+    With --help in argv the config is printed instead, after `about` or a line of usage, and the
+    program ends.
     """
     script = Path(inspect.getfile(Config)).name
     types = get_type_hints(Config, include_extras=True)
@@ -112,7 +114,10 @@ def load(Config: type, argv: list[str], default_file: str | None = None) -> Any:
         set_key(config, types, "command line", key, value)
 
     if "--help" in argv or "-h" in argv:
-        print(f"usage: python {script} [config/X.py] [--key=value ...]\n\n{describe(config)}")
+        usage = f"usage: python {script} [config/X.py] [--key=value ...]"
+        if about:
+            usage = f"{about.strip()}\n\nThe options are those of {script}:"
+        print(f"{usage}\n\n{describe(config)}", flush=True)
         raise SystemExit
     return config
 

@@ -229,7 +229,8 @@ def install_signal_handlers() -> list[float]:
 
 def run_main(main) -> None:
     """Run a script's main(), on one rank or on one of many. A UserError is printed as one line,
-    with exit status 1; any other exception keeps its traceback."""
+    with exit status 1; any other exception keeps its traceback, except where nobody reads stdout
+    any more, as after `| head`."""
     message = None
     # What has been imported stays until the end. Frozen, it is not searched for garbage once more
     # when Python ends, which takes 0.3 s.
@@ -238,10 +239,16 @@ def run_main(main) -> None:
         stream.reconfigure(errors="backslashreplace")  # a terminal may not have every letter
     try:
         main()
+        sys.stdout.flush()
         if WORLD > 1 and dist.is_initialized():
             barrier()
     except KeyboardInterrupt:
         message = "interrupted; run the same command to go on"
+    except BrokenPipeError:
+        # When Python ends it flushes stdout, which must be a file then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if not {"--help", "-h"} & set(sys.argv):
+            message = "the program that read the output has ended, and so does this one"
     except UserError as e:
         message = str(e)
     if WORLD > 1:

@@ -186,13 +186,13 @@ def test_coerce_keeps_bool_int_and_float_apart():
 def test_help_shows_every_key_with_its_comment_and_what_was_set_where(capsys):
     Path("config/x.py").write_text("\nlr = 1\n")
     with pytest.raises(SystemExit) as e:
-        load(Config, ["config/x.py", "--width=8", "--help"])
+        load(Config, ["config/x.py", "--width=8", "--help"], about="What a tool does.")
     assert not e.value.code
 
     told = capsys.readouterr().out
     for key in asdict(Config()):
         assert f"    {key}: " in told
-    assert "# peak learning rate" in told
+    assert told.startswith("What a tool does.\n\n") and "# peak learning rate" in told
     assert "def area" not in told
     assert told.splitlines()[-2:] == ["width = 8  # command line", "lr = 1.0  # config/x.py:2"]
 

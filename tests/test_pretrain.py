@@ -886,3 +886,15 @@ def test_a_users_mistake_is_one_line_and_any_other_error_a_traceback(tmp_path):
         raise ValueError("a bug")
     with pytest.raises(ValueError, match="a bug"):
         run_main(broken)
+
+
+@pytest.mark.parametrize("word, said", [("--help", ""), ("", "has ended, and so does this one\n")])
+def test_a_reader_of_the_output_that_ends_gives_no_traceback(word, said):
+    """As in `python pretrain.py --help | head -1`. The program prints more than a pipe holds."""
+    program = "from support.ranks import run_main\nrun_main(lambda: print('x' * 10**6))"
+    child = subprocess.Popen([sys.executable, "-c", program, *word.split()], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.close()
+    errors = child.stderr.read()
+    child.wait()
+    assert errors.endswith(said) and len(errors.splitlines()) == bool(said)

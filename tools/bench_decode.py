@@ -13,7 +13,8 @@ import torch
 import triton
 
 from model import Decoder, Motif
-from tools.bench_plain_slice import bf16_model, load_config
+from support.ranks import run_main
+from tools.bench_plain_slice import bf16_model, check_gpu, load_config
 
 PROMPT = 128
 NEW = 256
@@ -72,6 +73,7 @@ def report(name: str, model: Motif, rows: int, speed_of_copy: float) -> None:
 
 
 def main() -> None:
+    check_gpu(__doc__)
     speed_of_copy = copy_speed()
     print(f"{torch.cuda.get_device_name()}: copy {speed_of_copy / 1e9:.0f} GB/s")
     if len(sys.argv) > 1:
@@ -90,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -256,7 +256,7 @@ def time_layer_step(shapes: list, device: str) -> None:
 
 
 def main() -> None:
-    c = load(Config, sys.argv[1:], default_file=QUICKSTART)
+    c = load(Config, sys.argv[1:], default_file=QUICKSTART, about=__doc__)
     with torch.device("meta"):
         model = Motif(model_config(c))
     shapes = [tuple(p.shape) for p in model.matrices().values()]

@@ -8,6 +8,7 @@ counts) and memory of
     stock PyTorch: bf16 autograd, eager and under torch.compile, with PyTorch's own attention, the
     definition of PolyNorm and all logits at once
 """
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,10 @@ import configurator
 import kernels
 import model as motif
 import pretrain
+from configurator import UserError
 from model import Motif, flops_per_token
 from support.log import peak_flops
+from support.ranks import run_main
 
 SLICE = ("motif2_12b.py", "--num_hidden_layers=6", "--activation_checkpoint_layers=0")
 T = 4096
@@ -144,7 +147,17 @@ def measure_stock(name: str, compiled: bool, wide_values: bool, backend: SDPBack
         measure(name, model, STOCK_ROWS * T, 6, step)
 
 
+def check_gpu(about: str) -> None:
+    """For --help print `about`, and end. UserError without a CUDA GPU."""
+    if "--help" in sys.argv or "-h" in sys.argv:
+        print(about, flush=True)
+        raise SystemExit
+    if not torch.cuda.is_available():
+        raise UserError("this measures a GPU, and there is none that torch can use; see --help")
+
+
 def main() -> None:
+    check_gpu(__doc__)
     measure_ours("kernels, bf16 weights without FSDP2", with_fsdp=False)
     measure_ours("kernels, fp32 weights, FSDP2 of one rank", with_fsdp=True)
     measure_stock("eager, 4 flash calls", compiled=False, wide_values=False,
@@ -156,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

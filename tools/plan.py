@@ -304,7 +304,7 @@ def dry_run_report(c: Config, curriculum: data.Curriculum) -> str:
 
 def main() -> None:
     """Print the plan of the model alone."""
-    c = load(Config, sys.argv[1:], default_file=QUICKSTART)
+    c = load(Config, sys.argv[1:], default_file=QUICKSTART, about=__doc__)
     print(cost_table(c, sorted(set(make_curriculum(c).seq_len))))
 
 

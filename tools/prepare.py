@@ -74,7 +74,7 @@ def verify(domains: dict[str, Domain]) -> None:
 
 
 def main() -> None:
-    c = load(Config, sys.argv[1:], default_file=QUICKSTART)
+    c = load(Config, sys.argv[1:], default_file=QUICKSTART, about=__doc__)
     part = parse_part(c.prepare_part)
     curriculum = make_curriculum(c)
     tokenizer = load_tokenizer(c.tokenizer)
