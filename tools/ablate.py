@@ -623,13 +623,14 @@ def draw(out: Path, grids: dict[str, list[Summary]]) -> None:
         baseline = baseline_curve(summaries)
         for i, summary in enumerate(summaries):
             color = f"C{i % 10}"
+            marker, line = ("o", "-") if i < 10 else ("s", ":")     # there are ten colours
             for curve in summary.curves:
                 points = [point for point in curve[1:] if point["tokens"] in baseline]
                 tokens = [int(point["tokens"]) / 1e6 for point in points]
                 above = [float(point["loss"]) - baseline[point["tokens"]] for point in points]
-                left.plot(tokens, above, marker="o", ms=2, lw=1, color=color)
+                left.plot(tokens, above, marker=marker, ls=line, ms=2, lw=1, color=color)
             losses = summary.losses()
-            right.plot(losses, [i] * len(losses), "o", ms=5, alpha=0.6, color=color)
+            right.plot(losses, [i] * len(losses), marker, ms=5, alpha=0.6, color=color)
             right.plot([statistics.fmean(losses)], [i], "|", ms=16, color=color)
         left.set_title(grid, loc="left", fontsize="medium")
         left.set_ylabel(f"loss less {summaries[0].runs[0]['baseline']}'s", fontsize="small")
