@@ -10,7 +10,8 @@ It differs in two places. Its attention subtracts a second attention map, the no
 (grouped differential attention, below), and its MLP has a learnt polynomial, PolyNorm, where Llama
 has SiLU. Both are defined here in plain PyTorch. kernels.py has faster forms of the same, which
 replace most of the definitions on a GPU, and some on a CPU. With kernels.ENABLED = False the
-definitions here run; but the loss stays kernels.linear_cross_entropy, in plain PyTorch.
+definitions here run, except for the losses, which stay in kernels.py, in plain PyTorch, and for
+matrices that are marked fp8.
 
 The letters that this project uses for sizes, with their values in Motif-2-12.7B:
 
@@ -26,6 +27,7 @@ The letters that this project uses for sizes, with their values in Motif-2-12.7B
     P   pairs of key heads, K / 2              8     a token has P values, one for each pair
     Dv  width of a value                       256   2D
     h   query heads that read one key head     4 signal heads, G r / P; 1 noise head, G / P
+    N   key heads that one softmax reads       P signal keys, or P noise keys
     F   intermediate size of the MLP           16,384   (in code, F is torch.nn.functional)
 
 Without noise heads (G = 0, plain grouped-query attention) P = K, Dv = D and h = H / K.
@@ -110,17 +112,19 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # three features. A bare cube is useless in a deep network: an activation of 30 becomes 27,000. So
 # each power is divided by its own root mean square over the F features of the token:
 #
-#     y = w3 n(x^3) + w2 n(x^2) + w1 n(x) + b        n(z) = z / rms(z)
+#     y = w3 n(x^3) + w2 n(x^2) + w1 n(x) + b        n(z) = z / rms(z) = z / sqrt(mean(z^2) + eps)
 #
 # It costs four scalars a layer, stored as weight = (w3, w2, w1) and bias = b, and three means over
 # the features. Fused, as in kernels.py, it moves no more memory than SiLU.
 #
 # Does it pay? In runs of 52M tokens with 115M parameters PolyNorm is worse than SwiGLU by 0.049
-# nats per token, +- 0.002, if w3, w2 and w1 begin at 1/3, as in its paper: its output is then more
-# than twice as large as that of a fresh SiLU. If they begin at 1/48, the default here ([ours]: no
-# paper says so), it is as good as SwiGLU, 0.001 better, +- 0.003; but with 24 narrower layers, or
-# after four times the tokens, it is 0.008 worse (one seed each). From there training makes w1 the
-# largest in nearly every layer, and hardly uses the cube. MEASUREMENTS.md has these runs.
+# nats per token, +- 0.002, if w3, w2 and w1 begin at 1/3, as in its paper. If they begin at 1/48,
+# the default here ([ours]: no paper says so), it is as good as SwiGLU, 0.001 better, +- 0.003; but
+# with 24 narrower layers, or after four times the tokens, it is 0.008 worse (one seed each). From
+# there training makes w1 the largest in nearly every layer, and hardly uses the cube.
+# MEASUREMENTS.md has these runs. They are 768 or 512 wide. Begun at 1/3, PolyNorm's output is at
+# width 768 2.4 times as large as that of a fresh SiLU, at 4,096 only 0.9 times, because SiLU's
+# grows with its input: so a wide model may do as well with 1/3.
 #
 # The gradient. With r_p = 1 / rms(x^p) for the powers p = 1, 2, 3, the derivative d r_p / d x_j is
 # -r_p^3 p x_j^(2p-1) / F. So, with g = dL/dy,
@@ -212,8 +216,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None 
     it (muonclip.py): it shrinks the queries and keys of a head whose logits grow too large.
     The softmax is in fp32. Both products, and so the logits, are in the dtype of q; kernels.py
     keeps logits in fp32."""
-    # There are three implementations: "fused", our GPU kernel, for which the callers below ask
-    # before they call this; "flex", PyTorch's FlexAttention; and "plain", which follows.
+    # The callers have tried our fused kernel before they call this. What is left is PyTorch's
+    # FlexAttention, and plain PyTorch, which follows.
     if kernels.attention_form(q, k, v, query_slots) == "flex":
         return kernels.flex_softmax_attention(q, k, v, doc_start, query_slots)
     B, T, N, h, D = q.shape
@@ -245,16 +249,18 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None 
 #     signal map  (0.50, 0.25, 0.25)
 #     noise map   (0.00, 0.50, 0.50)       lambda = 0.5:  signal - lambda noise = (0.50, 0, 0)
 #
-# There, every head has a noise map of its own, so half of the query heads carry noise, which is
-# much the same for all of them. Here r signal heads form a group with one noise head (section 3 of
-# 2510.06949; r = 4 in the 12.7B model), and for signal head c = 1 .. r of a group
+# In the Differential Transformer every head has a noise map of its own, so half of the query heads
+# carry noise, which is much the same for all of them. Here r signal heads form a group with one
+# noise head (section 3 of 2510.06949; r = 4 in the 12.7B model), and for signal head c of a group,
+# one of r,
 #
-#     out_c = (softmax(q_c k1^T / sqrt D) - lambda softmax(q_noise k2^T / sqrt D)) v
-#     y_c   = (1 - lambda_init) RMSNorm(out_c)                          each head by itself
+#     out_c  = (softmax(q_c k1^T / sqrt D) - lambda softmax(q_noise k2^T / sqrt D)) v
+#     y_c    = (1 - lambda_init) weight * out_c / rms(out_c)            each head by itself
+#     lambda = exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) + lambda_init
 #
-# where lambda_init is the fixed value around which the layer's lambda starts. Keys come in pairs,
-# k1 for signal and k2 for noise. A pair's two value heads of D lie side by side, and both maps read
-# them as one value, Dv = 2D wide. One group, g = 0 .. 7 in 12.7B, where P = G:
+# where lambda_init is a fixed number, by the layer, and the four vectors are learnt. Keys come in
+# pairs, k1 for signal and k2 for noise. A pair's two value heads of D lie side by side, and both
+# maps read them as one value, Dv = 2D wide. One group, g = 0 .. 7 in 12.7B, where P = G:
 #
 #     query heads     5g      5g+1    5g+2    5g+3         5g+4
 #                     signal  signal  signal  signal       noise
@@ -273,10 +279,10 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None 
 #
 # Does it pay? In runs of 52M tokens with 115M parameters it is better than grouped-query attention
 # of as many parameters by 0.107 nats per token, +- 0.002, with its wide values and the norm of its
-# heads, which were not tried alone. A step takes 1.05 times as long; after 0.93 of the steps it is
-# still better by 0.068 (one seed). How many signal heads share a noise head matters little: with 6
-# and 6 heads the loss is 0.006 lower than with 8 and 2, +- 0.003, and with 8 and 4 it is the same.
-# (MEASUREMENTS.md has these runs.)
+# heads, which were not tried alone. (Both have SwiGLU.) A step takes 1.05 times as long; after 0.93
+# of the steps it is still better by 0.068 (one seed). How many signal heads share a noise head
+# matters little: with 6 signal and 6 noise heads the loss is 0.006 lower than with 8 and 2,
+# +- 0.003, and with 8 and 4 it is the same. (MEASUREMENTS.md has these runs.)
 #
 # Beside grouped-query attention with the same 32 signal heads it costs 8 more query heads and, for
 # values of 256 numbers, an o_proj twice as wide: 71.3M parameters in a layer's attention and not
@@ -331,7 +337,8 @@ def grouped_differential_attention(
 
 def differential_norm(signal: Tensor, noise: Tensor, lambda_: Tensor, weight: Tensor,
                       scale: Tensor | float, eps: float) -> Tensor:
-    """The second half: scale * RMSNorm(signal - lambda noise), each head by itself, in fp32.
+    """The second half: scale * weight * RMSNorm(signal - lambda noise), each head by itself, in
+    fp32. scale is 1 - lambda_init.
 
     signal (B, T, G, r, 2D), noise (B, T, G, 1, 2D), lambda_ a scalar, weight (2D,), the same for
     all heads -> (B, T, G r 2D), what o_proj reads. The norm gives every head the same scale:
@@ -385,14 +392,16 @@ class MotifConfig:
     num_attention_heads: Dim = 10     # query heads, signal and noise together
     num_key_value_heads: Dim = 4      # key heads; with noise heads they come in pairs
     num_noise_heads: Annotated[int, 0, 2**24] = 2       # 0: grouped-query attention, to compare
-    head_dim: Annotated[int, 2, 2**24] = 32     # per query and key head; values are twice as wide
+    head_dim: Annotated[int, 2, 2**24] = 32     # per query and key head; with noise heads values
+                                                # are twice as wide
     activation: Literal["poly_norm", "swiglu"] = "poly_norm"  # of the MLP's gate; swiglu to compare
     rms_norm_eps: Annotated[float, 1e-30] = 1e-6  # block and final norms, and PolyNorm
     attn_rms_norm_eps: Annotated[float, 1e-30] = 1e-5  # per-head norm
     rope_theta: Annotated[float, 1] = 10_000.0    # base of the rotary wavelengths
     max_position_embeddings: Dim = 4096       # longest sequence
     tie_word_embeddings: bool = False         # the head is the embedding
-    poly_norm_scale: NonNegative = 1 / 16     # [ours] PolyNorm's first weights are a third of it
+    poly_norm_scale: NonNegative = 1 / 16     # [ours] each of PolyNorm's three weights begins at a
+                                              # third of it
 
     @property
     def value_shape(self) -> tuple[int, int]:
@@ -443,7 +452,7 @@ class MotifConfig:
                             f"num_noise_heads={G}")
         if flops_per_token(self, seq_len=1)[0] > 2**41:      # two for each parameter
             raise UserError("hidden_size, intermediate_size, vocab_size and num_hidden_layers "
-                            "make more than 2^40 parameters; is one of them mistyped?")
+                            "make about 2^40 parameters or more; is one of them mistyped?")
 
     @classmethod
     def from_dict(cls, config: dict) -> "MotifConfig":
@@ -620,7 +629,8 @@ def generation_step(block: Block, x: Tensor, angles: tuple[Tensor, Tensor],
                     cache: LayerCache) -> Tensor:
     """Block.forward of one new token in each row, x (B, 1, hidden). The largest logits, which only
     training needs, are dropped, so torch.compile leaves them out: they took a sixth of the time of
-    a small model's step with 32 rows."""
+    a small model's step with 32 rows. (Not block(...), as training may have replaced its forward
+    by a compiled one.)"""
     x, _ = Block.forward(block, x, angles, cache=cache)
     return x
 
@@ -660,8 +670,8 @@ class Motif(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """The standard deviation 0.02 is our choice: the report does not say. The layer numbers
-        are set again because to_empty() leaves them uninitialised."""
+        """Draw fresh weights. The standard deviation 0.02 is our choice, as arXiv 2511.07464 gives
+        none. The layer numbers are set again because to_empty() leaves them uninitialised."""
         for i, block in enumerate(self.model.layers):
             block.self_attn.layer.fill_(i)
         for module in self.modules():

@@ -802,16 +802,20 @@ class MuonPlan:
         self.counts = {"u": u_counts, "O": O_counts}
 
         # Where in the mesh each rank is.
-        places = [(mesh == rank).nonzero() for rank in sorted(mesh.flatten().tolist())]
+        places = []
+        for rank in sorted(mesh.flatten().tolist()):
+            places.append((mesh == rank).nonzero())
         coords = torch.cat(places)                          # (ranks, dimensions of the mesh)
         for k, chunk in enumerate(self.chunks):
             for i in chunk:
                 owner = self.owner[i]
                 dims = shard_dims[i]
-                self.slices[i] = [local_slices(shapes[i], mesh.shape, dims, coord)
-                                  for coord in coords.tolist()]
-                sizes = torch.tensor([math.prod(cut.stop - cut.start for cut in shard)
-                                      for shard in self.slices[i]])
+                self.slices[i] = []
+                sizes = torch.zeros(ranks, dtype=torch.int64)
+                for r, coord in enumerate(coords.tolist()):
+                    shard = local_slices(shapes[i], mesh.shape, dims, coord)
+                    self.slices[i].append(shard)
+                    sizes[r] = math.prod(cut.stop - cut.start for cut in shard)
 
                 # The owner's replica sends u: it has the owner's coordinates in all dimensions of
                 # the mesh that replicate the matrix. With one replica there is no such dimension,
@@ -909,7 +913,10 @@ class ShardExchange:
             if self.plan.owner[i] == self.me:
                 whole_u[i] = received.new_empty(self.plan.shapes[i])
 
-        shards = [shard for r, i, shard in self.plan.shards(whole_u) if self.plan.is_sender[i][r]]
+        shards = []
+        for r, i, shard in self.plan.shards(whole_u):
+            if self.plan.is_sender[i][r]:
+                shards.append(shard)
         pieces = received.split([shard.numel() for shard in shards])
         for shard, piece in zip(shards, pieces):
             shard.copy_(piece.view_as(shard))
@@ -917,7 +924,10 @@ class ShardExchange:
 
     def send_O(self, k: int, whole_O: dict[int, Tensor]) -> None:
         """Start to send every rank its shards of the O that this rank has computed."""
-        self.send("O", k, [shard.flatten() for _, _, shard in self.plan.shards(whole_O)])
+        pieces = []
+        for _, _, shard in self.plan.shards(whole_O):
+            pieces.append(shard.flatten())
+        self.send("O", k, pieces)
 
     def apply_O(self, k: int, optimizer: MuonClip, scalars: SimpleNamespace) -> None:
         """Wait for O(k), which comes in the order of chunks[k], and update this rank's shards of

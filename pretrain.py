@@ -21,10 +21,10 @@ the names of folders count the steps that are done: "step N" is the state after 
 would hold the initial weights, and the line "step 10" reports the loss of batch 9.
 
 To resume, give the same command again (without --resume=no). It continues from the newest
-checkpoint in out_dir: bit for bit as if nothing had interrupted it on the same number of GPUs, up
-to rounding on another. Ctrl-C, or the SIGTERM that a cluster sends, lets the current step end,
-saves a checkpoint (unless save_every is None) and exits with status 0; until the first step is done
-there is nothing to save, and they end the run at once.
+checkpoint in out_dir. On the same number of GPUs the result is bit for bit that of a run which
+nothing interrupted; on another, it is equal up to rounding. Ctrl-C, or the SIGTERM that a cluster
+sends, lets the current step end, saves a checkpoint (unless save_every is None) and exits with
+status 0; until the first step is done there is nothing to save, and they end the run at once.
 
 The file has, in this order: the knobs, the schedules, one training step, what a step reads, the
 loop; then FSDP2, checkpoints, validation, the set-up and main. What any training run needs is in
@@ -178,6 +178,12 @@ def model_config(c: Config) -> MotifConfig:
 
 # ---- schedules: learning rate and RoPE's base
 #
+# Both follow the curriculum, which says what each step reads (data.Curriculum):
+#
+#     tokens[t]     how many tokens were read before step t; tokens[steps] is the total
+#     rows[t]       sequences in its global batch
+#     seq_len[t]    tokens of a sequence
+#
 # The learning rate follows WSD: warm-up, stable, decay (Motif-2, arXiv 2511.07464). A cosine over
 # the whole run depends on the run's length from its first step on. Here the stable part does not:
 # a checkpoint from it can be trained for as long as one likes, and decayed whenever a finished
@@ -201,7 +207,8 @@ def lr_at(c: Config, curriculum: data.Curriculum, step: int) -> float:
         inverse_sqrt  1 / sqrt(1 + x (1 / m^2 - 1)), where m is at least 1e-3
 
     Here m is min_lr, and x is the fraction of the decay's tokens that was read before the step. All
-    three are 1 at x = 0 and m at x = 1. The last step begins before x = 1: below, at x = 0.75.
+    three are 1 at x = 0 and m (the third at least 1e-3) at x = 1. The last step begins before x =
+    1: below, at x = 0.75.
 
     >>> c = Config(lr=1.0, warmup_steps=3, decay_fraction=0.4, min_lr=0.1, max_steps=10)
     >>> curriculum = make_curriculum(c)
@@ -224,8 +231,8 @@ def lr_at(c: Config, curriculum: data.Curriculum, step: int) -> float:
 
 def theta_at(c: Config, tokens: int) -> float:
     """RoPE's base once so many tokens have been read. One raises the base as the sequences get
-    longer. An evaluation between two steps uses the base and the row length of the next step
-    (Validation.rows_at).
+    longer. An evaluation between two steps uses the base and the row length of the next step, and
+    after the last step of that one (Validation.rows_at).
 
     >>> c = Config(rope_theta_schedule=[[0, 10_000], [1_000_000, 500_000]])
     >>> theta_at(c, tokens=999_999), theta_at(c, tokens=1_000_000)
@@ -254,6 +261,7 @@ def theta_at(c: Config, tokens: int) -> float:
 #
 #     of blocks                 after each micro-batch: no rank has room for all their gradients
 #     of embedding and head     once a step: until then ranks add up theirs, whole and in fp32
+#                               (with sum_embeddings_once=False after each micro-batch, too)
 #     with copies of the model  once a step besides, among ranks with the same shard (HSDP)
 #     on a single rank          there is nothing to sum: all matrices stay gathered for the step
 #
@@ -276,7 +284,8 @@ class StepResult(NamedTuple):
 def train_step(model: Motif, optimizer, batch: tuple, micro_batch_rows: int, num_targets: int,
                lr: float, c: Config) -> StepResult:
     """One optimizer step. batch: ids, targets and, in fine-tuning, doc_ids, each (R, T): the R rows
-    of this rank, on the CPU. num_targets: how many targets the global batch has."""
+    of this rank, on the CPU. micro_batch_rows: how many of them go through the model at a time.
+    num_targets: how many targets the global batch has."""
     device = model.head_weight.device
     on_cuda = device.type == "cuda"
     if on_cuda:
@@ -342,7 +351,7 @@ def split_micro_batches(batch: tuple, rows: int) -> list[tuple]:
 
 def set_gradient_sync(model: Motif, is_last: bool, sum_embeddings_once: bool) -> None:
     """Tell FSDP2 what to do at the end of a micro-batch's backward pass."""
-    # Copies of the model (HSDP).
+    # Copies of the model (HSDP) sum their gradients once a step.
     model.set_requires_all_reduce(is_last)
 
     # Embedding and head, the group of `model` itself, are 1.8B of the 12.7B parameters, and nothing
@@ -401,9 +410,9 @@ class Dataset(Protocol):
     A batch is a pure function of the seed, the step and the plan that `curriculum` is. So a run
     that resumes reads what it would have read, and the number of ranks does not matter."""
 
-    curriculum: data.Curriculum      # or an object with its steps, seq_len, rows, shares, names,
-                                     # earlier_plans (see make_curriculum); tokens, of which there
-                                     # are steps + 1; and context: the length that FLOPs are counted
+    curriculum: data.Curriculum      # or an object with its steps, tokens, rows, seq_len, shares
+                                     # and names; earlier_plans (make_curriculum says what that is);
+                                     # and context[t], the length that FLOPs of step t are counted
                                      # with
 
     def batch(self, step: int, first: int, world: int) -> np.ndarray | tuple:
@@ -454,7 +463,7 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
     log = begin_log(c, out, dataset, model, optimizer, start)
     validation = Validation(c, held_out, curriculum, tokenizer, encode_prompt, task_scores, device)
     timer = StepTimer(start_step, optimizer, device)
-    signals = []                            # until the handlers are installed
+    signals = []    # when they arrived; the handlers are installed after the first step
     step = start_step
     while True:
         finished = step == curriculum.steps
@@ -462,7 +471,7 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
         # The end forces an evaluation, a stop forces a save. A run that goes on repeats neither.
         evaluate_now = step > log.last_evaluation and is_due(step, c.eval_every, finished)
         save_now = step > start_step and is_due(step, c.save_every, stop)
-        model.config.rope_theta = theta_at(c, curriculum.tokens[step])  # as the next step has it
+        model.config.rope_theta = theta_at(c, curriculum.tokens[min(step, curriculum.steps - 1)])
 
         # What is not training: evaluate and save, where that is due; stop.
         if evaluate_now or save_now or stop:
@@ -501,7 +510,8 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
 
 def tell_of_compiling(log: Log, c: Config, device: torch.device, seq_len: list[int], step: int,
                       start_step: int) -> None:
-    """Say why a step takes longer: torch.compile makes a graph for each length of rows."""
+    """Say why a step takes longer: torch.compile makes a graph for each length of rows. (It makes
+    another where their number changes, which is not announced.)"""
     is_new = step == start_step or seq_len[step] != seq_len[step - 1]
     if compiles(c, device) and is_new:
         log.print(f"compiling for rows of {seq_len[step]:,d} tokens: step {step + 1} takes half a "
@@ -536,9 +546,9 @@ def begin_log(c: Config, out: Path, dataset: Dataset, model: Motif, optimizer,
 
 def evaluate_and_log(validation: "Validation", model: Motif, optimizer, curriculum, step: int,
                      log: Log) -> None:
-    losses, samples = validation.evaluate_and_sample(model, step)
+    result, samples = validation.evaluate_and_sample(model, step)
     layers = layer_stats(model.model.layers, optimizer)
-    log_evaluation(log, curriculum, step, losses, layers, samples)
+    log_evaluation(log, curriculum, step, result, layers, samples)
 
 
 def is_due(step: int, every: int | None, or_if: bool) -> bool:
@@ -612,7 +622,8 @@ def build(c: Config, device: torch.device) -> Motif:
                 module.fp8 = compute_precision(c, device) == "fp8"
         if compiles(c, device):
             # Each shape of a micro-batch gets a graph of its own: one for each sequence length of
-            # the curriculum, and one more where the last micro-batch has fewer rows.
+            # the curriculum, one more where the last micro-batch has fewer rows, and others where
+            # the batch grows.
             torch._dynamo.config.recompile_limit = 64
             block.forward = torch.compile(block.forward, dynamic=False)
         if i < c.activation_checkpoint_layers:
@@ -645,7 +656,8 @@ def shard(model: Motif, c: Config, device: torch.device) -> None:
 
     # Gradients are summed over ranks in fp32; those of blocks, with FP8, in bf16, as the report has
     # it. FSDP2 adds up micro-batches in the same dtype where it waits for the last one to sum, and
-    # there bf16 would lose them: for embedding and head, and for copies of the model.
+    # there bf16 would lose them: for embedding and head, for copies of the model, and on a single
+    # rank.
     in_bf16 = c.sum_precision == "bf16" or (c.sum_precision == "auto" and precision == "fp8")
     in_bf16 = in_bf16 and WORLD > 1 and c.dp_replicate == 1
     block_dtype = torch.bfloat16 if in_bf16 else torch.float32
@@ -676,10 +688,11 @@ def shard(model: Motif, c: Config, device: torch.device) -> None:
 
 # Sampling takes a forward pass for each new token. To all-gather the whole model for each of them
 # would take minutes, so it is gathered once, and freed after the last prompt. A model that is too
-# large for that writes no samples.
+# large for that writes no samples, and has no task scores.
 
 SAMPLE_BYTES = 30 * 10**9    # of the gathered model [ours]: Motif-2-12.7B has 25 GB in bf16
-NO_SAMPLES = "no samples: the model is larger than SAMPLE_BYTES, and no rank could gather it"
+NO_SAMPLES = ("no samples and no task scores: the model is larger than SAMPLE_BYTES, and no rank "
+              "could gather it")
 
 
 def can_be_gathered(model: Motif) -> bool:

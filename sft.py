@@ -5,8 +5,11 @@ settings:
 
     python sft.py --stage=1 --model=PATH --data="{'mine': ['talks/*.jsonl', 1.0]}"
 
-It prints its settings first. data.txt in its out_dir tells what it reads, and what it dropped and
-why; the other files there are those of pretrain.py.
+For conversations of your own stage 1 is enough: 2 and 3 also drop some of them, by their quality.
+To talk to the result: `python eval.py --model=OUT_DIR --tasks=chat`.
+
+A stage prints its settings first. data.txt in its out_dir tells what it reads, and what it dropped
+and why; the other files there are those of pretrain.py.
 
 Ideas first: the three stages, the chat format, packing, epochs and batches; then how conversations
 are prepared, and the run, train_stage. Where they come from is told in support/conversations.py;
@@ -91,7 +94,8 @@ class Stage:
     # For support/selection.py:
     best_share: float | None = None       # how much of a domain is kept, by quality; None: all
     duplicate_share: float | None = None  # how much a conversation may share with those before it;
-                                          # None: it may be a copy
+                                          # None: it may be a copy, and none is dropped as
+                                          # repetitive or incoherent
 
 
 STAGES = {
@@ -123,7 +127,8 @@ class Config(TrainConfig):
         python sft.py --stage=1                    the quick start's model, then --stage=2, 3
         python sft.py --stage=1 --model=out/mine --data="{'mine': ['talks/*.jsonl', 1.0]}"
 
-    Often set as well: --seq_len=4096 --batch_tokens=262144 --lr=1e-5 --max_steps=500.
+    Often set as well: --seq_len=4096 --batch_tokens=262144 --max_steps=500, and --lr=1e-5 for a
+    large model. A small one needs more: --lr_scale is 200 for the quick start.
     A line of talks/*.jsonl is a conversation: {"messages": [{"role": "user", "content": "2+2?"},
     {"role": "assistant", "content": "4"}]}, or has another of LAYOUTS in support/conversations.py.
     """
@@ -143,7 +148,8 @@ class Config(TrainConfig):
                                     # drop what shares 13 words in a row with one of their texts;
                                     # always done against the questions in benchmark_dir
     epochs: Count = 1               # [ours] an epoch reads as many tokens as all domains hold
-                                    # together, divided by weight; none is read more than 4 times
+                                    # together, shared out by weight; in each, a domain is read 4
+                                    # times at most
     max_steps: Count | None = None  # the run ends after so many steps if epochs has more
     batch_tokens: Count | None = None  # tokens per step over all ranks; None: the report's
                                     # 32,000,000, or as few as give about MIN_STEPS steps
@@ -152,7 +158,7 @@ class Config(TrainConfig):
 
     # Learning rate
     lr: NonNegative | None = None   # at its peak; None: the stage's in STAGES, times lr_scale
-    lr_scale: NonNegative = 1.0     # a small model takes larger steps
+    lr_scale: NonNegative = 1.0     # a small model takes larger steps; without effect if lr is set
     warmup_fraction: Fraction = 0.05  # of the steps, in which lr rises linearly; then it falls on a
                                     # cosine to 0
 
@@ -215,8 +221,8 @@ def default_out_dir(c: Config) -> str:
 # ---- the chat format
 
 # A conversation is a list of messages, {"role": "system" | "user" | "assistant", "content": text}.
-# The model sees it as one sequence, in the turn format of the Motif family (without the spaces and
-# line breaks shown here, which are not there):
+# The model sees it as one sequence, in the turn format of the Motif family. (Spaces and the line
+# break of this drawing are no part of it; each \n\n is two newlines.)
 #
 #     <|beginoftext|> <|startofturn|><|user|>\n\n{content}<|endofturn|>
 #                     <|startofturn|><|assistant|>\n\n{content}<|endofturn|> ...
@@ -395,7 +401,7 @@ def collate(rows: list[list[np.ndarray]], T: int) -> tuple[np.ndarray, np.ndarra
 # more tokens, the next epoch continues where this one ends; if it has fewer, they are repeated.
 #
 # A domain's *reading order* is all its conversations in a random order, then all in another order,
-# and so on. With a budget of q tokens, epoch e reads from token e q of it to token (e + 1) q, and a
+# and so on. With a budget of q tokens, epoch e reads from token e * q of it to (e + 1) * q, and a
 # conversation that lies on the border belongs to the epoch in which its middle falls.
 #
 # An epoch's conversations, of all domains, are packed together. Packing begins with the longest, so
@@ -425,7 +431,7 @@ def epoch_budgets(sizes: dict[str, int], weights: dict[str, float]) -> dict[str,
     >>> epoch_budgets({"help": 600, "skills": 200}, {"help": 0.5, "skills": 0.5})
     {'help': 400.0, 'skills': 400.0}
 
-    Two thirds of help are read, and skills twice. A tiny domain is read REPEATS times at most,
+    Two thirds of help are read, and skills twice. An epoch reads a domain REPEATS times at most,
     since a model learns by heart what it reads too often; then the epoch is shorter:
 
     >>> epoch_budgets({"help": 790, "skills": 10}, {"help": 0.5, "skills": 0.5})
@@ -586,8 +592,8 @@ def pack_val_rows(chats: TokenizedChats, tokens: int,
 def prepare(c: Config, tokenizer: Tokenizer) -> Path:
     """Read, choose, hold out and encode a stage's conversations -> a folder with data.txt, which
     reports, and TokenizedChats: val-NAME of each domain, train-NAME of each with a weight above 0.
-    A folder that is there already is used again: its name has a hash of all that decides what is in
-    it. A domain's text must fit in memory."""
+    A folder that is there already is used again: its name has a hash of what decides what is in it
+    (preparation_key). A domain's text must fit in memory."""
     folder = Path(c.data_dir) / f"sft-{preparation_key(c, tokenizer)}"
     if folder.exists():
         return folder
@@ -600,7 +606,7 @@ def prepare(c: Config, tokenizer: Tokenizer) -> Path:
         (temporary / "data.txt").write_text("\n".join(report) + "\n", encoding="utf-8")
         os.replace(temporary, folder)
     except OSError:
-        if not folder.exists():      # another run, which has made the same meanwhile
+        if not folder.exists():      # else another run has made the same meanwhile
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -662,8 +668,8 @@ def prepare_domain(c: Config, name: str, tokenizer: Tokenizer, held_out: set[int
     # parts: {"val": conversations, "train": ...}; with weight 0 only "val"
     parts, lines = select_conversations(source, weight, held_out, benchmark, stage.best_share,
                                         stage.duplicate_share)
+    encode = partial(truncate_to_turn, tokenizer, T=c.seq_len)
     for part, conversations in parts.items():
-        encode = partial(truncate_to_turn, tokenizer, T=c.seq_len)
         encoded, line = encode_chats(conversations, encode)
         lines.append(f"{part}: {line}")
         if not encoded:
@@ -909,7 +915,10 @@ def describe_data(c: Config, dataset: PackedChatDataset) -> str:
         lines.append("note: without --benchmark_dir, conversations with questions of --eval_tasks "
                      "are not looked for")
     if curriculum.steps < 20:  # [ours]
-        lines.append(f"note: {curriculum.steps} steps are few; a smaller --batch_tokens gives more")
+        advice = "a larger --epochs gives more"
+        if dataset.batch_tokens >= 2 * c.seq_len:
+            advice = "a smaller --batch_tokens gives more"
+        lines.append(f"note: {curriculum.steps} steps are few; {advice}")
     return "\n".join(lines)
 
 

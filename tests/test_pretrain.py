@@ -246,6 +246,13 @@ def test_the_base_of_rope_follows_its_schedule(run):
     assert Motif.from_pretrained("out/step_4").config.rope_theta == 20
 
 
+def test_a_change_of_theta_in_the_last_step_is_too_late(run):
+    """The last evaluation and checkpoint have the base that the weights were trained with."""
+    run(max_steps=4, rope_theta_schedule=[[0, 10_000], [1000, 20]])     # the last step: 768 to 1024
+    config = json.loads(Path("out/step_4/config.json").read_text())
+    assert config["rope_theta"] == 10_000
+
+
 # ---- FSDP2, activation checkpointing, torch.compile, low precision
 
 @pytest.mark.parametrize("options", [dict(), dict(tie_word_embeddings=True)])
