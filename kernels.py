@@ -836,21 +836,22 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # The logits of one layer of Motif-2-12.7B at T = 4,096 are 40 heads x 4096 x 4096: 2.5 GiB in fp32,
 # at 16,384 tokens sixteen times as many. FlashAttention (2205.14135) does not write them to memory:
 # it makes them block by block in registers, and uses each block right away. What is special here is
-# that the value heads are twice as wide as the keys (2D), that signal and noise heads are computed
-# by one launch, and that it returns the largest logit of each head, which QK-clip wants.
+# that the value heads may be twice as wide as the keys (2D), that signal and noise heads are
+# computed by one launch, and that the largest logit of each head, which QK-clip wants, is returned.
 #
 # Who reads what. As in model.py there are H query heads, and P pairs of key heads, each pair with a
-# value head. Query heads stand group after group, each group's noise head last. `group` counts all
-# G groups of a sequence, and GROUPS_PER_PAIR = G / P of them share one pair of key heads. (`head`
-# counts the heads of a sequence.) In 12.7B P = G = 8, so GROUPS_PER_PAIR = 1, and r = 4,
-# HAS_NOISE = 1:
+# value head. A group is r signal heads and, if HAS_NOISE is 1, a noise head, which comes last. The
+# query heads stand group after group. `head` is the number of a head in its sequence, `group` that
+# of its group among the G groups of the sequence, `place` that of the head in its group.
+# GROUPS_PER_PAIR = G / P groups share one pair of key heads. Queries and keys are D wide. In 12.7B
+# P = G = 8, so GROUPS_PER_PAIR = 1, and r = 4, HAS_NOISE = 1:
 #
 #     head  = group * (r + HAS_NOISE) + place
 #     pair  = group // GROUPS_PER_PAIR                             12.7B:
 #     place < r     a signal head: reads key head 2 * pair         heads 0 .. 3 read key head 0
 #     place == r    the noise head: reads key head 2 * pair + 1    head 4 reads key head 1
 #                                                                  heads 5 .. 8 read key head 2, ...
-#     both read value head `pair`, which is Dv = 2D wide
+#     both read value head `pair`, Dv wide: 2D in 12.7B, and D is possible
 #
 # So is_noise = place // r. For plain grouped-query attention HAS_NOISE is 0: then a "pair" is one
 # key head, and a group is the r query heads that read it, so that G = P, where model.py has G = 0.
@@ -878,25 +879,25 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 #
 # The algorithm. One program computes BQ queries of one head. It walks over the keys, BK at a time.
 # A row of the block of logits belongs to a query. (Here a logit is q.k * qk_scale; see Units.)
-# While its largest logit is still unknown the program keeps, as in FlashAttention, for each row
+# A row's largest logit is known only at the end. Until then the program keeps for each row, as in
+# FlashAttention,
 #
 #     row_max    the largest logit so far
 #     row_sum    the sum of 2^(logit - row_max) so far
 #     acc        the sum of 2^(logit - row_max) * value so far
 #
 # (2^x, as the GPU has an instruction for it, and none for e^x.) A new block first raises row_max to
-# new_max; what was summed before is then too large by 2^(new_max - row_max), so row_sum and acc are
-# multiplied by alpha = 2^(row_max - new_max). At the end out = acc / row_sum, and row_max is the
-# largest logit of the row, for free. By hand: logits 1, 3 in the first block, 4 in the second.
-# After the first row_max = 3, row_sum = 2^-2 + 2^0 = 1.25. The second raises row_max to 4, so alpha
-# = 2^-1 and row_sum = 1.25 * 0.5 + 2^0 = 1.625, which is 2^(1-4) + 2^(3-4) + 2^(4-4).
+# new_max; what was summed before is then too large by the factor 2^(new_max - row_max), so row_sum
+# and acc are multiplied by alpha = 2^(row_max - new_max). At the end out = acc / row_sum, and
+# row_max is the largest logit of the row, for free. By hand: logits 1, 3 in the first block, 4 in
+# the second. After the first row_max = 3, row_sum = 2^-2 + 2^0 = 1.25. The second raises row_max to
+# 4, so alpha = 2^-1 and row_sum = 1.25 * 0.5 + 2^0 = 1.625, which is 2^(1-4) + 2^(3-4) + 2^(4-4).
 #
-# Units. A softmax over 2^x needs logits that are larger by log2(e): e^s = 2^(s log2(e)). So
-# row_max, and the block_max that the kernel stores, are maxima of q.k times qk_scale =
-# log2(e) / sqrt(D).
-# Only the max_logits that attention_forward returns are natural logits, as in model.py. In the code
-# `logits` are the bare q.k: the scale is applied where the maximum is taken, and inside exp2
-# together with the subtraction of row_max, one fused multiply-add.
+# Units. A softmax over 2^x needs logits that are multiplied by log2(e): e^s = 2^(s log2(e)). So
+# row_max, and the block_max that the kernel stores, are maxima of q.k times qk_scale = log2(e) /
+# sqrt(D). Only the max_logits that attention_forward returns are natural logits, as in model.py. In
+# the code `logits` are the bare q.k: the scale is applied where the maximum is taken, and inside
+# exp2 together with the subtraction of row_max, one fused multiply-add.
 #
 # Besides inputs and outputs, only lse = row_max + log2(row_sum) of each row is saved for the
 # backward pass: from it the softmax, p = 2^(q.k * qk_scale - lse), can be had again.
@@ -909,7 +910,7 @@ def attention_forward_sweep(q, acc, row_max, row_sum, k_desc, v_desc, seq_begin,
                             queries, doc_start, lo, hi, qk_scale, MASKED: tl.constexpr,
                             BK: tl.constexpr):
     """The online softmax of the queries q (BQ, D) over the keys lo to hi. `queries` are their
-    places in the sequence, which begins at row seq_begin of k and v."""
+    positions in the sequence, which begins at row seq_begin of k and v."""
     for first_key in range(lo, hi, BK):
         logits = tl.dot(q, k_desc.load([seq_begin + first_key, k_col]).T)
         if MASKED:
@@ -1039,7 +1040,7 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 # p = (3/4, 1/4), out = 3, dp = (4, 0), delta = 3 and ds = (3/4, -3/4), so dq = 3/4 ln 3,
 # dk = (3/4, -3/4) and dv = (3/4, 1/4).
 #
-# In plain PyTorch, for a pair with one group, and with mask -inf where a key is not visible:
+# In plain PyTorch, for a pair with one group, and with mask -inf where a key is not visible, else 0:
 #
 #     for place in range(r + HAS_NOISE):
 #         key_head = place // r                                     # 0 signal, 1 noise
@@ -1058,7 +1059,7 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #     attention_delta_kernel        out, d_out -> delta
 #     attention_dkdv_kernel         q, k, d_out, lse -> dv   (if dv has its own pass: D = 128)
 #     for as many pairs at a time as ds has room for:
-#         attention_dkdv_kernel     q, k, v, d_out, lse, delta -> dk, ds (and dv, if D = 64)
+#         attention_dkdv_kernel     q, k, v, d_out, lse, delta -> dk, ds (and dv, if D <= 64)
 #         attention_dq_kernel       ds, k -> dq
 #
 # Why so? dk and dv want a program per block of keys, which goes over the queries; dq wants the
@@ -1120,7 +1121,7 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 # only as many pairs as fit DS_BYTES at one time (at least one). first_pair is the first of them,
 # counted in the whole batch. A pass for dv alone does all pairs, with first_pair = 0.
 #
-# Numbers of a head. In attention_dkdv_kernel a program knows its pair, and in each step
+# Numbers of a head. In attention_dkdv_kernel a program knows its pair, and its sweep in each step
 # head_in_pair, which counts the heads of the pair; the other kernels start from head_in_batch or
 # head_in_ds. The tensors are laid out in four ways, so the same head has four numbers:
 #
@@ -1138,8 +1139,8 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 #                     sequence          d_noise (d_out)   pair
 #
 # A head reads key_head = pair * (1 + HAS_NOISE) + is_noise of k, and value head `pair` of v. In
-# attention_dkdv_kernel the middle two have no names: lse_begin + head_in_pair is head_in_batch, and
-# ds_row contains head_in_ds.
+# attention_dkdv_sweep head_in_batch and head_in_ds have no names: lse_begin + head_in_pair is the
+# first, and ds_row contains the second.
 #
 # For example two heads of 12.7B (P = 8, r = 4, heads_per_pair = 5), of sequence b = 1. At T =
 # 16,384 two pairs are done at one time, and these two heads' turn comes with first_pair = 10:
@@ -1337,7 +1338,7 @@ def attention_dq_kernel(ds_desc, k_desc, doc_start_ptr, dq_ptr, first_pair, T, P
 
 class AttentionShape:
     """Sizes of one call. Without noise heads each key head is a pair with one group: so here G = P,
-    where model.py has G = 0, and r = H / K. `layout` are the kernels' arguments that are explained
+    where model.py has G = 0, and r = H / P. `layout` are the kernels' arguments that are explained
     above."""
 
     def __init__(self, q: Tensor, v: Tensor, num_noise_heads: int):
