@@ -1040,7 +1040,7 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 # p = (3/4, 1/4), out = 3, dp = (4, 0), delta = 3 and ds = (3/4, -3/4), so dq = 3/4 ln 3,
 # dk = (3/4, -3/4) and dv = (3/4, 1/4).
 #
-# In plain PyTorch, for a pair with one group, and with mask -inf where a key is not visible, else 0:
+# In plain PyTorch, for a pair with one group, where mask is -inf for a key that is not visible:
 #
 #     for place in range(r + HAS_NOISE):
 #         key_head = place // r                                     # 0 signal, 1 noise
