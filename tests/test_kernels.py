@@ -827,6 +827,23 @@ def test_compiled_projections_of_one_input_quantise_it_once(monkeypatch):
     assert shapes.count((48, 32)) == 3 + 3
 
 
+def test_activation_checkpointing_can_drop_what_a_compiled_fp8_product_keeps():
+    """It drops what passes through these hooks, and nothing else."""
+    kept = []
+
+    def note(tensor):
+        kept.append(tensor)
+        return tensor
+
+    x = torch.randn(32, 64, dtype=torch.bfloat16, requires_grad=True)
+    w = torch.randn(48, 64, dtype=torch.bfloat16, requires_grad=True)
+    compiled = torch.compile(linear_fp8, fullgraph=True, backend="aot_eager")
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        compiled(x, w)
+    sizes = [t.numel() for t in kept if t.dtype == kernels.FP8]
+    assert sorted(sizes) == [x.numel(), w.numel()]
+
+
 DOC_START = torch.tensor([[0] * 20 + [20] * 13], dtype=torch.int32, device=DEVICE)
 HEADS = [(1, 33, 6, 16), (1, 33, 4, 16), (1, 33, 4, 16)]
 COMPILED = {name: (f, shapes(3, 32)) for name, (f, shapes) in KERNELS.items()} | {
