@@ -25,6 +25,7 @@ from tools.bench_muon import peak_elements
 USABLE = {"80 GB, as an H100 has": 76 * 2**30, "141 GB, as an H200 has": 134 * 2**30}
 FP32 = 4                         # bytes of a number
 BF16 = 2
+FP8 = 1
 
 
 # ---- the model
@@ -98,7 +99,8 @@ def part_of(name: str) -> str:
 #     in passes      bf16 copies of what is gathered: two blocks (one computes, the next one
 #                    arrives), embedding and head
 #     activations    of a block that keeps them, what its backward pass reads: activation_bytes per
-#                    token; of a block with activation checkpointing its input alone
+#                    token, and with FP8 its matrices in FP8, transposed; of a block with activation
+#                    checkpointing its input alone
 #     sums           with sum_embeddings_once, the gradients of embedding and head: whole, in fp32,
 #                    and sharded only after the last pass
 #
@@ -115,24 +117,30 @@ def part_of(name: str) -> str:
 #     samples         at an evaluation, the whole model in bf16 on every rank, and no gradients
 #
 # The first three also hold what is gathered, the sums and the head's gradient. The plan adds up the
-# large tensors of training in bf16; what was measured is 0.2 GiB less to 0.6 GiB more
-# (MEASUREMENTS.md, "Many GPUs"). The allocator's cache and NCCL take a few GB on top.
+# large tensors of training in bf16 or FP8. In bf16, what was measured is 0.2 GiB less to 0.6 GiB
+# more (MEASUREMENTS.md, "Many GPUs"); in FP8 nothing was. The allocator's cache and NCCL take a few
+# GB on top.
 
-def activation_bytes(config: MotifConfig) -> tuple[int, int]:
-    """Bytes per token, in bf16, that a block keeps for its backward pass, and those of its input.
+def activation_bytes(config: MotifConfig, fp8: bool = False) -> tuple[int, int]:
+    """Bytes per token that a block keeps for its backward pass, and those of its input.
 
-    The block keeps the inputs of its matrix products, norms and attention, and what attention
-    returns."""
+    The block keeps the inputs of its norms, of attention and of the gate, and what attention
+    returns, in bf16; and the inputs of its matrix products, in bf16 or FP8."""
     c = config
-    residual = 4 * c.hidden_size                     # inputs of two norms, of qkv, of gate and up
-    mlp = 3 * c.intermediate_size                    # gate, up, and the input of down
+    stream = 2 * c.hidden_size                       # the inputs of two norms
+    mlp = 2 * c.intermediate_size                    # gate and up
     heads = c.num_attention_heads + 2 * c.num_key_value_heads                        # q, k, v
+    signal_heads = c.num_attention_heads - c.num_noise_heads
     if c.num_noise_heads:
-        # Two heads wide are the outputs of signal and noise heads, and the normed differences.
-        heads += 2 * (2 * c.num_attention_heads - c.num_noise_heads)
+        heads += 2 * c.num_attention_heads           # outputs, two heads wide
+        input_of_o = 2 * signal_heads * c.head_dim
     else:
-        heads += c.num_attention_heads
-    return BF16 * (residual + heads * c.head_dim + mlp), BF16 * c.hidden_size
+        input_of_o = signal_heads * c.head_dim       # the outputs themselves
+        heads += c.num_attention_heads if fp8 else 0
+    # Of q, k and v; of o; of gate and up; of down.
+    of_products = 2 * c.hidden_size + input_of_o + c.intermediate_size
+    kept = BF16 * (stream + heads * c.head_dim + mlp) + (FP8 if fp8 else BF16) * of_products
+    return kept, BF16 * c.hidden_size
 
 
 def memory_per_gpu(model: Motif, optimizer: str, shards: int, alone: bool) -> dict[str, float]:
@@ -171,10 +179,14 @@ def memory_of_rank(c: Config, tokens: int, checkpointed: int) -> tuple[dict, dic
     if not c.tie_word_embeddings:
         embeddings += model.model.embed_tokens.weight.numel()
 
-    block_bytes, input_bytes = activation_bytes(config)
+    fp8 = c.precision == "fp8"
+    bytes_per_token, input_bytes = activation_bytes(config, fp8)
+    block_bytes = tokens * bytes_per_token
+    if fp8:
+        block_bytes += FP8 * block_matrices          # transposed
     plain = c.num_hidden_layers - checkpointed
     inputs = tokens * checkpointed * input_bytes
-    activations = inputs + tokens * plain * block_bytes
+    activations = inputs + plain * block_bytes
     logits = BF16 * min(tokens, LOSS_CHUNK) * c.vocab_size
     # In the backward pass of a block most gradients are there between down and gate: those of gate,
     # of up, and of the block's output.
@@ -196,7 +208,7 @@ def memory_of_rank(c: Config, tokens: int, checkpointed: int) -> tuple[dict, dic
     in_passes = gathered + sums + BF16 * head
     phases = {"loss": in_passes + activations + logits,
               "backward pass": in_passes + activations + block_gradients,
-              "recomputation": in_passes + inputs + tokens * block_bytes + block_gradients,
+              "recomputation": in_passes + inputs + block_bytes + block_gradients,
               "last sum": last_sum}
     if not checkpointed:
         phases["recomputation"] = 0
@@ -296,7 +308,7 @@ def dry_run_report(c: Config, curriculum: data.Curriculum) -> str:
         f"{days:,.1f} days on {c.plan_world_size} H100 at {c.assumed_mfu:.0%} MFU",
         "",
         f"{c.dp_replicate} x {c.plan_world_size // c.dp_replicate} ranks, "
-        f"{tokens:,d} tokens in a pass, in bf16",
+        f"{tokens:,d} tokens in a pass, in {'FP8' if c.precision == 'fp8' else 'bf16'}",
         memory_table(c, tokens),
         "",
         curriculum.table()])
