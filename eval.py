@@ -985,7 +985,7 @@ def find_models(c: Config) -> dict[str, Path]:
         for run_folder in STAGE_RUNS:
             checkpoint = latest_checkpoint(Path(run_folder))
             if checkpoint:
-                found[Path(run_folder).name] = checkpoint[0]
+                found[Path(run_folder).name] = checkpoint.folder
         if not found:
             raise UserError(f"there is no checkpoint in {', '.join(STAGE_RUNS)}; run `python "
                             "pretrain.py`, or give --model=PATH")
@@ -1001,7 +1001,7 @@ def find_models(c: Config) -> dict[str, Path]:
     else:
         newest = latest_checkpoint(folder)
         if newest:
-            return {"measured": newest[0]}
+            return {"measured": newest.folder}
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"model={c.model} holds no complete checkpoint")
     return {"measured": folder}

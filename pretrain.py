@@ -57,7 +57,7 @@ from support.log import (Log, NonFiniteSteps, StepTimer, layer_stats, log_end, l
 from support.ranks import (LOCAL_RANK, RANK, WORLD, all_gather_object, all_reduce_sum, any_rank,
                            barrier, init_distributed, install_signal_handlers, pad_rows,
                            pick_device, rank0_first, rank0_only, run_main, split_rows, sync_errors)
-from support.run_folder import (check_files, check_shared, checksums, find_checkpoint,
+from support.run_folder import (Checkpoint, check_files, check_shared, checksums, find_checkpoint,
                                 finish_checkpoint, friendly_errors, last_good, lock_folder,
                                 remove_old_checkpoints, remove_temporaries)
 from support.tokenizer import (END, TURN_END, Tokenizer, bytes_per_token, encode_document,
@@ -447,17 +447,17 @@ def read_batch(dataset: Dataset, step: int) -> tuple[Tensor, ...]:
 # ---- the training loop
 
 def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimizer,
-          tokenizer: Tokenizer, start: tuple | None, encode_prompt, task_scores=None) -> None:
+          tokenizer: Tokenizer, start: Checkpoint | None, encode_prompt, task_scores=None) -> None:
     """Train to the end of the dataset's curriculum, or until a signal comes.
 
-    start           the checkpoint to go on from, its folder and state; None: begin at step 0
+    start           the checkpoint to go on from; None: begin at step 0
     held_out        domain -> rows to evaluate on, like Dataset.batch's; or a function of the
                     row length T that returns such a dict
     encode_prompt   (tokenizer, text of a prompt) -> ids
     task_scores     model -> {task: {metric: score}}, to log at each evaluation; or None"""
     curriculum = dataset.curriculum
     device = model.head_weight.device
-    state = start[1] if start else {"step": 0, "skipped": 0}
+    state = start.state if start else {"step": 0, "skipped": 0}
     start_step = state["step"]
     nonfinite = NonFiniteSteps(in_a_row=state["skipped"])
     log = begin_log(c, out, dataset, model, optimizer, start)
@@ -525,11 +525,11 @@ def state_to_save(nonfinite: NonFiniteSteps, dataset: Dataset, tokenizer: Tokeni
 
 
 def begin_log(c: Config, out: Path, dataset: Dataset, model: Motif, optimizer,
-              start: tuple | None) -> Log:
+              start: Checkpoint | None) -> Log:
     """Open the log, and say what is trained."""
     # What metrics.jsonl has beyond that step is dropped (-1: all). log.last_evaluation is the last
     # one in what stays, which is not repeated.
-    log = Log(out, start[1]["step"] if start else -1, c)
+    log = Log(out, start.state["step"] if start else -1, c)
     curriculum = dataset.curriculum
     device = model.head_weight.device
     where = f"{device} and {WORLD - 1} more" if WORLD > 1 else device
@@ -809,9 +809,10 @@ def load_into(tensors: dict[str, Tensor], folder: Path, stem: str) -> None:
             check_finite(folder, name, own)
 
 
-def check_compatible(folder: Path, state: dict, c: Config, curriculum: data.Curriculum,
+def check_compatible(start: Checkpoint, c: Config, curriculum: data.Curriculum,
                      tokenizer: Tokenizer) -> None:
     """UserError if the run cannot go on from this checkpoint."""
+    folder, state = start
     if state["step"] > curriculum.steps:
         raise UserError(f"checkpoint {folder} is beyond the end at step {curriculum.steps}; make "
                         "the run longer or give another --out_dir")
@@ -969,10 +970,10 @@ def setup(c: Config, out: Path) -> tuple:
     meet_ranks(c, device)
     start = rank0_only(find_checkpoint, c, out)
     if start:
-        curriculum = make_curriculum(c, start[1])
-        check_compatible(*start, c, curriculum, tokenizer)
-        check_lr_goes_on(c, curriculum, start[1])
-    step = start[1]["step"] if start else 0
+        curriculum = make_curriculum(c, start.state)
+        check_compatible(start, c, curriculum, tokenizer)
+        check_lr_goes_on(c, curriculum, start.state)
+    step = start.state["step"] if start else 0
     first_step = min(step, curriculum.steps - 1)        # a run that has ended reads its last step
     dataset = load_data(c, curriculum, tokenizer, first_step)
 
@@ -1093,8 +1094,8 @@ def prepares_data(data_dir: Path) -> bool:
     return RANK == 0 or (LOCAL_RANK == 0 and not sees_it)
 
 
-def build_model_and_optimizer(c: Config, device: torch.device, start: tuple | None, init_from,
-                              out: Path) -> tuple[Motif, muonclip.MuonClip]:
+def build_model_and_optimizer(c: Config, device: torch.device, start: Checkpoint | None,
+                              init_from, out: Path) -> tuple[Motif, muonclip.MuonClip]:
     """The weights are those of the checkpoint `start`; without one, those in the folder that
     init_from(c, out) makes, on rank 0; without that, random ones."""
     model = build(c, device)
@@ -1104,7 +1105,7 @@ def build_model_and_optimizer(c: Config, device: torch.device, start: tuple | No
         embedding_lr_scale=c.embedding_lr_scale, poly_norm_lr_scale=c.poly_norm_lr_scale,
         dtype=COMPUTE_DTYPE[compute_precision(c, device)])
     if start:
-        sync_errors(load_checkpoint, start[0], model, optimizer)
+        sync_errors(load_checkpoint, start.folder, model, optimizer)
     elif init_from:
         folder = rank0_only(init_from, c, out)
         sync_errors(load_into, model.state_dict(), folder, "model")

@@ -42,7 +42,7 @@ from support.conversations import EVAL_DOMAINS, check_conversation, source_files
 from support.encoding import TokenizedChats, encode_chats
 from support.preparing import remove_leftovers
 from support.ranks import RANK, all_gather_object, rank0_first, rank0_only, run_main
-from support.run_folder import find_checkpoint, latest_checkpoint
+from support.run_folder import Checkpoint, find_checkpoint, latest_checkpoint
 from support.selection import (benchmark_files, benchmark_grams, questions_held_out,
                                select_conversations)
 from support.tasks import TASKS
@@ -710,8 +710,8 @@ def train_stage(c: Config, out: Path) -> None:
     pretrain.check_fp8(run, dataset.curriculum, device)
     pretrain.check_prompts(run, tokenizer, encode_chat_prompt)
     if start:
-        check_same_batches(*start, run, dataset)
-        pretrain.check_compatible(*start, run, dataset.curriculum, tokenizer)
+        check_same_batches(start, run, dataset)
+        pretrain.check_compatible(start, run, dataset.curriculum, tokenizer)
 
     def init_from(*_) -> Path:
         # pretrain.py asks for a folder of initial weights, which it may have to make: we have one.
@@ -724,8 +724,8 @@ def train_stage(c: Config, out: Path) -> None:
                    encode_prompt=encode_chat_prompt, task_scores=task_scores)
 
 
-def find_start(c: Config, out: Path) -> tuple[tuple | None, Path, str]:
-    """-> start:  the checkpoint to resume from, its folder and state; None: begin at step 0
+def find_start(c: Config, out: Path) -> tuple[Checkpoint | None, Path, str]:
+    """-> start:  the checkpoint to resume from; None: begin at step 0
        folder: of the model to build. At step 0 it holds the initial weights of the stage; later it
                is the checkpoint's
        init:   which weights the stage began with: their folder, and their hash as the last word
@@ -733,7 +733,7 @@ def find_start(c: Config, out: Path) -> tuple[tuple | None, Path, str]:
     A run that resumes does not need its initial weights any more. But if they are still there, they
     must have the hash that the checkpoint tells, or two runs would be mixed in one folder."""
     start = find_checkpoint(c, out)
-    began_with = start[1]["config"]["init"] if start else None
+    began_with = start.state["config"]["init"] if start else None
     try:
         folder = initial_folder(c)
         init = f"{folder} ({hash_of_weights(folder)})"
@@ -748,7 +748,7 @@ def find_start(c: Config, out: Path) -> tuple[tuple | None, Path, str]:
     if str(init).rpartition(" ")[2] != str(began_with).rpartition(" ")[2]:
         raise UserError(f"{out} holds a run that began with {began_with}, not with {init}; delete "
                         "it or give another --out_dir")
-    return start, start[0], began_with
+    return start, start.folder, began_with
 
 
 def initial_folder(c: Config) -> Path:
@@ -856,11 +856,12 @@ def encode_chat_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
 
 
-def check_same_batches(folder: Path, state: dict, run: pretrain.Config,
+def check_same_batches(start: Checkpoint, run: pretrain.Config,
                        dataset: PackedChatDataset) -> None:
     """UserError if a stage that goes on would read other batches than it began with: some
     conversations would be read again, and others never; or if it were longer: its learning rate,
     which falls over the whole run, would rise again."""
+    folder, state = start
     settings = []
     for config in (state["config"], asdict(run)):
         weights = {name: domain[1] for name, domain in config["domains"].items()}

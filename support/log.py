@@ -16,7 +16,7 @@ from torch import Tensor
 
 from configurator import UserError, one_line
 from support.ranks import RANK, WORLD, rank0_only
-from support.run_folder import checkpoint_steps, last_good
+from support.run_folder import Checkpoint, checkpoint_steps, last_good
 
 # ---- the files
 #
@@ -146,7 +146,7 @@ def replace_text(path: Path, text: str) -> None:
 
 # ---- what is logged: when a run resumes, at an evaluation, at a step, at the end
 
-def log_resumed(log: Log, start: tuple, c, fingerprint: str) -> None:
+def log_resumed(log: Log, start: Checkpoint, c, fingerprint: str) -> None:
     """Which checkpoint a run resumes from, and what has changed since. fingerprint: of the data."""
     folder, state = start
     log.print(f"resumed from {folder} at step {state['step']}")

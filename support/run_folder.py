@@ -10,7 +10,7 @@ import sys
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, NamedTuple
 
 import torch
 
@@ -90,8 +90,13 @@ def check_shared(out: Path) -> None:
 # ---- which checkpoints there are
 #
 # A checkpoint is a folder step_N. Its state.json is written last and lists the other files, so that
-# a checkpoint that is not whole can be told. `start`, in all files, is what a run starts from: a
-# checkpoint's folder and the content of its state.json; or None, at step 0.
+# a checkpoint that is not whole can be told. `start`, in all files, is the Checkpoint that a run
+# starts from; or None, at step 0.
+
+class Checkpoint(NamedTuple):
+    folder: Path
+    state: dict         # the content of its state.json
+
 
 def checkpoint_steps(out: Path) -> list[int]:
     """The steps of the checkpoints in a folder, whole or damaged."""
@@ -128,9 +133,9 @@ def check_state(state: dict) -> None:
         raise UserError("its state.json has another form")
 
 
-def whole_checkpoints(out: Path) -> Iterator[tuple[Path, dict]]:
-    """Yield each checkpoint in out that is whole, the newest first, with its state. Those that are
-    damaged are passed over, for each of which rank 0 prints a line."""
+def whole_checkpoints(out: Path) -> Iterator[Checkpoint]:
+    """Yield each checkpoint in out that is whole, the newest first. Those that are damaged are
+    passed over, for each of which rank 0 prints a line."""
     for step in sorted(checkpoint_steps(out), reverse=True):
         folder = out / f"step_{step}"
         try:
@@ -141,47 +146,46 @@ def whole_checkpoints(out: Path) -> Iterator[tuple[Path, dict]]:
             if RANK == 0:
                 print(f"{e}; passing it over")
         else:
-            yield folder, state
+            yield Checkpoint(folder, state)
 
 
-def latest_checkpoint(out: Path) -> tuple[Path, dict] | None:
-    """The newest checkpoint in out that is whole, and its state; None if there is none."""
+def latest_checkpoint(out: Path) -> Checkpoint | None:
+    """The newest checkpoint in out that is whole; None if there is none."""
     return next(whole_checkpoints(out), None)
 
 
 def last_good(out: Path) -> str:
     """The end of an error message: where the run can go on from."""
     start = latest_checkpoint(out)
-    return f"the last good checkpoint is {start[0]}" if start else "there is no checkpoint"
+    return f"the last good checkpoint is {start.folder}" if start else "there is no checkpoint"
 
 
-def find_checkpoint(c, out: Path) -> tuple[Path, dict] | None:
-    """The checkpoint that the knob `resume` asks for, and its state; None: start at step 0."""
+def find_checkpoint(c, out: Path) -> Checkpoint | None:
+    """The checkpoint that the knob `resume` asks for; None: start at step 0."""
     start = latest_checkpoint(out)
     # The same command, given again, goes on with the run that it has begun.
-    began_here = start is not None and start[1]["config"].get("resume") == c.resume
+    began_here = start is not None and start.state["config"].get("resume") == c.resume
     if c.resume == "no" or (c.resume != "auto" and not began_here):
         start = None
         if c.resume != "no":
-            start = (Path(c.resume), read_state(Path(c.resume)))
+            start = Checkpoint(Path(c.resume), read_state(Path(c.resume)))
         check_no_other_run(c, out, start)
 
     if start:
-        folder, state = start
-        missing = {"step", "skipped", "data"} - state.keys()
+        missing = {"step", "skipped", "data"} - start.state.keys()
         if missing:
-            raise UserError(f"checkpoint {folder}: its state.json lacks {', '.join(missing)}")
+            raise UserError(f"checkpoint {start.folder}: its state.json lacks {', '.join(missing)}")
     return start
 
 
-def check_no_other_run(c, out: Path, start: tuple | None) -> None:
+def check_no_other_run(c, out: Path, start: Checkpoint | None) -> None:
     """UserError if out has checkpoints, unless the run goes on from the newest of them: two runs
     must not mix in one folder."""
     steps = checkpoint_steps(out)
     if not steps:
         return
     newest = out / f"step_{max(steps)}"
-    if start is None or start[0].resolve() != newest.resolve():
+    if start is None or start.folder.resolve() != newest.resolve():
         raise UserError(f"resume={c.resume}, but {out} holds a run up to step {max(steps)}; delete "
                         "it or give another --out_dir")
 

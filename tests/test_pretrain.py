@@ -731,7 +731,7 @@ WIDER = dict(hidden_size=64, intermediate_size=128, num_attention_heads=9, num_h
 def test_a_grown_model_goes_on_where_its_seed_ended(run):
     """4 signal heads become 8, 2 layers 3, twice as wide: it begins with the seed's last loss."""
     run(max_steps=6)
-    run(max_steps=8, out_dir="grown", init="grow:out/step_6", **WIDER)
+    run(max_steps=8, out_dir="grown", init="grow:out", **WIDER)
     assert val_losses("grown")[0] == pytest.approx(val_losses()[-1], rel=1e-5)
     assert val_losses("grown")[-1] < val_losses("grown")[0]
     assert Motif.from_pretrained("grown/step_8").config.num_hidden_layers == 3

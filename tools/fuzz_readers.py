@@ -274,10 +274,10 @@ def read_checkpoint(file: Path) -> None:
     c = configurator.load(pretrain.Config, ["tiny.py", "--max_steps=6", "--lr_may_rise"])
     out = Path("out/tiny")
     start = pretrain.find_checkpoint(c, out)
-    curriculum = pretrain.make_curriculum(c, start and start[1])
+    curriculum = pretrain.make_curriculum(c, start and start.state)
     if start:
-        pretrain.check_compatible(*start, c, curriculum, load_tokenizer(c.tokenizer))
-        pretrain.check_lr_goes_on(c, curriculum, start[1])
+        pretrain.check_compatible(start, c, curriculum, load_tokenizer(c.tokenizer))
+        pretrain.check_lr_goes_on(c, curriculum, start.state)
     eval_config = evaluation.Config(model=str(out), precision="fp32")
     for folder in evaluation.find_models(eval_config).values():
         evaluation.open_model(folder, eval_config, torch.device("cpu"))
@@ -287,8 +287,8 @@ def read_checkpoint(file: Path) -> None:
     export_checkpoint(replace(c, export="exported"), out)
     pretrain.build_model_and_optimizer(c, torch.device("cpu"), start, None, out)
     if start:
-        pretrain.NonFiniteSteps(start[1]["skipped"])
-        log_resumed(Log(out, start[1]["step"], c), start, c, "data")
+        pretrain.NonFiniteSteps(start.state["skipped"])
+        log_resumed(Log(out, start.state["step"], c), start, c, "data")
 
 
 def read_metrics(file: Path) -> None:

@@ -58,7 +58,7 @@ from configurator import UserError
 from kernels import upcast
 from model import LAMBDAS, Attention, Motif, MotifConfig
 from pretrain import FILE_BYTES, model_config, theta_at
-from support.run_folder import checkpoint_steps
+from support.run_folder import checkpoint_steps, latest_checkpoint
 from support.weights import read_json, save_one_by_one
 
 
@@ -353,9 +353,10 @@ def check_growth(old: MotifConfig, new: MotifConfig) -> int:
 def init_from(c, out: Path) -> Path:
     """Make the first weights that the pretrain.Config c asks for by `init` -> the folder out/init.
 
-    grow:PATH grows the model at PATH to the config's shape; average:DIR,k takes the mean of the
-    last k checkpoints of the run in DIR. The folder has the released layout: each rank can read its
-    own shards from it, so that only the process that calls this holds a whole model."""
+    grow:PATH grows a model to the config's shape. PATH is its folder, or that of a run, whose
+    newest checkpoint is taken. average:DIR,k takes the mean of the last k checkpoints of the run in DIR.
+    The folder out/init has the released layout: each rank can read its own shards from it, so that
+    only the process that calls this holds a whole model."""
     kind, _, what = c.init.partition(":")
     is_average = kind == "average" and re.fullmatch(r".+,[1-9]\d*", what)
     if kind != "grow" and not is_average:
@@ -364,7 +365,8 @@ def init_from(c, out: Path) -> Path:
     if kind == "grow":
         if Path(what).resolve() == folder.resolve():
             raise UserError(f"init={c.init} would overwrite the model that it reads; move it")
-        model = Motif.from_pretrained(what)
+        newest = latest_checkpoint(Path(what))
+        model = Motif.from_pretrained(newest.folder if newest else what)
     else:
         run, _, k = what.rpartition(",")
         model = average(Path(run), int(k))
