@@ -7,7 +7,7 @@ definition, against which tests/test_kernels.py checks it:
     poly_norm_mul             model.poly_norm(x) * up                         memory traffic
     fused_differential_norm   model.differential_norm                         memory traffic
     linear_cross_entropy      F.cross_entropy(x @ weight.T, targets)          all tokens' logits
-    fused_attention           model.grouped_differential_attention, and       the T x T logits
+    fused_attention           model.signal_and_noise_attention, and           the T x T logits
                               model.causal_attention
     flex_softmax_attention    model.softmax_attention                         the T x S logits
     symmetric_matmul          torch.baddbmm, where the product is symmetric   half of the FLOPs
@@ -831,7 +831,7 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return losses
 
 
-# ---- Attention: model.causal_attention and model.grouped_differential_attention
+# ---- Attention: model.causal_attention and model.signal_and_noise_attention
 #
 # The logits of one layer of Motif-2-12.7B at T = 4,096 are 40 heads x 4096 x 4096: 2.5 GiB in fp32,
 # at 16,384 tokens sixteen times as many. FlashAttention (2205.14135) does not write them to memory:

@@ -289,7 +289,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None 
 # 50.3M. The KV cache is the same.
 
 
-def grouped_differential_attention(
+def signal_and_noise_attention(
         q: Tensor, k: Tensor, v: Tensor, num_noise_heads: int, doc_start: Tensor | None = None,
         query_slots: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The first half of the formula: softmax times values for both maps, not yet subtracted.
@@ -303,7 +303,7 @@ def grouped_differential_attention(
     head (H,).
 
     >>> q, k, v = torch.randn(1, 6, 10, 4), torch.randn(1, 6, 4, 4), torch.randn(1, 6, 2, 8)
-    >>> signal, noise, max_logits = grouped_differential_attention(q, k, v, num_noise_heads=2)
+    >>> signal, noise, max_logits = signal_and_noise_attention(q, k, v, num_noise_heads=2)
     >>> signal.shape, noise.shape
     (torch.Size([1, 6, 2, 4, 8]), torch.Size([1, 6, 2, 1, 8]))
     """
@@ -576,7 +576,7 @@ class Attention(nn.Module):
             out = out.flatten(2)                                         # (B, T, H D)
             return self.o_proj(out), max_logits.flatten()
 
-        signal, noise, max_logits = grouped_differential_attention(
+        signal, noise, max_logits = signal_and_noise_attention(
             q, k, v, self.noise_heads, doc_start, query_slots)
         scale = 1 - self.lambda_init()
         out = differential_norm(signal, noise, self.lambda_(), self.subln.weight, scale,

@@ -422,7 +422,7 @@ def attention(num_noise_heads, doc_start=None):
     def run(q, k, v):
         if num_noise_heads:
             v = v.unflatten(2, (-1, 2)).flatten(3)
-            return model.grouped_differential_attention(q, k, v, num_noise_heads, doc_start)
+            return model.signal_and_noise_attention(q, k, v, num_noise_heads, doc_start)
         return model.causal_attention(q.unflatten(2, (k.shape[2], -1)), k, v, doc_start)
     return run
 
@@ -591,7 +591,7 @@ def test_flex_attention_of_cached_keys_does_not_see_the_padding(B, T, S, flex):
     v = torch.randn(B, 2, S, 64).to(DEVICE, dtype).transpose(1, 2)
 
     def operation(q, k, v):
-        return model.grouped_differential_attention(q, k, v, 2, query_slots=slots)
+        return model.signal_and_noise_attention(q, k, v, 2, query_slots=slots)
 
     assert_as_exact_as_plain(operation, [q, k, v])
     with torch.no_grad():

@@ -36,7 +36,7 @@ if __name__ == "__main__" and not GPU:
 import kernels
 import model
 from kernels import linear_cross_entropy, linear_fp8, poly_norm_mul, symmetric_matmul, triton
-from model import causal_attention, differential_norm, grouped_differential_attention
+from model import causal_attention, differential_norm, signal_and_noise_attention
 
 DEVICE = "cuda" if GPU else "cpu"
 DTYPE = torch.bfloat16 if GPU else torch.float16       # the interpreter multiplies bf16 wrongly
@@ -138,7 +138,7 @@ def attention_checks() -> Iterator[Check]:
     for G, D in sizes:
         qkv = [normal(1, 256, 5 * G, D), normal(1, 256, 2 * G, D), normal(1, 256, G, 2 * D)]
         for name, doc_start in doc_starts.items():
-            attention = partial(grouped_differential_attention, num_noise_heads=G,
+            attention = partial(signal_and_noise_attention, num_noise_heads=G,
                                 doc_start=doc_start)
             yield Check(f"attention of {D}, {name}", attention, qkv)
     yield Check("attention, plain", causal_attention,
@@ -289,7 +289,7 @@ def time_attention(B: int, T: int, G: int, D: int, document: int | None = None) 
     starts = document_begins(B, T, document or T)
     keys_per_query = (torch.arange(T, device=DEVICE) - starts + 1).double().mean().item()
 
-    attention = partial(grouped_differential_attention, num_noise_heads=G,
+    attention = partial(signal_and_noise_attention, num_noise_heads=G,
                         doc_start=starts if document else None)
     others = {}
     if not document:
@@ -361,7 +361,7 @@ def time_form(form: str, inputs: list[Tensor], G: int, doc_start: Tensor | None 
         return time_passes(partial(flash_attention, G=G), inputs, repeats=5)
     if form == "cuDNN":
         return time_cudnn(*inputs, G)
-    attention = partial(grouped_differential_attention, num_noise_heads=G, doc_start=doc_start,
+    attention = partial(signal_and_noise_attention, num_noise_heads=G, doc_start=doc_start,
                         query_slots=query_slots)
     kernels.ATTENTION = form
     try:

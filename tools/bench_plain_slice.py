@@ -45,7 +45,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, num_noise_heads: int) -> Tensor:
 
 def stock_attention(q: Tensor, k: Tensor, v: Tensor, num_noise_heads: int,
                     wide_values: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """model.grouped_differential_attention, less the largest logits, which PyTorch does not tell.
+    """model.signal_and_noise_attention, less the largest logits, which PyTorch does not tell.
 
     wide_values: two calls with values of 2D, which cuDNN takes; else four with values of D, as
     flash attention needs values as wide as the keys."""
@@ -131,7 +131,7 @@ def measure_stock(name: str, compiled: bool, wide_values: bool, backend: SDPBack
     def attention(q, k, v, num_noise_heads, doc_start=None, query_slots=None):
         return stock_attention(q, k, v, num_noise_heads, wide_values)
     kernels.ENABLED = False
-    motif.grouped_differential_attention = attention
+    motif.signal_and_noise_attention = attention
     kernels.linear_cross_entropy = torch.compile(stock_loss) if compiled else stock_loss
 
     c = load_config(*SLICE)

@@ -354,9 +354,9 @@ def init_from(c, out: Path) -> Path:
     """Make the first weights that the pretrain.Config c asks for by `init` -> the folder out/init.
 
     grow:PATH grows a model to the config's shape. PATH is its folder, or that of a run, whose
-    newest checkpoint is taken. average:DIR,k takes the mean of the last k checkpoints of the run in DIR.
-    The folder out/init has the released layout: each rank can read its own shards from it, so that
-    only the process that calls this holds a whole model."""
+    newest checkpoint is taken. average:DIR,k takes the mean of the last k checkpoints of the run in
+    DIR. The folder out/init has the released layout: each rank can read its own shards from it, so
+    that only the process that calls this holds a whole model."""
     kind, _, what = c.init.partition(":")
     is_average = kind == "average" and re.fullmatch(r".+,[1-9]\d*", what)
     if kind != "grow" and not is_average:
