@@ -44,15 +44,13 @@ from support.preparing import PIECE_TOKENS, VAL_UNITS, Domain, Preparer
 #
 # A share is a fraction of the tokens, but a batch is made of whole sequences. The first steps of
 # the quick start read 16, and mathematics begins with a share of 10%: 1.6 sequences. Rounding each
-# step on its own would give it 2 of 16, 12.5%, at every step. So what rounding leaves over is
-# carried on: a domain's *quota* is the sum of its shares of all steps so far, in tokens, and
-# assign_rows() below keeps what was read of each domain within one sequence of its quota, almost
-# always.
+# step on its own would give it 2 of 16, 12.5%, for the first 78 steps, in which its share goes from
+# 10% to 15.6%, and the error would never even out. So what rounding leaves over is carried on: a
+# domain's *quota* is the sum of its shares of all steps so far, in tokens, and assign_rows() below
+# keeps what was read of each domain within one sequence of its quota, almost always.
 #
-# Does it pay? In runs of 52M tokens with 115M parameters the curriculum moves loss between domains.
-# Science and mathematics, whose share grows, end 0.021 nats per token lower than with the mean
-# mixture from first to last step, language 0.032 higher, and all together 0.002 higher, +- 0.003.
-# (MEASUREMENTS.md has these runs.)
+# Does it pay? With 115M parameters the curriculum moved loss between domains, towards those whose
+# share grows, and changed their mean by 0.002 nats per token, +- 0.003 (README, "Does it help").
 #
 # All of this is arithmetic on the config and opens no data. The dry run prints it, and a run that
 # resumes needs no state of it but the number of the step, and the plans that it followed before if
@@ -81,8 +79,8 @@ class Curriculum:
     domains       name -> [source, first share, last share]; shares are fractions of the tokens,
                   and go linearly from the first to the last over the run
     mixture       [[fraction of the run, {name: share}], ...]: replaces those shares
-    seq_len       tokens per sequence, and
-    batch_tokens  tokens per step over all ranks: numbers or schedules by tokens seen
+    seq_len       tokens per sequence: a number, or a schedule by tokens seen
+    batch_tokens  tokens per step over all ranks: likewise
     max_steps, max_tokens    the run ends once it reaches either
 
     Before step t the run has read tokens[t] tokens; tokens[steps] is its total. Step t reads
@@ -113,6 +111,7 @@ class Curriculum:
         # [[step, config keys], ...]: the older plans of a ContinuedCurriculum, from which it can be
         # made again. Not used here: pretrain.make_curriculum sets it, for checkpoints.
         self.earlier_plans = []
+        # [], [], [0]; in a prolonged run what its earlier plan had up to there.
         self.seq_len, self.rows, self.tokens = self._steps_before(max_steps, max_tokens)
         self._plan_steps(batch_tokens, seq_len, max_steps or math.inf, max_tokens or math.inf)
         self.steps = len(self.rows)
@@ -194,6 +193,8 @@ class Curriculum:
         """(steps, domains) int64: the place after the last one that each step takes."""
         return self.first + self.taken
 
+    # phases to phase_of serve the tape (below) and prolonged runs: skip them at first.
+
     @cached_property
     def phases(self) -> "list[Phase]":
         """Consecutive steps with the same seq_len are a phase (see "the tape", below)."""
@@ -232,9 +233,10 @@ class Curriculum:
         return "\n".join(lines)
 
 
-# Which domains get the rows of a step? A sequence is *due* at the first step at which its domain's
-# quota reaches its end. What is due by now is read now. The rows that are left go to domains that
-# are behind their quotas, earliest deadline first: to those whose next sequence is due soonest.
+# Which domains get the rows of a step? A domain's next sequence is *due* at the first step at which
+# the domain's quota covers the whole of it. What is due by now is read now. The rows that are left
+# go to domains that are behind their quotas, earliest deadline first: to those whose next sequence
+# is due soonest.
 # Three domains A, B and C with shares .5, .3 and .2, and steps of 2 sequences of 10 tokens:
 #
 #     step    quota      read before   due now   the row that is left goes to
@@ -259,7 +261,8 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
     quotas: (steps, domains), the tokens that each domain should have given by the end of a step;
     over the domains they sum to what is read by then.
     seq_len, rows: (steps,), a step's sequence length and number of sequences.
-    read_before: (domains,), the tokens that it had given before the first of these steps.
+    read_before: (domains,), the tokens that each domain had given before the first of these steps;
+    None: 0.
 
     >>> quotas = np.outer([20, 40, 60, 80, 100], [0.5, 0.3, 0.2])
     >>> assign_rows(quotas, seq_len=[10] * 5, rows=[2] * 5).tolist()

@@ -79,7 +79,7 @@ CACHE_BLOCK = 2**18       # elements per block of PolyNorm on a CPU: 1 MiB of fp
 DS_BYTES = 3 * 2**30      # memory for ds, see the backward pass of attention
 # With fewer tiles than this, two for each of an H200's 132 multiprocessors, muonclip.py leaves a
 # symmetric product to cuBLAS.
-SYMMETRIC_TILES = 264
+MIN_SYMMETRIC_TILES = 264
 
 
 def upcast(x: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ block is
 It differs in two places. Its attention subtracts a second attention map, the noise, from the first
 (grouped differential attention, below), and its MLP has a learnt polynomial, PolyNorm, where Llama
 has SiLU. Both are defined here in plain PyTorch. kernels.py has faster forms of the same, which
-replace most of the definitions on a GPU, and some on a CPU. With kernels.ENABLED = False the
-definitions here run, except for the losses, which stay in kernels.py, in plain PyTorch, and for
-matrices that are marked fp8.
+replace most of the definitions on a GPU, and some on a CPU. kernels.ENABLED = False makes the
+definitions run. Two things stay in kernels.py even then: the losses, in plain PyTorch, and the
+products of matrices that are marked fp8.
 
 The letters that this project uses for sizes, with their values in Motif-2-12.7B:
 
@@ -20,13 +20,13 @@ The letters that this project uses for sizes, with their values in Motif-2-12.7B
     S   keys given to attention                T, or the visible slots of a KV cache
     V   vocabulary                             219,520
     D   head_dim                               128
-    G   noise heads, the last of each group    8
+    G   groups: r signal heads, 1 noise head   8
     r   signal heads in a group                4
     H   query heads, G (r + 1)                 40
     K   key heads                              16
     P   pairs of key heads, K / 2              8     a token has P values, one for each pair
     Dv  width of a value                       256   2D
-    h   query heads that read one key head     4 signal heads, G r / P; 1 noise head, G / P
+    h   query heads that read one key head     G r / P = 4 a signal key; G / P = 1 a noise key
     N   key heads that one softmax reads       P signal keys, or P noise keys
     F   intermediate size of the MLP           16,384   (in code, F is torch.nn.functional)
 
@@ -117,14 +117,10 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # It costs four scalars a layer, stored as weight = (w3, w2, w1) and bias = b, and three means over
 # the features. Fused, as in kernels.py, it moves no more memory than SiLU.
 #
-# Does it pay? In runs of 52M tokens with 115M parameters PolyNorm is worse than SwiGLU by 0.049
-# nats per token, +- 0.002, if w3, w2 and w1 begin at 1/3, as in its paper. If they begin at 1/48,
-# the default here ([ours]: no paper says so), it is as good as SwiGLU, 0.001 better, +- 0.003; but
-# with 24 narrower layers, or after four times the tokens, it is 0.008 worse (one seed each). From
-# there training makes w1 the largest in nearly every layer, and hardly uses the cube.
-# MEASUREMENTS.md has these runs. They are 768 or 512 wide. Three layers as wide as the 12.7B model,
-# after 4.2M tokens (one seed), say the same more clearly: begun at 1/48 PolyNorm is 0.046 better
-# than SwiGLU, at 1/3 0.047 worse.
+# Does it pay? With 115M parameters, if w3, w2 and w1 begin at 1/3, as in its paper, it was worse
+# than SwiGLU by 0.049 nats per token, +- 0.002. Begun at 1/48, the default here ([ours]: no paper
+# says so), it was as good (README, "Does it help"); training then makes w1 the largest weight in
+# nearly every layer, and hardly uses the cube.
 #
 # The gradient. With r_p = 1 / rms(x^p) for the powers p = 1, 2, 3, the derivative d r_p / d x_j is
 # -r_p^3 p x_j^(2p-1) / F. So, with g = dL/dy,
@@ -183,12 +179,12 @@ def document_starts(doc_ids: Tensor) -> Tensor:
 
 def visibility_mask(T: int, S: int, doc_start: Tensor | None, query_slots: Tensor | None,
                     like: Tensor) -> Tensor:
-    """-> (T, S), or (B, 1, 1, T, S) if doc_start or query_slots is given: what is added to the
-    logits (B, N, h, T, S). It is 0 where a query may see a key, else -inf.
+    """What is added to the logits (B, N, h, T, S): 0 where a query may see a key, else -inf. Its
+    shape is (T, S), or (B, 1, 1, T, S) if rows differ; its dtype and device are those of `like`.
 
-    A *slot* is a key's place among the S, in a KV cache its position. Query (b, t) sees the keys in
-    the slots doc_start[b, t], ..., query_slots[b, t]; the last one is its own. Without doc_start it
-    sees them from slot 0, and without query_slots the T queries are the last T of the S keys."""
+    A *slot* is an index into the S keys. Query t of row b sees the slots from doc_start[b, t] up to
+    query_slots[b, t], where its own key is. Without doc_start it sees them from slot 0 on. Without
+    query_slots the T queries have the last T slots, in order."""
     key = torch.arange(S, device=like.device)
     last = key[S - T:] if query_slots is None else query_slots
     masked = key > last[..., None]
@@ -277,12 +273,10 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None 
 # lists who reads which key. Two special cases: r = 1 is the Differential Transformer, and
 # num_noise_heads = 0 switches to plain grouped-query attention, to compare with.
 #
-# Does it pay? In runs of 52M tokens with 115M parameters it is better than grouped-query attention
-# of as many parameters by 0.107 nats per token, +- 0.002, with its wide values and the norm of its
-# heads, which were not tried alone. (Both have SwiGLU.) A step takes 1.05 times as long; after 0.93
-# of the steps it is still better by 0.068 (one seed). How many signal heads share a noise head
-# matters little: with 6 signal and 6 noise heads the loss is 0.006 lower than with 8 and 2,
-# +- 0.003, and with 8 and 4 it is the same. (MEASUREMENTS.md has these runs.)
+# Does it pay? With 115M parameters it was better than grouped-query attention of as many parameters
+# by 0.107 nats per token, +- 0.002, and a step took 1.05 times as long. Its wide values and the
+# norm of its heads were not tried alone. How many signal heads share a noise head mattered little
+# (README, "Does it help").
 #
 # Beside grouped-query attention with the same 32 signal heads it costs 8 more query heads and, for
 # values of 256 numbers, an o_proj twice as wide: 71.3M parameters in a layer's attention and not
@@ -492,8 +486,8 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-class PolyNorm(nn.Module):
-    """PolyNorm(x) * up, the inside of the MLP."""
+class PolyNormGate(nn.Module):
+    """poly_norm(gate) * up: the activation, and the product after it, which one kernel computes."""
 
     def __init__(self, eps: float):
         super().__init__()
@@ -501,10 +495,10 @@ class PolyNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(1))
         self.eps = eps
 
-    def forward(self, x: Tensor, up: Tensor) -> Tensor:
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         if kernels.ENABLED:
-            return kernels.poly_norm_mul(x, up, self.weight, self.bias, self.eps)
-        return poly_norm(x, self.weight, self.bias, self.eps) * up
+            return kernels.poly_norm_mul(gate, up, self.weight, self.bias, self.eps)
+        return poly_norm(gate, self.weight, self.bias, self.eps) * up
 
 
 class Attention(nn.Module):
@@ -514,9 +508,9 @@ class Attention(nn.Module):
     lambda_init, with four learnt vectors of D (2410.05258, section 2.1). With the initial weights
     the two exponentials are near 1, and their difference is random with a standard deviation of
     0.16 at D = 128, so that lambda starts around lambda_init and can move both ways. The factor
-    1 - lambda_init is from the same section. A row of the difference map sums to 1 - lambda, but
-    the norm removes that scale. The factor, a constant, puts its first value back, so that
-    gradients are as large as in a plain transformer."""
+    1 - lambda_init is from the same section: a row of the difference map sums to 1 - lambda, and
+    the norm removes that scale. The factor restores what the scale is on average when training
+    begins, so that gradients are as large as in a plain transformer."""
 
     def __init__(self, config: MotifConfig, layer: int):
         super().__init__()
@@ -545,14 +539,14 @@ class Attention(nn.Module):
             # Only its weight and eps are used: differential_norm has the norm itself.
             self.subln = RMSNorm(2 * c.head_dim, c.attn_rms_norm_eps)
 
-    def lambda_init(self) -> Tensor:
+    def initial_lambda(self) -> Tensor:
         return lambda_init(self.layer)
 
     def lambda_(self) -> Tensor:
         first = upcast(self.lambda_q1) * upcast(self.lambda_k1)
         second = upcast(self.lambda_q2) * upcast(self.lambda_k2)
         difference = first.sum().exp() - second.sum().exp()
-        return difference + self.lambda_init().to(difference.dtype)
+        return difference + self.initial_lambda().to(difference.dtype)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], doc_start: Tensor | None = None,
                 cache: LayerCache | None = None) -> tuple[Tensor, Tensor]:
@@ -578,7 +572,7 @@ class Attention(nn.Module):
 
         signal, noise, max_logits = signal_and_noise_attention(
             q, k, v, self.noise_heads, doc_start, query_slots)
-        scale = 1 - self.lambda_init()
+        scale = 1 - self.initial_lambda()
         out = differential_norm(signal, noise, self.lambda_(), self.subln.weight, scale,
                                 self.subln.eps)                          # (B, T, G r 2D)
         return self.o_proj(out), max_logits
@@ -595,7 +589,7 @@ class MLP(nn.Module):
         self.activation = config.activation
         self.act_fn = None
         if self.activation == "poly_norm":
-            self.act_fn = PolyNorm(config.rms_norm_eps)
+            self.act_fn = PolyNormGate(config.rms_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.gate_proj(x)
@@ -679,7 +673,7 @@ class Motif(nn.Module):
                 init_normal_(module.weight, 0.02)
             elif isinstance(module, RMSNorm):
                 module.weight.fill_(1)
-            elif isinstance(module, PolyNorm):
+            elif isinstance(module, PolyNormGate):
                 module.weight.fill_(self.config.poly_norm_scale / 3)
                 module.bias.zero_()
             elif isinstance(module, Attention) and module.noise_heads:

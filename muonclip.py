@@ -12,9 +12,9 @@ GPUs, where FSDP2 has cut the matrices into shards.
 
 Sources: Muon (kellerjordan.github.io/posts/muon), Moonlight (arXiv 2502.16982) for the factor
 0.2 sqrt(max(m, n)), Kimi K2 (2507.20534) for QK-clip, Motif-2 (2511.07464) for Parallel Muon.
-Letters: G is a gradient, u the matrix to be made orthogonal, O the result, all m x n; E is how many
-matrices are stacked; mu is the momentum factor, lr the learning rate; H query heads, K key heads, D
-head_dim.
+Letters: G is a gradient (not model.py's groups), u the matrix to be made orthogonal, O the result,
+all m x n; E is how many matrices are stacked; mu is the momentum factor, lr the learning rate; H
+query heads, K key heads, D head_dim.
 """
 import functools
 import math
@@ -39,13 +39,9 @@ import kernels
 # direction that u has. It is also steepest descent under the spectral norm: if u is the gradient,
 # then among all steps dW with |dW x| <= |x| for every x, -O lowers the loss most, to first order.
 #
-# Does it pay? In runs of 52M tokens with 115M parameters the loss is lower than AdamW's by 0.260
-# nats per token, +- 0.006, and a step takes 1.02 times as long. That AdamW is the best of eleven
-# settings: it warms up for 100 of 400 steps, and trains the embedding at 4e-3 and all else at 1e-3.
-# With MuonClip's warm-up of 40 steps it is worse by 0.350, and with 1e-3 for the embedding too, the
-# usual way, by 0.592. In a model of 3.6M parameters MuonClip leads by 0.225 nats per byte, +-
-# 0.013. No logit reached QK-clip's threshold, but at twice the learning rate some did.
-# MEASUREMENTS.md has these runs.
+# Does it pay? With 115M parameters the loss was lower than that of AdamW, in the best of eleven
+# settings, by 0.260 nats per token, +- 0.006, and a step took 1.02 times as long. No logit reached
+# QK-clip's threshold, but at twice the learning rate some did (README, "Does it help").
 #
 # Newton-Schulz. An SVD is slow on a GPU; matrix products are fast. Start with X = u / |u|_F, whose
 # singular values are at most 1. With A = X X^T, one step is
@@ -53,8 +49,8 @@ import kernels
 #     X  <-  (a I + b A + c A A) X   =   U diag(a s + b s^3 + c s^5) V^T
 #
 # It leaves U and V alone and sends every s to a polynomial of s. The five polynomials of the table
-# "motif" below, one after the other, bring every s from 0.002 to 1 to between 0.85 and 1.15; a
-# smaller s grows at most 493-fold. (Near 1 seems to be enough: Keller Jordan's leave s between 0.68
+# "motif" below, one after the other, take every s in [0.002, 1] into [0.85, 1.15]. A smaller s is
+# multiplied by at most 493. (Near 1 seems to be enough: Keller Jordan's leave s between 0.68
 # and 1.2, and trained the models of his records.) Five steps on the 280 matrices of the 12.7B model
 # take 1.0e15 FLOPs, as many as training it on 13,000 tokens; one optimizer step trains on millions
 # of tokens.
@@ -108,7 +104,7 @@ def plain_newton_schulz(u: Tensor, steps: int = 5, coefficients: str = "motif") 
     return X
 
 
-# ---- Newton-Schulz, fast
+# ---- Newton-Schulz, fast. It computes the same; one can skip to "The update" at first.
 #
 # Precision. u is first cast to `dtype`: Parallel Muon sends bf16, and one process does the same. On
 # a GPU the iteration runs in fp16, which tensor cores multiply as fast, and which has 3 more bits
@@ -138,13 +134,13 @@ def newton_schulz(u: Tensor, steps: int = 5, coefficients: str = "motif",
         sX = sX.mT
     E, m, n = sX.shape              # m <= n from here on
 
-    # In gram_steps all products but X = Q X are symmetric, and a kernel computes only their tiles
-    # of 128 x 128 numbers on and below the diagonal. But where these are fewer than two for each
-    # processor of an H200, cuBLAS, which computes both halves, is faster.
+    # Most products in gram_steps are symmetric, and a kernel computes only half of each, in tiles
+    # of 128 x 128 numbers. With fewer than two tiles for each of an H200's 132 processors it
+    # leaves some of them idle, and plain_steps is faster.
     table = COEFFICIENTS[coefficients][:steps]
     tile_rows = math.ceil(m / kernels.TILE)
     tiles = E * tile_rows * (tile_rows + 1) // 2
-    if tiles >= kernels.SYMMETRIC_TILES and kernels.can_use_symmetric_matmul(sX):
+    if tiles >= kernels.MIN_SYMMETRIC_TILES and kernels.can_use_symmetric_matmul(sX):
         # A nearly square X is about as small as A, so working on A alone would save nothing.
         wide = n >= 1.2 * m
         sX = gram_steps(sX, table, span=3 if wide else 1)
@@ -315,12 +311,13 @@ def local_slices(shape, mesh_sizes, dims, coords) -> tuple[slice, ...]:
 # ---- QK-clip
 #
 # The problem. A logit q . k contains two projections, so it can grow as fast as the product of the
-# spectral norms of W_q and W_k. All singular values of Muon's update are equal, so, more than with
-# AdamW, the largest directions of a weight keep growing. In a large model the logits of some heads
-# pass 1000, their softmax becomes one-hot, and the loss spikes (Kimi K2, section 2.1).
+# spectral norms of W_q and W_k. In every direction Muon steps equally far, however small the
+# gradient has become there, so spectral norms grow further than with AdamW: this is how Kimi K2
+# (section 2.1) explains that in a large model the logits of some heads pass 1000, their softmax
+# becomes one-hot, and the loss spikes.
 #
-# The idea. Let S_h be the largest logit of head h in this step's own forward pass. After the update
-# scale the weights of q and k, so that head h's logits get the factor gamma_h: tau / S_h if S_h is
+# The idea. Let L_h be the largest logit of head h in this step's own forward pass. After the update
+# scale the weights of q and k, so that head h's logits get the factor gamma_h: tau / L_h if L_h is
 # larger than tau, else 1. If each head has a key of its own, q and k each get sqrt(gamma_h). But
 # here heads share keys: in the 12.7B model 40 query heads read 16 key heads, and the 4 signal heads
 # of a group share one. A head below tau must not change because its neighbour is above. So
@@ -336,7 +333,7 @@ def qk_clip(qk: list, max_logits: Tensor, kv_map, head_dim: int, tau: float) -> 
     bring the measured maxima of the logits down to tau -> gamma (layers, H).
 
     qk: [(q_weight, k_weight), ...], a pair for each layer.
-    max_logits (layers, H): S, the largest, not the largest in magnitude, measured before the
+    max_logits (layers, H): L, the largest, not the largest in magnitude, measured before the
         update.
     kv_map (H,): the key head that each query head reads.
 
@@ -344,12 +341,12 @@ def qk_clip(qk: list, max_logits: Tensor, kv_map, head_dim: int, tau: float) -> 
     so its q has to grow by what the key has lost:
 
     >>> q, k = torch.ones(2, 1), torch.ones(1, 1)
-    >>> S = torch.tensor([[200.0, 50.0]])
-    >>> qk_clip([(q, k)], S, kv_map=[0, 0], head_dim=1, tau=100.0)
+    >>> L = torch.tensor([[200.0, 50.0]])
+    >>> qk_clip([(q, k)], L, kv_map=[0, 0], head_dim=1, tau=100.0)
     tensor([[0.5000, 1.0000]])
     >>> q.flatten(), k.flatten()
     (tensor([0.7071, 1.4142]), tensor([0.7071]))
-    >>> S * (q * k).flatten()
+    >>> L * (q * k).flatten()
     tensor([[100.0000,  50.0000]])
     """
     # NaN and inf fail this. The assert raises RuntimeError, on a GPU at the host's next sync.
@@ -444,7 +441,7 @@ class MuonClip(torch.optim.Optimizer):
         super().__init__([group for group in groups if group["params"]], defaults)
 
         self.ns_options = dict(coefficients=coefficients, dtype=dtype)
-        self.exchanges = build_exchanges(matrices, dtype)
+        self.exchanges = build_exchanges(matrices, dtype)   # of shards (second half); else []
         self.update_rms = {}
 
         self.qk = list(qk)
@@ -526,9 +523,9 @@ class MuonClip(torch.optim.Optimizer):
         return u.view(momentum.shape)
 
     def apply_result(self, p: Tensor, O: Tensor, scalars: SimpleNamespace) -> None:
-        """Update this rank's part of p by O, which is its part of the whole O if p is sharded. Set
-        update_rms[p] to the RMS of scaled O; for a shard to its part of that: the squares of all
-        parts add up to the square of the RMS (ShardExchange.finish_update_rms)."""
+        """Update p by O, and set update_rms[p] to the RMS of scaled O. If p is sharded, all of this
+        is this rank's part. The squares of the ranks' parts add up to the square of the RMS, and
+        ShardExchange.finish_update_rms adds them up."""
         scale = update_scale(p.shape)
         apply_update(local_shard(p), O, scalars.decay, scalars.lr * scale)
         norm = torch.linalg.vector_norm(O, dtype=p.dtype)

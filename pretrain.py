@@ -256,16 +256,17 @@ def theta_at(c: Config, tokens: int) -> float:
 # and the result is the mean loss and its gradient. To average the ranks' means would be wrong: in
 # fine-tuning only replies are targets, and some ranks have more of them than others.
 #
-# The gradient. FSDP2 (below) shards the matrices: it sums their gradients over the ranks, and each
-# rank keeps its own shard of the sum (set_gradient_sync):
+# The gradient. On one GPU there is nothing to sum: skip this at first. On several, FSDP2 (below)
+# shards the matrices. It sums their gradients over the ranks, and each rank keeps its own shard of
+# the sum (set_gradient_sync):
 #
-#     of blocks                 after each micro-batch: no rank has room for all their gradients
-#     of embedding and head     once a step: until then ranks add up theirs, whole and in fp32
-#                               (with sum_embeddings_once=False after each micro-batch, too)
-#     with copies of the model  once a step besides, among ranks with the same shard (HSDP)
-#     on a single rank          there is nothing to sum: all matrices stay gathered for the step
+#     gradients of            are summed over the ranks
+#     blocks                  after each micro-batch, as no rank has room for all of them, whole
+#     embedding and head      once a step. Until then each rank adds up its own, whole and in fp32
+#                             (with sum_embeddings_once=False after each micro-batch, too)
 #
-# Vectors are whole on every rank; reduce_and_clip sums their gradients.
+# Where there are copies of the model (HSDP), the copies add up their shards once a step. Vectors
+# are whole on every rank; reduce_and_clip sums their gradients.
 #
 # NaN. A loss or gradient that is not finite must not reach the weights. But if the host read the
 # loss at every step to find out, the GPU would be idle meanwhile. So the decision, `skipped`, is a
@@ -464,14 +465,17 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
     validation = Validation(c, held_out, curriculum, tokenizer, encode_prompt, task_scores, device)
     timer = StepTimer(start_step, optimizer, device)
     signals = []    # when they arrived; the handlers are installed after the first step
+    last_step = curriculum.steps - 1
     step = start_step
     while True:
         finished = step == curriculum.steps
         stop = any_rank(finished or bool(signals))
-        # The end forces an evaluation, a stop forces a save. A run that goes on repeats neither.
-        evaluate_now = step > log.last_evaluation and is_due(step, c.eval_every, finished)
-        save_now = step > start_step and is_due(step, c.save_every, stop)
-        model.config.rope_theta = theta_at(c, curriculum.tokens[min(step, curriculum.steps - 1)])
+        # At the end evaluate in any case; at any stop, the end included, save. A run that resumes
+        # does not do again what it did at this step before.
+        evaluate_now = step > log.last_evaluation and is_due(step, c.eval_every, force=finished)
+        save_now = step > start_step and is_due(step, c.save_every, force=stop)
+        # RoPE's base follows a schedule. After the last step that of the last step holds.
+        model.config.rope_theta = theta_at(c, curriculum.tokens[min(step, last_step)])
 
         # What is not training: evaluate and save, where that is due; stop.
         if evaluate_now or save_now or stop:
@@ -500,7 +504,7 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
             signals = install_signal_handlers()  # not earlier: see there
         step += 1
 
-        if is_due(step, c.log_every, step in (1, curriculum.steps)):
+        if is_due(step, c.log_every, force=step in (1, curriculum.steps)):
             nonfinite.check(step, c, log)
             forward, backward = flops_per_token(model.config, curriculum.context[step - 1])
             log_step(log, timer, optimizer, curriculum, step, lr, result, forward + backward)
@@ -551,9 +555,9 @@ def evaluate_and_log(validation: "Validation", model: Motif, optimizer, curricul
     log_evaluation(log, curriculum, step, result, layers, samples)
 
 
-def is_due(step: int, every: int | None, or_if: bool) -> bool:
-    """Whether step is a multiple of `every`, or or_if is true. If `every` is None: never."""
-    return every is not None and (step % every == 0 or or_if)
+def is_due(step: int, every: int | None, force: bool) -> bool:
+    """Whether step is a multiple of `every`, or `force` is true. If `every` is None: never."""
+    return every is not None and (step % every == 0 or force)
 
 
 # ---- the model over many GPUs: FSDP2

@@ -149,8 +149,8 @@ def test_a_copied_layer_adds_nothing_and_a_moved_one_keeps_its_lambda():
         b = layers[new].self_attn
         assert torch.equal(a.q_proj.weight, b.q_proj.weight)
         torch.testing.assert_close(a.lambda_(), b.lambda_())
-        scale_a = a.subln.weight.double() * (1 - a.lambda_init())
-        scale_b = b.subln.weight.double() * (1 - b.lambda_init())
+        scale_a = a.subln.weight.double() * (1 - a.initial_lambda())
+        scale_b = b.subln.weight.double() * (1 - b.initial_lambda())
         torch.testing.assert_close(scale_a, scale_b, rtol=1e-6, atol=0)
         # In a bf16 model what holds lambda stays fp32.
         assert b.lambda_q2.dtype == b.subln.weight.dtype == torch.float32

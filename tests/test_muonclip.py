@@ -124,7 +124,7 @@ def test_newton_schulz_by_the_kernel_is_the_same(shape, span, monkeypatch):
     if not G.is_cuda:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(kernels, "INTERPRET", True)
-    monkeypatch.setattr(kernels, "SYMMETRIC_TILES", 3)
+    monkeypatch.setattr(kernels, "MIN_SYMMETRIC_TILES", 3)
     spans = []
 
     def recording(X, table, span):

@@ -199,8 +199,8 @@ def refold_lambda_init(old: Attention, new: Attention) -> dict[str, Tensor]:
     tensors = {name: upcast(getattr(old, name)).clone() for name in LAMBDAS}
     tensors["subln.weight"] = upcast(old.subln.weight).clone()
 
-    old_init = float(old.lambda_init())
-    new_init = float(new.lambda_init())
+    old_init = float(old.initial_lambda())
+    new_init = float(new.initial_lambda())
     if old_init != new_init:
         q2 = tensors["lambda_q2"].double()
         k2 = tensors["lambda_k2"].double()
