@@ -62,12 +62,15 @@ def pick_device(c) -> torch.device:
         raise UserError(f"device={c.device}: {str(e).splitlines()[0]}") from None
 
 
+ALLOCATOR_SETTINGS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
+
+
 def let_segments_grow() -> None:
     """Have PyTorch take the GPU's memory in segments that can grow. In segments of fixed size much
     of it fits no new tensor: a step whose tensors needed 126 of 140 GiB ran out of memory. What
     the user has set in the environment stays."""
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    if not ALLOCATOR_SETTINGS & os.environ.keys():
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def init_distributed(device: torch.device, timeout_seconds: int, even_alone: bool) -> None:

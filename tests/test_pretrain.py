@@ -30,7 +30,7 @@ from configurator import UserError
 from model import Motif
 from pretrain import Config, lr_at, make_curriculum
 from support import run_folder
-from support.ranks import pick_device, run_main
+from support.ranks import ALLOCATOR_SETTINGS, let_segments_grow, pick_device, run_main
 from support.run_folder import checkpoint_steps
 from support.tokenizer import load_tokenizer
 
@@ -837,7 +837,21 @@ def test_a_checkpoint_of_another_run_is_refused(run):
     assert max(checkpoint_steps(Path("out"))) == 4
 
 
-# ---- an Apple GPU, which these tests do not have
+# ---- devices: memory in segments; an Apple GPU, which these tests do not have
+
+def test_memory_is_taken_in_segments_that_grow_unless_the_user_says_otherwise(monkeypatch):
+    settings = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
+    for name in ALLOCATOR_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    let_segments_grow()
+    assert settings == ["expandable_segments:True"]
+    for name in ALLOCATOR_SETTINGS:
+        monkeypatch.setenv(name, "max_split_size_mb:512")
+        let_segments_grow()
+        monkeypatch.delenv(name)
+    assert len(settings) == 1
+
 
 def test_mps_is_one_process_in_fp32_and_auto_prefers_cuda(monkeypatch):
     with pytest.raises(UserError, match="device=mps"):          # there is none

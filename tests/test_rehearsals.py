@@ -103,6 +103,7 @@ def test_a_rehearsal_loses_a_rank_exports_and_fine_tunes(tmp_path, monkeypatch, 
 @pytest.mark.parametrize("gpus, layers, recomputed, options, gib", [
     (1, 6, 0, {}, 72.7),
     (1, 12, 12, {}, 81.6),
+    (1, 20, 20, {}, 111.0),
     (1, 24, 24, {}, 125.7),
     (2, 6, 0, {}, 51.5),
     (2, 6, 0, {"sum_embeddings_once": False}, 48.2),

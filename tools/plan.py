@@ -118,14 +118,14 @@ def part_of(name: str) -> str:
 #
 # The first three also hold what is gathered, the sums and the head's gradient. The plan adds up the
 # large tensors of training in bf16 or FP8. In bf16, what was measured is 0.2 GiB less to 0.6 GiB
-# more (MEASUREMENTS.md, "Many GPUs"); in FP8 nothing was. The allocator's cache and NCCL take a few
-# GB on top.
+# more (MEASUREMENTS.md, "Many GPUs"); in FP8 memory was not measured. The allocator's cache and
+# NCCL take a few GB on top.
 
 def activation_bytes(config: MotifConfig, fp8: bool = False) -> tuple[int, int]:
     """Bytes per token that a block keeps for its backward pass, and those of its input.
 
-    The block keeps the inputs of its norms, of attention and of the gate, and what attention
-    returns, in bf16; and the inputs of its matrix products, in bf16 or FP8."""
+    The block keeps the inputs of its norms, of attention, and of the activation and its product,
+    and what attention returns, in bf16; and the inputs of its matrix products, in bf16 or FP8."""
     c = config
     stream = 2 * c.hidden_size                       # the inputs of two norms
     mlp = 2 * c.intermediate_size                    # gate and up
