@@ -15,10 +15,10 @@ The file goes from the idea to the machinery: how a choice is scored, then a sec
 three questions, then the run. support/tasks.py has the benchmarks: where the questions of each come
 from, how they are worded and how replies are judged. A run writes
 
-    out_dir/samples.jsonl   a line per question: the prompt (of bits per byte its beginning), the
-                            scores and, except for bits per byte, the output, which is a sum for
-                            each choice or the replies. A run that was interrupted goes on from
-                            there
+    out_dir/samples.jsonl   a line per question: the prompt, the scores, and the log-likelihoods of
+                            the choices, or the replies. For bits per byte it has the text's first
+                            80 characters, its bits and its bytes. A run that was interrupted goes
+                            on from there
     out_dir/results.json    score, standard error and number of questions of every task
 """
 import difflib
@@ -50,9 +50,9 @@ from model import Decoder, KVCache, Motif
 from pretrain import COMPUTE_DTYPE, compute_precision, pick_device
 from support.preparing import num_cores
 from support.ranks import RANK, WORLD, all_gather_object, rank0_only, run_main
-from support.run_folder import (is_out_of_memory, latest_checkpoint, read_state,
+from support.run_folder import (is_out_of_memory, latest_checkpoint, lock_folder, read_state,
                                 whole_checkpoints)
-from support.scores import (format_table, load_previous, record_line, save_results,
+from support.scores import (earlier_scores, format_table, record_line, save_results,
                             scores_by_metric, summarize)
 from support.tasks import (CHAINS, TASKS, Example, Task, has_own_fence, judge_replies,
                            read_questions, read_texts)
@@ -61,35 +61,14 @@ from support.weights import model_folder
 
 # ---- what a question is
 #
-# support/tasks.py gives a Task, and its questions as Examples. This file uses these fields of them:
+# support/tasks.py gives a Task, which says how questions are asked and judged, and its questions as
+# Examples. (It explains their fields, and how to add a task.) A prompt is made of an example's
 #
-#     task.kind                     multiple_choice, generation or bits_per_byte
-#     task.read                     makes an Example of a row or, for bits per byte, of a text
-#     task.fewshot                  "first" if all questions of a subject have the same examples
-#     task.acc_norm                 whether acc_norm is reported beside acc
-#     task.until, max_new_tokens    where a reply ends at the latest
-#     task.program                  makes a program of a reply; None if the reply is compared
-#     task.chat_prompt              gives the question other words, and the reply its beginning
-#     task.always_chat              asks in the turn format even without --chat
-#     task.source                   makes the questions; None if they are in a file or on the Hub
-#     task.num_fewshot, reported    the number of examples and the scores in the report
-#
-#     example.fewshot_context       how the prompt begins: a description and examples
-#     example.text                  the question, which follows that; or the text to measure
-#     example.choices, answer       the possible continuations, and the index of the right one
-#     example.contexts              winogrande: for each choice, what it continues instead of text
-#     example.target                bpb:replies: the reply to text, which is measured
-#
-# To add a task, write in support/tasks.py a function that makes an Example of a row, and an entry
-# of TASKS:
-#
-#     def read_riddles(row: dict) -> Example:
-#         return choose(f"Q: {row['question']}\nA:", row["choices"], row["answer"])
-#
-#     "riddles": Task(read_riddles, hf_name="me/riddles", eval_split="test",
-#                     eval_file="riddles.jsonl"),
-#
-# A task that generates also has a `metric`, whose scores must be floats, or a `program`.
+#     fewshot_context       a description, and examples with their answers, which come first
+#     text                  the question; for bits per byte the text to measure
+#     choices, answer       the possible continuations, and the index of the right one
+#     contexts              winogrande alone: for each choice, what it continues instead of text
+#     target                bpb:replies alone: the reply to text, which is measured
 
 # ---- how a multiple-choice question is scored
 #
@@ -180,15 +159,15 @@ class PromptEncoder:
 # That computes most tokens many times: all questions of one subject of MMLU begin with the same
 # examples, and all choices of a question with the same prompt. Attention is causal, so no later
 # token changes a token's keys and values. Those of a common beginning are therefore computed once,
-# and copied for each text that continues it:
+# and copied for each text that continues it. There are three stages:
 #
-#     log p(choice | context) = log p(c_1 | context)                             stage 2
-#                             + sum_{t>1} log p(c_t | context, c_1 ... c_{t-1})  stage 3
+#     1    read the examples, once for all questions
+#     2    read the rest of each question's *prompt*: what all of its rows begin with, the examples
+#          and its own part (shared_ids in the code)
+#     3    read each choice, but for its last token, as nothing comes after it
 #
-# Below, a letter is a token that is read, "=" a token whose keys and values are copied from the
-# stage above, "." padding. A prompt is what all rows of a question begin with, before the first id
-# that is scored, shared_ids in the code: the examples, which other prompts have too, and a part of
-# its own, p or q. The last token of a choice is not read, as nothing comes after it:
+# A letter is a token that is read, "=" one whose keys and values are copied from the stage above,
+# and "." is padding:
 #
 #                                             examples    own part  choices
 #     stage 1: one row                        eeeeeeeeeeee
@@ -202,7 +181,12 @@ class PromptEncoder:
 #                                             =================dddd.
 #
 # The last token of a prompt predicts the first token of every choice. So stage 2 gives the
-# log-probabilities of all first tokens, and stage 3 only those of the others. The choices of MMLU,
+# log-probabilities of all first tokens, and stage 3 only those of the others:
+#
+#     log p(choice | context) = log p(c_1 | context)                             stage 2
+#                             + sum_{t>1} log p(c_t | context, c_1 ... c_{t-1})  stage 3
+#
+# The choices of MMLU,
 # " A" to " D", need no stage 3 where each is a single token, as in most tokenizers. (In bytes it is
 # two.) In Winogrande the contexts differ, and the choice is what comes after them: there stages 2
 # and 3 also score the last words of a context, which join_scores drops.
@@ -230,8 +214,9 @@ class LoglikelihoodRequest:
     num_scored[j]       how many ids at the end of row j are scored: those of the choice
     was_cut             whether a row lost its beginning
     shared_ids          the ids that all rows begin with, up to the first scored one
-    group               the few-shot text that it shares: requests of one group go through stage 1
-                        together
+    group               the few-shot text, or "" if it is the question's own. Requests of a group
+                        are scored together. If they begin with fewer than MIN_SHARED_PREFIX equal
+                        ids, they skip stage 1
     """
 
     def __init__(self, number: int, pairs: list[tuple[list, list]], max_length: int,
@@ -257,8 +242,7 @@ class LoglikelihoodRequest:
             length = min(length, len(row) - n)
         self.shared_ids = self.rows[0][:length]
 
-        # Rows that lost their beginning share nothing with their group. Group "" shares nothing but
-        # by chance.
+        # Rows that lost their beginning have lost the examples.
         self.group = "" if self.was_cut else group
 
 
@@ -448,8 +432,9 @@ def score_rests(model: Motif, batch: list[LoglikelihoodRequest], cache: KVCache,
         rows = [ids for _, _, ids in behind_prompts[part]]
         # The longest prompt and the longest rest may be of two rows, and their sum longer than any
         # row is.
-        room = min(longest_prompt + num_rest[part.start], model.config.max_position_embeddings)
-        copies = cache.select_rows(of_requests, max_length=room)
+        max_length = min(longest_prompt + num_rest[part.start],
+                         model.config.max_position_embeddings)
+        copies = cache.select_rows(of_requests, max_length)
 
         log_p = score_rows(model, rows, num_rest[part], cache=copies)
         del copies              # before the next ones are made
@@ -491,16 +476,17 @@ def check_finite(total: float) -> None:
 
 # ---- multiple choice
 
-def multiple_choice(task: Task, examples: dict[int, Example], model: Motif, encoder: PromptEncoder,
+def measure_choices(task: Task, examples: dict[int, Example], model: Motif, encoder: PromptEncoder,
                     c: "Config") -> Iterator[tuple[int, dict]]:
-    """Score questions: {number: example} -> yields (number, record) as they are done."""
+    """Score questions of multiple choice: {number: example} -> yields (number, record) as they are
+    done."""
     requests = []
     for i, example in examples.items():
         contexts = example.contexts or [example.text] * len(example.choices)
         pairs = []
         for context, choice in zip(contexts, example.choices):
             prompt = example.fewshot_context + context
-            if c.chat:
+            if uses_chat(task, c):
                 # A choice begins with a space, which a reply does not.
                 pairs.append((encoder.encode_chat(prompt), encoder.encode(choice[1:])))
             else:
@@ -524,9 +510,8 @@ def multiple_choice(task: Task, examples: dict[int, Example], model: Motif, enco
 
 # ---- generation
 #
-# The question is the prompt. The model continues it until it writes one of the task's strings
-# `until`, or a token that ends a text. support/tasks.py judges the reply: it compares an answer, or
-# runs a program in the sandbox.
+# The question is the prompt. The model continues it, and support/tasks.py judges the reply: it
+# compares an answer, or runs a program in the sandbox.
 
 @dataclass
 class Prompt:
@@ -615,8 +600,13 @@ def find_first(reply: bytes, strings: tuple) -> int | None:
     return min((place for place in places if place >= 0), default=None)
 
 
-def generation(task: Task, examples: dict[int, Example], model: Motif, encoder: PromptEncoder,
-               c: "Config") -> Iterator[tuple[int, dict]]:
+def uses_chat(task: Task, c: "Config") -> bool:
+    """Whether questions are asked in the turn format."""
+    return c.chat or task.always_chat
+
+
+def measure_replies(task: Task, examples: dict[int, Example], model: Motif, encoder: PromptEncoder,
+                    c: "Config") -> Iterator[tuple[int, dict]]:
     """Write replies and judge them: {number: example} -> yields (number, record)."""
     num_samples = c.num_samples if task.program else 1
     shown = {}                  # number -> the prompt as text, for the record
@@ -624,19 +614,19 @@ def generation(task: Task, examples: dict[int, Example], model: Motif, encoder: 
     prompts = []
     room = prompt_room(model, task.max_new_tokens)
     for i, example in examples.items():
-        shown[i], ids = generation_prompt(task, example, encoder, c.chat or task.always_chat)
+        shown[i], ids = generation_prompt(task, example, encoder, uses_chat(task, c))
         was_cut[i] = len(ids) > room
         for sample in range(num_samples):
             seed = random.Random(f"{c.seed} {i} {sample}").getrandbits(32)
             prompts.append(Prompt(i, sample, ids, seed))
 
     def judge(i: int, replies: list[str]) -> tuple[int, dict]:
-        scores = judge_replies(task, examples[i], replies, c.chat)
+        scores = judge_replies(task, examples[i], replies, uses_chat(task, c))
         return i, {"prompt": shown[i], "output": replies, "cut": was_cut[i], **scores}
 
     # A chat model writes its program as ```python ... ```. A reply must not end inside that, where
     # a second function begins, say.
-    until = () if has_own_fence(task, c.chat) else task.until
+    until = () if has_own_fence(task, uses_chat(task, c)) else task.until
     replies = generate_replies(model, encoder, prompts, until, task.max_new_tokens,
                                c.kv_cache_tokens, c.temperature)
     yield from judge_in_threads(judge, by_question(replies, num_samples))
@@ -702,7 +692,7 @@ def generation_prompt(task: Task, example: Example, encoder: PromptEncoder,
 # per byte, and in other tokens, of another model, the figure still compares: a loss per token would
 # not. Random bytes have 8.
 
-def bits_per_byte(task: Task, examples: dict[int, Example], model: Motif, encoder: PromptEncoder,
+def measure_texts(task: Task, examples: dict[int, Example], model: Motif, encoder: PromptEncoder,
                   c: "Config") -> Iterator[tuple[int, dict]]:
     """Measure texts: {number: example} -> yields (number, record). A text that is longer than the
     model's context is cut into windows. An example with a target is a chat: what is scored is the
@@ -746,6 +736,9 @@ def cut_into_windows(ids: list[int], max_length: int) -> Iterator[list[int]]:
     for start in range(0, len(ids) - 1, max_length):
         yield ids[start:start + max_length + 1]
 
+
+MEASURES = {"multiple_choice": measure_choices, "generation": measure_replies,
+            "bits_per_byte": measure_texts}        # Task.kind -> what measures its questions
 
 # ---- the run: what is measured
 
@@ -853,10 +846,9 @@ def source_of(task_name: str) -> str:
 # A record is written to samples.jsonl as soon as its question is measured. A later run in the same
 # folder uses a record again if nothing that decides it has changed:
 #
-#     the model, chat, precision    results.json notes them for all records. If one has changed, all
-#                                   records and results are dropped, also those that chat does not
-#                                   decide. A model in another folder is an error, which asks for
-#                                   another out_dir
+#     the model, its tokenizer,     results.json notes them for all records. If weights or tokenizer
+#     chat, precision               have changed, all is measured anew. Another folder of the model,
+#                                   chat or precision is an error, which asks for another out_dir
 #     the question                  The record has a hash of it, few-shot examples included
 #     temperature, seed,            They decide replies alone. So they are in the hash of a question
 #     num_samples                   that asks for a reply, and in results.json beside its scores
@@ -905,22 +897,28 @@ def evaluate_model(folder: Path, tasks: dict[str, SelectedTask], out: Path, c: C
         c = replace(c, kv_cache_tokens=default_kv_cache_tokens(model, device))
 
     settings = settings_of(folder, encoder, c)
-    records, earlier_results = rank0_only(load_previous, out, settings)
+    records, earlier_results = rank0_only(earlier_scores, out, settings)
 
     results = {}
     for name, selected in tasks.items():
-        task = selected.task
         # A compiled step pays only where many steps follow.
-        model.compile_steps = c.compile and device.type == "cuda" and task.kind == "generation"
+        is_long = selected.task.kind == "generation"
+        model.compile_steps = c.compile and device.type == "cuda" and is_long
         measure_task(name, selected, records, out, model, encoder, c)
-        results[name] = {}
-        for metric, score in summarize([records[name, i] for i in selected.questions]).items():
-            results[name][metric] = {
-                **score, "shots": selected.num_fewshot, **sampling_settings(task, c),
-                "reported": task.reported.get(metric), "report_shots": task.num_fewshot}
-    if RANK == 0:
-        save_results(out, settings, records, {**earlier_results, **results})
+        results[name] = scores_of_task(selected, [records[name, i] for i in selected.questions], c)
+        # No rank may write into samples.jsonl while it is replaced.
+        rank0_only(save_results, out, settings, records, {**earlier_results, **results})
     return results
+
+
+def scores_of_task(selected: SelectedTask, records: list[dict], c: Config) -> dict[str, dict]:
+    """{metric: score}, with what the scores were measured with, and what the report states."""
+    task = selected.task
+    scores = summarize(records)
+    for metric, score in scores.items():
+        score.update(shots=selected.num_fewshot, **sampling_settings(task, c),
+                     reported=task.reported.get(metric), report_shots=task.num_fewshot)
+    return scores
 
 
 def measure_task(name: str, selected: SelectedTask, records: dict, out: Path, model: Motif,
@@ -946,9 +944,7 @@ def measure_task(name: str, selected: SelectedTask, records: dict, out: Path, mo
               "measured anew", flush=True)
     mine = {i: selected.questions[i] for i in missing[RANK::WORLD]}
 
-    measures = {"multiple_choice": multiple_choice, "generation": generation,
-                "bits_per_byte": bits_per_byte}
-    measured = measures[task.kind](task, mine, model, encoder, c)
+    measured = MEASURES[task.kind](task, mine, model, encoder, c)
     new = {}
     # Closing: if a record cannot be written, no program is run any more. Unbuffered, so that a
     # record is one write, and ranks do not write into each other's lines.
@@ -1082,7 +1078,8 @@ def run(c: Config) -> None:
         if len(models) > 1 or not c.out_dir:
             path = folder.resolve() if folder.name in ("", "..") else folder
             out = top / re.sub("[^A-Za-z0-9_.]+", "-", str(path)).strip("-")
-        results[name] = evaluate_model(folder, tasks, out, c, device)
+        with lock_folder(out):
+            results[name] = evaluate_model(folder, tasks, out, c, device)
     if RANK == 0:
         where = out if len(models) == 1 else f"the folders of {top}"
         print(f"\n{format_table(results)}\nsamples and results in {where}", flush=True)
@@ -1097,13 +1094,16 @@ def main() -> None:
         dist.init_process_group("gloo")
     try:
         run(c)
+    except BrokenPipeError:
+        raise                       # run_main knows what to say
     except OSError as e:
         where = e.filename or c.out_dir or "out/eval"     # a full disk names no file
         raise UserError(f"{where}: {one_line(e)}") from None
     except RuntimeError as e:
         if not is_out_of_memory(e):
             raise
-        raise UserError("out of memory; give less --kv_cache_tokens, 16384 for a start") from None
+        raise UserError("out of memory; give less --kv_cache_tokens, 16384 for a start, or "
+                        "--precision=bf16 if the weights did not fit") from None
 
 
 if __name__ == "__main__":

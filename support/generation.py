@@ -12,10 +12,11 @@ from kernels import upcast
 
 # ---- the KV cache
 #
-# A token's keys and values depend on the tokens before it alone, so generation computes them once
-# and keeps them: 2 x 16 heads x 128 numbers per token and layer in the 12.7B model, 320 KiB a token
-# in bf16. Slot i of a row holds the token at position i. Rows are filled from the left and padded
-# on the right (_ below), and each has its own length:
+# A token's keys and values depend on that token and those before it, never on later ones. So
+# generation computes them once and keeps them. In the 12.7B model they are 2 x 16 heads x 128
+# numbers per token and layer, 8 KiB in bf16, and 320 KiB a token in its 40 layers. Slot i of a row
+# holds the token at position i. Rows are filled from the left and padded on the right (_ below),
+# and each has its own length:
 #
 #     slot                  0      1      2      3
 #     row 0                 The    cat    sat    _            lengths = [3, 1]
@@ -35,9 +36,12 @@ from kernels import upcast
 class KVCache:
     """Keys and values of batch_size rows of at most max_length tokens.
 
-    keys[layer] (B, K, slots, D), values[layer] (B, P, slots, Dv), lengths (B,) int64: how many
-    tokens each row has. Heads come before slots, so that the matrix products read the cache as it
-    lies.
+    keys[layer]      (B, K, slots, D): of K key heads of width D
+    values[layer]    (B, P, slots, Dv): of P values of width Dv (MotifConfig.value_shape)
+    lengths          (B,) int64: how many tokens each row has. The model advances it at the end of
+                     each pass
+
+    Heads come before slots, so that the matrix products read the cache as it lies.
 
     >>> from model import Motif, MotifConfig
     >>> model = Motif(MotifConfig())

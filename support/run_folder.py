@@ -290,6 +290,8 @@ def friendly_errors(c, out: Path):
     lost rank. Errors of our code keep their traceback."""
     try:
         yield
+    except BrokenPipeError:
+        raise                       # run_main knows what to say
     except OSError as e:
         raise UserError(f"{e.filename or out}: {one_line(e)}") from None
     except RuntimeError as e:

@@ -1,4 +1,4 @@
-"""What eval.py makes of the records of questions: its two files, scores, and the table."""
+"""Write and read eval.py's two files, and make scores and the table of the records of questions."""
 import json
 import os
 import statistics
@@ -9,10 +9,13 @@ from configurator import UserError
 from support.log import replace_text
 from support.weights import read_json
 
-def load_previous(out: Path, settings: dict) -> tuple[dict, dict]:
-    """What an earlier run with the same settings left in out: records {(task, number): record} and
-    results {task: result}. All else is removed from the files. UserError if the run was of a model
-    in another folder: two models may have the same out_dir by accident."""
+def earlier_scores(out: Path, settings: dict) -> tuple[dict, dict]:
+    """What an earlier run left in out: records {(task, number): record} and results {task: result}.
+
+    If the weights or the tokenizer have changed since, or the files cannot be read, nothing of it
+    counts. Then the files are renamed to *.old, so that hours of work are not lost by a mistake.
+    UserError if the scores are of a model in another folder, or were made with another --chat or
+    --precision."""
     out.mkdir(parents=True, exist_ok=True)
     samples = out / "samples.jsonl"
     earlier = {}
@@ -20,27 +23,36 @@ def load_previous(out: Path, settings: dict) -> tuple[dict, dict]:
         try:
             earlier = read_json(out / "results.json")
         except UserError as e:
-            print(f"{e}; all questions are measured anew")
-
-    model = earlier.get("model")
-    if isinstance(model, str) and os.path.abspath(model) != os.path.abspath(settings["model"]):
-        raise UserError(f"{out} has the scores of {model}, not of {settings['model']}; delete it "
-                        "or give another --out_dir")
+            print(e)
+    check_same_settings(out, earlier, settings)
 
     records = {}
     results = {}
-    unchanged = all(earlier.get(key) == settings[key] for key in settings if key != "model")
-    if isinstance(earlier.get("tasks"), dict) and unchanged:
+    if isinstance(earlier.get("tasks"), dict) and earlier.get("stamp") == settings["stamp"]:
         results = earlier["tasks"]
         for line in samples.read_bytes().splitlines(keepends=True):
             record = read_record(line)
             if record is not None:
                 records[record["task"], record["doc"]] = record
-    elif earlier:
-        print(f"{out}: the model's files, --chat or --precision were others before; all questions "
-              "are measured anew")
+    elif samples.exists() and samples.stat().st_size > 0:
+        for file in (samples, out / "results.json"):
+            if file.exists():
+                os.replace(file, f"{file}.old")
+        print(f"{out}: the earlier scores are of other weights or another tokenizer, or cannot be "
+              "read; all questions are measured anew, and the earlier files are kept as *.old")
     save_results(out, settings, records, results)
     return records, results
+
+
+def check_same_settings(out: Path, earlier: dict, settings: dict) -> None:
+    model = earlier.get("model")
+    if isinstance(model, str) and os.path.abspath(model) != os.path.abspath(settings["model"]):
+        raise UserError(f"{out} has the scores of {model}, not of {settings['model']}; delete it "
+                        "or give another --out_dir")
+    for key in ("chat", "precision"):
+        if earlier.get(key, settings[key]) != settings[key]:
+            raise UserError(f"{out} has scores with {key}={earlier[key]}, not {settings[key]}; "
+                            "delete it or give another --out_dir")
 
 
 def record_line(record: dict) -> bytes:
@@ -84,7 +96,8 @@ def summarize(records: list[dict]) -> dict[str, dict]:
         cut              how many of them were too long for the model, and lost their beginning or,
                          for bits per byte, were cut into windows
 
-    The metrics of a record are its entries of type float."""
+    The metrics of a record are its entries of type float. (The harness pools the standard error of
+    MMLU over its subjects; ours is over all questions.)"""
     scores = {}
     if "bits" in records[0]:
         bits = [record["bits"] for record in records]

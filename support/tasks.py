@@ -30,13 +30,13 @@ class Example:
     contexts: list | None = None  # winogrande: choice j continues contexts[j] instead of `text`
     subject: str = ""             # few-shot examples are taken from the same subject
     fewshot_context: str = ""     # what a prompt has before `text`: description and examples
-    row: dict | None = None       # the data set's row
+    row: object = None            # the data set's row, by which a question knows itself
 
 
 @dataclass(frozen=True)
 class Task:
     """Where the questions are, how they are asked, and how an answer is judged."""
-    read: Callable[[dict], Example]
+    read: Callable                  # a row of the data set (for bits per byte a text) -> Example
     kind: Literal["multiple_choice", "generation", "bits_per_byte"] = "multiple_choice"
 
     # The data set: on the Hub, or files in benchmark_dir, or rows that source() makes.
@@ -53,13 +53,13 @@ class Task:
     description: str = ""           # its first line; {} is the subject
     fewshot: Literal["first", "random"] = "random"    # which examples are put before a question
     chat_prompt: Callable | None = None  # example -> what the user asks, how the reply begins
-    always_chat: bool = False       # asked in the turn format even without --chat
+    always_chat: bool = False       # ask in the turn format even without --chat
 
     # The answer.
     acc_norm: bool = True           # multiple choice: report acc_norm beside acc
     until: tuple = ()               # generation: strings that end a reply
     max_new_tokens: int = 256
-    metric: Callable | None = None  # generation: (example, reply) -> {metric: score}, or
+    metric: Callable | None = None  # generation: (example, reply) -> {metric: score, a float}, or
     program: Callable | None = None  # (example, reply) -> a program and its tests
 
     # What Motif-2-12.7B's report states.
@@ -100,15 +100,14 @@ def add_fewshot_contexts(task: Task, questions: list[Example], pool: list[Exampl
     """Put the description and num_fewshot examples of the pool before each question. They are drawn
     for all questions in order, so that they depend neither on the ranks nor on what is measured
     already. Where the questions are a validation split, the harness draws one example more, and
-    drops the question itself if it is among them; if it was there more than once, the harness draws
-    anew from the others (0.4.13, samplers.py)."""
+    drops the question itself if that was drawn. If the question was drawn more than once, the
+    harness draws anew from the other examples (0.4.13, samplers.py)."""
     by_subject = defaultdict(list)
     for example in pool:
         by_subject[example.subject].append(example)
 
-    num_drawn = num_fewshot
-    if num_fewshot and task.eval_split == "validation":
-        num_drawn += 1
+    draws_one_more = num_fewshot > 0 and task.eval_split == "validation"
+    num_drawn = num_fewshot + draws_one_more
     rng = random.Random(1234)
     for question in questions:
         candidates = by_subject[question.subject]
@@ -121,7 +120,7 @@ def add_fewshot_contexts(task: Task, questions: list[Example], pool: list[Exampl
         if task.fewshot == "random":
             drawn = rng.sample(candidates, num_drawn)
         drawn = [example for example in drawn if example.row != question.row][:num_fewshot]
-        if len(drawn) < num_fewshot < num_drawn:
+        if draws_one_more and len(drawn) < num_fewshot:
             others = [example for example in candidates if example.row != question.row]
             drawn = rng.sample(others, min(num_fewshot, len(others)))
 
@@ -159,13 +158,14 @@ def read_examples(task: Task, is_fewshot: bool, benchmark_dir: str | None) -> li
             example.row = row
             judge = task.program or task.metric
             if judge:
-                judge(example, reply="")             # so that a bad row is noticed now
+                judge(example, "")                   # so that a bad row is noticed now
         except KeyError as e:
             has = ", ".join(row)[:300]
             raise UserError(f"{place}: there is no {e}; the row has {has}") from None
         except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as e:
             # A row of another form: null or a number where a text should be, too few choices, ...
-            raise UserError(f"{place}: {one_line(e)}; correct the row") from None
+            raise UserError(f"{place}: {one_line(e)}; correct the row, or {task.read.__name__}(), "
+                            "which reads it") from None
         examples.append(example)
     return examples
 
@@ -188,7 +188,7 @@ def read_rows(task: Task, is_fewshot: bool,
             raise UserError(f"dataset {task.hf_name}: {one_line(e)}; or put {file} into a folder "
                             "and give --benchmark_dir") from None
         for i, row in enumerate(rows):
-            yield f"{task.hf_name}, {split} row {i}", row
+            yield f"{task.hf_name}, {split} row {i}", without_nulls(row)
         return
 
     paths = sorted(Path(benchmark_dir).glob(file))
@@ -207,8 +207,12 @@ def read_rows(task: Task, is_fewshot: bool,
                             "line") from None
         if not isinstance(row, dict):
             raise UserError(f"{paths[0]}:{number}: not a JSON object; correct the line")
-        # null is as good as missing: "None" must not get into a prompt.
-        yield f"{paths[0]}:{number}", {key: row[key] for key in row if row[key] is not None}
+        yield f"{paths[0]}:{number}", without_nulls(row)
+
+
+def without_nulls(row: dict) -> dict:
+    """null is as good as missing: "None" must not get into a prompt."""
+    return {key: value for key, value in row.items() if value is not None}
 
 
 # ---- the tasks: how their rows are read
@@ -246,8 +250,12 @@ def choose(text: str, choices: list[str], answer: int, subject: str = "") -> Exa
 def read_mmlu(row: dict) -> Example:
     choices, answer = choices_and_answer(row)
     check_choices(choices, answer)
+    if len(choices) != 4:
+        raise UserError(f"it has {len(choices)} choices, not 4")
+    if not isinstance(row["subject"], str):
+        raise UserError("subject must be a text")
     lines = [row["question"].strip()]
-    for letter, choice in zip("ABCD", choices, strict=True):
+    for letter, choice in zip("ABCD", choices):
         lines.append(f"{letter}. {choice}")
     lines.append("Answer:")
     return choose("\n".join(lines), list("ABCD"), answer, row["subject"])
@@ -465,6 +473,16 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 # ---- the table of tasks
+#
+# To add a task, write a function that makes an Example of a row, and an entry of TASKS:
+#
+#     def read_riddles(row: dict) -> Example:
+#         return choose(f"Q: {row['question']}\nA:", row["choices"], row["answer"])
+#
+#     "riddles": Task(read_riddles, hf_name="me/riddles", eval_split="test",
+#                     eval_file="riddles.jsonl"),
+#
+# A task of kind "generation" also has a `metric`, whose scores are floats, or a `program`.
 
 # Chains of skills that fine-tuning never trains on: as many in a row as it does, or more.
 SHORT_CHAINS = partial(load_conversations, EVAL_DOMAINS["held_chains"][0])

@@ -364,7 +364,7 @@ def test_equal_choices_are_equally_likely_whatever_pass_they_come_to(
     monkeypatch.setattr(evaluation, "loglikelihoods", rounded)
     example = Example("Q", choices=[" a", " b", " a"], answer=1)
     c = Config(kv_cache_tokens=1000)
-    (_, record), = evaluation.multiple_choice(TASKS["arc_easy"], {0: example}, model, encoder, c)
+    (_, record), = evaluation.measure_choices(TASKS["arc_easy"], {0: example}, model, encoder, c)
     assert record["output"][0] == record["output"][2] < record["output"][1]
     assert record["acc"] == 1.0
 
@@ -471,7 +471,7 @@ def test_bits_of_replies_are_the_loss_of_fine_tuning(model, encoder):
     chains = list(load_conversations("builtin:chains?n=3&steps=2"))
     examples = {i: read_chain(chain) for i, chain in enumerate(chains)}
     c = Config(kv_cache_tokens=600)
-    found = dict(evaluation.bits_per_byte(None, examples, model, encoder, c))
+    found = dict(evaluation.measure_texts(None, examples, model, encoder, c))
     for i, chain in enumerate(chains):
         ids, targets = sft.encode_chat(encoder.tokenizer, chain)
         nats = model(torch.tensor([ids]), torch.tensor([targets]), reduction="sum").item()
@@ -565,7 +565,7 @@ def test_what_is_sampled_for_a_question_does_not_depend_on_its_batch(model, enco
                temperature=1.0, chat=True)
 
     def sampled(examples):
-        found = evaluation.generation(task, examples, model, encoder, c)
+        found = evaluation.measure_replies(task, examples, model, encoder, c)
         return {i: record["output"][0] for i, record in found}
 
     examples = {i: question for i in range(12)}
@@ -582,7 +582,7 @@ def test_the_samples_of_a_question_are_its_own_and_keep_their_order(model, encod
     def sampled(numbers, kv_cache_tokens):
         examples = {i: Example("The fox" * i) for i in numbers}
         c = Config(kv_cache_tokens=kv_cache_tokens, temperature=1.0, num_samples=5)
-        found = evaluation.generation(task, examples, model, encoder, c)
+        found = evaluation.measure_replies(task, examples, model, encoder, c)
         return {i: record["output"] for i, record in found}
 
     together = sampled([1, 2, 3], 10**4)
@@ -622,7 +622,7 @@ def test_a_question_is_done_when_it_is_judged_though_an_earlier_one_is_not(
     judge_in_threads(judge, 2)
     replace_replies(monkeypatch, ["x", "y", "z"])
     examples = {0: Example("slow"), 1: Example("b"), 2: Example("c")}
-    found = evaluation.generation(TASKS["chains"], examples, model, encoder, Config())
+    found = evaluation.measure_replies(TASKS["chains"], examples, model, encoder, Config())
     first_two = {next(found)[0], next(found)[0]}
     may_end.set()
     assert first_two == {1, 2}
@@ -724,7 +724,11 @@ def test_other_prompts_and_other_settings_are_measured_anew(run, requests_scored
     assert shots == {"arc_easy": 0, "piqa": 1}
 
     requests_scored.clear()
-    _, as_chat = run(tasks="arc_easy", chat=True)
+    kept = Path("o/samples.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match="^o has scores with chat=False, not True; .*--out_dir"):
+        run(tasks="arc_easy", chat=True)
+    assert Path("o/samples.jsonl").read_bytes() == kept
+    _, as_chat = run(tasks="arc_easy", chat=True, out_dir="p")
     assert len(as_chat) == len(requests_scored) == 3
 
 
@@ -830,6 +834,22 @@ def test_another_model_in_the_same_folder_is_measured_anew(
     change(Path("m"))
     run(model="m", tokenizer=None, tasks="arc_easy")
     assert len(requests_scored) == 6
+
+
+def test_two_runs_do_not_share_a_folder(run):
+    with run_folder.lock_folder(Path("o")):
+        with pytest.raises(SystemExit, match="^o is in use .*--out_dir"):
+            run(tasks="arc_easy")
+    run(tasks="arc_easy")
+
+
+def test_samples_without_results_are_kept(run):
+    run(tasks="arc_easy")
+    found = Path("o/samples.jsonl").read_bytes()
+    Path("o/results.json").unlink()
+    printed, _ = run(tasks="arc_easy", limit=1)
+    assert "kept as *.old" in printed
+    assert Path("o/samples.jsonl.old").read_bytes() == found
 
 
 def test_a_torn_results_file_is_begun_anew(run, requests_scored):
@@ -1011,7 +1031,7 @@ def test_a_limited_run_goes_on_without_the_limit(run):
 def as_rank(rank, port):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
                       MASTER_PORT=str(port))
-    for module in (evaluation, ranks):
+    for module in (evaluation, ranks, run_folder):
         module.RANK = rank
         module.WORLD = 2
     torch.set_num_threads(1)
@@ -1161,6 +1181,8 @@ WINOGRANDE = {"sentence": "Ann told Bo that _ won.", "option1": "Ann", "option2"
     ("arc_easy", {"question": "x", "choices": ["a", "b"], "answer": 1.0}),
     ("arc_easy", {"question": "x", "choices": ["a", "b"], "answer": "B"}),
     ("mmlu", {"subject": "x", "question": "x", "choices": ["a", "b", None, "d"], "answer": 0}),
+    ("mmlu", {"subject": "x", "question": "x", "choices": ["a", "b", "c"], "answer": 0}),
+    ("mmlu", {"subject": 5, "question": "x", "choices": ["a", "b", "c", "d"], "answer": 0}),
     ("mbpp", {**FIXTURE["mbpp"]["rows"][0], "test_list": []}),
     ("mbpp", {**FIXTURE["mbpp"]["rows"][0], "test_list": [" "]}),
     ("mbpp", {**FIXTURE["mbpp"]["rows"][0], "test_list": "assert True"}),

@@ -53,5 +53,5 @@ class TaskScores:
     def measure(self, model: Motif, task, questions: dict) -> dict[int, dict]:
         """{number: record} of this rank's questions."""
         mine = {i: questions[i] for i in list(questions)[RANK::WORLD]}
-        measure = getattr(evaluation, task.kind)  # multiple_choice, generation, bits_per_byte
+        measure = evaluation.MEASURES[task.kind]
         return dict(measure(task, mine, model, self.encoder, self.c))
