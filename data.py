@@ -517,7 +517,8 @@ class TokenDataset:
         self.prefetcher = Prefetcher(self, preparer, keep_read)
 
     def fingerprint(self) -> str:
-        """16 hex digits of a hash of piece 0 of unit 0 of each domain, and of what it holds out."""
+        """16 hex digits of a hash of piece 0 of unit 0 of each domain, and of what it holds out.
+        That tells another source or tokenizer, and costs little; not a change further on."""
         checksums = []
         for _, domain in sorted(self.domains.items()):
             self.prefetcher.wait_for_held_out(domain, 0)
@@ -647,8 +648,8 @@ class Prefetcher:
             self.preparer.release(domain)     # nobody wants the rest of the unit yet
 
     def request(self, step: int) -> None:
-        """Ask for what a step needs; then, as far as processes are free, for a piece more for each
-        process, but for nothing beyond the window in which the run ends."""
+        """Ask for what a step needs of every domain; then, as far as processes are free, for
+        ahead_tokens more of each, but for nothing beyond the window in which the run ends."""
         if not self.preparer:
             return
         dataset = self.dataset
@@ -735,9 +736,10 @@ class PhaseWithChange(Phase):
 
     @property
     def stretch_length(self) -> np.ndarray:
-        """(domains,) count, plus rest_of_window if that is at most count. To pass over a longer
-        rest would lose more than it saves: then up to count sequences are read twice, and as many
-        never."""
+        """(domains,) how far the next phase begins after this one, in sequences. It passes over the
+        rest of the window that has begun, so that nothing is read twice. But if that rest is longer
+        than what this phase reads (count), it is not passed over: then up to count sequences are
+        read twice, and as many never."""
         rest = self.rest_of_window
         return self.count + np.where(rest <= self.count, rest, 0)
 
@@ -780,8 +782,9 @@ class ContinuedCurriculum(Curriculum):
         has passed the new plan's end."""
         old, step = self.before
         # The run may end at this very step. With max_tokens it does if step - 1 began below that.
-        tokens_before = old.tokens[max(0, step - 1)]
-        if step > (max_steps or step) or tokens_before >= (max_tokens or math.inf):
+        past_steps = max_steps is not None and step > max_steps
+        past_tokens = max_tokens is not None and old.tokens[max(0, step - 1)] >= max_tokens
+        if past_steps or past_tokens:
             raise UserError(f"max_steps={max_steps}, max_tokens={max_tokens}: the run is at "
                             f"step {step} already; make it longer, or give another --out_dir")
         return old.seq_len[:step], old.rows[:step], old.tokens[:step + 1]
@@ -793,7 +796,9 @@ class ContinuedCurriculum(Curriculum):
         return self._our_columns(array[:step])
 
     def _our_columns(self, array: np.ndarray) -> np.ndarray:
-        """(..., domains of the plan before) -> (..., our domains), with 0 for what is new."""
+        """(..., domains of the plan before) -> (..., our domains), with 0 for what is new. A domain
+        that an earlier plan left out begins anew. One whose source has changed goes on in the new
+        text at the place that it had reached in the old one."""
         old, _ = self.before
         ours = np.zeros((*array.shape[:-1], len(self.names)), dtype=array.dtype)
         for d, name in enumerate(self.names):

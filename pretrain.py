@@ -1022,6 +1022,7 @@ def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
         curriculum = data.ContinuedCurriculum(**next_plan, before=(curriculum, step))
     curriculum.earlier_plans = earlier_plans
     if RANK == 0 and earlier_plans:
+        tell_of_other_sources(plans[-2]["domains"], plan["domains"])
         for name, tokens in curriculum.lost_in_changes().items():
             print(f"the plan has changed within a window of {name}: up to {tokens:,d} tokens of it "
                   "may not be read in this epoch, or some twice")
@@ -1029,6 +1030,13 @@ def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
         raise UserError(f"seq_len={c.seq_len} is longer than max_position_embeddings="
                         f"{c.max_position_embeddings}; raise that or shorten the sequence")
     return curriculum
+
+
+def tell_of_other_sources(before: dict, now: dict) -> None:
+    for name, (source, *_) in now.items():
+        if name in before and before[name][0] != source:
+            print(f"domain {name} had the source {before[name][0]}, and has {source}: it goes on "
+                  "there at the place that it had reached")
 
 
 def check_lr_goes_on(c: Config, curriculum: data.Curriculum, state: dict) -> None:

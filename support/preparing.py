@@ -6,10 +6,10 @@
         00000-held-out.bin            token ids that are held out of the first piece of unit 0;
                                       there are such files of the first VAL_UNITS units
 
-A *unit* is what support/sources.py cuts a source into: some 16 MB of local text, or one file of
-whatever size. A unit is made in *pieces* of at least PIECE_TOKENS, in whole documents; the last one
-may be shorter. So a run can begin to read a large file long before it is prepared as a whole, and
-need not prepare all of it.
+A *unit* is what support/sources.py cuts a source into: some 16 MB of text, or a whole file. A unit
+is made in *pieces* of at least PIECE_TOKENS, in whole documents; the last one may be shorter. So a
+run can begin to read a large file long before it is prepared as a whole, and need not prepare all
+of it.
 
 What is in a piece follows from source and tokenizer alone: it is the same whoever makes it, however
 often, and in whatever order. So two processes may make the same piece, and where one was killed,
@@ -28,7 +28,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -41,13 +41,13 @@ from support.sources import SkippedRows, pin_source, source_identity, source_uni
 from support.tokenizer import Tokenizer, encode_document, load_tokenizer
 
 PIECE_TOKENS = 2**22  # 8 MB on the disk; 16 MB if the tokenizer has more than 65,536 tokens
-VAL_EVERY = 20        # one document in so many is held out for validation,
-VAL_UNITS = 16        # of the first piece of so many units: a bounded number of documents
+VAL_EVERY = 20        # about one document in 20 is held out for validation,
+VAL_UNITS = 16        # but only of the first piece of units 0 to 15
 MAX_UNITS = 10**7     # of a source: more is a mistake in a manifest
 MAX_MAPPED = 16       # pieces of a domain that are open at a time
 MAX_PERMITS = 2       # pieces that a process may be allowed at a time. The parent grants permits
                       # only between training steps; a second one keeps the process busy in a step
-MAX_FAILURES = 3      # ends of a process in a row over one unit that end the run
+MAX_FAILURES = 3      # the run ends if processes die so often in a row at one unit
 
 # ---- what is on the disk
 
@@ -125,7 +125,7 @@ class Domain:
         """Append a line to the manifest, and take note of it."""
         path = self.folder / manifest
         text = json.dumps(line).encode() + b"\n"
-        with open(path, "ab+") as file:
+        with self.told_by_folder(), open(path, "ab+") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 1))
             is_cut = file.read(1) not in (b"", b"\n")  # a crash cut the last line
@@ -133,6 +133,15 @@ class Domain:
             file.flush()
             os.fsync(file.fileno())
         self._take_line(text)
+
+    @contextmanager
+    def told_by_folder(self):
+        """Make a UserError of an OSError, which need not name a file."""
+        try:
+            yield
+        except OSError as e:
+            raise UserError(f"{self.folder} cannot be written: {one_line(e)}; free some space or "
+                            "choose another --data_dir") from None
 
     def path(self, unit: int, piece: int) -> Path:
         return self.folder / f"{unit:05d}-{piece:03d}.bin"
@@ -154,7 +163,8 @@ class Domain:
                                        or self.held_out_path(unit).exists())
 
     def first_missing(self, unit: int, piece: int = 0) -> int | None:
-        """The first piece from `piece` on that is not there; None if the unit has no such piece."""
+        """The first piece from `piece` on that is still to be made; None if all are there, up to
+        the unit's end."""
         while self.has(unit, piece):
             if self.records[unit, piece]["last"]:
                 return None
@@ -249,23 +259,25 @@ class EncodedPiece:
     """The documents of a piece as token ids."""
     ids: list[np.ndarray]       # of the training documents
     held_out: list[np.ndarray]
-    documents: int              # of the unit, up to the end of this piece
+    documents_so_far: int       # of the unit, up to the end of this piece
     is_last: bool = False
 
 
 def encode_pieces(texts: Iterable[str], tokenizer: Tokenizer, unit: int, piece: int,
-                  documents: int, piece_tokens: int = PIECE_TOKENS) -> Iterator[EncodedPiece]:
-    """Encode the documents of a unit from piece `piece` on, before which it has `documents`."""
-    encoded = EncodedPiece([], [], documents)
+                  documents_before: int,
+                  piece_tokens: int = PIECE_TOKENS) -> Iterator[EncodedPiece]:
+    """Encode the documents of a unit from piece `piece` on. documents_before: how many of them the
+    pieces before have; these are passed over."""
+    encoded = EncodedPiece([], [], documents_before)
     tokens = 0
-    for text in islice(texts, documents, None):
+    for text in islice(texts, documents_before, None):
         if tokens >= piece_tokens:
             yield encoded
             piece += 1
-            encoded = EncodedPiece([], [], encoded.documents)
+            encoded = EncodedPiece([], [], encoded.documents_so_far)
             tokens = 0
 
-        encoded.documents += 1
+        encoded.documents_so_far += 1
         if not text.strip():
             continue
         ids = np.array(encode_document(tokenizer, text), dtype=np.uint32)
@@ -303,7 +315,8 @@ def write_piece(job: dict, piece: int, encoded: EncodedPiece) -> dict:
     folder = Path(job["folder"])
     ids = shuffled(encoded.ids, unit, piece).astype(job["dtype"]).tobytes()
     record = {"unit": unit, "piece": piece, "tokens": len(ids) // np.dtype(job["dtype"]).itemsize,
-              "documents": encoded.documents, "last": encoded.is_last, "sha256": checksum(ids),
+              "documents": encoded.documents_so_far, "last": encoded.is_last,
+              "sha256": checksum(ids),
               "held_out": sum(map(len, encoded.held_out)),
               "held_out_documents": len(encoded.held_out)}
     if encoded.held_out:
@@ -387,7 +400,8 @@ def make_unit(job: dict) -> Iterator[dict]:
     check_unchanged(job)
     tokenizer = load_tokenizer(job["tokenizer"])
     skipped = SkippedRows()
-    texts = source_units(job["source"], job["unit_bytes"])[job["unit"]](skipped)
+    units = source_units(job["source"], job["unit_bytes"], sources.ATTEMPTS)
+    texts = units[job["unit"]](skipped)
     piece = job["piece"]
     pieces = encode_pieces(texts, tokenizer, job["unit"], piece, job["documents"],
                            job["piece_tokens"])
@@ -540,14 +554,11 @@ class Preparer:
         """Make a domain's folder ready to be written."""
         print(f"preparing {domain.name} in {domain.folder}", flush=True)
         self.domains.append(domain)
-        try:
+        with domain.told_by_folder():
             domain.folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(domain.folder)
-            if not (domain.folder / self.manifest).exists():
-                domain.write({"units": domain.num_units}, self.manifest)
-        except OSError as e:
-            raise UserError(f"{domain.folder} cannot be written: {one_line(e)}; free some space or "
-                            "choose another --data_dir") from None
+        if not (domain.folder / self.manifest).exists():
+            domain.write({"units": domain.num_units}, self.manifest)
 
     def collect(self, seconds: float = 0.0) -> None:
         """Note what the processes have made. Wait up to `seconds` for the first answer."""
@@ -572,7 +583,10 @@ class Preparer:
             raise UserError(f"preparing {domain.name}: {answer['error']}")
         else:
             known = domain.records.get((unit, answer["piece"]), answer)
-            if known["sha256"] != answer["sha256"]:
+            if any(known.get(key) != answer.get(key) for key in ("sha256", "held_out_sha256")):
+                # It has replaced the one that was there. Without a file it is made once more, and
+                # is not read by mistake.
+                domain.path(unit, answer["piece"]).unlink(missing_ok=True)
                 raise UserError(f"{domain.source} gives another text than it did: piece "
                                 f"{answer['piece']} of unit {unit} differs; choose another "
                                 "--data_dir")

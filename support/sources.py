@@ -8,10 +8,10 @@ A domain's source is one of
     owner/name?name=CONFIG&split=train&text=column&revision=v1.0
                                    a dataset of the Hugging Face Hub
 
-A source is cut into *units*, in a fixed order: at least 16 MiB of local .jsonl or .txt, a whole
-local .parquet or compressed file, a file of a Hub dataset, or 1,000 problems. A unit is what one
-process prepares at a time. It yields *documents*: a row of a .jsonl or .parquet file is one, and so
-is a .txt file, unless it is long.
+A source is cut into *units*, in a fixed order. A unit is what one process prepares at a time: at
+least 16 MiB of local files, which are a part of a large .jsonl or .txt, one large file of another
+kind, or several small files; a file of a Hub dataset; or 1,000 problems. It yields *documents*: a
+row of a .jsonl or .parquet file is one, and so is a .txt file, unless it is long.
 
     for unit in source_units("books/*.txt"):
         skipped = SkippedRows()
@@ -48,7 +48,8 @@ UNIT_BYTES = 2**24   # [ours] local text per unit
 GENERATED_UNITS = 100_000  # of a generator of problems, which has no end of its own
 
 # A .txt file that is longer than LONG_TEXT is cut at blank lines into documents of at least
-# LONG_TEXT. No document is longer than LONGEST_TEXT, so that none takes a tokenizer minutes. [ours]
+# LONG_TEXT; the end of a unit ends a document too, at any line. No document is longer than
+# LONGEST_TEXT, so that none takes a tokenizer minutes. [ours]
 LONG_TEXT = 2**16     # characters
 LONGEST_TEXT = 2**20  # characters
 
@@ -57,8 +58,8 @@ LONGEST_TEXT = 2**20  # characters
 MAX_SKIPPED = 0.1
 FEW_ROWS = 100
 
-# A request to the Hub that fails is made again after 1, 2, 4 and 8 seconds. The first one of all is
-# made fewer times: where there is no network, a run should not take long to say so. [ours]
+# A request to the Hub that fails is made again after 1, 2, 4 and 8 seconds. The first one of a run
+# is made fewer times: where there is no network, it should not take long to say so. [ours]
 ATTEMPTS = 5
 FIRST_ATTEMPTS = 3
 FIRST_TIMEOUT = 5  # seconds
@@ -70,18 +71,22 @@ READABLE = (".jsonl", ".txt", ".parquet", ".jsonl.gz", ".jsonl.bz2", ".jsonl.xz"
 
 # The options that a source may have after its question mark.
 OPTIONS = {"builtin": [], "local": ["text"], "hub": ["text", "name", "split", "revision"]}
+QUESTION_MARK = ("what follows a question mark is options, such as ?text=COLUMN; in a glob write * "
+                 "or [0-9] in its place")
 
 
-def source_units(source: str, unit_bytes: int | None = None) -> list[partial]:
+def source_units(source: str, unit_bytes: int | None = None,
+                 attempts: int = FIRST_ATTEMPTS) -> list[partial]:
     """The units of a source: functions of a SkippedRows, or of nothing, that yield documents. They
-    are partials, not closures, so that they can be sent to another process."""
+    are partials, not closures, so that they can be sent to another process. attempts: how often the
+    Hub is asked before it is given up."""
     kind, place, options = parse_source(source)
     columns = options.get("text", "text").split(",")
     if kind == "builtin":
         return builtin_units(source, place.removeprefix("builtin:"))
     if kind == "local":
         return local_units(place, columns, unit_bytes or UNIT_BYTES)
-    return hub_units(place, columns, options)
+    return hub_units(place, columns, options, attempts)
 
 
 def source_identity(source: str) -> str:
@@ -118,6 +123,8 @@ def parse_source(source: str) -> tuple[str, str, dict[str, str]]:
         kind = "local"
     elif is_hub_name(place):
         kind = "hub"
+    elif query and "=" not in query:
+        raise UserError(f"source {source!r}: {QUESTION_MARK}")
     else:
         raise UserError(f"source {source!r} must be builtin:..., files that end in .jsonl, .txt or "
                         ".parquet, or a dataset owner/name of the Hub")
@@ -128,7 +135,8 @@ def parse_source(source: str) -> tuple[str, str, dict[str, str]]:
 def is_hub_name(place: str) -> bool:
     """Whether this may be owner/name. A name with the ending of a text file is taken for a file."""
     is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", place) is not None
-    is_file = os.path.exists(place) or re.search(r"\.(txt|csv|tsv)(\.\w+)?$", place)
+    has_ending = re.search(r"\.(txt|csv|tsv|json|jsonl|parquet)(\.\w+)?$", place)
+    is_file = os.path.exists(place) or has_ending
     return is_name and not is_file
 
 
@@ -136,8 +144,7 @@ def check_options(source: str, options: dict, known: list[str]) -> None:
     """UserError for options after a source's question mark that are empty or unknown."""
     for key, value in options.items():
         if key not in known and not value:
-            raise UserError(f"source {source!r}: what follows a question mark is options, such as "
-                            "?text=COLUMN; in a glob write * or [0-9] in its place")
+            raise UserError(f"source {source!r}: {QUESTION_MARK}")
         if key not in known or not value:
             has = ", ".join(f"{name}=..." for name in known) or "none"
             raise UserError(f"source {source!r}: {key}={value} is not one of its options ({has})")
@@ -412,16 +419,10 @@ def pin_source(source: str, file: Path | None = None) -> str:
     if kind != "hub" or COMMIT.fullmatch(options.get("revision", "")):
         return source
 
-    commits = {}
-    if file and file.exists():
-        try:
-            commits = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, RecursionError) as e:
-            raise UserError(f"{file} is damaged: {one_line(e)}; delete it to take the datasets as "
-                            "they are now") from None
-
+    commits = read_commits(file)
     if not COMMIT.fullmatch(str(commits.get(source))):
-        commits[source] = hub_commit(name, options)
+        commit = hub_commit(name, options)
+        commits = {**read_commits(file), source: commit}    # another process may have added to it
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(f"{file}.{os.getpid()}.tmp")
@@ -430,22 +431,32 @@ def pin_source(source: str, file: Path | None = None) -> str:
     return f"{name}?{urlencode({**options, 'revision': commits[source]}, safe=',/')}"
 
 
-def hub_commit(name: str, options: dict) -> str:
+def read_commits(file: Path | None) -> dict:
+    if not file or not file.exists():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{file} is damaged: {one_line(e)}; delete it to take the datasets as "
+                        "they are now") from None
+
+
+def hub_commit(name: str, options: dict, attempts: int = FIRST_ATTEMPTS) -> str:
     """The commit that a dataset's revision stands for. This is the first request to the Hub: it
     tells a wrong name or a missing network in seconds."""
     try:
         from huggingface_hub import HfApi
         ask = partial(HfApi().dataset_info, name, revision=options.get("revision"),
                       timeout=FIRST_TIMEOUT)
-        return with_retries(ask, FIRST_ATTEMPTS).sha
+        return with_retries(ask, attempts).sha
     except Exception as e:  # the library raises a dozen kinds
         raise UserError(f"dataset {name} cannot be opened: {one_line(e)}") from None
 
 
-def hub_units(name: str, columns: list[str], options: dict) -> list[partial]:
+def hub_units(name: str, columns: list[str], options: dict, attempts: int) -> list[partial]:
     """One unit for each file of a Hub dataset. The commit is asked for even if it is pinned: where
     there is no network, `datasets` would take half a minute to say so."""
-    options = {**options, "revision": hub_commit(name, options)}
+    options = {**options, "revision": hub_commit(name, options, attempts)}
     try:
         dataset = with_retries(partial(open_hub, name, options), ATTEMPTS)
         files = dataset.n_shards

@@ -677,6 +677,19 @@ def test_a_source_that_changes_while_a_unit_is_made_is_one_line(monkeypatch):
     assert len(list(Path("d").glob("*-*.bin"))) == 2        # the first piece, and what it holds out
 
 
+def test_a_piece_that_comes_out_otherwise_than_before_is_refused_at_each_start(small):
+    with open_dataset("d", workers=1) as dataset:
+        dataset.batch(0)
+        path = dataset.domains["a"].path(*dataset.tapes["a"].pieces[0])
+    manifest = path.parent / "manifest.jsonl"
+    manifest.write_text(re.sub('"sha256": "[^"]*"', '"sha256": "other"', manifest.read_text()))
+    path.unlink()
+    for _ in range(2):
+        with open_dataset("d", workers=1) as dataset:
+            refused(lambda: dataset.batch(0), "a.jsonl", "another text than it did")
+        assert not path.exists()
+
+
 # ---- the text that the quick start reads
 
 def evaluate(text, **known):
