@@ -231,8 +231,7 @@ def lr_at(c: Config, curriculum: data.Curriculum, step: int) -> float:
 
 def theta_at(c: Config, tokens: int) -> float:
     """RoPE's base once so many tokens have been read. One raises the base as the sequences get
-    longer. An evaluation between two steps uses the base and the row length of the next step, and
-    after the last step of that one (Validation.rows_at).
+    longer.
 
     >>> c = Config(rope_theta_schedule=[[0, 10_000], [1_000_000, 500_000]])
     >>> theta_at(c, tokens=999_999), theta_at(c, tokens=1_000_000)
@@ -242,6 +241,13 @@ def theta_at(c: Config, tokens: int) -> float:
         return float(c.rope_theta)
     schedule = data.parse_schedule("rope_theta_schedule", c.rope_theta_schedule)
     return float(data.value_at(schedule, tokens))
+
+
+def theta_of_step(c: Config, curriculum: data.Curriculum, step: int) -> float:
+    """RoPE's base in a step, and in an evaluation before it; after the last step that of the last
+    one."""
+    last_step = curriculum.steps - 1
+    return theta_at(c, curriculum.tokens[min(step, last_step)])
 
 
 # ---- one training step
@@ -465,7 +471,6 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
     validation = Validation(c, held_out, curriculum, tokenizer, encode_prompt, task_scores, device)
     timer = StepTimer(start_step, optimizer, device)
     signals = []    # when they arrived; the handlers are installed after the first step
-    last_step = curriculum.steps - 1
     step = start_step
     while True:
         finished = step == curriculum.steps
@@ -474,8 +479,7 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
         # does not do again what it did at this step before.
         evaluate_now = step > log.last_evaluation and is_due(step, c.eval_every, force=finished)
         save_now = step > start_step and is_due(step, c.save_every, force=stop)
-        # RoPE's base follows a schedule. After the last step that of the last step holds.
-        model.config.rope_theta = theta_at(c, curriculum.tokens[min(step, last_step)])
+        model.config.rope_theta = theta_of_step(c, curriculum, step)
 
         # What is not training: evaluate and save, where that is due; stop.
         if evaluate_now or save_now or stop:
