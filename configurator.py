@@ -110,6 +110,8 @@ def load(Config: type, argv: list[str], default_file: str | None = None,
             set_key(config, types, place, key, value)
     for option in options:
         key, equals, text = option[2:].partition("=")
+        if not equals and key in types and not may_be_true(types[key]):
+            raise UserError(f"command line: --{key} needs a value: --{key}=...")
         value = parse(types.get(key, str), text) if equals else True
         set_key(config, types, "command line", key, value)
 
@@ -120,6 +122,11 @@ def load(Config: type, argv: list[str], default_file: str | None = None,
         print(f"{usage}\n\n{describe(config)}", flush=True)
         raise SystemExit
     return config
+
+
+def may_be_true(hint: Any) -> bool:
+    """Whether --key alone is a value of this type."""
+    return bool in (hint, *get_args(hint))
 
 
 def save(config: Any, path: str | Path) -> None:
@@ -282,6 +289,8 @@ def parse(hint: Any, text: str) -> Any:
     >>> parse(float, "1e-3"), parse(bool, "true"), parse(str | None, "None"), parse(str, "None")
     (0.001, True, None, 'None')
     """
+    if text == "none" and type(None) in get_args(hint) and str not in get_args(hint):
+        return None
     literal = {"true": True, "false": False}.get(text)
     # What is no Python literal raises one of these, and stays the text that it is. So does what
     # does not fit the type: UserError is a ValueError.

@@ -789,7 +789,7 @@ class Config:
 def select_tasks(c: Config) -> dict[str, Task]:
     """The tasks that c.tasks names."""
     names = []
-    for name in c.tasks.split(","):
+    for name in c.tasks.replace(", ", ",").split(","):
         if not name:
             raise UserError(f"tasks={c.tasks!r}: a name is empty; write names with one comma "
                             "between them")

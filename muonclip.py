@@ -661,8 +661,8 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 # The idea (Motif-2, arXiv 2511.07464). Every matrix has one owner. All ranks send the owner their
 # shards of u. The owner puts the matrix together, orthogonalises it, and sends every rank its shard
 # of O. So each matrix is orthogonalised once, and different ranks do different ones at the same
-# time. The result is that of one process: on a CPU in bf16 to the bit. On a GPU, or in fp32, it may
-# be rounded otherwise, because one process stacks small matrices.
+# time. The result is that of one process. On a CPU in bf16 the two agree to the bit; on a GPU, or
+# in fp32, roundings may differ, because one process stacks small matrices.
 #
 # Without chunks and overlap, for matrices whose rows C ranks share evenly, it would be
 #
@@ -708,7 +708,8 @@ def assign_owners(shapes, ranks: int) -> tuple[list, list]:
 
     Cut this schedule into windows, each as long as the largest matrix takes; the matrices that
     start in one window are one chunk -> (the owner of each matrix, the matrices of each chunk).
-    At the end of a chunk any two ranks have done equal work so far, up to the largest matrix.
+    At the end of a chunk the work that any two ranks have done so far differs by no more than the
+    largest matrix.
 
     Four matrices take 3, 2, 2 and 1 times 1920 FLOPs, which is our unit of time. Rank 0 starts the
     first at time 0 and the last at time 3, which is in the second window; rank 1 starts the others
@@ -745,7 +746,8 @@ class MuonPlan:
     The arguments, where i is a matrix:
 
     shapes[i]        (m, n), or (..., m, n) for a stack, which one rank owns
-    shard_dims[i]    as the function shard_dims returns it, e.g. (0,)
+    shard_dims[i]    for each dimension of the mesh the dimension of matrix i that it cuts, or None
+                     where it replicates: (0,) is rows over all ranks, (None, 0) is HSDP
     mesh             the ranks by their global numbers: torch.arange(8) for 8 shards of each matrix
 
     What follows from them, where k is a chunk, and r, s and owners are ranks, numbered from 0 by
@@ -794,9 +796,8 @@ class MuonPlan:
         self.owner, self.chunks = assign_owners(shapes, ranks)
         self.slices = {}
         self.is_sender = {}
-        u_counts = torch.zeros(len(self.chunks), ranks, ranks, dtype=torch.int64)
-        O_counts = torch.zeros_like(u_counts)
-        self.counts = {"u": u_counts, "O": O_counts}
+        none = torch.zeros(len(self.chunks), ranks, ranks, dtype=torch.int64)
+        self.counts = {"u": none, "O": none.clone()}
 
         # Where in the mesh each rank is.
         places = []
@@ -805,25 +806,29 @@ class MuonPlan:
         coords = torch.cat(places)                          # (ranks, dimensions of the mesh)
         for k, chunk in enumerate(self.chunks):
             for i in chunk:
-                owner = self.owner[i]
-                dims = shard_dims[i]
-                self.slices[i] = []
-                sizes = torch.zeros(ranks, dtype=torch.int64)
-                for r, coord in enumerate(coords.tolist()):
-                    shard = local_slices(shapes[i], mesh.shape, dims, coord)
-                    self.slices[i].append(shard)
-                    sizes[r] = math.prod(cut.stop - cut.start for cut in shard)
+                self._plan_messages(k, i, shard_dims[i], coords)
 
-                # The owner's replica sends u: it has the owner's coordinates in all dimensions of
-                # the mesh that replicate the matrix. With one replica there is no such dimension,
-                # and all ranks send.
-                replicated = [d for d, dim in enumerate(dims) if dim is None]
-                agrees = coords[:, replicated] == coords[owner, replicated]
-                is_sender = agrees.all(1)
+    def _plan_messages(self, k: int, i: int, dims: tuple, coords: Tensor) -> None:
+        """Add matrix i, which is in chunk k, to slices, is_sender and counts."""
+        self.slices[i] = []
+        sizes = []
+        for coord in coords.tolist():
+            shard = local_slices(self.shapes[i], self.mesh.shape, dims, coord)
+            self.slices[i].append(shard)
+            sizes.append(math.prod(cut.stop - cut.start for cut in shard))
+        sizes = torch.tensor(sizes)                         # (ranks,)
 
-                self.is_sender[i] = is_sender.tolist()
-                u_counts[k, :, owner] += sizes * is_sender
-                O_counts[k, owner, :] += sizes
+        # The owner's replica sends u: it has the owner's coordinates in all dimensions of the mesh
+        # that replicate the matrix. With one replica there is no such dimension, and all ranks
+        # send.
+        owner = self.owner[i]
+        replicated = [d for d, dim in enumerate(dims) if dim is None]
+        agrees = coords[:, replicated] == coords[owner, replicated]
+        is_sender = agrees.all(1)                           # (ranks,)
+
+        self.is_sender[i] = is_sender.tolist()
+        self.counts["u"][k, :, owner] += sizes * is_sender
+        self.counts["O"][k, owner, :] += sizes
 
     def shards(self, matrices: dict[int, Tensor]) -> Iterator:
         """Yield (r, i, a view of rank r's shard of matrix i), sorted by r, then by i. In this order

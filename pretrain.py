@@ -34,6 +34,7 @@ import functools
 import json
 import math
 import os
+import secrets
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -586,8 +587,8 @@ def is_due(step: int, every: int | None, force: bool) -> bool:
 # them whole. They are one parameter in 35,000, so sharding would save nothing; and they are used in
 # fp32, while all parameters of an FSDP2 group are cast to one dtype.
 #
-# A single GPU uses FSDP2 too, because it makes the bf16 copies of fp32 weights. Only a single
-# process that trains in fp32 without CUDA does without.
+# A single process uses FSDP2 too, on a GPU or in bf16: FSDP2 makes the bf16 copies of the fp32
+# weights. Only a single process that trains in fp32 without CUDA does not use it.
 
 COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
@@ -662,10 +663,10 @@ def shard(model: Motif, c: Config, device: torch.device) -> None:
     precision = compute_precision(c, device)
     model.compute_dtype = COMPUTE_DTYPE[precision]
 
-    # Gradients are summed over ranks in fp32; those of blocks, with FP8, in bf16, as the report has
-    # it. FSDP2 adds up micro-batches in the same dtype where it waits for the last one to sum, and
-    # there bf16 would lose them: for embedding and head, for copies of the model, and on a single
-    # rank.
+    # The dtype in which ranks sum gradients is fp32; for blocks, with FP8, bf16, as the report has
+    # it. In that dtype FSDP2 also adds up the micro-batches of a step, where it sums over ranks or
+    # copies only after the last one. There a running total in bf16 would lose what is small. So
+    # bf16 is ruled out for embedding and head, with copies of the model (HSDP), and on one rank.
     in_bf16 = c.sum_precision == "bf16" or (c.sum_precision == "auto" and precision == "fp8")
     in_bf16 = in_bf16 and WORLD > 1 and c.dp_replicate == 1
     block_dtype = torch.bfloat16 if in_bf16 else torch.float32
@@ -735,11 +736,8 @@ def free_gathered(model: Motif) -> None:
 #                                           checksum
 #
 # To resume a run needs no more: the data follow from the seed, the step and the plan, and no step
-# draws random numbers.
-# (Where a file would be larger than FILE_BYTES, there are several files and an index.)
-#
-# Atomic. The files are written into step_120.tmp, which becomes step_120 when all are on the disk.
-# So a crash, at whatever moment, leaves the checkpoint before as it was (run_folder.py).
+# draws random numbers. (Where a file would be larger than FILE_BYTES, there are several files and
+# an index.) A crash, at whatever moment, leaves the checkpoint before as it was (run_folder.py).
 #
 # From any number of ranks to any other. A file has whole tensors: the ranks gather them one by one,
 # and where there are several files, each rank writes some. A rank that loads a checkpoint reads the
@@ -789,14 +787,18 @@ def optimizer_tensors(model: Motif, optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def load_checkpoint(folder: Path, model: Motif, optimizer) -> None:
-    """Copy a checkpoint's weights and optimizer state into these, in place."""
+def load_checkpoint(folder: Path, model: Motif, optimizer, out: Path) -> None:
+    """Copy a checkpoint's weights and optimizer state into these, in place. out: the folder of the
+    run that loads it."""
     try:
         check_files(folder)
         load_into(model.state_dict(), folder, "model")
         load_into(optimizer_tensors(model, optimizer), folder / "optimizer", "state")
     except UserError as e:
-        raise UserError(f"{e}; delete {folder} to go on from the checkpoint before") from None
+        advice = "give another --resume"
+        if folder.resolve().parent == out.resolve():
+            advice = f"move {folder} away to go on from the checkpoint before, if there is one"
+        raise UserError(f"{e}; {advice}") from None
 
 
 @torch.no_grad()
@@ -827,12 +829,13 @@ def check_compatible(start: Checkpoint, c: Config, curriculum: data.Curriculum,
     must_agree = {f.name for f in fields(MotifConfig)} | {"optimizer", "seed"}
     must_agree -= {"poly_norm_scale"}               # of fresh weights alone
     must_agree -= {"max_position_embeddings"}       # no tensor depends on it
-    for key in sorted(must_agree):
-        ours = getattr(c, key)
-        theirs = state["config"].get(key)
-        if ours != theirs:
-            raise UserError(f"checkpoint {folder} has {key}={theirs}, not {ours}; give --{key}="
-                            f"{theirs}, or for a new run another --out_dir and no --resume")
+    theirs = {key: state["config"].get(key) for key in sorted(must_agree)}
+    others = {key: value for key, value in theirs.items() if value != getattr(c, key)}
+    if others:
+        told = ", ".join(f"{key}={value}, not {getattr(c, key)}" for key, value in others.items())
+        options = " ".join(f"--{key}={value}" for key, value in others.items())
+        raise UserError(f"checkpoint {folder} has {told}; give {options}, or for a new run another "
+                        "--out_dir and no --resume")
     if state.get("tokenizer", tokenizer.fingerprint().hex()) != tokenizer.fingerprint().hex():
         raise UserError(f"checkpoint {folder} was trained with another tokenizer than "
                         f"{c.tokenizer}: give --tokenizer={state['config'].get('tokenizer')} as it "
@@ -978,6 +981,7 @@ def setup(c: Config, out: Path) -> tuple:
     meet_ranks(c, device)
     start = rank0_only(find_checkpoint, c, out)
     if start:
+        check_init_is_the_same(c, start)
         curriculum = make_curriculum(c, start.state)
         check_compatible(start, c, curriculum, tokenizer)
         check_lr_goes_on(c, curriculum, start.state)
@@ -995,6 +999,14 @@ def setup(c: Config, out: Path) -> tuple:
         from tools.grow import init_from
     model, optimizer = build_model_and_optimizer(c, device, start, init_from, out)
     return dataset, held_out, model, optimizer, tokenizer, start
+
+
+def check_init_is_the_same(c: Config, start: Checkpoint) -> None:
+    """UserError if the initial weights are others than those that the run began with."""
+    began_with = start.state["config"].get("init")
+    if c.init and c.init != began_with:
+        raise UserError(f"init={c.init} has no effect: the run goes on from {start.folder}, and "
+                        f"began with init={began_with}; give another --out_dir for a new run")
 
 
 PLAN_KEYS = ("domains", "batch_tokens", "seq_len", "mixture", "max_steps", "max_tokens")
@@ -1098,7 +1110,7 @@ def prepares_data(data_dir: Path) -> bool:
     not see rank 0's disk."""
     def write_mark() -> Path:
         data_dir.mkdir(parents=True, exist_ok=True)
-        mark = data_dir / f"rank0-{os.getpid()}.tmp"
+        mark = data_dir / f"rank0-{secrets.token_hex(8)}.tmp"
         mark.touch()
         return mark
 
@@ -1121,7 +1133,7 @@ def build_model_and_optimizer(c: Config, device: torch.device, start: Checkpoint
         embedding_lr_scale=c.embedding_lr_scale, poly_norm_lr_scale=c.poly_norm_lr_scale,
         dtype=COMPUTE_DTYPE[compute_precision(c, device)])
     if start:
-        sync_errors(load_checkpoint, start.folder, model, optimizer)
+        sync_errors(load_checkpoint, start.folder, model, optimizer, out)
     elif init_from:
         folder = rank0_only(init_from, c, out)
         sync_errors(load_into, model.state_dict(), folder, "model")

@@ -767,7 +767,10 @@ def initial_folder(c: Config) -> Path:
             print(f"note: {folder} is not the end of its run, which has {max_steps} steps")
         return folder
     if c.model:
-        return model_folder(c.model)
+        folder = model_folder(c.model)
+        if not folder.is_dir():
+            raise UserError(f"model={c.model} is neither a folder nor owner/name of the Hub")
+        return folder
     raise UserError(f"stage {c.stage} starts from {before}, which holds no whole checkpoint; "
                     f"run first: {command}")
 

@@ -101,13 +101,15 @@ class Drops:
 
 # ---- layouts
 
-# A row is a dict: column -> value. Its columns tell its layout: the first one below of which it has
-# all columns. A layout of one column is a list of messages. In a layout of several, the last column
-# is the reply, and the text of the others, with a blank line between, is the question.
+# A row is a dict: column -> value. It has the first layout below whose columns it has all. Other
+# columns are ignored, but one that is part of a question in some layout (MAY_BE_NULL) must not be.
+# A layout of one column is a list of messages. In a layout of several, the last column is the
+# reply, and the text of the others, with a blank line between, is the question.
 #
 # From any of them we make a list of messages with "role" and "content" (check_conversation). What
 # cannot be mended without guessing is dropped: a call of a tool, as the turn format has no place
-# for one; an empty message; two replies in a row. Drops counts it, and data.txt tells.
+# for one; a question about a picture; an empty message; two replies in a row; a message that is
+# marked as not to be learnt. Drops counts it, and data.txt tells.
 
 LAYOUTS = [
     ["messages"],       # {"messages": [{"role": "user", "content": "2+2?"},
@@ -117,17 +119,20 @@ LAYOUTS = [
     ["prompt", "completion"],              # {"prompt": "2+2?", "completion": "4"}, or two lists of
                                            # messages
     ["prompt", "response"],                # {"prompt": "2+2?", "response": "4"}
+    ["question", "context", "answer"],     # {"question": "Who?", "context": "Ada wrote it.",
+                                           #  "answer": "Ada."}
     ["question", "answer"],                # {"question": "2+2?", "answer": "4"}
     ["instruction", "input", "output"],    # {"instruction": "Add.", "input": "2 2", "output": "4"}
+    ["instruction", "context", "output"],
     ["instruction", "output"],             # {"instruction": "Add 2 and 2.", "output": "4"}
-    ["instruction", "context", "response"],  # {"instruction": "Who?", "context": "Ada wrote it.",
-                                             #  "response": "Ada."}
+    ["instruction", "context", "response"],
 ]
 MAY_BE_NULL = ("input", "context")
 SYSTEM = "system"  # a row of any layout may have this column, which becomes the first message
 
 ROLE_NAMES = {"system": "system", "developer": "system", "user": "user", "human": "user",
               "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
+MEDIA = ("image", "audio", "video", "file", "input_")    # how the type of such parts begins
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 
 
@@ -140,10 +145,14 @@ def find_layout(columns, column: str | None) -> list[str]:
     layouts = LAYOUTS if column is None else [[column]]
     for layout in layouts:
         if set(layout) <= set(columns):
+            left_out = [name for name in MAY_BE_NULL if name in columns and name not in layout]
+            if len(layout) > 1 and left_out:
+                raise UserError(f"the column {left_out[0]} belongs to no layout with "
+                                f"{'+'.join(layout)}; rename or remove it")
             return layout
     known = ", ".join("+".join(layout) for layout in layouts)
-    raise UserError(f"the columns {', '.join(columns)} are none of {known}; name the column with "
-                    "the list of messages by ?messages=COLUMN")
+    raise UserError(f"the columns {', '.join(columns)} are none of {known}; rename them, or name a "
+                    "column with a list of messages by ?messages=COLUMN")
 
 
 def read_row(row, column: str | None, left_out: Counter) -> list[dict]:
@@ -216,18 +225,20 @@ def read_turn(turn, left_out: Counter) -> dict:
 
     >>> read_turn({"from": "human", "value": "2+2?"}, Counter())
     {'role': 'user', 'content': '2+2?'}
-    >>> picture = Counter()
-    >>> read_turn({"role": "user", "content": [{"type": "text", "text": "What is it?"},
-    ...                                        {"type": "image_url"}]}, picture)
-    {'role': 'user', 'content': 'What is it?'}
-    >>> picture
-    Counter({'image_url': 1})
+    >>> left_out = Counter()
+    >>> read_turn({"role": "assistant", "content": [{"type": "thinking"},
+    ...                                             {"type": "text", "text": "4"}]}, left_out)
+    {'role': 'assistant', 'content': '4'}
+    >>> left_out
+    Counter({'thinking': 1})
     """
     if not isinstance(turn, dict):
         raise UserError(f"a message is {type_name(turn)}, not an object")
     name = turn.get("role") or turn.get("from")
     if name in TOOL_ROLES or turn.get("tool_calls") or turn.get("function_call"):
         raise UserError("it uses a tool")
+    if turn.get("weight") == 0:                 # as in OpenAI's format
+        raise UserError("a message has weight 0: it is not to be learnt")
     if not isinstance(name, str) or name not in ROLE_NAMES:
         raise UserError(f"a message has the role {name!r}, none of {', '.join(ROLE_NAMES)}")
 
@@ -251,8 +262,10 @@ def join_parts(parts: list, left_out: Counter) -> str:
         if isinstance(part, dict) and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:
-            kind = part.get("type") if isinstance(part, dict) else type_name(part)
-            left_out[str(kind)] += 1
+            kind = str(part.get("type")) if isinstance(part, dict) else type_name(part)
+            if kind.startswith(MEDIA):
+                raise UserError(f"a message has a part that cannot be read: {kind}")
+            left_out[kind] += 1
     return "\n".join(texts)
 
 

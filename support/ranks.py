@@ -54,6 +54,8 @@ def pick_device(c) -> torch.device:
         return torch.device("mps")
     if name == "cuda":
         name = f"cuda:{LOCAL_RANK}"
+    elif name.startswith("cuda:") and WORLD > 1:
+        raise UserError(f"device={c.device} is one GPU, for {WORLD} processes; give --device=cuda")
     if not re.fullmatch(r"cpu|cuda:\d{1,3}", name):
         raise UserError(f"device={c.device} must be auto, cpu, mps, cuda or cuda:1, cuda:2, ...")
     try:
@@ -81,6 +83,10 @@ def init_distributed(device: torch.device, timeout_seconds: int, even_alone: boo
 
     timeout = timedelta(seconds=timeout_seconds)
     if WORLD > 1:
+        missing = {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+        if missing:
+            raise UserError(f"WORLD_SIZE={WORLD} is set, but not {', '.join(sorted(missing))}; "
+                            "start the program with torchrun, or unset WORLD_SIZE")
         # Ranks find each other's addresses in a key-value store. When torchrun restarts them, the
         # store still has the addresses of the ranks that are gone; the prefix hides those.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -129,8 +135,13 @@ def sync_errors(fn, *args):
     error = None
     try:
         result = fn(*args)
-    except (OSError, UserError) as e:
+    except UserError as e:
         error = e
+    except OSError as e:
+        error = e
+        if WORLD > 1 and type(e).__module__ != "builtins":
+            # That of a library may hold a connection, which cannot be sent to the other ranks.
+            error = OSError(e.errno, e.strerror or str(e), e.filename)
 
     for rank_error in all_gather_object(error):
         if rank_error is not None:

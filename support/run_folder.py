@@ -89,9 +89,10 @@ def check_shared(out: Path) -> None:
 
 # ---- which checkpoints there are
 #
-# A checkpoint is a folder step_N. Its state.json is written last and lists the other files, so that
-# a checkpoint that is not whole can be told. `start`, in all files, is the Checkpoint that a run
-# starts from; or None, at step 0.
+# A checkpoint is a folder step_N. Its state.json is written last and lists the other files with
+# their sizes, so that read_state can tell if one is missing or was cut short. Flipped bits are
+# found later, by check_files, when a run loads the checkpoint. `start`, in all files, is the
+# Checkpoint that a run starts from; or None, at step 0.
 
 class Checkpoint(NamedTuple):
     folder: Path
@@ -166,16 +167,25 @@ def find_checkpoint(c, out: Path) -> Checkpoint | None:
     # The same command, given again, goes on with the run that it has begun.
     began_here = start is not None and start.state["config"].get("resume") == c.resume
     if c.resume == "no" or (c.resume != "auto" and not began_here):
-        start = None
-        if c.resume != "no":
-            start = Checkpoint(Path(c.resume), read_state(Path(c.resume)))
+        start = None if c.resume == "no" else checkpoint_at(Path(c.resume))
         check_no_other_run(c, out, start)
+    elif start is None and any(out.glob("step_*/state.json")):
+        raise UserError(f"{out} holds checkpoints, and none is whole; delete it to begin again, or "
+                        "give another --out_dir")
 
     if start:
         missing = {"step", "skipped", "data"} - start.state.keys()
         if missing:
             raise UserError(f"checkpoint {start.folder}: its state.json lacks {', '.join(missing)}")
     return start
+
+
+def checkpoint_at(path: Path) -> Checkpoint:
+    """The checkpoint in this folder, or the newest one if it is a run's folder."""
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path} to resume from")
+    newest = latest_checkpoint(path)
+    return newest or Checkpoint(path, read_state(path))
 
 
 def check_no_other_run(c, out: Path, start: Checkpoint | None) -> None:
@@ -186,8 +196,8 @@ def check_no_other_run(c, out: Path, start: Checkpoint | None) -> None:
         return
     newest = out / f"step_{max(steps)}"
     if start is None or start.folder.resolve() != newest.resolve():
-        raise UserError(f"resume={c.resume}, but {out} holds a run up to step {max(steps)}; delete "
-                        "it or give another --out_dir")
+        raise UserError(f"resume={c.resume}, but {out} holds a run up to step {max(steps)}; leave "
+                        "out --resume to go on with it, or give another --out_dir for a new run")
 
 
 # ---- how a checkpoint gets there
@@ -262,18 +272,29 @@ def check_files(folder: Path) -> None:
 def fsync_path(path: Path) -> None:
     """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove_old_checkpoints(out: Path, step: int, c) -> None:
-    """Remove all but the last c.keep_last checkpoints up to this step and those at multiples of
-    c.keep_every."""
+    """Remove the checkpoints before this step, but not the last c.keep_last whole ones, this step's
+    among them, and not those at multiples of c.keep_every."""
     steps = sorted(s for s in checkpoint_steps(out) if s <= step)
-    for old in steps[:-c.keep_last]:
+    kept = [s for s in steps if is_whole(out / f"step_{s}")][-c.keep_last:]
+    for old in steps:
         is_multiple = c.keep_every and old % c.keep_every == 0
-        if not is_multiple:
+        if old not in kept and not is_multiple:
             remove(out / f"step_{old}")
+
+
+def is_whole(folder: Path) -> bool:
+    try:
+        read_state(folder)
+    except UserError:
+        return False
+    return True
 
 
 # ---- what the environment does to a run

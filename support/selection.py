@@ -28,6 +28,12 @@ def select_conversations(source: str, weight: float, held_out: set[int], benchma
         return {"val": conversations}, report
 
     parts = train_val_split(conversations, held_out)
+    if not conversations:
+        raise UserError(f"source {source!r} has no conversations")
+    if weight > 0 and not parts["train"]:
+        raise UserError(f"source {source!r}: the first questions of all its conversations are held "
+                        "out for validation; give more data, or put what differs into the user's "
+                        "first message")
     dropped = len(conversations) - len(parts["train"]) - len(parts["val"])
     if dropped:
         report.append(f"{dropped:,d} dropped as one of their questions is held out")

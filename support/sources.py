@@ -123,12 +123,16 @@ def parse_source(source: str) -> tuple[str, str, dict[str, str]]:
         kind = "local"
     elif is_hub_name(place):
         kind = "hub"
+    elif os.path.isdir(place):
+        raise UserError(f"source {source!r} is a folder; give its files, as in {place}/*.txt")
     elif query and "=" not in query:
         raise UserError(f"source {source!r}: {QUESTION_MARK}")
     else:
         raise UserError(f"source {source!r} must be builtin:..., files that end in .jsonl, .txt or "
                         ".parquet, or a dataset owner/name of the Hub")
     check_options(source, options, OPTIONS[kind])
+    if kind == "local" and "text" in options and re.search(r"\.txt(\.\w+)?$", place):
+        raise UserError(f"source {source!r}: a .txt file has no columns; leave out ?text=")
     return kind, place, options
 
 

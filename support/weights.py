@@ -33,10 +33,10 @@ EMBEDDING = "model.embed_tokens.weight"              # of a tied model the head,
 
 def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes: int,
                  json_files: dict[str, dict] | None = None) -> None:
-    """Write name -> tensor to path/<stem>.safetensors, or to several files of at most shard_bytes
-    (or of one larger tensor) and an index. json_files: file name -> what to write beside them, such
-    as config.json. An earlier model in this folder goes when all tensors have been written, under
-    other names: so it is not lost if the disk is full.
+    """Write name -> tensor to path/<stem>.safetensors, or to several files and an index. A file has
+    at most shard_bytes, unless a single tensor is larger. json_files: file name -> what to write
+    beside them, such as config.json. The tensors are first written to *.tmp files. Only then is an
+    earlier model in this folder removed, so that a full disk does not cost it.
 
     If FSDP2 shards some of the tensors, all ranks call this. They assemble each tensor together,
     and each rank writes some of the files."""
@@ -290,8 +290,7 @@ def check_finite(path: Path, name: str, t: Tensor) -> None:
     """UserError if a number of t is NaN or infinite. Its sum tells, unless finite numbers add up to
     an infinity."""
     if not torch.isfinite(t.sum()) and not torch.isfinite(t).all():
-        raise UserError(f"{path}: {name} has numbers that are NaN or infinite; "
-                        "take another checkpoint")
+        raise UserError(f"{path}: {name} has numbers that are NaN or infinite")
 
 
 def tensor_files(path: Path, stem: str) -> dict[Path, set | None]:
@@ -310,7 +309,11 @@ def tensor_files(path: Path, stem: str) -> dict[Path, set | None]:
         if Path(name).name != name:                       # ../x, /x: not to be read for others
             raise UserError(f"{index}: {short(name)} is not a file of this folder")
         if not (path / name).is_file():
-            raise UserError(f"{path}: {short(name)} is missing")
+            checkpoints = sorted(path.glob("step_*"))
+            hint = f"; it is a run's folder: give {checkpoints[-1]}" if checkpoints else ""
+            if not path.is_dir():
+                hint = "; there is no such folder"
+            raise UserError(f"{path}: {short(name)} is missing{hint}")
     return {path / name: names[name] for name in sorted(names)}
 
 

@@ -611,10 +611,36 @@ def test_a_flipped_bit_is_found_on_resume(run, straight, name):
     content[-1000] ^= 1
     file.write_bytes(content)
     message = refused(run, max_steps=14, lr_may_rise=True)
-    assert name in message and "delete out/step_12" in message
+    assert name in message and "move out/step_12 away" in message
     shutil.rmtree("out/step_12")
     run()
     assert same("out/step_12", straight / "step_12")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_by_itself(run, straight):
+    shutil.copytree(straight, "out")
+    for folder in Path("out").glob("step_*"):
+        (folder / "model.safetensors").write_bytes(b"")
+    metrics_before = Path("out/metrics.jsonl").read_bytes()
+    assert "none is whole" in refused(run)
+    assert Path("out/metrics.jsonl").read_bytes() == metrics_before
+
+
+def test_a_damaged_checkpoint_does_not_count_as_one_that_is_kept(run, straight):
+    shutil.copytree(straight, "out")
+    steps = sorted(checkpoint_steps(Path("out")))
+    (Path("out") / f"step_{steps[-1]}" / "model.safetensors").write_bytes(b"")
+    run_folder.remove_old_checkpoints(Path("out"), steps[-1], SimpleNamespace(
+        keep_last=len(steps) - 1, keep_every=None))
+    assert sorted(checkpoint_steps(Path("out"))) == steps[:-1]
+
+
+def test_resume_takes_a_run_and_names_a_folder_that_is_not_there(run, straight):
+    run(max_steps=14, lr_may_rise=True, resume=straight, out_dir="b")
+    assert "resumed from" in Path("b/log.txt").read_text()
+    assert "no folder nothing" in refused(run, resume="nothing", out_dir="c")
+    assert "init=grow:b has no effect" in refused(run, init="grow:b", max_steps=16, out_dir="b",
+                                                  lr_may_rise=True)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer/state.safetensors"])

@@ -152,7 +152,7 @@ def steps_with_set_gradients(out: Path, first: int, last: int) -> None:
     model = pretrain.build(c, device)
     optimizer = muonclip.configure_optimizer(model, lr=0.01, tau=0.5)
     if first:
-        pretrain.load_checkpoint(out / f"step_{first}", model, optimizer)
+        pretrain.load_checkpoint(out / f"step_{first}", model, optimizer, out)
     for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
         for p in model.parameters():

@@ -164,7 +164,9 @@ def messages_of(row) -> tuple[list[dict] | None, str | None, Counter]:
     {"prompt": "2+2?", "completion": "4"}, {"prompt": PAIR[:1], "completion": PAIR[1:]},
     {"prompt": "2+2?", "response": "4", "score": 1}, {"id": 7, "question": "2+2?", "answer": "4"},
     {"instruction": "2+2?", "input": "", "output": "4"}, {"instruction": "2+2?", "output": "4"},
-    {"instruction": "2+2?", "context": None, "response": "4"}])
+    {"instruction": "2+2?", "context": None, "response": "4"},
+    {"question": "2+2?", "context": "", "answer": "4"},
+    {"instruction": "2+2?", "context": "", "output": "4"}])
 def test_each_layout_gives_the_same_conversation(row):
     assert messages_of(row)[0] == PAIR
     assert messages_of(json.dumps(row).encode())[0] == PAIR
@@ -178,10 +180,10 @@ def test_an_instruction_and_its_input_are_one_question():
 
 
 def test_content_in_parts_is_joined_and_other_parts_are_counted():
-    parts = [{"type": "text", "text": "2"}, {"type": "image_url", "image_url": {"url": "x"}},
+    parts = [{"type": "text", "text": "2"}, {"type": "thinking", "thinking": "x"},
              {"type": "text", "text": "+2?"}]
     found, _, left_out = messages_of({"messages": [{"role": "user", "content": parts}, PAIR[1]]})
-    assert found == chat("2\n+2?", "4") and left_out == {"image_url": 1}
+    assert found == chat("2\n+2?", "4") and left_out == {"thinking": 1}
 
 
 def test_empty_system_turns_and_what_follows_the_last_reply_are_left_out():
@@ -203,6 +205,9 @@ def test_empty_system_turns_and_what_follows_the_last_reply_are_left_out():
     ({"messages": PAIR + PAIR[1:]}, "two replies"),
     ({"messages": chat("half of \ud83d, a pair", "a reply")}, "surrogate"),
     ({"messages": [{"role": "narrator", "content": "x"}]}, "'narrator'"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, PAIR[1]]}, "image_url"),
+    ({"messages": [PAIR[0], {**PAIR[1], "weight": 0}]}, "weight 0"),
+    ({"prompt": "2+2?", "context": "In Z/3.", "response": "1"}, "column context"),
     ({"messages": ["2+2?", "4"]}, "str"),
     ({"messages": [{"role": "user", "content": 4}, PAIR[1]]}, "int"),
     ({"messages": "2+2?"}, "'messages' is str"), ({"messages": None}, "'messages' is null"),

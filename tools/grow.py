@@ -345,6 +345,9 @@ def check_growth(old: MotifConfig, new: MotifConfig) -> int:
         told = [f"{key}={getattr(old, key)} cannot grow to {getattr(new, key)}: {why}"
                 for key, why in problems.items()]
         raise UserError("; ".join(told))
+    if factor == 1 and copies == 0 and num_signal_heads(new) == num_signal_heads(old):
+        raise UserError("the new model is as large as the one that is to grow; set hidden_size and "
+                        "intermediate_size, num_attention_heads or num_hidden_layers")
     return every
 
 

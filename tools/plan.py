@@ -292,6 +292,8 @@ def dry_run_report(c: Config, curriculum: data.Curriculum) -> str:
                         f"{c.dp_replicate} copies of the same size; give a divisor")
     if c.assumed_mfu == 0:
         raise UserError("assumed_mfu=0 would take for ever; give a fraction above 0")
+    if c.precision == "fp32":
+        raise UserError("the plan knows bf16 and FP8 alone; leave out --precision=fp32")
     config = model_config(c)
     flops_at = {T: sum(flops_per_token(config, T)) for T in set(curriculum.seq_len)}
     flops = 0
