@@ -1,7 +1,8 @@
 """Supervised fine-tuning: `python sft.py --stage=1`, then 2, then 3, teaches a pre-trained Motif to
-answer. A stage is pretrain.py's loop over another dataset: conversations. It starts from the quick
-start, with config/sft_quickstart.py's settings, or from a model of yours, with the report's
-settings:
+answer. A stage is pretrain.py's loop over another dataset: conversations. Without --model, stage 1
+starts from the model that `python pretrain.py` has made (the quick start), with the settings of
+config/sft_quickstart.py. With --model it starts from that one, with those of the report on Motif-2
+(arXiv 2511.07464):
 
     python sft.py --stage=1 --model=PATH --data="{'mine': ['talks/*.jsonl', 1.0]}"
 
@@ -41,7 +42,7 @@ from pretrain import TrainConfig
 from support.conversations import EVAL_DOMAINS, check_conversation, source_files
 from support.encoding import TokenizedChats, encode_chats
 from support.preparing import remove_leftovers
-from support.ranks import RANK, all_gather_object, rank0_first, rank0_only, run_main
+from support.ranks import RANK, WORLD, all_gather_object, rank0_first, rank0_only, run_main
 from support.run_folder import Checkpoint, find_checkpoint, latest_checkpoint
 from support.selection import (benchmark_files, benchmark_grams, questions_held_out,
                                select_conversations)
@@ -74,10 +75,10 @@ from support.weights import model_folder, read_json, tensor_files
 #     3 linguistic            stage 2 without what is redundant or of little      a light
 #       precision             value, by diversity and coherence                   continuation
 #
-# Config's defaults are what the report gives for stage 1. Stages 2 and 3 use the same here, except
-# for lr, data and filters.
-# The report's data are not public. Unless --data names others, a stage reads conversations that
-# synthetic/conversations.py generates, stages 2 and 3 in different balance:
+# Config's defaults are what the report gives for stage 1, but for those marked [ours]. Stages 2 and
+# 3 differ from it in lr, data and filters only. The report's data are not public. Without --model
+# and --data a stage reads conversations that synthetic/conversations.py generates, stages 2 and 3
+# in different balance:
 #
 #     help      what a module or function of Python's library does, by its docstring
 #     skills    one or two small tasks: "Add 5", "Sort its letters", "Give its day of the week"
@@ -93,9 +94,9 @@ class Stage:
     lr: float           # at its peak
     # For support/selection.py:
     best_share: float | None = None       # how much of a domain is kept, by quality; None: all
-    duplicate_share: float | None = None  # how much a conversation may share with those before it;
-                                          # None: it may be a copy, and none is dropped as
-                                          # repetitive or incoherent
+    duplicate_share: float | None = None  # a conversation is dropped if it shares more than this
+                                          # with those before it, or is repetitive or incoherent;
+                                          # None: nothing of this is looked for
 
 
 STAGES = {
@@ -139,18 +140,19 @@ class Config(TrainConfig):
     tokenizer: str | None = None    # None: the model's own
 
     # Data
-    data: dict | None = None        # name -> [source, weight], the weight a share of the tokens, or
-                                    # 0: evaluation only. A source is "talks/*.jsonl", "owner/name"
-                                    # of the Hub, "builtin:help"; more in support/conversations.py,
-                                    # load_conversations. None: the stage's in STAGES, for the quick
-                                    # start's model only
+    data: dict | None = None        # name -> [source, weight]. Its share of the tokens is weight /
+                                    # sum of weights; 0: evaluation only. A source is
+                                    # "talks/*.jsonl", "owner/name" of the Hub, "builtin:help"; more
+                                    # in support/conversations.py, load_conversations. None: the
+                                    # stage's in STAGES, for the quick start's model only
     decontaminate_against: list = field(default_factory=list)  # .jsonl files of benchmarks, globs:
                                     # drop what shares 13 words in a row with one of their texts;
                                     # always done against the questions in benchmark_dir
     epochs: Count = 1               # [ours] an epoch reads as many tokens as all domains hold
-                                    # together, shared out by weight; in each, a domain is read 4
-                                    # times at most
-    max_steps: Count | None = None  # the run ends after so many steps if epochs has more
+                                    # together, less where a domain would be read more than REPEATS
+                                    # times
+    max_steps: Count | None = None  # the run ends after so many steps if epochs has more; batches
+                                    # do not depend on it
     batch_tokens: Count | None = None  # tokens per step over all ranks; None: the report's
                                     # 32,000,000, or as few as give about MIN_STEPS steps
     seq_len: Count | None = None    # tokens of a row, into which conversations are packed; None:
@@ -182,6 +184,8 @@ MIN_STEPS = 100            # without batch_tokens the batch is small enough for 
 
 def fill_in_stage(c: Config) -> None:
     """Set what the config leaves open, and check the data."""
+    if c.model == "":
+        raise UserError("--model= is empty; give a folder, or leave it out for the quick start's")
     if c.model and c.data is None:
         raise UserError("--model needs --data, as the built-in conversations are for the quick "
                         "start's model; give --data=\"{'mine': ['talks/*.jsonl', 1.0]}\"")
@@ -401,8 +405,8 @@ def collate(rows: list[list[np.ndarray]], T: int) -> tuple[np.ndarray, np.ndarra
 # more tokens, the next epoch continues where this one ends; if it has fewer, they are repeated.
 #
 # A domain's *reading order* is all its conversations in a random order, then all in another order,
-# and so on. With a budget of q tokens, epoch e reads from token e * q of it to (e + 1) * q, and a
-# conversation that lies on the border belongs to the epoch in which its middle falls.
+# and so on. With a budget of q tokens, epoch e reads tokens e * q to (e + 1) * q of this order. A
+# conversation across a border belongs to the epoch in which its middle lies.
 #
 # An epoch's conversations, of all domains, are packed together. Packing begins with the longest, so
 # the first rows hold a few long conversations, perhaps all of one domain, and the last rows many
@@ -454,8 +458,8 @@ class ChatCurriculum:
     seq_len: list[int]    # [t]: tokens of a row, T
     rows: list[int]       # [t]: rows of the step's global batch
     tokens: list[int]     # [t]: tokens before step t; [steps]: of the whole run
-    context: list[int]    # [t]: sum(len^2) / sum(len) over the step's conversations, the length at
-                          # which attention costs as much per token; FLOPs are counted with it
+    context: list[int]    # [t]: sum(len^2) / sum(len) over the step's conversations: if all had
+                          # this length, attention would cost as much per token; for the FLOPs
     shares: np.ndarray    # [t, d]: the domain's share of the step's tokens
     earlier_plans: list = field(default_factory=list)  # none: a stage cannot be prolonged
 
@@ -861,9 +865,9 @@ def encode_chat_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 def check_same_batches(start: Checkpoint, run: pretrain.Config,
                        dataset: PackedChatDataset) -> None:
-    """UserError if a stage that goes on would read other batches than it began with: some
-    conversations would be read again, and others never; or if it were longer: its learning rate,
-    which falls over the whole run, would rise again."""
+    """UserError if a resumed stage would differ from the one that began. With other batches it
+    would read some conversations again, and others never. With more steps its learning rate, which
+    falls over the whole run, would rise again."""
     folder, state = start
     settings = []
     for config in (state["config"], asdict(run)):
@@ -918,6 +922,9 @@ def describe_data(c: Config, dataset: PackedChatDataset) -> str:
     if has_benchmark and not (c.benchmark_dir or c.decontaminate_against):
         lines.append("note: without --benchmark_dir, conversations with questions of --eval_tasks "
                      "are not looked for")
+    if max(curriculum.rows) < WORLD:
+        lines.append(f"note: a step has at most {max(curriculum.rows)} rows for {WORLD} processes, "
+                     "so that some are idle; a larger --batch_tokens gives more")
     if curriculum.steps < 20:  # [ours]
         advice = "a larger --epochs gives more"
         if dataset.batch_tokens >= 2 * c.seq_len:

@@ -103,6 +103,8 @@ def conversation_grams(messages: list[dict], n: int) -> set[int]:
     return grams
 
 
+# These words are English: reasoning in another language counts as none. So give each language as a
+# domain of its own, or the filter chooses by language.
 REASONING = re.compile(r"=|\b(so|because|therefore|thus|hence|since|then|if|implies|means|first"
                        r"|next|finally|step|let|return)\b", re.IGNORECASE)
 
@@ -190,12 +192,14 @@ def distinct_3(messages: list[dict]) -> float:
 def coherence(messages: list[dict]) -> float:
     """The share of the assistant's sentences with a number, or a word of four letters or more, that
     was said before in the conversation: the sentences of a good reply are about the same things.
-    The first sentence of a message, and those of less than five words, are not counted.
+    Not counted are the first sentence of a message, those of less than five words, and those with
+    letters beyond ASCII: in Korean, say, particles keep a word from coming again in the same form.
+    With less than three that count the result is 1.
 
     >>> coherence([{"role": "user", "content": "Name a river."},
     ...            {"role": "assistant", "content": "The Seine. This river flows through Paris. "
-    ...                                             "My aunt went shopping again today."}])
-    0.5
+    ...                "My aunt went shopping again today. From Paris it goes to the sea."}])
+    0.6666666666666666
     """
     known = set()
     linked = []
@@ -203,10 +207,11 @@ def coherence(messages: list[dict]) -> float:
         for i, sentence in enumerate(sentences(message["content"])):
             found = words(sentence)
             content_words = {word for word in found if len(word) > 3 or word.isdigit()}
-            if message["role"] == "assistant" and i > 0 and len(found) >= 5:
+            is_measured = len(found) >= 5 and "".join(found).isascii()
+            if message["role"] == "assistant" and i > 0 and is_measured:
                 linked.append(not content_words.isdisjoint(known))
             known |= content_words
-    return sum(linked) / len(linked) if linked else 1.0
+    return sum(linked) / len(linked) if len(linked) >= 3 else 1.0
 
 
 def dedup_and_filter(conversations: list, duplicate_share: float) -> tuple[list, str]:
@@ -214,16 +219,18 @@ def dedup_and_filter(conversations: list, duplicate_share: float) -> tuple[list,
     a line for the report. System messages are left out, as many may share one. A conversation is a
     near-duplicate if more than duplicate_share of its five-grams (five words in a row) are in those
     kept before it, as they are in generated tasks that differ in a number only; or, as a short one
-    has no five-grams, if it is a copy. All five-grams stay in memory, some 60 bytes per word."""
+    has no five-grams, if it is a copy. The user's words count too: two questions about one long
+    passage are near-duplicates. All five-grams stay in memory, some 60 bytes per word."""
     kept = []
     seen = set()     # five-grams
-    texts = set()    # hashes
-    dropped = {}  # reason -> conversations
+    hashes = set()   # of whole conversations
+    dropped = {}     # reason -> conversations
     for messages in conversations:
         turns = [message for message in messages if message["role"] != "system"]
         grams = conversation_grams(turns, 5)
-        text = hash_text(repr([(turn["role"], turn["content"]) for turn in turns]))
-        if text in texts or grams and len(grams & seen) > duplicate_share * len(grams):
+        hash_of_turns = hash_text(repr([(turn["role"], turn["content"]) for turn in turns]))
+        has_few_new = len(grams & seen) > duplicate_share * len(grams)   # False without five-grams
+        if hash_of_turns in hashes or has_few_new:
             dropped.setdefault("near-duplicate", []).append(messages)
         elif distinct_3(messages) < MIN_DISTINCT:
             dropped.setdefault("repetitive", []).append(messages)
@@ -232,7 +239,7 @@ def dedup_and_filter(conversations: list, duplicate_share: float) -> tuple[list,
         else:
             kept.append(messages)
             seen |= grams
-            texts.add(text)
+            hashes.add(hash_of_turns)
 
     reports = []
     for reason, found in dropped.items():

@@ -489,9 +489,13 @@ def test_near_duplicates_and_what_is_repetitive_or_incoherent_are_dropped():
     other = chat("Name a river of France.", "The Seine is a river of France.")
     near = chat("What are 3 boxes of 4 eggs?", GOOD[1]["content"] + " Yes.")
     circles = chat("Name a river.", "the river the river the river the river the river the river")
-    stray = chat("Name a river.", "Here it is for you. My aunt went shopping again today.")
-    kept, report = selection.dedup_and_filter([GOOD, near, other, circles, stray, GOOD], 0.7)
-    assert kept == [GOOD, other]
+    stray = chat("Name a river.", "Here it is for you. My aunt went shopping again today. Her cat "
+                 "sleeps on the warm sofa. Tomorrow we will bake one large cake.")
+    korean = chat("강을 하나 말해 줘.", "센강이 있습니다. 이 강은 파리를 지나 바다로 흐릅니다. 길이는 약 "
+                  "칠백칠십 킬로미터쯤 됩니다. 많은 사람이 그 강가를 천천히 걷습니다.")
+    kept, report = selection.dedup_and_filter([GOOD, near, other, circles, stray, korean, GOOD],
+                                              0.7)
+    assert kept == [GOOD, other, korean]
     assert [line.partition(",")[0] for line in report.split("; ")] == [
         "2 dropped as near-duplicate", "1 dropped as repetitive", "1 dropped as incoherent"]
 
