@@ -476,8 +476,7 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
     while True:
         finished = step == curriculum.steps
         stop = any_rank(finished or bool(signals))
-        # At the end evaluate in any case; at any stop, the end included, save. A run that resumes
-        # does not do again what it did at this step before.
+        # Evaluate at the end in any case, and save at any stop. A resumed run repeats neither.
         evaluate_now = step > log.last_evaluation and is_due(step, c.eval_every, force=finished)
         save_now = step > start_step and is_due(step, c.save_every, force=stop)
         model.config.rope_theta = theta_of_step(c, curriculum, step)
