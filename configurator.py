@@ -288,6 +288,8 @@ def parse(hint: Any, text: str) -> Any:
 
     >>> parse(float, "1e-3"), parse(bool, "true"), parse(str | None, "None"), parse(str, "None")
     (0.001, True, None, 'None')
+    >>> parse(int | None, "none"), parse(str | None, "none")        # a name may be "none"
+    (None, 'none')
     """
     if text == "none" and type(None) in get_args(hint) and str not in get_args(hint):
         return None

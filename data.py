@@ -45,9 +45,10 @@ from support.preparing import PIECE_TOKENS, VAL_UNITS, Domain, Preparer
 # A share is a fraction of the tokens, but a batch is made of whole sequences. The first steps of
 # the quick start read 16, and mathematics begins with a share of 10%: 1.6 sequences. Rounding each
 # step on its own would give it 2 of 16, 12.5%, for the first 78 steps, in which its share goes from
-# 10% to 15.6%, and the error would never even out. So what rounding leaves over is carried on: a
-# domain's *quota* is the sum of its shares of all steps so far, in tokens, and assign_rows() below
-# keeps what was read of each domain within one sequence of its quota, almost always.
+# 10% to 15.6%: it would be 7 sequences ahead after 35 steps, and 11 behind at the end. So what
+# rounding leaves over is carried on: a domain's *quota* is the sum of its shares of all steps so
+# far, in tokens, and assign_rows() below keeps what was read of each domain within one sequence of
+# its quota, almost always.
 #
 # Does it pay? With 115M parameters the curriculum moved loss between domains, towards those whose
 # share grows, and changed their mean by 0.002 nats per token, +- 0.003 (README, "Does it help").

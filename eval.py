@@ -49,7 +49,8 @@ from configurator import Count, NonNegative, Size, UserError, one_line
 from model import Decoder, KVCache, Motif
 from pretrain import COMPUTE_DTYPE, compute_precision, pick_device
 from support.preparing import num_cores
-from support.ranks import RANK, WORLD, all_gather_object, rank0_only, run_main
+from support.ranks import (RANK, WORLD, all_gather_object, check_started_by_torchrun, rank0_only,
+                           run_main)
 from support.run_folder import (is_out_of_memory, latest_checkpoint, lock_folder, read_state,
                                 whole_checkpoints)
 from support.scores import (earlier_scores, format_table, record_line, save_results,
@@ -759,8 +760,8 @@ class Config:
         chat          alone: a conversation
 
     out_dir: without it, out/eval/NAME. NAME is the model's path, with one - in place of any
-    characters that are no letter, digit, _ or dot. Where several models are measured, each has a
-    folder of such a name, in out_dir or out/eval.
+    characters that are no letter, digit, _ or dot, and -chat at its end with --chat. Where several
+    models are measured, each has a folder of such a name, in out_dir or out/eval.
     """
     model: str | None = None      # a checkpoint, a run (its newest one), or owner/name of the
                                   # Hub; None: those of out/quickstart, sft1, sft2 and sft3
@@ -1077,7 +1078,8 @@ def run(c: Config) -> None:
         out = top
         if len(models) > 1 or not c.out_dir:
             path = folder.resolve() if folder.name in ("", "..") else folder
-            out = top / re.sub("[^A-Za-z0-9_.]+", "-", str(path)).strip("-")
+            ending = "-chat" if c.chat else ""
+            out = top / (re.sub("[^A-Za-z0-9_.]+", "-", str(path)).strip("-") + ending)
         with lock_folder(out):
             results[name] = evaluate_model(folder, tasks, out, c, device)
     if RANK == 0:
@@ -1091,6 +1093,7 @@ def run(c: Config) -> None:
 def main() -> None:
     c = configurator.load(Config, sys.argv[1:])
     if WORLD > 1:
+        check_started_by_torchrun()
         dist.init_process_group("gloo")
     try:
         run(c)

@@ -135,8 +135,8 @@ def newton_schulz(u: Tensor, steps: int = 5, coefficients: str = "motif",
     E, m, n = sX.shape              # m <= n from here on
 
     # Most products in gram_steps are symmetric, and a kernel computes only half of each, in tiles
-    # of 128 x 128 numbers. With fewer than two tiles for each of an H200's 132 processors it
-    # leaves some of them idle, and plain_steps is faster.
+    # of 128 x 128 numbers. With fewer than two tiles for each of an H200's 132 processors these
+    # are busy unevenly, and plain_steps is faster.
     table = COEFFICIENTS[coefficients][:steps]
     tile_rows = math.ceil(m / kernels.TILE)
     tiles = E * tile_rows * (tile_rows + 1) // 2

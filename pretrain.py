@@ -83,7 +83,8 @@ class TrainConfig:
     data_dir: str = "data"          # prepared data, of all runs
     export: str | None = None       # write the newest checkpoint's model into this folder, for
                                     # other programs, and train nothing
-    resume: str = "auto"            # auto: the newest checkpoint in out_dir; no: none; or a path
+    resume: str = "auto"            # auto: the newest checkpoint in out_dir; no: none; or the path
+                                    # of a checkpoint, or of a run, whose newest one is taken
 
     # Compute
     device: str = "auto"            # cpu; cuda, cuda:1, ...; mps, an Apple GPU, on which this was
@@ -980,7 +981,7 @@ def setup(c: Config, out: Path) -> tuple:
     meet_ranks(c, device)
     start = rank0_only(find_checkpoint, c, out)
     if start:
-        check_init_is_the_same(c, start)
+        keep_init(c, start)
         curriculum = make_curriculum(c, start.state)
         check_compatible(start, c, curriculum, tokenizer)
         check_lr_goes_on(c, curriculum, start.state)
@@ -1000,12 +1001,14 @@ def setup(c: Config, out: Path) -> tuple:
     return dataset, held_out, model, optimizer, tokenizer, start
 
 
-def check_init_is_the_same(c: Config, start: Checkpoint) -> None:
-    """UserError if the initial weights are others than those that the run began with."""
+def keep_init(c: Config, start: Checkpoint) -> None:
+    """Let c.init tell what the run began with, which need not be given again. UserError if it is
+    another."""
     began_with = start.state["config"].get("init")
     if c.init and c.init != began_with:
-        raise UserError(f"init={c.init} has no effect: the run goes on from {start.folder}, and "
-                        f"began with init={began_with}; give another --out_dir for a new run")
+        raise UserError(f"init={c.init} has no effect on a run that goes on from {start.folder}; "
+                        "leave it out, or give another --out_dir for a new run")
+    c.init = began_with
 
 
 PLAN_KEYS = ("domains", "batch_tokens", "seq_len", "mixture", "max_steps", "max_tokens")

@@ -102,9 +102,9 @@ class Drops:
 # ---- layouts
 
 # A row is a dict: column -> value. It has the first layout below whose columns it has all. Other
-# columns are ignored, but one that is part of a question in some layout (MAY_BE_NULL) must not be.
-# A layout of one column is a list of messages. In a layout of several, the last column is the
-# reply, and the text of the others, with a blank line between, is the question.
+# columns are ignored, but a text of one that is part of a question in some layout (MAY_BE_NULL)
+# must not be lost. A layout of one column is a list of messages. In a layout of several, the last
+# column is the reply, and the text of the others, with a blank line between, is the question.
 #
 # From any of them we make a list of messages with "role" and "content" (check_conversation). What
 # cannot be mended without guessing is dropped: a call of a tool, as the turn format has no place
@@ -145,10 +145,6 @@ def find_layout(columns, column: str | None) -> list[str]:
     layouts = LAYOUTS if column is None else [[column]]
     for layout in layouts:
         if set(layout) <= set(columns):
-            left_out = [name for name in MAY_BE_NULL if name in columns and name not in layout]
-            if len(layout) > 1 and left_out:
-                raise UserError(f"the column {left_out[0]} belongs to no layout with "
-                                f"{'+'.join(layout)}; rename or remove it")
             return layout
     known = ", ".join("+".join(layout) for layout in layouts)
     raise UserError(f"the columns {', '.join(columns)} are none of {known}; rename them, or name a "
@@ -176,12 +172,28 @@ def read_row(row, column: str | None, left_out: Counter) -> list[dict]:
     if not isinstance(row, dict):
         raise UserError(f"the row is {type_name(row)}, not an object with columns")
 
-    layout = find_layout(row, column)
-    turns = list_turns(row, layout) if is_list(row, layout) else pair_turns(row, layout)
+    # A context that is no text is not a part of the question, but something of the data set's own.
+    columns = [name for name in row
+               if name not in MAY_BE_NULL or row[name] is None or isinstance(row[name], str)]
+    layout = find_layout(columns, column)
+    if is_list(row, layout):
+        turns = list_turns(row, layout)
+    else:
+        check_nothing_is_lost(row, layout)
+        turns = pair_turns(row, layout)
     if row.get(SYSTEM) is not None:
         turns = [{"role": "system", "content": row[SYSTEM]}, *turns]
     messages = [read_turn(turn, left_out) for turn in turns]
     return tidy(messages)
+
+
+def check_nothing_is_lost(row: dict, layout: list[str]) -> None:
+    """UserError if a text that is part of the question in some layout is not in this one."""
+    for name in MAY_BE_NULL:
+        text = row.get(name)
+        if name not in layout and isinstance(text, str) and text.strip():
+            raise UserError(f"the text of the column {name} would be lost beside "
+                            f"{'+'.join(layout)}; make it a part of the question")
 
 
 def is_list(row: dict, layout: list[str]) -> bool:
@@ -237,10 +249,12 @@ def read_turn(turn, left_out: Counter) -> dict:
     name = turn.get("role") or turn.get("from")
     if name in TOOL_ROLES or turn.get("tool_calls") or turn.get("function_call"):
         raise UserError("it uses a tool")
-    if turn.get("weight") == 0:                 # as in OpenAI's format
-        raise UserError("a message has weight 0: it is not to be learnt")
     if not isinstance(name, str) or name not in ROLE_NAMES:
         raise UserError(f"a message has the role {name!r}, none of {', '.join(ROLE_NAMES)}")
+
+    role = ROLE_NAMES[name]
+    if role == "assistant" and turn.get("weight") == 0:         # as in OpenAI's format
+        raise UserError("a reply has weight 0: it is not to be learnt")
 
     # A .parquet file has a null for every key that some other message has.
     content = turn.get("content")
@@ -252,7 +266,7 @@ def read_turn(turn, left_out: Counter) -> dict:
         content = join_parts(content, left_out)
     if not isinstance(content, str):
         raise UserError(f"the content of a message is {type_name(content)}, not text")
-    return {"role": ROLE_NAMES[name], "content": content}
+    return {"role": role, "content": content}
 
 
 def join_parts(parts: list, left_out: Counter) -> str:
@@ -349,7 +363,7 @@ def layout_batches(path: Path, column: str | None):
     import pyarrow.parquet
     names = pyarrow.parquet.ParquetFile(path).schema_arrow.names
     layout = find_layout(names, column)
-    wanted = [name for name in names if name in layout or name == SYSTEM]
+    wanted = [name for name in names if name in (*layout, *MAY_BE_NULL, SYSTEM)]
     yield from parquet_batches(path, wanted)
 
 

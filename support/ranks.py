@@ -83,10 +83,7 @@ def init_distributed(device: torch.device, timeout_seconds: int, even_alone: boo
 
     timeout = timedelta(seconds=timeout_seconds)
     if WORLD > 1:
-        missing = {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
-        if missing:
-            raise UserError(f"WORLD_SIZE={WORLD} is set, but not {', '.join(sorted(missing))}; "
-                            "start the program with torchrun, or unset WORLD_SIZE")
+        check_started_by_torchrun()
         # Ranks find each other's addresses in a key-value store. When torchrun restarts them, the
         # store still has the addresses of the ranks that are gone; the prefix hides those.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -99,6 +96,13 @@ def init_distributed(device: torch.device, timeout_seconds: int, even_alone: boo
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0,
                                 world_size=1)
         atexit.register(dist.destroy_process_group)
+
+
+def check_started_by_torchrun() -> None:
+    missing = {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    if missing:
+        raise UserError(f"WORLD_SIZE={WORLD} is set, but not {', '.join(sorted(missing))}; start "
+                        "the program with torchrun, or unset WORLD_SIZE")
 
 
 @functools.cache
@@ -141,7 +145,7 @@ def sync_errors(fn, *args):
         error = e
         if WORLD > 1 and type(e).__module__ != "builtins":
             # That of a library may hold a connection, which cannot be sent to the other ranks.
-            error = OSError(e.errno, e.strerror or str(e), e.filename)
+            error = OSError(str(e))
 
     for rank_error in all_gather_object(error):
         if rank_error is not None:

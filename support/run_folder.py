@@ -169,9 +169,10 @@ def find_checkpoint(c, out: Path) -> Checkpoint | None:
     if c.resume == "no" or (c.resume != "auto" and not began_here):
         start = None if c.resume == "no" else checkpoint_at(Path(c.resume))
         check_no_other_run(c, out, start)
-    elif start is None and any(out.glob("step_*/state.json")):
-        raise UserError(f"{out} holds checkpoints, and none is whole; delete it to begin again, or "
-                        "give another --out_dir")
+    elif start is None and any((out / f"step_{n}/state.json").exists()
+                               for n in checkpoint_steps(out)):
+        raise UserError(f"{out} holds checkpoints, and none is whole; move it away to begin again, "
+                        "or give another --out_dir")
 
     if start:
         missing = {"step", "skipped", "data"} - start.state.keys()
@@ -279,13 +280,15 @@ def fsync_path(path: Path) -> None:
 
 
 def remove_old_checkpoints(out: Path, step: int, c) -> None:
-    """Remove the checkpoints before this step, but not the last c.keep_last whole ones, this step's
-    among them, and not those at multiples of c.keep_every."""
+    """Remove what is older than the last c.keep_last whole checkpoints up to this step, but not
+    checkpoints at multiples of c.keep_every."""
     steps = sorted(s for s in checkpoint_steps(out) if s <= step)
     kept = [s for s in steps if is_whole(out / f"step_{s}")][-c.keep_last:]
+    if len(kept) < c.keep_last:
+        return
     for old in steps:
         is_multiple = c.keep_every and old % c.keep_every == 0
-        if old not in kept and not is_multiple:
+        if old < kept[0] and not is_multiple:
             remove(out / f"step_{old}")
 
 

@@ -18,30 +18,43 @@ def earlier_scores(out: Path, settings: dict) -> tuple[dict, dict]:
     --precision."""
     out.mkdir(parents=True, exist_ok=True)
     samples = out / "samples.jsonl"
+    result_file = out / "results.json"
     earlier = {}
-    if samples.exists() and (out / "results.json").exists():
+    if result_file.exists():
         try:
-            earlier = read_json(out / "results.json")
+            earlier = read_json(result_file)
         except UserError as e:
             print(e)
     check_same_settings(out, earlier, settings)
 
     records = {}
     results = {}
-    if isinstance(earlier.get("tasks"), dict) and earlier.get("stamp") == settings["stamp"]:
+    is_usable = isinstance(earlier.get("tasks"), dict) and samples.exists()
+    if is_usable and earlier.get("stamp") == settings["stamp"]:
         results = earlier["tasks"]
         for line in samples.read_bytes().splitlines(keepends=True):
             record = read_record(line)
             if record is not None:
                 records[record["task"], record["doc"]] = record
-    elif samples.exists() and samples.stat().st_size > 0:
-        for file in (samples, out / "results.json"):
+    elif any(file.exists() and file.stat().st_size > 0 for file in (samples, result_file)):
+        ending = free_ending(out)
+        for file in (samples, result_file):
             if file.exists():
-                os.replace(file, f"{file}.old")
+                os.replace(file, f"{file}{ending}")
         print(f"{out}: the earlier scores are of other weights or another tokenizer, or cannot be "
-              "read; all questions are measured anew, and the earlier files are kept as *.old")
+              f"read; all questions are measured anew, and the earlier files are kept as *{ending}")
     save_results(out, settings, records, results)
     return records, results
+
+
+def free_ending(out: Path) -> str:
+    """.old, or .old2, .old3, ... if there are earlier files of that name."""
+    number = 1
+    ending = ".old"
+    while list(out.glob(f"*{ending}")):
+        number += 1
+        ending = f".old{number}"
+    return ending
 
 
 def check_same_settings(out: Path, earlier: dict, settings: dict) -> None:
@@ -52,7 +65,7 @@ def check_same_settings(out: Path, earlier: dict, settings: dict) -> None:
     for key in ("chat", "precision"):
         if earlier.get(key, settings[key]) != settings[key]:
             raise UserError(f"{out} has scores with {key}={earlier[key]}, not {settings[key]}; "
-                            "delete it or give another --out_dir")
+                            f"give --{key}={earlier[key]}, or another --out_dir")
 
 
 def record_line(record: dict) -> bytes:

@@ -131,7 +131,7 @@ def parse_source(source: str) -> tuple[str, str, dict[str, str]]:
         raise UserError(f"source {source!r} must be builtin:..., files that end in .jsonl, .txt or "
                         ".parquet, or a dataset owner/name of the Hub")
     check_options(source, options, OPTIONS[kind])
-    if kind == "local" and "text" in options and re.search(r"\.txt(\.\w+)?$", place):
+    if kind == "local" and "text" in options and re.search(r"\.txt(\.(gz|bz2|xz))?$", place):
         raise UserError(f"source {source!r}: a .txt file has no columns; leave out ?text=")
     return kind, place, options
 

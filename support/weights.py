@@ -309,10 +309,11 @@ def tensor_files(path: Path, stem: str) -> dict[Path, set | None]:
         if Path(name).name != name:                       # ../x, /x: not to be read for others
             raise UserError(f"{index}: {short(name)} is not a file of this folder")
         if not (path / name).is_file():
-            checkpoints = sorted(path.glob("step_*"))
-            hint = f"; it is a run's folder: give {checkpoints[-1]}" if checkpoints else ""
+            hint = ""
             if not path.is_dir():
                 hint = "; there is no such folder"
+            elif any(path.glob("step_*")):
+                hint = "; it is a run's folder: give one of its step_ folders"
             raise UserError(f"{path}: {short(name)} is missing{hint}")
     return {path / name: names[name] for name in sorted(names)}
 

@@ -632,7 +632,7 @@ def test_a_damaged_checkpoint_does_not_count_as_one_that_is_kept(run, straight):
     (Path("out") / f"step_{steps[-1]}" / "model.safetensors").write_bytes(b"")
     run_folder.remove_old_checkpoints(Path("out"), steps[-1], SimpleNamespace(
         keep_last=len(steps) - 1, keep_every=None))
-    assert sorted(checkpoint_steps(Path("out"))) == steps[:-1]
+    assert sorted(checkpoint_steps(Path("out"))) == steps
 
 
 def test_resume_takes_a_run_and_names_a_folder_that_is_not_there(run, straight):
@@ -641,6 +641,13 @@ def test_resume_takes_a_run_and_names_a_folder_that_is_not_there(run, straight):
     assert "no folder nothing" in refused(run, resume="nothing", out_dir="c")
     assert "init=grow:b has no effect" in refused(run, init="grow:b", max_steps=16, out_dir="b",
                                                   lr_may_rise=True)
+
+
+def test_a_run_that_was_killed_in_its_first_save_begins_again(run, straight):
+    Path("out").mkdir()
+    shutil.copytree(straight / "step_4", "out/step_4.tmp")      # with its state.json
+    run()
+    assert same("out/step_12", straight / "step_12")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer/state.safetensors"])
@@ -759,6 +766,8 @@ def test_a_grown_model_goes_on_where_its_seed_ended(run):
     run(max_steps=6)
     run(max_steps=8, out_dir="grown", init="grow:out", **WIDER)
     assert val_losses("grown")[0] == pytest.approx(val_losses()[-1], rel=1e-5)
+    run(max_steps=8, out_dir="grown", **WIDER)                  # it goes on, and is not told how
+    run(max_steps=8, out_dir="grown", init="grow:out", **WIDER)     # it began
     assert val_losses("grown")[-1] < val_losses("grown")[0]
     assert Motif.from_pretrained("grown/step_8").config.num_hidden_layers == 3
 

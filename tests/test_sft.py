@@ -166,6 +166,8 @@ def messages_of(row) -> tuple[list[dict] | None, str | None, Counter]:
     {"instruction": "2+2?", "input": "", "output": "4"}, {"instruction": "2+2?", "output": "4"},
     {"instruction": "2+2?", "context": None, "response": "4"},
     {"question": "2+2?", "context": "", "answer": "4"},
+    {"question": "2+2?", "context": {"title": ["Sums"]}, "answer": "4"},
+    {"messages": [{**PAIR[0], "weight": 0}, {**PAIR[1], "weight": 1}]},
     {"instruction": "2+2?", "context": "", "output": "4"}])
 def test_each_layout_gives_the_same_conversation(row):
     assert messages_of(row)[0] == PAIR

@@ -22,7 +22,7 @@ import torch
 import sft
 from configurator import UserError
 from model import Motif, MotifConfig
-from support.run_folder import Checkpoint, fsync_path, latest_checkpoint, read_state
+from support.run_folder import checkpoint_at, fsync_path, latest_checkpoint
 from support.tokenizer import (BEGIN, BYTE_OF, END, TURN_END, JsonTokenizer, TiktokenTokenizer,
                                Tokenizer, load_tokenizer, tokenizer_file)
 from support.weights import (INDEX, check_finite, iter_checkpoint, read_json, safetensors_errors,
@@ -34,7 +34,7 @@ def export_checkpoint(c, out: Path) -> None:
     if c.resume in ("auto", "no"):
         start = latest_checkpoint(out)
     else:
-        start = Checkpoint(Path(c.resume), read_state(Path(c.resume)))
+        start = checkpoint_at(Path(c.resume))
     if not start:
         raise UserError(f"{out} holds no checkpoint to export; give --resume=PATH")
     with safetensors_errors():

@@ -346,8 +346,7 @@ def check_growth(old: MotifConfig, new: MotifConfig) -> int:
                 for key, why in problems.items()]
         raise UserError("; ".join(told))
     if factor == 1 and copies == 0 and num_signal_heads(new) == num_signal_heads(old):
-        raise UserError("the new model is as large as the one that is to grow; set hidden_size and "
-                        "intermediate_size, num_attention_heads or num_hidden_layers")
+        print("note: the new model is no larger than the one that it grows from", flush=True)
     return every
 
 
@@ -369,7 +368,8 @@ def init_from(c, out: Path) -> Path:
         if Path(what).resolve() == folder.resolve():
             raise UserError(f"init={c.init} would overwrite the model that it reads; move it")
         newest = latest_checkpoint(Path(what))
-        model = Motif.from_pretrained(newest.folder if newest else what)
+        what = newest.folder if newest else what
+        model = Motif.from_pretrained(what)
     else:
         run, _, k = what.rpartition(",")
         model = average(Path(run), int(k))
@@ -380,7 +380,7 @@ def init_from(c, out: Path) -> Path:
         grow_into(folder, model, model_config(c), c.seed)
     else:
         model.save_pretrained(folder, FILE_BYTES)
-    print(f"first weights by {c.init}, in {folder}", flush=True)
+    print(f"first weights by {kind}:{what}, in {folder}", flush=True)
     return folder
 
 
