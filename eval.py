@@ -63,13 +63,14 @@ from support.weights import model_folder
 # ---- what a question is
 #
 # support/tasks.py gives a Task, which says how questions are asked and judged, and its questions as
-# Examples. (It explains their fields, and how to add a task.) A prompt is made of an example's
+# Examples. (It explains their fields, and how to add a task.) These fields of an example matter
+# here. The first two make its prompt; the others say what is scored behind that:
 #
 #     fewshot_context       a description, and examples with their answers, which come first
 #     text                  the question; for bits per byte the text to measure
 #     choices, answer       the possible continuations, and the index of the right one
 #     contexts              winogrande alone: for each choice, what it continues instead of text
-#     target                bpb:replies alone: the reply to text, which is measured
+#     target                the right reply, which bpb:replies measures
 
 # ---- how a multiple-choice question is scored
 #
@@ -133,8 +134,9 @@ class PromptEncoder:
         return self.tokenizer.encode(text)
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """The ids of both, by the rules above. A model can only continue something, so an empty
-        context becomes BEGIN."""
+        """The ids of both; white space at the end of the context goes to the continuation. A model
+        can only continue something, so an empty context becomes BEGIN, unless every text begins
+        with some token already."""
         context_ids = self.encode(context.rstrip())
         continuation_ids = self.encode(context + continuation)[len(context_ids):]
         begin = self.begin
@@ -162,9 +164,11 @@ class PromptEncoder:
 # token changes a token's keys and values. Those of a common beginning are therefore computed once,
 # and copied for each text that continues it. There are three stages:
 #
-#     1    read the examples, once for all questions
-#     2    read the rest of each question's *prompt*: what all of its rows begin with, the examples
-#          and its own part (shared_ids in the code)
+#     1    read what all prompts of a group begin with, once. In MMLU a group is a subject, and this
+#          is its examples. Other tasks draw examples for each question: there they belong to its
+#          own part, and stage 1 is left out if too little is shared
+#     2    read the rest of each question's *prompt*, which is what all of its rows begin with
+#          (shared_ids in the code)
 #     3    read each choice, but for its last token, as nothing comes after it
 #
 # A letter is a token that is read, "=" one whose keys and values are copied from the stage above,
@@ -602,7 +606,8 @@ def find_first(reply: bytes, strings: tuple) -> int | None:
 
 
 def uses_chat(task: Task, c: "Config") -> bool:
-    """Whether questions are asked in the turn format."""
+    """Whether questions are asked in the turn format: as a user's message of a conversation (the
+    chat format of sft.py)."""
     return c.chat or task.always_chat
 
 
@@ -726,10 +731,10 @@ def measure_texts(task: Task, examples: dict[int, Example], model: Motif, encode
 
 
 def cut_into_windows(ids: list[int], max_length: int) -> Iterator[list[int]]:
-    """Windows of at most max_length + 1 ids. The model reads all of a window but the last id, and
-    predicts all but the first. So each window begins with the last id of the one before, and every
-    id of a text but its first is predicted once. Of what comes before a window the model reads that
-    one id alone. With letters for ids, and ? for the token that begins a text:
+    """Windows of at most max_length + 1 ids; ids[0] is the token that begins a text. The model
+    reads all of a window but the last id, and predicts all but the first. Each window begins with
+    the last id of the one before, so every id behind ids[0] is predicted once. Of the windows
+    before, the model sees that one id alone. With letters for ids, and ? for ids[0]:
 
     >>> list(cut_into_windows("?abcdefghij", max_length=4))
     ['?abcd', 'defgh', 'hij']
@@ -754,14 +759,16 @@ class Config:
 
     tasks: names in TASKS, separated by commas, or
 
-        bpb:SOURCE    bits per byte of a source of support/sources.py, such as a file; a comma in
-                      it is written %2C, and % is written %25
-        bpb           of all builtin sources, and of replies to chains
+        bpb:SOURCE    bits per byte of a source of support/sources.py, such as a file; of a builtin
+                      one the beginnings of at most 16 held-out documents. A comma in it is written
+                      %2C, and % is written %25
+        bpb           of all builtin sources, and of the right replies to chains
         chat          alone: a conversation
 
-    out_dir: without it, out/eval/NAME. NAME is the model's path, with one - in place of any
-    characters that are no letter, digit, _ or dot, and -chat at its end with --chat. Where several
-    models are measured, each has a folder of such a name, in out_dir or out/eval.
+    out_dir: without it, out/eval/NAME. NAME is the path of the checkpoint that is measured, such as
+    out-sft1-step_100, with one - in place of any characters that are no letter, digit, _ or dot,
+    and with -chat at its end if --chat is given. Where several models are measured, each has a
+    folder of such a name, in out_dir or out/eval.
     """
     model: str | None = None      # a checkpoint, a run (its newest one), or owner/name of the
                                   # Hub; None: those of out/quickstart, sft1, sft2 and sft3

@@ -12,8 +12,10 @@ from support.weights import read_json
 def earlier_scores(out: Path, settings: dict) -> tuple[dict, dict]:
     """What an earlier run left in out: records {(task, number): record} and results {task: result}.
 
-    If the weights or the tokenizer have changed since, or the files cannot be read, nothing of it
-    counts. Then the files are renamed to *.old, so that hours of work are not lost by a mistake.
+    Both files are then written anew, so that the settings are noted before the first new record is
+    appended. A damaged line of samples.jsonl is passed over. If the weights or the tokenizer have
+    changed since, if results.json cannot be read, or if one of the files is missing, nothing
+    counts. Then what there is becomes *.old, so that hours of work are not lost by a mistake.
     UserError if the scores are of a model in another folder, or were made with another --chat or
     --precision."""
     out.mkdir(parents=True, exist_ok=True)
@@ -106,8 +108,9 @@ def summarize(records: list[dict]) -> dict[str, dict]:
 
         value, stderr    with the standard error; in per cent, except bits per byte
         n                how many questions there were
-        cut              how many of them were too long for the model, and lost their beginning or,
-                         for bits per byte, were cut into windows
+        cut              how many of them were too long for the model (if it is to write a reply,
+                         together with that), and lost their beginning or, for bits per byte, were
+                         cut into windows
 
     The metrics of a record are its entries of type float. (The harness pools the standard error of
     MMLU over its subjects; ours is over all questions.)"""
@@ -158,9 +161,9 @@ def scores_by_metric(results: dict[str, dict]) -> list[tuple[str, str, list[dict
 
 
 def format_table(results: dict[str, dict]) -> str:
-    """A row for each metric, with a column of scores and standard errors for each model. Column
-    `cut` counts the questions that were too long (see summarize). The last column is what the
-    report states of Motif-2-12.7B, with the number of examples in brackets."""
+    """A row for each metric, with a column of scores and standard errors for each model. Columns
+    `n` and `cut` (see summarize) are those of the last model. The last column is what the report
+    states of Motif-2-12.7B, with the number of examples in brackets."""
     header = f"{'task':21s} {'shots':>5s} {'metric':13s} {'n':>6s} {'cut':>6s}"
     for name in results:
         header += f"{name:>17s}"
