@@ -796,8 +796,8 @@ class MuonPlan:
         self.owner, self.chunks = assign_owners(shapes, ranks)
         self.slices = {}
         self.is_sender = {}
-        none = torch.zeros(len(self.chunks), ranks, ranks, dtype=torch.int64)
-        self.counts = {"u": none, "O": none.clone()}
+        shape = (len(self.chunks), ranks, ranks)
+        self.counts = {name: torch.zeros(shape, dtype=torch.int64) for name in ("u", "O")}
 
         # Where in the mesh each rank is.
         places = []

@@ -1051,6 +1051,7 @@ def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
 
 
 def tell_of_other_sources(before: dict, now: dict) -> None:
+    """Print a line for each domain whose source has changed: {name: [source, ...]}."""
     for name, (source, *_) in now.items():
         if name in before and before[name][0] != source:
             print(f"domain {name} had the source {before[name][0]}, and has {source}: it goes on "

@@ -172,10 +172,11 @@ def read_row(row, column: str | None, left_out: Counter) -> list[dict]:
     if not isinstance(row, dict):
         raise UserError(f"the row is {type_name(row)}, not an object with columns")
 
-    # A context that is no text is not a part of the question, but something of the data set's own.
-    columns = [name for name in row
-               if name not in MAY_BE_NULL or row[name] is None or isinstance(row[name], str)]
-    layout = find_layout(columns, column)
+    if column is None:
+        # A context that is no text is no part of the question, but something of the data set's own.
+        row = {name: value for name, value in row.items()
+               if name not in MAY_BE_NULL or isinstance(value, str | None)}
+    layout = find_layout(row, column)
     if is_list(row, layout):
         turns = list_turns(row, layout)
     else:
@@ -190,8 +191,7 @@ def read_row(row, column: str | None, left_out: Counter) -> list[dict]:
 def check_nothing_is_lost(row: dict, layout: list[str]) -> None:
     """UserError if a text that is part of the question in some layout is not in this one."""
     for name in MAY_BE_NULL:
-        text = row.get(name)
-        if name not in layout and isinstance(text, str) and text.strip():
+        if name not in layout and (row.get(name) or "").strip():
             raise UserError(f"the text of the column {name} would be lost beside "
                             f"{'+'.join(layout)}; make it a part of the question")
 

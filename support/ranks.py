@@ -99,6 +99,7 @@ def init_distributed(device: torch.device, timeout_seconds: int, even_alone: boo
 
 
 def check_started_by_torchrun() -> None:
+    """UserError if WORLD_SIZE was set by something other than torchrun."""
     missing = {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
     if missing:
         raise UserError(f"WORLD_SIZE={WORLD} is set, but not {', '.join(sorted(missing))}; start "

@@ -293,6 +293,7 @@ def remove_old_checkpoints(out: Path, step: int, c) -> None:
 
 
 def is_whole(folder: Path) -> bool:
+    """Whether all files of a checkpoint are there, in full length."""
     try:
         read_state(folder)
     except UserError:

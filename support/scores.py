@@ -60,6 +60,7 @@ def free_ending(out: Path) -> str:
 
 
 def check_same_settings(out: Path, earlier: dict, settings: dict) -> None:
+    """UserError if the earlier scores are of another model, or of other --chat or --precision."""
     model = earlier.get("model")
     if isinstance(model, str) and os.path.abspath(model) != os.path.abspath(settings["model"]):
         raise UserError(f"{out} has the scores of {model}, not of {settings['model']}; delete it "

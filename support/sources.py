@@ -436,6 +436,7 @@ def pin_source(source: str, file: Path | None = None) -> str:
 
 
 def read_commits(file: Path | None) -> dict:
+    """{source: commit}, as pin_source keeps them; {} if there is no file."""
     if not file or not file.exists():
         return {}
     try:
@@ -446,8 +447,8 @@ def read_commits(file: Path | None) -> dict:
 
 
 def hub_commit(name: str, options: dict, attempts: int = FIRST_ATTEMPTS) -> str:
-    """The commit that a dataset's revision stands for. This is the first request to the Hub: it
-    tells a wrong name or a missing network in seconds."""
+    """The commit that a dataset's revision stands for. It is asked for before all else, so that a
+    wrong name or a missing network is told in seconds."""
     try:
         from huggingface_hub import HfApi
         ask = partial(HfApi().dataset_info, name, revision=options.get("revision"),

@@ -30,7 +30,8 @@ from configurator import UserError
 from model import Motif
 from pretrain import Config, lr_at, make_curriculum
 from support import run_folder
-from support.ranks import ALLOCATOR_SETTINGS, let_segments_grow, pick_device, run_main
+from support.ranks import (ALLOCATOR_SETTINGS, init_distributed, let_segments_grow, pick_device,
+                           run_main)
 from support.run_folder import checkpoint_steps
 from support.tokenizer import load_tokenizer
 
@@ -879,7 +880,8 @@ def test_memory_is_taken_in_segments_that_grow_unless_the_user_says_otherwise(mo
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
     for name in ALLOCATOR_SETTINGS:
         monkeypatch.delenv(name, raising=False)
-    let_segments_grow()
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    init_distributed(torch.device("cuda"), 1, even_alone=False)
     assert settings == ["expandable_segments:True"]
     for name in ALLOCATOR_SETTINGS:
         monkeypatch.setenv(name, "max_split_size_mb:512")

@@ -176,9 +176,16 @@ def test_each_layout_gives_the_same_conversation(row):
     assert with_system == chat("2+2?", "4", system="Be short.")
 
 
-def test_an_instruction_and_its_input_are_one_question():
-    row = {"instruction": "Add.", "input": "2 and 2", "output": "4"}
+@pytest.mark.parametrize("first, added, reply", [
+    ("instruction", "input", "output"), ("instruction", "context", "output"),
+    ("instruction", "context", "response"), ("question", "context", "answer")])
+def test_what_is_added_to_a_question_is_part_of_it(first, added, reply):
+    row = {first: "Add.", added: "2 and 2", reply: "4"}
     assert messages_of(row)[0] == chat("Add.\n\n2 and 2", "4")
+
+
+def test_a_list_of_messages_may_be_in_any_column():
+    assert conversations.read_row({"input": PAIR}, "input", Counter()) == PAIR
 
 
 def test_content_in_parts_is_joined_and_other_parts_are_counted():

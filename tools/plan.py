@@ -136,7 +136,8 @@ def activation_bytes(config: MotifConfig, fp8: bool = False) -> tuple[int, int]:
         input_of_o = 2 * signal_heads * c.head_dim
     else:
         input_of_o = signal_heads * c.head_dim       # the outputs themselves
-        heads += c.num_attention_heads if fp8 else 0
+        if fp8:                                      # else they are counted as the input of o
+            heads += c.num_attention_heads
     # Of q, k and v; of o; of gate and up; of down.
     of_products = 2 * c.hidden_size + input_of_o + c.intermediate_size
     kept = BF16 * (stream + heads * c.head_dim + mlp) + (FP8 if fp8 else BF16) * of_products
