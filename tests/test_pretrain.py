@@ -320,21 +320,25 @@ def test_a_step_never_waits_for_the_gpu(run, monkeypatch, options):
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_a_recomputed_block_keeps_its_input_alone(precision, monkeypatch):
     """Until the backward pass, compiled and with our kernels."""
+    def allocated() -> int:
+        # As asked for: the allocator rounds sizes up, by as much as a megabyte.
+        return torch.cuda.memory_stats()["requested_bytes.all.current"]
+
     monkeypatch.setattr(pretrain, "uses_fsdp", lambda c, device: False)
     device = torch.device("cuda")
     ids = torch.zeros(64, 256, dtype=torch.int64, device=device)
     kept = {}
     for layers in (2, 6):
         c = Config(**SMALL | dict(num_hidden_layers=layers, activation_checkpoint_layers=layers,
-                                  hidden_size=64, head_dim=16, precision=precision))
+                                  precision=precision))
         model = pretrain.build(c, device).bfloat16()
         for _ in range(2):                       # the first time something of CUDA's own may stay
-            before = torch.cuda.memory_allocated()
+            before = allocated()
             loss = model(ids, ids)
-            kept[layers] = torch.cuda.memory_allocated() - before
+            kept[layers] = allocated() - before
             del loss
-    block_input = 2 * ids.numel() * 64                       # bytes in bf16
-    assert (kept[6] - kept[2]) / 4 == pytest.approx(block_input, rel=0.05)
+    block_input = 2 * ids.numel() * SMALL["hidden_size"]     # bytes in bf16
+    assert (kept[6] - kept[2]) / 4 == pytest.approx(block_input, rel=0.01)
 
 
 SMALL = dict(

@@ -109,7 +109,8 @@ def test_a_rehearsal_loses_a_rank_exports_and_fine_tunes(tmp_path, monkeypatch, 
     (2, 6, 0, {"sum_embeddings_once": False}, 48.2),
     (2, 10, 0, {}, 69.0),
     (2, 6, 6, {}, 38.8),
-    (2, 40, 30, {}, 118.4)])
+    (2, 40, 30, {}, 118.4),
+    (2, 40, 30, {"precision": "fp8"}, 116.2)])
 def test_planned_memory_is_what_was_measured(gpus, layers, recomputed, options, gib):
     """On H100s and H200s: MEASUREMENTS.md, "Many GPUs"."""
     options = {"seq_len": 4096, "batch_tokens": 2**18, "max_tokens": None, "max_steps": 10,
