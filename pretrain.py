@@ -56,8 +56,9 @@ from muonclip import local_shard
 from support.log import (Log, NonFiniteSteps, StepTimer, layer_stats, log_end, log_evaluation,
                          log_resumed, log_step)
 from support.ranks import (LOCAL_RANK, RANK, WORLD, all_gather_object, all_reduce_sum, any_rank,
-                           barrier, init_distributed, install_signal_handlers, pad_rows,
-                           pick_device, rank0_first, rank0_only, run_main, split_rows, sync_errors)
+                           barrier, init_distributed, install_signal_handlers, on_all_cores,
+                           pad_rows, pick_device, rank0_first, rank0_only, run_main, split_rows,
+                           sync_errors)
 from support.run_folder import (Checkpoint, check_files, check_shared, checksums, find_checkpoint,
                                 finish_checkpoint, friendly_errors, last_good, lock_folder,
                                 remove_old_checkpoints, remove_temporaries)
@@ -1138,7 +1139,7 @@ def build_model_and_optimizer(c: Config, device: torch.device, start: Checkpoint
     if start:
         sync_errors(load_checkpoint, start.folder, model, optimizer, out)
     elif init_from:
-        folder = rank0_only(init_from, c, out)
+        folder = rank0_only(on_all_cores, init_from, c, out)
         sync_errors(load_into, model.state_dict(), folder, "model")
     return model, optimizer
 

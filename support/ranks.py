@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configurator import UserError
+from support.preparing import num_cores
 
 # ---- what ranks say to each other
 #
@@ -160,6 +161,17 @@ def rank0_only(fn, *args):
         return fn(*args) if RANK == 0 else None
 
     return broadcast_object(sync_errors(call))
+
+
+def on_all_cores(fn, *args):
+    """fn(*args) -> its result, in as many threads as there are cores. torchrun lets a rank have one
+    thread, so that the ranks share the cores; but while they wait for one, all are free."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(num_cores())
+    try:
+        return fn(*args)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def rank0_first(fn):

@@ -30,8 +30,8 @@ from configurator import UserError
 from model import Motif
 from pretrain import Config, lr_at, make_curriculum
 from support import run_folder
-from support.ranks import (ALLOCATOR_SETTINGS, init_distributed, let_segments_grow, pick_device,
-                           run_main)
+from support.ranks import (ALLOCATOR_SETTINGS, init_distributed, let_segments_grow, on_all_cores,
+                           pick_device, run_main)
 from support.run_folder import checkpoint_steps
 from support.tokenizer import load_tokenizer
 
@@ -878,6 +878,16 @@ def test_a_checkpoint_of_another_run_is_refused(run):
 
 
 # ---- devices: memory in segments; an Apple GPU, which these tests do not have
+
+def test_work_that_the_other_ranks_wait_for_is_done_on_all_cores(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("support.ranks.num_cores", lambda: threads + 3)
+    assert on_all_cores(torch.get_num_threads) == threads + 3
+    assert torch.get_num_threads() == threads
+    with pytest.raises(ValueError):
+        on_all_cores(int, "no number")
+    assert torch.get_num_threads() == threads
+
 
 def test_memory_is_taken_in_segments_that_grow_unless_the_user_says_otherwise(monkeypatch):
     settings = []
