@@ -25,7 +25,6 @@ import shutil
 import socket
 import sys
 from bisect import bisect_left, insort
-from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
@@ -349,27 +348,20 @@ def pack(lengths: np.ndarray, T: int) -> list[list[int]]:
     """
     assert lengths.max(initial=0) <= T
     rows = []
-    open_rows = defaultdict(list)  # tokens of room -> the rows that have just so much left
-    rooms = []                     # the keys of open_rows that have a row, sorted
+    open_rows = []                 # (tokens of room left, row), sorted
     for i in np.argsort(-lengths, kind="stable").tolist():
         n = int(lengths[i])
-        smallest_fit = bisect_left(rooms, n)
-        if smallest_fit < len(rooms):
-            room = rooms[smallest_fit]
-            row = open_rows[room].pop()
-            if not open_rows[room]:
-                rooms.pop(smallest_fit)
+        fits = bisect_left(open_rows, (n, 0))         # the first that has room for n
+        if fits < len(open_rows):
+            room, row = open_rows.pop(fits)
         else:
             room = T
-            row = []
-            rows.append(row)
+            row = len(rows)
+            rows.append([])
 
-        row.append(i)
-        room -= n
-        if room > 0:
-            if not open_rows[room]:
-                insort(rooms, room)
-            open_rows[room].append(row)
+        rows[row].append(i)
+        if room > n:
+            insort(open_rows, (room - n, row))
     return rows
 
 
@@ -732,27 +724,30 @@ def find_start(c: Config, out: Path) -> tuple[Checkpoint | None, Path, str]:
     """-> start:  the checkpoint to resume from; None: begin at step 0
        folder: of the model to build. At step 0 it holds the initial weights of the stage; later it
                is the checkpoint's
-       init:   which weights the stage began with: their folder, and their hash as the last word
-
-    A run that resumes does not need its initial weights any more. But if they are still there, they
-    must have the hash that the checkpoint tells, or two runs would be mixed in one folder."""
+       init:   which weights the stage began with: their folder, and their hash in parentheses"""
     start = find_checkpoint(c, out)
-    began_with = start.state["config"]["init"] if start else None
+    if start is None:
+        folder = initial_folder(c)
+        return None, folder, f"{folder} ({hash_of_weights(folder)})"
+
+    init = str(start.state["config"]["init"])
+    check_began_with(init, c, out)
+    return start, start.folder, init
+
+
+def check_began_with(init: str, c: Config, out: Path) -> None:
+    """UserError if the run in `out` began with other weights than those that c names: two runs
+    would be mixed in one folder. A run that resumes does not need its first weights any more, so
+    they may be gone."""
     try:
         folder = initial_folder(c)
-        init = f"{folder} ({hash_of_weights(folder)})"
+        weights = hash_of_weights(folder)
     except UserError:
-        if start is None:
-            raise
-        init = began_with
-
-    if start is None:
-        return None, folder, init
-    # The same folder may be written in another way, so its name may differ.
-    if str(init).rpartition(" ")[2] != str(began_with).rpartition(" ")[2]:
-        raise UserError(f"{out} holds a run that began with {began_with}, not with {init}; delete "
-                        "it or give another --out_dir")
-    return start, start.folder, began_with
+        return
+    # Not the whole text: the same folder may be written in another way.
+    if f"({weights})" not in init:
+        raise UserError(f"{out} holds a run that began with {init}, not with {folder} ({weights}); "
+                        "delete it or give another --out_dir")
 
 
 def initial_folder(c: Config) -> Path:
