@@ -101,19 +101,20 @@ class Curriculum:
     [[0.9, 0.1], [0.79, 0.21], [0.57, 0.43]]
     """
 
-    before = None             # of a ContinuedCurriculum: the plan before, and when it ended
+    # Of a run whose plan has changed (the last section): the curriculum before and the step at which
+    # it ended; and what checkpoints keep of earlier plans, [[step, config keys], ...].
+    before = None
+    earlier_plans = ()
 
     def __init__(self, domains: dict, *, batch_tokens, seq_len, max_steps: int | None = None,
-                 max_tokens: int | None = None, mixture: list | None = None):
+                 max_tokens: int | None = None, mixture: list | None = None,
+                 steps_before: tuple[list, list, list] = ([], [], [0])):
         if not (max_steps or max_tokens):
             raise UserError("nothing ends the run: set max_steps or max_tokens")
         check_domains(domains)
         self.names = list(domains)
-        # [[step, config keys], ...]: the older plans of a ContinuedCurriculum, from which it can be
-        # made again. Not used here: pretrain.make_curriculum sets it, for checkpoints.
-        self.earlier_plans = []
-        # [], [], [0]; in a prolonged run what its earlier plan had up to there.
-        self.seq_len, self.rows, self.tokens = self._steps_before(max_steps, max_tokens)
+        # steps_before holds these three for steps that are planned already.
+        self.seq_len, self.rows, self.tokens = map(list, steps_before)
         self._plan_steps(batch_tokens, seq_len, max_steps or math.inf, max_tokens or math.inf)
         self.steps = len(self.rows)
         self.context = self.seq_len
@@ -124,11 +125,6 @@ class Curriculum:
             mixture = [(0, first_shares), (1, last_shares)]
         check_mixture(mixture, domains)
         self.shares = self._interpolate(mixture)
-
-    def _steps_before(self, max_steps, max_tokens) -> tuple[list, list, list]:
-        """seq_len, rows and tokens of the steps that are planned already: none.
-        (ContinuedCurriculum overrides this, _interpolate, quotas, taken and _adapt_phase.)"""
-        return [], [], [0]
 
     def _plan_steps(self, batch_tokens, seq_len, max_steps: float, max_tokens: float) -> None:
         """Add the steps up to the end of the run to rows, seq_len and tokens."""
@@ -166,14 +162,14 @@ class Curriculum:
         return shares / shares.sum(axis=1, keepdims=True)
 
     @property
-    def step_tokens(self) -> np.ndarray:
-        """(steps, domains): what each step adds to each domain's quota, in tokens, not rounded."""
+    def quota_added(self) -> np.ndarray:
+        """(steps, domains): the tokens that each step adds to each domain's quota, not rounded."""
         return self.shares * np.diff(self.tokens)[:, None]
 
     @cached_property
     def quotas(self) -> np.ndarray:
         """(steps, domains): how many tokens each domain should have given by the end of a step."""
-        return self.step_tokens.cumsum(axis=0)
+        return self.quota_added.cumsum(axis=0)
 
     @cached_property
     def taken(self) -> np.ndarray:
@@ -184,8 +180,9 @@ class Curriculum:
     def first(self) -> np.ndarray:
         """(steps, domains) int64: the first place that each step takes of each domain."""
         first = np.zeros_like(self.taken)
+        begins = set(self.phase_starts)
         for t in range(1, self.steps):
-            if self.seq_len[t] == self.seq_len[t - 1]:
+            if t not in begins:
                 first[t] = first[t - 1] + self.taken[t - 1]
         return first
 
@@ -194,26 +191,29 @@ class Curriculum:
         """(steps, domains) int64: the place after the last one that each step takes."""
         return self.first + self.taken
 
-    # phases to phase_of serve the tape (below) and prolonged runs: skip them at first.
+    # Consecutive steps with the same seq_len are a *phase*: see "the tape", below.
+
+    @property
+    def phase_starts(self) -> list[int]:
+        """The first step of each phase."""
+        changes = [t for t in range(1, self.steps) if self.seq_len[t] != self.seq_len[t - 1]]
+        return [0, *changes]
 
     @cached_property
     def phases(self) -> "list[Phase]":
-        """Consecutive steps with the same seq_len are a phase (see "the tape", below)."""
-        changes = [t for t in range(1, self.steps) if self.seq_len[t] != self.seq_len[t - 1]]
-        phases = []
-        start = np.zeros(len(self.names), dtype=np.int64)
-        for first_step, next_step in zip([0, *changes], [*changes, None]):
-            count = None if next_step is None else self.end[next_step - 1]
-            phase = Phase(first_step, self.seq_len[first_step], start, count)
-            phase = self._adapt_phase(phase, len(phases), next_step)
-            phases.append(phase)
-            if next_step is not None:
-                start = start + phase.stretch_length * phase.T
-        return phases
+        return self._phases_from(self.phase_starts, np.zeros(len(self.names), dtype=np.int64))
 
-    def _adapt_phase(self, phase: "Phase", i: int, next_step: int | None) -> "Phase":
-        """Phase i as the run reads it: as it is planned. ContinuedCurriculum changes it."""
-        return phase
+    def _phases_from(self, first_steps: list[int], start: np.ndarray) -> "list[Phase]":
+        """The phases that begin at these steps, one after the other on the tapes, from token
+        start, (domains,), on."""
+        phases = []
+        for first_step, next_step in zip(first_steps, [*first_steps[1:], None]):
+            T = self.seq_len[first_step]
+            count = None if next_step is None else self.end[next_step - 1]
+            phases.append(Phase(first_step, T, start, count))
+            if count is not None:
+                start = start + count * T
+        return phases
 
     def phase_of(self, step: int) -> "Phase":
         begun = [phase for phase in self.phases if phase.first_step <= step]
@@ -229,7 +229,7 @@ class Curriculum:
             line = (f"{i / 9:4.0%} {t:7,d} {self.tokens[t]:13.4g} {self.seq_len[t]:7,d} "
                     f"{self.rows[t]:6,d}")
             lines.append(line + "".join(f"{share:{width}.1%}" for share in self.shares[t]))
-        needed = self.step_tokens.sum(axis=0)
+        needed = self.quota_added.sum(axis=0)
         lines.append(f"{'needed':41s}" + "".join(f"{number:{width}.4g}" for number in needed))
         return "\n".join(lines)
 
@@ -370,44 +370,28 @@ class Phase:
     count: np.ndarray | None  # (domains,) sequences that are read of it; None in the last phase,
                               # whose end is left open
 
-    @property
-    def stretch_length(self) -> np.ndarray:
-        """(domains,) how many sequences long the stretch is: count. PhaseWithChange may pass over
-        some more."""
-        return self.count
-
-    @property
-    def rest_of_window(self) -> np.ndarray:
-        """(domains,) how many sequences of a window that was begun lie after count: none, as it was
-        planned to end there."""
-        return np.zeros_like(self.count)
-
     def window_of_place(self, d: int, place: int, epoch_tokens: float) -> tuple[int, int]:
-        """-> (first, end): the window of domain d that contains a place. It reads
+        """-> (first, end): the window of domain d that contains a place. The window reads
         sequences first to end - 1, in shuffled order.
 
         Windows begin anew with the first sequence that begins in an epoch of epoch_tokens. Say
         windows have 3 sequences, the phase has 8, and an epoch ends within sequence 4, counted from
         0. The windows are then 0 to 2, 3 to 4, 5 to 7."""
-        return self._window_from(0, d, place, epoch_tokens)
-
-    def _window_from(self, first_place: int, d: int, place: int,
-                     epoch_tokens: float) -> tuple[int, int]:
-        """window_of_place, if the first window begins with first_place."""
         T = self.T
-        start = int(self.start[d])
-        size = window_size(T)
-        begin, end = 0, math.inf
+        start_token = int(self.start[d])
+        # The sequences that begin in this epoch of the tape: epoch_first to epoch_end - 1.
+        epoch_first = 0
+        epoch_end = math.inf
         if epoch_tokens < math.inf:
-            # The sequences that begin in this epoch of the tape.
-            epoch = (start + place * T) // epoch_tokens
-            begin = max(0, ceil_div(epoch * epoch_tokens - start, T))
-            end = ceil_div((epoch + 1) * epoch_tokens - start, T)
-        begin = max(begin, first_place)
+            epoch = (start_token + place * T) // epoch_tokens
+            epoch_first = max(0, ceil_div(epoch * epoch_tokens - start_token, T))
+            epoch_end = ceil_div((epoch + 1) * epoch_tokens - start_token, T)
         if self.count is not None:
-            end = min(end, int(self.count[d]))
-        window_first = begin + (place - begin) // size * size
-        return window_first, min(window_first + size, end)
+            epoch_end = min(epoch_end, int(self.count[d]))
+
+        size = window_size(T)
+        window_first = epoch_first + (place - epoch_first) // size * size
+        return window_first, min(window_first + size, epoch_end)
 
 
 def random_order(n: int, *key) -> np.ndarray:
@@ -669,11 +653,8 @@ class Prefetcher:
     def extend_tape(self, step: int, d: int) -> bool:
         """Go on with a domain's tape as far as a step reads it -> whether it goes so far."""
         tape = self.dataset.tapes[self.dataset.curriculum.names[d]]
-        epoch_tokens = None
-        # extend() may come to the end of the first epoch, which happens once. That changes the
-        # windows: ask again.
-        while epoch_tokens != tape.epoch_tokens:
-            epoch_tokens = tape.epoch_tokens
+        # Twice: the first call may come to the end of the first epoch, which changes the windows.
+        for _ in range(2):
             begin, end = self.dataset.tape_span(step, d)
             reaches = tape.extend(end, begin)
         return reaches
@@ -713,161 +694,6 @@ class Prefetcher:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
-
-
-# ---- a run that goes on under another plan
-
-# A run that is prolonged, or whose plan changes otherwise, keeps what it has read: the old plan
-# holds for the steps before the change, the new one from it on. The window that has begun keeps its
-# length, as part of its shuffled order is already read, and the new plan cuts the tape after it.
-#
-# But seq_len may now change before that window ends. Say it has sequences 0 to 3 in the order 2, 0,
-# 3, 1, and three of them are read. If the next phase began with sequence 3, it would read that
-# again, and 1 would never be read. So it begins after the window. A curriculum cannot know where
-# the window ends, as that depends on the ends of epochs. But the window contains place 2, the last
-# one read, so it ends at 2 + 4 = 6 at the latest. The next phase begins there, and 1, 4 and 5 are
-# not read.
-
-
-@dataclass
-class PhaseWithChange(Phase):
-    """A phase in which the plan changes."""
-    earlier: Phase            # what it was under the plan before
-    reached: np.ndarray       # (domains,) how many sequences were read under that
-
-    @property
-    def stretch_length(self) -> np.ndarray:
-        """(domains,) how far the next phase begins after this one, in sequences. It passes over the
-        rest of the window that has begun, so that nothing is read twice. But if that rest is longer
-        than what this phase reads (count), it is not passed over: then up to count sequences are
-        read twice, and as many never."""
-        rest = self.rest_of_window
-        return self.count + np.where(rest <= self.count, rest, 0)
-
-    @property
-    def rest_of_window(self) -> np.ndarray:
-        """(domains,) how many sequences of a window that had begun lie after count, at the
-        most."""
-        window_end = self.reached - 1 + window_size(self.T)
-        if self.earlier.count is not None:
-            earlier_end = self.earlier.count + self.earlier.rest_of_window
-            window_end = np.minimum(window_end, earlier_end)
-        window_end = np.where(self.reached > 0, window_end, 0)
-        return np.maximum(window_end - self.count, 0)
-
-    def window_of_place(self, d: int, place: int, epoch_tokens: float) -> tuple[int, int]:
-        """As Phase's. A window that had begun when the plan changed stays as it was."""
-        begun_end = 0
-        if self.reached[d] > 0:
-            last_read = int(self.reached[d]) - 1
-            _, begun_end = self.earlier.window_of_place(d, last_read, epoch_tokens)
-        if place < begun_end:
-            return self.earlier.window_of_place(d, place, epoch_tokens)
-        return self._window_from(begun_end, d, place, epoch_tokens)
-
-
-class ContinuedCurriculum(Curriculum):
-    """What the steps read if the plan changed at a step.
-
-    before        (curriculum, step): the plan before, which was followed for steps 0 to step - 1,
-                  and may be a ContinuedCurriculum itself. This plan sets the steps from `step` on
-    **plan        as Curriculum has it; also max_steps, max_tokens and the mixture's fractions count
-                  from step 0"""
-
-    def __init__(self, domains: dict, *, before: tuple[Curriculum, int], **plan):
-        self.before = before
-        super().__init__(domains, **plan)
-
-    def _steps_before(self, max_steps, max_tokens) -> tuple[list, list, list]:
-        """seq_len, rows and tokens of the steps that the plan before has set. UserError if the run
-        has passed the new plan's end."""
-        old, step = self.before
-        # The run may end at this very step. With max_tokens it does if step - 1 began below that.
-        past_steps = max_steps is not None and step > max_steps
-        past_tokens = max_tokens is not None and old.tokens[max(0, step - 1)] >= max_tokens
-        if past_steps or past_tokens:
-            raise UserError(f"max_steps={max_steps}, max_tokens={max_tokens}: the run is at "
-                            f"step {step} already; make it longer, or give another --out_dir")
-        return old.seq_len[:step], old.rows[:step], old.tokens[:step + 1]
-
-    def _past(self, array: np.ndarray) -> np.ndarray:
-        """(steps, domains) of the plan before -> its part that was followed, with a column for each
-        of our domains. A domain that is new has read nothing."""
-        _, step = self.before
-        return self._our_columns(array[:step])
-
-    def _our_columns(self, array: np.ndarray) -> np.ndarray:
-        """(..., domains of the plan before) -> (..., our domains), with 0 for what is new. A domain
-        that an earlier plan left out begins anew. One whose source has changed goes on in the new
-        text at the place that it had reached in the old one."""
-        old, _ = self.before
-        ours = np.zeros((*array.shape[:-1], len(self.names)), dtype=array.dtype)
-        for d, name in enumerate(self.names):
-            if name in old.names:
-                ours[..., d] = array[..., old.names.index(name)]
-        return ours
-
-    def _interpolate(self, mixture: list) -> np.ndarray:
-        old, step = self.before
-        shares = super()._interpolate(mixture)
-        shares[:step] = self._past(old.shares)
-        return shares
-
-    @cached_property
-    def quotas(self) -> np.ndarray:
-        old, step = self.before
-        past = self._past(old.quotas)
-        quota_then = past[-1] if step > 0 else 0
-        # The domains' lags behind their quotas sum to 0, and assign_rows relies on it. Without the
-        # lag of a domain that is gone they would not. So all begin anew, with lags of 0.
-        if set(old.names) != set(self.names):
-            quota_then = self._tokens_before()
-        to_come = quota_then + self.step_tokens[step:].cumsum(axis=0)
-        return np.concatenate([past, to_come])
-
-    def _tokens_before(self) -> np.ndarray:
-        """(domains,): the tokens that each domain has given under the plan before."""
-        old, step = self.before
-        past = self._past(old.taken)
-        return (past * np.array(self.seq_len[:step], dtype=np.int64)[:, None]).sum(axis=0)
-
-    @cached_property
-    def taken(self) -> np.ndarray:
-        old, step = self.before
-        to_come = assign_rows(self.quotas[step:], self.seq_len[step:], self.rows[step:],
-                              self._tokens_before().tolist())
-        return np.concatenate([self._past(old.taken), to_come])
-
-    def _adapt_phase(self, phase: Phase, i: int, next_step: int | None) -> Phase:
-        """Our phase number i. One that the plan before began is as it was, if it was read to its
-        end under that plan; else it is one of two plans."""
-        old, step = self.before
-        if phase.first_step >= step:
-            return phase
-        earlier = self._with_our_domains(old.phases[i])
-        if next_step is not None and next_step < step:
-            return earlier
-        return PhaseWithChange(phase.first_step, phase.T, phase.start, phase.count, earlier,
-                               reached=self.end[step - 1])
-
-    def _with_our_domains(self, phase: Phase) -> Phase:
-        """A phase of the plan before, with a column for each of our domains."""
-        start = self._our_columns(phase.start)
-        count = None if phase.count is None else self._our_columns(phase.count)
-        if not isinstance(phase, PhaseWithChange):
-            return Phase(phase.first_step, phase.T, start, count)
-        return PhaseWithChange(phase.first_step, phase.T, start, count,
-                               self._with_our_domains(phase.earlier),
-                               self._our_columns(phase.reached))
-
-    def lost_in_changes(self) -> dict[str, int]:
-        """Domain -> the most tokens of it that are not read in this epoch because the plan has
-        changed within a window. (Where such a rest of a window is more than the phase has read, as
-        many may be read twice.)"""
-        tokens = np.zeros(len(self.names), dtype=np.int64)
-        for phase in self.phases[:-1]:
-            tokens += np.minimum(phase.rest_of_window, phase.count) * phase.T
-        return {name: int(n) for name, n in zip(self.names, tokens) if n > 0}
 
 
 # ---- what a config may say
@@ -939,3 +765,134 @@ def check_mixture(mixture: list, domains: dict) -> None:
             raise UserError(f"domains or mixture: at {fraction} of the run the shares may name "
                             f"only {', '.join(domains)}, must not be negative and must sum to 1, "
                             f"not {shares}")
+
+
+# ---- a run that goes on under another plan: the last section, needed by no run that keeps its plan
+
+# A run that is prolonged, or whose plan changes otherwise, keeps what it has read: the old plan
+# holds for the steps before the change, the new one from it on. A new phase begins there, as at a
+# change of seq_len.
+#
+# But a change that nobody planned comes in the midst of a window. Say it has sequences 0 to 3 in
+# the order 2, 0, 3, 1, and three of them are read. If the next phase began with sequence 3, it
+# would read that again, and 1 would never be read. So it begins after the window. A curriculum
+# cannot know where the window ends, as that depends on the ends of epochs. But the window contains
+# place 2, the last one read, so it ends at 2 + 4 = 6 at the latest. The next phase begins there,
+# and 1, 4 and 5 are passed over: of each domain a million tokens at most.
+
+
+class ContinuedCurriculum(Curriculum):
+    """What the steps read if the plan changed at a step.
+
+    before        (curriculum, step): the plan before, which was followed for steps 0 to step - 1,
+                  and may be a ContinuedCurriculum itself. This plan sets the steps from `step` on
+    **plan        as Curriculum has it; also max_steps, max_tokens and the mixture's fractions count
+                  from step 0. UserError if the run has passed the new plan's end"""
+
+    def __init__(self, domains: dict, *, before: tuple[Curriculum, int],
+                 max_steps: int | None = None, max_tokens: int | None = None, **plan):
+        old, step = before
+        # The run may end at this very step. With max_tokens it does if step - 1 began below that.
+        past_steps = max_steps is not None and step > max_steps
+        past_tokens = max_tokens is not None and old.tokens[max(0, step - 1)] >= max_tokens
+        if past_steps or past_tokens:
+            raise UserError(f"max_steps={max_steps}, max_tokens={max_tokens}: the run is at "
+                            f"step {step} already; make it longer, or give another --out_dir")
+        self.before = before
+        steps_before = (old.seq_len[:step], old.rows[:step], old.tokens[:step + 1])
+        super().__init__(domains, max_steps=max_steps, max_tokens=max_tokens,
+                         steps_before=steps_before, **plan)
+
+    def _past(self, array: np.ndarray) -> np.ndarray:
+        """(steps, domains) of the plan before -> its part that was followed, with a column for each
+        of our domains. A domain that is new has read nothing."""
+        _, step = self.before
+        return self._our_columns(array[:step])
+
+    def _our_columns(self, array: np.ndarray) -> np.ndarray:
+        """(..., domains of the plan before) -> (..., our domains), with 0 for what is new. A domain
+        that an earlier plan left out begins anew. One whose source has changed goes on in the new
+        text at the place that it had reached in the old one."""
+        old, _ = self.before
+        ours = np.zeros((*array.shape[:-1], len(self.names)), dtype=array.dtype)
+        for d, name in enumerate(self.names):
+            if name in old.names:
+                ours[..., d] = array[..., old.names.index(name)]
+        return ours
+
+    def _interpolate(self, mixture: list) -> np.ndarray:
+        old, step = self.before
+        shares = super()._interpolate(mixture)
+        shares[:step] = self._past(old.shares)
+        return shares
+
+    @cached_property
+    def quotas(self) -> np.ndarray:
+        old, step = self.before
+        past = self._past(old.quotas)
+        quota_then = past[-1] if step > 0 else 0
+        # The domains' lags behind their quotas sum to 0, and assign_rows relies on it. Without the
+        # lag of a domain that is gone they would not. So all begin anew, with lags of 0.
+        if set(old.names) != set(self.names):
+            quota_then = self._tokens_before()
+        to_come = quota_then + self.quota_added[step:].cumsum(axis=0)
+        return np.concatenate([past, to_come])
+
+    def _tokens_before(self) -> np.ndarray:
+        """(domains,): the tokens that each domain has given under the plan before."""
+        old, step = self.before
+        past = self._past(old.taken)
+        return (past * np.array(self.seq_len[:step], dtype=np.int64)[:, None]).sum(axis=0)
+
+    @cached_property
+    def taken(self) -> np.ndarray:
+        old, step = self.before
+        to_come = assign_rows(self.quotas[step:], self.seq_len[step:], self.rows[step:],
+                              self._tokens_before().tolist())
+        return np.concatenate([self._past(old.taken), to_come])
+
+    @property
+    def phase_starts(self) -> list[int]:
+        old, step = self.before
+        begun = [t for t in old.phase_starts if t < step]
+        to_come = [t for t in super().phase_starts if t > step]
+        if step == self.steps:       # the new plan ends here
+            return begun
+        return [*begun, step, *to_come]
+
+    @cached_property
+    def phases(self) -> list[Phase]:
+        old, step = self.before
+        phases = []
+        for phase in old.phases:
+            if phase.first_step < step:
+                # `count` stays as it was planned: it may have cut the window that had begun.
+                count = None if phase.count is None else self._our_columns(phase.count)
+                start = self._our_columns(phase.start)
+                phases.append(Phase(phase.first_step, phase.T, start, count))
+
+        start = np.zeros(len(self.names), dtype=np.int64)
+        if phases:
+            last = phases[-1]
+            reached = self.end[step - 1]
+            start = last.start + (reached + rest_of_window(last, reached)) * last.T
+        to_come = [t for t in self.phase_starts if t >= step]
+        return phases + self._phases_from(to_come, start)
+
+    def passed_over(self) -> dict[str, int]:
+        """Domain -> the most tokens of it that the change of plan leaves out, if there are any."""
+        _, step = self.before
+        begun = [phase for phase in self.phases if phase.first_step < step]
+        if not begun:
+            return {}
+        tokens = rest_of_window(begun[-1], self.end[step - 1]) * begun[-1].T
+        return {name: int(n) for name, n in zip(self.names, tokens) if n > 0}
+
+
+def rest_of_window(phase: Phase, reached: np.ndarray) -> np.ndarray:
+    """(domains,) how many sequences of the window that has begun are still to be read, at the most,
+    once a phase has read so many sequences: reached, (domains,)."""
+    window_end = reached - 1 + window_size(phase.T)
+    if phase.count is not None:
+        window_end = np.minimum(window_end, phase.count)
+    return np.where(reached > 0, window_end - reached, 0)

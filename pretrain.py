@@ -1042,9 +1042,8 @@ def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
     curriculum.earlier_plans = earlier_plans
     if RANK == 0 and earlier_plans:
         tell_of_other_sources(plans[-2]["domains"], plan["domains"])
-        for name, tokens in curriculum.lost_in_changes().items():
-            print(f"the plan has changed within a window of {name}: up to {tokens:,d} tokens of it "
-                  "may not be read in this epoch, or some twice")
+        for name, tokens in curriculum.passed_over().items():
+            print(f"the plan has changed: up to {tokens:,d} tokens of {name} are passed over")
     if max(curriculum.seq_len) > c.max_position_embeddings:
         raise UserError(f"seq_len={c.seq_len} is longer than max_position_embeddings="
                         f"{c.max_position_embeddings}; raise that or shorten the sequence")
