@@ -36,7 +36,9 @@ from support.preparing import PIECE_TOKENS, VAL_UNITS, Domain, Preparer
 #     seq_len, batch_tokens    by tokens seen: [[0, 4096], [4_500_000_000_000, 16384]] trains on
 #                              4,096 tokens per sequence, and on 16,384 from 4.5T tokens on
 #     mixture                  by the fraction of the run's tokens, linear between its points:
-#                              [[0, {"web": 0.9, "math": 0.1}], [1, {"web": 0.5, "math": 0.5}]]
+#                              [[0, {"web": 0.9, "math": 0.1}], [1, {"web": 0.5, "math": 0.5}]].
+#                              Before the first point and after the last it is constant; two points
+#                              at the same fraction make a jump
 #
 # (pretrain.py has the others: the decay of the learning rate is a fraction of the run, RoPE's theta
 # goes by tokens seen, and warm-up, logging and saving count steps.) With the 12.7B config the 5.5T
@@ -44,7 +46,7 @@ from support.preparing import PIECE_TOKENS, VAL_UNITS, Domain, Preparer
 #
 # A share is a fraction of the tokens, but a batch is made of whole sequences. The first steps of
 # the quick start read 16, and mathematics begins with a share of 10%: 1.6 sequences. Rounding each
-# step on its own would give it 2 of 16, 12.5%, for the first 78 steps, in which its share goes from
+# step on its own would give it 2 of 16, 12.5%, for the first 79 steps, in which its share goes from
 # 10% to 15.6%: it would be 7 sequences ahead after 35 steps, and 11 behind at the end. So what
 # rounding leaves over is carried on: a domain's *quota* is the sum of its shares of all steps so
 # far, in tokens, and assign_rows() below keeps what was read of each domain within one sequence of
@@ -64,11 +66,8 @@ def value_at(schedule: list[tuple[int, int]], tokens: int) -> int:
     >>> value_at([(0, 128), (350_000, 256)], 349_999)
     128
     """
-    value = schedule[0][1]
-    for start, number in schedule:
-        if start <= tokens:
-            value = number
-    return value
+    begun = [number for start, number in schedule if start <= tokens]
+    return begun[-1]
 
 
 MAX_STEPS = 5_000_000  # of a plan: beyond it planning takes minutes and gigabytes
@@ -85,13 +84,14 @@ class Curriculum:
     max_steps, max_tokens    the run ends once it reaches either
 
     Before step t the run has read tokens[t] tokens; tokens[steps] is its total. Step t reads
-    rows[t] sequences of seq_len[t] tokens, of which shares[t, d] are domain d's. context[t] is the
-    length that FLOPs are counted with: here seq_len[t]; packed conversations (sft.py) have less.
+    rows[t] sequences of seq_len[t] tokens. Domain d's share of them should be shares[t, d], and
+    taken[t, d] is how many it gives. context[t] is the length that FLOPs are counted with: here
+    seq_len[t]; packed conversations (sft.py) have less.
 
-    Of domain d the step takes places first[t, d] to end[t, d] - 1. A *place* is the number of a
-    sequence in the order in which the run reads the domain, from 0 at each change of seq_len.
-    Which sequence of the domain's text that is, TokenDataset.batch_rows finds: the order is
-    shuffled. A *row* is a sequence in a batch.
+    A *row* is a sequence in a batch. A *place* is the number of a sequence in the order in which
+    the run reads a domain, from 0 at each change of seq_len: step t takes places first[t, d] to
+    end[t, d] - 1 of domain d. TokenDataset.batch_rows finds which sequence of the text stands at a
+    place, as they are read in shuffled order (see "the tape", below).
 
     >>> domains = {"web": ["web.txt", 0.9, 0.5], "math": ["math.txt", 0.1, 0.5]}
     >>> c = Curriculum(domains, batch_tokens=[[0, 40], [120, 80]], seq_len=10, max_tokens=400)
@@ -101,8 +101,8 @@ class Curriculum:
     [[0.9, 0.1], [0.79, 0.21], [0.57, 0.43]]
     """
 
-    # Of a run whose plan has changed (the last section): the curriculum before and the step at which
-    # it ended; and what checkpoints keep of earlier plans, [[step, config keys], ...].
+    # Of a run whose plan has changed (the last section): the curriculum before and the step at
+    # which it ended; and the earlier plans as checkpoints keep them, [[step, config keys], ...].
     before = None
     earlier_plans = ()
 
@@ -163,7 +163,7 @@ class Curriculum:
 
     @property
     def quota_added(self) -> np.ndarray:
-        """(steps, domains): the tokens that each step adds to each domain's quota, not rounded."""
+        """(steps, domains): the tokens that a step adds to a domain's quota, not rounded."""
         return self.shares * np.diff(self.tokens)[:, None]
 
     @cached_property
@@ -220,7 +220,7 @@ class Curriculum:
         return begun[-1]
 
     def table(self) -> str:
-        """The mixture at ten of the steps; then the tokens that it reads of each domain."""
+        """The mixture at ten steps; then the tokens that it reads of each domain."""
         width = max(9, *map(len, self.names)) + 1
         header = "steps   step        tokens  length   rows"
         lines = [header + "".join(f"{name:>{width}s}" for name in self.names)]
@@ -291,7 +291,7 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
             claims = []
             for d in domains:
                 behind = lag[d] - take[d]
-                deadline = steps + 1
+                deadline = math.inf
                 if behind > ROUNDING:
                     deadline = bisect_left(quota[d], read[d] + (take[d] + 1) * T)
                 claims.append((deadline, -behind, d))
@@ -300,10 +300,9 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
 
         # More may be due than there are rows, when other domains are ahead of their quotas. This is
         # rare: what is least behind waits for the next step.
-        while left < 0:
+        for _ in range(-left):
             claims = [(lag[d] - take[d], d) for d in domains if take[d] > 0]
             take[min(claims)[1]] -= 1
-            left += 1
 
         assert sum(take) == rows[t]
         for d in domains:
@@ -325,9 +324,10 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
 #     seq_len 4   |0--|1--|2--|3--|4--|
 #     seq_len 8                       |0------|1------|2------|
 #
-# A *unit* is one file, a part of a file, or several small files. support/preparing.py makes it
-# piece by piece, some millions of tokens each, a little ahead of the run. Of each piece that it has
-# made it keeps a *record*: its number of tokens, whether it is its unit's last, and checksums.
+# A *unit* is a part of the text that one process prepares: a file, a part of one, or several small
+# ones (support/sources.py). support/preparing.py makes it piece by piece, some millions of tokens
+# each, a little ahead of the run. It keeps a *record* of each piece that it has made: its number of
+# tokens, whether it is its unit's last, and checksums.
 #
 # A sequence of T tokens takes one more from the tape, the target of its last token, which is also
 # the first token of the next sequence. It begins wherever it falls, as in GPT-2's training: in the
@@ -532,13 +532,13 @@ class TokenDataset:
                 rows.append((name, int(phase.start[d]) + sequence * phase.T))
         return [rows[i] for i in random_order(len(rows), self.seed, "rows", step)]
 
-    def batch(self, step: int, first: int = 0, world: int = 1) -> np.ndarray:
-        """Rows first, first + world, first + 2 world, ... of the step's global batch -> (rows,
-        T + 1) int64: inputs are [:, :-1], targets [:, 1:]. Waits until what it reads is prepared.
+    def batch(self, step: int, first_row: int = 0, world: int = 1) -> np.ndarray:
+        """Rows first_row, first_row + world, ... of the step's global batch -> (rows, T + 1) int64:
+        inputs are [:, :-1], targets [:, 1:]. Waits until what it reads is prepared.
         Ranks may get unequally many (pretrain.read_batch pads them)."""
         self.prefetcher.wait_for(step)
         T = self.curriculum.seq_len[step]
-        rows = self.batch_rows(step)[first::world]
+        rows = self.batch_rows(step)[first_row::world]
         out = np.empty((len(rows), T + 1), dtype=np.int64)
         for b, (name, start) in enumerate(rows):
             out[b] = self.tapes[name].read(start, T + 1)
@@ -609,7 +609,7 @@ class Prefetcher:
         """Wait until what a step reads is there, and ask for what comes after it."""
         self.last_report = time.monotonic()
         while True:
-            self.request(step)
+            self.ask_ahead(step)
             missing = [name for d, name in enumerate(self.dataset.curriculum.names)
                        if not self.extend_tape(step, d)]
             if not missing:
@@ -632,7 +632,7 @@ class Prefetcher:
         if self.preparer:
             self.preparer.release(domain)     # nobody wants the rest of the unit yet
 
-    def request(self, step: int) -> None:
+    def ask_ahead(self, step: int) -> None:
         """Ask for what a step needs of every domain; then, as far as processes are free, for
         ahead_tokens more of each, but for nothing beyond the window in which the run ends."""
         if not self.preparer:
@@ -732,6 +732,9 @@ def is_share(x) -> bool:
 
 
 def check_domains(domains: dict) -> None:
+    if not domains:
+        raise UserError("domains is empty; give at least one {name: [source, first share, last "
+                        "share]}")
     for name, domain in domains.items():
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
             raise UserError(f"domains: the name {name!r} must be letters, digits, '_', '-' and "

@@ -425,12 +425,12 @@ class Dataset(Protocol):
                                      # and context[t], the length that FLOPs of step t are counted
                                      # with
 
-    def batch(self, step: int, first: int, world: int) -> np.ndarray | tuple:
-        """Rows first, first + world, ... of the step's global batch, R of them, in int64. For a
-        rank `first` is its number; a rank for which no row is left reads one of another rank, as
-        padding (support/ranks.py: split_rows). Either rows of consecutive tokens, (R, T + 1), or
-        ids, targets and doc_ids, each (R, T), where a target of -1 does not count and a token sees
-        only its own document."""
+    def batch(self, step: int, first_row: int, world: int) -> np.ndarray | tuple:
+        """Rows first_row, first_row + world, ... of the step's global batch, R of them, in int64:
+        either rows of consecutive tokens, (R, T + 1), or ids, targets and doc_ids, each (R, T),
+        where a target of -1 does not count and a token sees only its own document. first_row is
+        the rank's number; a rank for which no row is left reads one of another rank, as padding
+        (support/ranks.py: split_rows)."""
 
     def num_targets(self, step: int) -> int:
         """How many targets count in the step's global batch."""

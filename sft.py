@@ -551,11 +551,11 @@ class PackedChatDataset:
         """Targets in the step's global batch that count: the assistant's tokens."""
         return sum(int(self.train[name].num_targets[i]) for name, i in self.conversations(step))
 
-    def batch(self, step: int, first: int = 0, world: int = 1):
-        """Rows first, first + world, ... of the step's global batch -> ids, targets and doc_ids,
-        each (rows, T) int64."""
+    def batch(self, step: int, first_row: int = 0, world: int = 1):
+        """Rows first_row, first_row + world, ... of the step's global batch -> ids, targets and
+        doc_ids, each (rows, T) int64."""
         rows = []
-        for row in self.batches[step][first::world]:
+        for row in self.batches[step][first_row::world]:
             rows.append([self.train[name][i] for name, i in row])
         return collate(rows, self.T)
 

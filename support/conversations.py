@@ -6,13 +6,12 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
-from urllib.parse import parse_qsl
 
 import synthetic.conversations
 from configurator import UserError
 from support.sources import (
-    check_options, hub_commit, is_hub_name, lines_of, local_files, open_hub, parquet_batches,
-    read_each)
+    check_options, hub_commit, is_hub_name, lines_of, local_files, open_hub,
+    parquet_rows, parse_options, read_each)
 from support.tokenizer import ROLES
 
 # The chains that eval.py asks for. No stage trains on their questions, whatever its data.
@@ -37,7 +36,7 @@ def load_conversations(source: str, drops: "Drops | None" = None):
     A row that is no conversation is dropped, and counted in `drops`. UserError at the end of the
     source if that happened to most of its rows."""
     place, _, query = source.partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
+    options = parse_options(query)
     column = options.get("messages")
     drops = Drops() if drops is None else drops
 
@@ -364,7 +363,7 @@ def layout_batches(path: Path, column: str | None):
     names = pyarrow.parquet.ParquetFile(path).schema_arrow.names
     layout = find_layout(names, column)
     wanted = [name for name in names if name in (*layout, *MAY_BE_NULL, SYSTEM)]
-    yield from parquet_batches(path, wanted)
+    yield from parquet_rows(path, wanted)
 
 
 def json_rows(path: Path):

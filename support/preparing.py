@@ -1,4 +1,5 @@
-"""Preparing: the pieces of text that a tape is made of, and the processes that make them.
+"""Preparing: text as token ids, in pieces of which data.py makes its tapes, and the processes that
+make them.
 
     data_dir/<domain>-<key>/          a domain: one source of text under one tokenizer
         manifest.jsonl                a line for each piece that was made; its file may be gone
@@ -9,7 +10,13 @@
 A *unit* is what support/sources.py cuts a source into: some 16 MB of text, or a whole file. A unit
 is made in *pieces* of at least PIECE_TOKENS, in whole documents; the last one may be shorter. So a
 run can begin to read a large file long before it is prepared as a whole, and need not prepare all
-of it.
+of it. The first line of a manifest is {"units": 512}, the source's number of units. Another is
+
+    {"unit": 17, "piece": 0, "tokens": 4195012, "documents": 5210, "last": false, "sha256": "...",
+     "held_out": 201453, "held_out_documents": 260, "held_out_sha256": "..."}
+
+where tokens and held_out are numbers of tokens, and documents counts those of the unit up to the
+end of this piece, held-out ones and blank ones included.
 
 What is in a piece follows from source and tokenizer alone: it is the same whoever makes it, however
 often, and in whatever order. So two processes may make the same piece, and where one was killed,
@@ -79,7 +86,7 @@ class Domain:
         self.records = {}  # (unit, piece) -> its line of the manifest
         self.unit_tokens = Counter()
         self.whole_units = set()
-        self.whole_tokens = 0   # of all of these
+        self.whole_tokens = 0   # the sum of unit_tokens over them
         self._mapped = {}  # (unit, piece) -> its ids
         self._read = {}    # manifest -> how many bytes of it were read
         self.refresh()
@@ -125,7 +132,7 @@ class Domain:
         """Append a line to the manifest, and take note of it."""
         path = self.folder / manifest
         text = json.dumps(line).encode() + b"\n"
-        with self.told_by_folder(), open(path, "ab+") as file:
+        with self.write_errors(), open(path, "ab+") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 1))
             is_cut = file.read(1) not in (b"", b"\n")  # a crash cut the last line
@@ -135,7 +142,7 @@ class Domain:
         self._take_line(text)
 
     @contextmanager
-    def told_by_folder(self):
+    def write_errors(self):
         """Make a UserError of an OSError, which need not name a file."""
         try:
             yield
@@ -144,10 +151,10 @@ class Domain:
                             "choose another --data_dir") from None
 
     def path(self, unit: int, piece: int) -> Path:
-        return self.folder / f"{unit:05d}-{piece:03d}.bin"
+        return piece_path(self.folder, unit, piece)
 
     def held_out_path(self, unit: int) -> Path:
-        return self.folder / f"{unit:05d}-held-out.bin"
+        return held_out_path(self.folder, unit)
 
     def has(self, unit: int, piece: int) -> bool:
         """Whether a piece is there, the first of a unit with what is held out of it. Its file may
@@ -172,9 +179,9 @@ class Domain:
         return piece
 
     def expected_tokens(self, unit: int) -> float:
-        """How many tokens request() may expect from a unit. If the unit is whole, its own. If not,
-        what is still to be made: the mean of the whole units less what is made, but about a piece
-        at least; and one piece if no unit is whole."""
+        """A guess at the tokens that a unit will give, for request(). If the unit is whole: its
+        tokens. If no unit is whole yet: a piece. Else: the mean of the whole units, less what is
+        made of this one, but not less than a piece (or that mean, if it is smaller)."""
         made = self.unit_tokens[unit]
         if unit in self.whole_units:
             return made
@@ -230,6 +237,14 @@ class Domain:
                 if path.exists() and checksum(path.read_bytes()) != sha256:
                     damaged.append(path)
         return damaged
+
+
+def piece_path(folder: Path, unit: int, piece: int) -> Path:
+    return folder / f"{unit:05d}-{piece:03d}.bin"
+
+
+def held_out_path(folder: Path, unit: int) -> Path:
+    return folder / f"{unit:05d}-held-out.bin"
 
 
 def is_count(record, key: str) -> bool:
@@ -313,17 +328,17 @@ def write_piece(job: dict, piece: int, encoded: EncodedPiece) -> dict:
     """Write the files of a piece -> its line for the manifest."""
     unit = job["unit"]
     folder = Path(job["folder"])
-    ids = shuffled(encoded.ids, unit, piece).astype(job["dtype"]).tobytes()
-    record = {"unit": unit, "piece": piece, "tokens": len(ids) // np.dtype(job["dtype"]).itemsize,
+    ids = shuffled(encoded.ids, unit, piece).astype(job["dtype"])
+    record = {"unit": unit, "piece": piece, "tokens": len(ids),
               "documents": encoded.documents_so_far, "last": encoded.is_last,
-              "sha256": checksum(ids),
+              "sha256": checksum(ids.tobytes()),
               "held_out": sum(map(len, encoded.held_out)),
               "held_out_documents": len(encoded.held_out)}
     if encoded.held_out:
         held_out = np.concatenate(encoded.held_out).astype(job["dtype"]).tobytes()
         record["held_out_sha256"] = checksum(held_out)
-        write_file(folder / f"{unit:05d}-held-out.bin", held_out)
-    write_file(folder / f"{unit:05d}-{piece:03d}.bin", ids)
+        write_file(held_out_path(folder, unit), held_out)
+    write_file(piece_path(folder, unit, piece), ids.tobytes())
     return record
 
 
@@ -554,7 +569,7 @@ class Preparer:
         """Make a domain's folder ready to be written."""
         print(f"preparing {domain.name} in {domain.folder}", flush=True)
         self.domains.append(domain)
-        with domain.told_by_folder():
+        with domain.write_errors():
             domain.folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(domain.folder)
         if not (domain.folder / self.manifest).exists():

@@ -8,10 +8,15 @@ A domain's source is one of
     owner/name?name=CONFIG&split=train&text=column&revision=v1.0
                                    a dataset of the Hugging Face Hub
 
-A source is cut into *units*, in a fixed order. A unit is what one process prepares at a time: at
-least 16 MiB of local files, which are a part of a large .jsonl or .txt, one large file of another
-kind, or several small files; a file of a Hub dataset; or 1,000 problems. It yields *documents*: a
-row of a .jsonl or .parquet file is one, and so is a .txt file, unless it is long.
+A source is cut into *units*, in a fixed order. A unit is what one process prepares at a time:
+
+    local files    some 16 MiB: a part of a large .jsonl or .txt, or several small files together;
+                   but a large file of another kind is one unit
+    the Hub        one file of the dataset
+    builtin        1,000 problems, or an eighth of the modules of Python's library
+
+It yields *documents*: a row of a .jsonl or .parquet file is one, and so is a .txt file, unless it
+is long.
 
     for unit in source_units("books/*.txt"):
         skipped = SkippedRows()
@@ -104,6 +109,16 @@ def source_identity(source: str) -> str:
     return pin_source(source)
 
 
+def parse_options(query: str) -> dict[str, str]:
+    """What follows a source's question mark. %xx stands for a byte, as in an address; but a plus
+    sign stands for itself.
+
+    >>> parse_options("name=c++&split=train%5B:100%5D")
+    {'name': 'c++', 'split': 'train[:100]'}
+    """
+    return dict(parse_qsl(query.replace("+", "%2B"), keep_blank_values=True))
+
+
 def parse_source(source: str) -> tuple[str, str, dict[str, str]]:
     """(kind of source, what stands before its question mark, the options after that).
 
@@ -116,7 +131,7 @@ def parse_source(source: str) -> tuple[str, str, dict[str, str]]:
     if os.path.isfile(source):  # a name may have a question mark
         place = source
         query = ""
-    options = dict(parse_qsl(query, keep_blank_values=True))
+    options = parse_options(query)
     if place.startswith("builtin:"):
         kind = "builtin"
     elif place.endswith(READABLE):
@@ -211,7 +226,7 @@ class SkippedRows:
 
 
 def row_error(e: Exception) -> str:
-    """Why a row is bad, in the same words for all rows with the same fault."""
+    """Why a row is bad, without what differs from row to row, so that rows can be counted by it."""
     if isinstance(e, json.JSONDecodeError):
         return f"not JSON, {e.msg}"
     if isinstance(e, UnicodeDecodeError):
@@ -239,7 +254,7 @@ def read_each(source, items, read, skipped: SkippedRows | None = None):
             except Exception as e:
                 skipped.add(f"{source}: {place}", e)
             else:
-                skipped.with_text += bool(text)
+                skipped.with_text += bool(text.strip())
                 yield text
     except Exception as e:
         raise UserError(f"{source}: {place}: {one_line(e)}") from None
@@ -264,12 +279,13 @@ def get_text(columns: list[str], row: dict) -> str:
         raise UserError(f"a row must be columns with names, not {type(row).__name__}")
     texts = []
     for column in columns:
-        value = row.get(column)
-        if column not in row or not isinstance(value, str | None):
-            found = f", which is {type(value).__name__}" if column in row else ""
-            raise UserError(f"no text in column {column}{found}; it has {', '.join(row)}: name the "
-                            "right one with ?text=COLUMN")
-        texts.append(row[column] or "")
+        if column not in row:
+            raise UserError(no_column(column, row))
+        text = row[column]
+        if not isinstance(text, str | None):
+            raise UserError(f"column {column} has {type(text).__name__} and not text; name another "
+                            "with ?text=COLUMN")
+        texts.append(text or "")
     return "\n\n".join(texts)
 
 
@@ -323,7 +339,7 @@ def read_pieces(pieces: list[tuple[Path, int, int]], columns: list[str],
     for path, start, end in pieces:
         kind = (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
         if kind == ".parquet":
-            rows = parquet_batches(path, columns)
+            rows = parquet_rows(path, columns)
             yield from read_each(path, rows, partial(parquet_text, columns), skipped)
         elif kind == ".jsonl":
             lines = lines_of(path, start, end)
@@ -373,16 +389,17 @@ def lines_of(path: Path, start: int, end: int):
             # A line belongs to the piece in which it begins: skip what is left of the one before.
             file.seek(start - 1)
             start += len(file.readline()) - 1
+        position = start
         for line in file:
-            if start >= end:
+            if position >= end:
                 return
-            if start == 0 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+            if position == 0 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
                 raise UserError("the file is UTF-16; save it as UTF-8")
-            yield f"byte {start}", line
-            start += len(line)
+            yield f"byte {position}", line
+            position += len(line)
 
 
-def parquet_batches(path: Path, columns: list[str] | None = None):
+def parquet_rows(path: Path, columns: list[str] | None = None):
     """(place, pyarrow.RecordBatch of one row) of each row. Other columns than these are not read.
     The row is not made Python's yet, as that fails if a text is not UTF-8."""
     import pyarrow.parquet
@@ -399,7 +416,8 @@ def parquet_batches(path: Path, columns: list[str] | None = None):
 
 
 def no_column(column: str, has: list[str]) -> str:
-    return f"no column {column}; it has {', '.join(has)}: name the right one with ?text=COLUMN"
+    has = ", ".join(has) or "none"
+    return f"no column {column}; it has {has}: name the right one with ?text=COLUMN"
 
 
 # ---- the Hub
@@ -507,15 +525,17 @@ def hub_rows(name: str, columns: list[str], options: dict, i: int, files: int,
 
         rows 0, 1, 2 | connection lost | wait 1 s, open, skip 3 | rows 3, 4, ...
 
-    If not the connection but the library failed, the row at which it did is left out, and the
-    stream is opened again behind it. What fails ATTEMPTS times without a row between is given up.
+    If not the connection but the library failed at a row, that row is left out, and the stream is
+    opened again behind it. What fails ATTEMPTS times without a row between is given up.
     """
     number = 0    # of the next row
     failures = 0  # since the last row
     while True:
+        is_open = False
         try:
-            dataset = open_hub(name, options, columns).shard(files, i)
-            for row in dataset.skip(number):
+            dataset = open_hub(name, options, columns).shard(files, i).skip(number)
+            is_open = True
+            for row in dataset:
                 yield f"file {i}, row {number}", row
                 number += 1
                 failures = 0
@@ -525,7 +545,7 @@ def hub_rows(name: str, columns: list[str], options: dict, i: int, files: int,
             if failures == ATTEMPTS:
                 raise
             place = f"{name}: file {i}, row {number}"
-            if may_pass(e):
+            if may_pass(e) or not is_open:
                 print(f"{place}: {one_line(e)}; trying again", file=sys.stderr, flush=True)
                 sleep(2 ** (failures - 1))
             else:

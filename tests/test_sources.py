@@ -172,9 +172,14 @@ def test_bad_rows_are_left_out_and_counted():
 def test_too_many_bad_rows_end_a_unit(good, bad, is_refused):
     Path("a.jsonl").write_bytes(GOOD * good + b"?" * 9 + b"\n" + b"{}\n" * (bad - 1))
     if is_refused:
-        refused(lambda: read("a.jsonl"), "a.jsonl", "no text" if bad > 1 else "JSON")
+        refused(lambda: read("a.jsonl"), "a.jsonl", "no column" if bad > 1 else "JSON")
     else:
         assert len(read("a.jsonl")) == good
+
+
+def test_blank_lines_are_no_good_rows():
+    Path("a.txt").write_bytes(b"caf\xe9\n\n" * 5)
+    refused(lambda: read("a.txt"), "no good row")
 
 
 # ---- the Hub
@@ -290,14 +295,15 @@ def test_only_what_may_pass_is_tried_again(hub, error, waits):
 
 def test_bad_rows_of_the_hub_are_left_out_and_counted(hub):
     broken = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
-    hub.errors = {(0, 3, "always"): broken, (0, 19, "always"): broken, (0, 9, 0): NO_NETWORK}
+    hub.errors = {(0, 3, "always"): broken, (0, 19, "always"): broken, (0, 9, 0): NO_NETWORK,
+                  ("open", 1): ValueError("this is no row's fault")}
     hub.rows[0][5]["text"] = 7
     skipped = SkippedRows()
     documents = list(source_units("owner/name")[0](skipped))
     assert documents == [f"0-{r}" for r in range(20) if r not in (3, 5, 19)]
     assert (skipped.rows, skipped.reasons.total()) == (20, 3)
     assert skipped.first_place["not UTF-8, invalid start byte"] == "owner/name: file 0, row 3"
-    assert hub.waited == [1]
+    assert hub.waited == [1, 1]
 
     # A fault of the whole file is not taken for one of its rows for ever.
     hub.errors = {(1, r, "always"): ValueError("not a .parquet file") for r in range(20)}
