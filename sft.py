@@ -153,7 +153,7 @@ class Config(TrainConfig):
     max_steps: Count | None = None  # the run ends after so many steps if epochs has more; batches
                                     # do not depend on it
     batch_tokens: Count | None = None  # tokens per step over all ranks; None: the report's
-                                    # 32,000,000, or as few as give about MIN_STEPS steps
+                                    # 32,000,000, or few enough for MIN_STEPS steps
     seq_len: Count | None = None    # tokens of a row, into which conversations are packed; None:
                                     # the report's 16,384, or all that the model can read
 
@@ -177,12 +177,14 @@ class Config(TrainConfig):
 
 BATCH_TOKENS = 32_000_000  # the report's
 SEQ_LEN = 16_384           # the report's
-MIN_STEPS = 100            # without batch_tokens the batch is small enough for about so many steps;
-                           # but it holds at least one row [ours]
+MIN_STEPS = 100            # without batch_tokens the batch is small enough for so many steps, but
+                           # holds at least one row. Padding, and whole rows, make them up to
+                           # twice as many [ours]
 
 
 def fill_in_stage(c: Config) -> None:
-    """Set what the config leaves open, and check the data."""
+    """Set data and lr if the config leaves them open, and check data. (seq_len is set once the
+    model's shape is known, batch_tokens once the conversations are: PackedChatDataset.)"""
     if c.model == "":
         raise UserError("--model= is empty; give a folder, or leave it out for the quick start's")
     if c.model and c.data is None:
@@ -259,17 +261,17 @@ def encode_chat(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], 
     '.' -> <|endofturn|>
     """
     check_conversation(messages)
-    return render_conversation(tokenizer, messages)
+    return encode_messages(tokenizer, messages)
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
     """The ids after which the assistant's reply to these messages begins. The messages are not
     checked."""
-    ids, _ = render_conversation(tokenizer, messages)
+    ids, _ = encode_messages(tokenizer, messages)
     return ids + begin_turn(tokenizer, "assistant")
 
 
-def render_conversation(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list, list]:
+def encode_messages(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list, list]:
     """The turns -> ids and targets, as encode_chat gives them."""
     ids = [tokenizer.special[BEGIN]]
     targets = [-1]
@@ -369,12 +371,12 @@ def collate(rows: list[list[np.ndarray]], T: int) -> tuple[np.ndarray, np.ndarra
     """Rows of conversations, each (2, n): ids and targets -> ids, targets and doc_ids, each
     (rows, T) int64.
 
-    >>> a = np.array([[7, 8, 9], [-1, 9, 3]])
-    >>> b = np.array([[5, 6], [-1, 4]])
+    >>> a = np.array([[7, 8, 9], [-1, 9, -1]])
+    >>> b = np.array([[5, 6], [6, -1]])
     >>> for array in collate([[a, b]], T=6):
     ...     print(array[0])
     [7 8 9 5 6 0]
-    [-1  9  3 -1  4 -1]
+    [-1  9 -1  6 -1 -1]
     [ 0  0  0  1  1 -1]
     """
     ids = np.full((len(rows), T), 0, np.int64)
@@ -610,9 +612,9 @@ def prepare(c: Config, tokenizer: Tokenizer) -> Path:
 
 
 def preparation_key(c: Config, tokenizer: Tokenizer) -> str:
-    """10 hex digits: a hash of what decides the content of the folder, and of nothing else, so that
-    a run with another learning rate, say, encodes nothing again. A dataset of the Hub counts as the
-    same as long as its name is."""
+    """10 hex digits: a hash of what decides the content of the folder, so that a run with another
+    learning rate, say, encodes nothing again. Of a dataset of the Hub the name alone is hashed: a
+    new revision is not noticed."""
     stage = STAGES[c.stage]
     domains = [(name, source, weight > 0) for name, (source, weight) in c.data.items()]
     settings = (domains, c.seq_len, stage.best_share, stage.duplicate_share,
@@ -634,7 +636,7 @@ def code_that_prepares() -> list[str]:
     some functions of this one. (A test prepares data, and looks for code that is missing here.)"""
     code = []
     for function in (prepare_domains, prepare_domain, truncate_to_turn, encode_chat,
-                     render_conversation, begin_turn):
+                     encode_messages, begin_turn):
         code.append(inspect.getsource(function))
     for pattern in ("support/conversations.py", "support/encoding.py", "support/selection.py",
                     "support/sources.py", "support/tasks.py", "support/tokenizer.py",
@@ -683,7 +685,8 @@ def train_stage(c: Config, out: Path) -> None:
     pretrain.meet_ranks(c, device)
 
     # The model, which decides tokenizer and row length.
-    start, folder, init = rank0_only(find_start, c, out)
+    # On each machine, as a model of the Hub is downloaded.
+    start, folder, init = rank0_first(partial(find_start, c, out))
     shape = MotifConfig.from_dict(read_json(folder / "config.json"))
     tokenizer = load_tokenizer(c.tokenizer or stored_tokenizer(folder))
     if c.seq_len is None:
@@ -704,7 +707,7 @@ def train_stage(c: Config, out: Path) -> None:
     # From here on the stage is a run of pretrain.py, with a config of that kind.
     run = to_pretrain_config(c, shape, tokenizer, init, dataset)
     pretrain.check_fp8(run, dataset.curriculum, device)
-    pretrain.check_prompts(run, tokenizer, encode_chat_prompt)
+    pretrain.check_prompts(run, tokenizer, encode_question)
     if start:
         check_same_batches(start, run, dataset)
         pretrain.check_compatible(start, run, dataset.curriculum, tokenizer)
@@ -717,7 +720,7 @@ def train_stage(c: Config, out: Path) -> None:
     if RANK == 0:
         write_settings(c, out, settings, prepared, dataset)
     pretrain.train(run, out, dataset, val_rows, model, optimizer, tokenizer, start,
-                   encode_prompt=encode_chat_prompt, task_scores=task_scores)
+                   encode_prompt=encode_question, task_scores=task_scores)
 
 
 def find_start(c: Config, out: Path) -> tuple[Checkpoint | None, Path, str]:
@@ -752,8 +755,8 @@ def check_began_with(init: str, c: Config, out: Path) -> None:
 
 def initial_folder(c: Config) -> Path:
     """The folder of the model that the stage starts from."""
-    before = "out/quickstart"
-    command = "python pretrain.py"
+    before = "out/quickstart"        # the folder that --model has if it is not given
+    command = "python pretrain.py"   # and what makes it
     if c.stage > 1:
         before = f"out/sft{c.stage - 1}"
         command = f"python sft.py --stage={c.stage - 1}"
@@ -762,7 +765,7 @@ def initial_folder(c: Config) -> Path:
     if checkpoint:
         folder, state = checkpoint
         max_steps = state["config"].get("max_steps") or 0
-        if state["step"] < max_steps:
+        if state["step"] < max_steps and RANK == 0:
             print(f"note: {folder} is not the end of its run, which has {max_steps} steps")
         return folder
     if c.model:
@@ -775,8 +778,9 @@ def initial_folder(c: Config) -> Path:
 
 
 def hash_of_weights(folder: Path) -> str:
-    """8 hex digits that tell two models' weights apart: a hash of the last MiB of the last file,
-    which is enough, since training changes all weights."""
+    """8 hex digits that tell two models' weights apart: a hash of the last MiB of the last file.
+    Training changes all weights, so that is enough; it would not tell models that differ in other
+    layers alone."""
     with open(max(tensor_files(folder, "model")), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         file.seek(max(0, size - 2**20))
@@ -853,7 +857,7 @@ def to_pretrain_config(c: Config, shape: MotifConfig, tokenizer: Tokenizer, init
         decay_fraction=1 - c.warmup_fraction, min_lr=0.0)
 
 
-def encode_chat_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def encode_question(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """A prompt of the config is a user's question."""
     return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
 
@@ -908,6 +912,9 @@ def describe_data(c: Config, dataset: PackedChatDataset) -> str:
         times = tokens / dataset.train[name].ends[-1]
         lines.append(f"{name}: {tokens / total:.1%} of the tokens for a weight of "
                      f"{c.data[name][1] / total_weight:.1%}; each is read {times:.2f} times")
+        if tokens == 0:
+            lines.append(f"note: nothing of {name} is read: its share of the tokens is less than "
+                         "half a conversation; give it a larger weight, or raise --epochs")
     rows = sum(curriculum.rows)
     lines.append(f"{curriculum.steps:,d} steps of at most {dataset.batch_tokens:,d} tokens, "
                  f"{rows:,d} rows; padding "

@@ -100,10 +100,10 @@ class Drops:
 
 # ---- layouts
 
-# A row is a dict: column -> value. It has the first layout below whose columns it has all. Other
-# columns are ignored, but a text of one that is part of a question in some layout (MAY_BE_NULL)
-# must not be lost. A layout of one column is a list of messages. In a layout of several, the last
-# column is the reply, and the text of the others, with a blank line between, is the question.
+# A row is a dict: column -> value. We take the first layout below of which the row has all columns.
+# A layout of one column is a list of messages. In a layout of two, the first column is the question
+# and the second one the reply. If the row has text in a column of QUESTION_EXTRAS, this text
+# follows the question, after a blank line. Other columns are ignored.
 #
 # From any of them we make a list of messages with "role" and "content" (check_conversation). What
 # cannot be mended without guessing is dropped: a call of a tool, as the turn format has no place
@@ -118,19 +118,17 @@ LAYOUTS = [
     ["prompt", "completion"],              # {"prompt": "2+2?", "completion": "4"}, or two lists of
                                            # messages
     ["prompt", "response"],                # {"prompt": "2+2?", "response": "4"}
-    ["question", "context", "answer"],     # {"question": "Who?", "context": "Ada wrote it.",
+    ["question", "answer"],                # {"question": "Who?", "context": "Ada wrote it.",
                                            #  "answer": "Ada."}
-    ["question", "answer"],                # {"question": "2+2?", "answer": "4"}
-    ["instruction", "input", "output"],    # {"instruction": "Add.", "input": "2 2", "output": "4"}
-    ["instruction", "context", "output"],
-    ["instruction", "output"],             # {"instruction": "Add 2 and 2.", "output": "4"}
-    ["instruction", "context", "response"],
+    ["instruction", "output"],             # {"instruction": "Add.", "input": "2 2", "output": "4"}
+    ["instruction", "response"],
 ]
-MAY_BE_NULL = ("input", "context")
+QUESTION_EXTRAS = ("input", "context")
 SYSTEM = "system"  # a row of any layout may have this column, which becomes the first message
 
 ROLE_NAMES = {"system": "system", "developer": "system", "user": "user", "human": "user",
               "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
+TEXT_PARTS = ("text", "input_text", "output_text")       # types of parts of a content
 MEDIA = ("image", "audio", "video", "file", "input_")    # how the type of such parts begins
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 
@@ -171,28 +169,15 @@ def read_row(row, column: str | None, left_out: Counter) -> list[dict]:
     if not isinstance(row, dict):
         raise UserError(f"the row is {type_name(row)}, not an object with columns")
 
-    if column is None:
-        # A context that is no text is no part of the question, but something of the data set's own.
-        row = {name: value for name, value in row.items()
-               if name not in MAY_BE_NULL or isinstance(value, str | None)}
     layout = find_layout(row, column)
     if is_list(row, layout):
         turns = list_turns(row, layout)
     else:
-        check_nothing_is_lost(row, layout)
-        turns = pair_turns(row, layout)
+        turns = pair_turns(row, *layout)
     if row.get(SYSTEM) is not None:
         turns = [{"role": "system", "content": row[SYSTEM]}, *turns]
     messages = [read_turn(turn, left_out) for turn in turns]
     return tidy(messages)
-
-
-def check_nothing_is_lost(row: dict, layout: list[str]) -> None:
-    """UserError if a text that is part of the question in some layout is not in this one."""
-    for name in MAY_BE_NULL:
-        if name not in layout and (row.get(name) or "").strip():
-            raise UserError(f"the text of the column {name} would be lost beside "
-                            f"{'+'.join(layout)}; make it a part of the question")
 
 
 def is_list(row: dict, layout: list[str]) -> bool:
@@ -211,23 +196,23 @@ def list_turns(row: dict, layout: list[str]) -> list:
     return turns
 
 
-def pair_turns(row: dict, layout: list[str]) -> list[dict]:
-    """A question, from all columns but the last, and its reply.
+def pair_turns(row: dict, question: str, reply: str) -> list[dict]:
+    """A question and its reply, from the columns of these names.
 
     >>> row = {"instruction": "Add.", "input": "2 2", "output": "4"}
-    >>> pair_turns(row, ["instruction", "input", "output"])
+    >>> pair_turns(row, "instruction", "output")
     [{'role': 'user', 'content': 'Add.\\n\\n2 2'}, {'role': 'assistant', 'content': '4'}]
     """
-    texts = []
-    for column in layout:
-        text = row[column]
-        if text is None and column in MAY_BE_NULL:
-            text = ""
-        if not isinstance(text, str):
-            raise UserError(f"the column {column!r} is {type_name(text)}, not text")
-        texts.append(text)
-    question = "\n\n".join(text for text in texts[:-1] if text.strip())
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": texts[-1]}]
+    for column in (question, reply):
+        if not isinstance(row[column], str):
+            raise UserError(f"the column {column!r} is {type_name(row[column])}, not text")
+    texts = [row[question]]
+    for column in QUESTION_EXTRAS:
+        # What is no text is no part of the question, but something of the data set's own.
+        if isinstance(row.get(column), str):
+            texts.append(row[column])
+    content = "\n\n".join(text for text in texts if text.strip())
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": row[reply]}]
 
 
 def read_turn(turn, left_out: Counter) -> dict:
@@ -237,7 +222,7 @@ def read_turn(turn, left_out: Counter) -> dict:
     >>> read_turn({"from": "human", "value": "2+2?"}, Counter())
     {'role': 'user', 'content': '2+2?'}
     >>> left_out = Counter()
-    >>> read_turn({"role": "assistant", "content": [{"type": "thinking"},
+    >>> read_turn({"role": "assistant", "content": [{"type": "thinking", "text": "Add them."},
     ...                                             {"type": "text", "text": "4"}]}, left_out)
     {'role': 'assistant', 'content': '4'}
     >>> left_out
@@ -272,10 +257,11 @@ def join_parts(parts: list, left_out: Counter) -> str:
     """The text of a content that is a list of parts, a line for each."""
     texts = []
     for part in parts:
-        if isinstance(part, dict) and isinstance(part.get("text"), str):
+        is_object = isinstance(part, dict)
+        kind = str(part.get("type", "text")) if is_object else type_name(part)
+        if kind in TEXT_PARTS and is_object and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:
-            kind = str(part.get("type")) if isinstance(part, dict) else type_name(part)
             if kind.startswith(MEDIA):
                 raise UserError(f"a message has a part that cannot be read: {kind}")
             left_out[kind] += 1
@@ -362,7 +348,7 @@ def layout_batches(path: Path, column: str | None):
     import pyarrow.parquet
     names = pyarrow.parquet.ParquetFile(path).schema_arrow.names
     layout = find_layout(names, column)
-    wanted = [name for name in names if name in (*layout, *MAY_BE_NULL, SYSTEM)]
+    wanted = [name for name in names if name in (*layout, *QUESTION_EXTRAS, SYSTEM)]
     yield from parquet_rows(path, wanted)
 
 
@@ -440,6 +426,7 @@ def parse_range(source: str, key: str, value: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d{0,8})(?:-([1-9]\d{0,8}))?", value)
     first, last = match.groups() if match else (None, None)
     if first is None or last and (key != "steps" or int(last) < int(first)):
-        raise UserError(f"source {source!r}: {key}={value} must be a number; of steps also a range "
-                        "as in 2-4")
+        form = "a whole number from 1, or a range as in 2-4" if key == "steps" else (
+            "a whole number from 1")
+        raise UserError(f"source {source!r}: {key}={value} must be {form}")
     return int(first), int(last or first)

@@ -27,10 +27,10 @@ def select_conversations(source: str, weight: float, held_out: set[int], benchma
     if weight == 0:
         return {"val": conversations}, report
 
-    parts = train_val_split(conversations, held_out)
     if not conversations:
         raise UserError(f"source {source!r} has no conversations")
-    if weight > 0 and not parts["train"]:
+    parts = train_val_split(conversations, held_out)
+    if not parts["train"]:
         raise UserError(f"source {source!r}: the first questions of all its conversations are held "
                         "out for validation; give more data, or put what differs into the user's "
                         "first message")
@@ -340,10 +340,10 @@ def texts_in(value):
 # if it is below 2^64 / 50.
 #
 # Two kinds of questions are held out whatever their hash. A domain of weight 0 is for evaluation
-# only, and so are all its questions. And a domain so small that it has no first question below
-# 2^64 / 50 holds out the one with the smallest hash. The other domains of the stage do not train on
-# these questions. Another stage may, as it does not know of them; only the questions of
-# EVAL_DOMAINS are left out of every stage.
+# only, and so are all its questions. And if no first question of a small domain falls below the
+# bound, the one with the smallest hash is held out, so that each domain has something to validate
+# on. The other domains of the stage do not train on these questions. Another stage may, as it does
+# not know of them; only the questions of EVAL_DOMAINS are left out of every stage.
 
 HELD_OUT_BELOW = 2**64 // 50
 

@@ -178,9 +178,10 @@ def test_each_layout_gives_the_same_conversation(row):
 
 @pytest.mark.parametrize("first, added, reply", [
     ("instruction", "input", "output"), ("instruction", "context", "output"),
-    ("instruction", "context", "response"), ("question", "context", "answer")])
+    ("instruction", "context", "response"), ("question", "context", "answer"),
+    ("prompt", "input", "completion")])
 def test_what_is_added_to_a_question_is_part_of_it(first, added, reply):
-    row = {first: "Add.", added: "2 and 2", reply: "4"}
+    row = {added: "2 and 2", first: "Add.", reply: "4"}
     assert messages_of(row)[0] == chat("Add.\n\n2 and 2", "4")
 
 
@@ -189,8 +190,8 @@ def test_a_list_of_messages_may_be_in_any_column():
 
 
 def test_content_in_parts_is_joined_and_other_parts_are_counted():
-    parts = [{"type": "text", "text": "2"}, {"type": "thinking", "thinking": "x"},
-             {"type": "text", "text": "+2?"}]
+    parts = [{"type": "text", "text": "2"}, {"type": "thinking", "text": "x"},
+             {"text": "+2?"}]
     found, _, left_out = messages_of({"messages": [{"role": "user", "content": parts}, PAIR[1]]})
     assert found == chat("2\n+2?", "4") and left_out == {"thinking": 1}
 
@@ -216,7 +217,6 @@ def test_empty_system_turns_and_what_follows_the_last_reply_are_left_out():
     ({"messages": [{"role": "narrator", "content": "x"}]}, "'narrator'"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, PAIR[1]]}, "image_url"),
     ({"messages": [PAIR[0], {**PAIR[1], "weight": 0}]}, "weight 0"),
-    ({"prompt": "2+2?", "context": "In Z/3.", "response": "1"}, "column context"),
     ({"messages": ["2+2?", "4"]}, "str"),
     ({"messages": [{"role": "user", "content": 4}, PAIR[1]]}, "int"),
     ({"messages": "2+2?"}, "'messages' is str"), ({"messages": None}, "'messages' is null"),

@@ -296,7 +296,7 @@ def test_only_what_may_pass_is_tried_again(hub, error, waits):
 def test_bad_rows_of_the_hub_are_left_out_and_counted(hub):
     broken = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
     hub.errors = {(0, 3, "always"): broken, (0, 19, "always"): broken, (0, 9, 0): NO_NETWORK,
-                  ("open", 1): ValueError("this is no row's fault")}
+                  ("open", 1): LookupError("this is no row's fault")}
     hub.rows[0][5]["text"] = 7
     skipped = SkippedRows()
     documents = list(source_units("owner/name")[0](skipped))
