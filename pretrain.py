@@ -1041,21 +1041,23 @@ def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
         curriculum = data.ContinuedCurriculum(**next_plan, before=(curriculum, step))
     curriculum.earlier_plans = earlier_plans
     if RANK == 0 and earlier_plans:
-        tell_of_other_sources(plans[-2]["domains"], plan["domains"])
-        for name, tokens in curriculum.passed_over().items():
-            print(f"the plan has changed: up to {tokens:,d} tokens of {name} are passed over")
+        tell_of_change(curriculum, plans[-2]["domains"], plan["domains"])
     if max(curriculum.seq_len) > c.max_position_embeddings:
         raise UserError(f"seq_len={c.seq_len} is longer than max_position_embeddings="
                         f"{c.max_position_embeddings}; raise that or shorten the sequence")
     return curriculum
 
 
-def tell_of_other_sources(before: dict, now: dict) -> None:
-    """Print a line for each domain whose source has changed: {name: [source, ...]}."""
+def tell_of_change(curriculum: data.ContinuedCurriculum, before: dict, now: dict) -> None:
+    """Print what a change of plan does that its user may not expect. before, now: domains, {name:
+    [source, ...]}."""
     for name, (source, *_) in now.items():
         if name in before and before[name][0] != source:
             print(f"domain {name} had the source {before[name][0]}, and has {source}: it goes on "
                   "there at the place that it had reached")
+    left_out = [f"{tokens:,d} of {name}" for name, tokens in curriculum.passed_over().items()]
+    if left_out:
+        print(f"the plan has changed: at most these tokens are passed over: {', '.join(left_out)}")
 
 
 def check_lr_goes_on(c: Config, curriculum: data.Curriculum, state: dict) -> None:
