@@ -5,14 +5,14 @@
                                                      Motif-2-12.7B (arXiv 2511.07464)
     python eval.py --model=PATH --tasks=chat         a conversation in the terminal
 
-A task asks one of three questions:
+A task is of one of three kinds:
 
     multiple choice   which of the given answers does the model find likeliest?
     generation        is what the model writes right: a number, a chain of skills, a program?
     bits per byte     how well does the model predict a text?
 
 The file goes from the idea to the machinery: how a choice is scored, then a section for each of the
-three questions, then the run. support/tasks.py has the benchmarks: where the questions of each come
+three kinds, then the run. support/tasks.py has the benchmarks: where the questions of each come
 from, how they are worded and how replies are judged. A run writes
 
     out_dir/samples.jsonl   a line per question: the prompt, the scores, and the log-likelihoods of
@@ -59,18 +59,6 @@ from support.tasks import (CHAINS, TASKS, Example, Task, has_own_fence, judge_re
                            read_questions, read_texts)
 from support.tokenizer import BEGIN, END, TURN_END, Tokenizer, load_tokenizer
 from support.weights import model_folder
-
-# ---- what a question is
-#
-# support/tasks.py gives a Task, which says how questions are asked and judged, and its questions as
-# Examples. (It explains their fields, and how to add a task.) These fields of an example matter
-# here. The first two make its prompt; the others say what is scored behind that:
-#
-#     fewshot_context       a description, and examples with their answers, which come first
-#     text                  the question; for bits per byte the text to measure
-#     choices, answer       the possible continuations, and the index of the right one
-#     contexts              winogrande alone: for each choice, what it continues instead of text
-#     target                the right reply, which bpb:replies measures
 
 # ---- how a multiple-choice question is scored
 #
@@ -191,10 +179,10 @@ class PromptEncoder:
 #     log p(choice | context) = log p(c_1 | context)                             stage 2
 #                             + sum_{t>1} log p(c_t | context, c_1 ... c_{t-1})  stage 3
 #
-# The choices of MMLU,
-# " A" to " D", need no stage 3 where each is a single token, as in most tokenizers. (In bytes it is
-# two.) In Winogrande the contexts differ, and the choice is what comes after them: there stages 2
-# and 3 also score the last words of a context, which join_scores drops.
+# The choices of MMLU, " A" to " D", need no stage 3 where each is a single token, as in most
+# tokenizers. (In bytes it is two.) In Winogrande each choice has a context of its own, and what is
+# scored is the same text behind each. The rows share only what comes before the contexts differ:
+# the words behind that are computed as a part of a choice, and join_scores drops their scores.
 #
 # Cost: 5-shot MMLU has about 600 tokens of examples and 100 of question. Row by row, a question
 # would take 4 x 700 tokens. In stages it takes 100, and each subject 600 more.
@@ -219,9 +207,9 @@ class LoglikelihoodRequest:
     num_scored[j]       how many ids at the end of row j are scored: those of the choice
     was_cut             whether a row lost its beginning
     shared_ids          the ids that all rows begin with, up to the first scored one
-    group               the few-shot text, or "" if it is the question's own. Requests of a group
-                        are scored together. If they begin with fewer than MIN_SHARED_PREFIX equal
-                        ids, they skip stage 1
+    group               requests of equal group are scored together: the few-shot text if other
+                        questions have the same, else "". If the requests of a group begin with
+                        fewer than MIN_SHARED_PREFIX equal ids, they skip stage 1
     """
 
     def __init__(self, number: int, pairs: list[tuple[list, list]], max_length: int,
@@ -630,11 +618,11 @@ def measure_replies(task: Task, examples: dict[int, Example], model: Motif, enco
         scores = judge_replies(task, examples[i], replies, uses_chat(task, c))
         return i, {"prompt": shown[i], "output": replies, "cut": was_cut[i], **scores}
 
-    # A chat model writes its program as ```python ... ```. A reply must not end inside that, where
-    # a second function begins, say.
+    # A chat model may write words, and then its program as ```python ... ```. It ends by itself:
+    # task.until has what ends a bare program, such as a second function.
     until = () if has_own_fence(task, uses_chat(task, c)) else task.until
     replies = generate_replies(model, encoder, prompts, until, task.max_new_tokens,
-                               c.kv_cache_tokens, c.temperature)
+                               c.kv_cache_tokens, c.temperature or 0.0)
     yield from judge_in_threads(judge, by_question(replies, num_samples))
 
 
@@ -718,15 +706,15 @@ def measure_texts(task: Task, examples: dict[int, Example], model: Motif, encode
     num_windows = Counter(request.number for request in requests)
     windows_left = num_windows.copy()
     bits = Counter()
-    num_bytes = Counter()
     for request, (log_p,) in loglikelihoods(model, requests, c.kv_cache_tokens):
         i = request.number
         bits[i] -= finite_sum(log_p.double()) / math.log(2)
-        for token in request.rows[0][-len(log_p):]:
-            num_bytes[i] += len(encoder.tokenizer.token_bytes(token))
         windows_left[i] -= 1
         if windows_left[i] == 0:
-            yield i, {"prompt": examples[i].text[:80], "bits": bits[i], "bytes": num_bytes[i],
+            # Of the text, not of its tokens: a tokenizer may leave out, or change, some letters.
+            measured = examples[i].target or examples[i].text
+            yield i, {"prompt": examples[i].text[:80], "bits": bits[i],
+                      "bytes": len(measured.encode("utf-8", "replace")),
                       "cut": num_windows[i] > 1 or request.was_cut}
 
 
@@ -783,7 +771,8 @@ class Config:
     out_dir: str | None = None    # where samples and results are written; see above
     kv_cache_tokens: Count | None = None  # tokens whose keys and values are in memory at once;
                                   # None: as many as fit in 16 GiB (on the CPU in 1 GiB)
-    temperature: NonNegative = 0.0  # for generation tasks; 0: greedy. Chat begins with 0.7
+    temperature: NonNegative | None = None  # of generation; 0: greedy, and so is None, but in a
+                                  # conversation None is 0.7
     num_samples: Count = 1        # replies to each question whose replies are programs, for pass@k
     seed: int = 1234              # for sampling
     device: str = "auto"          # cpu; cuda, cuda:1, ...; mps, an Apple GPU, on which this was
@@ -797,7 +786,8 @@ class Config:
 def select_tasks(c: Config) -> dict[str, Task]:
     """The tasks that c.tasks names."""
     names = []
-    for name in c.tasks.replace(", ", ",").split(","):
+    for name in c.tasks.split(","):
+        name = name.strip()
         if not name:
             raise UserError(f"tasks={c.tasks!r}: a name is empty; write names with one comma "
                             "between them")
@@ -816,9 +806,9 @@ def select_tasks(c: Config) -> dict[str, Task]:
             tasks[name] = TASKS[name]
         else:
             known = [*TASKS, "bpb", "bpb:SOURCE", "chat"]
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise UserError(f"unknown task {name!r}; did you mean {near[0]!r}? Known: "
-                            f"{', '.join(known)}")
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(f"unknown task {name!r}; {hint}Known: {', '.join(known)}")
         if tasks[name].program and not c.run_code:
             raise UserError(f"{name} runs programs that the model writes, in a sandbox; give "
                             "--run_code to allow that")
@@ -833,7 +823,7 @@ def check_num_samples(c: Config, tasks: dict[str, Task]) -> None:
     if not any(task.program for task in tasks.values()):
         raise UserError(f"num_samples={c.num_samples} is for tasks whose replies are programs, and "
                         f"{c.tasks} has none; leave it out or give --tasks=humaneval, say")
-    if c.temperature == 0:
+    if not c.temperature:
         raise UserError(f"num_samples={c.num_samples} would all be the same at temperature 0; give "
                         "--temperature=0.8")
 
@@ -880,8 +870,8 @@ def sampling_settings(task: Task, c: Config) -> dict:
     no seed if nothing is drawn."""
     if task.kind != "generation":
         return {}
-    settings = {"temperature": c.temperature}
-    if c.temperature > 0:
+    settings = {"temperature": c.temperature or 0.0}
+    if c.temperature:
         settings["seed"] = c.seed
     if task.program:
         settings["num_samples"] = c.num_samples

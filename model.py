@@ -752,7 +752,7 @@ class Motif(nn.Module):
             positions = positions - doc_start                            # (B, T)
         if cache is not None:
             positions = positions + cache.lengths[:, None]               # (B, T)
-            layer_caches = cache.open(positions, row_lengths)
+            layer_caches = cache.layers_for_pass(positions, row_lengths)
 
         angles = rotary_angles(positions, c.head_dim, c.rope_theta)
         x = self.model.embed_tokens(ids)

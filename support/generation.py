@@ -81,7 +81,7 @@ class KVCache:
         """Bytes of the keys and values of one token, in all layers."""
         return sum(t[0, :, 0].nbytes for t in self.keys + self.values)
 
-    def open(self, positions: Tensor, row_lengths: Tensor | None) -> "list[LayerCache]":
+    def layers_for_pass(self, positions: Tensor, row_lengths: Tensor | None) -> "list[LayerCache]":
         """What each layer needs for a pass over tokens at these positions (B, T)."""
         T = positions.shape[1]
         visible = self.keys[0].shape[2]
@@ -90,8 +90,9 @@ class KVCache:
         slots = positions.clamp(max=visible - 1)
 
         # A step, T = 1, uses all slots, however few are full: its shapes are fixed and the host
-        # need not ask the GPU for the lengths, as its CUDA graph demands. So the caller must not
-        # make more steps than fit: on a GPU that is not checked (Decoder counts them).
+        # need not ask the GPU for the lengths, as a CUDA graph demands (CudaGraph, below). So the
+        # caller must not make more steps than fit: on a GPU that is not checked (Decoder counts
+        # them).
         was_empty = False
         if T > 1:
             longest = int(self.lengths.max())
@@ -266,8 +267,9 @@ class Decoder:
 
 def sample_next_token(logits: Tensor, temperature: float, top_k: int | None,
                       generator: torch.Generator | None, uniform: Tensor | None = None) -> Tensor:
-    """Draw from softmax(logits / temperature) of each row: (B, V) -> (B, 1). A row draws by itself
-    if it gets a number in [0, 1), uniform (B, 1): the token on whose share of [0, 1) that falls.
+    """Draw from softmax(logits / temperature) of each row: (B, V) -> (B, 1). With `uniform` (B, 1),
+    a number in [0, 1) for each row, no generator is used: the row's probabilities are laid end to
+    end on [0, 1), and the token is drawn in whose interval the number falls.
 
     >>> logits = torch.tensor([[0.2, 0.5, 0.3]]).log()          # shares end at 0.2, 0.7 and 1
     >>> sample_next_token(logits, 1.0, None, None, uniform=torch.tensor([[0.6]]))

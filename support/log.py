@@ -177,7 +177,8 @@ def log_evaluation(log: Log, curriculum, step: int, result: dict, layers: list,
 
 def log_step(log: Log, timer: "StepTimer", optimizer, curriculum, step: int, lr: float, result,
              flops_per_token: float) -> None:
-    """Log the step-th step, the last one, and the speed since the last logged line.
+    """Log the step-th step, the last one, and the speed since the last logged line. All ranks call
+    this, as they take the maximum of their largest logits.
 
     lr, result        its learning rate and StepResult, with which the device must be done
     flops_per_token   forward and backward, at its sequence length, for the MFU"""
@@ -318,7 +319,8 @@ class StepTimer:
         self.t_log += time.perf_counter() - self.t_pause
 
     def read(self, curriculum, step: int, flops_per_token: float) -> dict:
-        """Speed and memory since the last call. The device must be done with the step-th step."""
+        """The speed since the last call, the optimizer's time in the last step, and the most memory
+        since the process began. The device must be done with the step-th step."""
         now = time.perf_counter()
         seconds = now - self.t_log
         steps = step - self.step_log

@@ -116,9 +116,8 @@ def add_fewshot_contexts(task: Task, questions: list[Example], pool: list[Exampl
             raise UserError(f"num_fewshot={num_fewshot}, but {task.fewshot_file} has "
                             f"{len(candidates)} examples{of_subject}, and {num_drawn} are drawn; "
                             "give a smaller --num_fewshot")
-        drawn = candidates[:num_drawn]
-        if task.fewshot == "random":
-            drawn = rng.sample(candidates, num_drawn)
+        is_random = task.fewshot == "random"
+        drawn = rng.sample(candidates, num_drawn) if is_random else candidates[:num_drawn]
         drawn = [example for example in drawn if example.row != question.row][:num_fewshot]
         if draws_one_more and len(drawn) < num_fewshot:
             others = [example for example in candidates if example.row != question.row]
@@ -455,7 +454,8 @@ def first_fence(reply: str) -> str:
     >>> first_fence("It is:\\n```python\\nx = 1\\n```\\nand short.")
     'x = 1\\n'
     """
-    opening = r"(^[ \t]*)?(```+|~~~+)[ \t]*([^\s`]*)[^`\n]*\n"
+    # Words may stand before the fence in its line, but no backtick: it would be an inline span's.
+    opening = r"^(?:([ \t]*)|[^`\n]*)(```+|~~~+)[ \t]*([^\s`]*)[^`\n]*\n"
     closing = r"(?:^[ \t]*\2|\Z)"
     for indent, _, language, code in re.findall(f"(?ms){opening}(.*?){closing}", reply):
         if language.lower() in ("", "py", "python", "python3"):

@@ -40,7 +40,11 @@ class Tokenizer:
         name        what load_tokenizer was given
         n_vocab     the largest id, plus 1
         special     {special token: id}; all of SPECIALS are in it
-        begin_id    the id that the tokenizer's own rule puts before a text; None if it puts none
+        begin_id    the id that comes before a text: what the rule of a tokenizer.json puts there,
+                    None if it puts none; with the other tokenizers BEGIN's, as in training
+
+    A subclass sets begin_id and identity, bytes that tell it from other tokenizers, and has
+    _encode(text) and _decode(ids) for ordinary tokens.
 
     encode() takes the spelling of a special token for plain text, so that no document and no user
     can forge the end of a turn. Code that means the token itself writes its id.
@@ -120,8 +124,9 @@ class TiktokenTokenizer(Tokenizer):
                                              special_tokens=self.special)
 
     def _encode(self, text: str) -> list[int]:
-        # Only what the library cannot encode is cut, so that its ids stay its own wherever it has
-        # some. The ids of the words before and after a long blank stay the same when it is cut.
+        # First the library tries, so that every text that it can encode gets its ids. A text at
+        # which it panics is cut. The ids of the words before and after a long blank stay the same
+        # when it is cut.
         try:
             return self.library.encode_ordinary(text)
         except BaseException as e:  # a panic of Rust code is not an Exception

@@ -203,6 +203,7 @@ def test_a_chat_model_s_program_may_have_several_functions(run, monkeypatch):
     ("``` python", "```"), ("```python\r", "```\r"), ("~~~python", "~~~"), ("````py", "````"),
     ("```python title=x.py", "```"), ("Here: ```python", "```"), ("```python", ""),
     ("```bash\npip install x\n```\n```python", "```\n```text\nso\n```"),
+    ("Use ```sorted``` here:\n```python", "```"),
     ("```sh title=x\npip install x\n```\nThen:\n```python", "```")])
 def test_the_fence_of_a_program_is_found(opening, closing):
     assert first_fence(f"Here:\n{opening}\nx = 1\n{closing}") == "x = 1\n"

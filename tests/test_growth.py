@@ -11,7 +11,8 @@ from configurator import UserError
 from model import Motif, MotifConfig
 from muonclip import configure_optimizer
 from tools import grow as grow_file
-from tools.grow import average, check_growth, grow, grow_depth, grow_into, grow_width
+from tools.grow import (NOISE_DB, average, build_grown, check_growth, grow, grow_into,
+                        num_groups)
 
 # 1:1, as Motif-2.6B is
 SMALL = MotifConfig(vocab_size=29, hidden_size=20, intermediate_size=28, num_hidden_layers=3,
@@ -40,6 +41,28 @@ def make(**changes):
 
 def tokens(*shape):
     return torch.randint(SMALL.vocab_size, shape, generator=torch.Generator().manual_seed(1))
+
+
+def grow_width(model: Motif, factor: int, signal_ratio: int, noise_db: float = NOISE_DB,
+               seed: int = 0) -> Motif:
+    """Grow stream and MLP to `factor` times their width, and to signal_ratio signal heads for each
+    noise head (without noise heads: query heads for each key head)."""
+    c = model.config
+    signal_heads = signal_ratio * num_groups(c)
+    config = replace(c, hidden_size=factor * c.hidden_size,
+                     intermediate_size=factor * c.intermediate_size,
+                     num_attention_heads=signal_heads + c.num_noise_heads,
+                     tie_word_embeddings=c.tie_word_embeddings and factor == 1)
+    return grow(model, config, noise_db, seed)
+
+
+def grow_depth(model: Motif, every: int) -> Motif:
+    """Add, after every `every` layers, a copy of the last of them that is the identity at first."""
+    if every < 1:
+        raise UserError(f"a layer is copied after every 1 or more layers, not every {every}")
+    layers = model.config.num_hidden_layers
+    config = replace(model.config, num_hidden_layers=layers + layers // every)
+    return build_grown(model, config, every)
 
 
 def grow_both(model, noise_db):
@@ -207,8 +230,6 @@ def test_factors_below_one_are_refused():
         grow_width(make(), 0, 4)
     with pytest.raises(UserError, match="num_attention_heads"):
         grow_width(make(), 2, 0)
-    with pytest.raises(UserError):
-        grow_depth(make(), 0)
 
 
 @pytest.mark.parametrize("changes", [

@@ -26,7 +26,7 @@ def start_chat(folder: Path, c: Config, device: torch.device) -> None:
         chat(model, encoder, c)
     else:
         question = [{"role": "user", "content": c.prompt}]
-        print_reply(question, model, encoder, c.temperature, c.seed)
+        print_reply(question, model, encoder, c.temperature or 0.0, c.seed)
 
 
 def chat(model: Motif, encoder: PromptEncoder, c: Config) -> None:
@@ -35,7 +35,7 @@ def chat(model: Motif, encoder: PromptEncoder, c: Config) -> None:
     print("/reset forgets, /system TEXT instructs, /temp X, /quit; Ctrl-C stops a reply")
     system = []
     messages = []
-    temperature = c.temperature or CHAT_TEMPERATURE
+    temperature = CHAT_TEMPERATURE if c.temperature is None else c.temperature
     turn = 0
     while True:
         try:

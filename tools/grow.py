@@ -15,9 +15,10 @@ What follows shows how a transformer is made wider and deeper without a change i
 
    The first line is exact for any n, and n must not be zero. With n = 0 the two copies are equal
    and get equal gradients, and Newton-Schulz keeps them equal: they would stay equal for ever, and
-   the large model would be a small one. The noise n breaks the tie. (The halves that are written
-   are equal. But they are read with different weights, so their gradients differ.) The noise is
-   10 dB below W/2 [ours: unpublished]. MEASUREMENTS.md, Growth, has what happens without.
+   the large model would be a small one. The noise n breaks the tie. (A matrix that writes needs no
+   noise: both copies of its result are read with different weights, so their gradients differ.)
+   The RMS of n is 0.32 of that of W/2, 10 dB below it [ours: unpublished]. MEASUREMENTS.md,
+   Growth, has what happens without.
 
    The MLP widens in the same way: gate and up have their rows twice, and down reads both copies.
    PolyNorm of a vector twice is PolyNorm of the vector, twice, for the same reason as RMSNorm.
@@ -31,8 +32,8 @@ What follows shows how a transformer is made wider and deeper without a change i
    which o_proj and down_proj are zero. It adds nothing to the stream: it is the identity. It can
    learn from there, since the gradients of o_proj and down_proj are not zero.
 
-   A layer that moves up needs one correction, because lambda_init depends on the layer's number:
-   refold_lambda_init derives it.
+   A layer that moves up needs one correction, because lambda's initial value, lambda_init in
+   model.py, depends on the layer's number: keep_lambda derives it.
 
 From Motif-2.6B to Motif-2-12.7B, rows x columns:
 
@@ -76,28 +77,6 @@ def grow(model: Motif, config: MotifConfig, noise_db: float = NOISE_DB, seed: in
     config = replace(config, rope_theta=model.config.rope_theta)
     every = check_growth(model.config, config)
     return build_grown(model, config, every, noise_db, seed)
-
-
-def grow_width(model: Motif, factor: int, signal_ratio: int, noise_db: float = NOISE_DB,
-               seed: int = 0) -> Motif:
-    """Grow stream and MLP to `factor` times their width, and to signal_ratio signal heads for each
-    noise head (without noise heads: query heads for each key head)."""
-    c = model.config
-    signal_heads = signal_ratio * num_groups(c)
-    config = replace(c, hidden_size=factor * c.hidden_size,
-                     intermediate_size=factor * c.intermediate_size,
-                     num_attention_heads=signal_heads + c.num_noise_heads,
-                     tie_word_embeddings=c.tie_word_embeddings and factor == 1)
-    return grow(model, config, noise_db, seed)
-
-
-def grow_depth(model: Motif, every: int) -> Motif:
-    """Add, after every `every` layers, a copy of the last of them that is the identity at first."""
-    if every < 1:
-        raise UserError(f"a layer is copied after every 1 or more layers, not every {every}")
-    layers = model.config.num_hidden_layers
-    config = replace(model.config, num_hidden_layers=layers + layers // every)
-    return build_grown(model, config, every)
 
 
 # ---- width: what happens to one matrix
@@ -176,7 +155,7 @@ def layer_sources(layers: int, every: int) -> list[tuple[int, bool]]:
     return sources
 
 
-def refold_lambda_init(old: Attention, new: Attention) -> dict[str, Tensor]:
+def keep_lambda(old: Attention, new: Attention) -> dict[str, Tensor]:
     """The lambda vectors and the per-head norm of layer i for its new place j >= i -> name: tensor.
 
     A layer's number enters its attention in two places, as lambda_init:
@@ -222,24 +201,24 @@ class Growth:
     noise: float                        # see copy_columns
     generator: torch.Generator | None   # draws the noise; None on the meta device
 
-    def read(self, weight: Tensor, copies: int, blocks: int = 1) -> Tensor:
+    def read_copies(self, weight: Tensor, copies: int, blocks: int = 1) -> Tensor:
         """The matrix, reading `copies` copies of its input."""
         return copy_columns(weight, copies, blocks, self.noise, self.generator)
 
-    def grow(self, name: str, weight: Tensor) -> Tensor:
+    def grow_tensor(self, name: str, weight: Tensor) -> Tensor:
         """One tensor of a layer, by its name in the layer; not the lambda vectors and subln."""
         module = name.split(".")[-2]
         if module == "q_proj":
-            return self.read(copy_heads(weight, self.config, self.head_copies), self.width)
+            return self.read_copies(copy_heads(weight, self.config, self.head_copies), self.width)
         if module in ("k_proj", "v_proj"):
-            return self.read(weight, self.width)
+            return self.read_copies(weight, self.width)
         if module in ("gate_proj", "up_proj"):
-            return self.read(weight.repeat(self.width, 1), self.width)
+            return self.read_copies(weight.repeat(self.width, 1), self.width)
         if module == "o_proj":
             groups = num_groups(self.config)
-            return self.read(weight, self.head_copies, groups).repeat(self.width, 1)
+            return self.read_copies(weight, self.head_copies, groups).repeat(self.width, 1)
         if module == "down_proj":
-            return self.read(weight, self.width).repeat(self.width, 1)
+            return self.read_copies(weight, self.width).repeat(self.width, 1)
         if module.endswith("layernorm"):
             return weight.repeat(self.width)
         return weight.clone()           # PolyNorm's scalars
@@ -282,19 +261,19 @@ def grown_tensors(model: Motif, larger: Motif, every: int, noise_db: float,
 
     for j, (i, is_copy) in enumerate(layer_sources(old.num_hidden_layers, every)):
         block = model.model.layers[i]
-        refolded = refold_lambda_init(block.self_attn, larger.model.layers[j].self_attn)
+        kept = keep_lambda(block.self_attn, larger.model.layers[j].self_attn)
         for name, weight in block.state_dict().items():
-            if name in refolded:
-                grown = refolded[name]
+            if name in kept:
+                grown = kept[name]
             else:
-                grown = growth.grow(name, weight)
+                grown = growth.grow_tensor(name, weight)
             if is_copy and name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
                 grown.zero_()
             yield f"model.layers.{j}.{name}", grown
 
     yield "model.norm.weight", model.model.norm.weight.repeat(growth.width)
     if not new.tie_word_embeddings:
-        yield "lm_head.weight", growth.read(model.head_weight, growth.width)
+        yield "lm_head.weight", growth.read_copies(model.head_weight, growth.width)
 
 
 def num_signal_heads(config: MotifConfig) -> int:
