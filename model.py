@@ -17,7 +17,7 @@ The letters that this project uses for sizes, with their values in Motif-2-12.7B
 
     B   rows of a batch
     T   tokens of a row                        4,096 at first, later 16,384
-    S   keys given to attention                T, or the visible slots of a KV cache
+    S   keys given to attention                T, or when a text is continued all before it too
     V   vocabulary                             219,520
     D   head_dim                               128
     G   groups: r signal heads, 1 noise head   8
@@ -26,11 +26,9 @@ The letters that this project uses for sizes, with their values in Motif-2-12.7B
     K   key heads                              16
     P   pairs of key heads, K / 2              8     a token has P values, one for each pair
     Dv  width of a value                       256   2D
-    h   query heads that read one key head     G r / P = 4 a signal key; G / P = 1 a noise key
-    N   key heads that one softmax reads       P signal keys, or P noise keys
     F   intermediate size of the MLP           16,384   (in code, F is torch.nn.functional)
 
-Without noise heads (G = 0, plain grouped-query attention) P = K, Dv = D and h = H / K.
+Without noise heads (G = 0, plain grouped-query attention) P = K and Dv = D.
 
 One row of 4,096 tokens on its way through the 12.7B model, whose residual stream is 4,096 wide:
 
@@ -90,10 +88,10 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding: x (B, T, heads, D), angles of its positions -> the shape of x.
 
-    Each head's D features are D/2 points in a plane, and point i turns by angle i. The product of a
-    turned query and a turned key then depends on the distance of their positions only. Feature i
-    is paired with feature i + D/2 (not with i + 1). With D = 2 there is one point, which turns by
-    one radian per position:
+    Each head's D features are D/2 points in a plane, and point i turns by angle i. Positions then
+    enter the product of a turned query and a turned key only through their distance. Feature i is
+    paired with feature i + D/2 (not with i + 1). With D = 2 there is one point, which turns by one
+    radian per position:
 
     >>> cos, sin = rotary_angles(torch.tensor([[1]]), head_dim=2, theta=10_000.0)
     >>> rope(torch.tensor([1.0, 0.0]).view(1, 1, 1, 2), cos, sin).flatten()
@@ -134,7 +132,8 @@ def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Ten
     """x (..., F), weight (3,), bias (1,) -> (..., F), computed in fp32.
 
     The powers of x = (1, -2, 0.5, -0.25) have root mean squares 4.03 (cube), 2.07 and 1.15, so its
-    first feature becomes 0.4 / 4.03 + 0.3 / 2.07 + 0.3 / 1.15 + 0.05 = 0.555:
+    first feature becomes 0.4 / 4.03 + 0.3 / 2.07 + 0.3 / 1.15 + 0.05 = 0.555. (Training calls
+    kernels.poly_norm_mul instead, on a CPU too, unless kernels.ENABLED is False.)
 
     >>> x = torch.tensor([1.0, -2.0, 0.5, -0.25])
     >>> poly_norm(x, torch.tensor([0.4, 0.3, 0.3]), torch.tensor([0.05]))
@@ -179,8 +178,8 @@ def document_starts(doc_ids: Tensor) -> Tensor:
 
 def visibility_mask(T: int, S: int, doc_start: Tensor | None, query_slots: Tensor | None,
                     like: Tensor) -> Tensor:
-    """What is added to the logits (B, N, h, T, S): 0 where a query may see a key, else -inf. Its
-    shape is (T, S), or (B, 1, 1, T, S) if rows differ; its dtype and device are those of `like`.
+    """The mask to add to the logits: 0 where a query may see a key, -inf elsewhere. Its shape is
+    (T, S), or (B, 1, 1, T, S) if rows differ; its dtype and device are those of `like`.
 
     A *slot* is an index into the S keys. Query t of row b sees the slots from doc_start[b, t] up to
     query_slots[b, t], where its own key is. Without doc_start it sees them from slot 0 on. Without
@@ -198,9 +197,9 @@ def visibility_mask(T: int, S: int, doc_start: Tensor | None, query_slots: Tenso
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None,
                       query_slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt D, causal) v, where h query heads read each of N key heads. In plain
-    attention N = K. Grouped differential attention, below, calls this twice: with its P signal
-    keys, and with its P noise keys.
+    """softmax(q k^T / sqrt D, causal) v, where q has N h heads: h of them share each of the N key
+    heads. In plain attention N = K and h = H / K. Grouped differential attention, below, calls this
+    twice: with its P signal keys, each for h = G r / P heads, and with its P noise keys, h = G / P.
 
     q (B, T, N, h, D)
     k (B, S, N, D)
@@ -444,7 +443,8 @@ class MotifConfig:
         if G and (K % 2 or G % (K // 2)):
             raise UserError(f"num_key_value_heads={K} must be pairs that divide "
                             f"num_noise_heads={G}")
-        if flops_per_token(self, seq_len=1)[0] > 2**41:      # two for each parameter
+        forward, _ = flops_per_token(self, seq_len=1)        # two for each parameter
+        if forward > 2**41:
             raise UserError("hidden_size, intermediate_size, vocab_size and num_hidden_layers "
                             "make about 2^40 parameters or more; is one of them mistyped?")
 
@@ -623,8 +623,8 @@ def generation_step(block: Block, x: Tensor, angles: tuple[Tensor, Tensor],
                     cache: LayerCache) -> Tensor:
     """Block.forward of one new token in each row, x (B, 1, hidden). The largest logits, which only
     training needs, are dropped, so torch.compile leaves them out: they took a sixth of the time of
-    a small model's step with 32 rows. (Not block(...), as training may have replaced its forward
-    by a compiled one.)"""
+    a small model's step with 32 rows. (Block.forward and not block(...), as pretrain.py's build()
+    may have set block.forward to a compiled version.)"""
     x, _ = Block.forward(block, x, angles, cache=cache)
     return x
 
@@ -826,20 +826,18 @@ def init_normal_(p: Tensor, std: float) -> None:
         p.normal_(0, std)
 
 
-def flops_per_token(config: MotifConfig, seq_len: int, causal: bool = True) -> tuple[int, int]:
+def flops_per_token(config: MotifConfig, seq_len: int) -> tuple[int, int]:
     """(forward, backward) FLOPs per token of a sequence of seq_len tokens.
 
     Forward: two for each weight of each matrix, and for each query head and visible key 2D for the
     logit and 2 Dv for the value. Backward: twice that, as each product has two gradients; nothing
-    is recomputed. causal=False counts masked keys too."""
+    is recomputed. Masked keys are not counted."""
     c = config
     value_dim = c.value_shape[1]
     qkv_width = c.head_dim * (c.num_attention_heads + 2 * c.num_key_value_heads)
     o_width = value_dim * (c.num_attention_heads - c.num_noise_heads)
     weights = c.hidden_size * (qkv_width + o_width + 3 * c.intermediate_size)
-    visible_keys = seq_len
-    if causal:
-        visible_keys = (seq_len + 1) / 2
+    visible_keys = (seq_len + 1) / 2
     attention = c.num_attention_heads * visible_keys * 2 * (c.head_dim + value_dim)
     layer = 2 * weights + attention
     head = 2 * c.hidden_size * c.vocab_size

@@ -127,8 +127,8 @@ class TrainConfig:
     prompts: list = field(default_factory=lambda: ["The "])  # continued at each evaluation
     sample_tokens: Size = 100       # tokens that each prompt is continued by
     save_every: Count | None = 100  # steps between checkpoints, with one at the end; None: none
-    keep_last: Annotated[int, 2] = 2  # so many of the newest checkpoints are kept: one of them
-                                    # might be damaged
+    keep_last: Annotated[int, 2] = 2  # keep so many of the newest checkpoints: at least 2, in case
+                                    # the newest one is damaged
     keep_every: Count | None = None  # checkpoints at multiples of so many steps are never removed
     wandb: str | None = None        # name of a Weights & Biases project, to log there too
 
@@ -202,8 +202,9 @@ def model_config(c: Config) -> MotifConfig:
 #              warmup_steps                       decay_fraction of the tokens
 
 def lr_at(c: Config, curriculum: data.Curriculum, step: int) -> float:
-    """The learning rate of a step, counted from 0. The warm-up rises in steps of equal size. In the
-    decay the peak is multiplied by one of
+    """The learning rate of a step, counted from 0. The warm-up rises in steps of equal size. Where
+    the decay begins before it has ended, the lower of both rates counts. In the decay the peak is
+    multiplied by one of
 
         linear        1 - (1 - m) x
         cosine        m + (1 - m) (1 + cos(pi x)) / 2
@@ -218,9 +219,7 @@ def lr_at(c: Config, curriculum: data.Curriculum, step: int) -> float:
     >>> [round(lr_at(c, curriculum, step), 3) for step in range(10)]
     [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 0.775, 0.55, 0.325]
     """
-    if step < c.warmup_steps:
-        return c.lr * (step + 1) / (c.warmup_steps + 1)
-
+    rising = c.lr * (step + 1) / (c.warmup_steps + 1)
     left = 1 - curriculum.tokens[step] / curriculum.tokens[-1]
     x = 1 - min(1, left / max(c.decay_fraction, 1e-12))
     if c.decay == "linear":
@@ -229,7 +228,7 @@ def lr_at(c: Config, curriculum: data.Curriculum, step: int) -> float:
         factor = c.min_lr + (1 - c.min_lr) * (1 + math.cos(math.pi * x)) / 2
     else:
         factor = (1 + x * (max(c.min_lr, 1e-3)**-2 - 1))**-0.5
-    return c.lr * factor
+    return min(rising, c.lr * factor)
 
 
 def theta_at(c: Config, tokens: int) -> float:
@@ -322,7 +321,8 @@ def forward_backward(model: Motif, batch: tuple, micro_batch_rows: int, num_targ
 
     For example, rank 0 has targets with losses of 1, 2 and 3 nats, rank 1 has one of 6 nats. Each
     divides by the 4 targets of the global batch, and their parts add up to the mean. (The mean of
-    the ranks' means would be 4.) The model here multiplies the losses by a weight of 1:
+    the ranks' means would be 4.) As a stand-in for the model, this function multiplies losses, in
+    the place of ids, by a weight of 1:
 
     >>> weight = torch.ones(1, requires_grad=True)
     >>> def model(losses, reduction, scale):
@@ -478,9 +478,10 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
     while True:
         finished = step == curriculum.steps
         stop = any_rank(finished or bool(signals))
-        # Evaluate at the end in any case, and save at any stop. A resumed run repeats neither.
-        evaluate_now = step > log.last_evaluation and is_due(step, c.eval_every, force=finished)
-        save_now = step > start_step and is_due(step, c.save_every, force=stop)
+        # Unless switched off, evaluate after the last step too, and save at any stop too. A
+        # resumed run repeats neither.
+        evaluate_now = step > log.last_evaluation and is_due(step, c.eval_every, or_if=finished)
+        save_now = step > start_step and is_due(step, c.save_every, or_if=stop)
         model.config.rope_theta = theta_of_step(c, curriculum, step)
 
         # What is not training: evaluate and save, where that is due; stop.
@@ -510,7 +511,7 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
             signals = install_signal_handlers()  # not earlier: see there
         step += 1
 
-        if is_due(step, c.log_every, force=step in (1, curriculum.steps)):
+        if is_due(step, c.log_every, or_if=step in (1, curriculum.steps)):
             nonfinite.check(step, c, log)
             forward, backward = flops_per_token(model.config, curriculum.context[step - 1])
             log_step(log, timer, optimizer, curriculum, step, lr, result, forward + backward)
@@ -561,9 +562,9 @@ def evaluate_and_log(validation: "Validation", model: Motif, optimizer, curricul
     log_evaluation(log, curriculum, step, result, layers, samples)
 
 
-def is_due(step: int, every: int | None, force: bool) -> bool:
-    """Whether step is a multiple of `every`, or `force` is true. If `every` is None: never."""
-    return every is not None and (step % every == 0 or force)
+def is_due(step: int, every: int | None, or_if: bool) -> bool:
+    """Whether step is a multiple of `every`, or or_if is true. If `every` is None: never."""
+    return every is not None and (step % every == 0 or or_if)
 
 
 # ---- the model over many GPUs: FSDP2
@@ -983,7 +984,7 @@ def setup(c: Config, out: Path) -> tuple:
     start = rank0_only(find_checkpoint, c, out)
     if start:
         keep_init(c, start)
-        curriculum = make_curriculum(c, start.state)
+        curriculum = continue_curriculum(c, start.state)
         check_compatible(start, c, curriculum, tokenizer)
         check_lr_goes_on(c, curriculum, start.state)
     step = start.state["step"] if start else 0
@@ -997,7 +998,8 @@ def setup(c: Config, out: Path) -> tuple:
 
     init_from = None
     if c.init:
-        from tools.grow import init_from
+        import tools.grow
+        init_from = tools.grow.init_from
     model, optimizer = build_model_and_optimizer(c, device, start, init_from, out)
     return dataset, held_out, model, optimizer, tokenizer, start
 
@@ -1021,18 +1023,25 @@ def plan_of(config: dict) -> dict:
     return json.loads(json.dumps({key: config.get(key) for key in PLAN_KEYS}))
 
 
-def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
-    """What each step reads. state: of the checkpoint to go on from. If its config had another plan,
-    say a shorter run, the steps up to the checkpoint keep that plan, and c's begins there."""
+def make_curriculum(c: Config) -> data.Curriculum:
+    """What each step of a new run reads."""
+    curriculum = data.Curriculum(**plan_of(asdict(c)))
+    check_row_length(c, curriculum)
+    return curriculum
+
+
+def continue_curriculum(c: Config, state: dict) -> data.Curriculum:
+    """What each step reads of a run that goes on from a checkpoint with this state.json. If the run
+    was started with other settings, say fewer steps, the steps already done keep the old settings,
+    and the new ones apply from the checkpoint on."""
     plan = plan_of(asdict(c))
-    earlier_plans = []  # [[step, the plan that was followed up to it], ...], oldest first: a run
-                        # can be prolonged more than once
-    if state:
-        earlier_plans = list(state.get("plans", []))
-        old = plan_of(state["config"])
-        # Domains in another order are another plan too: they break ties between quotas.
-        if old != plan or list(old["domains"]) != list(plan["domains"]):
-            earlier_plans.append([state["step"], old])
+    # [[step, the plan that was followed up to it], ...], oldest first: a run can be prolonged more
+    # than once.
+    earlier_plans = list(state.get("plans", []))
+    old = plan_of(state["config"])
+    # Domains in another order are another plan too: they break ties between quotas.
+    if old != plan or list(old["domains"]) != list(plan["domains"]):
+        earlier_plans.append([state["step"], old])
 
     # Each curriculum has before = (the one before it, the step at which that one ended).
     plans = [plan_of(old) for _, old in earlier_plans] + [plan]
@@ -1040,12 +1049,16 @@ def make_curriculum(c: Config, state: dict | None = None) -> data.Curriculum:
     for (step, _), next_plan in zip(earlier_plans, plans[1:]):
         curriculum = data.ContinuedCurriculum(**next_plan, before=(curriculum, step))
     curriculum.earlier_plans = earlier_plans
+    check_row_length(c, curriculum)
     if RANK == 0 and earlier_plans:
         tell_of_change(curriculum, plans[-2]["domains"], plan["domains"])
+    return curriculum
+
+
+def check_row_length(c: Config, curriculum: data.Curriculum) -> None:
     if max(curriculum.seq_len) > c.max_position_embeddings:
         raise UserError(f"seq_len={c.seq_len} is longer than max_position_embeddings="
                         f"{c.max_position_embeddings}; raise that or shorten the sequence")
-    return curriculum
 
 
 def tell_of_change(curriculum: data.ContinuedCurriculum, before: dict, now: dict) -> None:
@@ -1192,10 +1205,11 @@ def main() -> None:
                 export_checkpoint(c, out)
             return
         with lock_folder(out):
-            parts = setup(c, out)
+            dataset, held_out, model, optimizer, tokenizer, start = setup(c, out)
             if RANK == 0:
                 configurator.save(c, out / "config.json")
-            train(c, out, *parts, encode_text_prompt)
+            train(c, out, dataset, held_out, model, optimizer, tokenizer, start,
+                  encode_text_prompt)
 
 
 if __name__ == "__main__":

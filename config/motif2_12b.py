@@ -15,6 +15,7 @@ attn_rms_norm_eps = 1e-5
 rope_theta = 1_000_000.0
 max_position_embeddings = 32768
 tie_word_embeddings = False
+poly_norm_scale = 1 / 16           # [ours] its weights begin at 1/48; in its paper at 1/3
 
 tokenizer = "Motif-Technologies/Motif-2-12.7B-Base"  # its tokenizer.json, from the Hub
 # The report's shares are not public. These are [ours]: the 2.6B model's, with more reasoning at the

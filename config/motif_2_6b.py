@@ -15,6 +15,7 @@ attn_rms_norm_eps = 1e-5
 rope_theta = 10_000.0             # published: 500,000 once sequences grow; start a new run for that
 max_position_embeddings = 16384
 tie_word_embeddings = True
+poly_norm_scale = 1 / 16           # [ours] its weights begin at 1/48; in its paper at 1/3
 
 tokenizer = "Motif-Technologies/Motif-2.6B"  # its tokenizer.json, from the Hub
 # The shares are published; they change linearly over the run. The data sets are [ours].

@@ -142,7 +142,7 @@ def test_20_steps_of_the_quick_start_are_pinned(run):
     run(str(ROOT / "config/quickstart.py"), **{
         **{key: ... for key in TINY if key not in from_tiny},
         "max_steps": 20, "batch_tokens": 512, "seq_len": 128, "micro_batch_tokens": 512,
-        "eval_every": 20, "eval_tokens": 1024, "sample_tokens": 1})
+        "decay_fraction": 0.0, "eval_every": 20, "eval_tokens": 1024, "sample_tokens": 1})
     first, last = val_losses()
     assert first == pytest.approx(5.6534, abs=0.01)
     assert last == pytest.approx(2.932, abs=0.03)     # other CPUs and threads round otherwise
@@ -237,6 +237,11 @@ def test_learning_rate_warms_up_stays_and_decays():
         assert rates == sorted(rates, reverse=True) and rates[-1] == pytest.approx(0.1)
         halfway[c.decay] = lr_at(c, curriculum, 75)
     assert halfway == pytest.approx({"linear": 0.55, "cosine": 0.55, "inverse_sqrt": 50.5**-0.5})
+
+    # A warm-up that the decay cuts short has no jump.
+    c = Config(max_steps=30, lr=1.0, warmup_steps=20, decay_fraction=0.5, min_lr=0.0)
+    rates = [lr_at(c, make_curriculum(c), t) for t in range(30)]
+    assert max(abs(a - b) for a, b in zip(rates, rates[1:])) < 0.07 and rates[-1] < 0.07
 
 
 def test_the_base_of_rope_follows_its_schedule(run):

@@ -274,7 +274,8 @@ def read_checkpoint(file: Path) -> None:
     c = configurator.load(pretrain.Config, ["tiny.py", "--max_steps=6", "--lr_may_rise"])
     out = Path("out/tiny")
     start = pretrain.find_checkpoint(c, out)
-    curriculum = pretrain.make_curriculum(c, start and start.state)
+    curriculum = (pretrain.continue_curriculum(c, start.state) if start
+                  else pretrain.make_curriculum(c))
     if start:
         pretrain.check_compatible(start, c, curriculum, load_tokenizer(c.tokenizer))
         pretrain.check_lr_goes_on(c, curriculum, start.state)
