@@ -8,6 +8,7 @@ shapes and no memory, so that any size can be planned anywhere.
 """
 import math
 import sys
+from typing import NamedTuple
 
 import torch
 
@@ -101,8 +102,9 @@ def part_of(name: str) -> str:
 #     activations    of a block that keeps them, what its backward pass reads: activation_bytes per
 #                    token, and with FP8 its matrices in FP8, transposed; of a block with activation
 #                    checkpointing its input alone
-#     sums           with sum_embeddings_once, the gradients of embedding and head: whole, in fp32,
-#                    and sharded only after the last pass
+#     sums           the gradients of embedding and head, where their ranks sum them once a step
+#                    (the key sum_embeddings_once): whole, in fp32, and sharded only after the last
+#                    pass
 #
 # A step goes through phases, of which the one that takes most decides:
 #
@@ -117,9 +119,8 @@ def part_of(name: str) -> str:
 #     samples         at an evaluation, the whole model in bf16 on every rank, and no gradients
 #
 # The first three also hold what is gathered, the sums and the head's gradient. The plan adds up the
-# large tensors of training in bf16 or FP8. In bf16, what was measured is 0.2 GiB less to 0.6 GiB
-# more (MEASUREMENTS.md, "Many GPUs"); in FP8 memory was not measured. The allocator's cache and
-# NCCL take a few GB on top.
+# large tensors of training in bf16 or FP8. What was measured is 0.2 GiB less to 0.6 GiB more
+# (MEASUREMENTS.md, "Many GPUs"). The allocator's cache and NCCL take a few GB on top.
 
 def activation_bytes(config: MotifConfig, fp8: bool = False) -> tuple[int, int]:
     """Bytes per token that a block keeps for its backward pass, and those of its input.
@@ -163,62 +164,82 @@ def memory_per_gpu(model: Motif, optimizer: str, shards: int, alone: bool) -> di
             "gathered": BF16 * (gathered_blocks * block + rest)}
 
 
+class Counts(NamedTuple):
+    """Numbers of parameters."""
+    total: int
+    block_matrices: int       # of one block
+    head: int
+    embeddings: int           # embedding and head: one matrix if they are tied
+
+
+def count_parameters(model: Motif) -> Counts:
+    head = model.head_weight.numel()
+    embedding = model.model.embed_tokens.weight
+    is_tied = embedding is model.head_weight
+    return Counts(
+        total=sum(p.numel() for p in model.parameters()),
+        block_matrices=sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim > 1),
+        head=head,
+        embeddings=head if is_tied else head + embedding.numel())
+
+
 def memory_of_rank(c: Config, tokens: int, checkpointed: int) -> tuple[dict, dict]:
     """Bytes that one of c.plan_world_size GPUs holds at the most -> (always, in each phase of a
     step). tokens: in its largest pass; checkpointed: blocks with activation checkpointing."""
     shards = c.plan_world_size // c.dp_replicate
     alone = c.plan_world_size == 1
-    config = model_config(c)
     with torch.device("meta"):
-        model = Motif(config)
+        model = Motif(model_config(c))
+    counts = count_parameters(model)
     always = memory_per_gpu(model, c.optimizer, shards, alone)
     gathered = always.pop("gathered")
-    total = sum(p.numel() for p in model.parameters())
-    block_matrices = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim > 1)
-    head = model.head_weight.numel()
-    embeddings = head                                # embedding and head
-    if not c.tie_word_embeddings:
-        embeddings += model.model.embed_tokens.weight.numel()
 
+    # Gradients of embedding and head: whole ones during the passes, and a rank's shard of them that
+    # is there only from the last sum on.
+    sums = 0
+    late_gradients = 0
+    if c.sum_embeddings_once and not alone:
+        sums = FP32 * counts.embeddings
+        late_gradients = sums / shards
+        always["gradients of blocks"] = always.pop("gradients") - late_gradients
+        last_sum = 2 * sums + late_gradients               # and a copy on its way
+    elif alone:
+        last_sum = FP32 * counts.embeddings                # the copy of bf16 gradients in fp32
+    else:
+        last_sum = (BF16 + FP32) * counts.embeddings
+
+    in_passes = gathered + sums + BF16 * counts.head
+    phases = {}
+    for phase, size in activation_phases(c, counts, tokens, checkpointed).items():
+        phases[phase] = in_passes + size if size else 0
+    phases["last sum"] = last_sum
+    if c.optimizer == "muonclip":
+        phases["Parallel Muon"] = late_gradients + parallel_muon_bytes(c, model)
+    if c.eval_every and not alone and BF16 * counts.total <= SAMPLE_BYTES:
+        gradients = FP32 * counts.total / shards - late_gradients
+        phases["samples"] = max(0, BF16 * counts.total - gradients)
+    return always, phases
+
+
+def activation_phases(c: Config, counts: Counts, tokens: int,
+                      checkpointed: int) -> dict[str, float]:
+    """Bytes of activations, and of their gradients, in each phase of a pass."""
     fp8 = c.precision == "fp8"
-    bytes_per_token, input_bytes = activation_bytes(config, fp8)
-    block_bytes = tokens * bytes_per_token
+    bytes_per_token, input_bytes = activation_bytes(model_config(c), fp8)
+    block = tokens * bytes_per_token
     if fp8:
-        block_bytes += FP8 * block_matrices          # transposed
-    plain = c.num_hidden_layers - checkpointed
-    inputs = tokens * checkpointed * input_bytes
-    activations = inputs + plain * block_bytes
+        block += FP8 * counts.block_matrices               # transposed
+    inputs = checkpointed * tokens * input_bytes           # of the recomputed blocks
+    plain_blocks = (c.num_hidden_layers - checkpointed) * block
+
     logits = BF16 * min(tokens, LOSS_CHUNK) * c.vocab_size
     # In the backward pass of a block most gradients are there between down and gate: those of gate,
     # of up, and of the block's output.
     of_activations = BF16 * tokens * (2 * c.intermediate_size + c.hidden_size)
-    block_gradients = of_activations + (BF16 + FP32) * block_matrices
-
-    shard_of_embeddings = 0     # gradients that are there only from the last sum on
-    sums = 0
-    if alone:
-        last_sum = FP32 * embeddings
-    elif c.sum_embeddings_once:
-        shard_of_embeddings = FP32 * embeddings / shards
-        always["gradients of blocks"] = always.pop("gradients") - shard_of_embeddings
-        sums = FP32 * embeddings
-        last_sum = sums + FP32 * embeddings + shard_of_embeddings
-    else:
-        last_sum = (BF16 + FP32) * embeddings
-
-    in_passes = gathered + sums + BF16 * head
-    phases = {"loss": in_passes + activations + logits,
-              "backward pass": in_passes + activations + block_gradients,
-              "recomputation": in_passes + inputs + block_bytes + block_gradients,
-              "last sum": last_sum}
-    if not checkpointed:
-        phases["recomputation"] = 0
-    if c.optimizer == "muonclip":
-        phases["Parallel Muon"] = shard_of_embeddings + parallel_muon_bytes(c, model)
-    if c.eval_every and not alone and BF16 * total <= SAMPLE_BYTES:
-        gradients = always.get("gradients", always.get("gradients of blocks"))
-        phases["samples"] = max(0, BF16 * total - gradients)
-    return always, phases
+    gradients = of_activations + (BF16 + FP32) * counts.block_matrices
+    return {"loss": inputs + plain_blocks + logits,
+            "backward pass": inputs + plain_blocks + gradients,
+            "recomputation": inputs + block + gradients if checkpointed else 0}
 
 
 def tokens_in_a_pass(c: Config, T: int) -> int:
