@@ -401,17 +401,23 @@ def batches_of_one_shape(params: list[Tensor]) -> Iterator[list[Tensor]]:
 class MuonClip(torch.optim.Optimizer):
     """Muon trains muon_params, AdamW trains adamw_params.
 
-    muon_params: contiguous matrices (m, n), or stacks of them (..., m, n), in fp32 or fp64.
+    muon_params: contiguous matrices (m, n), or stacks of them (..., m, n), in fp32 or fp64. Their
+        lr, momentum and weight_decay act in fp32.
     adamw_params: anything. Vectors and scalars get no weight decay.
+    coefficients: the name of a table in COEFFICIENTS. dtype: of u and O, see newton_schulz.
     qk: [(q_weight, k_weight), ...], a pair for each layer, for QK-clip; kv_map, head_dim and tau as
         in qk_clip. tau = 0 switches it off.
 
-    On many ranks all ranks of a mesh call step() together, with the same `skip`. Parameters that
-    are not DTensors belong to each process; the caller reduces their gradients, and max_logits.
+    On many ranks all ranks of a mesh call step() together, with the same `skip`. If the q and k
+    weights are sharded, step() takes the maximum of max_logits over the ranks. For parameters that
+    are not DTensors, the caller must reduce the gradients and max_logits over ranks before.
 
-    After a step that was not skipped, update_rms[p] is the RMS of 0.2 sqrt(max(m, n)) O: of a
-    matrix's last update divided by lr, without the weight decay. heads_clipped is how many heads
-    were above tau. Only reading these tensors waits for the device."""
+    A step that was not skipped sets two results for logs. Only reading these tensors waits for the
+    device:
+
+        update_rms[p]    the RMS of matrix p's last update, without the factor lr and without weight
+                         decay; about 0.2
+        heads_clipped    how many heads were above tau; None without QK-clip"""
 
     def __init__(self, muon_params, adamw_params, *, lr: float, momentum: float = 0.95,
                  weight_decay: float = 0.1, betas=(0.9, 0.95), eps: float = 1e-8,
@@ -436,7 +442,8 @@ class MuonClip(torch.optim.Optimizer):
             dict(kind="muon", params=matrices, weight_decay=weight_decay),
             dict(kind="adamw", params=tables, weight_decay=weight_decay),
             dict(kind="adamw", params=vectors, weight_decay=0.0)]
-        # fused: load_state_dict looks for it, and then leaves AdamW's "step" where it is, in fp32.
+        # fused=True in each group also tells Optimizer.load_state_dict to keep "step" as an fp32
+        # tensor on the device.
         defaults = dict(lr=lr, momentum=momentum, betas=betas, eps=eps, fused=True)
         super().__init__([group for group in groups if group["params"]], defaults)
 
@@ -462,13 +469,18 @@ class MuonClip(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, *, max_logits: Tensor | None = None, skip: Tensor | None = None) -> None:
-        """Update all parameters that have a gradient, and all matrices in shards: a rank does not
-        know whether other ranks have a gradient, so one that is missing counts as 0.
+        """Update all parameters that have a gradient. A parameter without one is left alone.
+        Exception: a sharded matrix, whose missing gradient counts as 0 (its momentum and weight
+        decay still act), because other ranks may have one and wait for this rank's message.
 
-        max_logits (layers, H): the largest logit of each head that this rank has seen, for QK-clip.
+        max_logits (layers, H): the largest logit of each head that this rank has seen. QK-clip
+            needs it.
         skip (0-dim bool tensor): if true, no weight and no state changes, even if gradients or
         logits are NaN. The device decides, without a host sync: gradients count as 0, mu as 1, lr
         as 0, and AdamW takes skip as found_inf, its flag for an overflow under loss scaling."""
+        has_qk_clip = bool(self.qk and self.tau)
+        if has_qk_clip and max_logits is None:
+            raise ValueError("QK-clip needs step(max_logits=...); tau=0 switches QK-clip off")
         if skip is None:
             device = self.param_groups[0]["params"][0].device
             skip = torch.zeros((), dtype=torch.bool, device=device)
@@ -479,7 +491,7 @@ class MuonClip(torch.optim.Optimizer):
             else:
                 self._adamw_step(group, skip)
 
-        if max_logits is not None and self.qk and self.tau:
+        if has_qk_clip:
             self._qk_clip_step(max_logits.masked_fill(skip, 0))
 
     def add_param_group(self, group: dict) -> None:

@@ -445,6 +445,22 @@ def test_a_logit_that_is_not_finite_raises(bad):
         qk_clip([layer], torch.tensor([[1.0, bad]]), [0, 1], 2, 100.0)
 
 
+def test_a_step_without_the_logits_that_qk_clip_needs_is_refused_and_changes_nothing():
+    model = Motif(MODEL)
+    optimizer = configure_optimizer(model, lr=0.1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    kept = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="max_logits"):
+        optimizer.step()
+    assert all(map(torch.equal, model.parameters(), kept))
+
+    without = configure_optimizer(model, lr=0.1, tau=0.0)
+    without.step()
+    assert without.heads_clipped is None
+    assert not any(map(torch.equal, model.parameters(), kept))
+
+
 def test_main_prints_the_routing_and_times_a_step(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["bench_muon", "--hidden_size=16", "--intermediate_size=16"])
     bench_muon.main()
