@@ -398,12 +398,28 @@ def batches_of_one_shape(params: list[Tensor]) -> Iterator[list[Tensor]]:
             yield same[first:first + count]
 
 
+def adamw_groups(params: list[Tensor], weight_decay: float, lr_scales: dict) -> list[dict]:
+    """Divide AdamW's parameters into groups: matrices, then vectors and scalars, which get no
+    weight decay; and each of these by lr_scales (MuonClip)."""
+    tables = [p for p in params if p.ndim > 1]
+    vectors = [p for p in params if p.ndim < 2]
+    groups = []
+    for same_decay, decay in ((tables, weight_decay), (vectors, 0.0)):
+        by_scale = {1.0: []}
+        for p in same_decay:
+            by_scale.setdefault(lr_scales.get(p, 1.0), []).append(p)
+        for scale, same in by_scale.items():
+            groups.append(dict(kind="adamw", params=same, weight_decay=decay, lr_scale=scale))
+    return groups
+
+
 class MuonClip(torch.optim.Optimizer):
     """Muon trains muon_params, AdamW trains adamw_params.
 
     muon_params: contiguous matrices (m, n), or stacks of them (..., m, n), in fp32 or fp64. Their
         lr, momentum and weight_decay act in fp32.
     adamw_params: anything. Vectors and scalars get no weight decay.
+    lr_scales: {p: factor} of those adamw_params that learn at factor * lr.
     coefficients: the name of a table in COEFFICIENTS. dtype: of u and O, see newton_schulz.
     qk: [(q_weight, k_weight), ...], a pair for each layer, for QK-clip; kv_map, head_dim and tau as
         in qk_clip. tau = 0 switches it off.
@@ -421,7 +437,8 @@ class MuonClip(torch.optim.Optimizer):
 
     def __init__(self, muon_params, adamw_params, *, lr: float, momentum: float = 0.95,
                  weight_decay: float = 0.1, betas=(0.9, 0.95), eps: float = 1e-8,
-                 coefficients: str = "motif", dtype: torch.dtype = torch.bfloat16,
+                 lr_scales: dict[Tensor, float] | None = None, coefficients: str = "motif",
+                 dtype: torch.dtype = torch.bfloat16,
                  qk=(), kv_map=None, head_dim: int | None = None, tau: float = 100.0):
         matrices = list(muon_params)
         others = list(adamw_params)
@@ -436,15 +453,16 @@ class MuonClip(torch.optim.Optimizer):
         if coefficients not in COEFFICIENTS:
             raise ValueError(f"coefficients={coefficients!r} is none of {', '.join(COEFFICIENTS)}")
 
-        tables = [p for p in others if p.ndim > 1]
-        vectors = [p for p in others if p.ndim < 2]
-        groups = [
-            dict(kind="muon", params=matrices, weight_decay=weight_decay),
-            dict(kind="adamw", params=tables, weight_decay=weight_decay),
-            dict(kind="adamw", params=vectors, weight_decay=0.0)]
+        lr_scales = lr_scales or {}
+        if not lr_scales.keys() <= set(others):
+            raise ValueError("lr_scales are for adamw_params alone; to scale the update of a "
+                             "matrix, change MuonClip.apply_result")
+
+        groups = [dict(kind="muon", params=matrices, weight_decay=weight_decay)]
+        groups += adamw_groups(others, weight_decay, lr_scales)
         # fused=True in each group also tells Optimizer.load_state_dict to keep "step" as an fp32
         # tensor on the device.
-        defaults = dict(lr=lr, momentum=momentum, betas=betas, eps=eps, fused=True)
+        defaults = dict(lr=lr, lr_scale=1.0, momentum=momentum, betas=betas, eps=eps, fused=True)
         super().__init__([group for group in groups if group["params"]], defaults)
 
         self.ns_options = dict(coefficients=coefficients, dtype=dtype)
@@ -581,7 +599,7 @@ class MuonClip(torch.optim.Optimizer):
             max_exp_avg_sqs=[],
             state_steps=[state["step"] for state in states],
             found_inf=skip.float(),
-            lr=group["lr"] * group.get("lr_scale", 1.0), beta1=beta1, beta2=beta2, eps=group["eps"],
+            lr=group["lr"] * group["lr_scale"], beta1=beta1, beta2=beta2, eps=group["eps"],
             weight_decay=group["weight_decay"], fused=group["fused"],
             amsgrad=False, maximize=False)
 
@@ -614,35 +632,15 @@ def configure_optimizer(model, *, optimizer: str = "muonclip", embedding_lr_scal
         qk = [(block.self_attn.q_proj.weight, block.self_attn.k_proj.weight) for block in layers]
     chosen = set(matrices)
     others = [p for p in model.parameters() if p not in chosen]
-    result = MuonClip(matrices, others, qk=qk, kv_map=model.config.kv_map,
-                      head_dim=model.config.head_dim, **options)
 
-    embeddings = {model.model.embed_tokens.weight, model.head_weight}
-    poly_norm = set()
+    embeddings = (model.model.embed_tokens.weight, model.head_weight)
+    lr_scales = dict.fromkeys(embeddings, embedding_lr_scale)
     for block in layers:
         if block.mlp.act_fn is not None:
-            poly_norm.update(block.mlp.act_fn.parameters())
-    set_lr_scale(result, embeddings, embedding_lr_scale)
-    set_lr_scale(result, poly_norm, poly_norm_lr_scale)
-    return result
-
-
-def set_lr_scale(optimizer: MuonClip, chosen: set[Tensor], lr_scale: float) -> None:
-    """From now on these parameters, which all must be AdamW's, learn at lr_scale times lr: they
-    leave their group for one of their own. (Muon takes all of its matrices in one group, and knows
-    no lr_scale. To scale a matrix's update, see MuonClip.apply_result.)"""
-    if lr_scale == 1:
-        return
-    groups = []
-    for group in optimizer.param_groups:
-        scaled = [p for p in group["params"] if p in chosen]
-        others = [p for p in group["params"] if p not in chosen]
-        assert not scaled or group["kind"] == "adamw", "Muon knows no lr_scale"
-        if others:
-            groups.append(dict(group, params=others))
-        if scaled:
-            groups.append(dict(group, params=scaled, lr_scale=lr_scale))
-    optimizer.param_groups = groups
+            poly_norm = block.mlp.act_fn.parameters()
+            lr_scales.update(dict.fromkeys(poly_norm, poly_norm_lr_scale))
+    return MuonClip(matrices, others, lr_scales=lr_scales, qk=qk, kv_map=model.config.kv_map,
+                    head_dim=model.config.head_dim, **options)
 
 
 def describe_routing(model, optimizer: MuonClip) -> str:
@@ -654,7 +652,7 @@ def describe_routing(model, optimizer: MuonClip) -> str:
         params = group["params"]
         count = sum(p.numel() for p in params)
         kinds = dict.fromkeys(last_words[p] for p in params)
-        scaled = f", lr times {group['lr_scale']}" if "lr_scale" in group else ""
+        scaled = f", lr times {group['lr_scale']}" if group["lr_scale"] != 1 else ""
         lines.append(f"{group['kind']}, weight decay {group['weight_decay']}{scaled}: "
                      f"{count:,d} in {len(params)} tensors: {', '.join(kinds)}")
     return "\n".join(lines)
