@@ -44,7 +44,7 @@ def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], file_bytes: 
     is_sharded = any(hasattr(t, "full_tensor") for t in tensors.values())
     if is_sharded:
         # Not imported at the top: support.ranks reads this process's rank when it is imported, and
-        # who imports this file may have none yet (tests fork their ranks later).
+        # a process may import the model before it has a rank (tests fork theirs).
         from support.ranks import sync_errors
         rank, world = dist.get_rank(), dist.get_world_size()
 
