@@ -53,7 +53,7 @@ from support.ranks import (RANK, WORLD, all_gather_object, check_started_by_torc
                            run_main)
 from support.run_folder import (is_out_of_memory, latest_checkpoint, lock_folder, read_state,
                                 whole_checkpoints)
-from support.scores import (earlier_scores, format_table, record_line, save_results,
+from support.scores import (format_table, record_line, resume_scores, save_results,
                             scores_by_metric, summarize)
 from support.tasks import (CHAINS, TASKS, Example, Task, has_own_fence, judge_replies,
                            read_questions, read_texts)
@@ -854,7 +854,8 @@ def source_of(task_name: str) -> str:
 # The code of a task is not looked at: if you change it, give another --out_dir.
 
 def settings_of(folder: Path, encoder: PromptEncoder, c: Config) -> dict:
-    """What decides all records. The stamp is a hash of the model: of config.json and of the
+    """What decides all records. The model is named by its absolute path, as the next run may be
+    started in another directory. The stamp is a hash of the model: of config.json and of the
     tokenizer; and, as the weights would take long to read, of the size of their files and of the
     time when each was changed."""
     parts = [(folder / "config.json").read_bytes(), encoder.tokenizer.fingerprint(), encoder.begin]
@@ -862,7 +863,8 @@ def settings_of(folder: Path, encoder: PromptEncoder, c: Config) -> dict:
         parts.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
     stamp = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
-    return {"model": str(folder), "stamp": stamp, "chat": c.chat, "precision": c.precision}
+    return {"model": os.path.abspath(folder), "stamp": stamp, "chat": c.chat,
+            "precision": c.precision}
 
 
 def sampling_settings(task: Task, c: Config) -> dict:
@@ -895,7 +897,7 @@ def evaluate_model(folder: Path, tasks: dict[str, SelectedTask], out: Path, c: C
         c = replace(c, kv_cache_tokens=default_kv_cache_tokens(model, device))
 
     settings = settings_of(folder, encoder, c)
-    records, earlier_results = rank0_only(earlier_scores, out, settings)
+    records, earlier_results = rank0_only(resume_scores, out, settings)
 
     results = {}
     for name, selected in tasks.items():

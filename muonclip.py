@@ -1,6 +1,6 @@
 """MuonClip: Muon for the matrices, AdamW for everything else, QK-clip for the attention logits.
 
-One step of Muon on a matrix, from its gradient:
+One step of Muon on a matrix of m x n numbers, from its gradient:
 
     momentum = mu * momentum + gradient
     u        = gradient + mu * momentum                                  (Nesterov)
@@ -13,8 +13,9 @@ GPUs, where FSDP2 has cut the matrices into shards.
 Sources: Muon (kellerjordan.github.io/posts/muon), Moonlight (arXiv 2502.16982) for the factor
 0.2 sqrt(max(m, n)), Kimi K2 (2507.20534) for QK-clip, Motif-2 (2511.07464) for Parallel Muon.
 Letters: G is a gradient (not model.py's groups), u the matrix to be made orthogonal, O the result,
-all m x n; E is how many matrices are stacked; mu is the momentum factor, lr the learning rate; H
-query heads, K key heads, D head_dim.
+all m x n; E is how many matrices are stacked; mu is the momentum factor, lr the learning rate.
+Attention has H query heads and K key heads, each with D = head_dim rows of its layer's q or k
+weight.
 """
 import functools
 import math
@@ -39,9 +40,10 @@ import kernels
 # direction that u has. It is also steepest descent under the spectral norm: if u is the gradient,
 # then among all steps dW with |dW x| <= |x| for every x, -O lowers the loss most, to first order.
 #
-# Does it pay? With 115M parameters the loss was lower than that of AdamW, in the best of eleven
-# settings, by 0.260 nats per token, +- 0.006, and a step took 1.02 times as long. No logit reached
-# QK-clip's threshold, but at twice the learning rate some did (README, "Does it help").
+# Does it pay? With 115M parameters AdamW, at the best of the eleven settings that we tried for it,
+# ended 0.260 +- 0.006 (standard error) nats per token higher. A training step with Muon took 1.02
+# times as long. No logit reached QK-clip's threshold, but at twice the learning rate some did
+# (README, "Does it help").
 #
 # Newton-Schulz. An SVD is slow on a GPU; matrix products are fast. Start with X = u / |u|_F, whose
 # singular values are at most 1. With A = X X^T, one step is
@@ -106,17 +108,18 @@ def plain_newton_schulz(u: Tensor, steps: int = 5, coefficients: str = "motif") 
 
 # ---- Newton-Schulz, fast. It computes the same; one can skip to "The update" at first.
 #
-# Precision. u is first cast to `dtype`: Parallel Muon sends bf16, and one process does the same. On
-# a GPU the iteration runs in fp16, which tensor cores multiply as fast, and which has 3 more bits
-# of mantissa. The larger range of bf16 is not needed.
+# Precision. u is cast to bf16 first, because Parallel Muon sends it in bf16; a single process casts
+# too, so that both agree. (`dtype` can be another one.) The iteration runs on a GPU in fp16, which
+# tensor cores multiply as fast as bf16, and which has 3 more bits of mantissa. fp16 has the smaller
+# range, which is why X is scaled by 64 below.
 #
-# Scale. |X|_F = 1 means that the entries of X are about 1 / sqrt(m n), 1.2e-4 for 4096 x 16384,
-# and below 6.1e-5 fp16 loses bits (subnormal numbers). So the code works with multiples. In names,
-# s stands for SCALE, not for a singular value: sX = SCALE X, sA = SCALE A, and ssA = sX sX^T =
-# SCALE^2 A. 64 is the largest safe power of two: singular values reach 1.99 with polar_express, so
-# entries of ssA reach 64^2 * 1.99^2 = 16,000; 128 gives 65,000, and fp16 ends at 65,504.
+# Scale. |X|_F = 1 means that the entries of X are about 1 / sqrt(m n), 1.2e-4 for 4096 x 16384, and
+# below 6.1e-5 fp16 loses bits (subnormal numbers). So the code works with multiples, which the
+# names tell: X64 = 64 X, A64 = 64 A, and A4096 = X64 X64^T = 4096 A. 64 is the largest safe power
+# of two: singular values reach 1.99 with polar_express, so entries of A4096 reach 64^2 * 1.99^2 =
+# 16,000; with 128 in place of 64 they would reach 65,000, and fp16 ends at 65,504.
 
-SCALE = 64.0
+SCALE = 64.0            # the 64 of these names
 
 
 def newton_schulz(u: Tensor, steps: int = 5, coefficients: str = "motif",
@@ -126,13 +129,13 @@ def newton_schulz(u: Tensor, steps: int = 5, coefficients: str = "motif",
     m, n = u.shape[-2:]
     matrices = u.to(dtype).contiguous().view(-1, m, n)
     O = torch.empty_like(matrices)
-    sX = normalize(matrices, START_MARGIN[coefficients])
+    X64 = normalize(matrices, START_MARGIN[coefficients])
 
     # A = X X^T is to be the small square, so a tall matrix is iterated transposed.
     tall = m > n
     if tall:
-        sX = sX.mT
-    E, m, n = sX.shape              # m <= n from here on
+        X64 = X64.mT
+    E, m, n = X64.shape             # m <= n from here on
 
     # Most products in gram_steps are symmetric, and a kernel computes only half of each, in tiles
     # of 128 x 128 numbers. With fewer than two tiles for each of an H200's 132 processors these
@@ -140,13 +143,13 @@ def newton_schulz(u: Tensor, steps: int = 5, coefficients: str = "motif",
     table = COEFFICIENTS[coefficients][:steps]
     tile_rows = math.ceil(m / kernels.TILE)
     tiles = E * tile_rows * (tile_rows + 1) // 2
-    if tiles >= kernels.MIN_SYMMETRIC_TILES and kernels.can_use_symmetric_matmul(sX):
+    if tiles >= kernels.MIN_SYMMETRIC_TILES and kernels.can_use_symmetric_matmul(X64):
         # A nearly square X is about as small as A, so working on A alone would save nothing.
         wide = n >= 1.2 * m
-        sX = gram_steps(sX, table, span=3 if wide else 1)
+        X64 = gram_steps(X64, table, span=3 if wide else 1)
     else:
-        sX = plain_steps(sX, table)
-    torch.div(sX, SCALE, out=O.mT if tall else O)
+        X64 = plain_steps(X64, table)
+    torch.div(X64, SCALE, out=O.mT if tall else O)
     return O.view(u.shape)
 
 
@@ -162,28 +165,28 @@ def normalize(matrices: Tensor, margin: float) -> Tensor:
         working_dtype = flat.dtype
         largest = flat.abs().amax(1, keepdim=True)      # vector_norm is slow on a CPU
     largest.clamp_(torch.finfo(flat.dtype).tiny)
-    sX = torch.empty_like(flat, dtype=working_dtype)
-    torch.div(flat, largest, out=sX)
+    X64 = torch.empty_like(flat, dtype=working_dtype)
+    torch.div(flat, largest, out=X64)
 
     # The largest entry is now 1, so the norm is at least 1, unless the matrix is 0.
-    norm = torch.linalg.vector_norm(sX, dim=1, keepdim=True).clamp_(1)
-    sX /= norm.mul_(margin / SCALE)         # X = u / (margin |u|_F), and sX = SCALE X
-    return sX.view(matrices.shape)
+    norm = torch.linalg.vector_norm(X64, dim=1, keepdim=True).clamp_(1)
+    X64 /= norm.mul_(margin / SCALE)        # X = u / (margin |u|_F), and X64 = SCALE X
+    return X64.view(matrices.shape)
 
 
-def plain_steps(sX: Tensor, table: list) -> Tensor:
-    """Run Newton-Schulz on sX (E, m, n), in three calls a step: for small matrices the time goes
+def plain_steps(X64: Tensor, table: list) -> Tensor:
+    """Run Newton-Schulz on X64 (E, m, n), in three calls a step: for small matrices the time goes
     into launching kernels."""
     for a, b, c in table:
-        ssA = torch.bmm(sX, sX.mT)
-        # ssA = SCALE^2 A, so B = b A + c A A = (b / SCALE^2) ssA + (c / SCALE^4) ssA ssA.
-        B = torch.baddbmm(ssA, ssA, ssA, beta=b / SCALE**2, alpha=c / SCALE**4)
-        sX = torch.baddbmm(sX, B, sX, beta=a)
-    return sX
+        A4096 = torch.bmm(X64, X64.mT)
+        # A4096 = SCALE^2 A, so B = b A + c A A = (b / SCALE^2) A4096 + (c / SCALE^4) A4096 A4096.
+        B = torch.baddbmm(A4096, A4096, A4096, beta=b / SCALE**2, alpha=c / SCALE**4)
+        X64 = torch.baddbmm(X64, B, X64, beta=a)
+    return X64
 
 
-def gram_steps(sX: Tensor, table: list, span: int) -> Tensor:
-    """Run Newton-Schulz on sX (E, m, n), `span` steps at a time on A = X X^T alone, which is small
+def gram_steps(X64: Tensor, table: list, span: int) -> Tensor:
+    """Run Newton-Schulz on X64 (E, m, n), `span` steps at a time on A = X X^T alone, which is small
     if X is wide (Gram Newton-Schulz; Dao-AILab, 2026).
 
     One step turns X into Z X, where Z = a I + B and B = b A + c A A, and so A into Z A Z. Multiply
@@ -199,26 +202,27 @@ def gram_steps(sX: Tensor, table: list, span: int) -> Tensor:
     symmetric = kernels.symmetric_matmul
     for first in range(0, len(table), span):
         steps = table[first:first + span]
-        sA = symmetric(sX, sX, 1 / SCALE)
+        A64 = symmetric(X64, X64, 1 / SCALE)
         for i, (a, b, c) in enumerate(steps):
-            sB = symmetric(sA, sA, c / SCALE, sA, b)
+            B64 = symmetric(A64, A64, c / SCALE, A64, b)
 
             # The next step's A = Z A Z. The last step needs none.
             if i + 1 < len(steps):
-                sZA = symmetric(sB, sA, 1 / SCALE, sA, a)
-                sA = symmetric(sZA, sB, 1 / SCALE, sZA, a)
+                ZA64 = symmetric(B64, A64, 1 / SCALE, A64, a)
+                A64 = symmetric(ZA64, B64, 1 / SCALE, ZA64, a)
 
             # Q = Z Q, and at first Q = Z = a I + B. It may overwrite B: the next A is computed.
             if i == 0:
-                sQ = sB
-                sQ.diagonal(dim1=1, dim2=2).add_(a * SCALE)
+                Q64 = B64
+                Q64.diagonal(dim1=1, dim2=2).add_(a * SCALE)
             else:
-                sQ = symmetric(sQ, sB, 1 / SCALE, sQ, a)
+                Q64 = symmetric(Q64, B64, 1 / SCALE, Q64, a)
 
-        # sX = sQ sX / SCALE, in one call: bmm has no alpha, and with beta = 0 baddbmm ignores its
-        # first argument. `out` keeps the layout: a tall matrix, transposed, has contiguous columns.
-        sX = torch.baddbmm(sX, sQ, sX, beta=0, alpha=1 / SCALE, out=torch.empty_like(sX))
-    return sX
+        # X = Q X, so X64 = Q64 X64 / SCALE. One call does both: bmm has no alpha, and with beta = 0
+        # baddbmm ignores its first argument. `out` keeps the layout: a tall matrix, transposed, has
+        # contiguous columns.
+        X64 = torch.baddbmm(X64, Q64, X64, beta=0, alpha=1 / SCALE, out=torch.empty_like(X64))
+    return X64
 
 
 # ---- The update
@@ -272,7 +276,8 @@ def update_scale(shape) -> float:
 
 # ---- Shards
 #
-# Under FSDP2 a parameter is a DTensor: each rank of a device mesh holds one shard of it. On one
+# Under FSDP2 a parameter is a DTensor: each rank of a device mesh holds one shard of it, a block of
+# rows. Under HSDP there are several replicas, each sharded: a mesh of (replicas, shards). On one
 # process none of this happens, and a parameter is its own shard.
 
 def is_spread(p: Tensor) -> bool:
@@ -287,7 +292,7 @@ def local_shard(p: Tensor) -> Tensor:
 
 def shard_dims(t: Tensor) -> tuple[int | None, ...]:
     """Say for each mesh dimension of a DTensor which tensor dimension is sharded over it, or None
-    for replicas. FSDP2 has (0,), HSDP has (None, 0)."""
+    for replicas. FSDP2 has (0,). HSDP has (None, 0)."""
     return tuple(place.dim if place.is_shard() else None for place in t.placements)
 
 
@@ -319,8 +324,9 @@ def local_slices(shape, mesh_sizes, dims, coords) -> tuple[slice, ...]:
 # The idea. Let L_h be the largest logit of head h in this step's own forward pass. After the update
 # scale the weights of q and k, so that head h's logits get the factor gamma_h: tau / L_h if L_h is
 # larger than tau, else 1. If each head has a key of its own, q and k each get sqrt(gamma_h). But
-# here heads share keys: in the 12.7B model 40 query heads read 16 key heads, and the 4 signal heads
-# of a group share one. A head below tau must not change because its neighbour is above. So
+# here several query heads read one key head, as in grouped-query attention: in the 12.7B model 40
+# query heads read 16 key heads. A head below tau must not change because another head that reads
+# the same key is above. So
 #
 #     f_j = sqrt(min of gamma_h over the heads h that read key head j)        the factor of key j
 #     gamma_h / f_j                                                           the factor of query h
@@ -398,24 +404,48 @@ def batches_of_one_shape(params: list[Tensor]) -> Iterator[list[Tensor]]:
             yield same[first:first + count]
 
 
+def adamw_groups(params: list[Tensor], weight_decay: float, lr_scales: dict) -> list[dict]:
+    """Divide AdamW's parameters into groups: matrices, then vectors and scalars, which get no
+    weight decay; and each of these by lr_scales (MuonClip)."""
+    tables = [p for p in params if p.ndim > 1]
+    vectors = [p for p in params if p.ndim < 2]
+    groups = []
+    for same_decay, decay in ((tables, weight_decay), (vectors, 0.0)):
+        by_scale = {1.0: []}
+        for p in same_decay:
+            by_scale.setdefault(lr_scales.get(p, 1.0), []).append(p)
+        for scale, same in by_scale.items():
+            group = dict(kind="adamw", params=same, weight_decay=decay, lr_scale=scale)
+            groups.append(group)
+    return groups
+
+
 class MuonClip(torch.optim.Optimizer):
     """Muon trains muon_params, AdamW trains adamw_params.
 
-    muon_params: contiguous matrices (m, n), or stacks of them (..., m, n), in fp32 or fp64.
+    muon_params: contiguous matrices (m, n), or stacks of them (..., m, n), in fp32 or fp64. Their
+        lr, momentum and weight_decay act in fp32.
     adamw_params: anything. Vectors and scalars get no weight decay.
+    lr_scales: {p: factor} of those adamw_params that learn at factor * lr.
+    coefficients: the name of a table in COEFFICIENTS. dtype: of u and O, see newton_schulz.
     qk: [(q_weight, k_weight), ...], a pair for each layer, for QK-clip; kv_map, head_dim and tau as
         in qk_clip. tau = 0 switches it off.
 
-    On many ranks all ranks of a mesh call step() together, with the same `skip`. Parameters that
-    are not DTensors belong to each process; the caller reduces their gradients, and max_logits.
+    On many ranks all ranks of a mesh call step() together, with the same `skip`. If the q and k
+    weights are sharded, step() takes the maximum of max_logits over the ranks. For parameters that
+    are not DTensors, the caller must reduce the gradients and max_logits over ranks before.
 
-    After a step that was not skipped, update_rms[p] is the RMS of 0.2 sqrt(max(m, n)) O: of a
-    matrix's last update divided by lr, without the weight decay. heads_clipped is how many heads
-    were above tau. Only reading these tensors waits for the device."""
+    A step that was not skipped sets two results for logs. Only reading these tensors waits for the
+    device:
+
+        update_rms[p]    the RMS of matrix p's last update, without the factor lr and without weight
+                         decay; about 0.2
+        heads_clipped    how many heads were above tau; None without QK-clip"""
 
     def __init__(self, muon_params, adamw_params, *, lr: float, momentum: float = 0.95,
                  weight_decay: float = 0.1, betas=(0.9, 0.95), eps: float = 1e-8,
-                 coefficients: str = "motif", dtype: torch.dtype = torch.bfloat16,
+                 lr_scales: dict[Tensor, float] | None = None, coefficients: str = "motif",
+                 dtype: torch.dtype = torch.bfloat16,
                  qk=(), kv_map=None, head_dim: int | None = None, tau: float = 100.0):
         matrices = list(muon_params)
         others = list(adamw_params)
@@ -430,14 +460,16 @@ class MuonClip(torch.optim.Optimizer):
         if coefficients not in COEFFICIENTS:
             raise ValueError(f"coefficients={coefficients!r} is none of {', '.join(COEFFICIENTS)}")
 
-        tables = [p for p in others if p.ndim > 1]
-        vectors = [p for p in others if p.ndim < 2]
-        groups = [
-            dict(kind="muon", params=matrices, weight_decay=weight_decay),
-            dict(kind="adamw", params=tables, weight_decay=weight_decay),
-            dict(kind="adamw", params=vectors, weight_decay=0.0)]
-        # fused: load_state_dict looks for it, and then leaves AdamW's "step" where it is, in fp32.
-        defaults = dict(lr=lr, momentum=momentum, betas=betas, eps=eps, fused=True)
+        lr_scales = lr_scales or {}
+        if not lr_scales.keys() <= set(others):
+            raise ValueError("lr_scales are for adamw_params alone; to scale the update of a "
+                             "matrix, change MuonClip.apply_result")
+
+        groups = [dict(kind="muon", params=matrices, weight_decay=weight_decay)]
+        groups += adamw_groups(others, weight_decay, lr_scales)
+        # fused=True in each group also tells Optimizer.load_state_dict to keep "step" as an fp32
+        # tensor on the device.
+        defaults = dict(lr=lr, lr_scale=1.0, momentum=momentum, betas=betas, eps=eps, fused=True)
         super().__init__([group for group in groups if group["params"]], defaults)
 
         self.ns_options = dict(coefficients=coefficients, dtype=dtype)
@@ -462,13 +494,18 @@ class MuonClip(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, *, max_logits: Tensor | None = None, skip: Tensor | None = None) -> None:
-        """Update all parameters that have a gradient, and all matrices in shards: a rank does not
-        know whether other ranks have a gradient, so one that is missing counts as 0.
+        """Update all parameters that have a gradient. A parameter without one is left alone.
+        Exception: a sharded matrix, whose missing gradient counts as 0 (its momentum and weight
+        decay still act), because other ranks may have one and wait for this rank's message.
 
-        max_logits (layers, H): the largest logit of each head that this rank has seen, for QK-clip.
+        max_logits (layers, H): the largest logit of each head that this rank has seen. QK-clip
+            needs it.
         skip (0-dim bool tensor): if true, no weight and no state changes, even if gradients or
         logits are NaN. The device decides, without a host sync: gradients count as 0, mu as 1, lr
         as 0, and AdamW takes skip as found_inf, its flag for an overflow under loss scaling."""
+        has_qk_clip = bool(self.qk and self.tau)
+        if has_qk_clip and max_logits is None:
+            raise ValueError("QK-clip needs step(max_logits=...); tau=0 switches QK-clip off")
         if skip is None:
             device = self.param_groups[0]["params"][0].device
             skip = torch.zeros((), dtype=torch.bool, device=device)
@@ -479,7 +516,7 @@ class MuonClip(torch.optim.Optimizer):
             else:
                 self._adamw_step(group, skip)
 
-        if max_logits is not None and self.qk and self.tau:
+        if has_qk_clip:
             self._qk_clip_step(max_logits.masked_fill(skip, 0))
 
     def add_param_group(self, group: dict) -> None:
@@ -569,7 +606,7 @@ class MuonClip(torch.optim.Optimizer):
             max_exp_avg_sqs=[],
             state_steps=[state["step"] for state in states],
             found_inf=skip.float(),
-            lr=group["lr"] * group.get("lr_scale", 1.0), beta1=beta1, beta2=beta2, eps=group["eps"],
+            lr=group["lr"] * group["lr_scale"], beta1=beta1, beta2=beta2, eps=group["eps"],
             weight_decay=group["weight_decay"], fused=group["fused"],
             amsgrad=False, maximize=False)
 
@@ -602,35 +639,16 @@ def configure_optimizer(model, *, optimizer: str = "muonclip", embedding_lr_scal
         qk = [(block.self_attn.q_proj.weight, block.self_attn.k_proj.weight) for block in layers]
     chosen = set(matrices)
     others = [p for p in model.parameters() if p not in chosen]
-    result = MuonClip(matrices, others, qk=qk, kv_map=model.config.kv_map,
-                      head_dim=model.config.head_dim, **options)
 
-    embeddings = {model.model.embed_tokens.weight, model.head_weight}
-    poly_norm = set()
+    lr_scales = {
+        model.model.embed_tokens.weight: embedding_lr_scale,
+        model.head_weight: embedding_lr_scale}
     for block in layers:
         if block.mlp.act_fn is not None:
-            poly_norm.update(block.mlp.act_fn.parameters())
-    set_lr_scale(result, embeddings, embedding_lr_scale)
-    set_lr_scale(result, poly_norm, poly_norm_lr_scale)
-    return result
-
-
-def set_lr_scale(optimizer: MuonClip, chosen: set[Tensor], lr_scale: float) -> None:
-    """From now on these parameters, which all must be AdamW's, learn at lr_scale times lr: they
-    leave their group for one of their own. (Muon takes all of its matrices in one group, and knows
-    no lr_scale. To scale a matrix's update, see MuonClip.apply_result.)"""
-    if lr_scale == 1:
-        return
-    groups = []
-    for group in optimizer.param_groups:
-        scaled = [p for p in group["params"] if p in chosen]
-        others = [p for p in group["params"] if p not in chosen]
-        assert not scaled or group["kind"] == "adamw", "Muon knows no lr_scale"
-        if others:
-            groups.append(dict(group, params=others))
-        if scaled:
-            groups.append(dict(group, params=scaled, lr_scale=lr_scale))
-    optimizer.param_groups = groups
+            for p in block.mlp.act_fn.parameters():
+                lr_scales[p] = poly_norm_lr_scale
+    return MuonClip(matrices, others, lr_scales=lr_scales, qk=qk, kv_map=model.config.kv_map,
+                    head_dim=model.config.head_dim, **options)
 
 
 def describe_routing(model, optimizer: MuonClip) -> str:
@@ -642,7 +660,7 @@ def describe_routing(model, optimizer: MuonClip) -> str:
         params = group["params"]
         count = sum(p.numel() for p in params)
         kinds = dict.fromkeys(last_words[p] for p in params)
-        scaled = f", lr times {group['lr_scale']}" if "lr_scale" in group else ""
+        scaled = f", lr times {group['lr_scale']}" if group["lr_scale"] != 1 else ""
         lines.append(f"{group['kind']}, weight decay {group['weight_decay']}{scaled}: "
                      f"{count:,d} in {len(params)} tensors: {', '.join(kinds)}")
     return "\n".join(lines)
@@ -690,8 +708,43 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 # 2 N / C (1 - 1 / C). If it gathered every matrix, it would receive N (1 - 1 / C). For the 12.7B
 # model on 8 GPUs in bf16 (N = 10.9e9) that is 4.77 GB instead of 19.08, and an eighth of the FLOPs.
 #
-# Below come the plan (who owns what, and when), its execution (what a rank sends and receives), and
-# the step. Several replicas of a sharded model (HSDP) are a variation: replicas_per_muon_group.
+# Below come the step, the plan (who owns what, and when), and the exchange (what a rank sends and
+# receives). Several replicas of a sharded model (HSDP) are a variation: replicas_per_muon_group.
+
+# ---- The step
+
+def parallel_muon_step(optimizer: MuonClip, exchange: "ShardExchange",
+                       scalars: SimpleNamespace) -> None:
+    """Take one step of Muon on the matrices of an exchange, in the order of the timeline above.
+    There u(k) and O(k) are u and O of all matrices of chunk k."""
+    last = len(exchange.plan.chunks) - 1
+    exchange.send_u(0, optimizer, scalars)
+    for k in range(last + 1):
+        # Phase 1: wait for u(k), and put together the matrices that this rank owns.
+        whole_u = exchange.gather_u(k)
+
+        # Phase 2: start to send u(k+1). It travels during phase 3.
+        if k < last:
+            exchange.send_u(k + 1, optimizer, scalars)
+
+        # Phase 3: orthogonalise whole matrices, one at a time. pop: each u is freed on the way.
+        whole_O = {}
+        for i in list(whole_u):
+            whole_O[i] = newton_schulz(whole_u.pop(i), **optimizer.ns_options)
+
+        # Phase 4: wait for O(k-1), which travelled during phase 3, and update this rank's shards. A
+        # rank that is done first waits only for those that are still in phase 3 of chunk k-1: ranks
+        # may be one chunk apart.
+        if k > 0:
+            exchange.apply_O(k - 1, optimizer, scalars)
+
+        # Phase 5: start to send O(k). The buffer that is sent is a copy, so free O itself.
+        exchange.send_O(k, whole_O)
+        del whole_O
+
+    exchange.apply_O(last, optimizer, scalars)
+    exchange.finish_update_rms(optimizer)
+
 
 # ---- The plan
 
@@ -735,7 +788,7 @@ def assign_owners(shapes, ranks: int) -> tuple[list, list]:
         chunks[k].append(i)
         busy[owner[i]] += flops[i]
     for chunk in chunks:
-        chunk.sort(key=lambda i: (owner[i], i))     # the order of messages, see MuonPlan
+        chunk.sort(key=lambda i: (owner[i], i))     # the order of messages, see ShardExchange
     return owner, chunks
 
 
@@ -780,13 +833,6 @@ class MuonPlan:
     ([0, 1, 2], [False, False, True, True])
     >>> plan.counts["u"][0].tolist()
     [[16, 8, 0, 0], [16, 8, 0, 0], [0, 0, 4, 0], [0, 0, 4, 0]]
-
-    Messages carry numbers alone. In which order they stand, all ranks know from chunks[k]:
-
-        u leaves a rank       by (owner, i), as in chunks[k]
-        u reaches its owner   by (sender, i)
-        O leaves its owner    by (receiver, i)
-        O reaches a rank      by (owner, i), as in chunks[k] again
     """
 
     def __init__(self, shapes, shard_dims, mesh: Tensor):
@@ -794,16 +840,14 @@ class MuonPlan:
         self.shapes = shapes
         self.mesh = mesh
         self.owner, self.chunks = assign_owners(shapes, ranks)
-        self.slices = {}
-        self.is_sender = {}
+        self.slices = [None] * len(shapes)
+        self.is_sender = [None] * len(shapes)
         shape = (len(self.chunks), ranks, ranks)
         self.counts = {name: torch.zeros(shape, dtype=torch.int64) for name in ("u", "O")}
 
-        # Where in the mesh each rank is.
-        places = []
-        for rank in sorted(mesh.flatten().tolist()):
-            places.append((mesh == rank).nonzero())
-        coords = torch.cat(places)                          # (ranks, dimensions of the mesh)
+        # Where in the mesh each rank is: (ranks, dimensions of the mesh).
+        global_ranks = sorted(mesh.flatten().tolist())
+        coords = torch.stack([(mesh == r).nonzero()[0] for r in global_ranks])
         for k, chunk in enumerate(self.chunks):
             for i in chunk:
                 self._plan_messages(k, i, shard_dims[i], coords)
@@ -843,10 +887,11 @@ def replicas_per_muon_group(shapes, ranks: int, replicas: int) -> int:
     no more to do than the largest matrix takes, or all of them. With more, O goes to more ranks,
     and hardly sooner. `ranks` counts the ranks of all replicas.
 
-    HSDP keeps several replicas, each on C ranks. Each could do Parallel Muon by itself, but then
-    all would do the same work. So R of them form a group, and a matrix has one owner in the group.
-    The owner takes the shards of u from its own replica, which has all of them, and sends O to
-    every rank of the group. A rank owns N / (R C) numbers, and receives
+    Under HSDP each replica could do Parallel Muon by itself, but then all would do the same work.
+    So R of them form a group, and a matrix has one owner in the group. The owner takes the shards
+    of u from its own replica, which has all of them, and sends O to every rank of the group. Where
+    the matrices have N numbers, and each replica is on C ranks, a rank owns N / (R C) numbers, and
+    receives
 
         of u    N / (R C)  less  N / (R C^2), its own shards of what it owns
         of O    N / C      less  N / (R C^2)
@@ -859,12 +904,21 @@ def replicas_per_muon_group(shapes, ranks: int, replicas: int) -> int:
     return replicas
 
 
-# ---- The plan carried out
+# ---- The exchange
 
 class ShardExchange:
     """Sends and receives what `plan` says for this rank: shards of u on their way to the owners,
     and shards of O on their way back. All ranks of the plan's mesh make one, for the same params:
-    plan.shapes are theirs. dtype: of u and O."""
+    plan.shapes are theirs. dtype: of u and O.
+
+    Messages carry numbers alone. In which order these stand, all ranks know from plan.chunks[k],
+    which is sorted by (owner, i), where i is a matrix:
+
+        u leaves a rank       by (owner, i), as in chunks[k]
+        u reaches its owner   by (sender, i)
+        O leaves its owner    by (receiver, i)
+        O reaches a rank      by (owner, i), as in chunks[k] again
+    """
 
     def __init__(self, plan: MuonPlan, params: list[Tensor], dtype: torch.dtype):
         ranks = sorted(plan.mesh.flatten().tolist())
@@ -875,7 +929,7 @@ class ShardExchange:
         self.plan = plan
         self.params = params
         self.nothing = torch.empty(0, dtype=dtype, device=params[0].device)     # cat([]) would fail
-        sends = [plan.is_sender[i][self.me] for i in range(len(params))]
+        sends = [is_sender[self.me] for is_sender in plan.is_sender]
         self.this_rank_sends = torch.tensor(sends, device=params[0].device)
         self.under_way = {}
 
@@ -974,37 +1028,3 @@ def build_exchanges(matrices: list[Tensor], dtype: torch.dtype) -> list[ShardExc
         plan = MuonPlan(shapes, dims, mesh)
         exchanges.append(ShardExchange(plan, params, dtype))
     return exchanges
-
-
-# ---- The step
-
-def parallel_muon_step(optimizer: MuonClip, exchange: ShardExchange,
-                       scalars: SimpleNamespace) -> None:
-    """Take one step of Muon on the matrices of a plan, in the order of the timeline above."""
-    last = len(exchange.plan.chunks) - 1
-    exchange.send_u(0, optimizer, scalars)
-    for k in range(last + 1):
-        # Phase 1: wait for u(k), and put together the matrices that this rank owns.
-        whole_u = exchange.gather_u(k)
-
-        # Phase 2: start to send u(k+1). It travels during phase 3.
-        if k < last:
-            exchange.send_u(k + 1, optimizer, scalars)
-
-        # Phase 3: orthogonalise whole matrices, one at a time. pop: each u is freed on the way.
-        whole_O = {}
-        for i in list(whole_u):
-            whole_O[i] = newton_schulz(whole_u.pop(i), **optimizer.ns_options)
-
-        # Phase 4: wait for O(k-1), which travelled during phase 3, and update this rank's shards. A
-        # rank that is done first waits only for those that are still in phase 3 of chunk k-1: ranks
-        # may be one chunk apart.
-        if k > 0:
-            exchange.apply_O(k - 1, optimizer, scalars)
-
-        # Phase 5: start to send O(k). The buffer that is sent is a copy, so free O itself.
-        exchange.send_O(k, whole_O)
-        del whole_O
-
-    exchange.apply_O(last, optimizer, scalars)
-    exchange.finish_update_rms(optimizer)

@@ -196,10 +196,10 @@ def all_reduce_sum(t: Tensor) -> Tensor:
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on at least one rank. The CPUs exchange it, so that no GPU has to
     finish its queue first."""
-    flag = torch.tensor(flag, dtype=torch.int32)
+    largest = torch.tensor(flag, dtype=torch.int32)
     if WORLD > 1:
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return bool(largest)
 
 
 # ---- which rows of a batch a rank has
@@ -247,8 +247,8 @@ def install_signal_handlers() -> list[float]:
     """Handle SIGTERM and Ctrl-C -> a list that fills when one arrives. A second one, more than a
     second later, ends the process at once.
 
-    To be called once the first step is done: during it torch.compile has worker processes. A
-    SIGTERM to the process group ends them, and a process that survived it would wait for them."""
+    To be called once the first step is done. Until then a SIGTERM should end this process: it also
+    ends the workers of torch.compile, for which this process would wait for ever."""
     times = []
 
     def handler(number, frame):

@@ -163,11 +163,15 @@ def last_good(out: Path) -> str:
 
 def find_checkpoint(c, out: Path) -> Checkpoint | None:
     """The checkpoint that the knob `resume` asks for; None: start at step 0."""
+    if c.resume == "no":
+        check_no_other_run(c, out, None)
+        return None
+
     start = latest_checkpoint(out)
     # The same command, given again, goes on with the run that it has begun.
     began_here = start is not None and start.state["config"].get("resume") == c.resume
-    if c.resume == "no" or (c.resume != "auto" and not began_here):
-        start = None if c.resume == "no" else checkpoint_at(Path(c.resume))
+    if c.resume != "auto" and not began_here:
+        start = checkpoint_at(Path(c.resume))
         check_no_other_run(c, out, start)
     elif start is None and any((out / f"step_{n}/state.json").exists()
                                for n in checkpoint_steps(out)):
@@ -186,6 +190,8 @@ def checkpoint_at(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise UserError(f"there is no folder {path} to resume from")
     newest = latest_checkpoint(path)
+    if newest is None and checkpoint_steps(path):
+        raise UserError(f"{path} holds checkpoints, and none is whole; give another --resume")
     return newest or Checkpoint(path, read_state(path))
 
 
@@ -226,7 +232,8 @@ def remove(path: Path) -> None:
 
 def finish_checkpoint(temporary: Path, folder: Path, state: dict, c) -> None:
     """Make a checkpoint of a folder in which the ranks have written all tensors: check that all
-    files have arrived, add state.json, flush everything to the disk, and rename the folder."""
+    files have arrived, add state.json, flush everything to the disk, and rename the folder. Rank 0
+    alone calls this."""
     tensor_files(temporary, "model")
     tensor_files(temporary / "optimizer", "state")
     sizes = {name: (temporary / name).stat().st_size for name in files_in(temporary)}
@@ -262,8 +269,9 @@ def checksums(folder: Path) -> dict[str, int]:
 
 
 def check_files(folder: Path) -> None:
-    """UserError if the files of a checkpoint are not those that were written. The ranks divide the
-    work. (An older checkpoint has no checksums.)"""
+    """UserError if the files of a checkpoint are not those that were written. All ranks call this,
+    and each checks some of the files: an error is that of one rank, and the caller makes it known
+    to the others (sync_errors). An older checkpoint has no checksums."""
     expected = read_state(folder).get("checksums", {})
     for name in sorted(expected)[RANK::WORLD]:
         if checksum(folder / name) != expected[name]:
@@ -311,8 +319,8 @@ def is_out_of_memory(e: RuntimeError) -> bool:
 
 @contextmanager
 def friendly_errors(c, out: Path):
-    """Make a UserError of what the environment does to a run: too little memory, a full disk, a
-    lost rank. Errors of our code keep their traceback."""
+    """Make a UserError of what the environment does to a run: any OSError, such as a full disk, too
+    little memory, or a lost rank. Other exceptions keep their traceback."""
     try:
         yield
     except BrokenPipeError:

@@ -9,15 +9,17 @@ from configurator import UserError
 from support.log import replace_text
 from support.weights import read_json
 
-def earlier_scores(out: Path, settings: dict) -> tuple[dict, dict]:
-    """What an earlier run left in out: records {(task, number): record} and results {task: result}.
 
-    Both files are then written anew, so that the settings are noted before the first new record is
-    appended. A damaged line of samples.jsonl is passed over. If the weights or the tokenizer have
-    changed since, if results.json cannot be read, or if one of the files is missing, nothing
-    counts. Then what there is becomes *.old, so that hours of work are not lost by a mistake.
-    UserError if the scores are of a model in another folder, or were made with another --chat or
-    --precision."""
+def resume_scores(out: Path, settings: dict) -> tuple[dict, dict]:
+    """Make the folder `out` ready for the scores of a run -> what an earlier run left there that
+    counts: records {(task, number): record} and results {task: result}.
+
+    If the weights or the tokenizer have changed since, if results.json cannot be read, or if one of
+    the files is missing, nothing counts. Then what there is becomes *.old, so that hours of work
+    are not lost by a mistake. A damaged line of samples.jsonl is passed over. Both files are
+    written anew with what counts, so that the settings are noted before the first new record is
+    appended. UserError if the scores are of a model in another folder, or were made with another
+    --chat or --precision."""
     out.mkdir(parents=True, exist_ok=True)
     samples = out / "samples.jsonl"
     result_file = out / "results.json"
@@ -34,10 +36,7 @@ def earlier_scores(out: Path, settings: dict) -> tuple[dict, dict]:
     is_usable = isinstance(earlier.get("tasks"), dict) and samples.exists()
     if is_usable and earlier.get("stamp") == settings["stamp"]:
         results = earlier["tasks"]
-        for line in samples.read_bytes().splitlines(keepends=True):
-            record = read_record(line)
-            if record is not None:
-                records[record["task"], record["doc"]] = record
+        records = read_records(samples)
     elif any(file.exists() and file.stat().st_size > 0 for file in (samples, result_file)):
         ending = free_ending(out)
         for file in (samples, result_file):
@@ -47,6 +46,16 @@ def earlier_scores(out: Path, settings: dict) -> tuple[dict, dict]:
               f"read; all questions are measured anew, and the earlier files are kept as *{ending}")
     save_results(out, settings, records, results)
     return records, results
+
+
+def read_records(samples: Path) -> dict[tuple, dict]:
+    """{(task, number): record} of a samples.jsonl, without damaged lines."""
+    records = {}
+    for line in samples.read_bytes().splitlines(keepends=True):
+        record = read_record(line)
+        if record is not None:
+            records[record["task"], record["doc"]] = record
+    return records
 
 
 def free_ending(out: Path) -> str:
@@ -60,9 +69,10 @@ def free_ending(out: Path) -> str:
 
 
 def check_same_settings(out: Path, earlier: dict, settings: dict) -> None:
-    """UserError if the earlier scores are of another model, or of other --chat or --precision."""
+    """UserError if the earlier scores are of another model, or of other --chat or --precision.
+    (Older results.json have the model's path as it was given, often a relative one.)"""
     model = earlier.get("model")
-    if isinstance(model, str) and os.path.abspath(model) != os.path.abspath(settings["model"]):
+    if isinstance(model, str) and os.path.abspath(model) != settings["model"]:
         raise UserError(f"{out} has the scores of {model}, not of {settings['model']}; delete it "
                         "or give another --out_dir")
     for key in ("chat", "precision"):

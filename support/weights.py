@@ -6,7 +6,6 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -31,10 +30,10 @@ HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"              # of a tied model the head, too
 
 
-def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes: int,
+def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], file_bytes: int,
                  json_files: dict[str, dict] | None = None) -> None:
     """Write name -> tensor to path/<stem>.safetensors, or to several files and an index. A file has
-    at most shard_bytes, unless a single tensor is larger. json_files: file name -> what to write
+    at most file_bytes, unless a single tensor is larger. json_files: file name -> what to write
     beside them, such as config.json. The tensors are first written to *.tmp files. Only then is an
     earlier model in this folder removed, so that a full disk does not cost it.
 
@@ -44,9 +43,12 @@ def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes:
     rank, world = 0, 1
     is_sharded = any(hasattr(t, "full_tensor") for t in tensors.values())
     if is_sharded:
+        # Not imported at the top: support.ranks reads this process's rank when it is imported, and
+        # a process may import the model before it has a rank (tests fork theirs).
+        from support.ranks import sync_errors
         rank, world = dist.get_rank(), dist.get_world_size()
 
-    names_of_file = divide_into_files(tensors, stem, shard_bytes)
+    names_of_file = divide_into_files(tensors, stem, file_bytes)
     json_files = dict(json_files or {})
     if len(names_of_file) > 1:
         json_files[stem + INDEX] = make_index(tensors, names_of_file)
@@ -58,53 +60,62 @@ def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], shard_bytes:
     def write_temporaries() -> None:
         path.mkdir(parents=True, exist_ok=True)
         with safetensors_errors():
-            for file, shard in mine.items():
-                save_file(shard, path / f"{file}.tmp", metadata={"format": "pt"})
+            for file, contents in mine.items():
+                save_file(contents, path / f"{file}.tmp", metadata={"format": "pt"})
 
+    def remove_earlier_model() -> None:
+        if rank == 0:
+            remove_earlier(path, stem, names_of_file, json_files)
+
+    def rename_temporaries() -> None:
+        for file in mine:
+            os.replace(path / f"{file}.tmp", path / file)
+
+    def write_json_files() -> None:
+        if rank == 0:
+            for file, content in json_files.items():
+                write_json(path / file, content)
+
+    # No rank begins a stage before all have ended the one before, and an error on one rank ends all
+    # of them. So if a file of any rank is not renamed, there are no JSON files, without which
+    # nobody takes the mixture of two models for a model.
     try:
-        if is_sharded:
-            from support.ranks import sync_errors
-            sync_errors(write_temporaries)      # if one rank fails, none goes on
-        else:
-            write_temporaries()
+        for stage in (write_temporaries, remove_earlier_model, rename_temporaries,
+                      write_json_files):
+            if is_sharded:
+                sync_errors(stage)
+            else:
+                stage()
     except BaseException:
         for file in mine:
             (path / f"{file}.tmp").unlink(missing_ok=True)
         raise
 
-    if rank == 0:
-        remove_earlier(path, stem, names_of_file, json_files)
-    for file in mine:
-        os.replace(path / f"{file}.tmp", path / file)
-    if rank == 0:
-        for file, content in json_files.items():
-            write_json(path / file, content)
 
-
-def save_one_by_one(path: Path, stem: str, shapes: dict[str, Tensor],
-                    tensors: Iterator[tuple[str, Tensor]], shard_bytes: int,
+def save_one_by_one(path: Path, stem: str, like: dict[str, Tensor],
+                    tensors: Iterator[tuple[str, Tensor]], file_bytes: int,
                     json_files: dict[str, dict]) -> None:
     """Write what save_tensors would, of (name, tensor) that come one after the other: no more than
-    the tensors of one file are in memory. shapes: all names in the same order, with tensors of
-    these shapes and dtypes, such as those on the meta device. An earlier model in the folder is
+    the tensors of one file are in memory. like: all names in the same order, with tensors of the
+    same shapes and dtypes, such as those on the meta device. An earlier model in the folder is
     overwritten from the beginning, and a failure leaves none."""
     from safetensors.torch import save_file
     path.mkdir(parents=True, exist_ok=True)
-    names_of_file = divide_into_files(shapes, stem, shard_bytes)
+    names_of_file = divide_into_files(like, stem, file_bytes)
     json_files = dict(json_files)
     if len(names_of_file) > 1:
-        json_files[stem + INDEX] = make_index(shapes, names_of_file)
+        json_files[stem + INDEX] = make_index(like, names_of_file)
     remove_earlier(path, stem, names_of_file, json_files)
     try:
         with safetensors_errors():
             for file, names in names_of_file.items():
-                shard = {}
+                contents = {}
                 for name in names:
                     made, tensor = next(tensors)
-                    assert made == name and tensor.shape == shapes[name].shape, (made, name)
-                    assert tensor.dtype == shapes[name].dtype, name
-                    shard[name] = tensor.contiguous()
-                save_file(shard, path / file, metadata={"format": "pt"})
+                    assert made == name and tensor.shape == like[name].shape, (made, name)
+                    assert tensor.dtype == like[name].dtype, name
+                    contents[name] = tensor.contiguous()
+                save_file(contents, path / file, metadata={"format": "pt"})
     except BaseException:
         for file in names_of_file:
             (path / file).unlink(missing_ok=True)
@@ -124,24 +135,18 @@ def make_index(tensors: dict[str, Tensor], names_of_file: dict[str, list[str]]) 
 
 def assemble_files(tensors: dict[str, Tensor], names_of_file: dict[str, list[str]], rank: int,
                    world: int) -> dict[str, dict[str, Tensor]]:
-    """{file: {name: whole tensor}} of the files that this rank writes, every world-th one.
-
-    All ranks assemble a tensor together, and one of them copies it to the host. So that all copy at
-    the same time, they go through `world` files side by side: a tensor of each, then the next."""
-    files = list(names_of_file)
-    mine = {file: {} for file in files[rank::world]}
-    for first in range(0, len(files), world):
-        side_by_side = files[first:first + world]
-        for names in zip_longest(*[names_of_file[file] for file in side_by_side]):
-            own = None
-            for r, name in enumerate(names):
-                if name is not None:
-                    whole = assemble(tensors[name])
-                    if r == rank:
-                        own = (name, whole)
-            if own:
-                name, whole = own
-                mine[files[first + rank]][name] = whole.cpu() if world > 1 else whole
+    """{file: {name: whole tensor}} of the files that this rank writes, every world-th one. All
+    ranks assemble each tensor together, and the one that writes its file keeps a copy on the host.
+    """
+    mine = {}
+    for i, (file, names) in enumerate(names_of_file.items()):
+        is_mine = i % world == rank
+        if is_mine:
+            mine[file] = {}
+        for name in names:
+            whole = assemble(tensors[name])
+            if is_mine:
+                mine[file][name] = whole.cpu() if world > 1 else whole
     return mine
 
 
@@ -184,18 +189,19 @@ def checksum(file: Path) -> int:
     return value
 
 
-def divide_into_files(tensors: dict[str, Tensor], stem: str, most: int) -> dict[str, list[str]]:
-    """File name -> the names of its tensors, in order, of at most `most` bytes together.
+def divide_into_files(tensors: dict[str, Tensor], stem: str,
+                      file_bytes: int) -> dict[str, list[str]]:
+    """File name -> the names of its tensors, in order, of at most file_bytes together.
 
     >>> tensors = {"a": torch.zeros(3), "b": torch.zeros(2), "c": torch.zeros(1)}
-    >>> divide_into_files(tensors, "model", most=12)
+    >>> divide_into_files(tensors, "model", file_bytes=12)
     {'model-00001-of-00002.safetensors': ['a'], 'model-00002-of-00002.safetensors': ['b', 'c']}
     """
     files = [[]]
     size = 0
     for name, t in tensors.items():
         nbytes = t.numel() * t.element_size()
-        if files[-1] and size + nbytes > most:
+        if files[-1] and size + nbytes > file_bytes:
             files.append([])
             size = 0
         files[-1].append(name)
@@ -335,8 +341,9 @@ def model_folder(name, patterns=("*.json", "*.safetensors")) -> Path:
 def read_json(file: Path) -> dict:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{file} cannot be read; a model folder has one") from None
+    except OSError as e:
+        hint = "; the folder of a model has one" if file.name == "config.json" else ""
+        raise UserError(f"{file} cannot be read ({one_line(e)}){hint}") from None
     except (ValueError, RecursionError) as e:
         raise UserError(f"{file}: not JSON: {e}") from None
     if not isinstance(found, dict):
@@ -345,6 +352,6 @@ def read_json(file: Path) -> dict:
 
 
 def write_json(file: Path, value: dict) -> None:
-    temporary = file.with_suffix(".tmp")
+    temporary = file.with_name(f"{file.name}.tmp")      # remove_earlier knows this ending
     temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, file)

@@ -235,7 +235,7 @@ def test_some_parameters_learn_at_their_own_rate(key, names, optimizer):
         rule = configure_optimizer(model, lr=0.01, optimizer=optimizer, **{key: scale})
         ids = torch.arange(12).view(2, 6)
         model(ids, ids + 1).backward()
-        rule.step()
+        rule.step(max_logits=model.max_logits)
         steps[scale] = {name: p.detach() - start[name] for name, p in model.named_parameters()}
     for name, step in steps[1.0].items():
         factor = 4 if any(part in name for part in names) else 1

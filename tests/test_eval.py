@@ -798,12 +798,31 @@ def test_another_model_does_not_get_the_folder_of_the_first(run, model_dir):
         shutil.copytree(model_dir, folder)
     run(model="a/b", tasks="arc_easy", out_dir=None)
     written = Path("out/eval/a-b/samples.jsonl").read_bytes()
-    words = "^out/eval/a-b has the scores of a/b, not of a-b; .*--out_dir"
+    words = "^out/eval/a-b has the scores of /.*/a/b, not of /.*/a-b; .*--out_dir"
     with pytest.raises(SystemExit, match=words):
         run(model="a-b", tasks="arc_easy", out_dir=None)
     assert Path("out/eval/a-b/samples.jsonl").read_bytes() == written
     run(model=Path("a/b").resolve(), tasks="arc_easy", out_dir="out/eval/a-b")
     assert Path("out/eval/a-b/samples.jsonl").read_bytes() == written
+
+
+def test_a_model_keeps_its_scores_when_the_next_run_starts_in_another_directory(
+        run, model_dir, requests_scored, tmp_path, monkeypatch):
+    """Also where results.json has the relative path that older ones have."""
+    shutil.copytree(model_dir, "m")
+    run(model="m", tasks="arc_easy")
+    out = Path("o").resolve()
+    scored = len(requests_scored)
+    (tmp_path / "elsewhere").mkdir()
+    with monkeypatch.context() as context:
+        context.chdir(tmp_path / "elsewhere")
+        run(model="../m", tasks="arc_easy", out_dir=out)
+    assert len(requests_scored) == scored
+
+    file = Path("o/results.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model": "m"}))
+    run(model="m", tasks="arc_easy")
+    assert len(requests_scored) == scored
 
 
 def set_rope_theta(folder):

@@ -1,5 +1,6 @@
 """The model against reference.py in float64, against PyTorch, against itself, and its files."""
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -427,6 +428,22 @@ def test_a_save_that_fails_leaves_the_earlier_model_and_other_files_alone(tmp_pa
     make(2, num_hidden_layers=1).save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {
         CONFIG, WEIGHTS, "model-ema.safetensors", "model.lora.safetensors"}
+
+
+def test_a_failed_write_of_a_json_file_leaves_nothing_after_the_next_save(tmp_path, monkeypatch):
+    """Of the index, which the next model, in one file, does not have."""
+    def replace(old, new):
+        if new.name == INDEX:
+            raise OSError("no index here")
+        real(old, new)
+
+    real = os.replace
+    with monkeypatch.context() as context:
+        context.setattr(os, "replace", replace)
+        with pytest.raises(OSError, match="no index here"):
+            make().save_pretrained(tmp_path, shard_bytes=4000)
+    make().save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {CONFIG, WEIGHTS}
 
 
 def test_numbers_that_float16_cannot_hold_are_named(tmp_path):

@@ -372,6 +372,27 @@ def test_muon_gets_the_layers_matrices_and_adamw_all_else():
         "lambda_q2, lambda_k2, subln, post_attention_layernorm, act_fn, bias, norm"]
 
 
+def test_scaled_parameters_learn_at_their_multiple_of_lr_and_a_matrix_of_muon_has_none():
+    """Groups are those without a scale first, then the others."""
+    model = Motif(MODEL)
+    optimizer = configure_optimizer(model, lr=0.1, optimizer="adamw", embedding_lr_scale=4.0,
+                                    poly_norm_lr_scale=0.5)
+    lines = describe_routing(model, optimizer).splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "adamw, weight decay 0.1", "adamw, weight decay 0.1, lr times 4.0",
+        "adamw, weight decay 0.0", "adamw, weight decay 0.0, lr times 0.5"]
+    assert lines[1].endswith(": embed_tokens, lm_head") and lines[3].endswith(": act_fn, bias")
+
+    ours = normal((8, 6), (6,))
+    theirs = copies(ours)
+    slow = MuonClip([], ours, lr=0.02, lr_scales={ours[0]: 0.5})
+    fast = MuonClip([], theirs, lr=0.01)
+    train(3, (ours, slow), (theirs, fast))
+    assert torch.equal(ours[0], theirs[0]) and not torch.equal(ours[1], theirs[1])
+    with pytest.raises(ValueError, match="lr_scales"):
+        MuonClip(ours[:1], ours[1:], lr=0.02, lr_scales={ours[0]: 0.5})
+
+
 def test_adamw_to_compare_gets_everything_and_no_qk_clip():
     model = Motif(MODEL)
     optimizer = configure_optimizer(model, lr=0.1, optimizer="adamw")
@@ -443,6 +464,22 @@ def test_a_logit_that_is_not_finite_raises(bad):
     with pytest.raises(RuntimeError, match="an attention logit is not finite"):
         layer = (torch.ones(4, 3), torch.ones(4, 3))
         qk_clip([layer], torch.tensor([[1.0, bad]]), [0, 1], 2, 100.0)
+
+
+def test_a_step_without_the_logits_that_qk_clip_needs_is_refused_and_changes_nothing():
+    model = Motif(MODEL)
+    optimizer = configure_optimizer(model, lr=0.1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    kept = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="max_logits"):
+        optimizer.step()
+    assert all(map(torch.equal, model.parameters(), kept))
+
+    without = configure_optimizer(model, lr=0.1, tau=0.0)
+    without.step()
+    assert without.heads_clipped is None
+    assert not any(map(torch.equal, model.parameters(), kept))
 
 
 def test_main_prints_the_routing_and_times_a_step(monkeypatch, capsys):

@@ -635,6 +635,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_by_itself(
     assert "none is whole" in refused(run)
     assert Path("out/metrics.jsonl").read_bytes() == metrics_before
 
+    message = refused(run, resume="out", out_dir="other")
+    assert message == "out holds checkpoints, and none is whole; give another --resume"
+
 
 def test_a_damaged_checkpoint_does_not_count_as_one_that_is_kept(run, straight):
     shutil.copytree(straight, "out")

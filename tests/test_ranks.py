@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.tensor import distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -165,6 +166,45 @@ def steps_with_set_gradients(out: Path, first: int, last: int) -> None:
     pretrain.save_checkpoint(out, last, model, optimizer, {"skipped": 0, "data": ""}, c)
 
 
+def fail_to_rename(folder: Path) -> None:
+    """A save over an earlier model, in which rank 1 cannot rename its file, fails on both ranks. No
+    mixture of the two models can be read, and nothing of the failure is left after the next save.
+    """
+    from configurator import UserError
+    from support.ranks import RANK, barrier, init_distributed
+    from support.weights import iter_checkpoint, save_tensors
+    init_distributed(torch.device("cpu"), 30, even_alone=False)
+    mesh = dist.init_device_mesh("cpu", (2,))
+
+    def save(value):
+        tensors = {name: distribute_tensor(torch.full((4,), value), mesh) for name in ("a", "b")}
+        save_tensors(folder, "model", tensors, 16)          # a file for each tensor
+
+    def read():
+        barrier()
+        return {name: load().tolist()
+                for name, load in iter_checkpoint(folder, "model", {"a": (4,), "b": (4,)})}
+
+    def replace(old, new):
+        raise OSError("no renaming here")
+
+    save(1.0)
+    real = os.replace
+    if RANK == 1:
+        os.replace = replace
+    with pytest.raises(OSError, match="no renaming here"):
+        save(2.0)
+    with pytest.raises(UserError):
+        read()
+
+    os.replace = real
+    save(3.0)
+    assert read() == {"a": [3.0] * 4, "b": [3.0] * 4}
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json"]
+
+
 def run_worlds(folder: Path) -> None:
     shards = folder / "shards"
     world(1, train, folder / "one", shards)
@@ -177,6 +217,7 @@ def run_worlds(folder: Path) -> None:
     for ranks in (1, 2, 4):
         world(ranks, write_samples, folder / "samples")
     world(2, count_messages, folder)
+    world(2, fail_to_rename, folder / "renamed")
     world(1, steps_with_set_gradients, folder / "still", 0, 5)
     world(4, steps_with_set_gradients, folder / "moving", 0, 2)
     world(2, steps_with_set_gradients, folder / "moving", 2, 3)
@@ -276,6 +317,11 @@ def test_a_checkpoint_moves_between_numbers_of_ranks(folder):
     assert len(list((folder / "moving/step_5").glob("model-*.safetensors"))) > 3
     assert same(folder / "moving/step_5", folder / "still/step_5")
     assert not same(folder / "moving/step_3", folder / "still/step_5")
+
+
+def test_a_save_that_fails_on_one_rank_leaves_no_mixture_of_two_models(folder):
+    """The world of fail_to_rename has succeeded, as all in run_worlds."""
+    assert len(list((folder / "renamed").iterdir())) == 3
 
 
 def test_sigterm_saves_and_a_lost_rank_ends_all_and_a_restart_goes_on(folder):
