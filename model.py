@@ -801,7 +801,7 @@ class Motif(nn.Module):
         model.load_state_dict(tensors, assign=True)
         return model.to(device).requires_grad_()
 
-    def save_pretrained(self, path, shard_bytes: int = 5 * 10**9) -> None:
+    def save_pretrained(self, path, file_bytes: int = 5 * 10**9) -> None:
         """Write the released layout, in the model's own dtypes. A model that was there stays until
         all files are written.
 
@@ -809,7 +809,7 @@ class Motif(nn.Module):
         all have returned. A model that is not sharded is written by each process that calls it."""
         dtype = str(self.head_weight.dtype).removeprefix("torch.")
         config = self.config.to_dict() | {"torch_dtype": dtype}
-        save_tensors(Path(path), "model", self.state_dict(), shard_bytes, {"config.json": config})
+        save_tensors(Path(path), "model", self.state_dict(), file_bytes, {"config.json": config})
 
 
 def init_normal_(p: Tensor, std: float) -> None:

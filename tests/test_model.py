@@ -334,14 +334,14 @@ def test_generation_that_cannot_be_is_refused():
 
 # ---- files
 
-@pytest.mark.parametrize("shard_bytes, in_shards", [(5 * 10**9, False), (4000, True)])
+@pytest.mark.parametrize("file_bytes, in_files", [(5 * 10**9, False), (4000, True)])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_saved_model_comes_back_bitwise_in_its_own_dtypes(tmp_path, shard_bytes, in_shards, tied):
+def test_a_saved_model_comes_back_bitwise_in_its_own_dtypes(tmp_path, file_bytes, in_files, tied):
     for size in 9000, 10**9:                             # older files, in shards and in one
         make(7, num_hidden_layers=1).save_pretrained(tmp_path, size)
     model = make(tie_word_embeddings=tied).bfloat16()
     model.model.norm.float()
-    model.save_pretrained(tmp_path, shard_bytes)
+    model.save_pretrained(tmp_path, file_bytes)
 
     again = Motif.from_pretrained(tmp_path)
     assert again.config == model.config
@@ -354,7 +354,7 @@ def test_a_saved_model_comes_back_bitwise_in_its_own_dtypes(tmp_path, shard_byte
     assert torch.equal(model.float()(tokens(1, 3)), again(tokens(1, 3)))
 
     names = {f.name for f in tmp_path.iterdir()} - {CONFIG}
-    if not in_shards:
+    if not in_files:
         assert names == {WEIGHTS}                        # other programs read every file in it
         return
     index = json.loads((tmp_path / INDEX).read_text())
@@ -405,7 +405,7 @@ def test_one_rank_of_many_writes_all_of_a_model_that_is_whole(tmp_path, monkeypa
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
     model = make()
-    model.save_pretrained(tmp_path, shard_bytes=4000)
+    model.save_pretrained(tmp_path, file_bytes=4000)
     assert len([*tmp_path.glob("*.safetensors")]) > 3
     again = Motif.from_pretrained(tmp_path)
     assert all(map(torch.equal, model.parameters(), again.parameters()))
@@ -414,7 +414,7 @@ def test_one_rank_of_many_writes_all_of_a_model_that_is_whole(tmp_path, monkeypa
 def test_a_save_that_fails_leaves_the_earlier_model_and_other_files_alone(tmp_path):
     """Here two parameters share memory, which safetensors refuses."""
     model = make()
-    model.save_pretrained(tmp_path, shard_bytes=4000)
+    model.save_pretrained(tmp_path, file_bytes=4000)
     for name in "model-ema.safetensors", "model.lora.safetensors":
         (tmp_path / name).write_text("mine")
     again = make(1)
@@ -441,7 +441,7 @@ def test_a_failed_write_of_a_json_file_leaves_nothing_after_the_next_save(tmp_pa
     with monkeypatch.context() as context:
         context.setattr(os, "replace", replace)
         with pytest.raises(OSError, match="no index here"):
-            make().save_pretrained(tmp_path, shard_bytes=4000)
+            make().save_pretrained(tmp_path, file_bytes=4000)
     make().save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {CONFIG, WEIGHTS}
 
@@ -581,16 +581,16 @@ def change_index(folder, name, file):
     (folder / INDEX).write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("shard_bytes", [10**9, 4000])
+@pytest.mark.parametrize("file_bytes", [10**9, 4000])
 @pytest.mark.parametrize("damage", ["cut", "gone", "missing", "extra", "shape", "dtype"])
-def test_a_damaged_file_of_tensors_is_one_line(tmp_path, damage, shard_bytes):
-    make().save_pretrained(tmp_path, shard_bytes)
+def test_a_damaged_file_of_tensors_is_one_line(tmp_path, damage, file_bytes):
+    make().save_pretrained(tmp_path, file_bytes)
     file = tmp_path / WEIGHTS
-    if shard_bytes == 4000:
+    if file_bytes == 4000:
         index = json.loads((tmp_path / INDEX).read_text())
         file = tmp_path / index["weight_map"][NORM]
     change_tensors(file, **{"model.layers.0.rotary_emb.inv_freq": torch.ones(3)})
-    if shard_bytes == 10**9:
+    if file_bytes == 10**9:
         Motif.from_pretrained(tmp_path)                  # inv_freq, in some releases, is ignored
 
     named = NORM
