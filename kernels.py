@@ -929,33 +929,31 @@ def attention_forward_sweep(q, acc, row_max, row_sum, k_desc, v_desc, seq_begin,
 
 
 @jit
-def key_head_of(pair, head_in_pair, r: tl.constexpr, HAS_NOISE: tl.constexpr):
-    """The key head that a query head reads: the first of its pair, or the second for noise. A
-    caller may pass `head` as head_in_pair: as a pair holds whole groups, is_noise is the same."""
-    is_noise = head_in_pair % (r + HAS_NOISE) // r
+def key_head_of(pair, is_noise, HAS_NOISE: tl.constexpr):
+    """The key head that a query head reads: the first of its pair, or the second for noise."""
     return pair * (1 + HAS_NOISE) + is_noise
 
 
 @jit
-def output_of_head(signal_ptr, noise_ptr, head, H, r: tl.constexpr, HAS_NOISE: tl.constexpr):
-    """Where the output of a query head is, and its gradient likewise: the tensor of its kind,
-    signal or noise; how many heads that has; and head_in_kind, which of them this is: group * r +
-    place of the signal heads, group of the noise heads."""
+def output_of_head(signal, noise, head, H, r: tl.constexpr, HAS_NOISE: tl.constexpr):
+    """-> `signal` or `noise`, whichever has the output of this head; its number of heads; and this
+    head's number among them. Signal heads are in `signal` at group * r + place, noise heads in
+    `noise` at group."""
     num_groups = H // (r + HAS_NOISE)
     group = head // (r + HAS_NOISE)
     place = head % (r + HAS_NOISE)
     is_noise = place // r
     if is_noise == 0:
-        return signal_ptr, num_groups * r, group * r + place
+        return signal, num_groups * r, group * r + place
     else:
-        return noise_ptr, num_groups, group
+        return noise, num_groups, group
 
 
 @jit
-def block_pointers(ptr, first_vector, num_heads, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def block_pointers(ptr, token, head, num_heads, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Addresses of x[token : token + ROWS, head], a block (ROWS, WIDTH), for a contiguous x (B * T,
-    num_heads, WIDTH) that begins at ptr. first_vector is token * num_heads + head, in int64."""
-    ptr += first_vector * WIDTH
+    num_heads, WIDTH) that begins at ptr."""
+    ptr += (tl.cast(token, tl.int64) * num_heads + head) * WIDTH
     return ptr + (tl.arange(0, ROWS)[:, None] * (num_heads * WIDTH) + tl.arange(0, WIDTH)[None, :])
 
 
@@ -975,7 +973,8 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
     pair = head // (r + HAS_NOISE) // GROUPS_PER_PAIR
     first_query = block * BQ
     queries = first_query + tl.arange(0, BQ)
-    k_col = key_head_of(pair, head, r, HAS_NOISE) * D
+    is_noise = head % (r + HAS_NOISE) // r
+    k_col = key_head_of(pair, is_noise, HAS_NOISE) * D
     v_col = pair * Dv
 
     q = q_desc.load([b * T + first_query, head * D])
@@ -991,7 +990,7 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
         masked_lo = first_query
         acc, row_max, row_sum = attention_forward_sweep(
             q, acc, row_max, row_sum, k_desc, v_desc, b * T, k_col, v_col, queries, doc_start, 0,
-            masked_lo, qk_scale, False, BK)
+            masked_lo, qk_scale, MASKED=False, BK=BK)
     else:
         # No later query looks further back than the first one: blocks before its document are
         # skipped. The rest are masked, as a later query's document may begin in any of them.
@@ -999,7 +998,7 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
         doc_start = tl.load(doc_start_ptr + b * T + queries, queries < T, 0)
     acc, row_max, row_sum = attention_forward_sweep(
         q, acc, row_max, row_sum, k_desc, v_desc, b * T, k_col, v_col, queries, doc_start,
-        masked_lo, hi, qk_scale, True, BK)
+        masked_lo, hi, qk_scale, MASKED=True, BK=BK)
 
     # Queries beyond T get lse = inf, so that the backward pass finds p = exp2(... - inf) = 0 there.
     # lse has room for them: each head has tl.num_programs(0) whole blocks.
@@ -1012,8 +1011,7 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
     tl.store(block_max_ptr + head_in_batch * tl.num_programs(0) + block, block_max)
 
     out_ptr, num_heads, head_in_kind = output_of_head(signal_ptr, noise_ptr, head, H, r, HAS_NOISE)
-    first_vector = tl.cast(b * T + first_query, tl.int64) * num_heads + head_in_kind
-    out_ptrs = block_pointers(out_ptr, first_vector, num_heads, BQ, Dv)
+    out_ptrs = block_pointers(out_ptr, b * T + first_query, head_in_kind, num_heads, BQ, Dv)
     out = (acc / row_sum[:, None]).to(signal_ptr.dtype.element_ty)
     tl.store(out_ptrs, out, (queries < T)[:, None])
 
@@ -1076,24 +1074,22 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
     """delta = rowsum(out * d_out), for BQ queries of one head. The grid is (blocks of queries,
     B * H)."""
     head_in_batch = tl.program_id(1)
-    queries = tl.program_id(0) * BQ + tl.arange(0, BQ)
-    b = tl.cast(head_in_batch // H, tl.int64)
+    first_query = tl.program_id(0) * BQ
+    queries = first_query + tl.arange(0, BQ)
+    b = head_in_batch // H
     head = head_in_batch % H
-    out_ptr, num_heads, head_in_kind = output_of_head(signal_ptr, noise_ptr, head, H, r, HAS_NOISE)
-    d_out_ptr, num_heads, head_in_kind = output_of_head(d_signal_ptr, d_noise_ptr, head, H, r,
-                                                        HAS_NOISE)
-
-    offsets = ((b * T + queries)[:, None] * num_heads + head_in_kind) * Dv
-    offsets += tl.arange(0, Dv)[None, :]
-    out = tl.load(out_ptr + offsets, (queries < T)[:, None], 0.).to(tl.float32)
-    d_out = tl.load(d_out_ptr + offsets, (queries < T)[:, None], 0.).to(tl.float32)
+    ptrs, num_heads, head_in_kind = output_of_head((signal_ptr, d_signal_ptr),
+                                                   (noise_ptr, d_noise_ptr), head, H, r, HAS_NOISE)
+    out_ptrs = block_pointers(ptrs[0], b * T + first_query, head_in_kind, num_heads, BQ, Dv)
+    d_out_ptrs = block_pointers(ptrs[1], b * T + first_query, head_in_kind, num_heads, BQ, Dv)
+    out = tl.load(out_ptrs, (queries < T)[:, None], 0.).to(tl.float32)
+    d_out = tl.load(d_out_ptrs, (queries < T)[:, None], 0.).to(tl.float32)
     tl.store(delta_ptr + tl.cast(head_in_batch, tl.int64) * (tl.num_programs(0) * BQ) + queries,
              tl.sum(out * d_out, 1))
 
 
-# Where ds is stored. Its lower triangle is cut into tiles of TILE x TILE. Tile (i, j) has the
-# queries of tile row i and the keys of tile column j <= i, and is number i (i + 1) / 2 + j of its
-# head:
+# Where ds is stored. Its lower triangle is cut into tiles of TILE x TILE, where a tile row has TILE
+# queries. Only the tiles on and below the diagonal exist; they are stored in this order:
 #
 #                     keys j = 0     1     2     3
 #     queries i = 0            0
@@ -1102,12 +1098,11 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 #             i = 3            6     7     8     9
 #
 # A tile is stored transposed, a row for each key and a column for each query. The tiles of a head
-# lie one below the other in memory, a matrix of TILE columns: row (tile number) * TILE + key % TILE
-# and column query % TILE hold ds[query, key]. Thus tile row i is a matrix (keys, TILE queries),
-# which begins, with key 0, at row i (i + 1) / 2 * TILE of the head. For example query 300 and key
-# 140, with TILE = 128: i = 2, j = 1, tile 4, so row 4 * 128 + 12 = 524, which is 3 * 128 + 140, and
-# column 44. Heads follow each other: the head with the number head_in_ds, below, begins at row
-# head_in_ds * tiles_per_head * TILE. For n tile rows tiles_per_head is n (n + 1) / 2.
+# lie one below the other in memory, as a matrix of TILE columns. So tile row i of a head is a matrix
+# (keys 0 ... (i + 1) TILE - 1, TILE queries). Before it come the i (i + 1) / 2 tiles of the tile
+# rows above it, so ds[query, key] is at row i (i + 1) / 2 * TILE + key and column query % TILE. For
+# example query 300 and key 140, with TILE = 128: i = 2, row 3 * 128 + 140 = 524, column 44. Heads
+# follow each other in memory.
 #
 # Which of it is written. attention_dq_kernel multiplies blocks of 64 keys by all TILE queries of a
 # tile row, without a mask. So attention_dkdv_kernel begins with the first query of the diagonal
@@ -1121,29 +1116,12 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 # only as many pairs as fit DS_BYTES at one time (at least one). first_pair is the first of them,
 # counted in the whole batch. A pass for dv alone does all pairs, with first_pair = 0.
 #
-# Numbers of a head. In attention_dkdv_kernel a program knows its pair, and its sweep in each step
-# head_in_pair, which counts the heads of the pair; the other kernels start from head_in_batch or
-# head_in_ds. The tensors are laid out in four ways, so the same head has four numbers:
-#
-#     number          counts            is used in        and is made of
-#     head            the heads of a    q, dq             pair * heads_per_pair + head_in_pair
-#                     sequence
-#     head_in_batch   those of all      lse, delta        pair_in_batch * heads_per_pair +
-#                     sequences                           head_in_pair, where pair_in_batch = b * P
-#                                                         + pair. (That is b * H + head.)
-#     head_in_ds      those that are    ds                pair_in_ds * heads_per_pair +
-#                     done at one time                    head_in_pair, where pair_in_ds =
-#                                                         pair_in_batch - first_pair
-#     head_in_kind    signal or noise   signal or noise,  pair * (heads of its kind in a pair) +
-#                     heads of a        and d_signal or   kind_in_pair, which counts these in the
-#                     sequence          d_noise (d_out)   pair
-#
-# A head reads key_head = pair * (1 + HAS_NOISE) + is_noise of k, and value head `pair` of v. In
-# attention_dkdv_sweep head_in_batch and head_in_ds have no names: lse_begin + head_in_pair is the
-# first, and ds_row contains the second.
-#
-# For example two heads of 12.7B (P = 8, r = 4, heads_per_pair = 5), of sequence b = 1. At T =
-# 16,384 two pairs are done at one time, and these two heads' turn comes with first_pair = 10:
+# Numbers of a head. The tensors are laid out in four ways: q has the heads of a sequence; d_out has
+# its signal heads, or its noise heads; lse and delta have the heads of all sequences; and ds has the
+# heads of the pairs that are done at one time. So a head has four numbers. attention_dkdv_sweep says
+# at each load what number it is. For example two heads of 12.7B (P = 8, r = 4, heads_per_pair = 5),
+# of sequence b = 1. At T = 16,384 two pairs are done at one time, and these two heads' turn comes
+# with first_pair = 10:
 #
 #                     head 17, a signal head          head 19, the noise head of its group
 #     pair            17 // 5 = 3                     19 // 5 = 3
@@ -1153,15 +1131,7 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 #     head_in_batch   11 * 5 + 2 = 57                 11 * 5 + 4 = 59
 #     pair_in_ds      11 - 10 = 1                     1
 #     head_in_ds      1 * 5 + 2 = 7                   1 * 5 + 4 = 9
-#     kind_in_pair    2                               0
 #     head_in_kind    3 * 4 + 2 = 14, of d_signal     3 * 1 + 0 = 3, of d_noise
-#
-# (With two groups to a pair, the second group's noise head would have kind_in_pair 1.)
-#
-# Rows of matrices at which something begins have names with `begin`: seq_begin is where the
-# sequence begins in q, k, v and d_out; lse_begin where the pair does in lse and delta, which have a
-# row for each head of all sequences; ds_begin where the pair does in ds; tile_row_begin where a
-# tile row of a head does in ds.
 
 @jit
 def tiles_before(i):
@@ -1170,63 +1140,86 @@ def tiles_before(i):
 
 
 @jit
-def head_and_query_of_step(step, num_blocks, lo, IS_NOISE: tl.constexpr, r: tl.constexpr,
-                           HAS_NOISE: tl.constexpr, BQ: tl.constexpr):
-    """The number of a step -> what it works on: kind_in_pair, head_in_pair, first_query. Steps go
-    through the heads of one kind in a pair, and for each through num_blocks blocks of BQ queries,
-    from lo on."""
-    heads_per_group: tl.constexpr = 1 if IS_NOISE else r              # of this kind
-    kind_in_pair = step // num_blocks
-    first_query = lo + step % num_blocks * BQ
-    group_in_pair = kind_in_pair // heads_per_group
-    place = IS_NOISE * r + kind_in_pair % heads_per_group
-    head_in_pair = group_in_pair * (r + HAS_NOISE) + place
-    return kind_in_pair, head_in_pair, first_query
+def tile_row_begin(head_in_ds, tile_i, T, TILE: tl.constexpr):
+    """The row of ds at which tile row tile_i of a head begins, with key 0."""
+    tiles_per_head = tiles_before((T + TILE - 1) // TILE)
+    return (head_in_ds * tiles_per_head + tiles_before(tile_i)) * TILE
 
 
 @jit
-def attention_dkdv_sweep(k, v, dk, dv, q_desc, d_out_desc, lse_desc, delta_desc, ds_desc, ds_begin,
-                         tiles_per_head, seq_begin, lse_begin, pair, first_key, doc_end, lo, hi,
-                         qk_scale, IS_NOISE: tl.constexpr, MASKED: tl.constexpr, r: tl.constexpr,
-                         HAS_NOISE: tl.constexpr, GROUPS_PER_PAIR: tl.constexpr, D: tl.constexpr,
-                         Dv: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,
-                         NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
+def recompute_p(k, q, lse, qk_scale, first_key, queries, doc_end, MASKED: tl.constexpr):
+    """p of the forward pass, divided by its sum, for the keys k (BK, D) and the queries q (BQ, D):
+    transposed, (BK, BQ). MASKED: some query may not see some key, and p is 0 there."""
+    p = tl.exp2(tl.dot(k, q.T) * qk_scale - lse[None, :])
+    if MASKED:
+        keys = (first_key + tl.arange(0, k.shape[0]))[:, None]
+        visible = (keys <= queries[None, :]) & (queries[None, :] < doc_end[:, None])
+        p = tl.where(visible, p, 0.)
+    return p
+
+
+@jit
+def store_ds(ds_desc, ds, head_in_ds, first_key, first_query, T, TILE: tl.constexpr):
+    """ds, transposed (BK, BQ), to its place in the tiles of a head."""
+    begin = tile_row_begin(head_in_ds, first_query // TILE, T, TILE)
+    ds_desc.store([begin + first_key, first_query % TILE], ds)
+
+
+@jit
+def attention_dkdv_sweep(k, v, dk, dv, descriptors, places, doc_end, lo, hi, qk_scale,
+                         layout: tl.constexpr, TILE: tl.constexpr, NEED_DK: tl.constexpr,
+                         NEED_DV: tl.constexpr, IS_NOISE: tl.constexpr, MASKED: tl.constexpr):
     """Add to dk and dv of the keys k (BK, D) what the queries lo to hi contribute, from all signal
     heads of the pair, or all noise heads if IS_NOISE. With NEED_DK it also stores ds. Here
     p, dp and ds are (BK, BQ), keys by queries: p^T, dp^T and ds^T of the formulas. q is (BQ, D),
     d_out (BQ, Dv), lse (BQ,), delta (1, BQ), dk (BK, D) and dv (BK, Dv).
 
     One loop counts heads and blocks of queries together. Of two nested loops Triton would load
-    ahead in the inner one only, and begin that anew with each head."""
+    ahead in the inner one only, and begin that anew with each head. What the two calls of the sweep
+    have in common comes in the tuples descriptors, places and layout."""
+    q_desc, d_out_desc, lse_desc, delta_desc, ds_desc = descriptors
+    seq_begin, pair, pair_in_batch, pair_in_ds, first_key, T = places
+    r: tl.constexpr = layout[0]
+    HAS_NOISE: tl.constexpr = layout[1]
+    GROUPS_PER_PAIR: tl.constexpr = layout[2]
+    BQ: tl.constexpr = q_desc.block_shape[0]
+    D: tl.constexpr = q_desc.block_shape[1]
+    Dv: tl.constexpr = d_out_desc.block_shape[1]
+
     heads_per_pair: tl.constexpr = GROUPS_PER_PAIR * (r + HAS_NOISE)
-    kind_per_pair: tl.constexpr = GROUPS_PER_PAIR * (1 if IS_NOISE else r)
+    # The same for the heads of one kind, signal or noise: those that this sweep goes through.
+    same_kind_per_group: tl.constexpr = 1 if IS_NOISE else r
+    same_kind_per_pair: tl.constexpr = GROUPS_PER_PAIR * same_kind_per_group
     num_blocks = (hi - lo + BQ - 1) // BQ
-    for step in range(0, kind_per_pair * num_blocks):
-        kind_in_pair, head_in_pair, first_query = head_and_query_of_step(step, num_blocks, lo,
-                                                                         IS_NOISE, r, HAS_NOISE, BQ)
+    for step in range(0, same_kind_per_pair * num_blocks):
+        # The number of this head among those of its kind in the pair.
+        same_kind_before = step // num_blocks
+        first_query = lo + (step % num_blocks) * BQ
+        group_in_pair = same_kind_before // same_kind_per_group
+        place = IS_NOISE * r + same_kind_before % same_kind_per_group
+        head_in_pair = group_in_pair * (r + HAS_NOISE) + place
         queries = first_query + tl.arange(0, BQ)
 
+        # Among all heads of its sequence.
         head = pair * heads_per_pair + head_in_pair
         q = q_desc.load([seq_begin + first_query, head * D])
-        head_in_kind = pair * kind_per_pair + kind_in_pair
+        # Among the signal heads of its sequence, or among the noise heads.
+        head_in_kind = pair * same_kind_per_pair + same_kind_before
         d_out = d_out_desc.load([seq_begin + first_query, head_in_kind * Dv])
-        lse = lse_desc.load([lse_begin + head_in_pair, first_query]).reshape(BQ)
+        # Among the heads of all sequences.
+        head_in_batch = pair_in_batch * heads_per_pair + head_in_pair
+        lse = lse_desc.load([head_in_batch, first_query]).reshape(BQ)
 
-        p = tl.exp2(tl.dot(k, q.T) * qk_scale - lse[None, :])
-        if MASKED:
-            keys = (first_key + tl.arange(0, BK))[:, None]
-            visible = (keys <= queries[None, :]) & (queries[None, :] < doc_end[:, None])
-            p = tl.where(visible, p, 0.)
+        p = recompute_p(k, q, lse, qk_scale, first_key, queries, doc_end, MASKED)
         if NEED_DV:
             dv = tl.dot(p.to(d_out.dtype), d_out, dv)
         if NEED_DK:
             dp = tl.dot(v, d_out.T)
-            delta = delta_desc.load([lse_begin + head_in_pair, first_query]).reshape(1, BQ)
+            delta = delta_desc.load([head_in_batch, first_query]).reshape(1, BQ)
             ds = (p * (dp - delta)).to(q.dtype)
-            tile_i = first_query // TILE
-            tile_in_pair = head_in_pair * tiles_per_head + tiles_before(tile_i) + first_key // TILE
-            ds_row = ds_begin + tile_in_pair * TILE + first_key % TILE
-            ds_desc.store([ds_row, first_query % TILE], ds)
+            # Among the heads of the pairs in ds.
+            head_in_ds = pair_in_ds * heads_per_pair + head_in_pair
+            store_ds(ds_desc, ds, head_in_ds, first_key, first_query, T, TILE)
             dk = tl.dot(ds, q, dk)
     return dk, dv
 
@@ -1247,11 +1240,9 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
     pair = pair_in_batch % P
     first_key = tl.program_id(0) * BK
     key_in_block = tl.arange(0, BK)
-    heads_per_pair: tl.constexpr = GROUPS_PER_PAIR * (r + HAS_NOISE)
     seq_begin = b * T
-    lse_begin = pair_in_batch * heads_per_pair
-    tiles_per_head = tiles_before((T + TILE - 1) // TILE)
-    ds_begin = pair_in_ds * heads_per_pair * tiles_per_head * TILE
+    places = (seq_begin, pair, pair_in_batch, pair_in_ds, first_key, T)
+    layout: tl.constexpr = (r, HAS_NOISE, GROUPS_PER_PAIR)
 
     # Begin with the diagonal tile's first query, so that ds of the whole tile is written.
     lo = first_key // TILE * TILE
@@ -1270,32 +1261,28 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
     # A 0 stands for what this pass does not need, and the sweep does not touch. (v is for dp.)
     v = v_desc.load([seq_begin + first_key, pair * Dv]) if NEED_DK else 0
     dv = tl.zeros([BK, Dv], tl.float32) if NEED_DV else 0
-    first_token = tl.cast(seq_begin + first_key, tl.int64)
     # The compiler unrolls this loop: the signal key head, then the noise key head.
     for IS_NOISE in tl.static_range(1 + HAS_NOISE):
-        key_head = pair * (1 + HAS_NOISE) + IS_NOISE
+        key_head = key_head_of(pair, IS_NOISE, HAS_NOISE)
         k = k_desc.load([seq_begin + first_key, key_head * D])
         dk = tl.zeros([BK, D], tl.float32) if NEED_DK else 0
         d_out_desc = d_noise_desc if IS_NOISE else d_signal_desc
-        dk, dv = attention_dkdv_sweep(k, v, dk, dv, q_desc, d_out_desc, lse_desc, delta_desc,
-                                      ds_desc, ds_begin, tiles_per_head, seq_begin, lse_begin, pair,
-                                      first_key, doc_end, lo, masked_hi, qk_scale, IS_NOISE, True,
-                                      r, HAS_NOISE, GROUPS_PER_PAIR, D, Dv, BQ, BK, TILE, NEED_DK,
-                                      NEED_DV)
+        descriptors = (q_desc, d_out_desc, lse_desc, delta_desc, ds_desc)
+        dk, dv = attention_dkdv_sweep(k, v, dk, dv, descriptors, places, doc_end, lo, masked_hi,
+                                      qk_scale, layout, TILE, NEED_DK, NEED_DV, IS_NOISE,
+                                      MASKED=True)
         if doc_end_ptr is None:
             # All later queries see all of these keys.
-            dk, dv = attention_dkdv_sweep(k, v, dk, dv, q_desc, d_out_desc, lse_desc, delta_desc,
-                                          ds_desc, ds_begin, tiles_per_head, seq_begin, lse_begin,
-                                          pair, first_key, doc_end, masked_hi, T, qk_scale,
-                                          IS_NOISE, False, r, HAS_NOISE, GROUPS_PER_PAIR, D, Dv,
-                                          BQ, BK, TILE, NEED_DK, NEED_DV)
+            dk, dv = attention_dkdv_sweep(k, v, dk, dv, descriptors, places, doc_end, masked_hi, T,
+                                          qk_scale, layout, TILE, NEED_DK, NEED_DV, IS_NOISE,
+                                          MASKED=False)
         if NEED_DK:
-            first_vector = first_token * (P * (1 + HAS_NOISE)) + key_head
-            dk_ptrs = block_pointers(dk_ptr, first_vector, P * (1 + HAS_NOISE), BK, D)
+            dk_ptrs = block_pointers(dk_ptr, seq_begin + first_key, key_head, P * (1 + HAS_NOISE),
+                                     BK, D)
             dk = (dk * logit_scale).to(dk_ptr.dtype.element_ty)
             tl.store(dk_ptrs, dk, (first_key + key_in_block < T)[:, None])
     if NEED_DV:
-        dv_ptrs = block_pointers(dv_ptr, first_token * P + pair, P, BK, Dv)
+        dv_ptrs = block_pointers(dv_ptr, seq_begin + first_key, pair, P, BK, Dv)
         tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), (first_key + key_in_block < T)[:, None])
 
 
@@ -1312,9 +1299,8 @@ def attention_dq_kernel(ds_desc, k_desc, doc_start_ptr, dq_ptr, first_pair, T, P
     b = pair_in_batch // P
     pair = pair_in_batch % P
     head_in_pair = head_in_ds % heads_per_pair
-    k_col = key_head_of(pair, head_in_pair, r, HAS_NOISE) * D
-    tiles_per_head = tiles_before((T + TILE - 1) // TILE)
-    tile_row_begin = (head_in_ds * tiles_per_head + tiles_before(tile_i)) * TILE
+    is_noise = head_in_pair % (r + HAS_NOISE) // r
+    k_col = key_head_of(pair, is_noise, HAS_NOISE) * D
 
     # With documents, start at the key block in which the document of this tile row's first query
     # begins; attention_dkdv_kernel has written ds for it and for every later block.
@@ -1322,16 +1308,15 @@ def attention_dq_kernel(ds_desc, k_desc, doc_start_ptr, dq_ptr, first_pair, T, P
     lo = 0
     if doc_start_ptr is not None:
         lo = tl.load(doc_start_ptr + b * T + first_query) // BK * BK
+    begin = tile_row_begin(head_in_ds, tile_i, T, TILE)
     dq = tl.zeros([TILE, D], tl.float32)
     for first_key in range(lo, tl.minimum(first_query + TILE, T), BK):
-        ds = ds_desc.load([tile_row_begin + first_key, 0]).T
+        ds = ds_desc.load([begin + first_key, 0]).T
         dq = tl.dot(ds, k_desc.load([b * T + first_key, k_col]), dq)
 
     query_in_tile = tl.arange(0, TILE)
-    first_token = tl.cast(b * T + first_query, tl.int64)
     head = pair * heads_per_pair + head_in_pair
-    first_vector = first_token * (P * heads_per_pair) + head
-    dq_ptrs = block_pointers(dq_ptr, first_vector, P * heads_per_pair, TILE, D)
+    dq_ptrs = block_pointers(dq_ptr, b * T + first_query, head, P * heads_per_pair, TILE, D)
     dq = (dq * logit_scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptrs, dq, (first_query + query_in_tile < T)[:, None])
 
