@@ -5,7 +5,8 @@ definition, against which tests/test_kernels.py checks it:
 
     here                      equals                                          what it saves
     poly_norm_mul             model.poly_norm(x) * up                         memory traffic
-    fused_differential_norm   model.differential_norm                         memory traffic
+    fused_differential_norm   model.differential_norm's norm, where weight    memory traffic
+                              is already multiplied by scale
     linear_cross_entropy      F.cross_entropy(x @ weight.T, targets)          all tokens' logits
     fused_attention           model.signal_and_noise_attention, and           the T x T logits
                               model.causal_attention
@@ -23,7 +24,23 @@ linear_fp8 rounds them to FP8 first. Only symmetric_matmul and token_losses laun
 directly. All else is custom operators of PyTorch, which torch.compile takes as they are, except
 FlexAttention: torch.compile itself writes its kernels.
 
-Letters for sizes are model.py's: B, T, S, V, D, G, r, H, K, P, Dv, h, F. Those of this file:
+Letters for sizes are model.py's, here with their values in Motif-2-12.7B:
+
+    B   rows of a batch
+    T   tokens of a row                        4,096 at first, later 16,384
+    S   keys given to attention                T, or the visible slots of a KV cache
+    V   vocabulary                             219,520
+    D   width of a query and of a key          128
+    G   groups: r signal heads, 1 noise head   8
+    r   signal heads in a group                4
+    H   query heads, G (r + 1)                 40
+    K   key heads                              16
+    P   pairs of key heads, K / 2              8
+    Dv  width of a value                       256, which is 2D
+    h   query heads that read one key head     4 a signal key, 1 a noise key
+    F   intermediate size of the MLP           16,384
+
+Other letters:
 
     b       a row of the batch, in attention a sequence
     n       length of a row; in a product of matrices, the size that it sums over
@@ -50,7 +67,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 try:
-    # Triton takes 0.2 s to import. Without CUDA only tests need it, and they set the variable.
+    # Triton takes 0.2 s to import. Without CUDA only tests need it, and they set TRITON_INTERPRET.
     if not torch.backends.cuda.is_built() and "TRITON_INTERPRET" not in os.environ:
         raise ImportError
     import triton
@@ -164,14 +181,20 @@ def custom_op(fake: Callable, mutates_args: tuple[str, ...] = ()) -> Callable:
 #     tl.load(addresses, mask, other)    reads them. Where mask is False nothing is read, and the
 #                                  element is `other`: that is how a block may stick out of a row
 #     tl.store(addresses, block, mask)   writes them
+#     x_desc                       a *descriptor*: a matrix's address and sizes, and the shape of
+#                                  the blocks that TMA copies (see is_hopper)
+#     x_desc.load([i, j])          the block of x that begins at row i and column j; what is outside
+#                                  of x is read as 0
+#     x_desc.store([i, j], block)  writes it; what is outside of x is not written
 #     tl.sum(x), tl.dot(x, y, z)   the sum of a block; x @ y + z on the tensor cores
 #
 # Arguments marked tl.constexpr are known when the kernel is compiled: an `if` on one of them costs
 # nothing, and each combination of them is a kernel of its own. Their names are in capitals, except
 # r and Dv. (The sizes T, H, P and V are in capitals too, and are ordinary arguments. In
-# differential norm r is one.) An argument that is None is known as well. num_warps says how many
-# warps (of 32 threads) share a program, and num_stages the blocks of how many steps a loop holds,
-# those of the current one included. A @jit function that a kernel calls is inlined into it.
+# differential norm r is an ordinary argument.) That an argument is None is known at compile time
+# too. num_warps says how many warps (of 32 threads) share a program. num_stages: a loop loads
+# ahead; it holds the blocks of this many iterations at once, the current one included. A @jit
+# function that a kernel calls is inlined into it.
 #
 # The simplest kernel here multiplies a tensor by a number, in place. Program i takes the elements
 # i * BLOCK_SIZE to (i + 1) * BLOCK_SIZE - 1, as far as there are any. Offsets are int64 where a
@@ -488,7 +511,10 @@ def poly_norm_mul(x: Tensor, up: Tensor, weight: Tensor, bias: Tensor, eps: floa
     return out.view(x.shape)
 
 
-# ---- Differential norm: model.differential_norm, RMSNorm(signal - lambda noise) of every head
+# ---- Differential norm: weight * RMSNorm(signal - lambda noise) of every head
+#
+# model.differential_norm multiplies the weight by its argument `scale` and calls
+# fused_differential_norm.
 #
 # The r signal heads of a group subtract the same noise head (12.7B: G = 8 groups, r = 4, rows of
 # 2D = 256). So one program takes whole groups and reads their noise once. It lays them out as a
@@ -840,11 +866,12 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # computed by one launch, and that the largest logit of each head, which QK-clip wants, is returned.
 #
 # Who reads what. As in model.py there are H query heads, and P pairs of key heads, each pair with a
-# value head. A group is r signal heads and, if HAS_NOISE is 1, a noise head, which comes last. The
-# query heads stand group after group. `head` is the number of a head in its sequence, `group` that
-# of its group among the G groups of the sequence, `place` that of the head in its group.
-# GROUPS_PER_PAIR = G / P groups share one pair of key heads. Queries and keys are D wide. In 12.7B
-# P = G = 8, so GROUPS_PER_PAIR = 1, and r = 4, HAS_NOISE = 1:
+# value head. The kernels are compiled for two numbers more: HAS_NOISE is 1 if a group has a noise
+# head besides its r signal heads, else 0, and GROUPS_PER_PAIR = G / P groups share one pair of key
+# heads. The query heads stand group after group, and in a group the noise head comes last. `head`
+# is the number of a head in its sequence, `group` that of its group among the G groups of the
+# sequence, `place` that of the head in its group. Queries and keys are D wide. In 12.7B P = G = 8,
+# so GROUPS_PER_PAIR = 1, and r = 4, HAS_NOISE = 1:
 #
 #     head  = group * (r + HAS_NOISE) + place
 #     pair  = group // GROUPS_PER_PAIR                             12.7B:
@@ -861,46 +888,39 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 #
 # How blocks are loaded. q, k and v are seen as matrices of B * T rows, one for each token; q has
 # H * D columns and so on. So sequence b begins at row b * T, which is seq_begin, and a head at
-# column head * D.
-# desc.load([row, column]) copies a block by TMA. Its shape was fixed when the descriptor was made:
-# (BQ, D) of q, (BK, D) of k, (BK, Dv) of v. The last block of a sequence may reach beyond its T
-# rows. What do loads without a mask read there?
+# column head * D. Blocks are (BQ, D) of q, (BK, D) of k and (BK, Dv) of v. The last block of a
+# sequence may reach beyond its T rows. "Beyond the end of a sequence", before attention's first
+# backward kernel, says what is read there.
 #
-#     behind the last sequence    zeros: TMA reads nothing outside a tensor.
-#     behind sequence b           rows of sequence b + 1. As keys they come after all queries of
-#                                 sequence b, so the causal mask takes them out. As queries they
-#                                 get no output, and lse = inf: so p and ds are 0 in the backward
-#                                 pass.
+# Units. The GPU has an instruction for 2^x, and none for e^x. So the softmax
+# uses e^s = 2^(s log2(e)), and three numbers are to be told apart:
 #
-# KNOWN LIMITATION: p = 0 does not take out a NaN or an infinity, as 0 times either is NaN. If T is
-# no multiple of TILE, one at the beginning of sequence b + 1 can reach the outputs and dq of the
-# queries in the last, partial tile of sequence b, and dk and dv of all of its keys (with documents,
-# of the blocks of keys whose last document reaches into the last tile).
+#     qk               q.k, as tl.dot computes it
+#     qk / sqrt(D)     a *logit*, as in model.py: the unit of the max_logits that attention_forward
+#                      returns
+#     qk * qk_scale    a *log2 logit*, where qk_scale = log2(e) / sqrt(D): the unit of row_max,
+#                      block_max and lse, below
+#
+# The kernel multiplies by qk_scale where it takes the maximum, and inside exp2 together with the
+# subtraction of row_max, as one fused multiply-add.
 #
 # The algorithm. One program computes BQ queries of one head. It walks over the keys, BK at a time.
-# A row of the block of logits belongs to a query. (Here a logit is q.k * qk_scale; see Units.)
-# A row's largest logit is known only at the end. Until then the program keeps for each row, as in
-# FlashAttention,
+# A row of the block of logits belongs to a query. A row's largest logit is known only at the end.
+# Until then the program keeps for each row, as in FlashAttention,
 #
-#     row_max    the largest logit so far
-#     row_sum    the sum of 2^(logit - row_max) so far
-#     acc        the sum of 2^(logit - row_max) * value so far
+#     row_max    the largest log2 logit so far
+#     row_sum    the sum of 2^(log2 logit - row_max) so far
+#     acc        the sum of 2^(log2 logit - row_max) * value so far
 #
-# (2^x, as the GPU has an instruction for it, and none for e^x.) A new block first raises row_max to
-# new_max; what was summed before is then too large by the factor 2^(new_max - row_max), so row_sum
-# and acc are multiplied by alpha = 2^(row_max - new_max). At the end out = acc / row_sum, and
-# row_max is the largest logit of the row, for free. By hand: logits 1, 3 in the first block, 4 in
-# the second. After the first row_max = 3, row_sum = 2^-2 + 2^0 = 1.25. The second raises row_max to
-# 4, so alpha = 2^-1 and row_sum = 1.25 * 0.5 + 2^0 = 1.625, which is 2^(1-4) + 2^(3-4) + 2^(4-4).
-#
-# Units. A softmax over 2^x needs logits that are multiplied by log2(e): e^s = 2^(s log2(e)). So
-# row_max, and the block_max that the kernel stores, are maxima of q.k times qk_scale = log2(e) /
-# sqrt(D). Only the max_logits that attention_forward returns are natural logits, as in model.py. In
-# the code `logits` are the bare q.k: the scale is applied where the maximum is taken, and inside
-# exp2 together with the subtraction of row_max, one fused multiply-add.
+# A new block first raises row_max to new_max; what was summed before is then too large by the
+# factor 2^(new_max - row_max), so row_sum and acc are multiplied by alpha = 2^(row_max - new_max).
+# At the end out = acc / row_sum, and row_max is the largest log2 logit of the row, for free. By
+# hand: log2 logits 1, 3 in the first block, 4 in the second. After the first row_max = 3, row_sum =
+# 2^-2 + 2^0 = 1.25. The second raises row_max to 4, so alpha = 2^-1 and row_sum = 1.25 * 0.5 + 2^0
+# = 1.625, which is 2^(1-4) + 2^(3-4) + 2^(4-4).
 #
 # Besides inputs and outputs, only lse = row_max + log2(row_sum) of each row is saved for the
-# backward pass: from it the softmax, p = 2^(q.k * qk_scale - lse), can be had again.
+# backward pass: from it the softmax, p = 2^(qk * qk_scale - lse), can be had again.
 #
 # Documents. A sequence may hold several documents, end to end: query t then sees the keys
 # doc_start[t], ..., t. Blocks of keys before the document of a block's first query are skipped.
@@ -912,14 +932,14 @@ def attention_forward_sweep(q, acc, row_max, row_sum, k_desc, v_desc, seq_begin,
     """The online softmax of the queries q (BQ, D) over the keys lo to hi. `queries` are their
     positions in the sequence, which begins at row seq_begin of k and v."""
     for first_key in range(lo, hi, BK):
-        logits = tl.dot(q, k_desc.load([seq_begin + first_key, k_col]).T)
+        qk = tl.dot(q, k_desc.load([seq_begin + first_key, k_col]).T)
         if MASKED:
             keys = (first_key + tl.arange(0, BK))[None, :]
             visible = (keys <= queries[:, None]) & (keys >= doc_start[:, None])
-            logits = tl.where(visible, logits, float("-inf"))
+            qk = tl.where(visible, qk, float("-inf"))
 
-        new_max = tl.maximum(row_max, tl.max(logits, 1) * qk_scale)
-        p = tl.exp2(logits * qk_scale - new_max[:, None])
+        new_max = tl.maximum(row_max, tl.max(qk, 1) * qk_scale)
+        p = tl.exp2(qk * qk_scale - new_max[:, None])
         alpha = tl.exp2(row_max - new_max)
         row_sum = row_sum * alpha + tl.sum(p, 1)
         v = v_desc.load([seq_begin + first_key, v_col])
@@ -979,8 +999,8 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 
     q = q_desc.load([b * T + first_query, head * D])
     acc = tl.zeros([BQ, Dv], tl.float32)
-    # Not -inf: a row may see no key of a block, and its logits there are -inf. Then new_max would
-    # be -inf too, and (-inf) - (-inf) is NaN. From -1e38, p = exp2(-inf) = 0 and alpha = 1.
+    # Not -inf: a row may see no key of a block, and its qk there are -inf. Then new_max would be
+    # -inf too, and (-inf) - (-inf) is NaN. From -1e38, p = exp2(-inf) = 0 and alpha = 1.
     row_max = tl.full([BQ], -1e38, tl.float32)
     row_sum = tl.zeros([BQ], tl.float32)
     doc_start = tl.zeros([BQ], tl.int32)
@@ -1004,9 +1024,9 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
     # lse has room for them: each head has tl.num_programs(0) whole blocks.
     lse = tl.where(queries < T, row_max + tl.log2(row_sum), float("inf"))
     tl.store(lse_ptr + tl.cast(head_in_batch, tl.int64) * (tl.num_programs(0) * BQ) + queries, lse)
-    # A maximum drops a NaN, but row_sum keeps it. NaN == NaN is False: then inf is stored, a sign
-    # for QK-clip.
-    row_max = tl.where(row_sum == row_sum, row_max, float("inf"))
+    # A maximum drops a NaN, but row_sum keeps it. Where all visible qk of a row overflow to -inf,
+    # row_sum is 0. NaN > 0 and 0 > 0 are False: then inf is stored, a sign for QK-clip.
+    row_max = tl.where(row_sum > 0, row_max, float("inf"))
     block_max = tl.max(tl.where(queries < T, row_max, float("-inf")), 0)
     tl.store(block_max_ptr + head_in_batch * tl.num_programs(0) + block, block_max)
 
@@ -1052,7 +1072,7 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 # With documents, query t sees key j if j <= t < doc_end[j], the end of the key's document. Lambda
 # is not here: differential_norm's backward pass has put -lambda into d_out of noise heads.
 #
-# The launches, in their order, as attention_backward makes them:
+# The launches, in their order, as attention_backward makes them (read that function first):
 #
 #     attention_delta_kernel        out, d_out -> delta
 #     attention_dkdv_kernel         q, k, d_out, lse -> dv   (if dv has its own pass: D = 128)
@@ -1066,6 +1086,19 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 # they are added in random order, so that no two runs need agree to the bit). Here
 # attention_dkdv_kernel writes ds to memory, in q's dtype, and attention_dq_kernel reads it: five
 # products (six where dv has a pass of its own), and no atomics.
+#
+# Beyond the end of a sequence. TMA knows no sequences, only a matrix of B * T rows. So the last
+# block of sequence b, where it reaches beyond row T of the sequence, holds
+#
+#     zeros                       if b is the last sequence: TMA reads nothing outside a tensor;
+#     rows of sequence b + 1      if not. As keys they come after all queries of sequence b, so the
+#                                 causal mask takes them out. As queries they get no output, and
+#                                 lse = inf: so p and ds are 0 in the backward pass.
+#
+# KNOWN LIMITATION: p = 0 does not take out a NaN or an infinity, as 0 times either is NaN. If T is
+# no multiple of TILE, the last tile of sequence b also loads the first tokens of b + 1. A NaN or
+# infinity there spoils (a) outputs and dq of the queries in that tile, and (b) dk and dv of every
+# key of b; with documents, only of the blocks of keys in which a query of that tile sees a key.
 
 @jit
 def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, delta_ptr, T, H,
@@ -1098,11 +1131,11 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 #             i = 3            6     7     8     9
 #
 # A tile is stored transposed, a row for each key and a column for each query. The tiles of a head
-# lie one below the other in memory, as a matrix of TILE columns. So tile row i of a head is a matrix
-# (keys 0 ... (i + 1) TILE - 1, TILE queries). Before it come the i (i + 1) / 2 tiles of the tile
-# rows above it, so ds[query, key] is at row i (i + 1) / 2 * TILE + key and column query % TILE. For
-# example query 300 and key 140, with TILE = 128: i = 2, row 3 * 128 + 140 = 524, column 44. Heads
-# follow each other in memory.
+# lie one below the other in memory, as a matrix of TILE columns. So tile row i of a head is a
+# matrix (keys 0 ... (i + 1) TILE - 1, TILE queries). Before it come the i (i + 1) / 2 tiles of the
+# tile rows above it, so ds[query, key] is at row i (i + 1) / 2 * TILE + key and column query %
+# TILE. For example query 300 and key 140, with TILE = 128: i = 2, row 3 * 128 + 140 = 524, column
+# 44. Heads follow each other in memory.
 #
 # Which of it is written. attention_dq_kernel multiplies blocks of 64 keys by all TILE queries of a
 # tile row, without a mask. So attention_dkdv_kernel begins with the first query of the diagonal
@@ -1117,11 +1150,11 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 # counted in the whole batch. A pass for dv alone does all pairs, with first_pair = 0.
 #
 # Numbers of a head. The tensors are laid out in four ways: q has the heads of a sequence; d_out has
-# its signal heads, or its noise heads; lse and delta have the heads of all sequences; and ds has the
-# heads of the pairs that are done at one time. So a head has four numbers. attention_dkdv_sweep says
-# at each load what number it is. For example two heads of 12.7B (P = 8, r = 4, heads_per_pair = 5),
-# of sequence b = 1. At T = 16,384 two pairs are done at one time, and these two heads' turn comes
-# with first_pair = 10:
+# its signal heads, or its noise heads; lse and delta have the heads of all sequences; and ds has
+# the heads of the pairs that are done at one time. So a head has four numbers. attention_dkdv_sweep
+# says at each load what number it is. For example two heads of 12.7B (P = 8, r = 4, heads_per_pair
+# = 5), of sequence b = 1. At T = 16,384 two pairs are done at one time, and these two heads' turn
+# comes with first_pair = 10:
 #
 #                     head 17, a signal head          head 19, the noise head of its group
 #     pair            17 // 5 = 3                     19 // 5 = 3
@@ -1234,10 +1267,11 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
     """One program: BK keys of one pair. NEED_DK: it makes p, dp, ds and the dk of both key heads,
     and writes ds. NEED_DV: it makes p and dv. The options, one pass for dk and dv or one for each,
     stand before attention_backward. The grid is (blocks of keys, pairs from first_pair on)."""
+    # The number of this pair among those in ds, among those of all sequences, and in its sequence.
     pair_in_ds = tl.program_id(1)
     pair_in_batch = first_pair + pair_in_ds
-    b = pair_in_batch // P
     pair = pair_in_batch % P
+    b = pair_in_batch // P
     first_key = tl.program_id(0) * BK
     key_in_block = tl.arange(0, BK)
     seq_begin = b * T
@@ -1335,8 +1369,8 @@ class AttentionShape:
         self.layout = {"r": self.r, "HAS_NOISE": self.has_noise,
                        "GROUPS_PER_PAIR": self.G // self.P}
         self.num_tile_rows = ceil_div(self.T, TILE)
-        self.logit_scale = self.D**-0.5                  # what q.k is multiplied by
-        self.qk_scale = self.logit_scale / math.log(2)   # the same for logits in base 2
+        self.logit_scale = self.D**-0.5                  # qk * logit_scale is a logit,
+        self.qk_scale = self.logit_scale / math.log(2)   # qk * qk_scale a log2 logit
 
 
 def flatten_batch_for_tma(x: Tensor) -> Tensor:
@@ -1368,7 +1402,7 @@ def empty_attention_outputs(q, k, v, doc_start, num_noise_heads):
 @custom_op(empty_attention_outputs)
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
                       num_noise_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> signal, noise, lse in base 2, the largest logit of each head (H,)."""
+    """-> signal, noise, lse (of log2 logits, in base 2), the largest logit of each head (H,)."""
     shape = AttentionShape(q, v, num_noise_heads)
     if shape.B * shape.H > 65535:       # CUDA's limit for the second dimension of a grid
         raise ValueError(f"fused attention takes up to 65,535 sequences x heads at a time, not "
