@@ -527,6 +527,9 @@ def poly_norm_mul(x: Tensor, up: Tensor, weight: Tensor, bias: Tensor, eps: floa
 #     d_signal = dz,   d_noise = -lambda (sum of dz over the r heads)
 #     d_weight = sum of dy normed,   d_lambda = -sum of dz noise       over all rows
 
+NORM_GROUPS = 4           # groups that a program of these kernels takes at a time
+
+
 @jit
 def differential_norm_forward_kernel(signal_ptr, noise_ptr, lambda_ptr, weight_ptr, out_ptr,
                                      num_groups, r, width, eps, GROUPS: tl.constexpr,
@@ -543,8 +546,8 @@ def differential_norm_forward_kernel(signal_ptr, noise_ptr, lambda_ptr, weight_p
     z = tl.load(signal_ptr + offsets, mask=mask, other=0).to(tl.float32)
     noise = tl.load(noise_ptr + group * width + i, mask=noise_mask, other=0).to(tl.float32)
     z -= tl.load(lambda_ptr).to(tl.float32) * noise
-    z *= tl.rsqrt(tl.sum(z * z, 2, keep_dims=True) / width + eps) * weight
-    tl.store(out_ptr + offsets, z.to(out_ptr.dtype.element_ty), mask=mask)
+    y = z * (tl.rsqrt(tl.sum(z * z, 2, keep_dims=True) / width + eps) * weight)
+    tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -583,14 +586,14 @@ def differential_norm_backward_kernel(dy_ptr, signal_ptr, noise_ptr, lambda_ptr,
 
         # Places from r on hold no head. Their dy was loaded as 0, so their dz is 0 too: inv_rms
         # is finite, since eps > 0.
-        dz = tl.sum(dz, 1, keep_dims=True)
-        d_noise = (-lambda_ * dz).to(d_noise_ptr.dtype.element_ty)
+        dz_sum = tl.sum(dz, 1, keep_dims=True)
+        d_noise = (-lambda_ * dz_sum).to(d_noise_ptr.dtype.element_ty)
         tl.store(d_noise_ptr + group * width + i, d_noise, mask=noise_mask)
-        d_lambda -= dz * noise
+        d_lambda -= dz_sum * noise
 
-    sums_ptr = sums_ptr + tl.program_id(0) * 2 * width + i
-    tl.store(sums_ptr, tl.sum(d_weight, 0, keep_dims=True), mask=i < width)
-    tl.store(sums_ptr + width, tl.sum(d_lambda, 0, keep_dims=True), mask=i < width)
+    addresses = sums_ptr + tl.program_id(0) * 2 * width + i
+    tl.store(addresses, tl.sum(d_weight, 0, keep_dims=True), mask=i < width)
+    tl.store(addresses + width, tl.sum(d_lambda, 0, keep_dims=True), mask=i < width)
 
 
 @custom_op(lambda signal, *others: torch.empty_like(signal))
@@ -601,9 +604,10 @@ def differential_norm_forward(signal: Tensor, noise: Tensor, lambda_: Tensor, we
     out = torch.empty_like(signal)
     num_groups = noise[..., 0].numel()
     if num_groups > 0:
-        differential_norm_forward_kernel[(triton.cdiv(num_groups, 4),)](
-            signal, noise, lambda_, weight, out, num_groups, r, width, eps, GROUPS=4, num_warps=2,
-            R_PADDED=triton.next_power_of_2(r), WIDTH_PADDED=triton.next_power_of_2(width))
+        differential_norm_forward_kernel[(triton.cdiv(num_groups, NORM_GROUPS),)](
+            signal, noise, lambda_, weight, out, num_groups, r, width, eps, GROUPS=NORM_GROUPS,
+            R_PADDED=triton.next_power_of_2(r), WIDTH_PADDED=triton.next_power_of_2(width),
+            num_warps=2)
     return out
 
 
@@ -619,12 +623,12 @@ def differential_norm_backward(dy: Tensor, signal: Tensor, noise: Tensor, lambda
     num_groups = noise[..., 0].numel()
     d_signal = torch.empty_like(signal)
     d_noise = torch.empty_like(noise)
-    num_programs = persistent_grid(signal, 4)
+    num_programs = persistent_grid(signal, programs_per_sm=4)
     sums = signal.new_zeros(num_programs, 2, width, dtype=torch.float32)
     if num_groups > 0:
         differential_norm_backward_kernel[(num_programs,)](
             dy, signal, noise, lambda_, weight, d_signal, d_noise, sums, num_groups, r, width, eps,
-            GROUPS=4, R_PADDED=triton.next_power_of_2(r),
+            GROUPS=NORM_GROUPS, R_PADDED=triton.next_power_of_2(r),
             WIDTH_PADDED=triton.next_power_of_2(width), num_warps=4)
     d_weight, d_lambda = sums.sum(0)
     return d_signal, d_noise, d_lambda.sum().to(lambda_.dtype), d_weight.to(weight.dtype)
@@ -892,8 +896,8 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # sequence may reach beyond its T rows. "Beyond the end of a sequence", before attention's first
 # backward kernel, says what is read there.
 #
-# Units. The GPU has an instruction for 2^x, and none for e^x. So the softmax
-# uses e^s = 2^(s log2(e)), and three numbers are to be told apart:
+# Units. The GPU has an instruction for 2^x, and none for e^x. So the kernels compute e^logit as 2
+# to the power of logit * log2(e), and three numbers are to be told apart:
 #
 #     qk               q.k, as tl.dot computes it
 #     qk / sqrt(D)     a *logit*, as in model.py: the unit of the max_logits that attention_forward
@@ -956,9 +960,9 @@ def key_head_of(pair, is_noise, HAS_NOISE: tl.constexpr):
 
 @jit
 def output_of_head(signal, noise, head, H, r: tl.constexpr, HAS_NOISE: tl.constexpr):
-    """-> `signal` or `noise`, whichever has the output of this head; its number of heads; and this
-    head's number among them. Signal heads are in `signal` at group * r + place, noise heads in
-    `noise` at group."""
+    """-> `signal` or `noise`, whichever holds the output of this head; how many heads that has; and
+    head_in_kind, which of them this head is. Signal heads are in `signal` at group * r + place,
+    noise heads in `noise` at group. `signal` and `noise` may be tuples of tensors."""
     num_groups = H // (r + HAS_NOISE)
     group = head // (r + HAS_NOISE)
     place = head % (r + HAS_NOISE)
@@ -1098,7 +1102,8 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 # KNOWN LIMITATION: p = 0 does not take out a NaN or an infinity, as 0 times either is NaN. If T is
 # no multiple of TILE, the last tile of sequence b also loads the first tokens of b + 1. A NaN or
 # infinity there spoils (a) outputs and dq of the queries in that tile, and (b) dk and dv of every
-# key of b; with documents, only of the blocks of keys in which a query of that tile sees a key.
+# key of b. With documents (b) is limited to the blocks of keys in which a query of that tile sees a
+# key.
 
 @jit
 def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, delta_ptr, T, H,
@@ -1113,8 +1118,9 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
     head = head_in_batch % H
     ptrs, num_heads, head_in_kind = output_of_head((signal_ptr, d_signal_ptr),
                                                    (noise_ptr, d_noise_ptr), head, H, r, HAS_NOISE)
-    out_ptrs = block_pointers(ptrs[0], b * T + first_query, head_in_kind, num_heads, BQ, Dv)
-    d_out_ptrs = block_pointers(ptrs[1], b * T + first_query, head_in_kind, num_heads, BQ, Dv)
+    out_ptr, d_out_ptr = ptrs
+    out_ptrs = block_pointers(out_ptr, b * T + first_query, head_in_kind, num_heads, BQ, Dv)
+    d_out_ptrs = block_pointers(d_out_ptr, b * T + first_query, head_in_kind, num_heads, BQ, Dv)
     out = tl.load(out_ptrs, (queries < T)[:, None], 0.).to(tl.float32)
     d_out = tl.load(d_out_ptrs, (queries < T)[:, None], 0.).to(tl.float32)
     tl.store(delta_ptr + tl.cast(head_in_batch, tl.int64) * (tl.num_programs(0) * BQ) + queries,
@@ -1137,8 +1143,8 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 # TILE. For example query 300 and key 140, with TILE = 128: i = 2, row 3 * 128 + 140 = 524, column
 # 44. Heads follow each other in memory.
 #
-# Which of it is written. attention_dq_kernel multiplies blocks of 64 keys by all TILE queries of a
-# tile row, without a mask. So attention_dkdv_kernel begins with the first query of the diagonal
+# Which of it is written. attention_dq_kernel multiplies blocks of DQ_BK keys by all TILE queries of
+# a tile row, without a mask. So attention_dkdv_kernel begins with the first query of the diagonal
 # tile, not with its block's first key, and stores 0 where the query does not see the key. Three
 # kinds of elements stay unwritten, and none of them reaches a result that is stored: those of
 # blocks of queries beyond T; of blocks of keys beyond T; and, with documents, of blocks of keys
@@ -1220,12 +1226,12 @@ def attention_dkdv_sweep(k, v, dk, dv, descriptors, places, doc_end, lo, hi, qk_
     Dv: tl.constexpr = d_out_desc.block_shape[1]
 
     heads_per_pair: tl.constexpr = GROUPS_PER_PAIR * (r + HAS_NOISE)
-    # The same for the heads of one kind, signal or noise: those that this sweep goes through.
+    # How many heads a group and a pair have of this sweep's kind, signal or noise.
     same_kind_per_group: tl.constexpr = 1 if IS_NOISE else r
     same_kind_per_pair: tl.constexpr = GROUPS_PER_PAIR * same_kind_per_group
     num_blocks = (hi - lo + BQ - 1) // BQ
     for step in range(0, same_kind_per_pair * num_blocks):
-        # The number of this head among those of its kind in the pair.
+        # same_kind_before counts the pair's heads of this kind.
         same_kind_before = step // num_blocks
         first_query = lo + (step % num_blocks) * BQ
         group_in_pair = same_kind_before // same_kind_per_group
@@ -1233,13 +1239,13 @@ def attention_dkdv_sweep(k, v, dk, dv, descriptors, places, doc_end, lo, hi, qk_
         head_in_pair = group_in_pair * (r + HAS_NOISE) + place
         queries = first_query + tl.arange(0, BQ)
 
-        # Among all heads of its sequence.
+        # head counts all heads of the sequence.
         head = pair * heads_per_pair + head_in_pair
         q = q_desc.load([seq_begin + first_query, head * D])
-        # Among the signal heads of its sequence, or among the noise heads.
+        # head_in_kind counts the signal heads of the sequence, or its noise heads.
         head_in_kind = pair * same_kind_per_pair + same_kind_before
         d_out = d_out_desc.load([seq_begin + first_query, head_in_kind * Dv])
-        # Among the heads of all sequences.
+        # head_in_batch counts the heads of all sequences.
         head_in_batch = pair_in_batch * heads_per_pair + head_in_pair
         lse = lse_desc.load([head_in_batch, first_query]).reshape(BQ)
 
@@ -1250,7 +1256,7 @@ def attention_dkdv_sweep(k, v, dk, dv, descriptors, places, doc_end, lo, hi, qk_
             dp = tl.dot(v, d_out.T)
             delta = delta_desc.load([head_in_batch, first_query]).reshape(1, BQ)
             ds = (p * (dp - delta)).to(q.dtype)
-            # Among the heads of the pairs in ds.
+            # head_in_ds counts the heads of the pairs that are done at one time.
             head_in_ds = pair_in_ds * heads_per_pair + head_in_pair
             store_ds(ds_desc, ds, head_in_ds, first_key, first_query, T, TILE)
             dk = tl.dot(ds, q, dk)
@@ -1267,7 +1273,7 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
     """One program: BK keys of one pair. NEED_DK: it makes p, dp, ds and the dk of both key heads,
     and writes ds. NEED_DV: it makes p and dv. The options, one pass for dk and dv or one for each,
     stand before attention_backward. The grid is (blocks of keys, pairs from first_pair on)."""
-    # The number of this pair among those in ds, among those of all sequences, and in its sequence.
+    # These count the pairs done at one time, those of all sequences, and those of sequence b.
     pair_in_ds = tl.program_id(1)
     pair_in_batch = first_pair + pair_in_ds
     pair = pair_in_batch % P
@@ -1429,6 +1435,31 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
 ONE_PASS = dict(BQ=64, BK=64, NEED_DK=True, NEED_DV=True, num_warps=4, num_stages=2)
 DV_PASS = dict(BQ=64, BK=128, NEED_DK=False, NEED_DV=True, num_warps=8, num_stages=3)
 DK_PASS = dict(BQ=64, BK=128, NEED_DK=True, NEED_DV=False, num_warps=8, num_stages=2)
+DQ_BK = 64                # keys at a time in attention_dq_kernel
+
+
+def rows_of_ds(shape: AttentionShape) -> int:
+    """Rows that ds of one pair has in memory; see "Where ds is stored"."""
+    heads_per_pair = shape.H // shape.P
+    tiles_per_head = shape.num_tile_rows * (shape.num_tile_rows + 1) // 2
+    return heads_per_pair * tiles_per_head * TILE
+
+
+def pairs_that_fit(shape: AttentionShape, itemsize: int) -> int:
+    """The ds of how many pairs fit DS_BYTES: at least one, at most all of the batch."""
+    pair_bytes = rows_of_ds(shape) * TILE * itemsize
+    return min(max(1, DS_BYTES // pair_bytes), shape.B * shape.P)
+
+
+def launch_delta(shape: AttentionShape, signal: Tensor, noise: Tensor, d_signal: Tensor,
+                 d_noise: Tensor, lse: Tensor) -> Tensor:
+    """-> delta, in the layout of lse."""
+    BQ = 16
+    delta = torch.empty_like(lse)
+    attention_delta_kernel[lse.shape[1] // BQ, shape.B * shape.H](
+        signal, noise, d_signal, d_noise, delta, shape.T, shape.H, r=shape.r,
+        HAS_NOISE=shape.has_noise, Dv=shape.Dv, BQ=BQ, num_warps=4)
+    return delta
 
 
 def empty_attention_gradients(d_signal, d_noise, q, k, v, *others):
@@ -1443,10 +1474,7 @@ def attention_backward(d_signal: Tensor, d_noise: Tensor, q: Tensor, k: Tensor, 
     shape = AttentionShape(q, v, num_noise_heads)
     d_signal = d_signal.contiguous()
     d_noise = d_noise.contiguous()
-    delta = torch.empty_like(lse)
-    attention_delta_kernel[lse.shape[1] // 16, shape.B * shape.H](
-        signal, noise, d_signal, d_noise, delta, shape.T, shape.H, r=shape.r,
-        HAS_NOISE=shape.has_noise, Dv=shape.Dv, BQ=16, num_warps=4)
+    delta = launch_delta(shape, signal, noise, d_signal, d_noise, lse)
 
     dq, dk, dv = empty_attention_gradients(d_signal, d_noise, q, k, v)
     q = flatten_batch_for_tma(q)
@@ -1457,12 +1485,8 @@ def attention_backward(d_signal: Tensor, d_noise: Tensor, q: Tensor, k: Tensor, 
     d_signal = flatten_batch_for_tma(d_signal)
     doc_end = None if doc_start is None else document_ends(doc_start)
 
-    heads_per_pair = shape.H // shape.P
-    tiles_per_head = shape.num_tile_rows * (shape.num_tile_rows + 1) // 2
-    ds_rows = heads_per_pair * tiles_per_head * TILE                               # of one pair
-    pairs_at_once = max(1, DS_BYTES // (ds_rows * TILE * q.element_size()))
-    pairs_at_once = min(shape.B * shape.P, pairs_at_once)
-    ds = q.new_empty(pairs_at_once * ds_rows, TILE)
+    pairs_at_once = pairs_that_fit(shape, q.element_size())
+    ds = q.new_empty(pairs_at_once * rows_of_ds(shape), TILE)
 
     def launch_dkdv(first_pair, num_pairs, BQ, BK, **options):
         attention_dkdv_kernel[triton.cdiv(shape.T, BK), num_pairs](
@@ -1472,16 +1496,17 @@ def attention_backward(d_signal: Tensor, d_noise: Tensor, q: Tensor, k: Tensor, 
             shape.qk_scale, shape.logit_scale, **shape.layout, D=shape.D, Dv=shape.Dv, BQ=BQ, BK=BK,
             TILE=TILE, **options)
 
-    one_pass = shape.D + shape.Dv <= 192        # dk and dv fit the registers
+    one_pass = shape.D <= 64                    # dk and dv fit the registers
     if not one_pass:
         launch_dkdv(0, shape.B * shape.P, **DV_PASS)
     for first_pair in range(0, shape.B * shape.P, pairs_at_once):
         num_pairs = min(pairs_at_once, shape.B * shape.P - first_pair)
         launch_dkdv(first_pair, num_pairs, **(ONE_PASS if one_pass else DK_PASS))
-        attention_dq_kernel[shape.num_tile_rows, num_pairs * heads_per_pair](
-            tma(ds, 64, TILE), tma(k, 64, shape.D), doc_start, dq, first_pair, shape.T, shape.P,
-            shape.logit_scale, **shape.layout, D=shape.D, BK=64, TILE=TILE, num_warps=4,
-            num_stages=3)
+        num_heads = num_pairs * shape.H // shape.P
+        attention_dq_kernel[shape.num_tile_rows, num_heads](
+            tma(ds, DQ_BK, TILE), tma(k, DQ_BK, shape.D), doc_start, dq, first_pair, shape.T,
+            shape.P, shape.logit_scale, **shape.layout, D=shape.D, BK=DQ_BK, TILE=TILE,
+            num_warps=4, num_stages=3)
     return dq, dk, dv
 
 
@@ -1997,11 +2022,11 @@ def absmax_kernel(x_ptr, row_max_ptr, column_max_ptr, num_rows, num_columns,
 
 
 @jit
-def load_scale(absmax_ptr, mask):
+def load_scale(absmax_ptr, mask, TINY: tl.constexpr):
     """From the bits of max|x|: scale = max|x| / 448, and 1 / scale."""
     absmax = tl.load(absmax_ptr, mask=mask, other=0).to(tl.float32, bitcast=True)
-    # 1e-30 is TINY. A NaN is not below it and stays.
-    scale = tl.where(absmax < 1e-30, 1e-30, absmax) * (1 / 448)
+    # A NaN is not below TINY and stays.
+    scale = tl.where(absmax < TINY, TINY, absmax) * (1 / 448)
     # Rounded as PyTorch rounds it, so that x8 has the bits of quantize_rows.
     return scale, tl.div_rn(tl.full(scale.shape, 1, tl.float32), scale)
 
@@ -2009,39 +2034,39 @@ def load_scale(absmax_ptr, mask):
 @jit
 def quantize_kernel(x_ptr, row_max_ptr, column_max_ptr, x8_ptr, x_scale_ptr, xT8_ptr, xT_scale_ptr,
                     num_rows, num_columns, TRANSPOSE: tl.constexpr, BR: tl.constexpr,
-                    BC: tl.constexpr):
+                    BC: tl.constexpr, TINY: tl.constexpr):
     """One program: a tile of BR rows and BC columns of x8 and, if TRANSPOSE, the same place of xT8.
-    program_id(0), which programs that run together differ in, counts tiles along a row, and in
-    absmax_kernel down a column."""
+    Programs with neighbouring program_id(0) run together. Here they are neighbours in a row of x,
+    in absmax_kernel in a column."""
     i = tl.program_id(1).to(tl.int64) * BR + tl.arange(0, BR)
     j = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)
     mask = (i[:, None] < num_rows) & (j < num_columns)
     x = tl.load(x_ptr + i[:, None] * num_columns + j, mask=mask, other=0)
-    x_scale, inverse = load_scale(row_max_ptr + i, i < num_rows)
+    x_scale, inverse = load_scale(row_max_ptr + i, i < num_rows, TINY)
     # All tiles of a row write the same scale.
     tl.store(x_scale_ptr + i, x_scale, mask=i < num_rows)
     x8 = (x.to(tl.float32) * inverse[:, None]).to(x8_ptr.dtype.element_ty)
     tl.store(x8_ptr + i[:, None] * num_columns + j, x8, mask=mask)
     if TRANSPOSE:
-        xT_scale, inverse = load_scale(column_max_ptr + j, j < num_columns)
+        xT_scale, inverse = load_scale(column_max_ptr + j, j < num_columns, TINY)
         tl.store(xT_scale_ptr + j, xT_scale, mask=j < num_columns)
         xT8 = (tl.trans(x).to(tl.float32) * inverse[:, None]).to(xT8_ptr.dtype.element_ty)
         mask = (j[:, None] < num_columns) & (i < num_rows)
         tl.store(xT8_ptr + j[:, None] * num_rows + i, xT8, mask=mask)
 
 
-def fake_quantize_fp8(x, with_transpose):
+def empty_quantize_outputs(x, with_transpose, dtype=FP8):
+    """x8, x_scale and, if with_transpose, xT8, xT_scale."""
     num_rows, num_columns = x.shape
-    x8 = x.new_empty(num_rows, num_columns, dtype=FP8)
-    x_scale = x.new_empty(num_rows, dtype=torch.float32)
-    if not with_transpose:
-        return [x8, x_scale]
-    xT8 = x.new_empty(num_columns, num_rows, dtype=FP8)
-    xT_scale = x.new_empty(num_columns, dtype=torch.float32)
-    return [x8, x_scale, xT8, xT_scale]
+    outputs = [x.new_empty(num_rows, num_columns, dtype=dtype),
+               x.new_empty(num_rows, dtype=torch.float32)]
+    if with_transpose:
+        outputs += [x.new_empty(num_columns, num_rows, dtype=dtype),
+                    x.new_empty(num_columns, dtype=torch.float32)]
+    return outputs
 
 
-@custom_op(fake_quantize_fp8)
+@custom_op(empty_quantize_outputs)
 def quantize_fp8(x: Tensor, with_transpose: bool) -> list[Tensor]:
     """quantize_rows of x (rows, columns) and, if with_transpose, of x^T too: x8 (rows, columns),
     x_scale (rows,), xT8 (columns, rows), xT_scale (columns,).
@@ -2059,18 +2084,17 @@ def quantize_fp8(x: Tensor, with_transpose: bool) -> list[Tensor]:
     row_max, column_max = absmax.split([num_rows, num_columns])
     # Triton's interpreter rounds to FP8 wrongly: there PyTorch does it.
     dtype = torch.float32 if INTERPRET else FP8
-    x8 = x.new_empty(num_rows, num_columns, dtype=dtype)
-    x_scale = x.new_empty(num_rows, dtype=torch.float32)
-    rows_of_xT8 = num_columns if with_transpose else 0
-    xT8 = x.new_empty(rows_of_xT8, num_rows, dtype=dtype)
-    xT_scale = x.new_empty(rows_of_xT8, dtype=torch.float32)
+    outputs = empty_quantize_outputs(x, with_transpose, dtype)
+    x8, x_scale, xT8, xT_scale = outputs if with_transpose else (*outputs, None, None)
     absmax_kernel[triton.cdiv(num_rows, 128), triton.cdiv(num_columns, 64)](
         x, row_max, column_max, num_rows, num_columns, TRANSPOSE=with_transpose, BR=128, BC=64,
         num_warps=4)
     quantize_kernel[triton.cdiv(num_columns, 128), triton.cdiv(num_rows, 64)](
         x, row_max, column_max, x8, x_scale, xT8, xT_scale, num_rows, num_columns,
-        TRANSPOSE=with_transpose, BR=64, BC=128, num_warps=8)
-    return [x8.to(FP8), x_scale, xT8.to(FP8), xT_scale] if with_transpose else [x8.to(FP8), x_scale]
+        TRANSPOSE=with_transpose, BR=64, BC=128, TINY=TINY, num_warps=8)
+    if not with_transpose:
+        return [x8.to(FP8), x_scale]
+    return [x8.to(FP8), x_scale, xT8.to(FP8), xT_scale]
 
 
 def scaled_mm(x8: Tensor, x_scale: Tensor, y8: Tensor, y_scale: Tensor) -> Tensor:
