@@ -190,11 +190,11 @@ def custom_op(fake: Callable, mutates_args: tuple[str, ...] = ()) -> Callable:
 #
 # Arguments marked tl.constexpr are known when the kernel is compiled: an `if` on one of them costs
 # nothing, and each combination of them is a kernel of its own. Their names are in capitals, except
-# r and Dv. (The sizes T, H, P and V are in capitals too, and are ordinary arguments. In
-# differential norm r is an ordinary argument.) That an argument is None is known at compile time
-# too. num_warps says how many warps (of 32 threads) share a program. num_stages: a loop loads
-# ahead; it holds the blocks of this many iterations at once, the current one included. A @jit
-# function that a kernel calls is inlined into it.
+# r and Dv. (The sizes T, H, P and V are in capitals too, and are ordinary arguments, as r is in
+# differential norm.) That an argument is None is known at compile time too. num_warps says how many
+# warps (of 32 threads) share a program. num_stages: a loop loads ahead; it holds the blocks of this
+# many iterations at once, the current one included. A @jit function that a kernel calls is inlined
+# into it.
 #
 # The simplest kernel here multiplies a tensor by a number, in place. Program i takes the elements
 # i * BLOCK_SIZE to (i + 1) * BLOCK_SIZE - 1, as far as there are any. Offsets are int64 where a
@@ -1139,9 +1139,9 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 # A tile is stored transposed, a row for each key and a column for each query. The tiles of a head
 # lie one below the other in memory, as a matrix of TILE columns. So tile row i of a head is a
 # matrix (keys 0 ... (i + 1) TILE - 1, TILE queries). Before it come the i (i + 1) / 2 tiles of the
-# tile rows above it, so ds[query, key] is at row i (i + 1) / 2 * TILE + key and column query %
-# TILE. For example query 300 and key 140, with TILE = 128: i = 2, row 3 * 128 + 140 = 524, column
-# 44. Heads follow each other in memory.
+# tile rows above it, so ds[query, key] is at row i (i + 1) / 2 * TILE + key of the head, and at
+# column query % TILE. For example query 300 and key 140, with TILE = 128: i = 2, row 3 * 128 + 140
+# = 524, column 44. Heads follow each other in memory; tile_row_begin says where.
 #
 # Which of it is written. attention_dq_kernel multiplies blocks of DQ_BK keys by all TILE queries of
 # a tile row, without a mask. So attention_dkdv_kernel begins with the first query of the diagonal
