@@ -5,7 +5,8 @@ definition, against which tests/test_kernels.py checks it:
 
     here                      equals                                          what it saves
     poly_norm_mul             model.poly_norm(x) * up                         memory traffic
-    fused_differential_norm   model.differential_norm                         memory traffic
+    fused_differential_norm   model.differential_norm's norm, where weight    memory traffic
+                              is already multiplied by scale
     linear_cross_entropy      F.cross_entropy(x @ weight.T, targets)          all tokens' logits
     fused_attention           model.signal_and_noise_attention, and           the T x T logits
                               model.causal_attention
@@ -23,7 +24,23 @@ linear_fp8 rounds them to FP8 first. Only symmetric_matmul and token_losses laun
 directly. All else is custom operators of PyTorch, which torch.compile takes as they are, except
 FlexAttention: torch.compile itself writes its kernels.
 
-Letters for sizes are model.py's: B, T, S, V, D, G, r, H, K, P, Dv, h, F. Those of this file:
+Letters for sizes are model.py's, here with their values in Motif-2-12.7B:
+
+    B   rows of a batch
+    T   tokens of a row                        4,096 at first, later 16,384
+    S   keys given to attention                T, or the visible slots of a KV cache
+    V   vocabulary                             219,520
+    D   width of a query and of a key          128
+    G   groups: r signal heads, 1 noise head   8
+    r   signal heads in a group                4
+    H   query heads, G (r + 1)                 40
+    K   key heads                              16
+    P   pairs of key heads, K / 2              8
+    Dv  width of a value                       256, which is 2D
+    h   query heads that read one key head     4 a signal key, 1 a noise key
+    F   intermediate size of the MLP           16,384
+
+Other letters:
 
     b       a row of the batch, in attention a sequence
     n       length of a row; in a product of matrices, the size that it sums over
@@ -50,7 +67,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 try:
-    # Triton takes 0.2 s to import. Without CUDA only tests need it, and they set the variable.
+    # Triton takes 0.2 s to import. Without CUDA only tests need it, and they set TRITON_INTERPRET.
     if not torch.backends.cuda.is_built() and "TRITON_INTERPRET" not in os.environ:
         raise ImportError
     import triton
@@ -164,14 +181,20 @@ def custom_op(fake: Callable, mutates_args: tuple[str, ...] = ()) -> Callable:
 #     tl.load(addresses, mask, other)    reads them. Where mask is False nothing is read, and the
 #                                  element is `other`: that is how a block may stick out of a row
 #     tl.store(addresses, block, mask)   writes them
+#     x_desc                       a *descriptor*: a matrix's address and sizes, and the shape of
+#                                  the blocks that TMA copies (see is_hopper)
+#     x_desc.load([i, j])          the block of x that begins at row i and column j; what is outside
+#                                  of x is read as 0
+#     x_desc.store([i, j], block)  writes it; what is outside of x is not written
 #     tl.sum(x), tl.dot(x, y, z)   the sum of a block; x @ y + z on the tensor cores
 #
 # Arguments marked tl.constexpr are known when the kernel is compiled: an `if` on one of them costs
 # nothing, and each combination of them is a kernel of its own. Their names are in capitals, except
-# r and Dv. (The sizes T, H, P and V are in capitals too, and are ordinary arguments. In
-# differential norm r is one.) An argument that is None is known as well. num_warps says how many
-# warps (of 32 threads) share a program, and num_stages the blocks of how many steps a loop holds,
-# those of the current one included. A @jit function that a kernel calls is inlined into it.
+# r and Dv. (The sizes T, H, P and V are in capitals too, and are ordinary arguments, as r is in
+# differential norm.) That an argument is None is known at compile time too. num_warps says how many
+# warps (of 32 threads) share a program. num_stages: a loop loads ahead; it holds the blocks of this
+# many iterations at once, the current one included. A @jit function that a kernel calls is inlined
+# into it.
 #
 # The simplest kernel here multiplies a tensor by a number, in place. Program i takes the elements
 # i * BLOCK_SIZE to (i + 1) * BLOCK_SIZE - 1, as far as there are any. Offsets are int64 where a
@@ -488,7 +511,10 @@ def poly_norm_mul(x: Tensor, up: Tensor, weight: Tensor, bias: Tensor, eps: floa
     return out.view(x.shape)
 
 
-# ---- Differential norm: model.differential_norm, RMSNorm(signal - lambda noise) of every head
+# ---- Differential norm: weight * RMSNorm(signal - lambda noise) of every head
+#
+# model.differential_norm multiplies the weight by its argument `scale` and calls
+# fused_differential_norm.
 #
 # The r signal heads of a group subtract the same noise head (12.7B: G = 8 groups, r = 4, rows of
 # 2D = 256). So one program takes whole groups and reads their noise once. It lays them out as a
@@ -500,6 +526,9 @@ def poly_norm_mul(x: Tensor, up: Tensor, weight: Tensor, bias: Tensor, eps: floa
 #     dz = inv_rms (d_normed - normed mean(d_normed normed))           the derivative of RMSNorm
 #     d_signal = dz,   d_noise = -lambda (sum of dz over the r heads)
 #     d_weight = sum of dy normed,   d_lambda = -sum of dz noise       over all rows
+
+NORM_GROUPS = 4           # groups that a program of these kernels takes at a time
+
 
 @jit
 def differential_norm_forward_kernel(signal_ptr, noise_ptr, lambda_ptr, weight_ptr, out_ptr,
@@ -517,8 +546,8 @@ def differential_norm_forward_kernel(signal_ptr, noise_ptr, lambda_ptr, weight_p
     z = tl.load(signal_ptr + offsets, mask=mask, other=0).to(tl.float32)
     noise = tl.load(noise_ptr + group * width + i, mask=noise_mask, other=0).to(tl.float32)
     z -= tl.load(lambda_ptr).to(tl.float32) * noise
-    z *= tl.rsqrt(tl.sum(z * z, 2, keep_dims=True) / width + eps) * weight
-    tl.store(out_ptr + offsets, z.to(out_ptr.dtype.element_ty), mask=mask)
+    y = z * (tl.rsqrt(tl.sum(z * z, 2, keep_dims=True) / width + eps) * weight)
+    tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -557,14 +586,14 @@ def differential_norm_backward_kernel(dy_ptr, signal_ptr, noise_ptr, lambda_ptr,
 
         # Places from r on hold no head. Their dy was loaded as 0, so their dz is 0 too: inv_rms
         # is finite, since eps > 0.
-        dz = tl.sum(dz, 1, keep_dims=True)
-        d_noise = (-lambda_ * dz).to(d_noise_ptr.dtype.element_ty)
+        dz_sum = tl.sum(dz, 1, keep_dims=True)
+        d_noise = (-lambda_ * dz_sum).to(d_noise_ptr.dtype.element_ty)
         tl.store(d_noise_ptr + group * width + i, d_noise, mask=noise_mask)
-        d_lambda -= dz * noise
+        d_lambda -= dz_sum * noise
 
-    sums_ptr = sums_ptr + tl.program_id(0) * 2 * width + i
-    tl.store(sums_ptr, tl.sum(d_weight, 0, keep_dims=True), mask=i < width)
-    tl.store(sums_ptr + width, tl.sum(d_lambda, 0, keep_dims=True), mask=i < width)
+    addresses = sums_ptr + tl.program_id(0) * 2 * width + i
+    tl.store(addresses, tl.sum(d_weight, 0, keep_dims=True), mask=i < width)
+    tl.store(addresses + width, tl.sum(d_lambda, 0, keep_dims=True), mask=i < width)
 
 
 @custom_op(lambda signal, *others: torch.empty_like(signal))
@@ -575,9 +604,10 @@ def differential_norm_forward(signal: Tensor, noise: Tensor, lambda_: Tensor, we
     out = torch.empty_like(signal)
     num_groups = noise[..., 0].numel()
     if num_groups > 0:
-        differential_norm_forward_kernel[(triton.cdiv(num_groups, 4),)](
-            signal, noise, lambda_, weight, out, num_groups, r, width, eps, GROUPS=4, num_warps=2,
-            R_PADDED=triton.next_power_of_2(r), WIDTH_PADDED=triton.next_power_of_2(width))
+        differential_norm_forward_kernel[(triton.cdiv(num_groups, NORM_GROUPS),)](
+            signal, noise, lambda_, weight, out, num_groups, r, width, eps, GROUPS=NORM_GROUPS,
+            R_PADDED=triton.next_power_of_2(r), WIDTH_PADDED=triton.next_power_of_2(width),
+            num_warps=2)
     return out
 
 
@@ -593,12 +623,12 @@ def differential_norm_backward(dy: Tensor, signal: Tensor, noise: Tensor, lambda
     num_groups = noise[..., 0].numel()
     d_signal = torch.empty_like(signal)
     d_noise = torch.empty_like(noise)
-    num_programs = persistent_grid(signal, 4)
+    num_programs = persistent_grid(signal, programs_per_sm=4)
     sums = signal.new_zeros(num_programs, 2, width, dtype=torch.float32)
     if num_groups > 0:
         differential_norm_backward_kernel[(num_programs,)](
             dy, signal, noise, lambda_, weight, d_signal, d_noise, sums, num_groups, r, width, eps,
-            GROUPS=4, R_PADDED=triton.next_power_of_2(r),
+            GROUPS=NORM_GROUPS, R_PADDED=triton.next_power_of_2(r),
             WIDTH_PADDED=triton.next_power_of_2(width), num_warps=4)
     d_weight, d_lambda = sums.sum(0)
     return d_signal, d_noise, d_lambda.sum().to(lambda_.dtype), d_weight.to(weight.dtype)
@@ -840,11 +870,12 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # computed by one launch, and that the largest logit of each head, which QK-clip wants, is returned.
 #
 # Who reads what. As in model.py there are H query heads, and P pairs of key heads, each pair with a
-# value head. A group is r signal heads and, if HAS_NOISE is 1, a noise head, which comes last. The
-# query heads stand group after group. `head` is the number of a head in its sequence, `group` that
-# of its group among the G groups of the sequence, `place` that of the head in its group.
-# GROUPS_PER_PAIR = G / P groups share one pair of key heads. Queries and keys are D wide. In 12.7B
-# P = G = 8, so GROUPS_PER_PAIR = 1, and r = 4, HAS_NOISE = 1:
+# value head. The kernels are compiled for two numbers more: HAS_NOISE is 1 if a group has a noise
+# head besides its r signal heads, else 0, and GROUPS_PER_PAIR = G / P groups share one pair of key
+# heads. The query heads stand group after group, and in a group the noise head comes last. `head`
+# is the number of a head in its sequence, `group` that of its group among the G groups of the
+# sequence, `place` that of the head in its group. Queries and keys are D wide. In 12.7B P = G = 8,
+# so GROUPS_PER_PAIR = 1, and r = 4, HAS_NOISE = 1:
 #
 #     head  = group * (r + HAS_NOISE) + place
 #     pair  = group // GROUPS_PER_PAIR                             12.7B:
@@ -861,46 +892,39 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 #
 # How blocks are loaded. q, k and v are seen as matrices of B * T rows, one for each token; q has
 # H * D columns and so on. So sequence b begins at row b * T, which is seq_begin, and a head at
-# column head * D.
-# desc.load([row, column]) copies a block by TMA. Its shape was fixed when the descriptor was made:
-# (BQ, D) of q, (BK, D) of k, (BK, Dv) of v. The last block of a sequence may reach beyond its T
-# rows. What do loads without a mask read there?
+# column head * D. Blocks are (BQ, D) of q, (BK, D) of k and (BK, Dv) of v. The last block of a
+# sequence may reach beyond its T rows. "Beyond the end of a sequence", before attention's first
+# backward kernel, says what is read there.
 #
-#     behind the last sequence    zeros: TMA reads nothing outside a tensor.
-#     behind sequence b           rows of sequence b + 1. As keys they come after all queries of
-#                                 sequence b, so the causal mask takes them out. As queries they
-#                                 get no output, and lse = inf: so p and ds are 0 in the backward
-#                                 pass.
+# Units. The GPU has an instruction for 2^x, and none for e^x. So the kernels compute e^logit as 2
+# to the power of logit * log2(e), and three numbers are to be told apart:
 #
-# KNOWN LIMITATION: p = 0 does not take out a NaN or an infinity, as 0 times either is NaN. If T is
-# no multiple of TILE, one at the beginning of sequence b + 1 can reach the outputs and dq of the
-# queries in the last, partial tile of sequence b, and dk and dv of all of its keys (with documents,
-# of the blocks of keys whose last document reaches into the last tile).
+#     qk               q.k, as tl.dot computes it
+#     qk / sqrt(D)     a *logit*, as in model.py: the unit of the max_logits that attention_forward
+#                      returns
+#     qk * qk_scale    a *log2 logit*, where qk_scale = log2(e) / sqrt(D): the unit of row_max,
+#                      block_max and lse, below
+#
+# The kernel multiplies by qk_scale where it takes the maximum, and inside exp2 together with the
+# subtraction of row_max, as one fused multiply-add.
 #
 # The algorithm. One program computes BQ queries of one head. It walks over the keys, BK at a time.
-# A row of the block of logits belongs to a query. (Here a logit is q.k * qk_scale; see Units.)
-# A row's largest logit is known only at the end. Until then the program keeps for each row, as in
-# FlashAttention,
+# A row of the block of logits belongs to a query. A row's largest logit is known only at the end.
+# Until then the program keeps for each row, as in FlashAttention,
 #
-#     row_max    the largest logit so far
-#     row_sum    the sum of 2^(logit - row_max) so far
-#     acc        the sum of 2^(logit - row_max) * value so far
+#     row_max    the largest log2 logit so far
+#     row_sum    the sum of 2^(log2 logit - row_max) so far
+#     acc        the sum of 2^(log2 logit - row_max) * value so far
 #
-# (2^x, as the GPU has an instruction for it, and none for e^x.) A new block first raises row_max to
-# new_max; what was summed before is then too large by the factor 2^(new_max - row_max), so row_sum
-# and acc are multiplied by alpha = 2^(row_max - new_max). At the end out = acc / row_sum, and
-# row_max is the largest logit of the row, for free. By hand: logits 1, 3 in the first block, 4 in
-# the second. After the first row_max = 3, row_sum = 2^-2 + 2^0 = 1.25. The second raises row_max to
-# 4, so alpha = 2^-1 and row_sum = 1.25 * 0.5 + 2^0 = 1.625, which is 2^(1-4) + 2^(3-4) + 2^(4-4).
-#
-# Units. A softmax over 2^x needs logits that are multiplied by log2(e): e^s = 2^(s log2(e)). So
-# row_max, and the block_max that the kernel stores, are maxima of q.k times qk_scale = log2(e) /
-# sqrt(D). Only the max_logits that attention_forward returns are natural logits, as in model.py. In
-# the code `logits` are the bare q.k: the scale is applied where the maximum is taken, and inside
-# exp2 together with the subtraction of row_max, one fused multiply-add.
+# A new block first raises row_max to new_max; what was summed before is then too large by the
+# factor 2^(new_max - row_max), so row_sum and acc are multiplied by alpha = 2^(row_max - new_max).
+# At the end out = acc / row_sum, and row_max is the largest log2 logit of the row, for free. By
+# hand: log2 logits 1, 3 in the first block, 4 in the second. After the first row_max = 3, row_sum =
+# 2^-2 + 2^0 = 1.25. The second raises row_max to 4, so alpha = 2^-1 and row_sum = 1.25 * 0.5 + 2^0
+# = 1.625, which is 2^(1-4) + 2^(3-4) + 2^(4-4).
 #
 # Besides inputs and outputs, only lse = row_max + log2(row_sum) of each row is saved for the
-# backward pass: from it the softmax, p = 2^(q.k * qk_scale - lse), can be had again.
+# backward pass: from it the softmax, p = 2^(qk * qk_scale - lse), can be had again.
 #
 # Documents. A sequence may hold several documents, end to end: query t then sees the keys
 # doc_start[t], ..., t. Blocks of keys before the document of a block's first query are skipped.
@@ -912,14 +936,14 @@ def attention_forward_sweep(q, acc, row_max, row_sum, k_desc, v_desc, seq_begin,
     """The online softmax of the queries q (BQ, D) over the keys lo to hi. `queries` are their
     positions in the sequence, which begins at row seq_begin of k and v."""
     for first_key in range(lo, hi, BK):
-        logits = tl.dot(q, k_desc.load([seq_begin + first_key, k_col]).T)
+        qk = tl.dot(q, k_desc.load([seq_begin + first_key, k_col]).T)
         if MASKED:
             keys = (first_key + tl.arange(0, BK))[None, :]
             visible = (keys <= queries[:, None]) & (keys >= doc_start[:, None])
-            logits = tl.where(visible, logits, float("-inf"))
+            qk = tl.where(visible, qk, float("-inf"))
 
-        new_max = tl.maximum(row_max, tl.max(logits, 1) * qk_scale)
-        p = tl.exp2(logits * qk_scale - new_max[:, None])
+        new_max = tl.maximum(row_max, tl.max(qk, 1) * qk_scale)
+        p = tl.exp2(qk * qk_scale - new_max[:, None])
         alpha = tl.exp2(row_max - new_max)
         row_sum = row_sum * alpha + tl.sum(p, 1)
         v = v_desc.load([seq_begin + first_key, v_col])
@@ -929,33 +953,31 @@ def attention_forward_sweep(q, acc, row_max, row_sum, k_desc, v_desc, seq_begin,
 
 
 @jit
-def key_head_of(pair, head_in_pair, r: tl.constexpr, HAS_NOISE: tl.constexpr):
-    """The key head that a query head reads: the first of its pair, or the second for noise. A
-    caller may pass `head` as head_in_pair: as a pair holds whole groups, is_noise is the same."""
-    is_noise = head_in_pair % (r + HAS_NOISE) // r
+def key_head_of(pair, is_noise, HAS_NOISE: tl.constexpr):
+    """The key head that a query head reads: the first of its pair, or the second for noise."""
     return pair * (1 + HAS_NOISE) + is_noise
 
 
 @jit
-def output_of_head(signal_ptr, noise_ptr, head, H, r: tl.constexpr, HAS_NOISE: tl.constexpr):
-    """Where the output of a query head is, and its gradient likewise: the tensor of its kind,
-    signal or noise; how many heads that has; and head_in_kind, which of them this is: group * r +
-    place of the signal heads, group of the noise heads."""
+def output_of_head(signal, noise, head, H, r: tl.constexpr, HAS_NOISE: tl.constexpr):
+    """-> `signal` or `noise`, whichever holds the output of this head; how many heads that has; and
+    head_in_kind, which of them this head is. Signal heads are in `signal` at group * r + place,
+    noise heads in `noise` at group. `signal` and `noise` may be tuples of tensors."""
     num_groups = H // (r + HAS_NOISE)
     group = head // (r + HAS_NOISE)
     place = head % (r + HAS_NOISE)
     is_noise = place // r
     if is_noise == 0:
-        return signal_ptr, num_groups * r, group * r + place
+        return signal, num_groups * r, group * r + place
     else:
-        return noise_ptr, num_groups, group
+        return noise, num_groups, group
 
 
 @jit
-def block_pointers(ptr, first_vector, num_heads, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def block_pointers(ptr, token, head, num_heads, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Addresses of x[token : token + ROWS, head], a block (ROWS, WIDTH), for a contiguous x (B * T,
-    num_heads, WIDTH) that begins at ptr. first_vector is token * num_heads + head, in int64."""
-    ptr += first_vector * WIDTH
+    num_heads, WIDTH) that begins at ptr."""
+    ptr += (tl.cast(token, tl.int64) * num_heads + head) * WIDTH
     return ptr + (tl.arange(0, ROWS)[:, None] * (num_heads * WIDTH) + tl.arange(0, WIDTH)[None, :])
 
 
@@ -975,13 +997,14 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
     pair = head // (r + HAS_NOISE) // GROUPS_PER_PAIR
     first_query = block * BQ
     queries = first_query + tl.arange(0, BQ)
-    k_col = key_head_of(pair, head, r, HAS_NOISE) * D
+    is_noise = head % (r + HAS_NOISE) // r
+    k_col = key_head_of(pair, is_noise, HAS_NOISE) * D
     v_col = pair * Dv
 
     q = q_desc.load([b * T + first_query, head * D])
     acc = tl.zeros([BQ, Dv], tl.float32)
-    # Not -inf: a row may see no key of a block, and its logits there are -inf. Then new_max would
-    # be -inf too, and (-inf) - (-inf) is NaN. From -1e38, p = exp2(-inf) = 0 and alpha = 1.
+    # Not -inf: a row may see no key of a block, and its qk there are -inf. Then new_max would be
+    # -inf too, and (-inf) - (-inf) is NaN. From -1e38, p = exp2(-inf) = 0 and alpha = 1.
     row_max = tl.full([BQ], -1e38, tl.float32)
     row_sum = tl.zeros([BQ], tl.float32)
     doc_start = tl.zeros([BQ], tl.int32)
@@ -991,7 +1014,7 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
         masked_lo = first_query
         acc, row_max, row_sum = attention_forward_sweep(
             q, acc, row_max, row_sum, k_desc, v_desc, b * T, k_col, v_col, queries, doc_start, 0,
-            masked_lo, qk_scale, False, BK)
+            masked_lo, qk_scale, MASKED=False, BK=BK)
     else:
         # No later query looks further back than the first one: blocks before its document are
         # skipped. The rest are masked, as a later query's document may begin in any of them.
@@ -999,21 +1022,20 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
         doc_start = tl.load(doc_start_ptr + b * T + queries, queries < T, 0)
     acc, row_max, row_sum = attention_forward_sweep(
         q, acc, row_max, row_sum, k_desc, v_desc, b * T, k_col, v_col, queries, doc_start,
-        masked_lo, hi, qk_scale, True, BK)
+        masked_lo, hi, qk_scale, MASKED=True, BK=BK)
 
     # Queries beyond T get lse = inf, so that the backward pass finds p = exp2(... - inf) = 0 there.
     # lse has room for them: each head has tl.num_programs(0) whole blocks.
     lse = tl.where(queries < T, row_max + tl.log2(row_sum), float("inf"))
     tl.store(lse_ptr + tl.cast(head_in_batch, tl.int64) * (tl.num_programs(0) * BQ) + queries, lse)
-    # A maximum drops a NaN, but row_sum keeps it. NaN == NaN is False: then inf is stored, a sign
-    # for QK-clip.
-    row_max = tl.where(row_sum == row_sum, row_max, float("inf"))
+    # A maximum drops a NaN, but row_sum keeps it. Where all visible qk of a row overflow to -inf,
+    # row_sum is 0. NaN > 0 and 0 > 0 are False: then inf is stored, a sign for QK-clip.
+    row_max = tl.where(row_sum > 0, row_max, float("inf"))
     block_max = tl.max(tl.where(queries < T, row_max, float("-inf")), 0)
     tl.store(block_max_ptr + head_in_batch * tl.num_programs(0) + block, block_max)
 
     out_ptr, num_heads, head_in_kind = output_of_head(signal_ptr, noise_ptr, head, H, r, HAS_NOISE)
-    first_vector = tl.cast(b * T + first_query, tl.int64) * num_heads + head_in_kind
-    out_ptrs = block_pointers(out_ptr, first_vector, num_heads, BQ, Dv)
+    out_ptrs = block_pointers(out_ptr, b * T + first_query, head_in_kind, num_heads, BQ, Dv)
     out = (acc / row_sum[:, None]).to(signal_ptr.dtype.element_ty)
     tl.store(out_ptrs, out, (queries < T)[:, None])
 
@@ -1054,7 +1076,7 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 # With documents, query t sees key j if j <= t < doc_end[j], the end of the key's document. Lambda
 # is not here: differential_norm's backward pass has put -lambda into d_out of noise heads.
 #
-# The launches, in their order, as attention_backward makes them:
+# The launches, in their order, as attention_backward makes them (read that function first):
 #
 #     attention_delta_kernel        out, d_out -> delta
 #     attention_dkdv_kernel         q, k, d_out, lse -> dv   (if dv has its own pass: D = 128)
@@ -1068,6 +1090,20 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 # they are added in random order, so that no two runs need agree to the bit). Here
 # attention_dkdv_kernel writes ds to memory, in q's dtype, and attention_dq_kernel reads it: five
 # products (six where dv has a pass of its own), and no atomics.
+#
+# Beyond the end of a sequence. TMA knows no sequences, only a matrix of B * T rows. So the last
+# block of sequence b, where it reaches beyond row T of the sequence, holds
+#
+#     zeros                       if b is the last sequence: TMA reads nothing outside a tensor;
+#     rows of sequence b + 1      if not. As keys they come after all queries of sequence b, so the
+#                                 causal mask takes them out. As queries they get no output, and
+#                                 lse = inf: so p and ds are 0 in the backward pass.
+#
+# KNOWN LIMITATION: p = 0 does not take out a NaN or an infinity, as 0 times either is NaN. If T is
+# no multiple of TILE, the last tile of sequence b also loads the first tokens of b + 1. A NaN or
+# infinity there spoils (a) outputs and dq of the queries in that tile, and (b) dk and dv of every
+# key of b. With documents (b) is limited to the blocks of keys in which a query of that tile sees a
+# key.
 
 @jit
 def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, delta_ptr, T, H,
@@ -1076,24 +1112,23 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
     """delta = rowsum(out * d_out), for BQ queries of one head. The grid is (blocks of queries,
     B * H)."""
     head_in_batch = tl.program_id(1)
-    queries = tl.program_id(0) * BQ + tl.arange(0, BQ)
-    b = tl.cast(head_in_batch // H, tl.int64)
+    first_query = tl.program_id(0) * BQ
+    queries = first_query + tl.arange(0, BQ)
+    b = head_in_batch // H
     head = head_in_batch % H
-    out_ptr, num_heads, head_in_kind = output_of_head(signal_ptr, noise_ptr, head, H, r, HAS_NOISE)
-    d_out_ptr, num_heads, head_in_kind = output_of_head(d_signal_ptr, d_noise_ptr, head, H, r,
-                                                        HAS_NOISE)
-
-    offsets = ((b * T + queries)[:, None] * num_heads + head_in_kind) * Dv
-    offsets += tl.arange(0, Dv)[None, :]
-    out = tl.load(out_ptr + offsets, (queries < T)[:, None], 0.).to(tl.float32)
-    d_out = tl.load(d_out_ptr + offsets, (queries < T)[:, None], 0.).to(tl.float32)
+    ptrs, num_heads, head_in_kind = output_of_head((signal_ptr, d_signal_ptr),
+                                                   (noise_ptr, d_noise_ptr), head, H, r, HAS_NOISE)
+    out_ptr, d_out_ptr = ptrs
+    out_ptrs = block_pointers(out_ptr, b * T + first_query, head_in_kind, num_heads, BQ, Dv)
+    d_out_ptrs = block_pointers(d_out_ptr, b * T + first_query, head_in_kind, num_heads, BQ, Dv)
+    out = tl.load(out_ptrs, (queries < T)[:, None], 0.).to(tl.float32)
+    d_out = tl.load(d_out_ptrs, (queries < T)[:, None], 0.).to(tl.float32)
     tl.store(delta_ptr + tl.cast(head_in_batch, tl.int64) * (tl.num_programs(0) * BQ) + queries,
              tl.sum(out * d_out, 1))
 
 
-# Where ds is stored. Its lower triangle is cut into tiles of TILE x TILE. Tile (i, j) has the
-# queries of tile row i and the keys of tile column j <= i, and is number i (i + 1) / 2 + j of its
-# head:
+# Where ds is stored. Its lower triangle is cut into tiles of TILE x TILE, where a tile row has TILE
+# queries. Only the tiles on and below the diagonal exist; they are stored in this order:
 #
 #                     keys j = 0     1     2     3
 #     queries i = 0            0
@@ -1102,15 +1137,14 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 #             i = 3            6     7     8     9
 #
 # A tile is stored transposed, a row for each key and a column for each query. The tiles of a head
-# lie one below the other in memory, a matrix of TILE columns: row (tile number) * TILE + key % TILE
-# and column query % TILE hold ds[query, key]. Thus tile row i is a matrix (keys, TILE queries),
-# which begins, with key 0, at row i (i + 1) / 2 * TILE of the head. For example query 300 and key
-# 140, with TILE = 128: i = 2, j = 1, tile 4, so row 4 * 128 + 12 = 524, which is 3 * 128 + 140, and
-# column 44. Heads follow each other: the head with the number head_in_ds, below, begins at row
-# head_in_ds * tiles_per_head * TILE. For n tile rows tiles_per_head is n (n + 1) / 2.
+# lie one below the other in memory, as a matrix of TILE columns. So tile row i of a head is a
+# matrix (keys 0 ... (i + 1) TILE - 1, TILE queries). Before it come the i (i + 1) / 2 tiles of the
+# tile rows above it, so ds[query, key] is at row i (i + 1) / 2 * TILE + key of the head, and at
+# column query % TILE. For example query 300 and key 140, with TILE = 128: i = 2, row 3 * 128 + 140
+# = 524, column 44. Heads follow each other in memory; tile_row_begin says where.
 #
-# Which of it is written. attention_dq_kernel multiplies blocks of 64 keys by all TILE queries of a
-# tile row, without a mask. So attention_dkdv_kernel begins with the first query of the diagonal
+# Which of it is written. attention_dq_kernel multiplies blocks of DQ_BK keys by all TILE queries of
+# a tile row, without a mask. So attention_dkdv_kernel begins with the first query of the diagonal
 # tile, not with its block's first key, and stores 0 where the query does not see the key. Three
 # kinds of elements stay unwritten, and none of them reaches a result that is stored: those of
 # blocks of queries beyond T; of blocks of keys beyond T; and, with documents, of blocks of keys
@@ -1121,29 +1155,12 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 # only as many pairs as fit DS_BYTES at one time (at least one). first_pair is the first of them,
 # counted in the whole batch. A pass for dv alone does all pairs, with first_pair = 0.
 #
-# Numbers of a head. In attention_dkdv_kernel a program knows its pair, and its sweep in each step
-# head_in_pair, which counts the heads of the pair; the other kernels start from head_in_batch or
-# head_in_ds. The tensors are laid out in four ways, so the same head has four numbers:
-#
-#     number          counts            is used in        and is made of
-#     head            the heads of a    q, dq             pair * heads_per_pair + head_in_pair
-#                     sequence
-#     head_in_batch   those of all      lse, delta        pair_in_batch * heads_per_pair +
-#                     sequences                           head_in_pair, where pair_in_batch = b * P
-#                                                         + pair. (That is b * H + head.)
-#     head_in_ds      those that are    ds                pair_in_ds * heads_per_pair +
-#                     done at one time                    head_in_pair, where pair_in_ds =
-#                                                         pair_in_batch - first_pair
-#     head_in_kind    signal or noise   signal or noise,  pair * (heads of its kind in a pair) +
-#                     heads of a        and d_signal or   kind_in_pair, which counts these in the
-#                     sequence          d_noise (d_out)   pair
-#
-# A head reads key_head = pair * (1 + HAS_NOISE) + is_noise of k, and value head `pair` of v. In
-# attention_dkdv_sweep head_in_batch and head_in_ds have no names: lse_begin + head_in_pair is the
-# first, and ds_row contains the second.
-#
-# For example two heads of 12.7B (P = 8, r = 4, heads_per_pair = 5), of sequence b = 1. At T =
-# 16,384 two pairs are done at one time, and these two heads' turn comes with first_pair = 10:
+# Numbers of a head. The tensors are laid out in four ways: q has the heads of a sequence; d_out has
+# its signal heads, or its noise heads; lse and delta have the heads of all sequences; and ds has
+# the heads of the pairs that are done at one time. So a head has four numbers. attention_dkdv_sweep
+# says at each load what number it is. For example two heads of 12.7B (P = 8, r = 4, heads_per_pair
+# = 5), of sequence b = 1. At T = 16,384 two pairs are done at one time, and these two heads' turn
+# comes with first_pair = 10:
 #
 #                     head 17, a signal head          head 19, the noise head of its group
 #     pair            17 // 5 = 3                     19 // 5 = 3
@@ -1153,15 +1170,7 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 #     head_in_batch   11 * 5 + 2 = 57                 11 * 5 + 4 = 59
 #     pair_in_ds      11 - 10 = 1                     1
 #     head_in_ds      1 * 5 + 2 = 7                   1 * 5 + 4 = 9
-#     kind_in_pair    2                               0
 #     head_in_kind    3 * 4 + 2 = 14, of d_signal     3 * 1 + 0 = 3, of d_noise
-#
-# (With two groups to a pair, the second group's noise head would have kind_in_pair 1.)
-#
-# Rows of matrices at which something begins have names with `begin`: seq_begin is where the
-# sequence begins in q, k, v and d_out; lse_begin where the pair does in lse and delta, which have a
-# row for each head of all sequences; ds_begin where the pair does in ds; tile_row_begin where a
-# tile row of a head does in ds.
 
 @jit
 def tiles_before(i):
@@ -1170,63 +1179,86 @@ def tiles_before(i):
 
 
 @jit
-def head_and_query_of_step(step, num_blocks, lo, IS_NOISE: tl.constexpr, r: tl.constexpr,
-                           HAS_NOISE: tl.constexpr, BQ: tl.constexpr):
-    """The number of a step -> what it works on: kind_in_pair, head_in_pair, first_query. Steps go
-    through the heads of one kind in a pair, and for each through num_blocks blocks of BQ queries,
-    from lo on."""
-    heads_per_group: tl.constexpr = 1 if IS_NOISE else r              # of this kind
-    kind_in_pair = step // num_blocks
-    first_query = lo + step % num_blocks * BQ
-    group_in_pair = kind_in_pair // heads_per_group
-    place = IS_NOISE * r + kind_in_pair % heads_per_group
-    head_in_pair = group_in_pair * (r + HAS_NOISE) + place
-    return kind_in_pair, head_in_pair, first_query
+def tile_row_begin(head_in_ds, tile_i, T, TILE: tl.constexpr):
+    """The row of ds at which tile row tile_i of a head begins, with key 0."""
+    tiles_per_head = tiles_before((T + TILE - 1) // TILE)
+    return (head_in_ds * tiles_per_head + tiles_before(tile_i)) * TILE
 
 
 @jit
-def attention_dkdv_sweep(k, v, dk, dv, q_desc, d_out_desc, lse_desc, delta_desc, ds_desc, ds_begin,
-                         tiles_per_head, seq_begin, lse_begin, pair, first_key, doc_end, lo, hi,
-                         qk_scale, IS_NOISE: tl.constexpr, MASKED: tl.constexpr, r: tl.constexpr,
-                         HAS_NOISE: tl.constexpr, GROUPS_PER_PAIR: tl.constexpr, D: tl.constexpr,
-                         Dv: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,
-                         NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
+def recompute_p(k, q, lse, qk_scale, first_key, queries, doc_end, MASKED: tl.constexpr):
+    """p of the forward pass, divided by its sum, for the keys k (BK, D) and the queries q (BQ, D):
+    transposed, (BK, BQ). MASKED: some query may not see some key, and p is 0 there."""
+    p = tl.exp2(tl.dot(k, q.T) * qk_scale - lse[None, :])
+    if MASKED:
+        keys = (first_key + tl.arange(0, k.shape[0]))[:, None]
+        visible = (keys <= queries[None, :]) & (queries[None, :] < doc_end[:, None])
+        p = tl.where(visible, p, 0.)
+    return p
+
+
+@jit
+def store_ds(ds_desc, ds, head_in_ds, first_key, first_query, T, TILE: tl.constexpr):
+    """ds, transposed (BK, BQ), to its place in the tiles of a head."""
+    begin = tile_row_begin(head_in_ds, first_query // TILE, T, TILE)
+    ds_desc.store([begin + first_key, first_query % TILE], ds)
+
+
+@jit
+def attention_dkdv_sweep(k, v, dk, dv, descriptors, places, doc_end, lo, hi, qk_scale,
+                         layout: tl.constexpr, TILE: tl.constexpr, NEED_DK: tl.constexpr,
+                         NEED_DV: tl.constexpr, IS_NOISE: tl.constexpr, MASKED: tl.constexpr):
     """Add to dk and dv of the keys k (BK, D) what the queries lo to hi contribute, from all signal
     heads of the pair, or all noise heads if IS_NOISE. With NEED_DK it also stores ds. Here
     p, dp and ds are (BK, BQ), keys by queries: p^T, dp^T and ds^T of the formulas. q is (BQ, D),
     d_out (BQ, Dv), lse (BQ,), delta (1, BQ), dk (BK, D) and dv (BK, Dv).
 
     One loop counts heads and blocks of queries together. Of two nested loops Triton would load
-    ahead in the inner one only, and begin that anew with each head."""
+    ahead in the inner one only, and begin that anew with each head. What the two calls of the sweep
+    have in common comes in the tuples descriptors, places and layout."""
+    q_desc, d_out_desc, lse_desc, delta_desc, ds_desc = descriptors
+    seq_begin, pair, pair_in_batch, pair_in_ds, first_key, T = places
+    r: tl.constexpr = layout[0]
+    HAS_NOISE: tl.constexpr = layout[1]
+    GROUPS_PER_PAIR: tl.constexpr = layout[2]
+    BQ: tl.constexpr = q_desc.block_shape[0]
+    D: tl.constexpr = q_desc.block_shape[1]
+    Dv: tl.constexpr = d_out_desc.block_shape[1]
+
     heads_per_pair: tl.constexpr = GROUPS_PER_PAIR * (r + HAS_NOISE)
-    kind_per_pair: tl.constexpr = GROUPS_PER_PAIR * (1 if IS_NOISE else r)
+    # How many heads a group and a pair have of this sweep's kind, signal or noise.
+    same_kind_per_group: tl.constexpr = 1 if IS_NOISE else r
+    same_kind_per_pair: tl.constexpr = GROUPS_PER_PAIR * same_kind_per_group
     num_blocks = (hi - lo + BQ - 1) // BQ
-    for step in range(0, kind_per_pair * num_blocks):
-        kind_in_pair, head_in_pair, first_query = head_and_query_of_step(step, num_blocks, lo,
-                                                                         IS_NOISE, r, HAS_NOISE, BQ)
+    for step in range(0, same_kind_per_pair * num_blocks):
+        # same_kind_before counts the pair's heads of this kind.
+        same_kind_before = step // num_blocks
+        first_query = lo + (step % num_blocks) * BQ
+        group_in_pair = same_kind_before // same_kind_per_group
+        place = IS_NOISE * r + same_kind_before % same_kind_per_group
+        head_in_pair = group_in_pair * (r + HAS_NOISE) + place
         queries = first_query + tl.arange(0, BQ)
 
+        # head counts all heads of the sequence.
         head = pair * heads_per_pair + head_in_pair
         q = q_desc.load([seq_begin + first_query, head * D])
-        head_in_kind = pair * kind_per_pair + kind_in_pair
+        # head_in_kind counts the signal heads of the sequence, or its noise heads.
+        head_in_kind = pair * same_kind_per_pair + same_kind_before
         d_out = d_out_desc.load([seq_begin + first_query, head_in_kind * Dv])
-        lse = lse_desc.load([lse_begin + head_in_pair, first_query]).reshape(BQ)
+        # head_in_batch counts the heads of all sequences.
+        head_in_batch = pair_in_batch * heads_per_pair + head_in_pair
+        lse = lse_desc.load([head_in_batch, first_query]).reshape(BQ)
 
-        p = tl.exp2(tl.dot(k, q.T) * qk_scale - lse[None, :])
-        if MASKED:
-            keys = (first_key + tl.arange(0, BK))[:, None]
-            visible = (keys <= queries[None, :]) & (queries[None, :] < doc_end[:, None])
-            p = tl.where(visible, p, 0.)
+        p = recompute_p(k, q, lse, qk_scale, first_key, queries, doc_end, MASKED)
         if NEED_DV:
             dv = tl.dot(p.to(d_out.dtype), d_out, dv)
         if NEED_DK:
             dp = tl.dot(v, d_out.T)
-            delta = delta_desc.load([lse_begin + head_in_pair, first_query]).reshape(1, BQ)
+            delta = delta_desc.load([head_in_batch, first_query]).reshape(1, BQ)
             ds = (p * (dp - delta)).to(q.dtype)
-            tile_i = first_query // TILE
-            tile_in_pair = head_in_pair * tiles_per_head + tiles_before(tile_i) + first_key // TILE
-            ds_row = ds_begin + tile_in_pair * TILE + first_key % TILE
-            ds_desc.store([ds_row, first_query % TILE], ds)
+            # head_in_ds counts the heads of the pairs that are done at one time.
+            head_in_ds = pair_in_ds * heads_per_pair + head_in_pair
+            store_ds(ds_desc, ds, head_in_ds, first_key, first_query, T, TILE)
             dk = tl.dot(ds, q, dk)
     return dk, dv
 
@@ -1241,17 +1273,16 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
     """One program: BK keys of one pair. NEED_DK: it makes p, dp, ds and the dk of both key heads,
     and writes ds. NEED_DV: it makes p and dv. The options, one pass for dk and dv or one for each,
     stand before attention_backward. The grid is (blocks of keys, pairs from first_pair on)."""
+    # These count the pairs done at one time, those of all sequences, and those of sequence b.
     pair_in_ds = tl.program_id(1)
     pair_in_batch = first_pair + pair_in_ds
-    b = pair_in_batch // P
     pair = pair_in_batch % P
+    b = pair_in_batch // P
     first_key = tl.program_id(0) * BK
     key_in_block = tl.arange(0, BK)
-    heads_per_pair: tl.constexpr = GROUPS_PER_PAIR * (r + HAS_NOISE)
     seq_begin = b * T
-    lse_begin = pair_in_batch * heads_per_pair
-    tiles_per_head = tiles_before((T + TILE - 1) // TILE)
-    ds_begin = pair_in_ds * heads_per_pair * tiles_per_head * TILE
+    places = (seq_begin, pair, pair_in_batch, pair_in_ds, first_key, T)
+    layout: tl.constexpr = (r, HAS_NOISE, GROUPS_PER_PAIR)
 
     # Begin with the diagonal tile's first query, so that ds of the whole tile is written.
     lo = first_key // TILE * TILE
@@ -1270,32 +1301,28 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
     # A 0 stands for what this pass does not need, and the sweep does not touch. (v is for dp.)
     v = v_desc.load([seq_begin + first_key, pair * Dv]) if NEED_DK else 0
     dv = tl.zeros([BK, Dv], tl.float32) if NEED_DV else 0
-    first_token = tl.cast(seq_begin + first_key, tl.int64)
     # The compiler unrolls this loop: the signal key head, then the noise key head.
     for IS_NOISE in tl.static_range(1 + HAS_NOISE):
-        key_head = pair * (1 + HAS_NOISE) + IS_NOISE
+        key_head = key_head_of(pair, IS_NOISE, HAS_NOISE)
         k = k_desc.load([seq_begin + first_key, key_head * D])
         dk = tl.zeros([BK, D], tl.float32) if NEED_DK else 0
         d_out_desc = d_noise_desc if IS_NOISE else d_signal_desc
-        dk, dv = attention_dkdv_sweep(k, v, dk, dv, q_desc, d_out_desc, lse_desc, delta_desc,
-                                      ds_desc, ds_begin, tiles_per_head, seq_begin, lse_begin, pair,
-                                      first_key, doc_end, lo, masked_hi, qk_scale, IS_NOISE, True,
-                                      r, HAS_NOISE, GROUPS_PER_PAIR, D, Dv, BQ, BK, TILE, NEED_DK,
-                                      NEED_DV)
+        descriptors = (q_desc, d_out_desc, lse_desc, delta_desc, ds_desc)
+        dk, dv = attention_dkdv_sweep(k, v, dk, dv, descriptors, places, doc_end, lo, masked_hi,
+                                      qk_scale, layout, TILE, NEED_DK, NEED_DV, IS_NOISE,
+                                      MASKED=True)
         if doc_end_ptr is None:
             # All later queries see all of these keys.
-            dk, dv = attention_dkdv_sweep(k, v, dk, dv, q_desc, d_out_desc, lse_desc, delta_desc,
-                                          ds_desc, ds_begin, tiles_per_head, seq_begin, lse_begin,
-                                          pair, first_key, doc_end, masked_hi, T, qk_scale,
-                                          IS_NOISE, False, r, HAS_NOISE, GROUPS_PER_PAIR, D, Dv,
-                                          BQ, BK, TILE, NEED_DK, NEED_DV)
+            dk, dv = attention_dkdv_sweep(k, v, dk, dv, descriptors, places, doc_end, masked_hi, T,
+                                          qk_scale, layout, TILE, NEED_DK, NEED_DV, IS_NOISE,
+                                          MASKED=False)
         if NEED_DK:
-            first_vector = first_token * (P * (1 + HAS_NOISE)) + key_head
-            dk_ptrs = block_pointers(dk_ptr, first_vector, P * (1 + HAS_NOISE), BK, D)
+            dk_ptrs = block_pointers(dk_ptr, seq_begin + first_key, key_head, P * (1 + HAS_NOISE),
+                                     BK, D)
             dk = (dk * logit_scale).to(dk_ptr.dtype.element_ty)
             tl.store(dk_ptrs, dk, (first_key + key_in_block < T)[:, None])
     if NEED_DV:
-        dv_ptrs = block_pointers(dv_ptr, first_token * P + pair, P, BK, Dv)
+        dv_ptrs = block_pointers(dv_ptr, seq_begin + first_key, pair, P, BK, Dv)
         tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), (first_key + key_in_block < T)[:, None])
 
 
@@ -1312,9 +1339,8 @@ def attention_dq_kernel(ds_desc, k_desc, doc_start_ptr, dq_ptr, first_pair, T, P
     b = pair_in_batch // P
     pair = pair_in_batch % P
     head_in_pair = head_in_ds % heads_per_pair
-    k_col = key_head_of(pair, head_in_pair, r, HAS_NOISE) * D
-    tiles_per_head = tiles_before((T + TILE - 1) // TILE)
-    tile_row_begin = (head_in_ds * tiles_per_head + tiles_before(tile_i)) * TILE
+    is_noise = head_in_pair % (r + HAS_NOISE) // r
+    k_col = key_head_of(pair, is_noise, HAS_NOISE) * D
 
     # With documents, start at the key block in which the document of this tile row's first query
     # begins; attention_dkdv_kernel has written ds for it and for every later block.
@@ -1322,16 +1348,15 @@ def attention_dq_kernel(ds_desc, k_desc, doc_start_ptr, dq_ptr, first_pair, T, P
     lo = 0
     if doc_start_ptr is not None:
         lo = tl.load(doc_start_ptr + b * T + first_query) // BK * BK
+    begin = tile_row_begin(head_in_ds, tile_i, T, TILE)
     dq = tl.zeros([TILE, D], tl.float32)
     for first_key in range(lo, tl.minimum(first_query + TILE, T), BK):
-        ds = ds_desc.load([tile_row_begin + first_key, 0]).T
+        ds = ds_desc.load([begin + first_key, 0]).T
         dq = tl.dot(ds, k_desc.load([b * T + first_key, k_col]), dq)
 
     query_in_tile = tl.arange(0, TILE)
-    first_token = tl.cast(b * T + first_query, tl.int64)
     head = pair * heads_per_pair + head_in_pair
-    first_vector = first_token * (P * heads_per_pair) + head
-    dq_ptrs = block_pointers(dq_ptr, first_vector, P * heads_per_pair, TILE, D)
+    dq_ptrs = block_pointers(dq_ptr, b * T + first_query, head, P * heads_per_pair, TILE, D)
     dq = (dq * logit_scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptrs, dq, (first_query + query_in_tile < T)[:, None])
 
@@ -1350,8 +1375,8 @@ class AttentionShape:
         self.layout = {"r": self.r, "HAS_NOISE": self.has_noise,
                        "GROUPS_PER_PAIR": self.G // self.P}
         self.num_tile_rows = ceil_div(self.T, TILE)
-        self.logit_scale = self.D**-0.5                  # what q.k is multiplied by
-        self.qk_scale = self.logit_scale / math.log(2)   # the same for logits in base 2
+        self.logit_scale = self.D**-0.5                  # qk * logit_scale is a logit,
+        self.qk_scale = self.logit_scale / math.log(2)   # qk * qk_scale a log2 logit
 
 
 def flatten_batch_for_tma(x: Tensor) -> Tensor:
@@ -1383,7 +1408,7 @@ def empty_attention_outputs(q, k, v, doc_start, num_noise_heads):
 @custom_op(empty_attention_outputs)
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
                       num_noise_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> signal, noise, lse in base 2, the largest logit of each head (H,)."""
+    """-> signal, noise, lse (of log2 logits, in base 2), the largest logit of each head (H,)."""
     shape = AttentionShape(q, v, num_noise_heads)
     if shape.B * shape.H > 65535:       # CUDA's limit for the second dimension of a grid
         raise ValueError(f"fused attention takes up to 65,535 sequences x heads at a time, not "
@@ -1410,6 +1435,31 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
 ONE_PASS = dict(BQ=64, BK=64, NEED_DK=True, NEED_DV=True, num_warps=4, num_stages=2)
 DV_PASS = dict(BQ=64, BK=128, NEED_DK=False, NEED_DV=True, num_warps=8, num_stages=3)
 DK_PASS = dict(BQ=64, BK=128, NEED_DK=True, NEED_DV=False, num_warps=8, num_stages=2)
+DQ_BK = 64                # keys at a time in attention_dq_kernel
+
+
+def rows_of_ds(shape: AttentionShape) -> int:
+    """Rows that ds of one pair has in memory; see "Where ds is stored"."""
+    heads_per_pair = shape.H // shape.P
+    tiles_per_head = shape.num_tile_rows * (shape.num_tile_rows + 1) // 2
+    return heads_per_pair * tiles_per_head * TILE
+
+
+def pairs_that_fit(shape: AttentionShape, itemsize: int) -> int:
+    """The ds of how many pairs fit DS_BYTES: at least one, at most all of the batch."""
+    pair_bytes = rows_of_ds(shape) * TILE * itemsize
+    return min(max(1, DS_BYTES // pair_bytes), shape.B * shape.P)
+
+
+def launch_delta(shape: AttentionShape, signal: Tensor, noise: Tensor, d_signal: Tensor,
+                 d_noise: Tensor, lse: Tensor) -> Tensor:
+    """-> delta, in the layout of lse."""
+    BQ = 16
+    delta = torch.empty_like(lse)
+    attention_delta_kernel[lse.shape[1] // BQ, shape.B * shape.H](
+        signal, noise, d_signal, d_noise, delta, shape.T, shape.H, r=shape.r,
+        HAS_NOISE=shape.has_noise, Dv=shape.Dv, BQ=BQ, num_warps=4)
+    return delta
 
 
 def empty_attention_gradients(d_signal, d_noise, q, k, v, *others):
@@ -1424,10 +1474,7 @@ def attention_backward(d_signal: Tensor, d_noise: Tensor, q: Tensor, k: Tensor, 
     shape = AttentionShape(q, v, num_noise_heads)
     d_signal = d_signal.contiguous()
     d_noise = d_noise.contiguous()
-    delta = torch.empty_like(lse)
-    attention_delta_kernel[lse.shape[1] // 16, shape.B * shape.H](
-        signal, noise, d_signal, d_noise, delta, shape.T, shape.H, r=shape.r,
-        HAS_NOISE=shape.has_noise, Dv=shape.Dv, BQ=16, num_warps=4)
+    delta = launch_delta(shape, signal, noise, d_signal, d_noise, lse)
 
     dq, dk, dv = empty_attention_gradients(d_signal, d_noise, q, k, v)
     q = flatten_batch_for_tma(q)
@@ -1438,12 +1485,8 @@ def attention_backward(d_signal: Tensor, d_noise: Tensor, q: Tensor, k: Tensor, 
     d_signal = flatten_batch_for_tma(d_signal)
     doc_end = None if doc_start is None else document_ends(doc_start)
 
-    heads_per_pair = shape.H // shape.P
-    tiles_per_head = shape.num_tile_rows * (shape.num_tile_rows + 1) // 2
-    ds_rows = heads_per_pair * tiles_per_head * TILE                               # of one pair
-    pairs_at_once = max(1, DS_BYTES // (ds_rows * TILE * q.element_size()))
-    pairs_at_once = min(shape.B * shape.P, pairs_at_once)
-    ds = q.new_empty(pairs_at_once * ds_rows, TILE)
+    pairs_at_once = pairs_that_fit(shape, q.element_size())
+    ds = q.new_empty(pairs_at_once * rows_of_ds(shape), TILE)
 
     def launch_dkdv(first_pair, num_pairs, BQ, BK, **options):
         attention_dkdv_kernel[triton.cdiv(shape.T, BK), num_pairs](
@@ -1453,16 +1496,17 @@ def attention_backward(d_signal: Tensor, d_noise: Tensor, q: Tensor, k: Tensor, 
             shape.qk_scale, shape.logit_scale, **shape.layout, D=shape.D, Dv=shape.Dv, BQ=BQ, BK=BK,
             TILE=TILE, **options)
 
-    one_pass = shape.D + shape.Dv <= 192        # dk and dv fit the registers
+    one_pass = shape.D <= 64                    # dk and dv fit the registers
     if not one_pass:
         launch_dkdv(0, shape.B * shape.P, **DV_PASS)
     for first_pair in range(0, shape.B * shape.P, pairs_at_once):
         num_pairs = min(pairs_at_once, shape.B * shape.P - first_pair)
         launch_dkdv(first_pair, num_pairs, **(ONE_PASS if one_pass else DK_PASS))
-        attention_dq_kernel[shape.num_tile_rows, num_pairs * heads_per_pair](
-            tma(ds, 64, TILE), tma(k, 64, shape.D), doc_start, dq, first_pair, shape.T, shape.P,
-            shape.logit_scale, **shape.layout, D=shape.D, BK=64, TILE=TILE, num_warps=4,
-            num_stages=3)
+        num_heads = num_pairs * shape.H // shape.P
+        attention_dq_kernel[shape.num_tile_rows, num_heads](
+            tma(ds, DQ_BK, TILE), tma(k, DQ_BK, shape.D), doc_start, dq, first_pair, shape.T,
+            shape.P, shape.logit_scale, **shape.layout, D=shape.D, BK=DQ_BK, TILE=TILE,
+            num_warps=4, num_stages=3)
     return dq, dk, dv
 
 
@@ -1978,11 +2022,11 @@ def absmax_kernel(x_ptr, row_max_ptr, column_max_ptr, num_rows, num_columns,
 
 
 @jit
-def load_scale(absmax_ptr, mask):
+def load_scale(absmax_ptr, mask, TINY: tl.constexpr):
     """From the bits of max|x|: scale = max|x| / 448, and 1 / scale."""
     absmax = tl.load(absmax_ptr, mask=mask, other=0).to(tl.float32, bitcast=True)
-    # 1e-30 is TINY. A NaN is not below it and stays.
-    scale = tl.where(absmax < 1e-30, 1e-30, absmax) * (1 / 448)
+    # A NaN is not below TINY and stays.
+    scale = tl.where(absmax < TINY, TINY, absmax) * (1 / 448)
     # Rounded as PyTorch rounds it, so that x8 has the bits of quantize_rows.
     return scale, tl.div_rn(tl.full(scale.shape, 1, tl.float32), scale)
 
@@ -1990,39 +2034,39 @@ def load_scale(absmax_ptr, mask):
 @jit
 def quantize_kernel(x_ptr, row_max_ptr, column_max_ptr, x8_ptr, x_scale_ptr, xT8_ptr, xT_scale_ptr,
                     num_rows, num_columns, TRANSPOSE: tl.constexpr, BR: tl.constexpr,
-                    BC: tl.constexpr):
+                    BC: tl.constexpr, TINY: tl.constexpr):
     """One program: a tile of BR rows and BC columns of x8 and, if TRANSPOSE, the same place of xT8.
-    program_id(0), which programs that run together differ in, counts tiles along a row, and in
-    absmax_kernel down a column."""
+    Programs with neighbouring program_id(0) run together. Here they are neighbours in a row of x,
+    in absmax_kernel in a column."""
     i = tl.program_id(1).to(tl.int64) * BR + tl.arange(0, BR)
     j = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)
     mask = (i[:, None] < num_rows) & (j < num_columns)
     x = tl.load(x_ptr + i[:, None] * num_columns + j, mask=mask, other=0)
-    x_scale, inverse = load_scale(row_max_ptr + i, i < num_rows)
+    x_scale, inverse = load_scale(row_max_ptr + i, i < num_rows, TINY)
     # All tiles of a row write the same scale.
     tl.store(x_scale_ptr + i, x_scale, mask=i < num_rows)
     x8 = (x.to(tl.float32) * inverse[:, None]).to(x8_ptr.dtype.element_ty)
     tl.store(x8_ptr + i[:, None] * num_columns + j, x8, mask=mask)
     if TRANSPOSE:
-        xT_scale, inverse = load_scale(column_max_ptr + j, j < num_columns)
+        xT_scale, inverse = load_scale(column_max_ptr + j, j < num_columns, TINY)
         tl.store(xT_scale_ptr + j, xT_scale, mask=j < num_columns)
         xT8 = (tl.trans(x).to(tl.float32) * inverse[:, None]).to(xT8_ptr.dtype.element_ty)
         mask = (j[:, None] < num_columns) & (i < num_rows)
         tl.store(xT8_ptr + j[:, None] * num_rows + i, xT8, mask=mask)
 
 
-def fake_quantize_fp8(x, with_transpose):
+def empty_quantize_outputs(x, with_transpose, dtype=FP8):
+    """x8, x_scale and, if with_transpose, xT8, xT_scale."""
     num_rows, num_columns = x.shape
-    x8 = x.new_empty(num_rows, num_columns, dtype=FP8)
-    x_scale = x.new_empty(num_rows, dtype=torch.float32)
-    if not with_transpose:
-        return [x8, x_scale]
-    xT8 = x.new_empty(num_columns, num_rows, dtype=FP8)
-    xT_scale = x.new_empty(num_columns, dtype=torch.float32)
-    return [x8, x_scale, xT8, xT_scale]
+    outputs = [x.new_empty(num_rows, num_columns, dtype=dtype),
+               x.new_empty(num_rows, dtype=torch.float32)]
+    if with_transpose:
+        outputs += [x.new_empty(num_columns, num_rows, dtype=dtype),
+                    x.new_empty(num_columns, dtype=torch.float32)]
+    return outputs
 
 
-@custom_op(fake_quantize_fp8)
+@custom_op(empty_quantize_outputs)
 def quantize_fp8(x: Tensor, with_transpose: bool) -> list[Tensor]:
     """quantize_rows of x (rows, columns) and, if with_transpose, of x^T too: x8 (rows, columns),
     x_scale (rows,), xT8 (columns, rows), xT_scale (columns,).
@@ -2040,18 +2084,17 @@ def quantize_fp8(x: Tensor, with_transpose: bool) -> list[Tensor]:
     row_max, column_max = absmax.split([num_rows, num_columns])
     # Triton's interpreter rounds to FP8 wrongly: there PyTorch does it.
     dtype = torch.float32 if INTERPRET else FP8
-    x8 = x.new_empty(num_rows, num_columns, dtype=dtype)
-    x_scale = x.new_empty(num_rows, dtype=torch.float32)
-    rows_of_xT8 = num_columns if with_transpose else 0
-    xT8 = x.new_empty(rows_of_xT8, num_rows, dtype=dtype)
-    xT_scale = x.new_empty(rows_of_xT8, dtype=torch.float32)
+    outputs = empty_quantize_outputs(x, with_transpose, dtype)
+    x8, x_scale, xT8, xT_scale = outputs if with_transpose else (*outputs, None, None)
     absmax_kernel[triton.cdiv(num_rows, 128), triton.cdiv(num_columns, 64)](
         x, row_max, column_max, num_rows, num_columns, TRANSPOSE=with_transpose, BR=128, BC=64,
         num_warps=4)
     quantize_kernel[triton.cdiv(num_columns, 128), triton.cdiv(num_rows, 64)](
         x, row_max, column_max, x8, x_scale, xT8, xT_scale, num_rows, num_columns,
-        TRANSPOSE=with_transpose, BR=64, BC=128, num_warps=8)
-    return [x8.to(FP8), x_scale, xT8.to(FP8), xT_scale] if with_transpose else [x8.to(FP8), x_scale]
+        TRANSPOSE=with_transpose, BR=64, BC=128, TINY=TINY, num_warps=8)
+    if not with_transpose:
+        return [x8.to(FP8), x_scale]
+    return [x8.to(FP8), x_scale, xT8.to(FP8), xT_scale]
 
 
 def scaled_mm(x8: Tensor, x_scale: Tensor, y8: Tensor, y_scale: Tensor) -> Tensor:

@@ -676,6 +676,17 @@ def test_a_logit_that_is_nan_shows_in_the_largest_of_its_head_alone(attention_of
     assert largest[0] == expected[0]
 
 
+def test_a_row_whose_logits_all_overflow_shows_in_the_largest_of_its_head_alone(fused):
+    """The first query of a head, which sees a single key. bf16 has the range of fp32."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    q, k, v = (torch.randn(1, 40, 2, 16, device=DEVICE, dtype=dtype) for _ in range(3))
+    expected = attention(0)(q, k, v)[1].flatten()
+    q[0, 0, 1] = 1e30
+    k[0, 0, 1] = -1e30
+    largest = attention(0)(q, k, v)[1].flatten()
+    assert largest[0] == expected[0] and largest[1] == torch.inf
+
+
 def test_more_heads_than_a_grid_has_room_for_are_refused(fused):
     q, k, v = (torch.randn(32768, 1, 2, 16, device=DEVICE, dtype=DTYPES[1])
                for _ in range(3))
