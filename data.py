@@ -770,18 +770,19 @@ def check_mixture(mixture: list, domains: dict) -> None:
                             f"not {shares}")
 
 
-# ---- a run that goes on under another plan: the last section, needed by no run that keeps its plan
+# ---- a run that goes on under another plan: skip this section unless a run's plan changes
 
 # A run that is prolonged, or whose plan changes otherwise, keeps what it has read: the old plan
-# holds for the steps before the change, the new one from it on. A new phase begins there, as at a
-# change of seq_len.
+# holds for the steps before the change, the new one from it on. If seq_len stays as it is, the
+# phase that has begun goes on as if it had been planned so.
 #
-# But a change that nobody planned comes in the midst of a window. Say it has sequences 0 to 3 in
-# the order 2, 0, 3, 1, and three of them are read. If the next phase began with sequence 3, it
-# would read that again, and 1 would never be read. So it begins after the window. A curriculum
-# cannot know where the window ends, as that depends on the ends of epochs. But the window contains
-# place 2, the last one read, so it ends at 2 + 4 = 6 at the latest. The next phase begins there,
-# and 1, 4 and 5 are passed over: of each domain a million tokens at most.
+# But seq_len may change at once, or before the window ends in which the plan has changed. Say this
+# window has sequences 0 to 3 in the order 2, 0, 3, 1, and three of them are read. If the next phase
+# began with sequence 3, it would read that again, and 1 would never be read. So a new phase begins
+# where the plan changes, and its text begins after the window. A curriculum cannot know where the
+# window ends, as that depends on the ends of epochs. But the window contains place 2, the last one
+# read, so it ends at 2 + 4 = 6 at the latest. The new phase begins there, and 1, 4 and 5 are passed
+# over. At most a window is lost so, about a million tokens of each domain.
 
 
 class ContinuedCurriculum(Curriculum):
@@ -854,48 +855,70 @@ class ContinuedCurriculum(Curriculum):
                               self._tokens_before().tolist())
         return np.concatenate([self._past(old.taken), to_come])
 
-    @property
-    def phase_starts(self) -> list[int]:
-        old, step = self.before
-        begun = [t for t in old.phase_starts if t < step]
-        to_come = [t for t in super().phase_starts if t > step]
-        if step == self.steps:       # the new plan ends here
-            return begun
-        return [*begun, step, *to_come]
-
     @cached_property
-    def phases(self) -> list[Phase]:
+    def _begun(self) -> list[Phase]:
+        """The phases that the plan before has begun. `count` is as it was planned: it may have cut
+        the last window that was begun."""
         old, step = self.before
         phases = []
         for phase in old.phases:
             if phase.first_step < step:
-                # `count` stays as it was planned: it may have cut the window that had begun.
                 count = None if phase.count is None else self._our_columns(phase.count)
                 start = self._our_columns(phase.start)
                 phases.append(Phase(phase.first_step, phase.T, start, count))
+        return phases
 
-        start = np.zeros(len(self.names), dtype=np.int64)
-        if phases:
-            last = phases[-1]
-            reached = self.end[step - 1]
-            start = last.start + (reached + rest_of_window(last, reached)) * last.T
-        to_come = [t for t in self.phase_starts if t >= step]
-        return phases + self._phases_from(to_come, start)
+    @cached_property
+    def _reached(self) -> np.ndarray:
+        """(domains,): how many sequences the last of these phases has read."""
+        _, step = self.before
+        return self.taken[self._begun[-1].first_step:step].sum(axis=0)
+
+    @cached_property
+    def _goes_on(self) -> bool:
+        """Whether the last of these phases goes on: seq_len stays as it is, and the windows that
+        have begun end where they did."""
+        _, step = self.before
+        if step == 0 or step == self.steps or self.seq_len[step] != self.seq_len[step - 1]:
+            return False
+        last = self._begun[-1]
+        later = [t for t in super().phase_starts if t > step]
+        count = self.taken[last.first_step:later[0]].sum(axis=0) if later else None
+        return (self._window_end(count) == self._window_end(last.count)).all()
+
+    def _window_end(self, count: np.ndarray | None) -> np.ndarray:
+        """(domains,): if the last of these phases has `count` sequences, where the window that has
+        begun ends at the latest; 0 for a domain that was not read."""
+        end = self._reached - 1 + window_size(self._begun[-1].T)
+        if count is not None:
+            end = np.minimum(end, count)
+        return np.where(self._reached > 0, end, 0)
+
+    @property
+    def phase_starts(self) -> list[int]:
+        _, step = self.before
+        first_steps = [phase.first_step for phase in self._begun]
+        if step < self.steps and not self._goes_on:
+            first_steps.append(step)
+        return first_steps + [t for t in super().phase_starts if t > step]
+
+    @cached_property
+    def phases(self) -> list[Phase]:
+        begun = self._begun
+        if not begun:
+            start = np.zeros(len(self.names), dtype=np.int64)
+        elif self._goes_on:
+            start = begun[-1].start
+            begun = begun[:-1]
+        else:
+            last = begun[-1]
+            start = last.start + self._window_end(last.count) * last.T
+        return begun + self._phases_from(self.phase_starts[len(begun):], start)
 
     def passed_over(self) -> dict[str, int]:
         """Domain -> the most tokens of it that the change of plan leaves out, if there are any."""
-        _, step = self.before
-        begun = [phase for phase in self.phases if phase.first_step < step]
-        if not begun:
+        if not self._begun or self._goes_on:
             return {}
-        tokens = rest_of_window(begun[-1], self.end[step - 1]) * begun[-1].T
+        last = self._begun[-1]
+        tokens = (self._window_end(last.count) - self._reached) * last.T
         return {name: int(n) for name, n in zip(self.names, tokens) if n > 0}
-
-
-def rest_of_window(phase: Phase, reached: np.ndarray) -> np.ndarray:
-    """(domains,) how many sequences of the window that has begun are still to be read, at the most,
-    once a phase has read so many sequences: reached, (domains,)."""
-    window_end = reached - 1 + window_size(phase.T)
-    if phase.count is not None:
-        window_end = np.minimum(window_end, phase.count)
-    return np.where(reached > 0, window_end - reached, 0)

@@ -263,6 +263,9 @@ def test_a_plan_that_is_prolonged_keeps_what_was_read(change, rises):
         batches = [d.batch(step).tolist() for d in datasets[step >= change:]]
         assert all(batch == batches[0] for batch in batches)
 
+    # Something is passed over only where seq_len rises within the window in which the plan changes.
+    assert bool(longer.passed_over()) == (change == 30) and not again.passed_over()
+
     # The shares go on to the new end, and no domain strays from its quota.
     assert again.steps == 400 and again.shares[-1, 0] < 0.21
     T = np.array(again.seq_len)[:, None]
@@ -275,7 +278,7 @@ def test_a_plan_that_is_prolonged_keeps_what_was_read(change, rises):
         assert len(places) == len(set(places))
 
 
-@pytest.mark.parametrize("seed", [*range(20), 98, 175, 388, 418])     # the last ones are nested
+@pytest.mark.parametrize("seed", range(30))
 def test_changes_of_plan_in_a_row_read_nothing_twice_and_lose_no_more_than_is_told(monkeypatch,
                                                                                    seed):
     """Up to five plans, most of which change within one window, of 100 sequences."""
@@ -313,7 +316,7 @@ def test_changes_of_plan_in_a_row_read_nothing_twice_and_lose_no_more_than_is_to
     for name, places in read.items():
         assert len(places) == len(set(places))
         # What is not read was passed over, or is not read yet.
-        assert max(places) + 1 - len(places) <= told[name] + 2 * window
+        assert max(places) + 1 - len(places) <= told[name] + window
 
 
 def test_domains_in_another_order_keep_what_was_read_and_their_quotas():
