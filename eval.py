@@ -181,8 +181,8 @@ class PromptEncoder:
 #
 # The choices of MMLU, " A" to " D", need no stage 3 where each is a single token, as in most
 # tokenizers. (In bytes it is two.) In Winogrande each choice has a context of its own, and what is
-# scored is the same text behind each. The rows share only what comes before the contexts differ:
-# the words behind that are computed as a part of a choice, and join_scores drops their scores.
+# scored is the same text behind each. The rows share only the text before their contexts differ.
+# The rest of each context is computed together with its choice, and join_scores drops its scores.
 #
 # Cost: 5-shot MMLU has about 600 tokens of examples and 100 of question. Row by row, a question
 # would take 4 x 700 tokens. In stages it takes 100, and each subject 600 more.
@@ -771,8 +771,8 @@ class Config:
     out_dir: str | None = None    # where samples and results are written; see above
     kv_cache_tokens: Count | None = None  # tokens whose keys and values are in memory at once;
                                   # None: as many as fit in 16 GiB (on the CPU in 1 GiB)
-    temperature: NonNegative | None = None  # of generation; 0: greedy, and so is None, but in a
-                                  # conversation None is 0.7
+    temperature: NonNegative | None = None  # of replies; 0: greedy. None: 0, or 0.7 in a chat
+                                  # without --prompt
     num_samples: Count = 1        # replies to each question whose replies are programs, for pass@k
     seed: int = 1234              # for sampling
     device: str = "auto"          # cpu; cuda, cuda:1, ...; mps, an Apple GPU, on which this was
@@ -934,6 +934,8 @@ def measure_task(name: str, selected: SelectedTask, records: dict, out: Path, mo
         decisive = repr(question)
         if sampling:
             decisive += repr(sampling)
+        if task.kind == "bits_per_byte":
+            decisive += "bytes of the text"        # in records of older code, those of its tokens
         hashes[i] = hashlib.sha256(decisive.encode()).hexdigest()[:16]
         record = records.get((name, i), {})
         if record.get("hash") != hashes[i]:

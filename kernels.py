@@ -5,8 +5,8 @@ definition, against which tests/test_kernels.py checks it:
 
     here                      equals                                          what it saves
     poly_norm_mul             model.poly_norm(x) * up                         memory traffic
-    fused_differential_norm   model.differential_norm's norm, where weight    memory traffic
-                              is already multiplied by scale
+    fused_differential_norm   model.differential_norm, if weight is given     memory traffic
+                              times scale
     linear_cross_entropy      F.cross_entropy(x @ weight.T, targets)          all tokens' logits
     fused_attention           model.signal_and_noise_attention, and           the T x T logits
                               model.causal_attention
@@ -37,7 +37,7 @@ Letters for sizes are model.py's, here with their values in Motif-2-12.7B:
     K   key heads                              16
     P   pairs of key heads, K / 2              8
     Dv  width of a value                       256, which is 2D
-    h   query heads that read one key head     4 a signal key, 1 a noise key
+    h   query heads that read one key head     4 for a signal key, 1 for a noise key
     F   intermediate size of the MLP           16,384
 
 Other letters:
@@ -1231,11 +1231,11 @@ def attention_dkdv_sweep(k, v, dk, dv, descriptors, places, doc_end, lo, hi, qk_
     same_kind_per_pair: tl.constexpr = GROUPS_PER_PAIR * same_kind_per_group
     num_blocks = (hi - lo + BQ - 1) // BQ
     for step in range(0, same_kind_per_pair * num_blocks):
-        # same_kind_before counts the pair's heads of this kind.
-        same_kind_before = step // num_blocks
+        # index_in_kind counts the pair's heads of this kind.
+        index_in_kind = step // num_blocks
         first_query = lo + (step % num_blocks) * BQ
-        group_in_pair = same_kind_before // same_kind_per_group
-        place = IS_NOISE * r + same_kind_before % same_kind_per_group
+        group_in_pair = index_in_kind // same_kind_per_group
+        place = IS_NOISE * r + index_in_kind % same_kind_per_group
         head_in_pair = group_in_pair * (r + HAS_NOISE) + place
         queries = first_query + tl.arange(0, BQ)
 
@@ -1243,7 +1243,7 @@ def attention_dkdv_sweep(k, v, dk, dv, descriptors, places, doc_end, lo, hi, qk_
         head = pair * heads_per_pair + head_in_pair
         q = q_desc.load([seq_begin + first_query, head * D])
         # head_in_kind counts the signal heads of the sequence, or its noise heads.
-        head_in_kind = pair * same_kind_per_pair + same_kind_before
+        head_in_kind = pair * same_kind_per_pair + index_in_kind
         d_out = d_out_desc.load([seq_begin + first_query, head_in_kind * Dv])
         # head_in_batch counts the heads of all sequences.
         head_in_batch = pair_in_batch * heads_per_pair + head_in_pair

@@ -406,7 +406,7 @@ def batches_of_one_shape(params: list[Tensor]) -> Iterator[list[Tensor]]:
 
 def adamw_groups(params: list[Tensor], weight_decay: float, lr_scales: dict) -> list[dict]:
     """Divide AdamW's parameters into groups: matrices, then vectors and scalars, which get no
-    weight decay; and each of these by lr_scales (MuonClip)."""
+    weight decay; each split again by its parameters' factors in lr_scales."""
     tables = [p for p in params if p.ndim > 1]
     vectors = [p for p in params if p.ndim < 2]
     groups = []

@@ -202,9 +202,9 @@ def model_config(c: Config) -> MotifConfig:
 #              warmup_steps                       decay_fraction of the tokens
 
 def lr_at(c: Config, curriculum: data.Curriculum, step: int) -> float:
-    """The learning rate of a step, counted from 0. The warm-up rises in steps of equal size. Where
-    the decay begins before it has ended, the lower of both rates counts. In the decay the peak is
-    multiplied by one of
+    """The learning rate of a step, counted from 0. The warm-up rises in steps of equal size. If
+    the decay begins during the warm-up, the lower of the two rates is taken. In the decay the peak
+    is multiplied by one of
 
         linear        1 - (1 - m) x
         cosine        m + (1 - m) (1 + cos(pi x)) / 2
@@ -219,7 +219,6 @@ def lr_at(c: Config, curriculum: data.Curriculum, step: int) -> float:
     >>> [round(lr_at(c, curriculum, step), 3) for step in range(10)]
     [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 0.775, 0.55, 0.325]
     """
-    rising = c.lr * (step + 1) / (c.warmup_steps + 1)
     left = 1 - curriculum.tokens[step] / curriculum.tokens[-1]
     x = 1 - min(1, left / max(c.decay_fraction, 1e-12))
     if c.decay == "linear":
@@ -228,7 +227,12 @@ def lr_at(c: Config, curriculum: data.Curriculum, step: int) -> float:
         factor = c.min_lr + (1 - c.min_lr) * (1 + math.cos(math.pi * x)) / 2
     else:
         factor = (1 + x * (max(c.min_lr, 1e-3)**-2 - 1))**-0.5
-    return min(rising, c.lr * factor)
+    return min(warm_up(c, step), c.lr * factor)
+
+
+def warm_up(c: Config, step: int) -> float:
+    """The learning rate that a step has in the warm-up; beyond it, more than the peak."""
+    return c.lr * (step + 1) / (c.warmup_steps + 1)
 
 
 def theta_at(c: Config, tokens: int) -> float:
@@ -321,8 +325,8 @@ def forward_backward(model: Motif, batch: tuple, micro_batch_rows: int, num_targ
 
     For example, rank 0 has targets with losses of 1, 2 and 3 nats, rank 1 has one of 6 nats. Each
     divides by the 4 targets of the global batch, and their parts add up to the mean. (The mean of
-    the ranks' means would be 4.) As a stand-in for the model, this function multiplies losses, in
-    the place of ids, by a weight of 1:
+    the ranks' means would be 4.) In place of a model, here is a function that takes losses instead
+    of ids, and multiplies them by a weight of 1:
 
     >>> weight = torch.ones(1, requires_grad=True)
     >>> def model(losses, reduction, scale):
@@ -478,8 +482,7 @@ def train(c: Config, out: Path, dataset: Dataset, held_out, model: Motif, optimi
     while True:
         finished = step == curriculum.steps
         stop = any_rank(finished or bool(signals))
-        # Unless switched off, evaluate after the last step too, and save at any stop too. A
-        # resumed run repeats neither.
+        # Also evaluate after the last step and save at any stop. A resumed run repeats neither.
         evaluate_now = step > log.last_evaluation and is_due(step, c.eval_every, or_if=finished)
         save_now = step > start_step and is_due(step, c.save_every, or_if=stop)
         model.config.rope_theta = theta_of_step(c, curriculum, step)
@@ -1050,7 +1053,7 @@ def continue_curriculum(c: Config, state: dict) -> data.Curriculum:
         curriculum = data.ContinuedCurriculum(**next_plan, before=(curriculum, step))
     curriculum.earlier_plans = earlier_plans
     check_row_length(c, curriculum)
-    if RANK == 0 and earlier_plans:
+    if RANK == 0 and earlier_plans and earlier_plans[-1][0] == state["step"]:
         tell_of_change(curriculum, plans[-2]["domains"], plan["domains"])
     return curriculum
 
@@ -1083,9 +1086,11 @@ def check_lr_goes_on(c: Config, curriculum: data.Curriculum, state: dict) -> Non
     if step != state["step"]:
         return  # the plan has changed, but not at this checkpoint
     old = {f.name: state["config"][f.name] for f in fields(Config) if f.name in state["config"]}
-    lr_before = lr_at(Config(**old), old_curriculum, step)
+    old_config = Config(**old)
+    lr_before = lr_at(old_config, old_curriculum, step)
     lr_after = lr_at(c, curriculum, step)
-    if step >= c.warmup_steps and lr_after > 1.001 * lr_before:
+    still_rises = step < old_config.warmup_steps and lr_before >= warm_up(old_config, step)
+    if not still_rises and lr_after > 1.001 * lr_before:
         raise UserError(f"at step {step} the learning rate has already fallen to {lr_before:.2e}, "
                         f"and the longer run has {lr_after:.2e} there: go on from a checkpoint "
                         "before it began to fall, with --resume=PATH and another --out_dir, or "

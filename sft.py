@@ -178,8 +178,8 @@ class Config(TrainConfig):
 BATCH_TOKENS = 32_000_000  # the report's
 SEQ_LEN = 16_384           # the report's
 MIN_STEPS = 100            # without batch_tokens the batch is small enough for so many steps, but
-                           # holds at least one row. Padding, and whole rows, make them up to
-                           # twice as many [ours]
+                           # holds at least one row. Padding, and whole rows, can make them
+                           # several times as many [ours]
 
 
 def fill_in_stage(c: Config) -> None:
@@ -342,7 +342,8 @@ def truncate_to_turn(tokenizer: Tokenizer, messages: list[dict],
 
 def pack(lengths: np.ndarray, T: int) -> list[list[int]]:
     """lengths (n,), each at most T -> rows: lists of indices, whose lengths sum to at most T each.
-    The longest comes first, and each goes where it leaves least room ("best fit decreasing"). In
+    The longest comes first, and each goes where it leaves least room ("best fit decreasing"); of
+    rows with equal room, into the one that was filled last. In
     the order given, these four would need three rows, 4 3 | 6 | 5:
 
     >>> pack(np.array([4, 3, 6, 5]), T=10)
@@ -350,20 +351,20 @@ def pack(lengths: np.ndarray, T: int) -> list[list[int]]:
     """
     assert lengths.max(initial=0) <= T
     rows = []
-    open_rows = []                 # (tokens of room left, row), sorted
-    for i in np.argsort(-lengths, kind="stable").tolist():
+    open_rows = []    # (tokens of room left, -when it was filled last, row), sorted
+    for time, i in enumerate(np.argsort(-lengths, kind="stable").tolist()):
         n = int(lengths[i])
-        fits = bisect_left(open_rows, (n, 0))         # the first that has room for n
+        fits = bisect_left(open_rows, (n,))           # the first that has room for n
         if fits < len(open_rows):
-            room, row = open_rows.pop(fits)
+            room, _, row = open_rows.pop(fits)
         else:
             room = T
-            row = len(rows)
-            rows.append([])
+            row = []
+            rows.append(row)
 
-        rows[row].append(i)
+        row.append(i)
         if room > n:
-            insort(open_rows, (room - n, row))
+            insort(open_rows, (room - n, -time, row))
     return rows
 
 
@@ -684,9 +685,10 @@ def train_stage(c: Config, out: Path) -> None:
     device = pretrain.pick_device(c)
     pretrain.meet_ranks(c, device)
 
-    # The model, which decides tokenizer and row length.
-    # On each machine, as a model of the Hub is downloaded.
-    start, folder, init = rank0_first(partial(find_start, c, out))
+    # The model, which decides tokenizer and row length. Each machine downloads a model of the Hub.
+    if c.model:
+        rank0_first(partial(model_folder, c.model))
+    start, folder, init = rank0_only(find_start, c, out)
     shape = MotifConfig.from_dict(read_json(folder / "config.json"))
     tokenizer = load_tokenizer(c.tokenizer or stored_tokenizer(folder))
     if c.seq_len is None:
@@ -765,7 +767,7 @@ def initial_folder(c: Config) -> Path:
     if checkpoint:
         folder, state = checkpoint
         max_steps = state["config"].get("max_steps") or 0
-        if state["step"] < max_steps and RANK == 0:
+        if state["step"] < max_steps:
             print(f"note: {folder} is not the end of its run, which has {max_steps} steps")
         return folder
     if c.model:
@@ -779,8 +781,8 @@ def initial_folder(c: Config) -> Path:
 
 def hash_of_weights(folder: Path) -> str:
     """8 hex digits that tell two models' weights apart: a hash of the last MiB of the last file.
-    Training changes all weights, so that is enough; it would not tell models that differ in other
-    layers alone."""
+    Training changes all weights, so that is enough. (Two models that differ only outside of that
+    MiB have the same hash.)"""
     with open(max(tensor_files(folder, "model")), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         file.seek(max(0, size - 2**20))
@@ -818,7 +820,7 @@ def describe_settings(c: Config, init: str) -> str:
             place = f"{STAGES[c.stage].lr:g} of STAGES, lr_scale={c.lr_scale:g}"
         value = getattr(c, key)
         if key == "batch_tokens" and value is None:
-            value = f"{BATCH_TOKENS}, or less, for about {MIN_STEPS} steps"
+            value = f"{BATCH_TOKENS}, or less, for {MIN_STEPS} steps or more"
         if key == "seq_len" and place == "default" and value < SEQ_LEN:
             place = f"default: {SEQ_LEN}, or all that the model can read"
         lines.append(f"  {key} = {value}  # {place}")

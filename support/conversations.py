@@ -128,7 +128,7 @@ SYSTEM = "system"  # a row of any layout may have this column, which becomes the
 
 ROLE_NAMES = {"system": "system", "developer": "system", "user": "user", "human": "user",
               "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
-TEXT_PARTS = ("text", "input_text", "output_text")       # types of parts of a content
+THOUGHTS = ("thinking", "reasoning")                     # types of parts that are no reply
 MEDIA = ("image", "audio", "video", "file", "input_")    # how the type of such parts begins
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 
@@ -257,9 +257,9 @@ def join_parts(parts: list, left_out: Counter) -> str:
     """The text of a content that is a list of parts, a line for each."""
     texts = []
     for part in parts:
-        is_object = isinstance(part, dict)
-        kind = str(part.get("type", "text")) if is_object else type_name(part)
-        if kind in TEXT_PARTS and is_object and isinstance(part.get("text"), str):
+        kind = str(part.get("type")) if isinstance(part, dict) else type_name(part)
+        has_text = isinstance(part, dict) and isinstance(part.get("text"), str)
+        if has_text and kind not in THOUGHTS:
             texts.append(part["text"])
         else:
             if kind.startswith(MEDIA):

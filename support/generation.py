@@ -269,7 +269,7 @@ def sample_next_token(logits: Tensor, temperature: float, top_k: int | None,
                       generator: torch.Generator | None, uniform: Tensor | None = None) -> Tensor:
     """Draw from softmax(logits / temperature) of each row: (B, V) -> (B, 1). With `uniform` (B, 1),
     a number in [0, 1) for each row, no generator is used: the row's probabilities are laid end to
-    end on [0, 1), and the token is drawn in whose interval the number falls.
+    end on [0, 1), and the token whose interval contains the number is drawn.
 
     >>> logits = torch.tensor([[0.2, 0.5, 0.3]]).log()          # shares end at 0.2, 0.7 and 1
     >>> sample_next_token(logits, 1.0, None, None, uniform=torch.tensor([[0.6]]))

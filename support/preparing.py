@@ -1,5 +1,5 @@
-"""Preparing: text as token ids, in pieces of which data.py makes its tapes, and the processes that
-make them.
+"""Preparing: text is made into token ids, in pieces. data.py puts its tapes together from them.
+Other processes make them, ahead of what training reads.
 
     data_dir/<domain>-<key>/          a domain: one source of text under one tokenizer
         manifest.jsonl                a line for each piece that was made; its file may be gone

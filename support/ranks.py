@@ -247,8 +247,9 @@ def install_signal_handlers() -> list[float]:
     """Handle SIGTERM and Ctrl-C -> a list that fills when one arrives. A second one, more than a
     second later, ends the process at once.
 
-    To be called once the first step is done. Until then a SIGTERM should end this process: it also
-    ends the workers of torch.compile, for which this process would wait for ever."""
+    To be called once the first step is done. Until then a SIGTERM should end this process: it
+    kills torch.compile's workers too, and a process that handled it would wait for them for
+    ever."""
     times = []
 
     def handler(number, frame):

@@ -319,8 +319,8 @@ def is_out_of_memory(e: RuntimeError) -> bool:
 
 @contextmanager
 def friendly_errors(c, out: Path):
-    """Make a UserError of what the environment does to a run: any OSError, such as a full disk, too
-    little memory, or a lost rank. Other exceptions keep their traceback."""
+    """Make a UserError of what the environment does to a run: of too little memory, of a lost rank,
+    and of any OSError, such as a full disk. Other exceptions keep their traceback."""
     try:
         yield
     except BrokenPipeError:

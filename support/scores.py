@@ -72,7 +72,8 @@ def check_same_settings(out: Path, earlier: dict, settings: dict) -> None:
     """UserError if the earlier scores are of another model, or of other --chat or --precision.
     (Older results.json have the model's path as it was given, often a relative one.)"""
     model = earlier.get("model")
-    if isinstance(model, str) and os.path.abspath(model) != settings["model"]:
+    is_same = earlier.get("stamp") == settings["stamp"]       # its folder may have been moved
+    if not is_same and isinstance(model, str) and os.path.abspath(model) != settings["model"]:
         raise UserError(f"{out} has the scores of {model}, not of {settings['model']}; delete it "
                         "or give another --out_dir")
     for key in ("chat", "precision"):

@@ -42,7 +42,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 from time import sleep
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, quote, urlencode
 
 from configurator import UserError, one_line
 from synthetic.texts import LIBRARY_UNITS, PROBLEMS, library, problems
@@ -226,7 +226,7 @@ class SkippedRows:
 
 
 def row_error(e: Exception) -> str:
-    """Why a row is bad, without what differs from row to row, so that rows can be counted by it."""
+    """Why a row is bad, in few words, so that rows with the same fault can be counted together."""
     if isinstance(e, json.JSONDecodeError):
         return f"not JSON, {e.msg}"
     if isinstance(e, UnicodeDecodeError):
@@ -450,7 +450,8 @@ def pin_source(source: str, file: Path | None = None) -> str:
             temporary = Path(f"{file}.{os.getpid()}.tmp")
             temporary.write_text(json.dumps(commits, indent=1) + "\n", encoding="utf-8")
             os.replace(temporary, file)
-    return f"{name}?{urlencode({**options, 'revision': commits[source]}, safe=',/')}"
+    pinned = urlencode({**options, "revision": commits[source]}, safe=",/", quote_via=quote)
+    return f"{name}?{pinned}"
 
 
 def read_commits(file: Path | None) -> dict:
@@ -525,8 +526,9 @@ def hub_rows(name: str, columns: list[str], options: dict, i: int, files: int,
 
         rows 0, 1, 2 | connection lost | wait 1 s, open, skip 3 | rows 3, 4, ...
 
-    If not the connection but the library failed at a row, that row is left out, and the stream is
-    opened again behind it. What fails ATTEMPTS times without a row between is given up.
+    What fails at opening, or as the connection does, is tried again. If the library fails at a row
+    for another reason, that row is left out, and the stream is opened again behind it. What fails
+    ATTEMPTS times without a row between is given up.
     """
     number = 0    # of the next row
     failures = 0  # since the last row

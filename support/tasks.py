@@ -454,13 +454,42 @@ def first_fence(reply: str) -> str:
     >>> first_fence("It is:\\n```python\\nx = 1\\n```\\nand short.")
     'x = 1\\n'
     """
-    # Words may stand before the fence in its line, but no backtick: it would be an inline span's.
-    opening = r"^(?:([ \t]*)|[^`\n]*)(```+|~~~+)[ \t]*([^\s`]*)[^`\n]*\n"
-    closing = r"(?:^[ \t]*\2|\Z)"
-    for indent, _, language, code in re.findall(f"(?ms){opening}(.*?){closing}", reply):
-        if language.lower() in ("", "py", "python", "python3"):
-            return re.sub(f"(?m)^{indent}", "", code)     # a fence in a list is indented
-    return reply
+    fence = None             # the open one: its signs, as "```"
+    is_python = False
+    code = ""
+    for line in re.findall(r"[^\n]*\n|[^\n]+", reply):
+        if fence and line.lstrip(" \t").startswith(fence):
+            if is_python:
+                return code
+            line = line.lstrip(" \t").removeprefix(fence)     # another may open behind it
+            fence = None
+        if fence:
+            code += line.removeprefix(indent)
+            continue
+        opening = opening_fence(line)
+        if opening:
+            indent, fence, language = opening
+            is_python = language.lower() in ("", "py", "python", "python3")
+            code = ""
+    return code if fence and is_python else reply
+
+
+def opening_fence(line: str) -> tuple[str, str, str] | None:
+    """(indentation, signs of the fence, language), if a fence opens at the end of a line; or None.
+    Words may stand before it, and spans of code in backticks.
+
+    >>> opening_fence("  ```py\\n"), opening_fence("Use `x`: ~~~\\n"), opening_fence("A ```b```\\n")
+    (('  ', '```', 'py'), ('', '~~~', ''), None)
+    """
+    if not line.endswith("\n"):
+        return None
+    words = re.sub(r"(`+)[^`]+\1", "", line)
+    found = re.search(r"```+|~~~+", words)
+    if not found or "`" in words[found.end():]:
+        return None
+    before = words[:found.start()]
+    language = words[found.end():].split()
+    return ("" if before.strip() else before), found[0], language[0] if language else ""
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -62,6 +62,9 @@ def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], file_bytes: 
         with safetensors_errors():
             for file, contents in mine.items():
                 save_file(contents, path / f"{file}.tmp", metadata={"format": "pt"})
+        if rank == 0:
+            for file, content in json_files.items():
+                (path / f"{file}.tmp").write_text(json_text(content), encoding="utf-8")
 
     def remove_earlier_model() -> None:
         if rank == 0:
@@ -71,23 +74,20 @@ def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], file_bytes: 
         for file in mine:
             os.replace(path / f"{file}.tmp", path / file)
 
-    def write_json_files() -> None:
+    def rename_json_files() -> None:
         if rank == 0:
-            for file, content in json_files.items():
-                write_json(path / file, content)
+            for file in json_files:
+                os.replace(path / f"{file}.tmp", path / file)
 
     # No rank begins a stage before all have ended the one before, and an error on one rank ends all
-    # of them. So if a file of any rank is not renamed, there are no JSON files, without which
-    # nobody takes the mixture of two models for a model.
+    # of them. So if a file of any rank is not renamed, there is no index, without which nobody
+    # takes the mixture of two models for a model.
+    stages = (write_temporaries, remove_earlier_model, rename_temporaries, rename_json_files)
     try:
-        for stage in (write_temporaries, remove_earlier_model, rename_temporaries,
-                      write_json_files):
-            if is_sharded:
-                sync_errors(stage)
-            else:
-                stage()
+        for stage in stages:
+            sync_errors(stage) if is_sharded else stage()
     except BaseException:
-        for file in mine:
+        for file in (*mine, *json_files):
             (path / f"{file}.tmp").unlink(missing_ok=True)
         raise
 
@@ -352,6 +352,10 @@ def read_json(file: Path) -> dict:
 
 
 def write_json(file: Path, value: dict) -> None:
-    temporary = file.with_name(f"{file.name}.tmp")      # remove_earlier knows this ending
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(json_text(value), encoding="utf-8")
     os.replace(temporary, file)
+
+
+def json_text(value: dict) -> str:
+    return json.dumps(value, indent=2) + "\n"

@@ -36,7 +36,7 @@ from support.ranks import run_main
 from support.scores import read_record, record_line
 from support.tasks import (TASKS, Example, Task, first_fence, number_in, read_chain,
                            read_questions)
-from support.tokenizer import BEGIN, ROLES, TURN, TURN_END, load_tokenizer
+from support.tokenizer import BEGIN, ROLES, TURN, TURN_END, Tokenizer, load_tokenizer
 
 FIXTURE = json.loads((Path(__file__).parent / "eval.json").read_text())
 MAX_LENGTH = 512
@@ -203,7 +203,8 @@ def test_a_chat_model_s_program_may_have_several_functions(run, monkeypatch):
     ("``` python", "```"), ("```python\r", "```\r"), ("~~~python", "~~~"), ("````py", "````"),
     ("```python title=x.py", "```"), ("Here: ```python", "```"), ("```python", ""),
     ("```bash\npip install x\n```\n```python", "```\n```text\nso\n```"),
-    ("Use ```sorted``` here:\n```python", "```"),
+    ("Use ```sorted``` here:\n```python", "```"), ("Use `sorted`: ```python", "```"),
+    ("```sh\na\n``` and ```python", "```"),
     ("```sh title=x\npip install x\n```\nThen:\n```python", "```")])
 def test_the_fence_of_a_program_is_found(opening, closing):
     assert first_fence(f"Here:\n{opening}\nx = 1\n{closing}") == "x = 1\n"
@@ -480,8 +481,10 @@ def test_bits_of_replies_are_the_loss_of_fine_tuning(model, encoder):
         assert found[i]["bytes"] == len(chain[1]["content"])
 
 
-def test_bits_per_byte_are_those_of_whole_windows(run, model, encoder):
+def test_bits_per_byte_are_those_of_whole_windows(run, model, encoder, monkeypatch):
     content = "Ships sail.\n" * 90
+    # The text counts, not what its tokens stand for, which may lack some letters.
+    monkeypatch.setattr(Tokenizer, "token_bytes", lambda self, i: b"")
     Path("own.txt").write_text(content)
     printed, (record,) = run(tasks="bpb:own.txt")
     ids = encoder.begin + list(content.encode())
@@ -796,6 +799,7 @@ def test_another_model_does_not_get_the_folder_of_the_first(run, model_dir):
     """a/b and a-b have the same name in out/eval."""
     for folder in ("a/b", "a-b"):
         shutil.copytree(model_dir, folder)
+    set_a_weight(Path("a-b"))
     run(model="a/b", tasks="arc_easy", out_dir=None)
     written = Path("out/eval/a-b/samples.jsonl").read_bytes()
     words = "^out/eval/a-b has the scores of /.*/a/b, not of /.*/a-b; .*--out_dir"
@@ -822,6 +826,8 @@ def test_a_model_keeps_its_scores_when_the_next_run_starts_in_another_directory(
     file = Path("o/results.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), "model": "m"}))
     run(model="m", tasks="arc_easy")
+    Path("m").rename("moved")
+    run(model="moved", tasks="arc_easy")
     assert len(requests_scored) == scored
 
 

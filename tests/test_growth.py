@@ -58,8 +58,6 @@ def grow_width(model: Motif, factor: int, signal_ratio: int, noise_db: float = N
 
 def grow_depth(model: Motif, every: int) -> Motif:
     """Add, after every `every` layers, a copy of the last of them that is the identity at first."""
-    if every < 1:
-        raise UserError(f"a layer is copied after every 1 or more layers, not every {every}")
     layers = model.config.num_hidden_layers
     config = replace(model.config, num_hidden_layers=layers + layers // every)
     return build_grown(model, config, every)

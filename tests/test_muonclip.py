@@ -373,7 +373,7 @@ def test_muon_gets_the_layers_matrices_and_adamw_all_else():
 
 
 def test_scaled_parameters_learn_at_their_multiple_of_lr_and_a_matrix_of_muon_has_none():
-    """Groups are those without a scale first, then the others."""
+    """With each weight decay, the group without a scale comes first."""
     model = Motif(MODEL)
     optimizer = configure_optimizer(model, lr=0.1, optimizer="adamw", embedding_lr_scale=4.0,
                                     poly_norm_lr_scale=0.5)

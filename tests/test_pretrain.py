@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -242,6 +244,14 @@ def test_learning_rate_warms_up_stays_and_decays():
     c = Config(max_steps=30, lr=1.0, warmup_steps=20, decay_fraction=0.5, min_lr=0.0)
     rates = [lr_at(c, make_curriculum(c), t) for t in range(30)]
     assert max(abs(a - b) for a, b in zip(rates, rates[1:])) < 0.07 and rates[-1] < 0.07
+
+    # A longer run may go on while the rate rises, and not once it falls, which it does from 18 on.
+    longer = replace(c, max_steps=60)
+    for step in (5, 17, 18, 25):
+        state = {"step": step, "config": json.loads(json.dumps(asdict(c)))}
+        curriculum = pretrain.continue_curriculum(longer, state)
+        with pytest.raises(UserError) if step >= 18 else nullcontext():
+            pretrain.check_lr_goes_on(longer, curriculum, state)
 
 
 def test_the_base_of_rope_follows_its_schedule(run):

@@ -191,7 +191,7 @@ def test_a_list_of_messages_may_be_in_any_column():
 
 def test_content_in_parts_is_joined_and_other_parts_are_counted():
     parts = [{"type": "text", "text": "2"}, {"type": "thinking", "text": "x"},
-             {"text": "+2?"}]
+             {"type": None, "text": "+2?"}]
     found, _, left_out = messages_of({"messages": [{"role": "user", "content": parts}, PAIR[1]]})
     assert found == chat("2\n+2?", "4") and left_out == {"thinking": 1}
 

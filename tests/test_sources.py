@@ -255,6 +255,12 @@ def hub(monkeypatch):
 EVERY_TEXT = [f"{f}-{r}" for f in range(3) for r in range(20)]
 
 
+def test_options_stay_as_they_are_when_a_source_is_pinned(hub):
+    pinned = sources.pin_source("owner/name?text=my column,c++&name=a%26b")
+    options = {"text": "my column,c++", "name": "a&b", "revision": COMMIT}
+    assert sources.parse_source(pinned) == ("hub", "owner/name", options)
+
+
 def test_a_broken_stream_goes_on_at_its_place(hub, capsys):
     hub.errors = {(0, 0, 0): NO_NETWORK, (1, 7, 0): NO_NETWORK, (1, 7, 1): TimeoutError(),
                   (1, 8, 0): OSError("reset"), ("open", 2): NO_NETWORK, ("commit", 0): NO_NETWORK,
