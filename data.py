@@ -3,7 +3,7 @@
 A run reads several *domains* (web text, code, maths, ...), each of which has a *source* of text.
 
     Curriculum(...)                  step -> sequence length, batch, and each domain's share of it
-    Tape(...)                        a domain's text as one long row of tokens
+    Tape(...)                        a domain's text as one long sequence of tokens
     TokenDataset(...).batch(step)    the step's token ids, a pure function of (seed, step)
 
 Tokenizers, sources of text, and the processes that turn text into tokens while training reads them
@@ -47,7 +47,7 @@ from support.preparing import PIECE_TOKENS, VAL_UNITS, Domain, Preparer
 # A share is a fraction of the tokens, but a batch is made of whole sequences. The first steps of
 # the quick start read 16, and mathematics begins with a share of 10%: 1.6 sequences. Rounding each
 # step on its own would give it 2 of 16, 12.5%, for the first 79 steps, in which its share goes from
-# 10% to 15.6%: it would be 7 sequences ahead after 35 steps, and 11 behind at the end. So what
+# 10% to 15.6%: it would be 7 sequences ahead after 35 steps, and 10 behind at the end. So what
 # rounding leaves over is carried on: a domain's *quota* is the sum of its shares of all steps so
 # far, in tokens, and assign_rows() below keeps what was read of each domain within one sequence of
 # its quota, almost always.
@@ -88,10 +88,11 @@ class Curriculum:
     taken[t, d] is how many it gives. context[t] is the length that FLOPs are counted with: here
     seq_len[t]; packed conversations (sft.py) have less.
 
-    A *row* is a sequence in a batch. A *place* is the number of a sequence in the order in which
-    the run reads a domain, from 0 at each change of seq_len: step t takes places first[t, d] to
-    end[t, d] - 1 of domain d. TokenDataset.batch_rows finds which sequence of the text stands at a
-    place, as they are read in shuffled order (see "the tape", below).
+    A *row* is a sequence in a batch. A domain's sequences are read in shuffled order, so a sequence
+    has two numbers: its position in the text, and its *place*, the position at which it is read.
+    A curriculum counts places alone: of domain d, step t takes places first[t, d] to end[t, d] - 1.
+    Both numbers begin at 0 anew where seq_len changes. TokenDataset.batch_rows goes from places to
+    the text.
 
     >>> domains = {"web": ["web.txt", 0.9, 0.5], "math": ["math.txt", 0.1, 0.5]}
     >>> c = Curriculum(domains, batch_tokens=[[0, 40], [120, 80]], seq_len=10, max_tokens=400)
@@ -99,6 +100,8 @@ class Curriculum:
     ([4, 4, 4, 8, 8, 8, 8], [0, 40, 80, 120, 200, 280, 360, 440])
     >>> c.shares.round(2)[[0, 3, 6]].tolist()
     [[0.9, 0.1], [0.79, 0.21], [0.57, 0.43]]
+    >>> c.taken[:4].tolist(), c.first[:4].tolist()
+    ([[4, 0], [3, 1], [3, 1], [7, 1]], [[0, 0], [4, 0], [7, 1], [10, 2]])
     """
 
     # Of a run whose plan has changed (the last section): the curriculum before and the step at
@@ -193,7 +196,7 @@ class Curriculum:
 
     # Consecutive steps with the same seq_len are a *phase*: see "the tape", below.
 
-    @property
+    @property     # not cached: ContinuedCurriculum asks for super().phase_starts
     def phase_starts(self) -> list[int]:
         """The first step of each phase."""
         changes = [t for t in range(1, self.steps) if self.seq_len[t] != self.seq_len[t - 1]]
@@ -300,9 +303,9 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
 
         # More may be due than there are rows, when other domains are ahead of their quotas. This is
         # rare: what is least behind waits for the next step.
-        for _ in range(-left):
-            claims = [(lag[d] - take[d], d) for d in domains if take[d] > 0]
-            take[min(claims)[1]] -= 1
+        while sum(take) > rows[t]:
+            _, d = min((lag[d] - take[d], d) for d in domains if take[d] > 0)
+            take[d] -= 1
 
         assert sum(take) == rows[t]
         for d in domains:
@@ -314,11 +317,12 @@ def assign_rows(quotas: np.ndarray, seq_len: list[int], rows: list[int],
 
 # ---- the tape
 
-# A domain is a *tape*: its text, end to end, which training reads forward, epoch by epoch. What a
-# run has read of a domain is a number of tokens, whatever the lengths of its sequences were. Where
-# seq_len changes, the tape is cut anew from the token that was reached. Where the text ends, the
-# next epoch begins, with the units of text in another order. With letters as tokens, and lengths of
-# 4, then 8:
+# A *tape* is a domain's text, end to end, which training reads forward, epoch by epoch. (Domain, in
+# support/preparing.py, is the folder of a domain's prepared pieces; Tape, below, is the order in
+# which this run reads them.) What a run has read of a domain is a number of tokens, whatever the
+# lengths of its sequences were. Where seq_len changes, the tape is cut anew from the token that was
+# reached. Where the text ends, the next epoch begins, with its units (below) in another order. With
+# letters as tokens, and lengths of 4, then 8:
 #
 #     tape        the_miller_s_lamp_burns_low_he_reads_until_dawn . . .
 #     seq_len 4   |0--|1--|2--|3--|4--|
@@ -367,8 +371,9 @@ class Phase:
     first_step: int
     T: int
     start: np.ndarray         # (domains,) where the stretch begins, in tokens
-    count: np.ndarray | None  # (domains,) sequences that are read of it; None in the last phase,
-                              # whose end is left open
+    count: np.ndarray | None  # (domains,) sequences that are planned for it, where its last window
+                              # is cut; None: up to the end of the run. (A plan that changes may end
+                              # the phase earlier.)
 
     def window_of_place(self, d: int, place: int, epoch_tokens: float) -> tuple[int, int]:
         """-> (first, end): the window of domain d that contains a place. The window reads
@@ -379,19 +384,20 @@ class Phase:
         0. The windows are then 0 to 2, 3 to 4, 5 to 7."""
         T = self.T
         start_token = int(self.start[d])
-        # The sequences that begin in this epoch of the tape: epoch_first to epoch_end - 1.
+        # Windows cross neither sequence epoch_first, with which an epoch of the tape begins, nor
+        # `cut`, with which the next epoch begins, or the phase ends.
         epoch_first = 0
-        epoch_end = math.inf
+        cut = math.inf
         if epoch_tokens < math.inf:
             epoch = (start_token + place * T) // epoch_tokens
             epoch_first = max(0, ceil_div(epoch * epoch_tokens - start_token, T))
-            epoch_end = ceil_div((epoch + 1) * epoch_tokens - start_token, T)
+            cut = ceil_div((epoch + 1) * epoch_tokens - start_token, T)
         if self.count is not None:
-            epoch_end = min(epoch_end, int(self.count[d]))
+            cut = min(cut, int(self.count[d]))
 
         size = window_size(T)
         window_first = epoch_first + (place - epoch_first) // size * size
-        return window_first, min(window_first + size, epoch_end)
+        return window_first, min(window_first + size, cut)
 
 
 def random_order(n: int, *key) -> np.ndarray:
@@ -776,13 +782,14 @@ def check_mixture(mixture: list, domains: dict) -> None:
 # holds for the steps before the change, the new one from it on. If seq_len stays as it is, the
 # phase that has begun goes on as if it had been planned so.
 #
-# But seq_len may change at once, or before the window ends in which the plan has changed. Say this
-# window has sequences 0 to 3 in the order 2, 0, 3, 1, and three of them are read. If the next phase
-# began with sequence 3, it would read that again, and 1 would never be read. So a new phase begins
-# where the plan changes, and its text begins after the window. A curriculum cannot know where the
-# window ends, as that depends on the ends of epochs. But the window contains place 2, the last one
-# read, so it ends at 2 + 4 = 6 at the latest. The new phase begins there, and 1, 4 and 5 are passed
-# over. At most a window is lost so, about a million tokens of each domain.
+# But where seq_len changes before the window that has begun is read to its end, the unread
+# sequences of the window lie scattered. Say the window has sequences 0 to 3 in the order 2, 0, 3,
+# 1, and three of them are read. If the next phase began with sequence 3, it would read that again,
+# and 1 would never be read. So a new phase begins at the change of plan, and its text begins after
+# the window. Where is that? Here at 4; but a curriculum cannot know, as the end of an epoch may
+# begin a window, too. It knows the last place read, 2, and that a window has at most 4 sequences.
+# So this one ends at 2 + 4 = 6 at the latest, and the new phase begins there. Sequence 1 is lost,
+# and here 4 and 5 as well: always less than a window, about a million tokens of each domain.
 
 
 class ContinuedCurriculum(Curriculum):
@@ -796,7 +803,8 @@ class ContinuedCurriculum(Curriculum):
     def __init__(self, domains: dict, *, before: tuple[Curriculum, int],
                  max_steps: int | None = None, max_tokens: int | None = None, **plan):
         old, step = before
-        # The run may end at this very step. With max_tokens it does if step - 1 began below that.
+        # The run may end at this very step: with max_tokens it does if its last step began with
+        # fewer tokens than that.
         past_steps = max_steps is not None and step > max_steps
         past_tokens = max_tokens is not None and old.tokens[max(0, step - 1)] >= max_tokens
         if past_steps or past_tokens:
@@ -834,11 +842,12 @@ class ContinuedCurriculum(Curriculum):
     def quotas(self) -> np.ndarray:
         old, step = self.before
         past = self._past(old.quotas)
-        quota_then = past[-1] if step > 0 else 0
-        # The domains' lags behind their quotas sum to 0, and assign_rows relies on it. Without the
-        # lag of a domain that is gone they would not. So all begin anew, with lags of 0.
         if set(old.names) != set(self.names):
+            # The domains' lags behind their quotas sum to 0, and assign_rows relies on it. Without
+            # the lag of a domain that is gone they would not. So all begin anew, with lags of 0.
             quota_then = self._tokens_before()
+        else:
+            quota_then = past[-1] if step > 0 else 0
         to_come = quota_then + self.quota_added[step:].cumsum(axis=0)
         return np.concatenate([past, to_come])
 

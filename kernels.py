@@ -20,9 +20,7 @@ torch.compile fuses them well enough by itself.
 
 Kernels sum in fp32, whatever the dtype of the inputs, and in a fixed order, without floating-point
 atomics, so two runs give the same bits. Tensor cores multiply numbers in the dtype of the inputs;
-linear_fp8 rounds them to FP8 first. Only symmetric_matmul and token_losses launch their kernels
-directly. All else is custom operators of PyTorch, which torch.compile takes as they are, except
-FlexAttention: torch.compile itself writes its kernels.
+linear_fp8 rounds them to FP8 first.
 
 Letters for sizes are model.py's, here with their values in Motif-2-12.7B:
 
@@ -89,8 +87,8 @@ ATTENTION = None  # "fused", "flex" or "plain": in place of what attention_form 
 # variable when a kernel is defined, so it must be set before this file is imported.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
-TILE = 128                # side of the tiles of ds and of symmetric_matmul; queries of a program in
-                          # attention's forward pass and for dq
+TILE = 128                # side of the tiles of symmetric_matmul and of ds, in attention's backward
+                          # pass; queries of a program in attention's forward and dq kernels
 LOSS_CHUNK = 4096         # rows whose logits exist at one time in linear_cross_entropy
 CACHE_BLOCK = 2**18       # elements per block of PolyNorm on a CPU: 1 MiB of fp32 fits an L2 cache
 DS_BYTES = 3 * 2**30      # memory for ds, see the backward pass of attention
@@ -170,8 +168,9 @@ def custom_op(fake: Callable, mutates_args: tuple[str, ...] = ()) -> Callable:
 # does everything in registers and writes the result.
 #
 # A kernel is a function that runs many times at once. kernel[grid](arguments) starts one *program*
-# for each point of the grid, as if it were the body of nested loops over the grid, in no particular
-# order. tl.program_id(0) tells a program where in the first loop it is.
+# for each point of the grid, as if it were the body of nested loops over the grid. No order is
+# guaranteed; but programs with low numbers begin first, so long ones should have low numbers, for
+# speed. tl.program_id(0) tells a program where in the first loop it is.
 #
 # A program computes on *blocks*, small tensors in registers:
 #
@@ -868,14 +867,16 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # it makes them block by block in registers, and uses each block right away. What is special here is
 # that the value heads may be twice as wide as the keys (2D), that signal and noise heads are
 # computed by one launch, and that the largest logit of each head, which QK-clip wants, is returned.
+# And the backward pass, unlike FlashAttention's, does write a triangular T x T matrix for each
+# head, ds, a few heads at a time. So it needs no atomics.
 #
 # Who reads what. As in model.py there are H query heads, and P pairs of key heads, each pair with a
-# value head. The kernels are compiled for two numbers more: HAS_NOISE is 1 if a group has a noise
-# head besides its r signal heads, else 0, and GROUPS_PER_PAIR = G / P groups share one pair of key
-# heads. The query heads stand group after group, and in a group the noise head comes last. `head`
-# is the number of a head in its sequence, `group` that of its group among the G groups of the
-# sequence, `place` that of the head in its group. Queries and keys are D wide. In 12.7B P = G = 8,
-# so GROUPS_PER_PAIR = 1, and r = 4, HAS_NOISE = 1:
+# value head. Two more constants, which the kernels are compiled for, describe the groups: HAS_NOISE
+# is 1 if a group has a noise head besides its r signal heads, else 0, and GROUPS_PER_PAIR = G / P
+# groups share one pair of key heads. The query heads stand group after group, and in a group the
+# noise head comes last. `head` is the number of a head in its sequence, `group` that of its group
+# among the G groups of the sequence, `place` that of the head in its group. Queries and keys are D
+# wide. In 12.7B P = G = 8, so GROUPS_PER_PAIR = 1, and r = 4, HAS_NOISE = 1:
 #
 #     head  = group * (r + HAS_NOISE) + place
 #     pair  = group // GROUPS_PER_PAIR                             12.7B:
@@ -900,13 +901,13 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # to the power of logit * log2(e), and three numbers are to be told apart:
 #
 #     qk               q.k, as tl.dot computes it
-#     qk / sqrt(D)     a *logit*, as in model.py: the unit of the max_logits that attention_forward
-#                      returns
-#     qk * qk_scale    a *log2 logit*, where qk_scale = log2(e) / sqrt(D): the unit of row_max,
-#                      block_max and lse, below
+#     qk / sqrt(D)     a *logit*, as in model.py, or s in the backward pass: the unit of the
+#                      max_logits that attention_forward returns
+#     qk * qk_scale    a *log2 logit*, where qk_scale = log2(e) / sqrt(D): the unit of row_max and
+#                      lse, below, and of block_max, the largest one among a program's queries
 #
 # The kernel multiplies by qk_scale where it takes the maximum, and inside exp2 together with the
-# subtraction of row_max, as one fused multiply-add.
+# subtraction of the new maximum, as one fused multiply-add.
 #
 # The algorithm. One program computes BQ queries of one head. It walks over the keys, BK at a time.
 # A row of the block of logits belongs to a query. A row's largest logit is known only at the end.
@@ -927,7 +928,7 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # backward pass: from it the softmax, p = 2^(qk * qk_scale - lse), can be had again.
 #
 # Documents. A sequence may hold several documents, end to end: query t then sees the keys
-# doc_start[t], ..., t. Blocks of keys before the document of a block's first query are skipped.
+# doc_start[t], ..., t. Blocks of keys before the document of a program's first query are skipped.
 
 @jit
 def attention_forward_sweep(q, acc, row_max, row_sum, k_desc, v_desc, seq_begin, k_col, v_col,
@@ -1010,7 +1011,9 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
     doc_start = tl.zeros([BQ], tl.int32)
     hi = tl.minimum(first_query + BQ, T)
     if doc_start_ptr is None:
-        # Every query of this block sees all keys before first_query, a multiple of BK.
+        # All keys before first_query are visible to every query here: they need no mask.
+        # (first_query is a multiple of BK, so the two sweeps meet between two blocks.) doc_start =
+        # 0 hides nothing.
         masked_lo = first_query
         acc, row_max, row_sum = attention_forward_sweep(
             q, acc, row_max, row_sum, k_desc, v_desc, b * T, k_col, v_col, queries, doc_start, 0,
@@ -1050,13 +1053,16 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #     dq = ds k / sqrt(D)
 #     dk = ds^T q / sqrt(D)                               1 / sqrt(D) is logit_scale in the code
 #
-# dp goes back through the softmax and becomes ds. In one row p_i = exp(s_i) / Z, where Z is the
-# row's sum of exp(s), so the derivative of p_i by s_j is p_i ((i == j) - p_j), and ds_j = sum_i
-# dp_i p_i ((i == j) - p_j) = p_j (dp_j - delta). In one row dp_j = d_out . v_j, so delta = sum_j
-# p_j (d_out . v_j) = d_out . out, which needs no T x T matrix. A key head sums dk over the query
-# heads that read it, a value head dv over all query heads of its pair, signal and noise. (The
-# kernels make p by exp2, but p is the same, and ds is the gradient of the natural logits s: no ln 2
-# appears.)
+# dp goes back through the softmax and becomes ds. In one row, where m and j are two of its keys,
+#
+#     p_m          =  exp(s_m) / Z,                        Z the row's sum of exp(s)
+#     dp_m / ds_j  =  p_m ((m == j) - p_j)                 here as a derivative
+#     ds_j         =  sum_m dp_m p_m ((m == j) - p_j)  =  p_j (dp_j - delta)
+#     delta        =  sum_j p_j dp_j  =  sum_j p_j (d_out . v_j)  =  d_out . out
+#
+# so that delta needs no T x T matrix. A key head sums dk over the query heads that read it, a value
+# head dv over all query heads of its pair, signal and noise. (The kernels make p by exp2, but p is
+# the same, and ds is the gradient of the natural logits s: no ln 2 appears.)
 #
 # By hand, with D = 1, two keys and one query: q = 1, d_out = 1, k = (ln 3, 0), v = (4, 0). Then
 # p = (3/4, 1/4), out = 3, dp = (4, 0), delta = 3 and ds = (3/4, -3/4), so dq = 3/4 ln 3,
@@ -1143,24 +1149,22 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 # column query % TILE. For example query 300 and key 140, with TILE = 128: i = 2, row 3 * 128 + 140
 # = 524, column 44. Heads follow each other in memory; tile_row_begin says where.
 #
-# Which of it is written. attention_dq_kernel multiplies blocks of DQ_BK keys by all TILE queries of
-# a tile row, without a mask. So attention_dkdv_kernel begins with the first query of the diagonal
-# tile, not with its block's first key, and stores 0 where the query does not see the key. Three
-# kinds of elements stay unwritten, and none of them reaches a result that is stored: those of
-# blocks of queries beyond T; of blocks of keys beyond T; and, with documents, of blocks of keys
-# that no query of the tile row sees, which attention_dq_kernel skips. Every BQ and BK here divides
-# TILE.
+# attention_dq_kernel multiplies blocks of keys by all queries of a tile, without a mask. So ds of a
+# whole tile on the diagonal is written, 0 where the query does not see the key. What stays
+# unwritten does no harm: for queries beyond T it gives rows of dq that are not stored; blocks of
+# keys beyond T, or before the document of a tile's first query, are not read. (Every BQ and BK here
+# divides TILE.)
 #
-# ds of one pair of key heads of 12.7B at T = 16,384 is 1.3 GiB in bf16, so passes that write ds do
-# only as many pairs as fit DS_BYTES at one time (at least one). first_pair is the first of them,
-# counted in the whole batch. A pass for dv alone does all pairs, with first_pair = 0.
+# A pass that writes ds does only as many pairs at one time as DS_BYTES has room for. first_pair is
+# the first of them, counted in the whole batch. A pass for dv alone does all pairs, with first_pair
+# = 0.
 #
 # Numbers of a head. The tensors are laid out in four ways: q has the heads of a sequence; d_out has
 # its signal heads, or its noise heads; lse and delta have the heads of all sequences; and ds has
-# the heads of the pairs that are done at one time. So a head has four numbers. attention_dkdv_sweep
-# says at each load what number it is. For example two heads of 12.7B (P = 8, r = 4, heads_per_pair
-# = 5), of sequence b = 1. At T = 16,384 two pairs are done at one time, and these two heads' turn
-# comes with first_pair = 10:
+# the heads of the pairs that are done at one time. So a head has four numbers: head, head_in_kind,
+# head_in_batch and head_in_ds. attention_dkdv_sweep says at each load which it is. For example two
+# heads of 12.7B (P = 8, r = 4, heads_per_pair = 5), of sequence b = 1. At T = 16,384 two pairs are
+# done at one time, and these two heads' turn comes with first_pair = 10:
 #
 #                     head 17, a signal head          head 19, the noise head of its group
 #     pair            17 // 5 = 3                     19 // 5 = 3
@@ -1186,41 +1190,41 @@ def tile_row_begin(head_in_ds, tile_i, T, TILE: tl.constexpr):
 
 
 @jit
-def recompute_p(k, q, lse, qk_scale, first_key, queries, doc_end, MASKED: tl.constexpr):
+def recompute_pT(k, q, lse, qk_scale, first_key, queries, doc_end, MASKED: tl.constexpr):
     """p of the forward pass, divided by its sum, for the keys k (BK, D) and the queries q (BQ, D):
     transposed, (BK, BQ). MASKED: some query may not see some key, and p is 0 there."""
-    p = tl.exp2(tl.dot(k, q.T) * qk_scale - lse[None, :])
+    pT = tl.exp2(tl.dot(k, q.T) * qk_scale - lse[None, :])
     if MASKED:
         keys = (first_key + tl.arange(0, k.shape[0]))[:, None]
         visible = (keys <= queries[None, :]) & (queries[None, :] < doc_end[:, None])
-        p = tl.where(visible, p, 0.)
-    return p
+        pT = tl.where(visible, pT, 0.)
+    return pT
 
 
 @jit
-def store_ds(ds_desc, ds, head_in_ds, first_key, first_query, T, TILE: tl.constexpr):
+def store_dsT(ds_desc, dsT, head_in_ds, first_key, first_query, T, TILE: tl.constexpr):
     """ds, transposed (BK, BQ), to its place in the tiles of a head."""
     begin = tile_row_begin(head_in_ds, first_query // TILE, T, TILE)
-    ds_desc.store([begin + first_key, first_query % TILE], ds)
+    ds_desc.store([begin + first_key, first_query % TILE], dsT)
 
 
 @jit
-def attention_dkdv_sweep(k, v, dk, dv, descriptors, places, doc_end, lo, hi, qk_scale,
-                         layout: tl.constexpr, TILE: tl.constexpr, NEED_DK: tl.constexpr,
+def attention_dkdv_sweep(k, v, dk, dv, descriptors, where, doc_end, lo, hi, qk_scale,
+                         grouping: tl.constexpr, TILE: tl.constexpr, NEED_DK: tl.constexpr,
                          NEED_DV: tl.constexpr, IS_NOISE: tl.constexpr, MASKED: tl.constexpr):
     """Add to dk and dv of the keys k (BK, D) what the queries lo to hi contribute, from all signal
     heads of the pair, or all noise heads if IS_NOISE. With NEED_DK it also stores ds. Here
-    p, dp and ds are (BK, BQ), keys by queries: p^T, dp^T and ds^T of the formulas. q is (BQ, D),
-    d_out (BQ, Dv), lse (BQ,), delta (1, BQ), dk (BK, D) and dv (BK, Dv).
+    pT, dpT and dsT are p, dp and ds of the formulas, transposed: (BK, BQ), keys by queries. q is
+    (BQ, D), d_out (BQ, Dv), lse (BQ,), delta (1, BQ), dk (BK, D) and dv (BK, Dv).
 
-    One loop counts heads and blocks of queries together. Of two nested loops Triton would load
-    ahead in the inner one only, and begin that anew with each head. What the two calls of the sweep
-    have in common comes in the tuples descriptors, places and layout."""
+    Two nested loops, over heads and over blocks of queries, would be plainer. But Triton loads
+    ahead within the inner loop only, and would begin that anew with each head. So one loop counts
+    both. The tuples descriptors, where and grouping only shorten the two calls below."""
     q_desc, d_out_desc, lse_desc, delta_desc, ds_desc = descriptors
-    seq_begin, pair, pair_in_batch, pair_in_ds, first_key, T = places
-    r: tl.constexpr = layout[0]
-    HAS_NOISE: tl.constexpr = layout[1]
-    GROUPS_PER_PAIR: tl.constexpr = layout[2]
+    seq_begin, pair, pair_in_batch, pair_in_ds, first_key, T = where
+    r: tl.constexpr = grouping[0]
+    HAS_NOISE: tl.constexpr = grouping[1]
+    GROUPS_PER_PAIR: tl.constexpr = grouping[2]
     BQ: tl.constexpr = q_desc.block_shape[0]
     D: tl.constexpr = q_desc.block_shape[1]
     Dv: tl.constexpr = d_out_desc.block_shape[1]
@@ -1249,17 +1253,17 @@ def attention_dkdv_sweep(k, v, dk, dv, descriptors, places, doc_end, lo, hi, qk_
         head_in_batch = pair_in_batch * heads_per_pair + head_in_pair
         lse = lse_desc.load([head_in_batch, first_query]).reshape(BQ)
 
-        p = recompute_p(k, q, lse, qk_scale, first_key, queries, doc_end, MASKED)
+        pT = recompute_pT(k, q, lse, qk_scale, first_key, queries, doc_end, MASKED)
         if NEED_DV:
-            dv = tl.dot(p.to(d_out.dtype), d_out, dv)
+            dv = tl.dot(pT.to(d_out.dtype), d_out, dv)
         if NEED_DK:
-            dp = tl.dot(v, d_out.T)
+            dpT = tl.dot(v, d_out.T)
             delta = delta_desc.load([head_in_batch, first_query]).reshape(1, BQ)
-            ds = (p * (dp - delta)).to(q.dtype)
+            dsT = (pT * (dpT - delta)).to(q.dtype)
             # head_in_ds counts the heads of the pairs that are done at one time.
             head_in_ds = pair_in_ds * heads_per_pair + head_in_pair
-            store_ds(ds_desc, ds, head_in_ds, first_key, first_query, T, TILE)
-            dk = tl.dot(ds, q, dk)
+            store_dsT(ds_desc, dsT, head_in_ds, first_key, first_query, T, TILE)
+            dk = tl.dot(dsT, q, dk)
     return dk, dv
 
 
@@ -1270,19 +1274,18 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
                           GROUPS_PER_PAIR: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
                           BQ: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,
                           NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):
-    """One program: BK keys of one pair. NEED_DK: it makes p, dp, ds and the dk of both key heads,
-    and writes ds. NEED_DV: it makes p and dv. The options, one pass for dk and dv or one for each,
-    stand before attention_backward. The grid is (blocks of keys, pairs from first_pair on)."""
-    # These count the pairs done at one time, those of all sequences, and those of sequence b.
-    pair_in_ds = tl.program_id(1)
-    pair_in_batch = first_pair + pair_in_ds
-    pair = pair_in_batch % P
+    """One program: BK keys of one pair. NEED_DK: it makes p, dp, ds and the dk of the pair's key
+    heads, and writes ds. NEED_DV: it makes p and dv. The grid is (blocks of keys, pairs from
+    first_pair on)."""
+    pair_in_ds = tl.program_id(1)                # among the pairs that are done at one time
+    pair_in_batch = first_pair + pair_in_ds      # among those of all sequences
+    pair = pair_in_batch % P                     # among those of sequence b
     b = pair_in_batch // P
     first_key = tl.program_id(0) * BK
     key_in_block = tl.arange(0, BK)
     seq_begin = b * T
-    places = (seq_begin, pair, pair_in_batch, pair_in_ds, first_key, T)
-    layout: tl.constexpr = (r, HAS_NOISE, GROUPS_PER_PAIR)
+    where = (seq_begin, pair, pair_in_batch, pair_in_ds, first_key, T)
+    grouping: tl.constexpr = (r, HAS_NOISE, GROUPS_PER_PAIR)
 
     # Begin with the diagonal tile's first query, so that ds of the whole tile is written.
     lo = first_key // TILE * TILE
@@ -1292,13 +1295,13 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
         masked_hi = tl.minimum(lo + TILE, T)
         doc_end = tl.full([BK], 2**31 - 1, tl.int32)
     else:
-        # No query beyond the end of the last key's document sees any of these keys. This range,
-        # too, ends with a tile, or at T.
+        # No query beyond the end of the last key's document sees any of these keys. All the others
+        # are masked, as a key's document may end at any of them.
         doc_end = tl.load(doc_end_ptr + seq_begin + first_key + key_in_block,
                           first_key + key_in_block < T, 0)
         masked_hi = tl.minimum((tl.max(doc_end, 0) + TILE - 1) // TILE * TILE, T)
 
-    # A 0 stands for what this pass does not need, and the sweep does not touch. (v is for dp.)
+    # 0 is a dummy for what this pass does not use. (v is for dp.)
     v = v_desc.load([seq_begin + first_key, pair * Dv]) if NEED_DK else 0
     dv = tl.zeros([BK, Dv], tl.float32) if NEED_DV else 0
     # The compiler unrolls this loop: the signal key head, then the noise key head.
@@ -1308,13 +1311,13 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
         dk = tl.zeros([BK, D], tl.float32) if NEED_DK else 0
         d_out_desc = d_noise_desc if IS_NOISE else d_signal_desc
         descriptors = (q_desc, d_out_desc, lse_desc, delta_desc, ds_desc)
-        dk, dv = attention_dkdv_sweep(k, v, dk, dv, descriptors, places, doc_end, lo, masked_hi,
-                                      qk_scale, layout, TILE, NEED_DK, NEED_DV, IS_NOISE,
+        dk, dv = attention_dkdv_sweep(k, v, dk, dv, descriptors, where, doc_end, lo, masked_hi,
+                                      qk_scale, grouping, TILE, NEED_DK, NEED_DV, IS_NOISE,
                                       MASKED=True)
         if doc_end_ptr is None:
             # All later queries see all of these keys.
-            dk, dv = attention_dkdv_sweep(k, v, dk, dv, descriptors, places, doc_end, masked_hi, T,
-                                          qk_scale, layout, TILE, NEED_DK, NEED_DV, IS_NOISE,
+            dk, dv = attention_dkdv_sweep(k, v, dk, dv, descriptors, where, doc_end, masked_hi, T,
+                                          qk_scale, grouping, TILE, NEED_DK, NEED_DV, IS_NOISE,
                                           MASKED=False)
         if NEED_DK:
             dk_ptrs = block_pointers(dk_ptr, seq_begin + first_key, key_head, P * (1 + HAS_NOISE),
@@ -1363,8 +1366,8 @@ def attention_dq_kernel(ds_desc, k_desc, doc_start_ptr, dq_ptr, first_pair, T, P
 
 class AttentionShape:
     """Sizes of one call. Without noise heads each key head is a pair with one group: so here G = P,
-    where model.py has G = 0, and r = H / P. `layout` are the kernels' arguments that are explained
-    above."""
+    where model.py has G = 0, and r = H / P. `grouping` are arguments of the kernels (see "Who
+    reads what", above)."""
 
     def __init__(self, q: Tensor, v: Tensor, num_noise_heads: int):
         self.B, self.T, self.H, self.D = q.shape
@@ -1372,7 +1375,7 @@ class AttentionShape:
         self.has_noise = 1 if num_noise_heads else 0
         self.G = num_noise_heads or self.P
         self.r = self.H // self.G - self.has_noise
-        self.layout = {"r": self.r, "HAS_NOISE": self.has_noise,
+        self.grouping = {"r": self.r, "HAS_NOISE": self.has_noise,
                        "GROUPS_PER_PAIR": self.G // self.P}
         self.num_tile_rows = ceil_div(self.T, TILE)
         self.logit_scale = self.D**-0.5                  # qk * logit_scale is a logit,
@@ -1422,7 +1425,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
     attention_forward_kernel[shape.num_tile_rows, shape.B * shape.H](
         tma(flatten_batch_for_tma(q), TILE, shape.D), tma(flatten_batch_for_tma(k), BK, shape.D),
         tma(flatten_batch_for_tma(v), BK, shape.Dv), doc_start, signal, noise, lse, block_max,
-        shape.T, shape.H, shape.qk_scale, **shape.layout, D=shape.D, Dv=shape.Dv, BQ=TILE, BK=BK,
+        shape.T, shape.H, shape.qk_scale, **shape.grouping, D=shape.D, Dv=shape.Dv, BQ=TILE, BK=BK,
         num_warps=8, num_stages=num_stages)
     return signal, noise, lse, block_max.amax((0, 2)) * math.log(2)
 
@@ -1446,14 +1449,15 @@ def rows_of_ds(shape: AttentionShape) -> int:
 
 
 def pairs_that_fit(shape: AttentionShape, itemsize: int) -> int:
-    """The ds of how many pairs fit DS_BYTES: at least one, at most all of the batch."""
+    """The ds of how many pairs fit DS_BYTES: at least one, at most all of the batch. (For a pair of
+    12.7B at T = 16,384 it takes 1.3 GiB in bf16.)"""
     pair_bytes = rows_of_ds(shape) * TILE * itemsize
     return min(max(1, DS_BYTES // pair_bytes), shape.B * shape.P)
 
 
 def launch_delta(shape: AttentionShape, signal: Tensor, noise: Tensor, d_signal: Tensor,
                  d_noise: Tensor, lse: Tensor) -> Tensor:
-    """-> delta, in the layout of lse."""
+    """-> delta, in the shape of lse."""
     BQ = 16
     delta = torch.empty_like(lse)
     attention_delta_kernel[lse.shape[1] // BQ, shape.B * shape.H](
@@ -1493,8 +1497,8 @@ def attention_backward(d_signal: Tensor, d_noise: Tensor, q: Tensor, k: Tensor, 
             tma(q, BQ, shape.D), tma(k, BK, shape.D), tma(v, BK, shape.Dv), doc_end,
             tma(d_signal, BQ, shape.Dv), tma(d_noise, BQ, shape.Dv), tma(lse, 1, BQ),
             tma(delta, 1, BQ), dk, dv, tma(ds, BK, BQ), first_pair, shape.T, shape.P,
-            shape.qk_scale, shape.logit_scale, **shape.layout, D=shape.D, Dv=shape.Dv, BQ=BQ, BK=BK,
-            TILE=TILE, **options)
+            shape.qk_scale, shape.logit_scale, **shape.grouping, D=shape.D, Dv=shape.Dv, BQ=BQ,
+            BK=BK, TILE=TILE, **options)
 
     one_pass = shape.D <= 64                    # dk and dv fit the registers
     if not one_pass:
@@ -1505,7 +1509,7 @@ def attention_backward(d_signal: Tensor, d_noise: Tensor, q: Tensor, k: Tensor, 
         num_heads = num_pairs * shape.H // shape.P
         attention_dq_kernel[shape.num_tile_rows, num_heads](
             tma(ds, DQ_BK, TILE), tma(k, DQ_BK, shape.D), doc_start, dq, first_pair, shape.T,
-            shape.P, shape.logit_scale, **shape.layout, D=shape.D, BK=DQ_BK, TILE=TILE,
+            shape.P, shape.logit_scale, **shape.grouping, D=shape.D, BK=DQ_BK, TILE=TILE,
             num_warps=4, num_stages=3)
     return dq, dk, dv
 
@@ -1597,8 +1601,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
 
     q (B, T, H, D), k (B, T, K, D), v (B, T, P, Dv), doc_start (B, T) or None -> signal (B, T, G, r,
     Dv), noise (B, T, G, 1, Dv), max_logits (H,): the largest visible logit of each query head, inf
-    if one is NaN. With num_noise_heads = 0 it is plain grouped-query attention: P = K, signal (B,
-    T, K, H / K, Dv), and noise has no heads."""
+    if one is NaN, or if all of a row overflow to -inf. With num_noise_heads = 0 it is plain
+    grouped-query attention: P = K, signal (B, T, K, H / K, Dv), and noise has no heads."""
     return FusedAttention.apply(q, k, v, doc_start, num_noise_heads)
 
 

@@ -425,7 +425,7 @@ class Dataset(Protocol):
     that resumes reads what it would have read, and the number of ranks does not matter."""
 
     curriculum: data.Curriculum      # or an object with its steps, tokens, rows, seq_len, shares
-                                     # and names; earlier_plans (make_curriculum says what that is);
+                                     # and names; earlier_plans (see continue_curriculum);
                                      # and context[t], the length that FLOPs of step t are counted
                                      # with
 
