@@ -807,8 +807,8 @@ def select_tasks(c: Config) -> dict[str, Task]:
         else:
             known = [*TASKS, "bpb", "bpb:SOURCE", "chat"]
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(f"unknown task {name!r}; {hint}Known: {', '.join(known)}")
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise UserError(f"unknown task {name!r}{hint} Known: {', '.join(known)}")
         if tasks[name].program and not c.run_code:
             raise UserError(f"{name} runs programs that the model writes, in a sandbox; give "
                             "--run_code to allow that")

@@ -915,8 +915,8 @@ def describe_data(c: Config, dataset: PackedChatDataset) -> str:
         lines.append(f"{name}: {tokens / total:.1%} of the tokens for a weight of "
                      f"{c.data[name][1] / total_weight:.1%}; each is read {times:.2f} times")
         if tokens == 0:
-            lines.append(f"note: nothing of {name} is read: its share of the tokens is less than "
-                         "half a conversation; give it a larger weight, or raise --epochs")
+            lines.append(f"note: nothing of {name} is read in so few steps; give it a larger "
+                         "weight, or raise --epochs or --max_steps")
     rows = sum(curriculum.rows)
     lines.append(f"{curriculum.steps:,d} steps of at most {dataset.batch_tokens:,d} tokens, "
                  f"{rows:,d} rows; padding "
