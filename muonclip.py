@@ -425,7 +425,7 @@ class MuonClip(torch.optim.Optimizer):
 
     muon_params: contiguous matrices (m, n), or stacks of them (..., m, n), in fp32 or fp64. Their
         lr, momentum and weight_decay act in fp32.
-    adamw_params: anything. Vectors and scalars get no weight decay.
+    adamw_params: of any shape, in fp32 or fp64. Vectors and scalars get no weight decay.
     lr_scales: {p: factor} of those adamw_params that learn at factor * lr.
     coefficients: the name of a table in COEFFICIENTS. dtype: of u and O, see newton_schulz.
     qk: [(q_weight, k_weight), ...], a pair for each layer, for QK-clip; kv_map, head_dim and tau as
@@ -463,7 +463,7 @@ class MuonClip(torch.optim.Optimizer):
         lr_scales = lr_scales or {}
         if not lr_scales.keys() <= set(others):
             raise ValueError("lr_scales are for adamw_params alone; to scale the update of a "
-                             "matrix, change MuonClip.apply_result")
+                             "matrix, change apply_result and apply_stacked_results")
 
         groups = [dict(kind="muon", params=matrices, weight_decay=weight_decay)]
         groups += adamw_groups(others, weight_decay, lr_scales)
@@ -682,7 +682,7 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 # time. The result is that of one process. On a CPU in bf16 the two agree to the bit; on a GPU, or
 # in fp32, roundings may differ, because one process stacks small matrices.
 #
-# Without chunks and overlap, for matrices whose rows C ranks share evenly, it would be
+# In its simplest form, one matrix after the other, with rows that C ranks share evenly, it is
 #
 #     for i, p in enumerate(params):
 #         u = add_gradient(p)                       # (m / C, n): this rank's rows
@@ -692,10 +692,10 @@ def describe_routing(model, optimizer: MuonClip) -> str:
 #         O = scatter(whole_O, source=owner[i])     # (m / C, n): this rank's rows
 #         apply_result(p, O)
 #
-# The timeline. A step goes in chunks. In one chunk each rank computes for about as long as the
-# largest matrix takes. So it holds few whole matrices at a time, and one chunk can travel while
-# another is computed. For each chunk k one all-to-all carries u(k) to the owners and one carries
-# O(k) back. 12 equal matrices on 4 ranks:
+# The timeline. The matrices are divided into chunks, handled one after the other. In each chunk a
+# rank owns one large matrix, or several small ones that take about as long. So it holds few whole
+# matrices at a time, and one chunk can travel while another is computed. For each chunk k one
+# all-to-all carries u(k) to the owners and one carries O(k) back. 12 equal matrices on 4 ranks:
 #
 #     rank 0         | NS of matrix 0 | NS of matrix 4 | NS of matrix 8  |
 #     rank 1         | NS of matrix 1 | NS of matrix 5 | NS of matrix 9  |
@@ -732,9 +732,9 @@ def parallel_muon_step(optimizer: MuonClip, exchange: "ShardExchange",
         for i in list(whole_u):
             whole_O[i] = newton_schulz(whole_u.pop(i), **optimizer.ns_options)
 
-        # Phase 4: wait for O(k-1), which travelled during phase 3, and update this rank's shards. A
-        # rank that is done first waits only for those that are still in phase 3 of chunk k-1: ranks
-        # may be one chunk apart.
+        # Phase 4: wait for O(k-1), which travelled during phase 3, and update this rank's shards.
+        # For that the other ranks must have ended phase 3 of chunk k-1, and not of chunk k: a fast
+        # rank may be one chunk ahead.
         if k > 0:
             exchange.apply_O(k - 1, optimizer, scalars)
 
@@ -749,7 +749,8 @@ def parallel_muon_step(optimizer: MuonClip, exchange: "ShardExchange",
 # ---- The plan
 
 def newton_schulz_flops(shape) -> int:
-    """Count the FLOPs of Newton-Schulz on (..., m, n): 6.2e12 for 4096 x 16384."""
+    """Count the FLOPs of plain_newton_schulz on (..., m, n): 6.2e12 for 4096 x 16384. They only
+    balance the ranks. (gram_steps takes fewer, and for wide matrices fewer still.)"""
     m, n = sorted(shape[-2:])
     each_step = 4 * m * m * n + 2 * m**3            # X X^T and B X; A A
     return 5 * math.prod(shape[:-2]) * each_step
@@ -875,8 +876,8 @@ class MuonPlan:
         self.counts["O"][k, owner, :] += sizes
 
     def shards(self, matrices: dict[int, Tensor]) -> Iterator:
-        """Yield (r, i, a view of rank r's shard of matrix i), sorted by r, then by i. In this order
-        an owner sends O. In this order it also receives u, but from senders alone."""
+        """Yield (r, i, a view of rank r's shard of matrix i), sorted by r, then by i: the order in
+        which an owner receives u, from senders alone, and sends O (ShardExchange)."""
         for r in range(self.mesh.numel()):
             for i, matrix in matrices.items():
                 yield r, i, matrix[self.slices[i][r]]
@@ -885,7 +886,8 @@ class MuonPlan:
 def replicas_per_muon_group(shapes, ranks: int, replicas: int) -> int:
     """Choose R, how many of the `replicas` share owners: the fewest with which the average rank has
     no more to do than the largest matrix takes, or all of them. With more, O goes to more ranks,
-    and hardly sooner. `ranks` counts the ranks of all replicas.
+    and the step is no shorter, as the largest matrix sets its length. `ranks` counts the ranks of
+    all replicas.
 
     Under HSDP each replica could do Parallel Muon by itself, but then all would do the same work.
     So R of them form a group, and a matrix has one owner in the group. The owner takes the shards

@@ -34,8 +34,8 @@ def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], file_bytes: 
                  json_files: dict[str, dict] | None = None) -> None:
     """Write name -> tensor to path/<stem>.safetensors, or to several files and an index. A file has
     at most file_bytes, unless a single tensor is larger. json_files: file name -> what to write
-    beside them, such as config.json. The tensors are first written to *.tmp files. Only then is an
-    earlier model in this folder removed, so that a full disk does not cost it.
+    beside them, such as config.json. All is first written to *.tmp files. Only when these are
+    complete is an earlier model in this folder touched, so that a full disk cannot destroy it.
 
     If FSDP2 shards some of the tensors, all ranks call this. They assemble each tensor together,
     and each rank writes some of the files."""
@@ -79,9 +79,9 @@ def save_tensors(path: Path, stem: str, tensors: dict[str, Tensor], file_bytes: 
             for file in json_files:
                 os.replace(path / f"{file}.tmp", path / file)
 
-    # No rank begins a stage before all have ended the one before, and an error on one rank ends all
-    # of them. So if a file of any rank is not renamed, there is no index, without which nobody
-    # takes the mixture of two models for a model.
+    # No rank begins a stage before all have ended the one before; an error on one rank ends all. The
+    # index goes before tensors are renamed, and the new one comes last. So if renaming stops half
+    # way, there may be files of two models, but no index to read them by. (One file needs none.)
     stages = (write_temporaries, remove_earlier_model, rename_temporaries, rename_json_files)
     try:
         for stage in stages:
@@ -98,7 +98,7 @@ def save_one_by_one(path: Path, stem: str, like: dict[str, Tensor],
     """Write what save_tensors would, of (name, tensor) that come one after the other: no more than
     the tensors of one file are in memory. like: all names in the same order, with tensors of the
     same shapes and dtypes, such as those on the meta device. An earlier model in the folder is
-    overwritten from the beginning, and a failure leaves none."""
+    overwritten from the beginning. A failure while tensors are written leaves none."""
     from safetensors.torch import save_file
     path.mkdir(parents=True, exist_ok=True)
     names_of_file = divide_into_files(like, stem, file_bytes)
@@ -136,8 +136,8 @@ def make_index(tensors: dict[str, Tensor], names_of_file: dict[str, list[str]]) 
 def assemble_files(tensors: dict[str, Tensor], names_of_file: dict[str, list[str]], rank: int,
                    world: int) -> dict[str, dict[str, Tensor]]:
     """{file: {name: whole tensor}} of the files that this rank writes, every world-th one. All
-    ranks assemble each tensor together, and the one that writes its file keeps a copy on the host.
-    """
+    ranks assemble each tensor together; of several ranks, the one that writes its file keeps a copy
+    on the host."""
     mine = {}
     for i, (file, names) in enumerate(names_of_file.items()):
         is_mine = i % world == rank
