@@ -207,8 +207,8 @@ class Curriculum:
         return self._phases_from(self.phase_starts, np.zeros(len(self.names), dtype=np.int64))
 
     def _phases_from(self, first_steps: list[int], start: np.ndarray) -> "list[Phase]":
-        """The phases that begin at these steps, one after the other on the tapes, from token
-        start, (domains,), on."""
+        """Return the phases that begin at these steps. They follow each other on the tapes, from
+        token start (domains,) on."""
         phases = []
         for first_step, next_step in zip(first_steps, [*first_steps[1:], None]):
             T = self.seq_len[first_step]

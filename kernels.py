@@ -867,8 +867,9 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # it makes them block by block in registers, and uses each block right away. What is special here is
 # that the value heads may be twice as wide as the keys (2D), that signal and noise heads are
 # computed by one launch, and that the largest logit of each head, which QK-clip wants, is returned.
-# And the backward pass, unlike FlashAttention's, does write a triangular T x T matrix for each
-# head, ds, a few heads at a time. So it needs no atomics.
+# Unlike FlashAttention's, the backward pass does write one T x T matrix for each head, the lower
+# triangle of ds (the gradient of the logits), for a few pairs of heads at a time. The section on
+# the backward pass says why.
 #
 # Who reads what. As in model.py there are H query heads, and P pairs of key heads, each pair with a
 # value head. Two more constants, which the kernels are compiled for, describe the groups: HAS_NOISE
@@ -903,11 +904,8 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 #     qk               q.k, as tl.dot computes it
 #     qk / sqrt(D)     a *logit*, as in model.py, or s in the backward pass: the unit of the
 #                      max_logits that attention_forward returns
-#     qk * qk_scale    a *log2 logit*, where qk_scale = log2(e) / sqrt(D): the unit of row_max and
-#                      lse, below, and of block_max, the largest one among a program's queries
-#
-# The kernel multiplies by qk_scale where it takes the maximum, and inside exp2 together with the
-# subtraction of the new maximum, as one fused multiply-add.
+#     qk * qk_scale    a *log2 logit*, where qk_scale = log2(e) / sqrt(D): the unit of all that the
+#                      forward kernel keeps and stores of logits
 #
 # The algorithm. One program computes BQ queries of one head. It walks over the keys, BK at a time.
 # A row of the block of logits belongs to a query. A row's largest logit is known only at the end.
@@ -924,6 +922,11 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # 2^-2 + 2^0 = 1.25. The second raises row_max to 4, so alpha = 2^-1 and row_sum = 1.25 * 0.5 + 2^0
 # = 1.625, which is 2^(1-4) + 2^(3-4) + 2^(4-4).
 #
+# qk is multiplied by qk_scale twice: once the maximum of a row of qk is taken, and inside exp2(qk *
+# qk_scale - new_max), where multiplication and subtraction are one fused multiply-add. block_max is
+# the largest row_max of a program's queries; attention_forward makes one largest logit for each
+# head of it.
+#
 # Besides inputs and outputs, only lse = row_max + log2(row_sum) of each row is saved for the
 # backward pass: from it the softmax, p = 2^(qk * qk_scale - lse), can be had again.
 #
@@ -934,8 +937,9 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def attention_forward_sweep(q, acc, row_max, row_sum, k_desc, v_desc, seq_begin, k_col, v_col,
                             queries, doc_start, lo, hi, qk_scale, MASKED: tl.constexpr,
                             BK: tl.constexpr):
-    """The online softmax of the queries q (BQ, D) over the keys lo to hi. `queries` are their
-    positions in the sequence, which begins at row seq_begin of k and v."""
+    """Add the keys lo to hi to the running softmax of the queries q (BQ, D) -> the new acc (BQ,
+    Dv), row_max (BQ,) and row_sum (BQ,). `queries` (BQ,) are positions in the sequence, which
+    begins at row seq_begin of k and v; doc_start (BQ,) is used only if MASKED."""
     for first_key in range(lo, hi, BK):
         qk = tl.dot(q, k_desc.load([seq_begin + first_key, k_col]).T)
         if MASKED:
@@ -1051,14 +1055,17 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 #     dp = d_out v^T                                                           the gradient of p
 #     ds = p * (dp - delta),   delta = rowsum(p * dp) = rowsum(out * d_out)   one number per row
 #     dq = ds k / sqrt(D)
-#     dk = ds^T q / sqrt(D)                               1 / sqrt(D) is logit_scale in the code
+#     dk = ds^T q / sqrt(D)
 #
-# dp goes back through the softmax and becomes ds. In one row, where m and j are two of its keys,
+# The code calls 1 / sqrt(D) logit_scale.
+#
+# dp goes back through the softmax and becomes ds. In one row, let m and j be two of its keys. ∂ is
+# a derivative; dp and ds are gradients of the loss, as everywhere in this file:
 #
 #     p_m          =  exp(s_m) / Z,                        Z the row's sum of exp(s)
-#     dp_m / ds_j  =  p_m ((m == j) - p_j)                 here as a derivative
-#     ds_j         =  sum_m dp_m p_m ((m == j) - p_j)  =  p_j (dp_j - delta)
-#     delta        =  sum_j p_j dp_j  =  sum_j p_j (d_out . v_j)  =  d_out . out
+#     ∂p_m / ∂s_j  =  p_m ((m == j) - p_j)
+#     ds_j         =  sum_m dp_m ∂p_m / ∂s_j  =  p_j (dp_j - delta)
+#     delta        =  sum_m p_m dp_m  =  sum_m p_m (d_out . v_m)  =  d_out . out
 #
 # so that delta needs no T x T matrix. A key head sums dk over the query heads that read it, a value
 # head dv over all query heads of its pair, signal and noise. (The kernels make p by exp2, but p is
@@ -1082,20 +1089,23 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, doc_start_ptr, signal_ptr, 
 # With documents, query t sees key j if j <= t < doc_end[j], the end of the key's document. Lambda
 # is not here: differential_norm's backward pass has put -lambda into d_out of noise heads.
 #
-# The launches, in their order, as attention_backward makes them (read that function first):
+# attention_backward, at the end of this section, launches three kernels in this order:
 #
 #     attention_delta_kernel        out, d_out -> delta
 #     attention_dkdv_kernel         q, k, d_out, lse -> dv   (if dv has its own pass: D = 128)
-#     for as many pairs at a time as ds has room for:
+#     for as many pairs at a time as there is room for their ds (DS_BYTES):
 #         attention_dkdv_kernel     q, k, v, d_out, lse, delta -> dk, ds (and dv, if D <= 64)
 #         attention_dq_kernel       ds, k -> dq
 #
-# Why so? dk and dv want a program per block of keys, which goes over the queries; dq wants the
-# opposite. Either a kernel for each recomputes s and dp (seven products of matrices), as in
-# Triton's tutorial; or one for dk and dv adds to dq with atomics, as in FlashAttention-2 (five, but
-# they are added in random order, so that no two runs need agree to the bit). Here
-# attention_dkdv_kernel writes ds to memory, in q's dtype, and attention_dq_kernel reads it: five
-# products (six where dv has a pass of its own), and no atomics.
+# Why ds is written to memory. dk and dv want one program for each block of keys, which loops over
+# queries; dq wants one for each block of queries, which loops over keys. There are three ways:
+#
+#     two kernels, each recomputes s and dp       seven matrix products (Triton's tutorial)
+#     one kernel adds to dq with atomics          five, but the parts of dq are added in random
+#                                                 order: two runs may differ (FlashAttention-2)
+#     one kernel writes ds, another reads it      five (six if dv has its own pass), no atomics
+#
+# These kernels go the last way. ds is stored in q's dtype.
 #
 # Beyond the end of a sequence. TMA knows no sequences, only a matrix of B * T rows. So the last
 # block of sequence b, where it reaches beyond row T of the sequence, holds
@@ -1149,11 +1159,11 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 # column query % TILE. For example query 300 and key 140, with TILE = 128: i = 2, row 3 * 128 + 140
 # = 524, column 44. Heads follow each other in memory; tile_row_begin says where.
 #
-# attention_dq_kernel multiplies blocks of keys by all queries of a tile, without a mask. So ds of a
-# whole tile on the diagonal is written, 0 where the query does not see the key. What stays
-# unwritten does no harm: for queries beyond T it gives rows of dq that are not stored; blocks of
-# keys beyond T, or before the document of a tile's first query, are not read. (Every BQ and BK here
-# divides TILE.)
+# attention_dq_kernel multiplies ds, for all TILE queries of a tile row, by blocks of keys, without
+# a mask. So all of a diagonal tile that it uses must be written, with 0 where the query does not
+# see the key. Two parts of ds stay unwritten and do no harm. Queries beyond T: their rows of dq are
+# computed and not stored. Blocks of keys that lie wholly beyond T, or before the document of the
+# tile row's first query: they are not read. (Every BQ and BK here divides TILE.)
 #
 # A pass that writes ds does only as many pairs at one time as DS_BYTES has room for. first_pair is
 # the first of them, counted in the whole batch. A pass for dv alone does all pairs, with first_pair
@@ -1162,9 +1172,10 @@ def attention_delta_kernel(signal_ptr, noise_ptr, d_signal_ptr, d_noise_ptr, del
 # Numbers of a head. The tensors are laid out in four ways: q has the heads of a sequence; d_out has
 # its signal heads, or its noise heads; lse and delta have the heads of all sequences; and ds has
 # the heads of the pairs that are done at one time. So a head has four numbers: head, head_in_kind,
-# head_in_batch and head_in_ds. attention_dkdv_sweep says at each load which it is. For example two
-# heads of 12.7B (P = 8, r = 4, heads_per_pair = 5), of sequence b = 1. At T = 16,384 two pairs are
-# done at one time, and these two heads' turn comes with first_pair = 10:
+# head_in_batch and head_in_ds. attention_dkdv_sweep makes them from head_in_pair, and says at each
+# load which it is. For example two heads of 12.7B (P = 8, r = 4, heads_per_pair = 5), of sequence b
+# = 1. At T = 16,384 two pairs are done at one time, and these two heads' turn comes with first_pair
+# = 10:
 #
 #                     head 17, a signal head          head 19, the noise head of its group
 #     pair            17 // 5 = 3                     19 // 5 = 3
@@ -1235,11 +1246,11 @@ def attention_dkdv_sweep(k, v, dk, dv, descriptors, where, doc_end, lo, hi, qk_s
     same_kind_per_pair: tl.constexpr = GROUPS_PER_PAIR * same_kind_per_group
     num_blocks = (hi - lo + BQ - 1) // BQ
     for step in range(0, same_kind_per_pair * num_blocks):
-        # index_in_kind counts the pair's heads of this kind.
-        index_in_kind = step // num_blocks
+        # kind_in_pair is the head's number among the pair's heads of its kind.
+        kind_in_pair = step // num_blocks
         first_query = lo + (step % num_blocks) * BQ
-        group_in_pair = index_in_kind // same_kind_per_group
-        place = IS_NOISE * r + index_in_kind % same_kind_per_group
+        group_in_pair = kind_in_pair // same_kind_per_group
+        place = IS_NOISE * r + kind_in_pair % same_kind_per_group
         head_in_pair = group_in_pair * (r + HAS_NOISE) + place
         queries = first_query + tl.arange(0, BQ)
 
@@ -1247,7 +1258,7 @@ def attention_dkdv_sweep(k, v, dk, dv, descriptors, where, doc_end, lo, hi, qk_s
         head = pair * heads_per_pair + head_in_pair
         q = q_desc.load([seq_begin + first_query, head * D])
         # head_in_kind counts the signal heads of the sequence, or its noise heads.
-        head_in_kind = pair * same_kind_per_pair + index_in_kind
+        head_in_kind = pair * same_kind_per_pair + kind_in_pair
         d_out = d_out_desc.load([seq_begin + first_query, head_in_kind * Dv])
         # head_in_batch counts the heads of all sequences.
         head_in_batch = pair_in_batch * heads_per_pair + head_in_pair
@@ -1295,8 +1306,8 @@ def attention_dkdv_kernel(q_desc, k_desc, v_desc, doc_end_ptr, d_signal_desc, d_
         masked_hi = tl.minimum(lo + TILE, T)
         doc_end = tl.full([BK], 2**31 - 1, tl.int32)
     else:
-        # No query beyond the end of the last key's document sees any of these keys. All the others
-        # are masked, as a key's document may end at any of them.
+        # No query beyond the end of the last key's document sees any of these keys. All earlier
+        # queries are masked, as the document of some key may end at any of them.
         doc_end = tl.load(doc_end_ptr + seq_begin + first_key + key_in_block,
                           first_key + key_in_block < T, 0)
         masked_hi = tl.minimum((tl.max(doc_end, 0) + TILE - 1) // TILE * TILE, T)
@@ -1418,7 +1429,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
                          f"{shape.B} x {shape.H}; use smaller micro-batches")
     signal, noise, lse, _ = empty_attention_outputs(q, k, v, doc_start, num_noise_heads)
     block_max = q.new_empty(shape.B, shape.H, shape.num_tile_rows, dtype=torch.float32)
-    # Keys at a time, and stages: the fastest, measured on an H200, of those that fit its shared
+    # BK keys at a time, and num_stages: these were the fastest on an H200 that fit its shared
     # memory. (At D = 128 and Dv = 256, two stages of 128 keys and values, with q, take 225 of its
     # 227 KiB.)
     BK, num_stages = (128, 2) if shape.Dv > shape.D else (64, 3)
@@ -1449,8 +1460,8 @@ def rows_of_ds(shape: AttentionShape) -> int:
 
 
 def pairs_that_fit(shape: AttentionShape, itemsize: int) -> int:
-    """The ds of how many pairs fit DS_BYTES: at least one, at most all of the batch. (For a pair of
-    12.7B at T = 16,384 it takes 1.3 GiB in bf16.)"""
+    """How many pairs can have their ds in DS_BYTES at one time: at least one, at most all pairs of
+    the batch. (One pair of 12.7B at T = 16,384 takes 1.3 GiB in bf16.)"""
     pair_bytes = rows_of_ds(shape) * TILE * itemsize
     return min(max(1, DS_BYTES // pair_bytes), shape.B * shape.P)
 
@@ -1474,7 +1485,8 @@ def empty_attention_gradients(d_signal, d_noise, q, k, v, *others):
 def attention_backward(d_signal: Tensor, d_noise: Tensor, q: Tensor, k: Tensor, v: Tensor,
                        doc_start: Tensor | None, num_noise_heads: int, signal: Tensor,
                        noise: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dq, dk, dv."""
+    """-> dq, dk and dv, in the shapes of q, k and v. d_signal and d_noise have those of signal and
+    noise. (All shapes are in fused_attention, below.)"""
     shape = AttentionShape(q, v, num_noise_heads)
     d_signal = d_signal.contiguous()
     d_noise = d_noise.contiguous()

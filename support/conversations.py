@@ -426,7 +426,8 @@ def parse_range(source: str, key: str, value: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d{0,8})(?:-([1-9]\d{0,8}))?", value)
     first, last = match.groups() if match else (None, None)
     if first is None or last and (key != "steps" or int(last) < int(first)):
-        form = "a whole number from 1, or a range as in 2-4" if key == "steps" else (
-            "a whole number from 1")
+        form = "a whole number from 1"
+        if key == "steps":
+            form += ", or a range as in 2-4"
         raise UserError(f"source {source!r}: {key}={value} must be {form}")
     return int(first), int(last or first)
